@@ -1,0 +1,278 @@
+"""One vLLM engine: rollouts, teacher scores, verified weight updates. The only file that touches vLLM's API.
+
+    engine = Engine(settings); await engine.start()
+    rollouts = await engine.generate(requests, sampling)       # token ids in, token ids and log-probs out
+    scores = await engine.score([(teacher_ids, completion_ids)], k)
+    report = await engine.update_weights(snapshot)              # raises WeightMismatch if the engine disagrees
+
+A batch is held, enqueued whole, then released: the scheduler then sees the same batch in every run, so tokens and
+log-probs are the same bit for bit, however slowly the requests arrive.
+"""
+
+import asyncio
+import ctypes
+import mmap
+import signal
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from vllm import SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferInitRequest,
+    WeightTransferUpdateInfo,
+    WeightTransferUpdateRequest,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from actors.config import EngineSettings
+from actors.types import (
+    FloatArray,
+    GenerateRequest,
+    IntArray,
+    Rollout,
+    Sampling,
+    Snapshot,
+    TeacherScores,
+    UpdateReport,
+)
+
+PR_SET_PDEATHSIG = 1
+SHARED_MEMORY_BACKEND = "sdft-shm"
+
+
+class WeightMismatch(Exception):
+    """An engine's weights are not those the learner published."""
+
+
+class Engine:
+    """An AsyncLLM that speaks in wire types. All methods need the event loop that `start` ran in."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.version = 0
+        self._turn = asyncio.Lock()  # one batch at a time: a batch's neighbours must not depend on timing
+
+    async def start(self) -> None:
+        """Load the model. Takes 15 to 30 s, mostly imports."""
+        s = self.settings
+        self._llm = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=s.model,
+                dtype=s.dtype,
+                enforce_eager=s.enforce_eager,
+                max_model_len=s.max_model_len,
+                max_num_seqs=s.max_num_seqs,
+                # Prompts are not cut in two: CPU generators cannot skip ahead, a cut seeded prompt kills the engine.
+                enable_chunked_prefill=False,
+                max_num_batched_tokens=max(s.max_model_len, 2048),
+                # A cache hit changes the shapes of a prefill and with them the last bits of a log-prob.
+                enable_prefix_caching=False,
+                max_logprobs=s.max_logprobs,
+                logprobs_mode="processed_logprobs",  # of the distribution that was sampled from, temperature included
+                gpu_memory_utilization=s.gpu_memory_utilization,
+                weight_transfer_config=WeightTransferConfig(backend=SHARED_MEMORY_BACKEND),
+                worker_extension_cls=s.extension,
+                disable_log_stats=True,
+            )
+        )
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest({}))
+        await self._llm.update_weight_version("0")
+
+    async def generate(self, requests: Sequence[GenerateRequest], sampling: Sampling) -> list[Rollout]:
+        """Complete each prompt; rollouts come back in the order of the requests."""
+        params = [
+            SamplingParams(
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=request.seed,
+                logprobs=0,  # the sampled token's only
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            for request in requests
+        ]
+        outputs = await self._run([r.prompt_ids for r in requests], params)
+        return [_rollout(r.prompt_ids, o) for r, o in zip(requests, outputs, strict=True)]
+
+    async def score(self, pairs: Sequence[tuple[IntArray, IntArray]], k: int) -> list[TeacherScores]:
+        """Score each completion after its (teacher) prompt: top-k log-probs and the completion tokens' own.
+
+        pairs: (prompt ids [P], completion ids [T]); the engine's temperature plays no part.
+        """
+        params = SamplingParams(
+            max_tokens=1,
+            prompt_logprobs=k,
+            flat_logprobs=True,
+            detokenize=False,
+            skip_reading_prefix_cache=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        outputs = await self._run([np.concatenate(pair) for pair in pairs], [params] * len(pairs))
+        return [_scores(o, len(c), k, self.version) for (_, c), o in zip(pairs, outputs, strict=True)]
+
+    async def probe(self, ids: IntArray) -> FloatArray:
+        """Log-prob of every token of `ids` [N] after the first: [N - 1]."""
+        (scores,) = await self.score([(ids[:1], ids[1:])], 1)
+        return scores.sampled
+
+    async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
+        """Replace the weights and prove it: digest of every tensor before, log-probs of the probe after.
+
+        Requests in flight are kept and go on with the new weights. Raises WeightMismatch naming the tensor whose bytes
+        are wrong or the gap of the log-probs.
+        """
+        paused = time.monotonic()
+        await self._llm.pause_generation(mode="keep")
+        await self._llm.start_weight_update()
+        entries = [(t.name, t.dtype, list(t.shape), t.offset, t.nbytes, t.digest) for t in snapshot.tensors]
+        await self._llm.update_weights(WeightTransferUpdateRequest({"path": snapshot.path, "entries": entries}))
+        await self._llm.finish_weight_update(weight_version=str(snapshot.version))
+        self.version = snapshot.version
+        await self._llm.resume_generation()
+        pause_s = time.monotonic() - paused
+        ours = await self.probe(snapshot.probe_ids)
+        gap = float(np.abs(ours - snapshot.probe_logprobs).max())
+        if not gap <= self.settings.max_probe_gap:  # written so that NaN fails too
+            raise WeightMismatch(
+                f"{snapshot.role} weights v{snapshot.version}: the engine's log-probs of the probe sequence differ "
+                f"from the learner's by {gap:.4f} (allowed: {self.settings.max_probe_gap}): these are not "
+                f"the weights it was sent"
+            )
+        return UpdateReport(snapshot.version, gap, pause_s)
+
+    def shutdown(self) -> None:
+        """Stop the engine's processes."""
+        self._llm.shutdown()
+
+    async def _run(self, prompts: Sequence[IntArray], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+        """Run one batch, held until it is whole. Outputs in the order of the prompts."""
+        async with self._turn:
+            await self._llm.pause_generation(mode="keep")
+            batch = uuid.uuid4().hex
+            queues = []
+            try:
+                for i, (ids, p) in enumerate(zip(prompts, params, strict=True)):
+                    # In order, over one pipe to the engine: all of them are there before the release below.
+                    queues.append(await self._llm.add_request(f"{batch}-{i}", {"prompt_token_ids": ids.tolist()}, p))
+                await self._llm.resume_generation()
+                return [await _final(queue) for queue in queues]
+            except asyncio.CancelledError:
+                for queue in queues:
+                    await self._llm.abort(queue.request_id, internal=True)
+                raise
+
+
+async def _final(queue: Any) -> RequestOutput:
+    """The one output of a FINAL_ONLY request."""
+    output = queue.get_nowait() or await queue.get()
+    if not output.finished:
+        raise RuntimeError(f"request {output.request_id} returned before it was finished")
+    return output
+
+
+def _rollout(prompt_ids: IntArray, output: RequestOutput) -> Rollout:
+    completion = output.outputs[0]
+    ids = np.asarray(completion.token_ids, dtype=np.int32)
+    # Flat log-probs hold the sampled token first at every position; with logprobs=0 there is nothing else.
+    logprobs = completion.logprobs
+    at = np.asarray(logprobs.start_indices)
+    versions = completion.weight_versions
+    if not versions:
+        raise RuntimeError(f"request {output.request_id} came back without the version of its weights")
+    return Rollout(
+        prompt_ids=prompt_ids,
+        completion_ids=ids,
+        logprobs=np.asarray(logprobs.logprobs, dtype=np.float32)[at],
+        versions=tuple((int(span.version), span.start, span.end) for span in versions),
+        finish_reason=completion.finish_reason or "stop",
+    )
+
+
+def _scores(output: RequestOutput, tokens: int, k: int, version: int) -> TeacherScores:
+    """The last `tokens` rows of a request's prompt log-probs: [sampled token, top 1, ..., top k] at each."""
+    flat = output.prompt_logprobs
+    begin = flat.start_indices[-tokens]
+    shape = (tokens, k + 1)
+    ids = np.asarray(flat.token_ids[begin:], dtype=np.int32).reshape(shape)
+    logprobs = np.asarray(flat.logprobs[begin:], dtype=np.float32).reshape(shape)
+    return TeacherScores(ids[:, 1:].copy(), logprobs[:, 1:].copy(), logprobs[:, 0].copy(), version)
+
+
+@dataclass
+class _InitInfo(WeightTransferInitInfo):
+    pass
+
+
+@dataclass
+class _UpdateInfo(WeightTransferUpdateInfo):
+    path: str = ""
+    entries: list[tuple[str, str, list[int], int, int, str]] = field(default_factory=list)
+
+
+class SharedMemoryTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
+    """Reads snapshots out of shared memory, in the engine's worker process."""
+
+    init_info_cls = _InitInfo
+    update_info_cls = _UpdateInfo
+
+    def init_transfer_engine(self, init_info: _InitInfo) -> None:
+        # The worker must not outlive the actor that started it, also when that one is killed.
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: _UpdateInfo) -> None:
+        with open(update_info.path, "rb") as file:
+            payload = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        view = memoryview(payload)
+        for name, _, _, offset, nbytes, digest in update_info.entries:
+            # All digests before the first load: a damaged snapshot must not be half loaded.
+            if xxhash.xxh3_128_hexdigest(view[offset : offset + nbytes]) != digest:
+                raise WeightMismatch(f"weights of {name} arrived damaged: their digest is not the learner's")
+        self.model.load_weights(_tensors(view, update_info.entries))
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        self.refresh_head()
+
+    def refresh_head(self) -> None:
+        """Repack the lm_head. With tied embeddings the CPU backend keeps a repacked copy of it that an update does not
+        reach: hidden states are exact then and logits silently stale."""
+        head = getattr(self.model, "lm_head", None)
+        if head is not None and getattr(head, "quant_method", None) is not None:
+            head.quant_method.process_weights_after_loading(head)
+
+    def shutdown(self) -> None:
+        """Nothing is held between updates."""
+
+
+def _tensors(
+    payload: memoryview, entries: Sequence[tuple[str, str, list[int], int, int, str]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, dtype, shape, offset, _, _ in entries:
+        count = int(np.prod(shape))
+        yield name, torch.frombuffer(payload, dtype=getattr(torch, dtype), count=count, offset=offset).view(shape)
+
+
+WeightTransferEngineFactory.register_engine(SHARED_MEMORY_BACKEND, SharedMemoryTransfer)
+
+
+class WorkerExtension:
+    """Named in the engine's settings so that its worker processes import this file and know the transfer above."""

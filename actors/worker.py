@@ -1,0 +1,55 @@
+"""The Ray actor around an Engine. Sets the process up before vLLM is imported, then only passes calls on."""
+
+import asyncio
+import os
+from collections.abc import Sequence
+
+from actors.config import EngineSettings
+from actors.types import GenerateRequest, IntArray, Rollout, Sampling, Snapshot, TeacherScores, UpdateReport
+
+# Idle OpenMP threads that spin make two processes on the same cores 30 times slower than one.
+PASSIVE_WAIT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+
+
+def engine_environment(settings: EngineSettings) -> dict[str, str]:
+    """Environment of an engine process."""
+    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    if settings.device == "cpu":
+        cores = sorted(os.sched_getaffinity(0))[: settings.threads]
+        environment |= PASSIVE_WAIT | {
+            "VLLM_CPU_KVCACHE_SPACE": f"{settings.kv_cache_gib:g}",
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # unset, vLLM would keep one core back
+            "OMP_NUM_THREADS": str(len(cores)),  # Ray sets it to the actor's CPUs: one thread
+            "VLLM_USE_V2_MODEL_RUNNER": "0",  # the V2 runner needs Triton
+        }
+    return environment
+
+
+class EngineWorker:
+    """One engine in one process of its own."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        os.environ.update(engine_environment(settings))
+        from actors.engine import Engine  # imports vLLM, which reads the environment
+
+        self._engine = Engine(settings)
+
+    async def start(self) -> int:
+        """Load the model; returns the process id."""
+        await self._engine.start()
+        return os.getpid()
+
+    async def generate(self, requests: Sequence[GenerateRequest], sampling: Sampling) -> list[Rollout]:
+        return await self._engine.generate(requests, sampling)
+
+    async def score(self, rollouts: Sequence[tuple[IntArray, IntArray]], k: int) -> list[TeacherScores]:
+        return await self._engine.score(rollouts, k)
+
+    async def probe(self, ids: IntArray) -> object:
+        return await self._engine.probe(ids)
+
+    async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
+        return await self._engine.update_weights(snapshot)
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self._engine.shutdown)

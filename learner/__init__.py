@@ -1,0 +1,1 @@
+"""The DeepSpeed learner: self-distillation loss, EMA teacher, weight publication, checkpoints."""

@@ -1,0 +1,67 @@
+"""Settings of the learner: loss, teacher weights, optimizer, DeepSpeed. Imports neither torch, ray nor vllm."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TeacherConfig(BaseModel):
+    """The teacher's weights: `ema` follows the student slowly, `frozen` stays as it began, `live` is the student."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weights: Literal["ema", "frozen", "live"] = "ema"
+    alpha: float = Field(0.02, ge=0, le=1, description="teacher <- alpha * student + (1 - alpha) * teacher, every step")
+
+
+class ImportanceConfig(BaseModel):
+    """Truncated importance weights, trainer over sampler: exp(logp_trainer - logp_sampler), capped, no gradient."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    level: Literal["sequence", "token", "off"] = "sequence"
+    cap: float = Field(2.0, gt=0)
+
+
+class LossConfig(BaseModel):
+    """The divergence between teacher q and student p on the student's own tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # Forward KL(q||p) is what the published numbers used, though the paper's theory is reverse KL.
+    divergence: Literal["forward", "reverse", "jsd", "sampled"] = "forward"
+    beta: float = Field(0.5, gt=0, lt=1, description="JSD's weight of the teacher in the mixture")
+    top_k: int = Field(64, ge=1, le=1024, description="Teacher tokens per position; the rest is one tail bucket")
+    skip_first: int = Field(3, ge=0, description="Completion tokens left out of the loss")
+    importance: ImportanceConfig = ImportanceConfig()
+
+
+class OptimizerConfig(BaseModel):
+    """AdamW and its schedule."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    lr: float = Field(1e-5, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = Field(10, ge=0)
+    grad_clip: float = Field(1.0, gt=0)
+
+
+class LearnerConfig(BaseModel):
+    """The DeepSpeed learner."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ranks: int = Field(1, ge=1, description="Learner processes; each takes a share of every batch")
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    cpus: float = Field(0.5, gt=0, description="Ray CPUs reserved by each rank")
+    gpus: float = Field(1, ge=0, description="GPUs of each rank; used with device: cuda only")
+    threads: int | None = Field(None, ge=1, description="Threads of each rank; null: the node's cores / ranks")
+    micro_batch_tokens: int = Field(4096, ge=1, description="Tokens packed into one forward")
+    gradient_checkpointing: bool = False
+    optimizer: OptimizerConfig = OptimizerConfig()
+    start_timeout_s: float = Field(600, gt=0)
+    step_timeout_s: float = Field(3600, gt=0)

@@ -1,0 +1,74 @@
+"""AdamW that carries the EMA teacher in its own state.
+
+DeepSpeed hands an optimizer its fp32 master partition, whatever the ZeRO stage. Keeping the teacher beside Adam's
+moments makes its update local (no communication, 4 bytes per parameter divided by the ranks) and puts it into every
+checkpoint that holds the moments.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from learner.config import OptimizerConfig, TeacherConfig
+
+TEACHER = "teacher"  # key of the EMA in a parameter's optimizer state
+
+
+class AdamWWithTeacher(torch.optim.AdamW):
+    """torch's AdamW; after every step teacher <- alpha * parameter + (1 - alpha) * teacher, in the master's precision.
+
+    alpha None: no teacher is kept (live weights). alpha 0: it stays as it began, at no cost per step.
+    """
+
+    def __init__(self, params: Iterable[Any], config: OptimizerConfig, alpha: float | None) -> None:
+        # lr 0 until the schedule speaks: an optimizer step of DeepSpeed's own set-up must not move a weight.
+        super().__init__(params, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+        self.alpha = alpha
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.alpha is not None:
+            for p in params:
+                if TEACHER not in self.state[p]:
+                    self._begin(p)
+        result = super().step(closure)
+        if self.alpha:
+            for p in params:
+                self.state[p][TEACHER].lerp_(p, self.alpha)
+        return result
+
+    def _begin(self, p: torch.Tensor) -> None:
+        """State of a parameter before its first step. AdamW takes any state for its own, so it is given all of it."""
+        self.state[p].update(
+            step=torch.tensor(0.0),
+            exp_avg=torch.zeros_like(p),
+            exp_avg_sq=torch.zeros_like(p),
+            **{TEACHER: p.detach().clone()},
+        )
+
+    def rewind_steps(self) -> None:
+        """Forget steps taken while DeepSpeed set itself up (stage 3 takes one, on zero gradients)."""
+        for state in self.state.values():
+            state["step"].zero_()
+
+
+def teacher_alpha(teacher: TeacherConfig) -> float | None:
+    """The alpha of AdamWWithTeacher for a kind of teacher weights."""
+    return {"ema": teacher.alpha, "frozen": 0.0, "live": None}[teacher.weights]
+
+
+def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
+    """Learning rate of optimizer step `step` (1-based): linear warm-up, then constant or cosine to zero at the end.
+
+    A pure function of the step: there is no scheduler state to lose.
+    """
+    warmup = min(config.warmup_steps, max(0, total_steps - 1))
+    if step <= warmup:
+        return config.lr * step / warmup
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - warmup - 1) / max(1, total_steps - warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))

@@ -1,0 +1,81 @@
+"""Weights out of the learner: a versioned snapshot in shared memory, with digests and the probe's log-probs.
+
+The memory is anonymous (memfd) and reached through the publishing process, so it goes when that process goes: no file
+is left behind, whoever dies. One buffer a role, used again for the next version once the engines have let go of it.
+"""
+
+import mmap
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from torch.func import functional_call
+
+from actors.types import IntArray, Snapshot, TensorEntry
+from learner.model import Probe
+
+
+@dataclass
+class _Buffer:
+    fd: int
+    memory: mmap.mmap
+    nbytes: int
+    in_use: bool = False
+
+
+class Publisher:
+    """Packs snapshots, on the learner's first rank."""
+
+    def __init__(self, model: Path, dtype: torch.dtype, probe_ids: IntArray) -> None:
+        self._probe = Probe(model, dtype)
+        self._probe_ids = probe_ids
+        self._buffers: dict[str, _Buffer] = {}
+
+    def publish(self, role: str, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> Snapshot:
+        """Copy the weights into shared memory. Raises RuntimeError if the role's last snapshot was not released."""
+        buffer = self._buffers.get(role)
+        if buffer is not None and buffer.in_use:
+            raise RuntimeError(f"{role} weights v{version}: the snapshot before it was not released")
+        if buffer is None:
+            # The first pass learns the size; parameters never change theirs.
+            weights = list(weights)
+            buffer = self._buffers[role] = _allocate(role, sum(t.nbytes for _, t in weights))
+        payload = torch.frombuffer(buffer.memory, dtype=torch.uint8)
+        view = memoryview(buffer.memory)
+        entries, parameters, offset = [], {}, 0
+        for name, tensor in weights:
+            here = slice(offset, offset + tensor.nbytes)
+            payload[here].copy_(tensor.contiguous().view(-1).view(torch.uint8))
+            digest = xxhash.xxh3_128_hexdigest(view[here])
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            entries.append(TensorEntry(name, dtype, tuple(tensor.shape), offset, tensor.nbytes, digest))
+            parameters[f"model.{name}"] = payload[here].view(tensor.dtype).view(tensor.shape)
+            offset += tensor.nbytes
+        buffer.in_use = True
+        ids = torch.from_numpy(self._probe_ids.astype(np.int64))
+        with torch.no_grad():
+            # On these very bytes: what the engines must reproduce is what was sent, for student and teacher alike.
+            logprobs = functional_call(self._probe, parameters, (ids,))
+        return Snapshot(
+            role=role,
+            version=version,
+            path=f"/proc/{os.getpid()}/fd/{buffer.fd}",
+            nbytes=buffer.nbytes,
+            tensors=tuple(entries),
+            probe_ids=self._probe_ids,
+            probe_logprobs=logprobs.numpy(),
+        )
+
+    def release(self, role: str) -> None:
+        """Every engine has loaded and verified the role's snapshot: its memory may be used again."""
+        self._buffers[role].in_use = False
+
+
+def _allocate(role: str, nbytes: int) -> _Buffer:
+    fd = os.memfd_create(f"sdft-{role}")
+    os.ftruncate(fd, nbytes)
+    return _Buffer(fd, mmap.mmap(fd, nbytes), nbytes)

@@ -1,0 +1,93 @@
+"""The Ray actor around one learner rank. Sets the process up before torch is imported, then only passes calls on."""
+
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from actors.types import IntArray, ScoredRollout, Snapshot
+from learner.types import LearnerSettings, StepResult
+
+
+class LearnerWorker:
+    """One rank in one process of its own."""
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Address and free port of this process's machine, for the ranks to meet at."""
+        with socket.socket() as s:
+            s.bind(("", 0))
+            return _own_address(), s.getsockname()[1]
+
+    def start(self, settings: LearnerSettings, ranks: int, address: str, port: int, probe_ids: IntArray) -> int:
+        """Load the model. Every rank must be called at once: they wait for each other. Returns the process id."""
+        os.environ.update(_environment(settings, ranks, address, port))
+        import torch
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        from learner.engine import LearnerEngine
+        from learner.publisher import Publisher
+
+        self._engine = LearnerEngine(settings)
+        self._publisher = Publisher(Path(settings.model), self._engine.dtype, probe_ids) if settings.rank == 0 else None
+        return os.getpid()
+
+    def train_step(self, samples: Sequence[ScoredRollout]) -> StepResult:
+        return self._engine.train_step(samples)
+
+    def publish(self, role: str, version: int) -> Snapshot | None:
+        """The snapshot, on the first rank; the others give their parts of the weights."""
+        weights = self._engine.weights(role)
+        if self._publisher is not None:
+            return self._publisher.publish(role, version, weights)
+        for _ in weights:
+            pass
+        return None
+
+    def release(self, role: str) -> None:
+        if self._publisher is not None:
+            self._publisher.release(role)
+
+    def save(self, folder: str) -> None:
+        """The training state, and the student as a plain Hugging Face folder beside it."""
+        self._engine.save(Path(folder))
+        weights = {name: tensor.clone() for name, tensor in self._engine.weights("student")}
+        if self._publisher is not None:
+            from learner.export import write_student
+
+            write_student(Path(self._engine.settings.model), weights, Path(folder) / "student")
+
+    def load(self, folder: str) -> int:
+        """Returns the step that the state belongs to."""
+        self._engine.load(Path(folder))
+        return self._engine.step
+
+    def parameters(self, role: str) -> dict[str, Any]:
+        """All parameters as float32 numpy arrays, for comparisons on small models. Collective."""
+        import torch
+
+        return {name: tensor.numpy().copy() for name, tensor in self._engine.weights(role, torch.float32)}
+
+
+def _environment(settings: LearnerSettings, ranks: int, address: str, port: int) -> dict[str, str]:
+    environment = {
+        "RANK": str(settings.rank),
+        "LOCAL_RANK": str(settings.rank) if settings.device == "cpu" else "0",  # Ray shows each rank its own GPU only
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "HF_HUB_OFFLINE": "1",
+        "DS_ACCELERATOR": settings.device,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "0",
+        "KMP_BLOCKTIME": "0",
+    }
+    cores = len(os.sched_getaffinity(0))
+    environment["OMP_NUM_THREADS"] = str(settings.config.threads or max(1, cores // ranks))
+    return environment
+
+
+def _own_address() -> str:
+    import ray
+
+    return ray.util.get_node_ip_address()

@@ -1,0 +1,1 @@
+"""What a user starts: configuration, command line, training loop, evaluation, report."""

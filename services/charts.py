@@ -1,0 +1,198 @@
+"""The report's curves, as SVG text to stand inside an HTML page."""
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from html import escape
+from itertools import chain
+from statistics import fmean, median
+from typing import TYPE_CHECKING
+
+from services.metrics import STUDENT, TEACHER, EvalResult, StepMetrics, percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+PHASE_COLOURS = {"rollout": "#0072b2", "score": "#4a9fd4", "learn": "#009e73", "sync": "#e69f00", "wait": "#999999"}
+GREY, INK = "#6a737d", "#24292f"
+WIDE, HALF = (9.4, 2.9), (4.6, 2.3)  # inches; the page scales them
+MOST_BARS = 400  # more would not be seen, and would make the page megabytes
+LABEL_GAP = 0.075  # least distance of two labels, as a share of the axis
+
+
+def accuracy_chart(results: Sequence[EvalResult], roles: dict[str, str]) -> str:
+    """Accuracy of each set over steps with its 95 % interval; retention dashed, the teacher's accuracy dotted.
+
+    `roles`: every set's role; the order of the sets is that of their colours.
+    """
+    with _chart(WIDE, "Accuracy over steps, by evaluation set") as (figure, done):
+        axes = _axes(figure, "accuracy, %", max(r.step for r in results))
+        labels: list[tuple[float, str, str]] = []
+        for index, task in enumerate(roles):
+            colour = COLOURS[index % len(COLOURS)]
+            latest = {r.step: r for r in results if r.task == task and r.metric == STUDENT}
+            rows = [latest[step] for step in sorted(latest)]
+            if rows:
+                steps, values = [r.step for r in rows], [100 * r.value for r in rows]
+                lows, highs = zip(*(r.interval for r in rows), strict=True)
+                axes.fill_between(
+                    steps, [100 * v for v in lows], [100 * v for v in highs], color=colour, alpha=0.13, linewidth=0
+                )
+                axes.vlines(steps, [100 * v for v in lows], [100 * v for v in highs], color=colour, alpha=0.35)
+                style = "--" if roles[task] == "retention" else "-"
+                axes.plot(steps, values, style, color=colour, marker="o", markersize=4)
+                labels.append((values[-1], f"{task} {percent(rows[-1].value)}", colour))
+            for teacher in (r for r in results if r.task == task and r.metric == TEACHER):
+                axes.axhline(100 * teacher.value, linestyle=":", linewidth=1.2, color=colour)
+        axes.set_ylim(-3, 103)
+        _label_ends(axes, labels)
+        return done()
+
+
+def loss_chart(steps: Sequence[StepMetrics]) -> str:
+    """Loss and divergence over steps, in nats a token."""
+    name = steps[-1].divergence_name
+    with _chart(WIDE, f"Loss and {name} over steps") as (figure, done):
+        axes = _axes(figure, "nats a token", steps[-1].step)
+        _lines(axes, steps, [("loss", lambda m: m.loss, COLOURS[0]), (name, lambda m: m.divergence, COLOURS[1])])
+        return done()
+
+
+def time_chart(steps: Sequence[StepMetrics]) -> str:
+    """Seconds of each phase, stacked (of a long run the mean of a few steps at a time); labels: the overall median."""
+    together = math.ceil(len(steps) / MOST_BARS)
+    groups = [steps[i : i + together] for i in range(0, len(steps), together)]
+    with _chart(WIDE, "Time of each step by phase") as (figure, done):
+        axes = _axes(figure, "seconds a step", steps[-1].step)
+        edges = [group[0].step - 0.5 for group in groups] + [steps[-1].step + 0.5]
+        below = [0.0] * len(groups)
+        labels: list[tuple[float, str, str]] = []
+        for phase, colour in PHASE_COLOURS.items():
+            times = [[getattr(m, f"time_{phase}_s") for m in group] for group in groups]
+            tops = [bottom + fmean(group) for bottom, group in zip(below, times, strict=True)]
+            axes.stairs(tops, edges, baseline=below, fill=True, color=colour, linewidth=0)
+            labels.append(((below[-1] + tops[-1]) / 2, f"{phase} {median(chain(*times)):.1f} s", colour))
+            below = tops
+        _label_ends(axes, labels)
+        return done()
+
+
+def gradient_chart(steps: Sequence[StepMetrics]) -> str:
+    return _half(steps, "gradient norm", lambda m: m.grad_norm, COLOURS[2])
+
+
+def lr_chart(steps: Sequence[StepMetrics]) -> str:
+    return _half(steps, "learning rate", lambda m: m.lr, GREY)
+
+
+def mismatch_chart(steps: Sequence[StepMetrics]) -> str:
+    return _half(steps, "KL of sampler and learner", lambda m: m.mismatch_kl, COLOURS[3])
+
+
+def tail_chart(steps: Sequence[StepMetrics]) -> str:
+    return _half(steps, "teacher probability outside top-K", lambda m: m.tail_mass, COLOURS[4])
+
+
+def _half(steps: Sequence[StepMetrics], title: str, value: Callable[[StepMetrics], float], colour: str) -> str:
+    with _chart(HALF, f"{title} over steps") as (figure, done):
+        axes = _axes(figure, "", steps[-1].step)
+        axes.yaxis.set_major_formatter(lambda number, _: f"{number:g}")
+        _lines(axes, steps, [("", value, colour)])
+        return done()
+
+
+def _lines(
+    axes: "Axes", steps: Sequence[StepMetrics], series: Sequence[tuple[str, Callable[[StepMetrics], float], str]]
+) -> None:
+    labels = []
+    highest = 0.0
+    marker = "o" if len(steps) == 1 else ""  # a line of one point would not be seen
+    for name, value, colour in series:
+        values = [value(m) for m in steps]
+        axes.plot([m.step for m in steps], values, color=colour, marker=marker, markersize=4)
+        highest = max([highest, *(v for v in values if math.isfinite(v))])
+        if name and math.isfinite(values[-1]):
+            labels.append((values[-1], f"{name} {values[-1]:.3f}", colour))
+    axes.set_ylim(0, 1.08 * highest or 1.0)
+    _label_ends(axes, labels)
+
+
+def _label_ends(axes: "Axes", labels: list[tuple[float, str, str]]) -> None:
+    """Name each line where it ends: (height, text, colour). Labels too close are moved apart, in their order."""
+    low, high = axes.get_ylim()
+    gap = LABEL_GAP * (high - low)
+    placed = [height for height, _, _ in sorted(labels)]
+    for i in range(1, len(placed)):
+        placed[i] = max(placed[i], placed[i - 1] + gap)
+    if placed and placed[-1] > high:
+        placed[-1] = high
+        for i in range(len(placed) - 2, -1, -1):
+            placed[i] = min(placed[i], placed[i + 1] - gap)
+    for height, (_, text, colour) in zip(placed, sorted(labels), strict=True):
+        axes.annotate(
+            text, (1.01, height), xycoords=("axes fraction", "data"), color=colour, va="center", annotation_clip=False
+        )
+
+
+def _axes(figure: "Figure", title: str, last_step: int) -> "Axes":
+    from matplotlib.ticker import MaxNLocator
+
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left")
+    axes.set_xlabel("step")
+    axes.set_xlim(-0.02 * max(last_step, 1) - 0.02, 1.02 * max(last_step, 1) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return axes
+
+
+@contextmanager
+def _chart(size: tuple[float, float], description: str) -> "Iterator[tuple[Figure, Callable[[], str]]]":
+    """A figure in the report's style, and what turns it into SVG. Needs no display and leaves no global state."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {
+        "svg.fonttype": "none",  # text stays text: small, and it can be searched
+        "svg.hashsalt": description,  # the same run gives the same file; two charts of a page share no id
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "text.color": INK,
+        "text.parse_math": False,
+        "axes.labelcolor": GREY,
+        "axes.edgecolor": "#c9ced6",
+        "axes.titlesize": 10,
+        "axes.titlecolor": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": "#eceff3",
+        "xtick.color": GREY,
+        "ytick.color": GREY,
+        "lines.linewidth": 1.8,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=size, layout="constrained")
+
+        def done() -> str:
+            text = io.StringIO()
+            figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+            return _inline(text.getvalue(), description)
+
+        yield figure, done
+
+
+def _inline(svg: str, description: str) -> str:
+    """An SVG file as an element of a page: no prolog, no size, only the ids that are referred to, and a spoken name."""
+    svg = svg[svg.index("<svg ") + len("<svg ") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(?:width|height)="[\d.]+pt" ', "", svg, count=2)
+    used = set(re.findall(r"#([\w-]+)", svg))
+    svg = re.sub(r' id="([\w.-]+)"', lambda m: m[0] if m[1] in used else "", svg)
+    return f'<svg role="img" aria-label="{escape(description)}" {svg.strip()}'

@@ -1,0 +1,140 @@
+"""The whole configuration of a run. Imports neither torch, ray nor vllm."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from actors.config import ActorsConfig, Dtype, SamplingConfig
+from learner.config import LearnerConfig, LossConfig, TeacherConfig
+
+GRADERS = ("exact", "contains", "choice", "tool_call")
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """Demonstrations, and how the two contexts are made from them."""
+
+    train: str = Field(description="A .jsonl or .parquet file (relative to the config file), or a hub data set's name")
+    split: str = Field("train", description="Split of a hub data set")
+    template: str = Field("paper", description="Teacher context: paper, turn, or the path of a Jinja template")
+    system: str | None = Field(None, description="System message put before prompts that bring none")
+    max_prompt_tokens: int = Field(1024, ge=1)
+    max_teacher_prompt_tokens: int = Field(2048, ge=1)
+
+
+class TrainingConfig(Section):
+    """How much is trained: `epochs` over the demonstrations, or a number of `steps`."""
+
+    batch_size: int = Field(32, ge=1, description="Prompts per optimizer step")
+    epochs: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1)
+    max_staleness: Literal[0] = Field(0, description="0: the strict, synchronous algorithm")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainingConfig":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        return self
+
+
+class WeightsConfig(Section):
+    """How often the engines get new weights, and how closely they must agree with the learner's."""
+
+    sync_every: int = Field(1, ge=1, description="Optimizer steps between two updates of the student engines")
+    teacher_sync_every: int = Field(1, ge=1, description="The same for the teacher engines; the EMA moves every step")
+    max_probe_gap: float | None = Field(
+        None, gt=0, description="Largest |log-prob| gap; null: 0.002 float32, 0.35 bf16"
+    )
+    timeout_s: float = Field(300, gt=0)
+
+
+class EvaluationSet(Section):
+    """One file of questions with answers."""
+
+    name: str = Field(pattern=r"^[a-z0-9_-]+$")
+    file: str
+    grader: Literal["exact", "contains", "choice", "tool_call"]
+    role: Literal["task", "retention"] = "task"
+    max_new_tokens: int = Field(64, ge=1)
+
+
+class EvaluationConfig(Section):
+    """Greedy evaluation before, during and after the run, on the student engines."""
+
+    every: int | None = Field(None, ge=1, description="Steps between evaluations; null: before and after only")
+    sets: tuple[EvaluationSet, ...] = ()
+    timeout_s: float = Field(1800, gt=0)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "EvaluationConfig":
+        names = [s.name for s in self.sets]
+        if len(set(names)) != len(names):
+            raise ValueError("two evaluation sets have the same name")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When to save, and how many saves to keep. The last step is always saved."""
+
+    every: int = Field(50, ge=1)
+    keep: int = Field(2, ge=1)
+
+
+class MonitoringConfig(Section):
+    """Where metrics go beside metrics.jsonl."""
+
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    mlflow_experiment: str | None = None
+
+
+class RayConfig(Section):
+    """Which cluster: a running one (`address`, or RAY_ADDRESS in the environment), else one of our own on this machine."""
+
+    address: str | None = None
+    wait_s: float = Field(300, gt=0, description="How long to wait for the cluster's resources")
+
+
+class RunConfig(Section):
+    """A run, whole."""
+
+    model: str = Field(description="A built-in name (smollm2-135m), a local folder or a hub id")
+    dtype: Dtype = "bfloat16"
+    device: Literal["cpu", "cuda"] = "cpu"
+    seed: int = Field(0, ge=0, lt=2**31)
+    run_dir: str | None = Field(None, description="null: runs/<name of the config file>")
+    data: DataConfig
+    sampling: SamplingConfig = SamplingConfig()
+    training: TrainingConfig
+    teacher: TeacherConfig = TeacherConfig()
+    loss: LossConfig = LossConfig()
+    learner: LearnerConfig = LearnerConfig()
+    actors: ActorsConfig = ActorsConfig()
+    weights: WeightsConfig = WeightsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        if self.data.max_teacher_prompt_tokens < self.data.max_prompt_tokens:
+            raise ValueError(
+                "data.max_teacher_prompt_tokens must be at least data.max_prompt_tokens: the teacher's prompt contains "
+                "the student's"
+            )
+        if self.device == "cpu" and self.learner.ranks > self.training.batch_size:
+            raise ValueError("learner.ranks must not exceed training.batch_size: some ranks would never have work")
+        return self
+
+
+def resolve_path(base: Path, value: str) -> Path:
+    """A path of the configuration, relative to the folder of the config file."""
+    path = Path(value).expanduser()
+    return path if path.is_absolute() else (base / path)

@@ -1,0 +1,239 @@
+"""From a YAML file and `--set` overrides to a RunConfig; every mistake is one sentence that says how to mend it."""
+
+import difflib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from services.config import RunConfig, resolve_path
+from services.errors import UserError
+from services.files import existing_file, is_data_file, is_hub_name, read_text
+from services.prompts import BUILT_IN_TEMPLATES
+from services.strict_yaml import YamlError, dump_yaml, parse_yaml
+
+Loc = tuple[str | int, ...]
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "model_type": "a mapping of settings",
+}
+_LIMITS = {
+    "greater_than": ("gt", "more than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+class Problem(NamedTuple):
+    """One mistake: where, and the rest of the sentence after `source: dotted.key`."""
+
+    loc: Loc
+    what: str
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in the YAML file `path`, with overrides like "training.batch_size=8" applied; raises UserError."""
+    try:
+        data = parse_yaml(read_text(path))
+    except YamlError as e:
+        raise UserError(f"{path}:{e.line}: {e}") from None
+    if data is None:
+        raise UserError(f"{path}: the file is empty; give at least model, data.train and training.epochs or training.steps")
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: the file must be a mapping of settings (key: value), not {_given(data)}")
+    overridden = {_apply(data, override): override for override in overrides}
+    problems: list[Problem] = []
+    config = None
+    try:
+        # Strict, through JSON: no true for 1 and no "8" for 8, but lists for tuples and whole numbers for floats.
+        config = RunConfig.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as e:
+        problems = _explain(e)
+    problems += [p for p in _loose_values(data, ()) if p.loc not in {q.loc for q in problems}]
+    if config is not None and not problems:
+        return config
+    raise UserError(_report(path, overridden, problems))
+
+
+def _report(path: Path, overridden: dict[Loc, str], problems: list[Problem]) -> str:
+    """The sentence for the first problem, with the file or the override it comes from."""
+    loc, what = problems[0]
+    by_override = [text for o, text in overridden.items() if loc and (o[: len(loc)] == loc or loc[: len(o)] == o)]
+    source = f"--set {by_override[0]}" if by_override else str(path)
+    key = f"{_dotted(loc)}{'' if what.startswith(':') else ' '}"
+    unset = "; --set KEY=null unsets what the file gives" if by_override and what.startswith(":") else ""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{source}: {key.lstrip()}{what}{unset}{more}"
+
+
+def resolved_yaml(config: RunConfig) -> str:
+    """Every setting of `config`, defaults included, as YAML that loads to an equal configuration."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def check_files(config: RunConfig, base: Path) -> None:
+    """Raise UserError unless the files that `config` names, relative to the folder `base`, are there."""
+    train = config.data.train
+    path = resolve_path(base, train)
+    if is_data_file(train) or path.exists() or not is_hub_name(train):
+        existing_file("data.train", train, base)
+        if not is_data_file(train):
+            raise UserError(f"data.train: {path} must be a .jsonl or .parquet file")
+    if config.data.template not in BUILT_IN_TEMPLATES:
+        existing_file("data.template", config.data.template, base)
+    for i, one in enumerate(config.evaluation.sets):
+        existing_file(f"evaluation.sets[{i}].file", one.file, base)
+
+
+def _apply(data: dict[str, Any], override: str) -> Loc:
+    """Set one "a.b=v" in `data`; returns its key."""
+    key, equals, text = override.partition("=")
+    loc = tuple(part.strip() for part in key.split("."))
+    if not equals:
+        raise UserError(f"--set {override}: there is no =; write it as --set {override}=VALUE")
+    if not all(loc):
+        raise UserError(f"--set {override}: the key before = is not complete; write it as --set section.key=VALUE")
+    try:
+        value = parse_yaml(text)
+    except YamlError as e:
+        raise UserError(f"--set {override}: the value is not valid YAML: {e}; put text in quotes") from None
+    section = data
+    for i, part in enumerate(loc[:-1]):
+        if section.get(part) is None:
+            section[part] = {}
+        section = section[part]
+        if not isinstance(section, dict):
+            raise UserError(f"--set {override}: {_dotted(loc[: i + 1])} is no mapping; set it as a whole")
+    section[loc[-1]] = value
+    return loc
+
+
+def _explain(error: ValidationError) -> list[Problem]:
+    """Unknown keys first, because a mistyped key is often the cause of a missing one, which is then left out."""
+    errors = error.errors(include_url=False)
+    problems, meant = [], set()
+    for e in errors:
+        if e["type"] == "extra_forbidden":
+            parent, key = e["loc"][:-1], str(e["loc"][-1])
+            what, suggestion = _unknown(parent, key)
+            problems.append(Problem(e["loc"], what))
+            meant.add(suggestion)
+    for e in errors:
+        if e["type"] != "extra_forbidden" and not (e["type"] == "missing" and e["loc"] in meant):
+            problems.append(Problem(e["loc"], _sentence(e["type"], e["loc"], e["input"], e.get("ctx", {}), e["msg"])))
+    return problems
+
+
+def _unknown(parent: Loc, key: str) -> tuple[str, Loc | None]:
+    """What to say of an unknown key, and the place of the setting that was probably meant."""
+    names = list(_fields(parent))
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    elsewhere = [loc for loc in _all_settings(RunConfig, ()) if loc[-1] == key]
+    if near:
+        loc = (*parent, near[0])
+        return f"is not a setting; did you mean {_dotted(loc)}?", loc
+    if elsewhere:
+        return f"is not a setting; did you mean {' or '.join(map(_dotted, elsewhere))}?", None
+    return f"is not a setting; {_dotted(parent) or 'the file'} has {', '.join(names)}", None
+
+
+def _sentence(kind: str, loc: Loc, given: Any, ctx: dict[str, Any], message: str) -> str:
+    if kind == "missing":
+        if isinstance(loc[-1], int):
+            return "is missing from the list"
+        description = _fields(loc[:-1])[str(loc[-1])].description
+        return "is required but missing" + (f"; it is: {description[0].lower()}{description[1:]}" if description else "")
+    if kind == "value_error":
+        return f": {ctx['error']}" if loc else str(ctx["error"])
+    if kind in _EXPECTED:
+        mend = "; put it in quotes" if kind == "string_type" and isinstance(given, int | float) else ""
+        if kind == "model_type" and given is None:
+            mend = "; give its settings or remove the key"
+        return f"must be {_EXPECTED[kind]}, not {_given(given)}{mend}"
+    if kind in _LIMITS:
+        name, words = _LIMITS[kind]
+        return f"must be {words} {ctx[name]:g}, not {_given(given)}"
+    if kind == "literal_error":
+        options = [str(o) for o in get_args(_field(loc).annotation)]
+        near = difflib.get_close_matches(str(given), options, n=1) if isinstance(given, str) else []
+        mend = f"; did you mean {near[0]}?" if near else ""
+        return f"must be {' or '.join(options)}, not {_given(given)}{mend}"
+    if kind == "string_pattern_mismatch":
+        return f"must match {ctx['pattern']}, which {_given(given)} does not"
+    if kind == "too_long":
+        return f"must have {ctx['max_length']} items, not {ctx['actual_length']}"
+    return f"is not right: {message[0].lower()}{message[1:]} (given: {_given(given)})"
+
+
+def _loose_values(value: Any, loc: Loc) -> Iterator[Problem]:
+    """What strict validation lets pass: true for a 1 among fixed choices, and numbers that are not finite."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _loose_values(inner, (*loc, key))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from _loose_values(inner, (*loc, i))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield Problem(loc, f"must be a finite number, not {value}")
+    elif isinstance(value, bool) and isinstance(loc[-1], str) and loc[-1] in _fields(loc[:-1]):
+        options = get_args(_field(loc).annotation)
+        if options and all(type(o) is int for o in options):
+            yield Problem(loc, f"must be {' or '.join(map(str, options))}, not {_given(value)}")
+
+
+def _fields(section: Loc) -> dict[str, FieldInfo]:
+    """The settings of the section at `section`; empty if there is no such section."""
+    model: type[BaseModel] = RunConfig
+    for part in section:
+        if isinstance(part, int):
+            continue  # an item of a list of sections has the list's model
+        if part not in model.model_fields:
+            return {}
+        annotation = model.model_fields[part].annotation
+        inner = next((t for t in (annotation, *get_args(annotation)) if _is_model(t)), None)
+        if inner is None:
+            return {}
+        model = inner
+    return model.model_fields
+
+
+def _field(loc: Loc) -> FieldInfo:
+    return _fields(loc[:-1])[str(loc[-1])]
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _all_settings(model: type[BaseModel], loc: Loc) -> Iterator[Loc]:
+    for name, field in model.model_fields.items():
+        yield (*loc, name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _all_settings(field.annotation, (*loc, name))
+
+
+def _dotted(loc: Loc) -> str:
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
+
+
+def _given(value: Any) -> str:
+    """A value as it was given, short."""
+    if value is None:
+        return "empty"
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, str):
+        return f'the text "{value[:60]}"'
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,210 @@
+"""What a run writes down: a JSON line for each step, result and sample answer, on disk before the run goes on."""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from services.config import MonitoringConfig
+from services.errors import UserError
+from services.sinks import check_sinks, open_sinks
+
+DIVERGENCE_NAMES = {"forward": "forward KL", "reverse": "reverse KL", "jsd": "JSD", "sampled": "sampled-token KL"}
+STUDENT, TEACHER = "accuracy", "teacher_accuracy"  # metrics of eval.jsonl; the teacher is shown the demonstration
+Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step. Times in seconds, divergences in nats a token; trained, dropped: samples since the start."""
+
+    step: int
+    stage: int
+    loss: float
+    divergence: float
+    direction: str  # which divergence: forward, reverse, jsd or sampled
+    grad_norm: float
+    lr: float
+    samples: int
+    prompt_tokens: int
+    completion_tokens: int
+    student_version: int
+    teacher_version: int
+    staleness_mean: float
+    staleness_max: int
+    mismatch_kl: float
+    tail_mass: float
+    time_rollout_s: float
+    time_score_s: float
+    time_learn_s: float
+    time_sync_s: float
+    time_wait_s: float
+    time_step_s: float
+    tokens_per_s: float
+    trained: int
+    dropped: int
+    in_flight: int
+
+    @property
+    def divergence_name(self) -> str:
+        return DIVERGENCE_NAMES.get(self.direction, self.direction)
+
+
+DETERMINISTIC_FIELDS = tuple(
+    f.name for f in fields(StepMetrics) if not f.name.startswith("time_") and f.name != "tokens_per_s"
+)
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One evaluation set at one step: `value` is a share (0 to 1) of `n` questions."""
+
+    step: int
+    stage: int
+    task: str  # the evaluation set's name
+    metric: str  # STUDENT or TEACHER
+    value: float
+    n: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % Wilson score interval of the share (Wilson 1927). Nothing asked: all of 0 to 1."""
+        if self.n < 1 or math.isnan(self.value):
+            return 0.0, 1.0
+        z2 = Z_95**2 / self.n
+        centre = (self.value + z2 / 2) / (1 + z2)
+        half = Z_95 / (1 + z2) * math.sqrt(self.value * (1 - self.value) / self.n + z2 / (4 * self.n))
+        return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer to one evaluation question, to be read by people."""
+
+    step: int
+    task: str
+    id: str
+    prompt: str
+    answer: Any  # the gold answer, as JSON holds it
+    text: str  # what the model wrote
+    correct: bool
+
+
+Row = TypeVar("Row", StepMetrics, EvalResult, Sample)
+
+
+def percent(value: float) -> str:
+    """A share as people read it: 0.8125 is 81.3 %, a half rounded up."""
+    if math.isnan(value):
+        return "–"
+    return "100 %" if value == 1 else f"{permille(value) / 10:.1f} %"
+
+
+def permille(value: float) -> int:
+    """A share in whole thousandths, a half rounded up, so that a difference agrees with the shares shown beside it."""
+    return math.floor(1000 * value + 0.5)
+
+
+class RunLog:
+    """metrics.jsonl, eval.jsonl and samples.jsonl of a run directory, and the sinks beside them."""
+
+    def __init__(self, run_dir: Path, monitoring: MonitoringConfig) -> None:
+        check_sinks(monitoring)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        written = [row["step"] for name in ("metrics.jsonl", "eval.jsonl") for row in read_jsonl(run_dir / name)]
+        self._files = {cls: (run_dir / name).open("ab") for cls, name in FILES.items()}
+        self._sinks = open_sinks(run_dir, monitoring, first_step=max(written, default=-1) + 1)
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._append(metrics)
+        named = {}
+        for name, value in asdict(metrics).items():
+            if name not in ("step", "direction"):
+                named[f"time/{name[5:]}" if name.startswith("time_") else f"train/{name}"] = value
+        for sink in self._sinks:
+            sink.log(metrics.step, named)
+
+    def evaluation(self, result: EvalResult) -> None:
+        self._append(result)
+        for sink in self._sinks:
+            sink.log(result.step, {f"eval/{result.task}/{result.metric}": result.value})
+
+    def sample(self, sample: Sample) -> None:
+        self._append(sample)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def _append(self, row: StepMetrics | EvalResult | Sample) -> None:
+        # JSON has no NaN: a number that is not finite is null in the file, and NaN again when read.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(row).items()}
+        file = self._files[type(row)]
+        file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+    @staticmethod
+    def rewind(run_dir: Path, step: int | None) -> None:
+        """Forget what came after `step`, the checkpoint resumed from (None or -1: everything), in each file at once."""
+        last = -1 if step is None else step
+        for name in FILES.values():
+            path = run_dir / name
+            if path.exists():
+                kept = [row for row in read_jsonl(path) if row["step"] <= last]
+                write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+
+FILES: dict[type, str] = {StepMetrics: "metrics.jsonl", EvalResult: "eval.jsonl", Sample: "samples.jsonl"}
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`: a reader, or a run that is killed, sees the old file or the new one."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file, [] if there is none. A last line without its end (a run killed while writing) is left
+    out when it cannot be read; any other bad line is a UserError."""
+    if not path.exists():
+        return []
+    rows = []
+    *lines, unfinished = path.read_bytes().split(b"\n")
+    for number, line in enumerate([*lines, unfinished], 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            if number > len(lines):
+                break
+            raise UserError(f"{path}, line {number}: not JSON ({error}); restore or remove the line") from error
+        if row is None:
+            continue
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            if number > len(lines):
+                break
+            raise UserError(f'{path}, line {number}: not an object with a "step"; restore or remove the line')
+        rows.append(row)
+    return rows
+
+
+def read_rows(run_dir: Path, cls: type[Row]) -> list[Row]:
+    """The lines of one kind in a run directory. A number that was not finite comes back as NaN."""
+    path = run_dir / FILES[cls]
+    names = [f.name for f in fields(cls)]
+    rows = []
+    for row in read_jsonl(path):
+        missing = [name for name in names if name not in row]
+        if missing:
+            raise UserError(f"{path}: a line of step {row['step']} has no {missing[0]!r}; another version wrote it")
+        values: dict[str, Any] = {k: math.nan if row[k] is None and k != "answer" else row[k] for k in names}
+        rows.append(cls(**values))
+    return rows

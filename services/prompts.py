@@ -1,0 +1,142 @@
+"""The two contexts of a demonstration as token ids: the student sees the prompt, the teacher the demonstration too."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from services.demonstrations import Demonstration, Message, Question
+from services.errors import UserError
+from services.files import existing_file
+from services.user_template import UserTemplate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BUILT_IN_TEMPLATES = ("paper", "turn")
+MAX_REPORTED = 20
+
+Item = Demonstration | Question
+
+# The wording of the SDFT paper (arXiv 2601.19897); the context, which the paper has no words for, stands before it.
+_CONTEXT = "This is background for the question:\n{context}\n\n"
+_PAPER = (
+    "{question}\n\n{context}This is an example for a response to the question:\n{demonstration}\n\n"
+    "Now answer with a response of your own, including the thinking process."
+)
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """Token ids of one item's contexts, both ending where the assistant's reply begins."""
+
+    student_ids: list[int]
+    teacher_ids: list[int] | None  # None: the item has no demonstration, so nothing for a teacher
+
+
+class PromptBuilder:
+    """Turns items into prompts with a tokenizer's chat template and a teacher template.
+
+    `template` is "paper" (the last user message holds the example), "turn" (the demonstration is an earlier assistant
+    turn), or the path of a Jinja template, relative to the folder `base`, whose output is the teacher's last user
+    message. `system` is put before items that bring no system message.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str, base: Path, system: str | None) -> None:
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"model: the tokenizer in {tokenizer.name_or_path} has no chat template; use an instruct model, or put "
+                "its chat_template.jinja into the folder"
+            )
+        self._tokenizer = tokenizer
+        self._template = template
+        self._system = system
+        self._user_template = (
+            None if template in BUILT_IN_TEMPLATES else UserTemplate(existing_file("data.template", template, base))
+        )
+
+    def student(self, item: Item) -> list[int]:
+        """Token ids of the prompt alone."""
+        return self._encode(self._with_system(item), item)
+
+    def teacher(self, item: Item) -> list[int]:
+        """Token ids of the prompt with the demonstration, which the item must have."""
+        if item.demonstration is None:
+            raise ValueError(f"{item.where} has no demonstration for a teacher's prompt")
+        messages = self._with_system(item)
+        earlier, question = messages[:-1], messages[-1]["content"]
+        if self._template == "turn":
+            first = question if item.context is None else f"{_CONTEXT.format(context=item.context)}{question}"
+            turns = [_user(first), Message(role="assistant", content=item.demonstration), _user(question)]
+        elif self._user_template is None:
+            turns = [_user(_paper(question, item.demonstration, item.context))]
+        else:
+            text = self._user_template.render(
+                item.where, prompt=question, demonstration=item.demonstration, context=item.context, messages=messages
+            )
+            turns = [_user(text)]
+        return self._encode([*earlier, *turns], item)
+
+    def _with_system(self, item: Item) -> list[Message]:
+        messages = list(item.messages)
+        if self._system is not None and all(m["role"] != "system" for m in messages):
+            messages.insert(0, Message(role="system", content=self._system))
+        return messages
+
+    def _encode(self, messages: list[Message], item: Item) -> list[int]:
+        from jinja2 import TemplateError
+
+        try:
+            # return_dict=False: the default is a BatchEncoding, whose length is its number of keys.
+            ids: Any = self._tokenizer.apply_chat_template(
+                messages, tokenize=True, add_generation_prompt=True, return_dict=False
+            )
+        except TemplateError as e:
+            raise UserError(f"{item.where}: the model's chat template refuses these messages: {e}") from None
+        return [int(i) for i in ids]
+
+
+def build_prompts(
+    builder: PromptBuilder, items: Sequence[Item], max_prompt_tokens: int, max_teacher_prompt_tokens: int
+) -> list[PromptPair]:
+    """The prompts of all items in order; nothing is cut: a UserError lists the items whose prompts are too long."""
+    pairs: list[PromptPair] = []
+    too_long: list[str] = []
+    needed: dict[str, int] = {}
+    for item in items:
+        teacher_ids = None if item.demonstration is None else builder.teacher(item)
+        pairs.append(PromptPair(builder.student(item), teacher_ids))
+        for who, ids, key, limit in (
+            ("prompt", pairs[-1].student_ids, "data.max_prompt_tokens", max_prompt_tokens),
+            ("teacher's prompt", teacher_ids or [], "data.max_teacher_prompt_tokens", max_teacher_prompt_tokens),
+        ):
+            if len(ids) > limit:
+                too_long.append(f"{item.where}: the {who} has {len(ids)} tokens, {key} is {limit}")
+                needed[key] = max(len(ids), needed.get(key, 0))
+    if too_long:
+        if len(too_long) > MAX_REPORTED:
+            too_long[MAX_REPORTED:] = [f"… and {len(too_long) - MAX_REPORTED} more"]
+        mend = " and ".join(f"raise {key} to at least {tokens}" for key, tokens in needed.items())
+        raise UserError("\n".join([*too_long, f"{mend}, or shorten these rows"]))
+    return pairs
+
+
+def load_tokenizer(model_path: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer in a local model folder; nothing is downloaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(model_path), local_files_only=True)
+    except (OSError, ValueError) as e:
+        reason = str(e).strip().split("\n", 1)[0]
+        raise UserError(f"model: the tokenizer in {model_path} cannot be loaded: {reason}") from None
+    return tokenizer
+
+
+def _user(content: str) -> Message:
+    return Message(role="user", content=content)
+
+
+def _paper(question: str, demonstration: str, context: str | None) -> str:
+    heading = "" if context is None else _CONTEXT.format(context=context)
+    return _PAPER.format(question=question, context=heading, demonstration=demonstration)

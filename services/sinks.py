@@ -1,0 +1,98 @@
+"""Where metrics go beside the run's own files: TensorBoard, Weights & Biases, MLflow."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+import yaml
+
+from services.config import MonitoringConfig
+from services.errors import UserError
+
+
+class Sink(Protocol):
+    """One place that shows curves. Metric names are paths: train/loss, time/rollout_s, eval/<set>/<metric>."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in run_dir/tensorboard. `first_step`: curves of a killed run are cut off from there on."""
+
+    def __init__(self, run_dir: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """One W&B run a process; a resumed run is another of the same group, so the curves lie over each other."""
+
+    def __init__(self, run_dir: Path, project: str) -> None:
+        import wandb
+
+        path = run_dir / "config.yaml"
+        config = yaml.safe_load(path.read_text()) if path.exists() else {}
+        self._run = wandb.init(project=project, dir=str(run_dir), config=config, group=run_dir.resolve().name)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflow:
+    """One MLflow run a process, named after the run directory, on the server MLFLOW_TRACKING_URI names."""
+
+    def __init__(self, run_dir: Path, experiment: str) -> None:
+        import mlflow
+
+        self._mlflow = mlflow
+        mlflow.set_experiment(experiment)
+        mlflow.start_run(run_name=run_dir.resolve().name)
+        if (run_dir / "config.yaml").exists():
+            mlflow.log_artifact(str(run_dir / "config.yaml"))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        # Not synchronous: a training step does not wait for a server, nor end because it is away.
+        self._mlflow.log_metrics(metrics, step=step, synchronous=False)
+
+    def close(self) -> None:
+        self._mlflow.flush_async_logging()
+        self._mlflow.end_run()
+
+
+def check_sinks(monitoring: MonitoringConfig) -> None:
+    """UserError if a sink the configuration asks for is not installed. To be called before anything starts."""
+    asked = {
+        "tensorboard": ("monitoring.tensorboard", monitoring.tensorboard),
+        "wandb": ("monitoring.wandb_project", monitoring.wandb_project),
+        "mlflow": ("monitoring.mlflow_experiment", monitoring.mlflow_experiment),
+    }
+    for package, (key, value) in asked.items():
+        # A mere folder of this name (W&B leaves a wandb/ behind) is found too, but has no origin.
+        if value and ((spec := find_spec(package)) is None or spec.origin is None):
+            raise UserError(f"{key} is set, but {package} is not installed: pip install {package}, or remove the key")
+
+
+def open_sinks(run_dir: Path, monitoring: MonitoringConfig, first_step: int) -> list[Sink]:
+    """The sinks the configuration asks for. `first_step`: the step the run goes on with, 0 for a new run."""
+    sinks: list[Sink] = []
+    if monitoring.tensorboard:
+        sinks.append(TensorBoard(run_dir, first_step))
+    if monitoring.wandb_project:
+        sinks.append(WeightsAndBiases(run_dir, monitoring.wandb_project))
+    if monitoring.mlflow_experiment:
+        sinks.append(MLflow(run_dir, monitoring.mlflow_experiment))
+    return sinks

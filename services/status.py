@@ -1,0 +1,193 @@
+"""What a run directory says about its run (state, evaluation, samples, checkpoints), and `sdft status`'s text of it."""
+
+import json
+import os
+import socket
+import sqlite3
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from services.errors import UserError
+from services.metrics import STUDENT, TEACHER, EvalResult, StepMetrics, percent, read_rows
+
+SAMPLE_STATES = ("issued", "sampled", "scored", "trained", "dropped")  # the ledger's, in the order of their life
+RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "ledger.sqlite")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """`text` says it to people. `total_steps` and `error` are None where the run has not written them."""
+
+    kind: Literal["new", "running", "finished", "failed", "stopped"]
+    text: str
+    total_steps: int | None
+    error: str | None
+
+
+@dataclass(frozen=True)
+class SetProgress:
+    """One evaluation set: the first result, the latest (None while there is no second one) and the teacher's."""
+
+    name: str
+    role: str  # task, retention, or "" if the configuration does not name the set
+    before: EvalResult | None
+    after: EvalResult | None
+    teacher: EvalResult | None
+
+    @property
+    def change(self) -> str:
+        """From before to after, as people read it."""
+        if self.before is None:
+            return "not evaluated yet"
+        if self.after is None:
+            return f"{percent(self.before.value)} (n {self.before.n})"
+        return f"{percent(self.before.value)} → {percent(self.after.value)} (n {self.after.n})"
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """UserError unless a run has begun in this folder."""
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: there is no such folder; give the run directory that `sdft train` printed")
+    if not any((run_dir / name).exists() for name in RUN_FILES):
+        raise UserError(f"{run_dir}: no run in this folder (it has none of {', '.join(RUN_FILES)})")
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The resolved configuration, {} before it is written. Not validated: a run of another version stays readable."""
+    path = run_dir / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text()) if path.exists() else {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({error}); restore the file the run wrote") from error
+    return config if isinstance(config, dict) else {}
+
+
+def read_state(run_dir: Path) -> RunState:
+    """The state in run.json; a run that says it is running though its process is gone was stopped."""
+    path = run_dir / "run.json"
+    if not path.exists():
+        return RunState("new", "state unknown (no run.json)", None, None)
+    try:
+        run = json.loads(path.read_text())
+        state, pid, host = run["state"], run["pid"], run["host"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path}: not what a run writes ({error!r}); remove the file") from error
+    total, error_text = run.get("total_steps"), run.get("error")
+    if state == "finished":
+        return RunState("finished", "finished", total, None)
+    if state == "failed":
+        return RunState("failed", "failed", total, error_text)
+    if host != socket.gethostname():
+        return RunState("running", f"running (pid {pid} on {host}; not seen from this host)", total, None)
+    if not process_exists(pid):
+        return RunState("stopped", "stopped (killed)", total, None)
+    return RunState("running", f"running (pid {pid})", total, None)
+
+
+def process_exists(pid: int) -> bool:
+    """Whether this host has such a process, ours or not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def read_sets(run_dir: Path, config: dict[str, Any]) -> list[SetProgress]:
+    """The evaluation sets in the configuration's order, then any others that have results."""
+    # A run resumed in the middle of an evaluation repeats it: the later line counts.
+    latest = {(r.task, r.metric, r.step): r for r in read_rows(run_dir, EvalResult)}
+    roles = {s["name"]: s["role"] for s in (config.get("evaluation") or {}).get("sets", [])}
+    sets = []
+    for name in dict.fromkeys([*roles, *(task for task, _, _ in latest)]):
+        students = sorted((r for (task, m, _), r in latest.items() if (task, m) == (name, STUDENT)), key=step_of)
+        teachers = sorted((r for (task, m, _), r in latest.items() if (task, m) == (name, TEACHER)), key=step_of)
+        sets.append(
+            SetProgress(
+                name,
+                roles.get(name, ""),
+                before=students[0] if students else None,
+                after=students[-1] if len(students) > 1 else None,
+                teacher=teachers[-1] if teachers else None,
+            )
+        )
+    return sets
+
+
+def step_of(row: EvalResult) -> int:
+    return row.step
+
+
+def read_ledger(run_dir: Path) -> dict[str, int]:
+    """Samples in each state, {} if there is no ledger. Opened read-only: the run may be writing."""
+    path = run_dir / "ledger.sqlite"
+    if not path.exists():
+        return {}
+    try:
+        ledger = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5)
+        try:
+            begun = ledger.execute("SELECT 1 FROM sqlite_master WHERE name = 'samples'").fetchone()
+            query = "SELECT state, COUNT(*) FROM samples GROUP BY state"
+            counts: dict[str, int] = dict(ledger.execute(query).fetchall()) if begun else {}
+        finally:
+            ledger.close()
+    except sqlite3.Error as error:
+        raise UserError(f"{path}: the ledger cannot be read ({error})") from error
+    return {state: counts[state] for state in dict.fromkeys([*SAMPLE_STATES, *counts]) if state in counts}
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The whole checkpoint (one with a manifest) of the highest step."""
+    folders = [m.parent for m in (run_dir / "checkpoints").glob("step-*/manifest.json")]
+    # A folder that is still being written has another ending.
+    saved = {int(step): folder for folder in folders if (step := folder.name.removeprefix("step-")).isdigit()}
+    return saved[max(saved)] if saved else None
+
+
+def status_text(run_dir: Path) -> str:
+    """A screenful on a run, for a terminal. UserError if there is no run in the folder."""
+    check_run_dir(run_dir)
+    config, state = read_config(run_dir), read_state(run_dir)
+    steps, sets, ledger = read_rows(run_dir, StepMetrics), read_sets(run_dir, config), read_ledger(run_dir)
+    checkpoint = latest_checkpoint(run_dir)
+    lines = [("run", str(run_dir)), ("state", state.text)]
+    if state.error:
+        lines.append(("error", state.error))
+    of = f" of {state.total_steps}" if state.total_steps else ""
+    lines.append(("step", f"{steps[-1].step if steps else 0}{of}{_age(run_dir) if state.kind == 'running' else ''}"))
+    if steps:
+        last = steps[-1]
+        recent = ", ".join(f"{m.loss:.4f}" for m in steps[-5:])
+        lines.append(
+            ("loss", f"{recent}  ({last.divergence_name} {last.divergence:.4f}, {last.tokens_per_s:.0f} tok/s)")
+        )
+    for index, one in enumerate(sets):
+        teacher = f"; teacher {percent(one.teacher.value)}" if one.teacher else ""
+        at = f" at step {one.after.step}" if one.after else ""
+        role = f" ({one.role})" if one.role else ""
+        lines.append(("evaluation" if index == 0 else "", f"{one.name}{role}: {one.change}{at}{teacher}"))
+    if ledger:
+        lines.append(("samples", ", ".join(f"{count} {name}" for name, count in ledger.items())))
+    lines.append(("checkpoint", str(checkpoint) if checkpoint else "none yet"))
+    lines.append(("next", _next(run_dir, state, checkpoint)))
+    return "\n".join(f"{label:<12}{text}" for label, text in lines)
+
+
+def _age(run_dir: Path) -> str:
+    path = run_dir / "metrics.jsonl"
+    return f", {max(0, time.time() - path.stat().st_mtime):.0f} s ago" if path.exists() else ""
+
+
+def _next(run_dir: Path, state: RunState, checkpoint: Path | None) -> str:
+    if state.kind == "running":
+        return f"curves so far: sdft report {run_dir}"
+    if state.kind == "finished":
+        return f"curves: sdft report {run_dir}; the model as a folder: sdft export {run_dir} --out DIR"
+    verb = "resume" if checkpoint else "start again"
+    return f"{verb} with: sdft train CONFIG --run-dir {run_dir}"

@@ -1,0 +1,58 @@
+"""SDFT in one process with plain transformers and torch: one sequence at a time, every formula written out.
+
+Shares no code with the learner: it is what the learner must equal.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.types import ScoredRollout
+
+
+class Reference:
+    """Student and EMA teacher, trained on given rollouts with forward KL on top-K + tail."""
+
+    def __init__(self, path: Path, alpha: float, skip: int, cap: float, clip: float) -> None:
+        self.student = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        self.teacher = {n: p.detach().clone() for n, p in self.student.named_parameters()}
+        self.alpha, self.skip, self.cap, self.clip = alpha, skip, cap, clip
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=0.0, weight_decay=0.0)
+
+    def sequence_loss(self, sample: ScoredRollout) -> torch.Tensor:
+        """Mean over the loss tokens of w * (sum_k q_k log(q_k / p_k) + q_tail log(q_tail / p_tail))."""
+        prompt = torch.tensor(sample.rollout.prompt_ids).long()
+        completion = torch.tensor(sample.rollout.completion_ids).long()
+        if len(completion) <= self.skip:
+            return torch.zeros(())
+        logits = self.student(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+        log_p = torch.log_softmax(logits, -1)[self.skip :]
+        completion = completion[self.skip :]
+        ids = torch.tensor(sample.scores.ids).long()[self.skip :]
+        log_q = torch.tensor(sample.scores.logprobs)[self.skip :]
+        own = log_p.gather(1, completion[:, None])[:, 0].detach()
+        ratio = torch.exp(own - torch.tensor(sample.rollout.logprobs)[self.skip :]).clamp(max=self.cap)
+        weight = ratio.mean()
+        total = torch.zeros(())
+        for t in range(len(completion)):
+            p = log_p[t, ids[t]].exp()
+            q = log_q[t].exp()
+            p_tail, q_tail = 1 - p.sum(), 1 - q.sum()
+            total = total + (q * (q.log() - p.log())).sum() + q_tail * (q_tail.log() - p_tail.log())
+        return weight * total / len(completion)
+
+    def step(self, samples: Sequence[ScoredRollout], lr: float) -> float:
+        """One optimizer step; returns the loss."""
+        loss = torch.stack([self.sequence_loss(s) for s in samples]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for name, p in self.student.named_parameters():
+                self.teacher[name] = self.alpha * p + (1 - self.alpha) * self.teacher[name]
+        return loss.item()

@@ -1,0 +1,113 @@
+"""The example data: made again byte for byte, nothing held out occurs in training, answers their grader accepts."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.graders import GRADERS
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+GRADER_OF = {
+    "tools/train": "tool_call",
+    "tools/heldout": "tool_call",
+    "facts/train": "contains",
+    "facts/direct": "contains",
+    "facts/indirect": "contains",
+    "general/retention": "contains",
+}
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (EXAMPLES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def prompts(name: str) -> set[str]:
+    return {row["prompt"] for row in read(name)}
+
+
+def request(row: dict[str, Any]) -> str:
+    return row["prompt"].split("\nQuestion: ")[1]
+
+
+def values(row: dict[str, Any]) -> dict[str, Any]:
+    return row["answer"][0]["Action_Input"]
+
+
+def wording(row: dict[str, Any]) -> str:
+    """The request with every value replaced by its parameter's name."""
+    text = request(row)
+    for parameter, value in values(row).items():
+        text, count = re.subn(rf"\b{re.escape(str(value))}\b", f"{{{parameter}}}", text)
+        assert count == 1, (row["id"], parameter)
+    return text
+
+
+def words(sentence: str) -> tuple[str, ...]:
+    """The same for "The capital of A is B." and "B is the capital of A."."""
+    return tuple(sorted(re.findall(r"\w+", sentence.lower())))
+
+
+@pytest.mark.parametrize("example", ["tools", "facts"])
+def test_make_data_writes_the_committed_files_byte_for_byte(example: str, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, EXAMPLES / example / "make_data.py", tmp_path], check=True, timeout=60)
+    committed = {path.name: path.read_bytes() for path in (EXAMPLES / example).glob("*.jsonl")}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == committed
+
+
+@pytest.mark.parametrize("name", GRADER_OF)
+def test_rows_have_unique_ids_and_prompts_and_answers_that_their_grader_can_use(name: str) -> None:
+    rows = read(name)
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert len(prompts(name)) == len(rows)
+    assert [GRADERS[GRADER_OF[name]].check_answer(row["answer"]) for row in rows] == [None] * len(rows)
+
+
+@pytest.mark.parametrize("name", [name for name in GRADER_OF if name != "general/retention"])
+def test_every_demonstration_is_right_and_no_prompt_is(name: str) -> None:
+    grader = GRADERS[GRADER_OF[name]]
+    for row in read(name):
+        assert grader.grade(row["demonstration"], row["answer"]), row["id"]
+        assert not grader.grade(row["prompt"], row["answer"]), row["id"]
+
+
+def test_there_are_enough_rows_to_train_on_and_to_measure_with() -> None:
+    sizes = {name: len(read(name)) for name in GRADER_OF}
+    assert sizes == {
+        "tools/train": 120,
+        "tools/heldout": 80,
+        "facts/train": 24,
+        "facts/direct": 24,
+        "facts/indirect": 48,
+        "general/retention": 100,
+    }
+
+
+def test_held_out_tool_requests_use_the_trained_tools_in_new_words_with_new_values() -> None:
+    train, heldout = read("tools/train"), read("tools/heldout")
+    assert {row["answer"][0]["Action"] for row in heldout} == {row["answer"][0]["Action"] for row in train}
+    assert not {wording(row) for row in heldout} & {wording(row) for row in train}
+    trained_text = "\n".join(request(row) + "\n" + row["demonstration"] for row in train)
+    held_out_values = {str(value) for row in heldout for value in values(row).values()}
+    assert [v for v in held_out_values if re.search(rf"\b{re.escape(v)}\b", trained_text, re.IGNORECASE)] == []
+
+
+def test_facts_are_evaluated_as_trained_and_in_other_words() -> None:
+    assert prompts("facts/direct") == prompts("facts/train")
+    assert not prompts("facts/indirect") & prompts("facts/train")
+    trained = {words(row["demonstration"]) for row in read("facts/train")}
+    assert {words(row["demonstration"]) for row in read("facts/indirect")} == trained
+
+
+def test_retention_questions_do_not_give_their_answer_away() -> None:
+    for row in read("general/retention"):
+        assert not GRADERS["contains"].grade(row["prompt"], row["answer"]), row["id"]
+
+
+def test_retention_questions_are_none_of_the_skills() -> None:
+    skills = set().union(*(prompts(name) for name in GRADER_OF if name != "general/retention"))
+    assert not prompts("general/retention") & skills

@@ -1,0 +1,158 @@
+"""The graders: what each accepts, what it refuses, and which answers it can use."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.config import GRADERS as CONFIG_GRADERS
+from services.graders import GRADERS, choice, contains, exact, tool_call
+
+PAPER_TOOL_USE = Path(__file__).parents[2] / "shared" / "data" / "tooluse_eval.jsonl"
+
+
+def as_text(calls: list[dict[str, Any]]) -> str:
+    return "\n".join(f"Action: {call['Action']}\nAction Input: {call['Action_Input']}" for call in calls)
+
+
+def test_the_graders_are_those_of_the_configuration() -> None:
+    assert tuple(GRADERS) == CONFIG_GRADERS
+
+
+def test_exact_compares_the_stripped_reply_with_each_accepted_string() -> None:
+    assert exact.grade("  Oslo\n", "Oslo")
+    assert exact.grade("Oslo", ["Bergen", "Oslo"])
+    assert not exact.grade("oslo", "Oslo")
+    assert not exact.grade("It is Oslo", "Oslo")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is 5.", "5"),
+        ("5, of course", "5"),
+        ("between 3-5 days", "5"),
+        ("It is OSLO!", "oslo"),
+        ("**Oslo**", "Oslo"),
+        ("in New\n York today", "new york"),
+        ("seven days", ["7", "seven"]),
+        ("it costs US$5", "$5"),
+        ("written in C++.", "c++"),
+        ("minus five is -5", "-5"),
+    ],
+)
+def test_contains_finds_an_accepted_string_as_whole_words(text: str, answer: str | list[str]) -> None:
+    assert contains.grade(text, answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("15", "5"),
+        ("5.2", "5"),
+        ("1.5", "5"),
+        ("5,000 people", "5"),
+        ("-5 degrees", "5"),
+        ("x5", "5"),
+        ("price", "ice"),
+        ("icecream", "ice"),
+        ("c plus plus", "c++"),
+        ("", ["a", "b"]),
+    ],
+)
+def test_contains_refuses_parts_of_words_and_numbers(text: str, answer: str | list[str]) -> None:
+    assert not contains.grade(text, answer)
+
+
+@pytest.mark.parametrize("grader", [exact, contains])
+def test_exact_and_contains_take_a_string_or_a_list_of_strings(grader: Any) -> None:
+    assert grader.check_answer("a") is None
+    assert grader.check_answer(["a", "b"]) is None
+    for bad in (5, None, {"a": 1}, ["a", 5]):
+        assert grader.check_answer(bad) == "answer must be a string or a list of strings"
+    assert grader.check_answer([]) == "answer must list at least one string"
+    assert grader.check_answer(["a", " "]) == "answer must not hold a blank string"
+
+
+def test_choice_reads_the_last_answer_tag() -> None:
+    assert choice.grade("<reasoning>…</reasoning><answer>B</answer>", "B")
+    assert choice.grade("<answer>A</answer> no: <answer>\n B </answer>", "B")
+    assert choice.grade("<answer> well, <answer>B</answer>", "B")
+    assert not choice.grade("<answer>B</answer> no: <answer>A</answer>", "B")
+    assert not choice.grade("<answer>B</answer> no: <answer>A or B</answer>", "B")
+    assert not choice.grade("The answer is B", "B")
+
+
+def test_choice_takes_one_capital_letter() -> None:
+    assert choice.check_answer("D") is None
+    for bad in ("d", "AB", "", ["A"], 1, "A\n"):
+        assert choice.check_answer(bad) == "answer must be a single letter A to Z"
+
+
+def test_tool_call_compares_the_multiset_of_names_and_the_merged_arguments() -> None:
+    answer = [
+        {"Action": "find", "Action_Input": '{"query": "a", "page": 1}'},
+        {"Action": "save", "Action_Input": {"folder": {"name": "b"}}},
+    ]
+    calls = [
+        'Action: find\nAction Input: {"page": 1, "query": "a"}',
+        'Action: save\nAction Input: {"folder": {"name": "b"}}',
+    ]
+    assert tool_call.check_answer(answer) is None
+    assert tool_call.grade("Thought: two calls\n" + "\n".join(calls) + "\nDone.", answer)
+    assert tool_call.grade("\n\nThen\n".join(reversed(calls)), answer)
+    assert not tool_call.grade(calls[0], answer)
+    assert not tool_call.grade("\n".join([*calls, calls[0]]), answer)
+    assert not tool_call.grade("\n".join(calls).replace('"b"', '"c"'), answer)
+    assert not tool_call.grade("\n".join(calls).replace("save", "store"), answer)
+
+
+def test_tool_call_merges_arguments_in_order_so_the_last_value_counts() -> None:
+    answer = [{"Action": "f", "Action_Input": '{"x": 1}'}, {"Action": "f", "Action_Input": '{"x": 2}'}]
+    assert tool_call.grade(as_text(answer), answer)
+    assert not tool_call.grade(as_text(answer[::-1]), answer)
+
+
+def test_tool_call_reads_json_and_not_braces() -> None:
+    arguments = {"a": {"b": {"c": "}"}}, "text": "say\nAction: nothing {"}
+    text = f"Action: f\nAction Input: {json.dumps(arguments, indent=2)} and more {{}}"
+    assert tool_call.grade(text, [{"Action": "f", "Action_Input": arguments}])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Action: f",
+        "Action: f\nAction Input: none",
+        "Action: f\nAction Input: [1]",
+        'Action: f\nAction Input: {"x": 1',
+        'Action: f\nAction Input: {"x": 1}\nAction: g',
+        'Action: f\nAction Input: {"x": ' + "[" * 100_000,
+        'Action: f\nAction Input: {"x": ' + "1" * 10_000 + "}",
+    ],
+)
+def test_tool_call_calls_a_broken_reply_wrong(text: str) -> None:
+    assert not tool_call.grade(text, [{"Action": "f", "Action_Input": {"x": 1}}])
+
+
+def test_tool_call_says_what_is_wrong_with_an_answer() -> None:
+    good = {"Action": "f", "Action_Input": "{}"}
+    for bad in ("f", [], {}, ["f"], [{"Action": "f"}], [{**good, "more": 1}]):
+        assert (tool_call.check_answer(bad) or "").startswith("answer must be a list of")
+    assert tool_call.check_answer([good, {**good, "Action": ""}]) == "Action of call 2 must be a tool's name"
+    for bad_input in (5, "[]", "{", "{} {}"):
+        reason = tool_call.check_answer([{**good, "Action_Input": bad_input}])
+        assert reason == "Action_Input of call 1 must be a JSON object or its text"
+
+
+def test_the_papers_own_answers_pass_the_tool_call_grader() -> None:
+    if not PAPER_TOOL_USE.exists():
+        pytest.skip(f"{PAPER_TOOL_USE} is not here: the paper's tool-use evaluation is not part of this project")
+    answers = [json.loads(line)["golden_answer"] for line in PAPER_TOOL_USE.read_text().splitlines()]
+    assert len(answers) == 97
+    assert all(tool_call.check_answer(answer) is None for answer in answers)
+    assert sum(tool_call.grade(as_text(answer), answer) for answer in answers) >= 95
+    shifted = zip(answers, answers[1:] + answers[:1], strict=True)
+    assert sum(tool_call.grade(as_text(answer), other) for answer, other in shifted) <= 5

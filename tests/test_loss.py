@@ -1,0 +1,191 @@
+"""The divergence: equal to the plain full-vocabulary formula, in value and gradient."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from learner.config import ImportanceConfig, LossConfig
+from learner.loss import Targets, divergence, divergence_loss, log1mexp, token_objective, with_tail
+
+V, H, N = 50, 16, 12
+OFF = ImportanceConfig(level="off")
+
+
+def make_targets(log_q: torch.Tensor, k: int, sampler: torch.Tensor | None = None) -> Targets:
+    top = log_q.topk(k, -1)
+    sampled = torch.arange(N) % V
+    return Targets(
+        sampled_ids=sampled,
+        sampler_logprobs=torch.full((N,), -3.0, dtype=log_q.dtype) if sampler is None else sampler,
+        teacher_ids=top.indices,
+        teacher_logprobs=top.values,
+        teacher_sampled=log_q.gather(1, sampled[:, None])[:, 0],
+        sequence=torch.arange(N) // 4,
+        share=torch.full((N,), 1 / N, dtype=log_q.dtype),
+    )
+
+
+def full_divergence(logits: torch.Tensor, log_q: torch.Tensor, config: LossConfig) -> torch.Tensor:
+    """The textbook formula over the whole vocabulary."""
+    p, q = torch.softmax(logits, -1), log_q.exp()
+    if config.divergence == "forward":
+        return (q * torch.log(q / p)).sum(-1)
+    if config.divergence == "reverse":
+        return (p * torch.log(p / q)).sum(-1)
+    m = (1 - config.beta) * p + config.beta * q
+    return config.beta * (q * torch.log(q / m)).sum(-1) + (1 - config.beta) * (p * torch.log(p / m)).sum(-1)
+
+
+def draw(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(N, V, generator=g, dtype=torch.float64) * 2
+    return logits, torch.log_softmax(torch.randn(N, V, generator=g, dtype=torch.float64) * 2, -1)
+
+
+@pytest.mark.parametrize("name", ["forward", "reverse", "jsd"])
+def test_top_k_of_the_whole_vocabulary_is_the_full_formula_in_value_and_gradient(name: str) -> None:
+    logits, log_q = draw()
+    config = LossConfig(divergence=name, beta=0.3, importance=OFF)
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    value, _ = token_objective(ours, make_targets(log_q, V), config)
+    expected = full_divergence(theirs, log_q, config)
+    torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-6)
+    value.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-6)
+
+
+def test_the_logit_gradient_of_forward_kl_is_p_minus_q() -> None:
+    logits, log_q = draw(1)
+    logits.requires_grad_()
+    value, _ = token_objective(logits, make_targets(log_q, V), LossConfig(importance=OFF))
+    value.sum().backward()
+    torch.testing.assert_close(logits.grad, torch.softmax(logits.detach(), -1) - log_q.exp(), atol=1e-9, rtol=1e-6)
+
+
+def test_the_logit_gradient_of_reverse_kl_is_p_times_the_centred_log_ratio() -> None:
+    logits, log_q = draw(2)
+    logits.requires_grad_()
+    value, _ = token_objective(logits, make_targets(log_q, V), LossConfig(divergence="reverse", importance=OFF))
+    value.sum().backward()
+    log_p = torch.log_softmax(logits.detach(), -1)
+    expected = log_p.exp() * (log_p - log_q - value.detach()[:, None])
+    torch.testing.assert_close(logits.grad, expected, atol=1e-9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_a_tail_bucket_bounds_the_full_divergence_from_below(name: str, k: int) -> None:
+    logits, log_q = draw(3)
+    config = LossConfig(divergence=name, importance=OFF)
+    value, _ = token_objective(logits, make_targets(log_q, k), config)
+    full = full_divergence(logits, log_q, config)
+    assert (value <= full + 1e-12).all()
+    assert (value >= -1e-12).all()
+    assert (value < full - 1e-6).any(), "with the vocabulary cut something must be lost, or the test shows nothing"
+
+
+def test_the_tail_makes_both_sides_whole_distributions() -> None:
+    logits, log_q = draw(4)
+    cut = with_tail(log_q.topk(7, -1).values, V)
+    torch.testing.assert_close(cut.exp().sum(-1), torch.ones(N, dtype=torch.float64))
+    assert cut.shape == (N, 8)
+
+
+def test_log1mexp_is_accurate_at_both_ends() -> None:
+    x = torch.tensor([-1e-10, -1e-3, -0.6931, -1.0, -40.0], dtype=torch.float64)
+    expected = torch.tensor([-23.025850930, -6.908255279, -0.693194364, -0.458675145, -4.248354e-18])
+    torch.testing.assert_close(log1mexp(x), expected.double(), atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["forward", "reverse", "jsd", "sampled"])
+@pytest.mark.parametrize("level", ["off", "token", "sequence"])
+def test_chunked_loss_equals_the_formula_on_whole_logits_in_value_and_both_gradients(
+    name: str, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("learner.loss.CHUNK_TOKENS", 5)  # 12 rows: chunks of 5, 5 and 2
+    g = torch.Generator().manual_seed(5)
+    hidden = torch.randn(N, H, generator=g, dtype=torch.float64)
+    head = torch.randn(V, H, generator=g, dtype=torch.float64)
+    bias = torch.randn(V, generator=g, dtype=torch.float64)
+    log_q = draw(5)[1]
+    config = LossConfig(divergence=name, importance=ImportanceConfig(level=level, cap=1.5))
+    targets = make_targets(log_q, 8)
+
+    ours = [x.clone().requires_grad_() for x in (hidden, head, bias)]
+    loss, *_ = divergence_loss(*ours, targets, config)
+    loss.backward()
+
+    plain = [x.clone().requires_grad_() for x in (hidden, head, bias)]
+    logits = plain[0] @ plain[1].T + plain[2]
+    objective, value = token_objective(logits, targets, config)
+    own = torch.log_softmax(logits, -1).gather(1, targets.sampled_ids[:, None])[:, 0].detach()
+    ratio = (own - targets.sampler_logprobs).exp().clamp(max=1.5)
+    weight = {"off": torch.ones(N), "token": ratio, "sequence": ratio.view(3, 4).mean(1).repeat_interleave(4)}[level]
+    (objective * weight / N).sum().backward()
+
+    torch.testing.assert_close(loss.detach(), (value * weight / N).sum().detach(), atol=1e-9, rtol=1e-9)
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5)  # sums of both gradients are kept in float32
+
+
+def test_the_sampled_estimator_has_the_gradient_of_reverse_kl_on_average() -> None:
+    g = torch.Generator().manual_seed(6)
+    logits = torch.randn(1, V, generator=g, dtype=torch.float64).repeat(V, 1).requires_grad_()
+    log_q = torch.log_softmax(torch.randn(1, V, generator=g, dtype=torch.float64), -1).repeat(V, 1)
+    every = torch.arange(V)  # each token once, weighted by its probability: the exact expectation
+    base = make_targets(draw()[1], 4)
+    targets = dataclasses.replace(base, sampled_ids=every, teacher_sampled=log_q[0])
+    objective, _ = token_objective(logits, targets, LossConfig(divergence="sampled"))
+    p = torch.softmax(logits.detach()[0], -1)
+    (objective * p).sum().backward()
+    one = logits.detach()[:1].clone().requires_grad_()
+    divergence(torch.log_softmax(one, -1), log_q[:1], LossConfig(divergence="reverse")).sum().backward()
+    torch.testing.assert_close(logits.grad.sum(0), one.grad[0], atol=1e-9, rtol=1e-6)
+
+
+def test_no_gradient_reaches_the_teacher_or_the_importance_weights() -> None:
+    logits, log_q = draw(7)
+    log_q = log_q.requires_grad_()
+    sampler = torch.full((N,), -3.0, dtype=torch.float64, requires_grad=True)
+    hidden = torch.randn(N, H, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(V, H, dtype=torch.float64, requires_grad=True)
+    loss, *_ = divergence_loss(hidden, head, None, make_targets(log_q, 8, sampler), LossConfig())
+    loss.backward()
+    assert hidden.grad is not None
+    assert log_q.grad is None
+    assert sampler.grad is None
+    value, _ = token_objective(logits.requires_grad_(), make_targets(log_q, 8), LossConfig())
+    value.sum().backward()
+    assert log_q.grad is None
+
+
+def test_a_teacher_equal_to_the_student_gives_zero_loss_and_gradient() -> None:
+    logits, _ = draw(8)
+    log_q = torch.log_softmax(logits, -1)
+    logits.requires_grad_()
+    value, _ = token_objective(logits, make_targets(log_q, 8), LossConfig())
+    value.sum().backward()
+    torch.testing.assert_close(value.detach(), torch.zeros(N, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(logits.grad, torch.zeros_like(logits), atol=1e-12, rtol=0)
+
+
+def test_no_rows_give_zero_loss_and_zero_gradient_not_nan() -> None:
+    hidden = torch.zeros(0, H, requires_grad=True)
+    head = torch.randn(V, H, requires_grad=True)
+    empty = Targets(
+        sampled_ids=torch.zeros(0).long(),
+        sampler_logprobs=torch.zeros(0),
+        teacher_ids=torch.zeros(0, 4).long(),
+        teacher_logprobs=torch.zeros(0, 4),
+        teacher_sampled=torch.zeros(0),
+        sequence=torch.zeros(0).long(),
+        share=torch.zeros(0),
+    )
+    for level in ("off", "token", "sequence"):
+        loss, *_ = divergence_loss(hidden, head, None, empty, LossConfig(importance=ImportanceConfig(level=level)))
+        loss.backward()
+        assert loss.item() == 0.0
+    assert head.grad is not None
+    assert (head.grad == 0).all()

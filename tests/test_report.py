@@ -1,0 +1,224 @@
+import json
+import os
+import re
+import socket
+import sqlite3
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from services.config import MonitoringConfig
+from services.errors import UserError
+from services.metrics import EvalResult, RunLog, Sample, StepMetrics
+from services.report import write_report
+from services.status import status_text
+
+STEP = StepMetrics(
+    step=1, stage=0, loss=0.5, divergence=0.25, direction="reverse", grad_norm=1.5, lr=1e-5, samples=8,
+    prompt_tokens=800, completion_tokens=240, student_version=1, teacher_version=1, staleness_mean=0.0, staleness_max=0,
+    mismatch_kl=1e-4, tail_mass=0.01, time_rollout_s=2.0, time_score_s=1.0, time_learn_s=4.0, time_sync_s=1.0,
+    time_wait_s=0.5, time_step_s=8.5, tokens_per_s=28.2, trained=8, dropped=0, in_flight=0,
+)  # fmt: skip
+SETS = [{"name": "tools", "role": "task"}, {"name": "general", "role": "retention"}]
+
+
+def begin(run_dir: Path, sets: list[dict[str, str]] | None = None, **run: object) -> Path:
+    """A run directory as it is before the first step."""
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "evaluation": {"sets": sets or []}}))
+    state = {"pid": os.getpid(), "host": socket.gethostname(), "state": "running", "error": None, "total_steps": 4}
+    (run_dir / "run.json").write_text(json.dumps(state | run))
+    return run_dir
+
+
+def train(run_dir: Path, steps: int, prompt: str = "2 + 2?") -> None:
+    """Steps and evaluations: tools goes from 0 of 80 to 65, general from 80 to 79."""
+    log = RunLog(run_dir, MonitoringConfig(tensorboard=False))
+    log.evaluation(EvalResult(0, 0, "tools", "teacher_accuracy", 0.9, 80))
+    for step in range(steps + 1):
+        if step:
+            log.step(replace(STEP, step=step, trained=8 * step, loss=0.5 / step))
+        if step in (0, steps):
+            log.evaluation(EvalResult(step, 0, "tools", "accuracy", 0.8125 if step else 0.0, 80))
+            log.evaluation(EvalResult(step, 0, "general", "accuracy", 0.9875 if step else 1.0, 80))
+            log.sample(Sample(step, "tools", "q<1>", prompt, {"n": 4}, f"<b>{step}</b>", step > 0))
+    log.close()
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and gathers what a page refers to."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.text = ""
+        self.source = path.read_text()
+        self.feed(self.source)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "data"):
+                self.links.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_report_of_a_finished_run_tells_the_result_and_its_uncertainty(tmp_path: Path) -> None:
+    train(begin(tmp_path, SETS, state="finished"), 4)
+    page = Page(write_report(tmp_path))
+    assert "tools: 0.0 % → 81.3 % (n 80); retention general: 100 % → 98.8 % (n 80)" in page.text
+    assert "Finished at step 4 of 4" in page.text
+    row = re.search(r"<tr><td>tools.*?</tr>", page.source, re.DOTALL)
+    assert row is not None
+    cells = [" ".join(re.sub("<[^>]+>", " ", c).split()) for c in re.findall(r"<td>(.*?)</td>", row[0], re.DOTALL)]
+    assert cells == ["tools", "task", "0.0 % 0.0 – 4.6", "81.3 % 71.3 – 88.3", "+81.3", "90.0 % 81.5 – 94.8", "80"]
+    assert "32 samples trained, 0 dropped, 0 in flight after step 4." in page.text
+    assert "Loss and divergence (reverse KL)" in page.text
+    assert page.source.count("<svg") == 7
+    assert "model: tiny" in page.text
+
+
+def test_the_report_needs_nothing_beside_itself(tmp_path: Path) -> None:
+    train(begin(tmp_path, SETS), 3)
+    page = Page(write_report(tmp_path))
+    assert all(link.startswith("#") for link in page.links)
+    assert {link[1:] for link in page.links} <= set(page.ids)
+    assert len(set(page.ids)) == len(page.ids)
+    assert set(re.findall(r"https?://[^\"'\s)]+", page.source)) <= {
+        "http://www.w3.org/2000/svg",  # names of XML name spaces: never fetched
+        "http://www.w3.org/1999/xlink",
+    }
+    assert not re.search(r"@import|<script|<link|url\((?!#)", page.source)
+
+
+def test_answers_stand_side_by_side_escaped_and_marked_in_words(tmp_path: Path) -> None:
+    train(begin(tmp_path, SETS), 3, prompt="<script>alert(1)</script>" + "long & winding " * 500 + "the question?")
+    page = Page(write_report(tmp_path))
+    assert "<script>" not in page.source
+    assert "<b>0</b>" not in page.source
+    assert "<b>3</b>" in page.text
+    assert page.text.index("Before, step 0: ✗ wrong") < page.text.index("After, step 3: ✓ right")
+    summary = re.search(r"<summary>(.*?)<span", page.source)
+    assert summary is not None
+    assert summary[1].endswith("the question? ")
+    assert len(summary[1]) < 250
+    assert '{"n": 4}' in page.text
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path, steps: int) -> None:
+    train(begin(tmp_path, SETS), steps)
+    page = Page(write_report(tmp_path))
+    assert f"at step {steps} of 4" in page.text
+    assert ("Before training: tools: 0.0 % (n 80)" in page.text) == (steps == 0)
+
+
+def test_a_run_without_metrics_or_sets_has_a_report(tmp_path: Path) -> None:
+    page = Page(write_report(begin(tmp_path, state="failed", error="rank 0: <out of memory>")))
+    assert "The run ended before its first step" in page.text
+    assert "rank 0: <out of memory>" in page.text
+    assert "No step and no evaluation yet." in page.text
+
+
+def test_a_run_without_evaluation_sets_tells_its_loss(tmp_path: Path) -> None:
+    log = RunLog(begin(tmp_path), MonitoringConfig(tensorboard=False))
+    log.step(STEP)
+    log.step(replace(STEP, step=2, loss=float("nan")))
+    log.step(replace(STEP, step=3, loss=0.125))
+    log.close()
+    page = Page(write_report(tmp_path))
+    assert "Loss 0.5000 → 0.1250 in 3 steps; the configuration names no evaluation sets" in page.text
+
+
+def test_a_set_the_configuration_does_not_name_is_reported_too(tmp_path: Path) -> None:
+    train(begin(tmp_path, SETS[:1]), 2)
+    page = Page(write_report(tmp_path))
+    assert "general: 100 % → 98.8 % (n 80)" in page.text
+
+
+def test_the_same_run_gives_the_same_report(tmp_path: Path) -> None:
+    train(begin(tmp_path, SETS), 2)
+    first = write_report(tmp_path).read_bytes()
+    assert write_report(tmp_path).read_bytes() == first
+
+
+def test_status_says_how_far_a_running_run_is(tmp_path: Path) -> None:
+    train(begin(tmp_path, SETS), 2)
+    for name, step in (("step-000001", 1), ("step-000002", 2), ("step-000003.part", 3)):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "manifest.json").write_text(json.dumps({"step": step}))
+    (tmp_path / "checkpoints" / "step-000004").mkdir()  # no manifest: not whole
+    ledger = sqlite3.connect(tmp_path / "ledger.sqlite")
+    ledger.execute("CREATE TABLE samples (id TEXT, state TEXT)")
+    ledger.executemany("INSERT INTO samples VALUES (?, ?)", [("a", "trained"), ("b", "trained"), ("c", "issued")])
+    ledger.commit()
+    ledger.close()
+    lines = status_text(tmp_path).splitlines()
+    assert lines[1] == f"state       running (pid {os.getpid()})"
+    assert re.fullmatch(r"step        2 of 4, \d+ s ago", lines[2])
+    assert lines[3:] == [
+        "loss        0.5000, 0.2500  (reverse KL 0.2500, 28 tok/s)",
+        "evaluation  tools (task): 0.0 % → 81.3 % (n 80) at step 2; teacher 90.0 %",
+        "            general (retention): 100 % → 98.8 % (n 80) at step 2",
+        "samples     1 issued, 2 trained",
+        f"checkpoint  {tmp_path}/checkpoints/step-000002",
+        f"next        curves so far: sdft report {tmp_path}",
+    ]
+
+
+def test_status_tells_a_killed_run_from_a_running_one(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    text = status_text(begin(tmp_path, pid=dead.pid))
+    assert "state       stopped (killed)\n" in text
+    assert text.endswith(f"start again with: sdft train CONFIG --run-dir {tmp_path}")
+    assert "not seen from this host" in status_text(begin(tmp_path, pid=dead.pid, host="another"))
+
+
+def test_status_of_a_failed_run_gives_the_error_and_how_to_resume(tmp_path: Path) -> None:
+    begin(tmp_path, state="failed", error="rank 0 died")
+    (tmp_path / "checkpoints" / "step-000010").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000010" / "manifest.json").write_text("{}")
+    text = status_text(tmp_path)
+    assert "error       rank 0 died" in text
+    assert text.endswith(f"next        resume with: sdft train CONFIG --run-dir {tmp_path}")
+
+
+def test_a_ledger_that_has_only_been_created_counts_nothing(tmp_path: Path) -> None:
+    sqlite3.connect(begin(tmp_path) / "ledger.sqlite").close()
+    assert "samples" not in status_text(tmp_path)
+
+
+@pytest.mark.parametrize("read", [status_text, write_report])
+def test_a_folder_without_a_run_is_a_clear_error(tmp_path: Path, read: object) -> None:
+    assert callable(read)
+    with pytest.raises(UserError, match="there is no such folder"):
+        read(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no run in this folder"):
+        read(tmp_path)
+
+
+def test_a_damaged_file_of_a_run_is_named(tmp_path: Path) -> None:
+    begin(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run\.json: not what a run writes"):
+        status_text(tmp_path)
+    begin(tmp_path)
+    (tmp_path / "ledger.sqlite").write_text("not a database, but long enough to be looked at" * 50)
+    with pytest.raises(UserError, match=r"ledger\.sqlite: the ledger cannot be read"):
+        status_text(tmp_path)

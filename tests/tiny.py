@@ -1,0 +1,49 @@
+"""A random Qwen2 of 0.26 M parameters with a tokenizer and a chat template: real for every engine, loaded in no time."""
+
+from pathlib import Path
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = [
+    "What is the capital of the country? The capital is a city by the sea.",
+    "Turn on the light in the kitchen, then play a song and set the temperature.",
+    '{"Action": "setLight", "Action Input": {"room": "kitchen", "state": "on"}}',
+]
+
+
+def make_tiny_model(folder: Path, seed: int = 0) -> Path:
+    """Write the model into `folder` (head_dim 64: what vLLM's CPU attention has kernels for)."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    wrapped.chat_template = TEMPLATE
+    wrapped.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        eos_token_id=wrapped.eos_token_id,
+        pad_token_id=wrapped.pad_token_id,
+        tie_word_embeddings=True,
+        initializer_range=0.08,  # sharper than the default, so that logits differ enough to be compared
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
