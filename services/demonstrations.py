@@ -1,12 +1,195 @@
 """Demonstrations and questions from files or the hub: every row is checked before any is used."""
 
-from collections.abc import Callable, Iterator
+import difflib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from services.config import DataConfig, EvaluationSet, resolve_path
 from services.errors import UserError
 from services.files import existing_file, is_data_file, is_hub_name, near_names
 from services.graders import GRADERS
-from services.rows import BadRow, Row, hub_rows, jsonl_rows, parquet_rows
+from services.rows import BadRow, NumberedRow, hub_rows, json_kind, jsonl_rows, parquet_rows
+
+MAX_REPORTED = 20
+ROLES = ("system", "user", "assistant")
+COLUMNS = ("prompt", "demonstration", "id", "context", "answer")
+# How much like a known optional column an unknown one must be to count as a typing error: contexts is, content is not.
+NEAR_OPTIONAL = 0.86
+
+
+class Message(TypedDict):
+    """One chat message."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt with the answer a grader needs."""
+
+    id: str
+    messages: tuple[Message, ...]  # the last one is the user's
+    demonstration: str | None
+    context: str | None
+    answer: Any
+    where: str  # "file:line", for errors
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt with an expert's reply to it, and what else the teacher may see."""
+
+    id: str
+    messages: tuple[Message, ...]  # the last one is the user's
+    demonstration: str
+    context: str | None
+    answer: Any
+    where: str  # "file:line", for errors
+
+
+def load_demonstrations(data: DataConfig, base: Path) -> list[Demonstration]:
+    """All demonstrations of data.train, a file relative to the folder `base` or a hub name; raises UserError."""
+    if is_data_file(data.train) or resolve_path(base, data.train).exists() or not is_hub_name(data.train):
+        rows = _file_rows("data.train", data.train, base)
+    else:
+        near = near_names(Path(data.train).name, resolve_path(base, data.train).parent)
+        rows = hub_rows(data.train, data.split, f" (did you mean {near[0]}?)" if near else "")
+    required = ("prompt", "demonstration")
+    return [
+        Demonstration(q.id, q.messages, q.demonstration or "", q.context, q.answer, q.where)
+        for q in _checked(data.train, rows, required, lambda answer: None)
+    ]
+
+
+def load_questions(s: EvaluationSet, base: Path) -> list[Question]:
+    """All questions of an evaluation set, their answers checked by its grader; raises UserError."""
+    rows = _file_rows(f"evaluation.sets ({s.name}).file", s.file, base)
+    return _checked(s.file, rows, ("prompt", "answer"), GRADERS[s.grader].check_answer)
+
+
+def _file_rows(key: str, value: str, base: Path) -> Iterable[NumberedRow]:
+    path = existing_file(key, value, base)
+    if not is_data_file(value):
+        raise UserError(f"{key}: {path} must be a .jsonl or .parquet file")
+    return parquet_rows(path) if path.suffix == ".parquet" else jsonl_rows(path)
+
+
+def _checked(
+    name: str, rows: Iterable[NumberedRow], required: tuple[str, ...], check_answer: Callable[[Any], str | None]
+) -> list[Question]:
+    """The rows as questions; one UserError lists every bad row, up to MAX_REPORTED of them."""
+    good: list[Question] = []
+    bad: list[str] = []
+    line_of_id: dict[str, int] = {}
+    for line, row in rows:
+        problems = [str(row)] if isinstance(row, BadRow) else list(_problems(row, required, check_answer))
+        if isinstance(row, dict) and not any(p.startswith("id ") for p in problems):
+            given = row.get("id")
+            row_id = f"row-{line}" if given is None else str(given)
+            if row_id in line_of_id:
+                problems.append(f'id "{row_id}" is already that of line {line_of_id[row_id]}')
+            line_of_id.setdefault(row_id, line)
+        if problems:
+            bad.append(f"{name}:{line}: {'; '.join(problems)}")
+        elif isinstance(row, dict):
+            messages = _messages(row["prompt"])
+            where = f"{name}:{line}"
+            good.append(
+                Question(row_id, messages, row.get("demonstration"), row.get("context"), row.get("answer"), where)
+            )
+    if bad:
+        if len(bad) > MAX_REPORTED:
+            bad[MAX_REPORTED:] = [f"… and {len(bad) - MAX_REPORTED} more"]
+        raise UserError("\n".join(bad))
+    if not good:
+        raise UserError(f"{name}: there are no rows; give at least one with {' and '.join(required)}")
+    return good
+
+
+def _problems(
+    row: dict[str, Any], required: tuple[str, ...], check_answer: Callable[[Any], str | None]
+) -> Iterable[str]:
+    """Everything that is wrong with a row, each problem beginning with the column's name."""
+    for column in COLUMNS:
+        value = row.get(column)
+        if value is None:
+            near = _near_column(column, row, column in required)
+            if near:
+                yield f"{column} is missing, but there is {near}; did you mean {column}?"
+            elif column in required:
+                has = ", ".join(row) or "no columns"
+                yield f"{column} is null" if column in row else f"{column} is missing (the row has {has})"
+        elif column == "prompt":
+            yield from _prompt_problems(value)
+        elif column == "answer":
+            problem = _bad_text_within(value)
+            reason = f"answer {problem}" if problem else check_answer(value)
+            if reason:
+                yield reason if reason.startswith("answer") else f"answer: {reason}"
+        elif column == "id" and type(value) is int:
+            pass
+        else:
+            problem = _text_problem(value)
+            if problem:
+                yield f"{column} {problem}{' (or a whole number)' if column == 'id' else ''}"
+
+
+def _near_column(column: str, row: dict[str, Any], required: bool) -> str | None:
+    """A column of the row that is probably a mistyped `column`."""
+    if column in row or column == "id":  # id is too short: idx and uid are columns of their own
+        return None
+    others = [str(name) for name in row if name not in COLUMNS]
+    near = difflib.get_close_matches(column, others, n=1, cutoff=0.6 if required else NEAR_OPTIONAL)
+    return near[0] if near else None
+
+
+def _prompt_problems(prompt: Any) -> Iterable[str]:
+    if not isinstance(prompt, list):
+        problem = _text_problem(prompt)
+        if problem:
+            yield f"prompt {problem}{' or a list of messages' if 'must be' in problem else ''}"
+        return
+    if not prompt:
+        yield "prompt is an empty list"
+        return
+    for number, message in enumerate(prompt, start=1):
+        at = f"prompt message {number}"
+        if not isinstance(message, dict):
+            yield f"{at} must be an object with role and content, not {json_kind(message)}"
+            return
+        if message.get("role") not in ROLES:
+            yield f"{at}: role must be one of {', '.join(ROLES)}, not {message.get('role')!r}"
+        problem = _text_problem(message.get("content"))
+        if problem:
+            yield f"{at}: content {problem}"
+    if prompt[-1].get("role") in ("system", "assistant"):
+        yield f"prompt: the last message must be the user's, not the {prompt[-1]['role']}'s"
+
+
+def _text_problem(value: Any) -> str | None:
+    if not isinstance(value, str):
+        return "is null" if value is None else f"must be text, not {json_kind(value)}"
+    if not value.strip():
+        return "is empty"
+    return _bad_text_within(value)
+
+
+def _bad_text_within(value: Any) -> str | None:
+    """What is wrong with the characters of a text, or of any text in a list or object."""
+    if isinstance(value, str):
+        if "\0" in value:
+            return "holds a NUL character; remove it"
+        if any("\ud800" <= c <= "\udfff" for c in value):
+            return "holds half a surrogate pair, which is no character; remove it"
+        return None
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return next((problem for problem in map(_bad_text_within, inner) if problem), None)
+
+
+def _messages(prompt: str | list[dict[str, Any]]) -> tuple[Message, ...]:
+    if isinstance(prompt, str):
+        return (Message(role="user", content=prompt),)
+    return tuple(Message(role=m["role"], content=m["content"]) for m in prompt)

@@ -48,7 +48,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except YamlError as e:
         raise UserError(f"{path}:{e.line}: {e}") from None
     if data is None:
-        raise UserError(f"{path}: the file is empty; give at least model, data.train and training.epochs or training.steps")
+        raise UserError(
+            f"{path}: the file is empty; give at least model, data.train and training.epochs or training.steps"
+        )
     if not isinstance(data, dict):
         raise UserError(f"{path}: the file must be a mapping of settings (key: value), not {_given(data)}")
     overridden = {_apply(data, override): override for override in overrides}
@@ -152,7 +154,9 @@ def _sentence(kind: str, loc: Loc, given: Any, ctx: dict[str, Any], message: str
         if isinstance(loc[-1], int):
             return "is missing from the list"
         description = _fields(loc[:-1])[str(loc[-1])].description
-        return "is required but missing" + (f"; it is: {description[0].lower()}{description[1:]}" if description else "")
+        return "is required but missing" + (
+            f"; it is: {description[0].lower()}{description[1:]}" if description else ""
+        )
     if kind == "value_error":
         return f": {ctx['error']}" if loc else str(ctx["error"])
     if kind in _EXPECTED:

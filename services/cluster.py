@@ -1,0 +1,117 @@
+"""The Ray cluster of a run: a running one if there is an address, else one of our own that ends with us."""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from services.config import RayConfig
+from services.errors import PreflightError
+from services.plan import Part, Plan
+
+OBJECT_STORE_BYTES = 512 << 20  # batches are a few MiB; weights do not go through the object store
+
+
+@contextmanager
+def cluster(config: RayConfig, plan: Plan, logs: Path) -> Iterator[None]:
+    """Connect to the configured cluster, or start one here; leave nothing behind."""
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        except ConnectionError as error:
+            raise PreflightError(f"no Ray cluster answers at {address} ({error}); start one or unset the address") from None
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    scratch = Path(tempfile.mkdtemp(prefix="sdft-ray-"))
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, -int(-plan.cpus // 1)),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=str(scratch),
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+            _keep_logs(scratch, logs)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _keep_logs(scratch: Path, logs: Path) -> None:
+    """What the engines and the learner printed: one folder a start, beside the run's own files."""
+    for session in scratch.glob("session_2*"):
+        kept = logs / time.strftime("ray-%Y%m%d-%H%M%S")
+        shutil.copytree(session / "logs", kept, ignore=shutil.ignore_patterns("old"), dirs_exist_ok=True)
+
+
+@contextmanager
+def placement(config: RayConfig, plan: Plan) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """Reserve the plan on one node. Yields Ray actor options for "student", "teacher" and "learner".
+
+    PreflightError if no node of the cluster is large enough, or none becomes free in time.
+    """
+    _check_capacity(plan)
+    bundles = [_bundle(part) for part in plan.parts]
+    group = placement_group(bundles, strategy="STRICT_PACK")
+    try:
+        if not group.wait(config.wait_s):
+            free = ray.available_resources()
+            raise PreflightError(
+                f"waited {config.wait_s:g} s (ray.wait_s) for one node with {_needs(plan)} free; free in the cluster now: "
+                f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs: another job holds the rest"
+            )
+        counts = {"student": len(plan.students), "teacher": len(plan.teachers), "learner": len(plan.learners)}
+        options: dict[str, list[dict[str, Any]]] = {}
+        index = 0
+        for role, count in counts.items():
+            options[role] = [_options(group, i, plan.parts[i]) for i in range(index, index + count)]
+            index += count
+        yield options
+    finally:
+        remove_placement_group(group)
+
+
+def _check_capacity(plan: Plan) -> None:
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    if any(n.get("CPU", 0) >= plan.cpus and n.get("GPU", 0) >= plan.gpus for n in nodes):
+        return
+    offers = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes) or "none"
+    raise PreflightError(
+        f"the run needs one node with {_needs(plan)}, and the cluster's nodes have {offers}; lower the cpus, gpus or "
+        f"replicas of actors and learner, or start a larger node"
+    )
+
+
+def _needs(plan: Plan) -> str:
+    return f"{plan.cpus:g} CPUs" + (f" and {plan.gpus:g} GPUs" if plan.gpus else "")
+
+
+def _bundle(part: Part) -> dict[str, float]:
+    return {"CPU": part.cpus} | ({"GPU": part.gpus} if part.gpus else {})
+
+
+def _options(group: PlacementGroup, index: int, part: Part) -> dict[str, Any]:
+    return {
+        "num_cpus": part.cpus,
+        "num_gpus": part.gpus,
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+        "max_restarts": 0,
+    }

@@ -1,0 +1,76 @@
+"""Greedy evaluation on the student engines: questions in, graded answers and shares out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from actors.types import GenerateRequest, Sampling
+from services.config import EvaluationSet
+from services.demonstrations import Question
+from services.graders import GRADERS
+from services.metrics import STUDENT, TEACHER, EvalResult, Sample
+from services.pools import EnginePool
+from services.prompts import PromptPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHOWN = 6  # answers of each set that are kept to be read
+
+
+@dataclass(frozen=True)
+class LoadedSet:
+    """An evaluation set with its questions and their prompts, in file order."""
+
+    settings: EvaluationSet
+    questions: Sequence[Question]
+    prompts: Sequence[PromptPair]
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether every question brings a demonstration to show to the teacher."""
+        return all(p.teacher_ids is not None for p in self.prompts)
+
+
+class Evaluator:
+    """Runs evaluation sets on a pool of engines."""
+
+    def __init__(self, sets: Sequence[LoadedSet], tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._sets = sets
+        self._tokenizer = tokenizer
+
+    async def students(self, pool: EnginePool, step: int, stage: int = 0) -> tuple[list[EvalResult], list[Sample]]:
+        """Every set, answered without demonstrations."""
+        results, samples = [], []
+        for loaded in self._sets:
+            result, answers = await self._run(pool, loaded, STUDENT, step, stage)
+            results.append(result)
+            samples += answers[:SHOWN]
+        return results, samples
+
+    async def teachers(self, pool: EnginePool, step: int, stage: int = 0) -> list[EvalResult]:
+        """The sets whose questions have demonstrations, answered with them in the prompt: what there is to learn."""
+        return [
+            (await self._run(pool, loaded, TEACHER, step, stage))[0] for loaded in self._sets if loaded.has_teacher
+        ]
+
+    async def _run(
+        self, pool: EnginePool, loaded: LoadedSet, metric: str, step: int, stage: int
+    ) -> tuple[EvalResult, list[Sample]]:
+        s = loaded.settings
+        ids = [p.student_ids if metric == STUDENT else p.teacher_ids for p in loaded.prompts]
+        requests = [GenerateRequest(np.asarray(i, dtype=np.int32)) for i in ids]
+        rollouts = await pool.generate(requests, Sampling(s.max_new_tokens, temperature=0.0))
+        grader = GRADERS[s.grader]
+        samples = []
+        for question, rollout in zip(loaded.questions, rollouts, strict=True):
+            text = self._tokenizer.decode(rollout.completion_ids.tolist(), skip_special_tokens=True)
+            correct = grader.grade(text, question.answer)
+            prompt = "\n\n".join(f"{m['role']}: {m['content']}" for m in question.messages)
+            if len(question.messages) == 1:
+                prompt = question.messages[0]["content"]
+            samples.append(Sample(step, s.name, question.id, prompt, question.answer, text, correct))
+        share = sum(a.correct for a in samples) / len(samples)
+        return EvalResult(step, stage, s.name, metric, share, len(samples)), samples

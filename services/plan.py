@@ -1,0 +1,135 @@
+"""What a run will start and need: processes, memory of each part, what Ray must offer. Estimates, said before a start."""
+
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.config import EngineSettings
+from services.config import RunConfig
+from services.errors import UserError
+
+GIB = 1 << 30
+# Measured on the CPU build with a 0.26 M parameter model: what a process holds before it has a model.
+ENGINE_BASE_GIB = 1.3
+LEARNER_BASE_GIB = 0.9
+# Ray's own processes and the driver.
+RAY_BASE_GIB = 1.2
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process of the run."""
+
+    name: str
+    cpus: float  # Ray CPUs
+    gpus: float
+    memory_gib: float  # main memory with device: cpu
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All processes, in the order of the placement group's bundles."""
+
+    students: tuple[Part, ...]
+    teachers: tuple[Part, ...]
+    learners: tuple[Part, ...]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (*self.students, *self.teachers, *self.learners)
+
+    @property
+    def cpus(self) -> float:
+        return sum(p.cpus for p in self.parts)
+
+    @property
+    def gpus(self) -> float:
+        return sum(p.gpus for p in self.parts)
+
+    @property
+    def memory_gib(self) -> float:
+        return RAY_BASE_GIB + sum(p.memory_gib for p in self.parts)
+
+    def text(self) -> str:
+        """The plan as people read it."""
+        lines = [f"{'process':<22}{'Ray CPUs':>10}{'GPUs':>6}{'memory':>12}"]
+        lines += [f"{p.name:<22}{p.cpus:>10g}{p.gpus:>6g}{p.memory_gib:>8.1f} GiB" for p in self.parts]
+        lines.append(f"{'Ray and driver':<22}{0:>10g}{0:>6g}{RAY_BASE_GIB:>8.1f} GiB")
+        lines.append(f"{'in all, on one node':<22}{self.cpus:>10g}{self.gpus:>6g}{self.memory_gib:>8.1f} GiB")
+        return "\n".join(lines)
+
+
+def make_plan(config: RunConfig, parameters: int) -> Plan:
+    """The plan for a model of so many parameters."""
+    cuda = config.device == "cuda"
+    width = 2 if config.dtype == "bfloat16" else 4
+    weights = parameters * width / GIB
+
+    def engines(role: str) -> tuple[Part, ...]:
+        e = config.actors.student if role == "student" else config.actors.teacher
+        # Weights twice for a moment while they are replaced (the snapshot is mapped), the KV cache, logits of a batch.
+        memory = ENGINE_BASE_GIB + 2 * weights + (0 if cuda else e.kv_cache_gib)
+        return tuple(Part(f"{role} engine {i}", e.cpus, e.gpus if cuda else 0, memory) for i in range(e.replicas))
+
+    one = config.learner
+    masters = 0 if config.dtype == "float32" else 4
+    teacher = 0 if config.teacher.weights == "live" else 4
+    # Sharded by the ranks: masters, two Adam moments, EMA. Not sharded: weights, gradients (float32 while they add up),
+    # the snapshots of both roles on the first rank.
+    sharded = parameters * (masters + 8 + teacher) / one.ranks
+    whole = parameters * (width + 4 + 2 * width)
+    memory = LEARNER_BASE_GIB + (sharded + whole) / GIB + one.micro_batch_tokens * parameters**0.5 * 60 / GIB / 10
+    learners = tuple(Part(f"learner rank {i}", one.cpus, one.gpus if cuda else 0, memory) for i in range(one.ranks))
+    return Plan(engines("student"), () if config.teacher.weights == "live" else engines("teacher"), learners)
+
+
+def count_parameters(model: Path) -> int:
+    """Parameters of a local model folder, read from the headers of its safetensors files."""
+    total = 0
+    for path in sorted(model.glob("*.safetensors")):
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(size))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                count = 1
+                for n in entry["shape"]:
+                    count *= n
+                total += count
+    if total == 0:
+        raise UserError(f"{model}: no .safetensors file with weights in this folder")
+    return total
+
+
+def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings:
+    """How an engine of this role is started. Student engines also evaluate, and score when the teacher is live."""
+    e = config.actors.student if role == "student" else config.actors.teacher
+    longest_answer = max([config.sampling.max_new_tokens, *(s.max_new_tokens for s in config.evaluation.sets)])
+    max_model_len = config.data.max_teacher_prompt_tokens + longest_answer + 1
+    limit = json.loads((model / "config.json").read_text()).get("max_position_embeddings")
+    if limit is not None and max_model_len > limit:
+        raise UserError(
+            f"data.max_teacher_prompt_tokens and the longest answer add up to {max_model_len} tokens, but the model in "
+            f"{model} has {limit} positions; lower data.max_teacher_prompt_tokens or max_new_tokens"
+        )
+    default_gap = 0.002 if config.dtype == "float32" else 0.35
+    return EngineSettings(
+        model=str(model),
+        dtype=config.dtype,
+        device=config.device,
+        max_model_len=max_model_len,
+        max_logprobs=config.loss.top_k,
+        max_num_seqs=e.max_num_seqs,
+        gpu_memory_utilization=0.1 if config.device == "cpu" else e.gpu_memory_utilization,
+        enforce_eager=e.enforce_eager,
+        max_probe_gap=config.weights.max_probe_gap or default_gap,
+        threads=e.threads,
+        kv_cache_gib=e.kv_cache_gib,
+    )
+
+
+def available_memory_gib() -> float:
+    """Main memory of this machine that could be used now."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB

@@ -1,0 +1,113 @@
+"""From a configuration to everything a run needs before a process is started: model, data, prompts, schedule, plan."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from actors.types import IntArray
+from services.config import RunConfig
+from services.demonstrations import load_demonstrations, load_questions
+from services.errors import PreflightError
+from services.evaluation import LoadedSet
+from services.load_config import check_files
+from services.models import resolve_model
+from services.plan import Plan, available_memory_gib, count_parameters, engine_settings, make_plan
+from services.prompts import PromptBuilder, PromptPair, build_prompts, load_tokenizer
+from services.schedule import Schedule, make_schedule
+from services.sinks import check_sinks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROBE_TOKENS = 48
+CHECKPOINT_BYTES_PER_PARAMETER = 20  # float32 masters, two moments, EMA, and the student in float32 at most
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has been checked as far as it can be without starting it."""
+
+    config: RunConfig
+    model: Path
+    parameters: int
+    tokenizer: "PreTrainedTokenizerBase"
+    prompts: list[PromptPair]  # of the demonstrations, in file order
+    sets: list[LoadedSet]
+    schedule: Schedule
+    plan: Plan
+    fingerprint: str  # of whatever must not change between a run and its continuation
+
+    @property
+    def probe_ids(self) -> IntArray:
+        """A real prompt's first tokens: what weight updates are verified on."""
+        ids = max((p.teacher_ids or p.student_ids for p in self.prompts[:32]), key=len)
+        return np.asarray(ids[:PROBE_TOKENS], dtype=np.int32)
+
+
+def prepare(config: RunConfig, base: Path) -> Prepared:
+    """Check everything; UserError lists what is wrong. Relative paths start at `base`, the config file's folder."""
+    check_sinks(config.monitoring)
+    check_files(config, base)
+    demonstrations = load_demonstrations(config.data, base)
+    questions = [(s, load_questions(s, base)) for s in config.evaluation.sets]
+    model = resolve_model(config.model, base)
+    engine_settings(config, model, "student")  # raises when the model is too short for the prompts
+    tokenizer = load_tokenizer(model)
+    builder = PromptBuilder(tokenizer, config.data.template, base, config.data.system)
+    limits = (config.data.max_prompt_tokens, config.data.max_teacher_prompt_tokens)
+    prompts = build_prompts(builder, demonstrations, *limits)
+    sets = [LoadedSet(s, q, build_prompts(builder, q, *limits)) for s, q in questions]
+    t = config.training
+    schedule = make_schedule(
+        len(demonstrations), t.batch_size, config.sampling.generations, config.seed, t.epochs, t.steps
+    )
+    parameters = count_parameters(model)
+    return Prepared(
+        config=config,
+        model=model,
+        parameters=parameters,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        sets=sets,
+        schedule=schedule,
+        plan=make_plan(config, parameters),
+        fingerprint=_fingerprint(config, prompts),
+    )
+
+
+def check_machine(prepared: Prepared, run_dir: Path) -> None:
+    """PreflightError if this machine's memory or disk cannot hold the run (for a cluster of our own)."""
+    free = available_memory_gib()
+    if prepared.config.device == "cpu" and prepared.plan.memory_gib > free:
+        raise PreflightError(
+            f"the run needs about {prepared.plan.memory_gib:.1f} GiB of memory and {free:.1f} GiB are free here; lower "
+            f"actors.*.kv_cache_gib, set teacher.weights: live (one engine fewer), or use a smaller model"
+        )
+    keep = prepared.config.checkpoint.keep + 1  # the newest is written before the oldest goes
+    needed = prepared.parameters * CHECKPOINT_BYTES_PER_PARAMETER * keep
+    run_dir.mkdir(parents=True, exist_ok=True)
+    disk = shutil.disk_usage(run_dir).free
+    if needed > disk:
+        raise PreflightError(
+            f"{run_dir}: {keep} checkpoints take up to {needed / 1e9:.1f} GB and {disk / 1e9:.1f} GB are free there; "
+            f"free some, or choose another --run-dir"
+        )
+
+
+def _fingerprint(config: RunConfig, prompts: list[PromptPair]) -> str:
+    """Settings that change the result, and the very tokens that are trained on."""
+    settings = config.model_dump(mode="json", exclude={"run_dir", "ray", "monitoring", "checkpoint", "evaluation"})
+    for role in ("student", "teacher"):
+        for key in ("start_timeout_s", "cpus", "gpus"):
+            del settings["actors"][role][key]
+    for key in ("start_timeout_s", "step_timeout_s", "cpus", "gpus"):
+        del settings["learner"][key]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for pair in prompts:
+        digest.update(json.dumps([pair.student_ids, pair.teacher_ids]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,56 @@
+"""Which samples each optimizer step trains on: a pure function of the configuration, so there is no position to lose."""
+
+import hashlib
+import random
+from dataclasses import dataclass
+
+from actors.types import SampleId
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Demonstrations in a new order each epoch, cut into batches of prompts; a batch may reach into the next epoch."""
+
+    demonstrations: int
+    batch_size: int  # prompts
+    generations: int  # rollouts per prompt
+    seed: int
+    prompts: int  # prompts of the whole run
+    stage: int = 0
+
+    @property
+    def total_steps(self) -> int:
+        return -(-self.prompts // self.batch_size)
+
+    def batch(self, step: int) -> list[SampleId]:
+        """Samples of optimizer step `step`, counted from 1. The last batch may be short."""
+        first = (step - 1) * self.batch_size
+        samples = []
+        for position in range(first, min(first + self.batch_size, self.prompts)):
+            epoch, place = divmod(position, self.demonstrations)
+            index = self._order(epoch)[place]
+            samples += [SampleId(self.stage, epoch, index, g) for g in range(self.generations)]
+        return samples
+
+    def issued_through(self, step: int) -> int:
+        """Samples of all steps up to and including `step`."""
+        return min(step * self.batch_size, self.prompts) * self.generations
+
+    def _order(self, epoch: int) -> list[int]:
+        order = list(range(self.demonstrations))
+        random.Random(f"{self.seed}/{self.stage}/{epoch}").shuffle(order)
+        return order
+
+
+def make_schedule(
+    demonstrations: int, batch_size: int, generations: int, seed: int, epochs: int | None, steps: int | None
+) -> Schedule:
+    """The schedule of a run over whole `epochs`, or of a number of `steps`."""
+    prompts = demonstrations * epochs if epochs is not None else batch_size * (steps or 0)
+    return Schedule(demonstrations, batch_size, generations, seed, prompts)
+
+
+def sample_seed(run_seed: int, sample: SampleId) -> int:
+    """The sampling seed of one sample: it does not depend on which engine makes it, or when."""
+    digest = hashlib.sha256(f"{run_seed}/{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
