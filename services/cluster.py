@@ -28,7 +28,9 @@ def cluster(config: RayConfig, plan: Plan, logs: Path) -> Iterator[None]:
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except ConnectionError as error:
-            raise PreflightError(f"no Ray cluster answers at {address} ({error}); start one or unset the address") from None
+            raise PreflightError(
+                f"no Ray cluster answers at {address} ({error}); start one or unset the address"
+            ) from None
         try:
             yield
         finally:

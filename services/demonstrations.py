@@ -55,7 +55,9 @@ def load_demonstrations(data: DataConfig, base: Path) -> list[Demonstration]:
         return _text_problem(row, "demonstration", required=True)
 
     return [
-        Demonstration(str(row["id"]), _messages(row), row["demonstration"], row.get("context"), row.get("answer"), where)
+        Demonstration(
+            str(row["id"]), _messages(row), row["demonstration"], row.get("context"), row.get("answer"), where
+        )
         for where, row in _checked(_rows("data.train", data.train, data.split, base), check)
     ]
 
@@ -82,9 +84,7 @@ def _rows(key: str, name: str, split: str, base: Path) -> Iterable[Row]:
     return parquet_rows(path) if path.suffix == ".parquet" else jsonl_rows(path)
 
 
-def _checked(
-    rows: Iterable[Row], check: Callable[[dict[str, Any]], str | None]
-) -> list[tuple[str, dict[str, Any]]]:
+def _checked(rows: Iterable[Row], check: Callable[[dict[str, Any]], str | None]) -> list[tuple[str, dict[str, Any]]]:
     """Rows that are right, each with an id; UserError if any is not, or there is none."""
     good: list[tuple[str, dict[str, Any]]] = []
     bad: list[str] = []

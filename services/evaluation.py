@@ -52,9 +52,7 @@ class Evaluator:
 
     async def teachers(self, pool: EnginePool, step: int, stage: int = 0) -> list[EvalResult]:
         """The sets whose questions have demonstrations, answered with them in the prompt: what there is to learn."""
-        return [
-            (await self._run(pool, loaded, TEACHER, step, stage))[0] for loaded in self._sets if loaded.has_teacher
-        ]
+        return [(await self._run(pool, loaded, TEACHER, step, stage))[0] for loaded in self._sets if loaded.has_teacher]
 
     async def _run(
         self, pool: EnginePool, loaded: LoadedSet, metric: str, step: int, stage: int

@@ -7,7 +7,6 @@ from pathlib import Path
 from services.config import resolve_path
 from services.errors import UserError
 
-
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 

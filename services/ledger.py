@@ -56,7 +56,9 @@ class Ledger:
                 rows,
             ).rowcount
             if changed != len(rows):
-                raise LedgerError(f"{len(rows) - changed} of {len(rows)} samples could not become {state}: {previous} before?")
+                raise LedgerError(
+                    f"{len(rows) - changed} of {len(rows)} samples could not become {state}: {previous} before?"
+                )
 
     def drop(self, sample: SampleId, reason: str) -> None:
         """A sample that will not be trained, and why."""

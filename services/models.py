@@ -29,7 +29,9 @@ def resolve_model(name: str, base: Path) -> Path:
     near = difflib.get_close_matches(name, BUILT_IN, n=1)
     hint = f"did you mean {near[0]}?" if near else f"built-in models: {', '.join(BUILT_IN)}"
     try:
-        return _complete(Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors", "*.model"])))
+        return _complete(
+            Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors", "*.model"]))
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
         raise UserError(

@@ -56,7 +56,9 @@ def check_sha256(path: Path, expected: str) -> None:
     with path.open("rb") as file:
         actual = hashlib.file_digest(file, "sha256").hexdigest()
     if actual != expected:
-        raise UserError(f"{path.name} arrived damaged or changed (sha256 {actual[:12]}…, not {expected[:12]}…); try again")
+        raise UserError(
+            f"{path.name} arrived damaged or changed (sha256 {actual[:12]}…, not {expected[:12]}…); try again"
+        )
 
 
 def convert(gguf_path: Path, out: Path) -> None:

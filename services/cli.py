@@ -1,0 +1,157 @@
+"""The command `sdft`. Exit 0: done; 2: bad configuration or data; 3: it cannot run here; 1: a crash."""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from services.errors import PreflightError, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments) or 0)
+    except (UserError, PreflightError) as error:
+        print(f"sdft: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("sdft: stopped; the same command resumes from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _train(a: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from services.load_config import load_config, resolved_yaml
+    from services.prepare import prepare
+
+    path = Path(a.config)
+    config = load_config(path, a.set)
+    run_dir = Path(a.run_dir or config.run_dir or Path("runs") / path.stem)
+    prepared = prepare(config, path.parent)
+    console = Console()
+    plan = (
+        f"{len(prepared.prompts)} demonstrations, {prepared.schedule.total_steps} steps of "
+        f"{config.training.batch_size} prompts, {prepared.parameters / 1e6:.1f} M parameters in {config.dtype}, "
+        f"{config.loss.divergence} divergence, {config.teacher.weights} teacher"
+    )
+    console.print(plan, prepared.plan.text(), sep="\n", markup=False, highlight=False)
+    if a.dry_run:
+        print(resolved_yaml(config))
+        return
+    from services.train import train
+
+    report = train(prepared, run_dir, a.resume, console, path.stem)
+    _print_outcome(run_dir, console)
+    console.print(f"report: {report}", markup=False, soft_wrap=True)
+
+
+def _print_outcome(run_dir: Path, console: object) -> None:
+    """Results and a few answers, for whoever does not open the report."""
+    from services.metrics import Sample, read_rows
+    from services.status import status_text
+
+    print(status_text(run_dir))
+    samples = read_rows(run_dir, Sample)
+    for task in dict.fromkeys(s.task for s in samples):
+        rows = [s for s in samples if s.task == task]
+        first, last = rows[0], max((s for s in rows if s.id == rows[0].id), key=lambda s: s.step)
+        print(f"\n{task}, question {first.id}: {first.prompt.strip().splitlines()[-1]}")
+        for s in (first, last):
+            print(f"  step {s.step} ({'right' if s.correct else 'wrong'}): {' / '.join(s.text.split(chr(10)))[:160]}")
+
+
+def _check(a: argparse.Namespace) -> None:
+    from services.load_config import load_config
+    from services.prepare import prepare
+
+    path = Path(a.config)
+    prepared = prepare(load_config(path, a.set), path.parent)
+    longest = max(len(p.teacher_ids or []) for p in prepared.prompts)
+    print(f"{path}: good. {len(prepared.prompts)} demonstrations, the longest teacher prompt has {longest} tokens,")
+    print(
+        f"{prepared.schedule.total_steps} steps; evaluation: {', '.join(s.settings.name for s in prepared.sets) or 'none'}"
+    )
+    print(prepared.plan.text())
+
+
+def _status(a: argparse.Namespace) -> None:
+    from services.status import status_text
+
+    print(status_text(Path(a.run_dir)))
+
+
+def _report(a: argparse.Namespace) -> None:
+    from services.report import write_report
+    from services.status import check_run_dir
+
+    check_run_dir(Path(a.run_dir))
+    print(write_report(Path(a.run_dir)))
+
+
+def _export(a: argparse.Namespace) -> None:
+    from services.checkpoint import damage, folder_of, newest
+
+    run_dir, out = Path(a.run_dir), Path(a.out)
+    folder = newest(run_dir)[0] if a.step is None else folder_of(run_dir, a.step)
+    if folder is None or not folder.is_dir():
+        raise UserError(
+            f"{run_dir} has no checkpoint{'' if a.step is None else f' of step {a.step}'}; see `sdft status`"
+        )
+    if (reason := damage(folder)) is not None:
+        raise UserError(f"{folder} cannot be exported: {reason}")
+    if out.exists():
+        raise UserError(f"--out {out}: there is something already; name a new folder")
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(folder / "student", part)
+    part.rename(out)
+    print(f"{out}: the student of {folder.name}, a plain Hugging Face folder")
+
+
+def _model(a: argparse.Namespace) -> None:
+    from services.models import materialise
+
+    materialise(a.name, Path(a.out))
+    print(a.out)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sdft", description="Self-distillation fine-tuning on Ray, vLLM and DeepSpeed"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    c = add("train", _train, "Train, or continue a run that was stopped")
+    _config(c)
+    c.add_argument("--run-dir", help="where the run is kept (default: runs/<config name>)")
+    c.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="where to start (default: auto)")
+    c.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan, start nothing")
+    _config(add("check", _check, "Check configuration, data and prompts without starting anything"))
+    add("status", _status, "How a run stands").add_argument("run_dir", metavar="RUN")
+    add("report", _report, "Write a run's report.html anew").add_argument("run_dir", metavar="RUN")
+    c = add("export", _export, "Copy a checkpoint's student out as a Hugging Face folder")
+    c.add_argument("run_dir", metavar="RUN")
+    c.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    c.add_argument("--out", required=True, metavar="DIR")
+    c = add("model", _model, "Make a built-in model's folder")
+    c.add_argument("name")
+    c.add_argument("--out", required=True, metavar="DIR")
+    return parser
+
+
+def _config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="a YAML file")
+    command.add_argument("--set", action="append", default=[], metavar="a.b=v", help="override a setting")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""The training loop, strict and on-policy: sample, score, learn, publish, one batch after the other.
+
+    schedule -> ids -> student engines: rollouts -> teacher engines: scores -> learner: step -> snapshots -> engines
+
+The controller moves references and small arrays; it owns no model. A step's samples are made by weights that no step
+has passed, so with sync_every 1 the staleness is 0.
+"""
+
+import time
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import ray
+
+from actors.types import GenerateRequest, SampleId, Sampling, ScoredRollout
+from learner.group import LearnerGroup
+from services import checkpoint
+from services.checkpoint import CheckpointState
+from services.evaluation import Evaluator
+from services.ledger import Ledger
+from services.metrics import RunLog, StepMetrics
+from services.pools import EnginePool
+from services.prepare import Prepared
+from services.progress import Progress
+from services.schedule import sample_seed
+
+T = TypeVar("T")
+
+
+class Controller:
+    """One run, from the step it begins at to its last."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        run_dir: Path,
+        students: EnginePool,
+        teachers: EnginePool | None,
+        learner: LearnerGroup,
+        ledger: Ledger,
+        log: RunLog,
+        progress: Progress,
+    ) -> None:
+        self._prepared = prepared
+        self._config = prepared.config
+        self._run_dir = run_dir
+        self._students = students
+        self._teachers = teachers  # None: live weights, the students score
+        self._learner = learner
+        self._ledger = ledger
+        self._log = log
+        self._progress = progress
+        self._evaluator = Evaluator(prepared.sets, prepared.tokenizer)
+        self._versions = {"student": 0, "teacher": 0}
+        self._times: dict[str, float] = {}
+
+    async def run(self, first_step: int) -> None:
+        """Train from the state after optimizer step `first_step` (0: from the base model) to the end."""
+        schedule, every = self._prepared.schedule, self._config.evaluation.every
+        # Always publish once: after a resume the engines hold the base model, and each side would wait for the other.
+        await self._sync("student", first_step)
+        if self._teachers:
+            await self._sync("teacher", first_step)
+        if first_step == 0:
+            await self._evaluate(0)
+        for step in range(first_step + 1, schedule.total_steps + 1):
+            await self._step(step)
+            last = step == schedule.total_steps
+            if last or (every and step % every == 0):
+                if self._versions["student"] != step:
+                    await self._sync("student", step)
+                await self._evaluate(step)
+            if last or step % self._config.checkpoint.every == 0:
+                await self._save(step)
+
+    async def _step(self, step: int) -> None:
+        self._times = dict.fromkeys(("rollout", "score", "learn", "sync"), 0.0)
+        began = time.monotonic()
+        ids = self._prepared.schedule.batch(step)
+        self._ledger.issue(ids, step)
+        samples = await self._sample(ids)
+        learned_by = max(v for s in samples for v, _, _ in s.rollout.versions)
+        result = await self._timed("learn", self._learner.train_step(ray.put(samples)))
+        self._ledger.advance(ids, "trained")
+        weights = self._config.weights
+        sampled_versions = dict(self._versions)
+        if step % weights.sync_every == 0:
+            await self._timed("sync", self._sync("student", step))
+        if self._teachers and step % weights.teacher_sync_every == 0:
+            await self._timed("sync", self._sync("teacher", step))
+        trained, dropped, in_flight = self._ledger.audit(self._prepared.schedule.issued_through(step))
+        took = time.monotonic() - began
+        completion_tokens = sum(len(s.rollout.completion_ids) for s in samples)
+        metrics = StepMetrics(
+            step=step,
+            stage=ids[0].stage,
+            loss=result.loss,
+            divergence=result.divergence,
+            direction=self._config.loss.divergence,
+            grad_norm=result.grad_norm,
+            lr=result.lr,
+            samples=len(samples),
+            prompt_tokens=sum(len(s.rollout.prompt_ids) for s in samples),
+            completion_tokens=completion_tokens,
+            student_version=learned_by,
+            teacher_version=sampled_versions["teacher" if self._teachers else "student"],
+            staleness_mean=float(np.mean([step - 1 - s.rollout.versions[0][0] for s in samples])),
+            staleness_max=max(step - 1 - s.rollout.versions[0][0] for s in samples),
+            mismatch_kl=result.mismatch_kl,
+            tail_mass=result.tail_mass,
+            **{f"time_{name}_s": seconds for name, seconds in self._times.items()},
+            time_wait_s=max(0.0, took - sum(self._times.values())),
+            time_step_s=took,
+            tokens_per_s=completion_tokens / took,
+            trained=trained,
+            dropped=dropped,
+            in_flight=in_flight,
+        )
+        self._log.step(metrics)
+        self._progress.step(metrics)
+
+    async def _sample(self, ids: list[SampleId]) -> list[ScoredRollout]:
+        """The rollouts of a batch with the teacher's scores."""
+        prompts = [self._prepared.prompts[s.index] for s in ids]
+        sampling = self._config.sampling
+        requests = [
+            GenerateRequest(np.asarray(p.student_ids, dtype=np.int32), sample_seed(self._config.seed, s))
+            for s, p in zip(ids, prompts, strict=True)
+        ]
+        rollouts = await self._timed(
+            "rollout",
+            self._students.generate(requests, Sampling(sampling.max_new_tokens, sampling.temperature, sampling.top_p)),
+        )
+        self._ledger.advance(ids, "sampled", [len(r.completion_ids) for r in rollouts])
+        pairs = [
+            (np.asarray(p.teacher_ids, dtype=np.int32), r.completion_ids)
+            for p, r in zip(prompts, rollouts, strict=True)
+        ]
+        scores = await self._timed("score", (self._teachers or self._students).score(pairs, self._config.loss.top_k))
+        self._ledger.advance(ids, "scored")
+        return [ScoredRollout(*row) for row in zip(ids, rollouts, scores, strict=True)]
+
+    async def _sync(self, role: str, version: int) -> None:
+        """Publish a role's weights and have every engine of it load and verify them."""
+        pool = self._students if role == "student" else self._teachers
+        assert pool is not None
+        snapshot = await self._learner.publish(role, version)
+        await pool.update_weights(snapshot)
+        await self._learner.release(role)
+        self._versions[role] = version
+
+    async def _evaluate(self, step: int) -> None:
+        if not self._prepared.sets:
+            return
+        self._progress.phase(f"evaluating at step {step}")
+        results, samples = await self._evaluator.students(self._students, step)
+        if step == 0:
+            results += await self._evaluator.teachers(self._students, step)
+        for result in results:
+            self._log.evaluation(result)
+        for sample in samples:
+            self._log.sample(sample)
+        self._progress.evaluation(results)
+        self._progress.phase("training")
+
+    async def _save(self, step: int) -> None:
+        self._progress.phase(f"saving step {step}")
+        part = checkpoint.begin(self._run_dir, step)
+        await self._learner.save(part)
+        self._ledger.copy_to(part / checkpoint.LEDGER)
+        c = self._config
+        state = CheckpointState(step, c.learner.ranks, c.learner.zero_stage, c.dtype, self._prepared.fingerprint)
+        checkpoint.commit(part, self._run_dir, state, c.checkpoint.keep)
+        self._progress.phase("training")
+
+    async def _timed(self, phase: str, work: Awaitable[T]) -> T:
+        began = time.monotonic()
+        try:
+            return await work
+        finally:
+            self._times[phase] += time.monotonic() - began

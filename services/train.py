@@ -1,0 +1,174 @@
+"""`sdft train`: from checked configuration to a finished, resumable run directory; whatever happens, nothing is left."""
+
+import asyncio
+import fcntl
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from services import checkpoint
+from services.cluster import cluster, placement
+from services.config import RunConfig
+from services.controller import Controller
+from services.errors import UserError
+from services.ledger import Ledger, restore_ledger
+from services.load_config import resolved_yaml
+from services.metrics import RunLog, write_atomically
+from services.plan import engine_settings
+from services.pools import EnginePool
+from services.prepare import Prepared, check_machine
+from services.progress import Progress
+from services.report import write_report
+
+
+def train(prepared: Prepared, run_dir: Path, resume: str, console: Console, title: str) -> Path:
+    """Run to the end and return the report's path. `resume`: auto, never, or a checkpoint folder."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with _only_one(run_dir):
+        start = _starting_point(prepared, run_dir, resume, console)
+        if start is None and resume == "never" and (run_dir / "metrics.jsonl").exists():
+            raise UserError(f"{run_dir} holds a run already; name another --run-dir, or resume it with --resume auto")
+        if not (prepared.config.ray.address or os.environ.get("RAY_ADDRESS")):
+            check_machine(prepared, run_dir)
+        first = checkpoint.read_state(start).step if start else 0
+        total = prepared.schedule.total_steps
+        if first >= total:
+            console.print(f"{run_dir}: all {total} steps are done already")
+            return write_report(run_dir)
+        RunLog.rewind(run_dir, first if start else None)
+        restore_ledger(start / checkpoint.LEDGER if start else None, run_dir / "ledger.sqlite")
+        write_atomically(run_dir / "config.yaml", resolved_yaml(prepared.config).encode())
+        state: dict[str, Any] = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "state": "running",
+            "error": None,
+            "total_steps": total,
+            "started": time.time(),
+        }
+        _write_state(run_dir, state)
+        try:
+            asyncio.run(_interruptible(_run(prepared, run_dir, start, console, title)))
+        except BaseException as error:
+            _write_state(run_dir, state | {"state": "failed", "error": f"{type(error).__name__}: {error}"})
+            raise
+        _write_state(run_dir, state | {"state": "finished"})
+        return write_report(run_dir)
+
+
+async def _run(prepared: Prepared, run_dir: Path, start: Path | None, console: Console, title: str) -> None:
+    from learner.group import LearnerGroup
+    from learner.types import LearnerSettings
+
+    c: RunConfig = prepared.config
+    settings = LearnerSettings(
+        model=str(prepared.model),
+        dtype=c.dtype,
+        device=c.device,
+        seed=c.seed,
+        total_steps=prepared.schedule.total_steps,
+        config=c.learner,
+        loss=c.loss,
+        teacher=c.teacher,
+    )
+    with (
+        Progress(console, prepared.schedule.total_steps, title) as progress,
+        cluster(c.ray, prepared.plan, run_dir / "logs"),
+        placement(c.ray, prepared.plan) as options,
+    ):
+        progress.phase("starting engines and learner")
+        pools: dict[str, EnginePool] = {}
+
+        async def start_pool(role: str) -> None:
+            e = c.actors.student if role == "student" else c.actors.teacher
+            pools[role] = await EnginePool.start(
+                role, engine_settings(c, prepared.model, role), options[role], e.start_timeout_s, c.evaluation.timeout_s
+            )
+
+        roles = [role for role in ("student", "teacher") if options[role]]
+        try:
+            learner, *_ = await asyncio.gather(
+                LearnerGroup.start(settings, prepared.probe_ids, options["learner"]), *map(start_pool, roles)
+            )
+            _write_pids(run_dir, pools, learner.pids)
+            first = 0
+            if start is not None:
+                first = await learner.load(start)
+                progress.note(f"continuing after step {first} from {start}")
+            ledger = Ledger(run_dir / "ledger.sqlite")
+            log = RunLog(run_dir, c.monitoring)
+            try:
+                controller = Controller(
+                    prepared, run_dir, pools["student"], pools.get("teacher"), learner, ledger, log, progress
+                )
+                await controller.run(first)
+            finally:
+                log.close()
+                ledger.close()
+        finally:
+            await asyncio.gather(*(pool.stop() for pool in pools.values()))
+
+
+def _starting_point(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> Path | None:
+    """The checkpoint to continue from, or None to begin."""
+    if resume == "never":
+        return None
+    if resume == "auto":
+        folder, notes = checkpoint.newest(run_dir)
+        for note in notes:
+            console.print(note)
+        if folder is None:
+            return None
+    else:
+        folder = Path(resume)
+        reason = checkpoint.damage(folder)
+        if reason is not None:
+            raise UserError(f"--resume {folder}: this checkpoint cannot be used: {reason}")
+    state = checkpoint.read_state(folder)
+    if state.fingerprint != prepared.fingerprint:
+        raise UserError(
+            f"{folder} belongs to a run with another configuration or other data; use the configuration in "
+            f"{folder.parent.parent / 'config.yaml'}, or name another --run-dir to begin a new run"
+        )
+    return folder
+
+
+@contextmanager
+def _only_one(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory's lock; the kernel lets go of it when this process ends, however it ends."""
+    with (run_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run_dir}: another process is training in this folder; name another --run-dir") from None
+        yield
+
+
+async def _interruptible(work: Any) -> None:
+    """Run `work`; SIGTERM and SIGINT cancel it, so that every clean-up runs."""
+    task = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt("stopped by a signal") from None
+
+
+def _write_state(run_dir: Path, state: dict[str, Any]) -> None:
+    write_atomically(run_dir / "run.json", json.dumps(state, indent=2).encode())
+
+
+def _write_pids(run_dir: Path, pools: dict[str, EnginePool], learner: list[int]) -> None:
+    """Which process is which, for people and for tests that kill them."""
+    pids = {role: pool.pids for role, pool in pools.items()} | {"learner": learner}
+    write_atomically(run_dir / "pids.json", json.dumps(pids).encode())
