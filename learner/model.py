@@ -95,6 +95,7 @@ class Probe(nn.Module):
         config = AutoConfig.from_pretrained(path)
         with init_empty_weights():  # parameters on the meta device, buffers real: it owns no memory to speak of
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PACKED)
+        self.model.tie_weights()  # made empty one by one, tied parameters are no longer the same object
         self.eval()
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def damage(folder: Path) -> str | None:
 
 def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest undamaged checkpoint, and a sentence for each damaged one passed over."""
-    notes = []
+    notes: list[str] = []
     for folder in sorted((run_dir / "checkpoints").glob("step-*"), reverse=True):
         reason = damage(folder)
         if reason is None:

@@ -72,9 +72,8 @@ def _check(a: argparse.Namespace) -> None:
     prepared = prepare(load_config(path, a.set), path.parent)
     longest = max(len(p.teacher_ids or []) for p in prepared.prompts)
     print(f"{path}: good. {len(prepared.prompts)} demonstrations, the longest teacher prompt has {longest} tokens,")
-    print(
-        f"{prepared.schedule.total_steps} steps; evaluation: {', '.join(s.settings.name for s in prepared.sets) or 'none'}"
-    )
+    names = ", ".join(s.settings.name for s in prepared.sets) or "none"
+    print(f"{prepared.schedule.total_steps} steps; evaluation: {names}")
     print(prepared.plan.text())
 
 

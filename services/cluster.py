@@ -77,8 +77,8 @@ def placement(config: RayConfig, plan: Plan) -> Iterator[dict[str, list[dict[str
         if not group.wait(config.wait_s):
             free = ray.available_resources()
             raise PreflightError(
-                f"waited {config.wait_s:g} s (ray.wait_s) for one node with {_needs(plan)} free; free in the cluster now: "
-                f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs: another job holds the rest"
+                f"waited {config.wait_s:g} s (ray.wait_s) for one node with {_needs(plan)} free; free in the cluster "
+                f"now: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs: another job holds the rest"
             )
         counts = {"student": len(plan.students), "teacher": len(plan.teachers), "learner": len(plan.learners)}
         options: dict[str, list[dict[str, Any]]] = {}

@@ -95,7 +95,7 @@ class MonitoringConfig(Section):
 
 
 class RayConfig(Section):
-    """Which cluster: a running one (`address`, or RAY_ADDRESS in the environment), else one of our own on this machine."""
+    """Which cluster: a running one (`address`, or RAY_ADDRESS in the environment), else one of our own here."""
 
     address: str | None = None
     wait_s: float = Field(300, gt=0, description="How long to wait for the cluster's resources")

@@ -41,10 +41,8 @@ def existing_file(key: str, value: str, base: Path) -> Path:
     missing = path
     while not missing.parent.exists():
         missing = missing.parent
-    if missing != path:
-        what = f"{path} does not exist, nor does its folder {missing}"
-    else:
-        what = f"{path} does not exist"
+    folder = f", nor does its folder {missing}" if missing != path else ""
+    what = f"{path} does not exist{folder}"
     near = near_names(missing.name, missing.parent)
     mend = f"did you mean {near[0]}?" if near else f"paths are relative to {base.resolve()}"
     raise UserError(f"{key}: {what}; {mend}")

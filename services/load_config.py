@@ -42,7 +42,7 @@ class Problem(NamedTuple):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration in the YAML file `path`, with overrides like "training.batch_size=8" applied; raises UserError."""
+    """The configuration in the YAML file `path`, overrides like "training.batch_size=8" applied; or UserError."""
     try:
         data = parse_yaml(read_text(path))
     except YamlError as e:

@@ -1,4 +1,4 @@
-"""What a run will start and need: processes, memory of each part, what Ray must offer. Estimates, said before a start."""
+"""What a run will start and need: processes, memory of each part, what Ray must offer. Estimates."""
 
 import json
 import os

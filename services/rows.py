@@ -20,7 +20,7 @@ class Row:
 
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
-    """The lines of a JSONL file, read here and not by a library so that errors carry the line. Blank lines are passed."""
+    """The lines of a JSONL file, read here and not by a library so that errors carry the line."""
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         where = f"{path}:{number}"
         try:
@@ -56,8 +56,8 @@ def hub_rows(name: str, split: str) -> Iterator[Row]:
         rows = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, ConnectionError, RuntimeError) as error:
         raise UserError(
-            f"data.train: the hub data set {name} (split {split}) could not be loaded ({_first_line(error)}); check the "
-            f"name and the connection, or give a local .jsonl or .parquet file"
+            f"data.train: the hub data set {name} (split {split}) could not be loaded ({_first_line(error)}); check "
+            f"the name and the connection, or give a local .jsonl or .parquet file"
         ) from None
     for number, row in enumerate(rows, 1):
         yield Row(f"{name} row {number}", number, row)

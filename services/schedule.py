@@ -1,4 +1,4 @@
-"""Which samples each optimizer step trains on: a pure function of the configuration, so there is no position to lose."""
+"""Which samples each optimizer step trains on: a pure function of the configuration."""
 
 import hashlib
 import random

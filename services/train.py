@@ -1,4 +1,4 @@
-"""`sdft train`: from checked configuration to a finished, resumable run directory; whatever happens, nothing is left."""
+"""`sdft train`: from checked configuration to a finished, resumable run directory."""
 
 import asyncio
 import fcntl
@@ -95,9 +95,9 @@ async def _run(prepared: Prepared, run_dir: Path, start: Path | None, console: C
 
         roles = [role for role in ("student", "teacher") if options[role]]
         try:
-            learner, *_ = await asyncio.gather(
-                LearnerGroup.start(settings, prepared.probe_ids, options["learner"]), *map(start_pool, roles)
-            )
+            starting = asyncio.ensure_future(LearnerGroup.start(settings, prepared.probe_ids, options["learner"]))
+            await asyncio.gather(starting, *map(start_pool, roles))
+            learner = starting.result()
             _write_pids(run_dir, pools, learner.pids)
             first = 0
             if start is not None:

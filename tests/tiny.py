@@ -1,4 +1,4 @@
-"""A random Qwen2 of 0.26 M parameters with a tokenizer and a chat template: real for every engine, loaded in no time."""
+"""A random Qwen2 of 0.26 M parameters with tokenizer and chat template: real for every engine, loaded in no time."""
 
 from pathlib import Path
 
