@@ -147,11 +147,12 @@ class Engine:
         await self._llm.resume_generation()
         pause_s = time.monotonic() - paused
         ours = await self.probe(snapshot.probe_ids)
-        gap = float(np.abs(ours - snapshot.probe_logprobs).max())
+        # The mean: in bf16 one unlikely token differs by 0.4 between two correct implementations.
+        gap = float(np.abs(ours - snapshot.probe_logprobs).mean())
         if not gap <= self.settings.max_probe_gap:  # written so that NaN fails too
             raise WeightMismatch(
                 f"{snapshot.role} weights v{snapshot.version}: the engine's log-probs of the probe sequence differ "
-                f"from the learner's by {gap:.4f} (allowed: {self.settings.max_probe_gap}): these are not "
+                f"from the learner's by {gap:.4f} on average (allowed: {self.settings.max_probe_gap}): these are not "
                 f"the weights it was sent"
             )
         return UpdateReport(snapshot.version, gap, pause_s)

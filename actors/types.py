@@ -103,5 +103,5 @@ class UpdateReport:
     """What a verified weight update took and how closely it agreed."""
 
     version: int
-    probe_gap: float  # largest |engine - learner| log-prob over the probe
+    probe_gap: float  # mean |engine - learner| log-prob over the probe
     pause_s: float  # how long generation stood still

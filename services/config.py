@@ -49,7 +49,7 @@ class WeightsConfig(Section):
     sync_every: int = Field(1, ge=1, description="Optimizer steps between two updates of the student engines")
     teacher_sync_every: int = Field(1, ge=1, description="The same for the teacher engines; the EMA moves every step")
     max_probe_gap: float | None = Field(
-        None, gt=0, description="Largest |log-prob| gap; null: 0.002 float32, 0.35 bf16"
+        None, gt=0, description="Mean |log-prob| gap allowed; null: 0.001 float32, 0.15 bf16"
     )
     timeout_s: float = Field(300, gt=0)
 

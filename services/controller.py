@@ -60,7 +60,10 @@ class Controller:
         """Train from the state after optimizer step `first_step` (0: from the base model) to the end."""
         schedule, every = self._prepared.schedule, self._config.evaluation.every
         # Always publish once: after a resume the engines hold the base model, and each side would wait for the other.
-        await self._sync("student", first_step)
+        gap = await self._sync("student", first_step)
+        self._progress.note(
+            f"student weights v{first_step} verified: engine and learner differ by {gap:.4f} on average"
+        )
         if self._teachers:
             await self._sync("teacher", first_step)
         if first_step == 0:
@@ -142,14 +145,15 @@ class Controller:
         self._ledger.advance(ids, "scored")
         return [ScoredRollout(*row) for row in zip(ids, rollouts, scores, strict=True)]
 
-    async def _sync(self, role: str, version: int) -> None:
-        """Publish a role's weights and have every engine of it load and verify them."""
+    async def _sync(self, role: str, version: int) -> float:
+        """Publish a role's weights, have every engine of it load and verify them; the largest gap of log-probs."""
         pool = self._students if role == "student" else self._teachers
         assert pool is not None
         snapshot = await self._learner.publish(role, version)
-        await pool.update_weights(snapshot)
+        reports = await pool.update_weights(snapshot)
         await self._learner.release(role)
         self._versions[role] = version
+        return max(report.probe_gap for report in reports)
 
     async def _evaluate(self, step: int) -> None:
         if not self._prepared.sets:

@@ -114,7 +114,7 @@ def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings
             f"data.max_teacher_prompt_tokens and the longest answer add up to {max_model_len} tokens, but the model in "
             f"{model} has {limit} positions; lower data.max_teacher_prompt_tokens or max_new_tokens"
         )
-    default_gap = 0.002 if config.dtype == "float32" else 0.35
+    default_gap = 0.001 if config.dtype == "float32" else 0.15
     return EngineSettings(
         model=str(model),
         dtype=config.dtype,

@@ -1,0 +1,19 @@
+"""A worker extension whose weight updates leave the lm_head's repacked copy stale: what verification must catch."""
+
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+from actors.engine import SHARED_MEMORY_BACKEND, SharedMemoryTransfer
+
+
+class WithoutRefresh(SharedMemoryTransfer):
+    """Everything but the repacking."""
+
+    def refresh_head(self) -> None:
+        """Left out on purpose."""
+
+
+class Extension:
+    """Loaded into the worker process in place of actors.engine.WorkerExtension."""
+
+
+WeightTransferEngineFactory._registry[SHARED_MEMORY_BACKEND] = lambda: WithoutRefresh

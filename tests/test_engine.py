@@ -1,0 +1,119 @@
+"""A real vLLM engine against Hugging Face: log-probs before and after updates, and updates that must be refused."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.config import EngineSettings
+from actors.types import GenerateRequest, Sampling
+from actors.worker import EngineWorker
+from learner.publisher import Publisher
+
+PROMPT = np.arange(20, 45, dtype=np.int32)
+TEACHER_PROMPT = np.arange(60, 110, dtype=np.int32)
+PROBE = np.arange(100, 148, dtype=np.int32)
+
+
+def engine_settings(model: Path, extension: str = "actors.engine.WorkerExtension") -> EngineSettings:
+    return EngineSettings(
+        model=str(model),
+        dtype="float32",
+        device="cpu",
+        max_model_len=256,
+        max_logprobs=32,
+        max_num_seqs=16,
+        gpu_memory_utilization=0.1,
+        enforce_eager=True,
+        max_probe_gap=0.001,
+        threads=1,
+        kv_cache_gib=0.25,
+        extension=extension,
+    )
+
+
+@pytest.fixture(scope="module")
+def engines(ray_cluster: None, tiny_model: Path) -> Iterator[list]:
+    """A sound engine, and one that leaves the head's refresh out."""
+    actor = ray.remote(EngineWorker).options(num_cpus=0.5)
+    both = [
+        actor.remote(engine_settings(tiny_model, e))
+        for e in ("actors.engine.WorkerExtension", "tests.no_refresh.Extension")
+    ]
+    ray.get([e.start.remote() for e in both], timeout=300)
+    yield both
+    ray.get([e.stop.remote() for e in both], timeout=60)
+
+
+def reference(model: torch.nn.Module, prompt: np.ndarray, completion: np.ndarray) -> torch.Tensor:
+    """Hugging Face's log-softmax at every completion position, [T, V]."""
+    ids = torch.tensor(np.concatenate([prompt, completion])).long()[None]
+    with torch.no_grad():
+        return torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1], -1)
+
+
+def compare(engine: object, model: torch.nn.Module, version: int) -> None:
+    (rollout,) = ray.get(engine.generate.remote([GenerateRequest(PROMPT, 7)], Sampling(24)), timeout=60)
+    assert rollout.versions == ((version, 0, len(rollout.completion_ids)),)
+    own = torch.tensor(rollout.completion_ids).long()[:, None]
+    student = reference(model, PROMPT, rollout.completion_ids)
+    np.testing.assert_allclose(rollout.logprobs, student.gather(1, own)[:, 0], atol=1e-4)
+    (scores,) = ray.get(engine.score.remote([(TEACHER_PROMPT, rollout.completion_ids)], 16), timeout=60)
+    assert scores.version == version
+    teacher = reference(model, TEACHER_PROMPT, rollout.completion_ids)
+    np.testing.assert_allclose(scores.logprobs, teacher.topk(16, -1).values, atol=1e-4)
+    np.testing.assert_allclose(scores.logprobs, teacher.gather(1, torch.tensor(scores.ids).long()), atol=1e-4)
+    np.testing.assert_allclose(scores.sampled, teacher.gather(1, own)[:, 0], atol=1e-4)
+
+
+def changed(tiny_model: Path) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.02)
+    return model
+
+
+def test_log_probs_are_hugging_faces_before_and_after_a_weight_update(engines: list, tiny_model: Path) -> None:
+    compare(engines[0], AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), 0)
+    model = changed(tiny_model)
+    publisher = Publisher(tiny_model, torch.float32, PROBE)
+    snapshot = publisher.publish("student", 3, model.named_parameters())
+    report = ray.get(engines[0].update_weights.remote(snapshot), timeout=60)
+    assert report.version == 3
+    assert report.probe_gap < 1e-4
+    compare(engines[0], model, 3)
+
+
+def test_an_update_that_leaves_the_lm_head_stale_is_refused_and_the_gap_is_named(
+    engines: list, tiny_model: Path
+) -> None:
+    snapshot = Publisher(tiny_model, torch.float32, PROBE).publish("teacher", 5, changed(tiny_model).named_parameters())
+    with pytest.raises(
+        Exception, match=r"teacher weights v5: .* differ from the learner's by \d+\.\d+ on average \(allowed: 0.001\)"
+    ):
+        ray.get(engines[1].update_weights.remote(snapshot), timeout=60)
+
+
+def test_a_damaged_snapshot_is_refused_by_the_name_of_the_tensor(engines: list, tiny_model: Path) -> None:
+    publisher = Publisher(tiny_model, torch.float32, PROBE)
+    snapshot = publisher.publish("student", 4, changed(tiny_model).named_parameters())
+    damaged = dataclasses.replace(snapshot.tensors[5], digest="0" * 32)
+    tensors = (*snapshot.tensors[:5], damaged, *snapshot.tensors[6:])
+    with pytest.raises(Exception, match=rf"weights of {damaged.name} arrived damaged"):
+        ray.get(engines[1].update_weights.remote(dataclasses.replace(snapshot, tensors=tensors)), timeout=60)
+
+
+def test_a_sample_does_not_depend_on_its_neighbours_or_the_run(engines: list) -> None:
+    requests = [GenerateRequest(PROMPT[: 10 + i], 100 + i) for i in range(6)]
+    first, again = (ray.get(engines[0].generate.remote(requests, Sampling(16)), timeout=60) for _ in range(2))
+    for a, b in zip(first, again, strict=True):
+        assert a.completion_ids.tolist() == b.completion_ids.tolist()
+        assert a.logprobs.tolist() == b.logprobs.tolist()
+    assert len({tuple(r.completion_ids.tolist()) for r in first}) == 6
