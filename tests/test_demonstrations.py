@@ -1,0 +1,157 @@
+"""Demonstrations and questions: what is read, and how a bad row is named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.config import DataConfig, EvaluationSet
+from services.demonstrations import load_demonstrations, load_questions
+from services.errors import UserError
+
+ROW = {"prompt": "What?", "demonstration": "That."}
+
+
+def write(folder: Path, *lines: Any) -> None:
+    """train.jsonl of rows, or of bytes as they are."""
+    raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    (folder / "train.jsonl").write_bytes(b"\n".join(raw) + b"\n")
+
+
+def problems(folder: Path, *lines: Any) -> list[str]:
+    """The lines of the error, without the folder's name."""
+    write(folder, *lines)
+    with pytest.raises(UserError) as e:
+        load_demonstrations(DataConfig(train="train.jsonl"), folder)
+    return str(e.value).replace(f"{folder}/", "").splitlines()
+
+
+def questions(folder: Path, grader: Any, *rows: Any) -> list[Any]:
+    write(folder, *rows)
+    return load_questions(EvaluationSet(name="q", file="train.jsonl", grader=grader), folder)
+
+
+def test_a_file_is_read_whole_and_in_order(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    write(
+        tmp_path,
+        b"\xef\xbb\xbf" + json.dumps(ROW).encode(),
+        b"",
+        {"id": 7, "prompt": chat, "demonstration": "Yes \u2028 no.", "context": "C", "answer": [1], "other": 3},
+        b'{"prompt": "a\\u00e4", "demonstration": "b", "id": "x", "context": null}\r',
+    )
+    first, second, third = load_demonstrations(DataConfig(train="train.jsonl"), tmp_path)
+    assert (first.id, first.messages, first.context) == ("row-1", ({"role": "user", "content": "What?"},), None)
+    assert (second.id, second.messages, second.context, second.answer) == ("7", tuple(chat), "C", [1])
+    assert second.demonstration == "Yes \u2028 no."
+    assert (third.id, third.messages[0]["content"], third.context) == ("x", "aä", None)
+    assert [d.where.rsplit(":", 1)[1] for d in (first, second, third)] == ["1", "3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (ROW | {"demonstration": " \n"}, ["demonstration", "empty"]),
+        (ROW | {"demonstration": None}, ["demonstration"]),
+        (ROW | {"demonstration": 3}, ["demonstration", "must be text"]),
+        (ROW | {"prompt": ""}, ["prompt", "empty"]),
+        (ROW | {"prompt": 3}, ["prompt", "must be text or a list"]),
+        (ROW | {"prompt": []}, ["prompt", "empty list"]),
+        (ROW | {"prompt": ["x"]}, ["message 1", "role and content"]),
+        (ROW | {"prompt": [{"role": "human", "content": "x"}]}, ["message 1", "human", "system, user, assistant"]),
+        (ROW | {"prompt": [{"role": "user", "content": ""}]}, ["message 1", "content", "empty"]),
+        (ROW | {"prompt": [{"role": "user", "content": 1}]}, ["message 1", "content", "text"]),
+        (ROW | {"prompt": [{"role": "assistant", "content": "x"}]}, ["last", "must be the user's"]),
+        (ROW | {"id": True}, ["id", "text or a whole number"]),
+        (ROW | {"context": 3}, ["context", "must be text"]),
+        (ROW | {"prompt": "a\0b"}, ["prompt", "NUL"]),
+        (ROW | {"demonstration": "\ud83d"}, ["demonstration", "surrogate"]),
+        ({"prompt": "x", "demonstrations": "y"}, ["demonstration is missing", "demonstrations", "did you mean"]),
+        ([ROW], ["list", "object"]),
+        (b'{"prompt": "x", "demonstra', ["JSON"]),
+        (b'{"prompt": "\xff"}', ["UTF-8"]),
+    ],
+)
+def test_a_bad_row_is_named_by_line_and_reason(tmp_path: Path, row: Any, words: list[str]) -> None:
+    bad, *_ = problems(tmp_path, ROW, b"", row, ROW)
+    assert bad.startswith("train.jsonl:3: ")
+    for word in words:
+        assert word in bad
+
+
+def test_equal_ids_are_an_error_that_names_both_lines(tmp_path: Path) -> None:
+    bad, *_ = problems(tmp_path, ROW | {"id": 5}, ROW, ROW | {"id": "5"})
+    assert bad.startswith("train.jsonl:3: ")
+    assert "train.jsonl:1" in bad
+
+
+def test_a_given_id_that_equals_a_default_one_is_an_error(tmp_path: Path) -> None:
+    bad, *_ = problems(tmp_path, ROW, ROW | {"id": "row-1"})
+    assert bad.startswith("train.jsonl:2: ")
+
+
+def test_all_bad_rows_are_listed_up_to_twenty(tmp_path: Path) -> None:
+    lines = problems(tmp_path, *[ROW | {"prompt": ""}] * 23)
+    assert [line.split(" ")[0] for line in lines[:20]] == [f"train.jsonl:{n}:" for n in range(1, 21)]
+    assert lines[20] == "… and 3 more"
+
+
+def test_a_file_without_rows_is_an_error(tmp_path: Path) -> None:
+    assert "no rows" in problems(tmp_path, b"", b"  ")[0]
+
+
+def test_a_parquet_file_gives_the_same_rows_as_jsonl(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+    rows = [
+        {"prompt": chat, "demonstration": "a", "id": "one", "context": None},
+        {"prompt": chat[1:], "demonstration": "b", "id": None, "context": "c"},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    write(tmp_path, *rows)
+    from_parquet = load_demonstrations(DataConfig(train="train.parquet"), tmp_path)
+    from_jsonl = load_demonstrations(DataConfig(train="train.jsonl"), tmp_path)
+    assert [(d.id, d.messages, d.demonstration, d.context) for d in from_parquet] == [
+        (d.id, d.messages, d.demonstration, d.context) for d in from_jsonl
+    ]
+    assert "train.parquet" in from_parquet[1].where
+
+
+def test_a_damaged_parquet_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(UserError, match=r"train\.parquet.*Parquet"):
+        load_demonstrations(DataConfig(train="train.parquet"), tmp_path)
+
+
+def test_an_unreachable_hub_is_an_error_that_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub.constants
+
+    # The libraries' own offline switch, so that the test neither needs nor waits for a network.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"nobody/no-such-set.*local \.jsonl"):
+        load_demonstrations(DataConfig(train="nobody/no-such-set"), tmp_path)
+
+
+def test_questions_need_no_demonstration_but_an_answer(tmp_path: Path) -> None:
+    one, two = questions(tmp_path, "exact", {"prompt": "Q", "answer": "A"}, ROW | {"answer": "B"})
+    assert (one.demonstration, one.answer) == (None, "A")
+    assert (two.demonstration, two.answer) == ("That.", "B")
+    with pytest.raises(UserError, match=r"train\.jsonl:1: answer is missing.*answers"):
+        questions(tmp_path, "exact", {"prompt": "Q", "answers": "A"})
+
+
+def test_answers_are_checked_by_the_grader(tmp_path: Path) -> None:
+    from services.graders import GRADERS
+
+    for grader in ("exact", "contains", "choice", "tool_call"):
+        reason = GRADERS[grader].check_answer({})
+        assert reason is not None
+        with pytest.raises(UserError) as e:
+            questions(tmp_path, grader, {"prompt": "Q", "answer": {}})
+        assert "train.jsonl:1: " in str(e.value)
+        assert reason in str(e.value)

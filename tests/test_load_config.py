@@ -1,0 +1,209 @@
+"""The configuration: what loads, and the one sentence that every mistake gets."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from services.config import RunConfig
+from services.errors import UserError
+from services.load_config import check_files, load_config, resolved_yaml
+
+GOOD = "model: m\ndata: {train: train.jsonl}\ntraining: {epochs: 1}\n"
+
+
+def load(folder: Path, text: str, *overrides: str) -> RunConfig:
+    path = folder / "my.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path, overrides)
+
+
+def message(folder: Path, text: str, *overrides: str) -> str:
+    """The error for a config, without the folder's name."""
+    with pytest.raises(UserError) as e:
+        load(folder, text, *overrides)
+    assert "\n" not in str(e.value)
+    assert "Value error" not in str(e.value)
+    return str(e.value).replace(f"{folder}{os.sep}", "")
+
+
+def test_defaults_are_filled_in(tmp_path: Path) -> None:
+    config = load(tmp_path, GOOD)
+    assert config.training.epochs == 1
+    assert config.loss.divergence == "forward"
+
+
+def test_an_exponent_without_a_dot_is_a_number(tmp_path: Path) -> None:
+    for text in ("1e-5", "1E-5", "1.e-5", "1.0e-5", "0.00001"):
+        assert load(tmp_path, GOOD + f"learner: {{optimizer: {{lr: {text}}}}}").learner.optimizer.lr == 1e-5
+
+
+def test_overrides_replace_and_add(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        GOOD,
+        "training.epochs=null",
+        "training.steps=7",
+        "learner.optimizer.lr=3e-5",
+        "evaluation.sets=[{name: a, file: a.jsonl, grader: exact}]",
+        "data.system=a = b",
+    )
+    assert (config.training.epochs, config.training.steps) == (None, 7)
+    assert config.learner.optimizer.lr == 3e-5
+    assert config.evaluation.sets[0].name == "a"
+    assert config.data.system == "a = b"
+
+
+def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
+    # Text that YAML could take for a number, a date, a boolean or nothing must come back as text.
+    for name in ("1e-5", "2026-01-01", "yes", "null", "12", "ä: #", "0x10", "1:30"):
+        config = load(tmp_path, GOOD, f"data.system='{name}'", "learner.optimizer.lr=1e-5")
+        assert config.data.system == name
+        assert load(tmp_path, resolved_yaml(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ("trainer: 1", "my.yaml: trainer is not a setting; did you mean training?"),
+        ("lr: 1.0", "my.yaml: lr is not a setting; did you mean learner.optimizer.lr?"),
+        ("loss: {topk: 3}", "my.yaml: loss.topk is not a setting; did you mean loss.top_k?"),
+        ("ray: {zzz: 3}", "my.yaml: ray.zzz is not a setting; ray has address, wait_s"),
+        ("seed: yes", "my.yaml: seed must be a whole number, not true"),
+        ("seed: 1.5", "my.yaml: seed must be a whole number, not 1.5"),
+        ("seed: '3'", 'my.yaml: seed must be a whole number, not the text "3"'),
+        ("seed: -1", "my.yaml: seed must be at least 0, not -1"),
+        ("learner: {optimizer: {lr: yes}}", "my.yaml: learner.optimizer.lr must be a number, not true"),
+        ("learner: {optimizer: {lr: fast}}", 'my.yaml: learner.optimizer.lr must be a number, not the text "fast"'),
+        ("learner: {optimizer: {lr: .inf}}", "my.yaml: learner.optimizer.lr must be a finite number, not inf"),
+        ("learner: {zero_stage: yes}", "my.yaml: learner.zero_stage must be 0 or 1 or 2 or 3, not true"),
+        ("monitoring: {tensorboard: 1}", "my.yaml: monitoring.tensorboard must be true or false, not 1"),
+        ("run_dir: 5", "my.yaml: run_dir must be text, not 5; put it in quotes"),
+        (
+            "loss: {divergence: foward}",
+            'my.yaml: loss.divergence must be forward or reverse or jsd or sampled, not the text "foward"; did you '
+            "mean forward?",
+        ),
+        ("weights:", "my.yaml: weights must be a mapping of settings, not empty; give its settings or remove the key"),
+        ("evaluation: {sets: {a: 1}}", "my.yaml: evaluation.sets must be a list, not a mapping"),
+        (
+            "evaluation: {sets: [{name: a, file: f}]}",
+            "my.yaml: evaluation.sets[0].grader is required but missing",
+        ),
+        (
+            "evaluation: {sets: [{name: a, file: f, grader: exact, rle: task}]}",
+            "my.yaml: evaluation.sets[0].rle is not a setting; did you mean evaluation.sets[0].role?",
+        ),
+        ("learner: {optimizer: {betas: [0.9]}}", "my.yaml: learner.optimizer.betas[1] is missing from the list"),
+        ("seed: -1\nray: {wait_s: 0}", "my.yaml: seed must be at least 0, not -1 (and 1 more)"),
+        (
+            "learner: {ranks: 64}",
+            "my.yaml: learner.ranks must not exceed training.batch_size: some ranks would never have work",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_mend(tmp_path: Path, extra: str, expected: str) -> None:
+    assert message(tmp_path, GOOD + extra) == expected
+
+
+def test_a_mistyped_section_is_not_also_reported_as_missing(tmp_path: Path) -> None:
+    text = "model: m\ndata: {train: t.jsonl}\ntrainig: {epochs: 1}"
+    assert message(tmp_path, text) == "my.yaml: trainig is not a setting; did you mean training?"
+
+
+def test_a_missing_setting_is_described(tmp_path: Path) -> None:
+    assert message(tmp_path, "model: m\ndata: {}\ntraining: {epochs: 1}").startswith(
+        "my.yaml: data.train is required but missing; it is: a .jsonl or .parquet file"
+    )
+
+
+def test_contradicting_settings_say_why(tmp_path: Path) -> None:
+    both = "model: m\ndata: {train: t}\ntraining: {epochs: 1, steps: 2}"
+    assert message(tmp_path, both) == "my.yaml: training: give exactly one of epochs and steps"
+    by_override = message(tmp_path, GOOD, "training.steps=3")
+    assert by_override.startswith("--set training.steps=3: training: give exactly one of epochs and steps")
+    assert "--set KEY=null" in by_override
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "training.batch_size",
+            "--set training.batch_size: there is no =; write it as --set training.batch_size=VALUE",
+        ),
+        ("=3", "--set =3: the key before = is not complete; write it as --set section.key=VALUE"),
+        ("a..b=3", "--set a..b=3: the key before = is not complete; write it as --set section.key=VALUE"),
+        (
+            "training.batchsize=8",
+            "--set training.batchsize=8: training.batchsize is not a setting; did you mean training.batch_size?",
+        ),
+        ("trainin.steps=8", "--set trainin.steps=8: trainin is not a setting; did you mean training?"),
+        ("model.name=8", "--set model.name=8: model is no mapping; set it as a whole"),
+        ("seed=many", '--set seed=many: seed must be a whole number, not the text "many"'),
+    ],
+)
+def test_a_wrong_override_is_named_as_such(tmp_path: Path, override: str, expected: str) -> None:
+    assert message(tmp_path, GOOD, override) == expected
+
+
+def test_an_override_that_is_not_yaml_is_an_error(tmp_path: Path) -> None:
+    assert message(tmp_path, GOOD, "data.system=[a").startswith("--set data.system=[a: the value is not valid YAML")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "my.yaml: the file is empty"),
+        ("# only this\n", "my.yaml: the file is empty"),
+        ("- a\n- b\n", "my.yaml: the file must be a mapping of settings (key: value), not a list"),
+        ("model: a\ndata: [\n", "my.yaml:3: "),
+        ("model: a\n\tdata: b\n", "my.yaml:2: "),
+        ("model: a\nseed: 1\nmodel: b\n", "my.yaml:3: the key model is given twice (first in line 1); remove one"),
+        ("data:\n  train: a\n  train: b\n", "my.yaml:3: the key train is given twice (first in line 2)"),
+        ("model: !!python/object:os.system x\n", "my.yaml:1: could not determine a constructor for the tag"),
+        ("model: &a\n  b: *a\n", "my.yaml:1: found unconstructable recursive node"),
+        ("model: a\n---\nmodel: b\n", "my.yaml:2: expected a single document"),
+        ("[a]: b\n", "my.yaml:1: a key must be plain text"),
+        ("{model: a, seed: " + "[" * 5000, "my.yaml:1: "),
+    ],
+)
+def test_a_file_that_is_not_a_mapping_in_yaml_is_an_error(tmp_path: Path, text: str, expected: str) -> None:
+    assert message(tmp_path, text).startswith(expected)
+
+
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(GOOD)
+    with pytest.raises(UserError, match=r"mi\.yaml: no such file; did you mean .*my\.yaml\?"):
+        load_config(tmp_path / "mi.yaml")
+    with pytest.raises(UserError, match="this is a folder"):
+        load_config(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"model: m\ndata: \xe4\n")
+    with pytest.raises(UserError, match=r"latin\.yaml:2: this line is not UTF-8"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_files_are_looked_for_beside_the_config(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("{}")
+    check_files(load(tmp_path, GOOD, "data.train=data/train.jsonl"), tmp_path)
+    check_files(load(tmp_path, GOOD, "data.train=owner/a-hub-set"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.train=data/trian.jsonl", "data.train: .* does not exist; did you mean train.jsonl?"),
+        ("data.train=dta/train.jsonl", "data.train: .* nor does its folder .*dta; did you mean data?"),
+        ("data.train=data", "data.train: .* is a folder"),
+        ("data.train=my.yaml", "data.train: .* must be a .jsonl or .parquet file"),
+        ("data.template=papre", "data.template: .* does not exist"),
+        ("evaluation.sets=[{name: a, file: q.jsonl, grader: exact}]", r"evaluation.sets\[0\].file: .* does not exist"),
+    ],
+)
+def test_a_missing_file_is_named_with_its_key(tmp_path: Path, override: str, expected: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("{}")
+    config = load(tmp_path, GOOD.replace("train.jsonl", "data/train.jsonl"), override)
+    with pytest.raises(UserError, match=expected):
+        check_files(config, tmp_path)
