@@ -116,5 +116,9 @@ class LearnerEngine:
         path, state = self._engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise ValueError(f"{folder}: DeepSpeed found no checkpoint for {self.ranks} learner ranks in it")
+        # DeepSpeed links parameters to their optimizer state at the first step, but the teacher is published before it.
+        link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
         self.step = state["step"]
         torch.set_rng_state(state["rng"])
