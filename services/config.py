@@ -129,6 +129,11 @@ class RunConfig(Section):
                 "data.max_teacher_prompt_tokens must be at least data.max_prompt_tokens: the teacher's prompt contains "
                 "the student's"
             )
+        if self.dtype == "bfloat16" and self.learner.zero_stage == 0:
+            raise ValueError(
+                "learner.zero_stage 0 keeps no float32 masters of bfloat16 weights; set it to 1 (the same cost on "
+                "one rank) or dtype to float32"
+            )
         if self.device == "cpu" and self.learner.ranks > self.training.batch_size:
             raise ValueError("learner.ranks must not exceed training.batch_size: some ranks would never have work")
         return self

@@ -207,3 +207,11 @@ def test_a_missing_file_is_named_with_its_key(tmp_path: Path, override: str, exp
     config = load(tmp_path, GOOD.replace("train.jsonl", "data/train.jsonl"), override)
     with pytest.raises(UserError, match=expected):
         check_files(config, tmp_path)
+
+
+def test_zero_stage_0_with_bfloat16_is_refused_for_it_would_lose_the_masters(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text("model: m\ndata: {train: t.jsonl}\ntraining: {steps: 1}\nlearner: {zero_stage: 0}\n")
+    with pytest.raises(UserError, match="zero_stage 0 keeps no float32 masters"):
+        load_config(path)
+    assert load_config(path, ["dtype=float32"]).learner.zero_stage == 0
