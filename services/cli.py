@@ -45,11 +45,11 @@ def _train(a: argparse.Namespace) -> None:
     from services.train import train
 
     report = train(prepared, run_dir, a.resume, console, path.stem)
-    _print_outcome(run_dir, console)
+    _print_outcome(run_dir)
     console.print(f"report: {report}", markup=False, soft_wrap=True)
 
 
-def _print_outcome(run_dir: Path, console: object) -> None:
+def _print_outcome(run_dir: Path) -> None:
     """Results and a few answers, for whoever does not open the report."""
     from services.metrics import Sample, read_rows
     from services.status import status_text
@@ -100,7 +100,8 @@ def _export(a: argparse.Namespace) -> None:
         raise UserError(
             f"{run_dir} has no checkpoint{'' if a.step is None else f' of step {a.step}'}; see `sdft status`"
         )
-    if (reason := damage(folder)) is not None:
+    # newest() has checked the folder that it chose.
+    if a.step is not None and (reason := damage(folder)) is not None:
         raise UserError(f"{folder} cannot be exported: {reason}")
     if out.exists():
         raise UserError(f"--out {out}: there is something already; name a new folder")

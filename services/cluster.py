@@ -20,10 +20,15 @@ from services.plan import Part, Plan
 OBJECT_STORE_BYTES = 512 << 20  # batches are a few MiB; weights do not go through the object store
 
 
+def cluster_address(config: RayConfig) -> str | None:
+    """Address of the running cluster to use; None: start one of our own."""
+    return config.address or os.environ.get("RAY_ADDRESS")
+
+
 @contextmanager
 def cluster(config: RayConfig, plan: Plan, logs: Path) -> Iterator[None]:
     """Connect to the configured cluster, or start one here; leave nothing behind."""
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = cluster_address(config)
     if address:
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")

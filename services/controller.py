@@ -150,7 +150,7 @@ class Controller:
         pool = self._students if role == "student" else self._teachers
         assert pool is not None
         snapshot = await self._learner.publish(role, version)
-        reports = await pool.update_weights(snapshot)
+        reports = await pool.update_weights(snapshot, self._config.weights.timeout_s)
         await self._learner.release(role)
         self._versions[role] = version
         return max(report.probe_gap for report in reports)

@@ -1,6 +1,7 @@
 """What a run will start and need: processes, memory of each part, what Ray must offer. Estimates."""
 
 import json
+import math
 import os
 import struct
 from dataclasses import dataclass
@@ -94,10 +95,7 @@ def count_parameters(model: Path) -> int:
             header = json.loads(file.read(size))
         for name, entry in header.items():
             if name != "__metadata__":
-                count = 1
-                for n in entry["shape"]:
-                    count *= n
-                total += count
+                total += math.prod(entry["shape"])
     if total == 0:
         raise UserError(f"{model}: no .safetensors file with weights in this folder")
     return total

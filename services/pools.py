@@ -49,11 +49,11 @@ class EnginePool:
         """Score every (teacher prompt, completion) pair; in order."""
         return await self._spread("score", "to score", pairs, k)
 
-    async def update_weights(self, snapshot: Snapshot) -> list[UpdateReport]:
+    async def update_weights(self, snapshot: Snapshot, timeout_s: float) -> list[UpdateReport]:
         """Give every engine the snapshot; each verifies it."""
         return await all_within(
             [engine.update_weights.remote(snapshot) for engine in self.engines],
-            self._timeout,
+            timeout_s,
             f"the {self.role} engines to load {snapshot.role} weights v{snapshot.version}",
         )
 

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from services import checkpoint
-from services.cluster import cluster, placement
+from services.cluster import cluster, cluster_address, placement
 from services.config import RunConfig
 from services.controller import Controller
 from services.errors import UserError
@@ -36,7 +36,7 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console, titl
         start = _starting_point(prepared, run_dir, resume, console)
         if start is None and resume == "never" and (run_dir / "metrics.jsonl").exists():
             raise UserError(f"{run_dir} holds a run already; name another --run-dir, or resume it with --resume auto")
-        if not (prepared.config.ray.address or os.environ.get("RAY_ADDRESS")):
+        if cluster_address(prepared.config.ray) is None:
             check_machine(prepared, run_dir)
         first = checkpoint.read_state(start).step if start else 0
         total = prepared.schedule.total_steps
