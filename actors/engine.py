@@ -86,6 +86,7 @@ class Engine:
                 gpu_memory_utilization=s.gpu_memory_utilization,
                 weight_transfer_config=WeightTransferConfig(backend=SHARED_MEMORY_BACKEND),
                 worker_extension_cls=s.extension,
+                distributed_executor_backend="uni",
                 disable_log_stats=True,
             )
         )

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import tempfile
 from collections.abc import Sequence
 
 from actors.config import EngineSettings
@@ -21,6 +22,10 @@ def engine_environment(settings: EngineSettings) -> dict[str, str]:
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # unset, vLLM would keep one core back
             "OMP_NUM_THREADS": str(len(cores)),  # Ray sets it to the actor's CPUs: one thread
             "VLLM_USE_V2_MODEL_RUNNER": "0",  # the V2 runner needs Triton
+            # Lets the model run in EngineCore's own process (engine.py asks for it): one process fewer for each engine,
+            # and none of the shared-memory queues that a killed engine would leave behind. EngineCore is a process of
+            # its own all the same: AsyncLLM starts one whatever this says.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
     return environment
 
@@ -29,7 +34,9 @@ class EngineWorker:
     """One engine in one process of its own."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        os.environ.update(engine_environment(settings))
+        # vLLM makes sockets and leaves them behind.
+        self._scratch = tempfile.TemporaryDirectory(prefix="sdft-engine-", dir=os.environ.get("SDFT_SCRATCH"))
+        os.environ.update(engine_environment(settings) | {"VLLM_RPC_BASE_PATH": self._scratch.name})
         from actors.engine import Engine  # imports vLLM, which reads the environment
 
         self._engine = Engine(settings)
@@ -53,3 +60,4 @@ class EngineWorker:
 
     async def stop(self) -> None:
         await asyncio.to_thread(self._engine.shutdown)
+        self._scratch.cleanup()

@@ -28,6 +28,7 @@ class LearnerEngine:
         self.step = 0
         torch.manual_seed(settings.seed)
         torch.use_deterministic_algorithms(True, warn_only=settings.device == "cuda")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: 8 % of a step
         deepspeed.init_distributed(dist_backend="gloo" if settings.device == "cpu" else "nccl")
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         # In float32 the parameters are their own masters; in bf16 DeepSpeed makes the float32 copies from these.

@@ -24,7 +24,9 @@ class AdamWWithTeacher(torch.optim.AdamW):
 
     def __init__(self, params: Iterable[Any], config: OptimizerConfig, alpha: float | None) -> None:
         # lr 0 until the schedule speaks: an optimizer step of DeepSpeed's own set-up must not move a weight.
-        super().__init__(params, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+        super().__init__(
+            params, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+        )
         self.alpha = alpha
 
     @torch.no_grad()

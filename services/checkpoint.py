@@ -12,7 +12,7 @@ from pathlib import Path
 
 import xxhash
 
-from services.metrics import write_atomically
+from services.files import write_atomically
 
 MANIFEST = "manifest.json"
 STATE = "state.json"

@@ -1,6 +1,7 @@
 """The command `sdft`. Exit 0: done; 2: bad configuration or data; 3: it cannot run here; 1: a crash."""
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ def _train(a: argparse.Namespace) -> None:
     path = Path(a.config)
     config = load_config(path, a.set)
     run_dir = Path(a.run_dir or config.run_dir or Path("runs") / path.stem)
-    prepared = prepare(config, path.parent)
+    prepared = prepare(config, path)
     console = Console()
     plan = (
         f"{len(prepared.prompts)} demonstrations, {prepared.schedule.total_steps} steps of "
@@ -44,7 +45,7 @@ def _train(a: argparse.Namespace) -> None:
         return
     from services.train import train
 
-    report = train(prepared, run_dir, a.resume, console, path.stem)
+    report = train(prepared, run_dir, a.resume, console)
     _print_outcome(run_dir)
     console.print(f"report: {report}", markup=False, soft_wrap=True)
 
@@ -69,7 +70,7 @@ def _check(a: argparse.Namespace) -> None:
     from services.prepare import prepare
 
     path = Path(a.config)
-    prepared = prepare(load_config(path, a.set), path.parent)
+    prepared = prepare(load_config(path, a.set), path)
     longest = max(len(p.teacher_ids or []) for p in prepared.prompts)
     print(f"{path}: good. {len(prepared.prompts)} demonstrations, the longest teacher prompt has {longest} tokens,")
     names = ", ".join(s.settings.name for s in prepared.sets) or "none"
@@ -112,6 +113,60 @@ def _export(a: argparse.Namespace) -> None:
     print(f"{out}: the student of {folder.name}, a plain Hugging Face folder")
 
 
+def _eval(a: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from services.load_config import load_config
+    from services.metrics import TEACHER, percent
+    from services.prepare import prepare
+
+    path = Path(a.config)
+    # A path on the command line starts here, one in the file at the file's folder.
+    overrides = a.set + ([f"model={json.dumps(str(_local(a.model)))}"] if a.model else [])
+    config = load_config(path, overrides)
+    if not config.evaluation.sets:
+        raise UserError(f"{path}: evaluation.sets is empty; give at least one set to evaluate")
+    if a.out and not Path(a.out).absolute().parent.is_dir():
+        raise UserError(f"--out {a.out}: its folder does not exist; make it first")
+    prepared = prepare(config, path)
+    from services.evaluate import evaluate, write_answers
+
+    results, samples = evaluate(prepared, Console())
+    for r in results:
+        low, high = r.interval
+        name = f"{r.task} (teacher)" if r.metric == TEACHER else r.task
+        print(f"{name:<24}{percent(r.value):>8}  n {r.n:<5} 95 % interval {percent(low)} to {percent(high)}")
+    if a.out:
+        write_answers(Path(a.out), results, samples)
+        print(f"answers: {a.out}")
+
+
+def _local(model: str) -> Path | str:
+    return Path(model).absolute() if Path(model).exists() else model
+
+
+def _submit(a: argparse.Namespace) -> int:
+    import asyncio
+
+    from services.load_config import check_files, load_config
+    from services.submit import follow, submit
+
+    path = Path(a.config)
+    config = load_config(path, a.set)
+    check_files(config, path.parent)
+    job = submit(path, a.run_dir or config.run_dir, a.set, a.address)
+    print(f"submitted as {job}; the same command again resumes a job that was stopped")
+    if not a.follow:
+        print(f"follow: ray job logs --follow --address {a.address} {job}")
+        return 0
+    try:
+        done = asyncio.run(follow(job, a.address))
+    except KeyboardInterrupt:
+        print(f"\nno longer following; the job goes on. Stop it: ray job stop --address {a.address} {job}")
+        return 130
+    return 0 if done else 1
+
+
 def _model(a: argparse.Namespace) -> None:
     from services.models import materialise
 
@@ -136,6 +191,15 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="where to start (default: auto)")
     c.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan, start nothing")
     _config(add("check", _check, "Check configuration, data and prompts without starting anything"))
+    c = add("eval", _eval, "Run a configuration's evaluation sets on a model; trains nothing")
+    _config(c)
+    c.add_argument("--model", metavar="PATH", help="a model folder (such as an exported one) instead of the config's")
+    c.add_argument("--out", metavar="FILE", help="write results and all answers there, one JSON object a line")
+    c = add("submit", _submit, "Run `sdft train` as a job of a Ray cluster, with the current folder as its files")
+    _config(c)
+    c.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, as http://HEAD:8265")
+    c.add_argument("--run-dir", help="where the run is kept: an absolute path that all nodes see")
+    c.add_argument("--follow", action="store_true", help="print the job's output, exit with 1 if it fails")
     add("status", _status, "How a run stands").add_argument("run_dir", metavar="RUN")
     add("report", _report, "Write a run's report.html anew").add_argument("run_dir", metavar="RUN")
     c = add("export", _export, "Copy a checkpoint's student out as a Hugging Face folder")

@@ -1,11 +1,15 @@
 """The Ray cluster of a run: a running one if there is an address, else one of our own that ends with us."""
 
+import asyncio
+import fcntl
 import os
 import shutil
+import signal
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +21,34 @@ from services.config import RayConfig
 from services.errors import PreflightError
 from services.plan import Part, Plan
 
+CONNECT_TIMEOUT_S = 10
+SCRATCH = "sdft-ray-"
 OBJECT_STORE_BYTES = 512 << 20  # batches are a few MiB; weights do not go through the object store
 
 
-def cluster_address(config: RayConfig) -> str | None:
-    """Address of the running cluster to use; None: start one of our own."""
-    return config.address or os.environ.get("RAY_ADDRESS")
-
-
 @contextmanager
-def cluster(config: RayConfig, plan: Plan, logs: Path) -> Iterator[None]:
-    """Connect to the configured cluster, or start one here; leave nothing behind."""
-    address = cluster_address(config)
+def cluster(config: RayConfig, plan: Plan, logs: Path | None) -> Iterator[None]:
+    """Connect to the configured cluster, or start one here; leave nothing behind but its logs, in the folder `logs`.
+
+    From here on SIGTERM and SIGINT cancel the running task, so that every clean-up runs.
+    """
+    address = config.running
     if address:
         try:
+            _check_answers(address)
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except ConnectionError as error:
+        except OSError as error:
             raise PreflightError(
-                f"no Ray cluster answers at {address} ({error}); start one or unset the address"
+                f"no Ray cluster answers at {address} ({error}); start one, or unset ray.address and RAY_ADDRESS"
             ) from None
         try:
+            _stop_on_signals()
             yield
         finally:
             ray.shutdown()
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    scratch = Path(tempfile.mkdtemp(prefix="sdft-ray-"))
-    try:
+    with _scratch() as scratch:
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, -int(-plan.cpus // 1)),
@@ -52,14 +57,51 @@ def cluster(config: RayConfig, plan: Plan, logs: Path) -> Iterator[None]:
             log_to_driver=False,
             logging_level="ERROR",
             _temp_dir=str(scratch),
+            runtime_env={"env_vars": {"SDFT_SCRATCH": str(scratch)}},
         )
         try:
+            _stop_on_signals()
             yield
         finally:
             ray.shutdown()
-            _keep_logs(scratch, logs)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            if logs:
+                _keep_logs(scratch, logs)
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for Ray's session and the engines' sockets, removed at the end; also those of drivers that were killed.
+
+    A folder belongs to the process that holds its lock, which the kernel lets go of when that process ends.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
+        if os.access(folder, os.W_OK):
+            with (folder / ".lock").open("w") as lock, suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{SCRATCH}"))
+    with (new / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = new.rename(new.with_name(new.name[1:]))  # seen by others only now that it is locked
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_answers(address: str) -> None:
+    """OSError unless something listens at a HOST:PORT address: Ray itself would try for eight minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+
+
+def _stop_on_signals() -> None:
+    """Called after ray.init, which puts its own handler in the place of any before it."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
 
 
 def _keep_logs(scratch: Path, logs: Path) -> None:

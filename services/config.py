@@ -1,5 +1,6 @@
 """The whole configuration of a run. Imports neither torch, ray nor vllm."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -99,6 +100,11 @@ class RayConfig(Section):
 
     address: str | None = None
     wait_s: float = Field(300, gt=0, description="How long to wait for the cluster's resources")
+
+    @property
+    def running(self) -> str | None:
+        """Address of the running cluster to use; None: one of our own."""
+        return self.address or os.environ.get("RAY_ADDRESS")
 
 
 class RunConfig(Section):

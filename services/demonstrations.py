@@ -4,172 +4,194 @@ import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from services.config import DataConfig, EvaluationSet, resolve_path
 from services.errors import UserError
-from services.files import existing_file, is_data_file
+from services.files import existing_file, is_data_file, is_hub_name, near_names
 from services.graders import GRADERS
-from services.rows import Row, hub_rows, jsonl_rows, parquet_rows
+from services.rows import BadRow, NumberedRow, hub_rows, json_kind, jsonl_rows, parquet_rows
 
 MAX_REPORTED = 20
 ROLES = ("system", "user", "assistant")
-FIELDS = ("prompt", "demonstration", "id", "context", "answer")
+COLUMNS = ("prompt", "demonstration", "id", "context", "answer")
+# How much like a known optional column an unknown one must be to count as a typing error: contexts is, content is not.
+NEAR_OPTIONAL = 0.86
 
 
 class Message(TypedDict):
     """One chat message."""
 
-    role: str
+    role: Literal["system", "user", "assistant"]
     content: str
 
 
 @dataclass(frozen=True)
+class Question:
+    """A prompt with the answer a grader needs."""
+
+    id: str
+    messages: tuple[Message, ...]  # the last one is the user's
+    demonstration: str | None
+    context: str | None
+    answer: Any
+    where: str  # "file:line", for errors
+
+
+@dataclass(frozen=True)
 class Demonstration:
-    """A prompt with an expert's response to it."""
+    """A prompt with an expert's reply to it, and what else the teacher may see."""
 
     id: str
     messages: tuple[Message, ...]  # the last one is the user's
     demonstration: str
     context: str | None
     answer: Any
-    where: str  # "file:line", for messages about it
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt with the answer a grader expects; a demonstration only where the teacher is to be measured too."""
-
-    id: str
-    messages: tuple[Message, ...]
-    demonstration: str | None
-    context: str | None
-    answer: Any
-    where: str
+    where: str  # "file:line", for errors
 
 
 def load_demonstrations(data: DataConfig, base: Path) -> list[Demonstration]:
-    """All demonstrations, in file order. UserError lists every bad row, up to 20."""
-
-    def check(row: dict[str, Any]) -> str | None:
-        return _text_problem(row, "demonstration", required=True)
-
+    """All demonstrations of data.train, a file relative to the folder `base` or a hub name; raises UserError."""
+    name = data.train
+    if is_data_file(data.train) or resolve_path(base, data.train).exists() or not is_hub_name(data.train):
+        rows = _file_rows("data.train", data.train, base)
+        name = str(resolve_path(base, data.train))
+    else:
+        near = near_names(Path(data.train).name, resolve_path(base, data.train).parent)
+        rows = hub_rows(data.train, data.split, f" (did you mean {near[0]}?)" if near else "")
+    required = ("prompt", "demonstration")
     return [
-        Demonstration(
-            str(row["id"]), _messages(row), row["demonstration"], row.get("context"), row.get("answer"), where
-        )
-        for where, row in _checked(_rows("data.train", data.train, data.split, base), check)
+        Demonstration(q.id, q.messages, q.demonstration or "", q.context, q.answer, q.where)
+        for q in _checked(name, rows, required, lambda answer: None)
     ]
 
 
-def load_questions(settings: EvaluationSet, base: Path) -> list[Question]:
-    """All questions of an evaluation set, in file order, with answers its grader can use."""
-    grader = GRADERS[settings.grader]
-
-    def check(row: dict[str, Any]) -> str | None:
-        if row.get("answer") is None:
-            return f"answer is missing{_near('answer', row)}"
-        return _text_problem(row, "demonstration", required=False) or grader.check_answer(row["answer"])
-
-    return [
-        Question(str(row["id"]), _messages(row), row.get("demonstration"), row.get("context"), row["answer"], where)
-        for where, row in _checked(_rows(f"evaluation.sets ({settings.name})", settings.file, "test", base), check)
-    ]
+def load_questions(s: EvaluationSet, base: Path) -> list[Question]:
+    """All questions of an evaluation set, their answers checked by its grader; raises UserError."""
+    rows = _file_rows(f"evaluation.sets ({s.name}).file", s.file, base)
+    return _checked(str(resolve_path(base, s.file)), rows, ("prompt", "answer"), GRADERS[s.grader].check_answer)
 
 
-def _rows(key: str, name: str, split: str, base: Path) -> Iterable[Row]:
-    if not is_data_file(name) and not resolve_path(base, name).exists():
-        return hub_rows(name, split)
-    path = existing_file(key, name, base)
+def _file_rows(key: str, value: str, base: Path) -> Iterable[NumberedRow]:
+    path = existing_file(key, value, base)
+    if not is_data_file(value):
+        raise UserError(f"{key}: {path} must be a .jsonl or .parquet file")
     return parquet_rows(path) if path.suffix == ".parquet" else jsonl_rows(path)
 
 
-def _checked(rows: Iterable[Row], check: Callable[[dict[str, Any]], str | None]) -> list[tuple[str, dict[str, Any]]]:
-    """Rows that are right, each with an id; UserError if any is not, or there is none."""
-    good: list[tuple[str, dict[str, Any]]] = []
+def _checked(
+    name: str, rows: Iterable[NumberedRow], required: tuple[str, ...], check_answer: Callable[[Any], str | None]
+) -> list[Question]:
+    """The rows as questions; one UserError lists every bad row, up to MAX_REPORTED of them."""
+    good: list[Question] = []
     bad: list[str] = []
-    seen: dict[str, str] = {}
-    for row in rows:
-        problem = row.error or _problem(row.value) or check(row.value)
-        if problem is None:
-            value = dict(row.value)
-            value["id"] = f"row-{row.number}" if value.get("id") is None else value["id"]
-            first = seen.setdefault(str(value["id"]), row.where)
-            if first != row.where:
-                problem = f"id {value['id']!r} stands already at {first}"
-            good.append((row.where, value))
-        if problem is not None:
-            bad.append(f"{row.where}: {problem}")
+    line_of_id: dict[str, int] = {}
+    for line, row in rows:
+        problems = [str(row)] if isinstance(row, BadRow) else list(_problems(row, required, check_answer))
+        if isinstance(row, dict) and not any(p.startswith("id ") for p in problems):
+            given = row.get("id")
+            row_id = f"row-{line}" if given is None else str(given)
+            if row_id in line_of_id:
+                problems.append(f'id "{row_id}" is already that of {name}:{line_of_id[row_id]}')
+            line_of_id.setdefault(row_id, line)
+        if problems:
+            bad.append(f"{name}:{line}: {'; '.join(problems)}")
+        elif isinstance(row, dict):
+            messages = _messages(row["prompt"])
+            where = f"{name}:{line}"
+            good.append(
+                Question(row_id, messages, row.get("demonstration"), row.get("context"), row.get("answer"), where)
+            )
     if bad:
-        more = [f"… and {len(bad) - MAX_REPORTED} more"] if len(bad) > MAX_REPORTED else []
-        raise UserError("\n".join([*bad[:MAX_REPORTED], *more, "mend or remove these rows; nothing was started"]))
+        if len(bad) > MAX_REPORTED:
+            bad[MAX_REPORTED:] = [f"… and {len(bad) - MAX_REPORTED} more"]
+        raise UserError("\n".join(bad))
     if not good:
-        raise UserError("the data has no rows: write one JSON object a line with at least prompt and demonstration")
+        raise UserError(f"{name}: there are no rows; give at least one with {' and '.join(required)}")
     return good
 
 
-def _problem(value: Any) -> str | None:
-    if not isinstance(value, dict):
-        return f"is not an object with prompt and demonstration, but {type(value).__name__}"
-    prompt = value.get("prompt")
-    if prompt is None:
-        return f"prompt is missing{_near('prompt', value)}"
-    if isinstance(prompt, str):
-        problem = _string_problem(prompt, "prompt")
-    elif isinstance(prompt, list):
-        problem = _messages_problem(prompt)
-    else:
-        problem = f"prompt must be text or a list of chat messages, not {type(prompt).__name__}"
-    if problem:
-        return problem
-    identity = value.get("id")
-    if identity is not None and (isinstance(identity, bool) or not isinstance(identity, str | int)):
-        return f"id must be text or a whole number, not {type(identity).__name__}"
-    return _text_problem(value, "context", required=False)
+def _problems(
+    row: dict[str, Any], required: tuple[str, ...], check_answer: Callable[[Any], str | None]
+) -> Iterable[str]:
+    """Everything that is wrong with a row, each problem beginning with the column's name."""
+    for column in COLUMNS:
+        value = row.get(column)
+        if value is None:
+            near = _near_column(column, row, column in required)
+            if near:
+                yield f"{column} is missing, but there is {near}; did you mean {column}?"
+            elif column in required:
+                has = ", ".join(row) or "no columns"
+                yield f"{column} is null" if column in row else f"{column} is missing (the row has {has})"
+        elif column == "prompt":
+            yield from _prompt_problems(value)
+        elif column == "answer":
+            problem = _bad_text_within(value)
+            reason = f"answer {problem}" if problem else check_answer(value)
+            if reason:
+                yield reason if reason.startswith("answer") else f"answer: {reason}"
+        elif column == "id" and type(value) is int:
+            pass
+        else:
+            problem = _text_problem(value, "text or a whole number" if column == "id" else "text")
+            if problem:
+                yield f"{column} {problem}"
 
 
-def _messages_problem(messages: list[Any]) -> str | None:
-    if not messages:
-        return "prompt is an empty list of messages"
-    for i, message in enumerate(messages):
-        name = f"prompt message {i + 1}"
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            return f"{name} must be an object with role and content"
-        if message["role"] not in ROLES:
-            return f"{name} has the role {message['role']!r}; roles are {', '.join(ROLES)}"
-        if not isinstance(message["content"], str):
-            return f"{name} has content that is not text"
-        if problem := _string_problem(message["content"], f"{name}'s content"):
-            return problem
-    if messages[-1]["role"] != "user":
-        return f"the last prompt message must be the user's, not the {messages[-1]['role']}'s"
-    return None
+def _near_column(column: str, row: dict[str, Any], required: bool) -> str | None:
+    """A column of the row that is probably a mistyped `column`."""
+    if column in row or column == "id":  # id is too short: idx and uid are columns of their own
+        return None
+    others = [str(name) for name in row if name not in COLUMNS]
+    near = difflib.get_close_matches(column, others, n=1, cutoff=0.6 if required else NEAR_OPTIONAL)
+    return near[0] if near else None
 
 
-def _text_problem(row: dict[str, Any], name: str, required: bool) -> str | None:
-    value = row.get(name)
-    if value is None:
-        return f"{name} is missing{_near(name, row)}" if required else None
+def _prompt_problems(prompt: Any) -> Iterable[str]:
+    if not isinstance(prompt, list):
+        problem = _text_problem(prompt, "text or a list of messages")
+        if problem:
+            yield f"prompt {problem}"
+        return
+    if not prompt:
+        yield "prompt is an empty list"
+        return
+    for number, message in enumerate(prompt, start=1):
+        at = f"prompt message {number}"
+        if not isinstance(message, dict):
+            yield f"{at} must be an object with role and content, not {json_kind(message)}"
+            return
+        if message.get("role") not in ROLES:
+            yield f"{at}: role must be one of {', '.join(ROLES)}, not {message.get('role')!r}"
+        problem = _text_problem(message.get("content"))
+        if problem:
+            yield f"{at}: content {problem}"
+    if prompt[-1].get("role") in ("system", "assistant"):
+        yield f"prompt: the last message must be the user's, not the {prompt[-1]['role']}'s"
+
+
+def _text_problem(value: Any, expected: str = "text") -> str | None:
     if not isinstance(value, str):
-        return f"{name} must be text, not {type(value).__name__}"
-    return _string_problem(value, name)
+        return "is null" if value is None else f"must be {expected}, not {json_kind(value)}"
+    if not value.strip():
+        return "is empty"
+    return _bad_text_within(value)
 
 
-def _string_problem(text: str, name: str) -> str | None:
-    if not text.strip():
-        return f"{name} is empty"
-    if "\x00" in text or any("\ud800" <= c <= "\udfff" for c in text):
-        return f"{name} holds a NUL or half a surrogate pair, which no tokenizer takes"
-    return None
+def _bad_text_within(value: Any) -> str | None:
+    """What is wrong with the characters of a text, or of any text in a list or object."""
+    if isinstance(value, str):
+        if "\0" in value:
+            return "holds a NUL character; remove it"
+        if any("\ud800" <= c <= "\udfff" for c in value):
+            return "holds half a surrogate pair, which is no character; remove it"
+        return None
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return next((problem for problem in map(_bad_text_within, inner) if problem), None)
 
 
-def _near(name: str, row: dict[str, Any]) -> str:
-    near = difflib.get_close_matches(name, [key for key in row if key not in FIELDS], n=1)
-    return f"; did you mean {near[0]} to be {name}?" if near else ""
-
-
-def _messages(row: dict[str, Any]) -> tuple[Message, ...]:
-    prompt = row["prompt"]
+def _messages(prompt: str | list[dict[str, Any]]) -> tuple[Message, ...]:
     if isinstance(prompt, str):
         return (Message(role="user", content=prompt),)
     return tuple(Message(role=m["role"], content=m["content"]) for m in prompt)

@@ -41,13 +41,15 @@ class Evaluator:
         self._sets = sets
         self._tokenizer = tokenizer
 
-    async def students(self, pool: EnginePool, step: int, stage: int = 0) -> tuple[list[EvalResult], list[Sample]]:
-        """Every set, answered without demonstrations."""
+    async def students(
+        self, pool: EnginePool, step: int, stage: int = 0, shown: int | None = SHOWN
+    ) -> tuple[list[EvalResult], list[Sample]]:
+        """Every set, answered without demonstrations; the first `shown` answers of each (None: all of them)."""
         results, samples = [], []
         for loaded in self._sets:
             result, answers = await self._run(pool, loaded, STUDENT, step, stage)
             results.append(result)
-            samples += answers[:SHOWN]
+            samples += answers[:shown]
         return results, samples
 
     async def teachers(self, pool: EnginePool, step: int, stage: int = 0) -> list[EvalResult]:

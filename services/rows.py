@@ -1,67 +1,113 @@
-"""Rows of a data file or a hub data set, each with where it stands, so that a bad one can be named."""
+"""Rows of a JSONL file, a Parquet file or a hub data set, numbered from 1; a row that cannot be read says why."""
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from services.errors import UserError
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row as it was read: `where` is "file:line" (or "name row n"), `number` counts from 1."""
+class BadRow(str):
+    """Why a row cannot be read."""
 
-    where: str
-    number: int
-    value: Any
-    error: str | None = None  # why it could not be read at all
+    __slots__ = ()
 
 
-def jsonl_rows(path: Path) -> Iterator[Row]:
-    """The lines of a JSONL file, read here and not by a library so that errors carry the line."""
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        where = f"{path}:{number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError:
-            yield Row(where, number, None, "is not UTF-8 text")
-            continue
-        if not text:
-            continue
-        try:
-            yield Row(where, number, json.loads(text))
-        except ValueError as error:
-            yield Row(where, number, None, f"is not a whole JSON object ({error})")
+NumberedRow = tuple[int, dict[str, Any] | BadRow]
 
 
-def parquet_rows(path: Path) -> Iterator[Row]:
-    """The rows of a Parquet file, through the `datasets` library."""
+def jsonl_rows(path: Path) -> Iterator[NumberedRow]:
+    """The objects of a JSONL file with their lines; blank lines are left out."""
+    try:
+        file = path.open("rb")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}; check its permissions") from None
+    with file:
+        # Lines end at \n only: str.splitlines would also cut at characters that JSON allows inside a string.
+        for number, line in enumerate(file, start=1):
+            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if text.strip():
+                yield number, _parse(text)
+
+
+def parquet_rows(path: Path) -> Iterator[NumberedRow]:
+    """The rows of a Parquet file."""
     import datasets
 
     try:
-        rows = datasets.Dataset.from_parquet(str(path), cache_dir=None, keep_in_memory=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise UserError(f"{path}: this is not a readable Parquet file ({_first_line(error)}); write it again") from None
-    for number, row in enumerate(rows, 1):
-        yield Row(f"{path} row {number}", number, row)
+        rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as e:
+        cause = e.__cause__ or e
+        raise UserError(f"{path}: not a Parquet file that can be read: {_first_line(cause)}; write it again") from None
+    yield from enumerate(rows, start=1)
 
 
-def hub_rows(name: str, split: str) -> Iterator[Row]:
-    """The rows of a hub data set's split, through the `datasets` library."""
+def hub_rows(name: str, split: str, hint: str) -> Iterator[NumberedRow]:
+    """The rows of a hub data set's split; `hint` is said when there is none of that name."""
     import datasets
 
+    local = f"or put the rows into a local .jsonl file and name that{hint}"
     try:
         rows = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, ConnectionError, RuntimeError) as error:
+    except datasets.exceptions.DatasetNotFoundError as e:
+        raise UserError(f"data.train: {name} is not on the hub: {_first_line(e)}; check the name {local}") from None
+    except (ConnectionError, TimeoutError) as e:
+        reason = _first_line(e)
         raise UserError(
-            f"data.train: the hub data set {name} (split {split}) could not be loaded ({_first_line(error)}); check "
-            f"the name and the connection, or give a local .jsonl or .parquet file"
+            f"data.train: {name} is no local file, and the hub cannot be reached: {reason}; connect to it {local}"
         ) from None
-    for number, row in enumerate(rows, 1):
-        yield Row(f"{name} row {number}", number, row)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as e:
+        reason = _first_line(e)
+        raise UserError(
+            f"data.train: split {split} of the hub data set {name} cannot be loaded: {reason}; set data.split to one "
+            f"that it has, {local}"
+        ) from None
+    yield from enumerate(rows, start=1)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+def _parse(line: bytes) -> dict[str, Any] | BadRow:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as e:
+        return BadRow(f"byte {e.start + 1} is not UTF-8; save the file as UTF-8")
+    try:
+        row = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except json.JSONDecodeError as e:
+        if e.pos >= len(text.rstrip()) or e.msg.startswith("Unterminated string"):
+            return BadRow("the JSON ends too early; the line is cut off, or its object is spread over several lines")
+        return BadRow(f"not valid JSON: {e.msg} at character {e.pos + 1}")
+    except (ValueError, RecursionError) as e:
+        return BadRow(f"not valid JSON: {e}")
+    if not isinstance(row, dict):
+        return BadRow(f"the row is {json_kind(row)}, not an object; give one JSON object a line")
+    return row
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f'the key "{next(k for k in keys if keys.count(k) > 1)}" is given twice')
+    return row
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def json_kind(value: Any) -> str:
+    """What a value is, in words for an error."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    if isinstance(value, str):
+        return "text"
+    return "an object" if isinstance(value, dict) else "a list"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n", 1)[0].rstrip(".")

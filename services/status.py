@@ -190,4 +190,4 @@ def _next(run_dir: Path, state: RunState, checkpoint: Path | None) -> str:
     if state.kind == "finished":
         return f"curves: sdft report {run_dir}; the model as a folder: sdft export {run_dir} --out DIR"
     verb = "resume" if checkpoint else "start again"
-    return f"{verb} with: sdft train CONFIG --run-dir {run_dir}"
+    return f"{verb} with: sdft train {run_dir / 'config.yaml'} --run-dir {run_dir}"

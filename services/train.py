@@ -4,7 +4,6 @@ import asyncio
 import fcntl
 import json
 import os
-import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -15,29 +14,37 @@ from typing import Any
 from rich.console import Console
 
 from services import checkpoint
-from services.cluster import cluster, cluster_address, placement
+from services.cluster import cluster, placement
 from services.config import RunConfig
 from services.controller import Controller
 from services.errors import UserError
+from services.files import write_atomically
 from services.ledger import Ledger, restore_ledger
-from services.load_config import resolved_yaml
-from services.metrics import RunLog, write_atomically
+from services.load_config import resolved_yaml, with_absolute_paths
+from services.metrics import RunLog
 from services.plan import engine_settings
 from services.pools import EnginePool
-from services.prepare import Prepared, check_machine
+from services.prepare import Prepared, check_disk, check_memory
 from services.progress import Progress
 from services.report import write_report
 
 
-def train(prepared: Prepared, run_dir: Path, resume: str, console: Console, title: str) -> Path:
+def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> Path:
     """Run to the end and return the report's path. `resume`: auto, never, or a checkpoint folder."""
+    if any(part.startswith("_ray_pkg_") for part in run_dir.resolve().parts):
+        raise UserError(
+            f"{run_dir} lies in this job's copy of the working directory, which Ray deletes; give an absolute path on "
+            f"storage that every node sees: --run-dir /…/{run_dir.name}"
+        )
+    if resume not in ("auto", "never") and (reason := checkpoint.damage(Path(resume))) is not None:
+        raise UserError(f"--resume {resume}: this checkpoint cannot be used: {reason}")
+    check_memory(prepared.config, prepared.plan)
     run_dir.mkdir(parents=True, exist_ok=True)
     with _only_one(run_dir):
         start = _starting_point(prepared, run_dir, resume, console)
         if start is None and resume == "never" and (run_dir / "metrics.jsonl").exists():
             raise UserError(f"{run_dir} holds a run already; name another --run-dir, or resume it with --resume auto")
-        if cluster_address(prepared.config.ray) is None:
-            check_machine(prepared, run_dir)
+        check_disk(prepared, run_dir)
         first = checkpoint.read_state(start).step if start else 0
         total = prepared.schedule.total_steps
         if first >= total:
@@ -45,7 +52,8 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console, titl
             return write_report(run_dir)
         RunLog.rewind(run_dir, first if start else None)
         restore_ledger(start / checkpoint.LEDGER if start else None, run_dir / "ledger.sqlite")
-        write_atomically(run_dir / "config.yaml", resolved_yaml(prepared.config).encode())
+        config = with_absolute_paths(prepared.config, prepared.path.parent)
+        write_atomically(run_dir / "config.yaml", resolved_yaml(config).encode())
         state: dict[str, Any] = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -56,7 +64,7 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console, titl
         }
         _write_state(run_dir, state)
         try:
-            asyncio.run(_run(prepared, run_dir, start, console, title))
+            asyncio.run(_run(prepared, run_dir, start, console))
         except asyncio.CancelledError:
             _write_state(run_dir, state | {"state": "failed", "error": "stopped by a signal"})
             raise KeyboardInterrupt from None
@@ -67,7 +75,7 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console, titl
         return write_report(run_dir)
 
 
-async def _run(prepared: Prepared, run_dir: Path, start: Path | None, console: Console, title: str) -> None:
+async def _run(prepared: Prepared, run_dir: Path, start: Path | None, console: Console) -> None:
     from learner.group import LearnerGroup
     from learner.types import LearnerSettings
 
@@ -83,11 +91,10 @@ async def _run(prepared: Prepared, run_dir: Path, start: Path | None, console: C
         teacher=c.teacher,
     )
     with (
-        Progress(console, prepared.schedule.total_steps, title) as progress,
+        Progress(console, prepared.schedule.total_steps, prepared.path.stem) as progress,
         cluster(c.ray, prepared.plan, run_dir / "logs"),
         placement(c.ray, prepared.plan) as options,
     ):
-        _stop_on_signals()
         progress.phase("starting engines and learner")
         pools: dict[str, EnginePool] = {}
 
@@ -133,9 +140,6 @@ def _starting_point(prepared: Prepared, run_dir: Path, resume: str, console: Con
             return None
     else:
         folder = Path(resume)
-        reason = checkpoint.damage(folder)
-        if reason is not None:
-            raise UserError(f"--resume {folder}: this checkpoint cannot be used: {reason}")
     state = checkpoint.read_state(folder)
     if state.fingerprint != prepared.fingerprint:
         raise UserError(
@@ -154,17 +158,6 @@ def _only_one(run_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"{run_dir}: another process is training in this folder; name another --run-dir") from None
         yield
-
-
-def _stop_on_signals() -> None:
-    """From now on SIGTERM and SIGINT cancel the running task, so that every clean-up runs.
-
-    Called after ray.init, which puts its own handler in the place of any before it.
-    """
-    task, loop = asyncio.current_task(), asyncio.get_running_loop()
-    assert task is not None
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, task.cancel)
 
 
 def _write_state(run_dir: Path, state: dict[str, Any]) -> None:

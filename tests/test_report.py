@@ -186,7 +186,7 @@ def test_status_tells_a_killed_run_from_a_running_one(tmp_path: Path) -> None:
     dead.wait()
     text = status_text(begin(tmp_path, pid=dead.pid))
     assert "state       stopped (killed)\n" in text
-    assert text.endswith(f"start again with: sdft train CONFIG --run-dir {tmp_path}")
+    assert text.endswith(f"start again with: sdft train {tmp_path / 'config.yaml'} --run-dir {tmp_path}")
     assert "not seen from this host" in status_text(begin(tmp_path, pid=dead.pid, host="another"))
 
 
@@ -196,7 +196,7 @@ def test_status_of_a_failed_run_gives_the_error_and_how_to_resume(tmp_path: Path
     (tmp_path / "checkpoints" / "step-000010" / "manifest.json").write_text("{}")
     text = status_text(tmp_path)
     assert "error       rank 0 died" in text
-    assert text.endswith(f"next        resume with: sdft train CONFIG --run-dir {tmp_path}")
+    assert text.endswith(f"next        resume with: sdft train {tmp_path / 'config.yaml'} --run-dir {tmp_path}")
 
 
 def test_a_ledger_that_has_only_been_created_counts_nothing(tmp_path: Path) -> None:

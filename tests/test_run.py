@@ -4,53 +4,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import yaml
 
-from services.metrics import DETERMINISTIC_FIELDS, read_jsonl
-
-STEPS = 6
-
-
-def write_run(folder: Path, model: Path) -> Path:
-    """A small run with data, evaluation and a checkpoint every two steps."""
-    rows = [{"prompt": f"Say number {i}.", "demonstration": f"The number is {i}."} for i in range(9)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    questions = [r | {"answer": r["demonstration"]} for r in rows[:4]]
-    (folder / "eval.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    config = {
-        "model": str(model),
-        "dtype": "bfloat16",
-        "data": {
-            "train": "train.jsonl",
-            "template": "turn",
-            "max_prompt_tokens": 100,
-            "max_teacher_prompt_tokens": 200,
-        },
-        "sampling": {"max_new_tokens": 12},
-        "training": {"batch_size": 4, "steps": STEPS},
-        "teacher": {"alpha": 0.2},
-        "loss": {"top_k": 16},
-        "learner": {"optimizer": {"lr": 1e-3, "warmup_steps": 2}},
-        "evaluation": {"sets": [{"name": "numbers", "file": "eval.jsonl", "grader": "exact", "max_new_tokens": 8}]},
-        "checkpoint": {"every": 2},
-    }
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
-def command(config: Path, run_dir: Path) -> list[str]:
-    return [sys.executable, "-m", "services.cli", "train", str(config), "--run-dir", str(run_dir)]
-
-
-def finish(config: Path, run_dir: Path) -> None:
-    result = subprocess.run(command(config, run_dir), capture_output=True, text=True, timeout=400, check=False)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+from services.metrics import read_jsonl
+from tests.leftovers import new_since, on_machine
+from tests.runs import STEPS, command, finish, metrics, write_run
 
 
 def kill_after(config: Path, run_dir: Path, step: int, victim: str) -> None:
@@ -67,21 +28,17 @@ def kill_after(config: Path, run_dir: Path, step: int, victim: str) -> None:
         assert driver.wait(timeout=120) != 0
 
 
-def our_processes() -> list[str]:
-    """Command lines of Ray and vLLM processes on this machine."""
-    names = ("raylet", "gcs_server", "EngineWorker", "LearnerWorker", "EngineCore", "VLLM::")
-    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
-    return [line for line in lines if any(name in line for name in names)]
-
-
-def metrics(run_dir: Path) -> list[dict[str, object]]:
-    return [{k: row[k] for k in DETERMINISTIC_FIELDS} for row in read_jsonl(run_dir / "metrics.jsonl")]
+@pytest.fixture(scope="module")
+def machine_before() -> set[str]:
+    return on_machine()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def undisturbed(
+    machine_before: set[str], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("run")
-    config = write_run(folder, tiny_model)
+    config = write_run(folder, tiny_model, "bfloat16")
     finish(config, folder / "whole")
     return config, folder / "whole"
 
@@ -134,8 +91,17 @@ def test_a_run_that_is_told_to_stop_says_so_and_what_to_do(undisturbed: tuple[Pa
     assert json.loads((run_dir / "run.json").read_text())["error"] == "stopped by a signal"
 
 
-def test_nothing_is_left_running(undisturbed: tuple[Path, Path]) -> None:
-    deadline = time.monotonic() + 20
-    while (left := our_processes()) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert left == []
+def test_a_live_teacher_and_two_learner_ranks_train_too(undisturbed: tuple[Path, Path]) -> None:
+    """Without teacher engines the students score; the first step's divergence is that of the EMA, which is the same."""
+    config, whole = undisturbed
+    run_dir = config.parent / "live"
+    finish(config, run_dir, "teacher.weights=live", "learner.ranks=2", "learner.zero_stage=3", "training.steps=2")
+    live, ema = (read_jsonl(folder / "metrics.jsonl") for folder in (run_dir, whole))
+    assert [row["samples"] for row in live] == [4, 4]
+    assert live[0]["divergence"] == pytest.approx(ema[0]["divergence"], rel=1e-2)
+    assert set(json.loads((run_dir / "pids.json").read_text())) == {"student", "learner"}
+
+
+def test_nothing_is_left_behind(machine_before: set[str], undisturbed: tuple[Path, Path]) -> None:
+    """After a whole run, three kills and a stop: no process, no shared memory, no temporary file."""
+    assert new_since(machine_before) == set()

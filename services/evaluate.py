@@ -1,0 +1,47 @@
+"""`sdft eval`: the evaluation sets of a configuration on a model as it stands; nothing is trained."""
+
+import asyncio
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from services.cluster import cluster, placement
+from services.evaluation import Evaluator
+from services.files import write_atomically
+from services.metrics import EvalResult, Sample
+from services.plan import Plan, engine_settings
+from services.pools import EnginePool
+from services.prepare import Prepared, check_memory
+
+
+def evaluate(prepared: Prepared, console: Console) -> tuple[list[EvalResult], list[Sample]]:
+    """Results (student's and, where there are demonstrations, teacher's) and every answer of the student."""
+    plan = Plan(prepared.plan.students, (), ())
+    check_memory(prepared.config, plan)
+    return asyncio.run(_run(prepared, plan, console))
+
+
+async def _run(prepared: Prepared, plan: Plan, console: Console) -> tuple[list[EvalResult], list[Sample]]:
+    c = prepared.config
+    e = c.actors.student
+    settings = engine_settings(c, prepared.model, "student")
+    console.print("starting engines", highlight=False)
+    with cluster(c.ray, plan, None), placement(c.ray, plan) as options:
+        pool = await EnginePool.start(
+            "student", settings, options["student"], e.start_timeout_s, c.evaluation.timeout_s
+        )
+        try:
+            console.print(f"evaluating {prepared.model}", highlight=False, soft_wrap=True)
+            evaluator = Evaluator(prepared.sets, prepared.tokenizer)
+            results, samples = await evaluator.students(pool, 0, shown=None)
+            return results + await evaluator.teachers(pool, 0), samples
+        finally:
+            await pool.stop()
+
+
+def write_answers(path: Path, results: list[EvalResult], samples: list[Sample]) -> None:
+    """One JSON object a line: the results first, then every question with its answer and grade."""
+    rows = [asdict(r) for r in results] + [asdict(s) for s in samples]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

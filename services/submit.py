@@ -1,0 +1,81 @@
+"""`sdft submit`: send the working directory to a Ray cluster and run `sdft train` there as a job.
+
+    working directory, without what Ray need not have ─► job on the cluster: sdft train CONFIG --run-dir RUN
+
+The run directory is a path of the cluster, on storage that outlives the job: a job that is submitted again with the
+same one resumes.
+"""
+
+import asyncio
+import os
+import shlex
+from pathlib import Path
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from services.errors import PreflightError, UserError
+
+EXCLUDES = (".git", ".venv", "venv", "runs", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache")
+LIMIT_BYTES = 100 << 20  # of the files sent; Ray itself refuses at 500 MiB, after it has packed them
+
+
+def submit(config: Path, run_dir: str | None, overrides: list[str], address: str) -> str:
+    """Submit the job and return its id. The working directory is the current one, and `config` a file in it."""
+    here = Path.cwd()
+    try:
+        inside = config.resolve().relative_to(here)
+    except ValueError:
+        raise UserError(
+            f"{config}: the file is not below {here}, which is what is sent to the cluster; run `sdft submit` in a "
+            f"folder that holds the configuration and its data"
+        ) from None
+    if run_dir is None or not Path(run_dir).is_absolute():
+        raise UserError(
+            f"--run-dir {run_dir or '(missing)'}: give an absolute path on storage that every node of the cluster "
+            f"sees; a folder below the job's copy of the working directory would be lost with it"
+        )
+    _check_size(here)
+    command = ["sdft", "train", str(inside), "--run-dir", run_dir]
+    for override in overrides:
+        command += ["--set", override]
+    try:
+        client = JobSubmissionClient(address)
+        job = client.submit_job(
+            entrypoint=shlex.join(command), runtime_env={"working_dir": str(here), "excludes": list(EXCLUDES)}
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise PreflightError(
+            f"--address {address}: no Ray cluster takes jobs there ({reason}); give the address of its dashboard, "
+            f"such as http://HEAD:8265"
+        ) from None
+    return str(job)
+
+
+async def follow(job: str, address: str) -> bool:
+    """Print the job's output until it ends; whether it succeeded."""
+    client = JobSubmissionClient(address)
+    async for lines in client.tail_job_logs(job):
+        print(lines, end="", flush=True)
+    while not (status := client.get_job_status(job)).is_terminal():
+        await asyncio.sleep(0.5)
+    return bool(status == JobStatus.SUCCEEDED)
+
+
+def _check_size(folder: Path) -> None:
+    """UserError if what would be sent is large: mostly that is a model or a data set nobody meant to send."""
+    sizes: dict[Path, int] = {}
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [f for f in folders if f not in EXCLUDES]
+        for name in files:
+            path = Path(parent, name)
+            if not path.is_symlink():
+                sizes[path.relative_to(folder)] = path.stat().st_size
+    total = sum(sizes.values())
+    if total > LIMIT_BYTES:
+        largest = sorted(sizes, key=lambda path: -sizes[path])[:3]
+        names = ", ".join(f"{path} ({sizes[path] / 1e6:.0f} MB)" for path in largest)
+        raise UserError(
+            f"{folder}: {total / 1e6:.0f} MB would be sent to the cluster, more than {LIMIT_BYTES / 1e6:.0f} MB: "
+            f"{names}; move them out of this folder and name them by absolute paths that the cluster's nodes have"
+        )

@@ -1,0 +1,23 @@
+"""The README's indented blocks, for tests that do what it says."""
+
+import shlex
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks() -> list[str]:
+    """Indented blocks in order, without their indentation."""
+    found: list[str] = []
+    inside = False
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if line.startswith("    "):
+            found.append(line[4:]) if not inside else found.append(f"{found.pop()}\n{line[4:]}")
+        inside = line.startswith("    ")
+    return found
+
+
+def commands(program: str) -> list[list[str]]:
+    """The README's commands of a program (sdft, ray, make), as argument lists without comments."""
+    lines = [line for block in blocks() for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(f"{program} ")]

@@ -1,0 +1,57 @@
+"""A small whole run that several tests share: its files, its command, its result."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from services.metrics import DETERMINISTIC_FIELDS, read_jsonl
+
+STEPS = 6
+
+
+def write_run(folder: Path, model: Path, dtype: str) -> Path:
+    """A small run with data, evaluation and a checkpoint every two steps."""
+    rows = [{"prompt": f"Say number {i}.", "demonstration": f"The number is {i}."} for i in range(9)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    questions = [r | {"answer": r["demonstration"]} for r in rows[:4]]
+    (folder / "eval.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    config = {
+        "model": str(model),
+        "dtype": dtype,
+        "data": {
+            "train": "train.jsonl",
+            "template": "turn",
+            "max_prompt_tokens": 100,
+            "max_teacher_prompt_tokens": 200,
+        },
+        "sampling": {"max_new_tokens": 12},
+        "training": {"batch_size": 4, "steps": STEPS},
+        "teacher": {"alpha": 0.2},
+        "loss": {"top_k": 16},
+        "learner": {"optimizer": {"lr": 1e-3, "warmup_steps": 2}},
+        "evaluation": {"sets": [{"name": "numbers", "file": "eval.jsonl", "grader": "exact", "max_new_tokens": 8}]},
+        "checkpoint": {"every": 2},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def command(config: Path, run_dir: Path) -> list[str]:
+    return [sys.executable, "-m", "services.cli", "train", str(config), "--run-dir", str(run_dir)]
+
+
+def finish(config: Path, run_dir: Path, *overrides: str) -> None:
+    """Run it to the end; `overrides` as for --set."""
+    settings = [word for override in overrides for word in ("--set", override)]
+    result = subprocess.run(
+        [*command(config, run_dir), *settings], capture_output=True, text=True, timeout=400, check=False
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+
+
+def metrics(run_dir: Path) -> list[dict[str, object]]:
+    return [{k: row[k] for k in DETERMINISTIC_FIELDS} for row in read_jsonl(run_dir / "metrics.jsonl")]

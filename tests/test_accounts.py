@@ -1,0 +1,178 @@
+"""What a run is accountable by: the schedule, the ledger, checkpoints and the plan."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from actors.types import SampleId
+from services import checkpoint
+from services.checkpoint import CheckpointState
+from services.config import RunConfig
+from services.ledger import Ledger, LedgerError, restore_ledger
+from services.plan import make_plan
+from services.schedule import make_schedule, sample_seed
+
+STATE = CheckpointState(step=2, ranks=1, zero_stage=1, dtype="bfloat16", fingerprint="f")
+
+
+def samples(*indices: int) -> list[SampleId]:
+    return [SampleId(0, 0, i, 0) for i in indices]
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "ledger.sqlite")
+
+
+def test_epochs_train_on_every_demonstration_as_often_as_every_other() -> None:
+    schedule = make_schedule(10, batch_size=4, generations=2, seed=3, epochs=3, steps=None)
+    assert schedule.total_steps == 8  # 30 prompts in batches of 4, the last of 2
+    issued = [s for step in range(1, 9) for s in schedule.batch(step)]
+    assert len(issued) == len(set(issued)) == schedule.issued_through(8) == 60
+    assert {(s.epoch, s.index, s.generation) for s in issued} == {
+        (e, i, g) for e in range(3) for i in range(10) for g in range(2)
+    }
+    assert [s.epoch for s in issued] == sorted(s.epoch for s in issued)
+
+
+def test_the_order_changes_with_the_epoch_and_the_seed_and_nothing_else() -> None:
+    def orders(seed: int) -> list[list[int]]:
+        schedule = make_schedule(50, 50, 1, seed, epochs=None, steps=2)
+        return [[s.index for s in schedule.batch(step)] for step in (1, 2)]
+
+    assert orders(0) == orders(0)
+    assert orders(0)[0] != orders(0)[1]
+    assert orders(0)[0] != orders(1)[0]
+
+
+def test_a_samples_seed_is_its_own() -> None:
+    seeds = {sample_seed(run, s) for run in range(3) for s in samples(*range(100))}
+    assert len(seeds) == 300
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_sample_goes_through_every_state_once(ledger: Ledger) -> None:
+    ledger.issue(samples(0, 1, 2), step=1)
+    assert ledger.audit(3) == (0, 0, 3)
+    ledger.advance(samples(0, 1), "sampled", [5, 7])
+    ledger.advance(samples(0, 1), "scored")
+    ledger.advance(samples(0), "trained")
+    ledger.drop(samples(1)[0], "too long")
+    assert ledger.counts() == {"trained": 1, "dropped": 1, "issued": 1}
+    assert ledger.audit(3) == (1, 1, 1)
+
+
+def test_a_sample_issued_twice_is_an_error_and_changes_nothing(ledger: Ledger) -> None:
+    ledger.issue(samples(0), step=1)
+    with pytest.raises(LedgerError, match="step 2: a sample would be issued a second time"):
+        ledger.issue(samples(5, 0), step=2)
+    assert ledger.counts() == {"issued": 1}
+
+
+def test_a_sample_moved_out_of_turn_is_an_error_and_moves_no_other(ledger: Ledger) -> None:
+    ledger.issue(samples(0, 1), step=1)
+    ledger.advance(samples(0), "sampled")
+    with pytest.raises(LedgerError, match="1 of 2 samples could not become scored"):
+        ledger.advance(samples(0, 1), "scored")
+    assert ledger.counts() == {"sampled": 1, "issued": 1}
+
+
+def test_a_trained_sample_is_never_trained_or_dropped_again(ledger: Ledger) -> None:
+    ledger.issue(samples(0), step=1)
+    for state in ("sampled", "scored", "trained"):
+        ledger.advance(samples(0), state)
+    with pytest.raises(LedgerError):
+        ledger.advance(samples(0), "trained")
+    with pytest.raises(LedgerError, match="not in flight"):
+        ledger.drop(samples(0)[0], "late")
+
+
+def test_an_audit_that_does_not_add_up_says_what_there_is(ledger: Ledger) -> None:
+    ledger.issue(samples(0, 1), step=1)
+    with pytest.raises(LedgerError, match="3 samples were issued, but the ledger has 0 trained, 0 dropped and 2"):
+        ledger.audit(3)
+
+
+def test_a_restored_ledger_is_the_one_that_was_saved(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.issue(samples(0), step=1)
+    ledger.copy_to(tmp_path / "copy")
+    ledger.advance(samples(0), "sampled")
+    ledger.close()
+    restore_ledger(tmp_path / "copy", tmp_path / "ledger.sqlite")
+    restored = Ledger(tmp_path / "ledger.sqlite")
+    assert restored.counts() == {"issued": 1}
+    restored.close()
+    restore_ledger(None, tmp_path / "ledger.sqlite")
+    assert Ledger(tmp_path / "ledger.sqlite").counts() == {}
+
+
+def save(run_dir: Path, step: int, keep: int = 2) -> Path:
+    part = checkpoint.begin(run_dir, step)
+    (part / "student").mkdir()
+    (part / "student" / "weights").write_bytes(bytes([step]) * 1000)
+    return checkpoint.commit(part, run_dir, replace(STATE, step=step), keep)
+
+
+def test_the_newest_whole_checkpoint_is_found_and_the_oldest_go(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        save(tmp_path, step)
+    folders = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*"))
+    assert folders == ["step-000004", "step-000006"]
+    folder, notes = checkpoint.newest(tmp_path)
+    assert folder is not None
+    assert (checkpoint.read_state(folder), notes) == (replace(STATE, step=6), [])
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000006"
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda f: (f / "student/weights").write_bytes(b"\7" * 1000), "student/weights is not as it was written"),
+        (lambda f: (f / "student/weights").unlink(), "student/weights is missing"),
+        (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read"),
+        (lambda f: (f / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, damage: object, reason: str) -> None:
+    good, bad = save(tmp_path, 2), save(tmp_path, 4)
+    assert callable(damage)
+    damage(bad)
+    folder, notes = checkpoint.newest(tmp_path)
+    assert folder == good
+    assert reason in notes[0]
+    # Saved once more, the step takes the damaged folder's place.
+    assert checkpoint.newest(save(tmp_path, 4).parent.parent)[0] == bad
+
+
+def test_a_checkpoint_that_was_never_finished_is_not_seen_and_its_leftovers_go(tmp_path: Path) -> None:
+    part = checkpoint.begin(tmp_path, 2)
+    (part / "half").write_text("x")
+    assert checkpoint.newest(tmp_path) == (None, [])
+    again = checkpoint.begin(tmp_path, 4)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [again.name]
+
+
+def config(**sections: object) -> RunConfig:
+    return RunConfig.model_validate({"model": "m", "data": {"train": "t"}, "training": {"steps": 1}} | sections)
+
+
+def test_the_plan_has_a_part_for_each_process() -> None:
+    plan = make_plan(config(actors={"student": {"replicas": 2}}, learner={"ranks": 2}), 135_000_000)
+    assert [p.name for p in plan.parts] == [
+        "student engine 0", "student engine 1", "teacher engine 0", "learner rank 0", "learner rank 1",
+    ]  # fmt: skip
+    assert plan.cpus == sum(p.cpus for p in plan.parts)
+    assert all(p.name in plan.text() for p in plan.parts)
+
+
+def test_a_live_teacher_has_no_engine_and_no_average() -> None:
+    ema, live = (make_plan(config(teacher={"weights": w}), 135_000_000) for w in ("ema", "live"))
+    assert live.teachers == ()
+    assert live.memory_gib < ema.memory_gib
+    assert live.learners[0].memory_gib < ema.learners[0].memory_gib
+
+
+def test_gpus_are_asked_for_with_cuda_only() -> None:
+    assert make_plan(config(), 1).gpus == 0
+    assert make_plan(config(device="cuda"), 1).gpus == 3

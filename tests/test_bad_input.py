@@ -1,0 +1,291 @@
+"""Whole commands with bad input: the sentence, the exit code, and that nothing was begun or left behind."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from services.cli import main
+from tests.leftovers import new_since, on_machine
+
+ROW = {"prompt": "Say one.", "demonstration": "One it is."}
+QUESTION = {"prompt": "Say one.", "answer": "one"}
+
+
+class Work:
+    """A folder with a good configuration, for a case to spoil; commands run in it."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder = folder
+        self.config: dict[str, Any] = {
+            "model": str(model),
+            "dtype": "bfloat16",
+            "data": {
+                "train": "train.jsonl",
+                "template": "turn",
+                "max_prompt_tokens": 60,
+                "max_teacher_prompt_tokens": 120,
+            },
+            "sampling": {"max_new_tokens": 8},
+            "training": {"batch_size": 2, "steps": 2},
+            "evaluation": {"sets": [{"name": "numbers", "file": "eval.jsonl", "grader": "exact"}]},
+        }
+        self.rows("train.jsonl", ROW, ROW)
+        self.rows("eval.jsonl", QUESTION)
+
+    def write(self, name: str, content: str | bytes) -> None:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    def rows(self, name: str, *rows: Any) -> None:
+        self.write(name, b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows))
+
+    def set(self, key: str, value: Any) -> None:
+        """Set "a.b" in the configuration; None removes it."""
+        *path, last = key.split(".")
+        section = self.config
+        for part in path:
+            section = section.setdefault(part, {})
+        if value is None:
+            del section[last]
+        else:
+            section[last] = value
+
+    def save(self) -> None:
+        if not (self.folder / "my.yaml").exists():
+            self.write("my.yaml", yaml.safe_dump(self.config))
+
+
+def setting(key: str, value: Any) -> Callable[[Work], None]:
+    return lambda work: work.set(key, value)
+
+
+def file(name: str, content: str | bytes) -> Callable[[Work], None]:
+    return lambda work: work.write(name, content)
+
+
+def rows(name: str, *given: Any) -> Callable[[Work], None]:
+    return lambda work: work.rows(name, *given)
+
+
+def run_folder(work: Work) -> None:
+    """A run directory of another run, with a checkpoint that is whole."""
+    from services import checkpoint
+
+    part_of = work.folder / "runs" / "my"
+    part_of.mkdir(parents=True)
+    part = checkpoint.begin(part_of, 2)
+    (part / "ledger.sqlite").write_bytes(b"")
+    checkpoint.commit(part, part_of, checkpoint.CheckpointState(2, 1, 2, "bfloat16", "another"), keep=1)
+    (part_of / "metrics.jsonl").write_text("")
+
+
+def damaged_checkpoint(work: Work) -> None:
+    run_folder(work)
+    (work.folder / "runs/my/checkpoints/step-000002/state.json").write_text("{")
+
+
+def two(*spoilers: Callable[[Work], None]) -> Callable[[Work], None]:
+    def spoil(work: Work) -> None:
+        for one in spoilers:
+            one(work)
+
+    return spoil
+
+
+def nothing(_: Work) -> None:
+    """The command line itself is what is wrong."""
+
+
+TRAIN = "train my.yaml"
+LONG = "one two three four five " * 40
+# name: (what is spoiled, the command, the exit code, words of the sentence)
+CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
+    "no such config": (nothing, "train mi.yaml", 2, ["mi.yaml: no such file", "my.yaml"]),
+    "config is a folder": (lambda w: (w.folder / "d").mkdir(), "train d", 2, ["d: this is a folder"]),
+    "empty config": (file("my.yaml", ""), TRAIN, 2, ["my.yaml: the file is empty"]),
+    "not yaml": (file("my.yaml", "model: [a\ndata: b\n"), TRAIN, 2, ["my.yaml:"]),
+    "not a mapping": (file("my.yaml", "- a\n- b\n"), TRAIN, 2, ["my.yaml", "mapping"]),
+    "not utf-8": (file("my.yaml", b"model: \xff\n"), TRAIN, 2, ["my.yaml:1", "UTF-8"]),
+    "a key twice": (file("my.yaml", "model: a\nmodel: b\n"), TRAIN, 2, ["my.yaml:2", "model"]),
+    "unknown key": (setting("training.batch_sise", 4), TRAIN, 2, ["training.batch_sise", "training.batch_size?"]),
+    "wrong type": (setting("training.steps", "ten"), TRAIN, 2, ["training.steps must be a whole number", '"ten"']),
+    "out of range": (setting("teacher.alpha", 1.5), TRAIN, 2, ["teacher.alpha must be at most 1", "1.5"]),
+    "unknown choice": (setting("loss.divergence", "foward"), TRAIN, 2, ["loss.divergence", "did you mean forward?"]),
+    "no data": (setting("data.train", None), TRAIN, 2, ["data.train is required"]),
+    "two lengths": (setting("training.epochs", 1), TRAIN, 2, ["training", "exactly one of epochs and steps"]),
+    "no length": (setting("training.steps", None), TRAIN, 2, ["training", "exactly one of epochs and steps"]),
+    "limits that contradict": (setting("data.max_teacher_prompt_tokens", 50), TRAIN, 2, ["at least data.max_prompt"]),
+    "no masters": (setting("learner.zero_stage", 0), TRAIN, 2, ["learner.zero_stage 0", "set it to 1"]),
+    "more ranks than prompts": (setting("learner.ranks", 3), TRAIN, 2, ["learner.ranks must not exceed"]),
+    "override without =": (nothing, f"{TRAIN} --set seed", 2, ["--set seed", "no ="]),
+    "override of nothing": (nothing, f"{TRAIN} --set sead=1", 2, ["--set sead=1", "did you mean seed?"]),
+    "no data file": (setting("data.train", "trian.jsonl"), TRAIN, 2, ["data.train", "did you mean train.jsonl?"]),
+    "data of another kind": (
+        two(setting("data.train", "a.csv"), file("a.csv", "a,b\n")),
+        TRAIN,
+        2,
+        ["data.train", "a.csv must be a .jsonl or .parquet file"],
+    ),
+    "empty data file": (file("train.jsonl", ""), TRAIN, 2, ["train.jsonl: there are no rows"]),
+    "truncated json": (rows("train.jsonl", ROW, b'{"prompt": "x", "dem'), TRAIN, 2, ["train.jsonl:2", "too early"]),
+    "deep json": (rows("train.jsonl", b"[" * 100_000), TRAIN, 2, ["train.jsonl:1", "not valid JSON"]),
+    "not utf-8 data": (rows("train.jsonl", ROW, b'{"prompt": "\xff"}'), TRAIN, 2, ["train.jsonl:2", "UTF-8"]),
+    "equal ids": (rows("train.jsonl", ROW | {"id": 1}, ROW | {"id": 1}), TRAIN, 2, ["train.jsonl:2", 'id "1"', "1"]),
+    "empty demonstration": (rows("train.jsonl", ROW | {"demonstration": " "}), TRAIN, 2, ["demonstration is empty"]),
+    "null prompt": (rows("train.jsonl", ROW | {"prompt": None}), TRAIN, 2, ["train.jsonl:1: prompt is null"]),
+    "prompt of a wrong type": (rows("train.jsonl", ROW | {"prompt": 3}), TRAIN, 2, ["prompt must be text or a list"]),
+    "a mistyped field": (rows("train.jsonl", ROW | {"contexts": "x"}), TRAIN, 2, ["contexts", "did you mean context?"]),
+    "a field twice": (rows("train.jsonl", b'{"prompt": "a", "prompt": "b"}'), TRAIN, 2, ["prompt", "twice"]),
+    "unreadable parquet": (
+        two(setting("data.train", "a.parquet"), file("a.parquet", "no")),
+        TRAIN,
+        2,
+        ["a.parquet: not a Parquet file"],
+    ),
+    "no such hub data": (setting("data.train", "nobody/nothing"), TRAIN, 2, ["data.train: nobody/nothing"]),
+    "long prompt": (rows("train.jsonl", ROW, ROW | {"prompt": LONG}), TRAIN, 2, ["train.jsonl:2", "max_prompt_tokens"]),
+    "long teacher prompt": (
+        rows("train.jsonl", ROW | {"demonstration": LONG}),
+        TRAIN,
+        2,
+        ["train.jsonl:1", "max_teacher_prompt_tokens"],
+    ),
+    "no such template": (setting("data.template", "my.jinja"), TRAIN, 2, ["data.template", "my.jinja"]),
+    "broken template": (
+        two(setting("data.template", "my.jinja"), file("my.jinja", "{{ demonstration")),
+        TRAIN,
+        2,
+        ["my.jinja:1: not a valid Jinja template"],
+    ),
+    "template of an unknown name": (
+        two(setting("data.template", "my.jinja"), file("my.jinja", "{{ demonstration }} {{ shema }}")),
+        TRAIN,
+        2,
+        ["my.jinja:1", "shema"],
+    ),
+    "no such model": (setting("model", "smollm2-153m"), TRAIN, 2, ["smollm2-153m", "did you mean smollm2-135m?"]),
+    "half a model": (
+        two(setting("model", "m"), file("m/config.json", "{}")),
+        TRAIN,
+        2,
+        ["m lacks tokenizer_config.json, *.safetensors"],
+    ),
+    "a model too short": (setting("data.max_teacher_prompt_tokens", 5000), TRAIN, 2, ["4096 positions"]),
+    "no evaluation file": (
+        setting("evaluation.sets", [{"name": "a", "file": "evl.jsonl", "grader": "exact"}]),
+        TRAIN,
+        2,
+        ["evaluation.sets[0].file", "did you mean eval.jsonl?"],
+    ),
+    "two sets of one name": (
+        setting("evaluation.sets", [{"name": "a", "file": "eval.jsonl", "grader": "exact"}] * 2),
+        TRAIN,
+        2,
+        ["same name"],
+    ),
+    "no answer": (rows("eval.jsonl", {"prompt": "x"}), TRAIN, 2, ["eval.jsonl:1: answer is missing"]),
+    "an answer that is no number": (rows("eval.jsonl", b'{"prompt": "x", "answer": NaN}'), TRAIN, 2, ["NaN"]),
+    "an answer that the grader cannot use": (
+        two(
+            setting("evaluation.sets", [{"name": "a", "file": "eval.jsonl", "grader": "tool_call"}]),
+            rows("eval.jsonl", QUESTION),
+        ),
+        TRAIN,
+        2,
+        ["eval.jsonl:1", "answer"],
+    ),
+    "no mlflow": (setting("monitoring.mlflow_experiment", "x"), TRAIN, 2, ["monitoring.mlflow_experiment", "install"]),
+    "another run's folder": (run_folder, TRAIN, 2, ["belongs to a run with another configuration"]),
+    "a run there already": (run_folder, f"{TRAIN} --resume never", 2, ["holds a run already", "--resume auto"]),
+    "a damaged checkpoint": (
+        damaged_checkpoint,
+        f"{TRAIN} --resume runs/my/checkpoints/step-000002",
+        2,
+        ["cannot be used: state.json is not as it was written"],
+    ),
+    "no checkpoint to resume": (nothing, f"{TRAIN} --resume nowhere", 2, ["--resume nowhere"]),
+    "a job's own folder": (
+        nothing,
+        f"{TRAIN} --run-dir _ray_pkg_1/runs/my",
+        2,
+        ["copy of the working directory", "absolute path"],
+    ),
+    "too little memory": (setting("actors.student.kv_cache_gib", 9000), TRAIN, 3, ["GiB are free here", "kv_cache"]),
+    "no cluster there": (setting("ray.address", "127.0.0.1:1"), TRAIN, 3, ["no Ray cluster answers at 127.0.0.1:1"]),
+    "check reads the data too": (rows("train.jsonl", b"{"), "check my.yaml", 2, ["train.jsonl:1"]),
+    "status of no folder": (nothing, "status nowhere", 2, ["nowhere: there is no such folder"]),
+    "status of no run": (lambda w: (w.folder / "d").mkdir(), "status d", 2, ["d: no run in this folder"]),
+    "report of no run": (lambda w: (w.folder / "d").mkdir(), "report d", 2, ["d: no run in this folder"]),
+    "nothing to export": (lambda w: (w.folder / "d").mkdir(), "export d --out o", 2, ["d has no checkpoint"]),
+    "export over something": (
+        two(run_folder, file("o/x", "")),
+        "export runs/my --out o",
+        2,
+        ["--out o: there is something already"],
+    ),
+    "export of a step that was not saved": (run_folder, "export runs/my --step 7 --out o", 2, ["checkpoint of step 7"]),
+    "no such built-in model": (nothing, "model smollm2 --out o", 2, ["smollm2", "did you mean smollm2-135m?"]),
+    "a model over something": (file("o/x", ""), "model smollm2-135m --out o", 2, ["--out o"]),
+    "a model below a file": (file("o", ""), "model smollm2-135m --out o/m", 2, ["--out o/m"]),
+    "nothing to evaluate": (setting("evaluation.sets", []), "eval my.yaml", 2, ["evaluation.sets is empty"]),
+    "answers into no folder": (nothing, "eval my.yaml --out no/a.jsonl", 2, ["--out no/a.jsonl"]),
+    "eval of no model": (nothing, "eval my.yaml --model nowhere/m", 2, ["nowhere/m"]),
+    "submit from elsewhere": (
+        nothing,
+        "submit /etc/hosts --run-dir /r --address http://127.0.0.1:1",
+        2,
+        ["/etc/hosts"],
+    ),
+    "submit into the job": (nothing, "submit my.yaml --run-dir r --address http://127.0.0.1:1", 2, ["absolute path"]),
+    "submit of too much": (
+        lambda w: os.truncate(_touch(w.folder / "big.bin"), 200 << 20),
+        "submit my.yaml --run-dir /r --address http://127.0.0.1:1",
+        2,
+        ["big.bin (210 MB)"],
+    ),
+    "submit to nobody": (
+        nothing,
+        "submit my.yaml --run-dir /r --address http://127.0.0.1:1",
+        3,
+        ["--address http://127.0.0.1:1: no Ray cluster takes jobs there"],
+    ),
+    "no command": (nothing, "trian my.yaml", 2, ["invalid choice: 'trian'"]),
+}
+
+
+def _touch(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_gets_its_sentence_and_leaves_nothing(
+    name: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, command, code, words = CASES[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # no hub is asked, whatever the machine's connection
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    work = Work(tmp_path, tiny_model)
+    spoil(work)
+    work.save()
+    files, machine = set(tmp_path.rglob("*")), on_machine()
+    try:
+        given = main(command.split())
+    except SystemExit as e:  # argparse's own way
+        given = int(str(e.code))
+    stderr = capsys.readouterr().err
+    assert given == code, stderr
+    for word in words:
+        assert word in stderr
+    assert "Traceback" not in stderr
+    new = {p for p in tmp_path.rglob("*") if p not in files}
+    # A run that could not get what it needs has its folder, with the reason; one that is already there has a lock.
+    assert {p for p in new if name != "no cluster there" and p.name != ".lock"} == set()
+    assert new_since(machine) == set()

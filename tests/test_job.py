@@ -1,0 +1,127 @@
+"""Runs as jobs of a running Ray cluster, in float32: finished, killed and submitted again, or refused."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from services.metrics import read_jsonl
+from tests.leftovers import new_since, on_machine
+from tests.readme import commands
+from tests.runs import command, finish, metrics, write_run
+
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Head:
+    """A cluster of one node, started with `ray start --head`."""
+
+    address: str  # of the cluster, for drivers
+    dashboard: str  # for job submission
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    before = on_machine()
+    port, dashboard = free_port(), free_port()
+    scratch = Path(tempfile.mkdtemp(prefix="head-"))  # short: Ray's sockets are below it
+    arguments = f"start --head --block --num-cpus=4 --port={port} --dashboard-port={dashboard} --temp-dir={scratch}"
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
+    with (scratch / "start.log").open("w") as log:
+        ray = subprocess.Popen([BIN / "ray", *arguments.split()], stdout=log, stderr=log, env=environment)
+    try:
+        url = f"http://127.0.0.1:{dashboard}"
+        deadline = time.monotonic() + 90
+        while not answers(f"{url}/api/jobs/"):
+            assert ray.poll() is None, (scratch / "start.log").read_text()
+            assert time.monotonic() < deadline, f"the dashboard at {url} did not answer in 90 s"
+            time.sleep(0.3)
+        yield Head(f"127.0.0.1:{port}", url)
+    finally:
+        ray.terminate()
+        ray.wait(timeout=60)
+        left = new_since(before)
+        shutil.rmtree(scratch)
+        assert left == set()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def test_a_job_that_was_killed_resumes_when_it_is_submitted_again(head: Head, tiny_model: Path, tmp_path: Path) -> None:
+    """With the README's two commands. What it ends with is, bit for bit, what a run here alone ends with."""
+    work, run_dir = tmp_path / "work", tmp_path / "shared" / "run"
+    work.mkdir()
+    config = write_run(work, tiny_model, "float32")
+    (ray_job,) = [c for c in commands("ray") if c[1] == "job"]
+    (sdft_submit,) = [c for c in commands("sdft") if c[1] == "submit"]
+    here = {"http://127.0.0.1:8265": head.dashboard, "my.yaml": "tiny.yaml", "/shared/runs/my": str(run_dir)}
+    first = [BIN / "ray", "job", "submit", "--no-wait", *(here.get(word, word) for word in ray_job[3:])]
+    subprocess.run(first, cwd=work, check=True, capture_output=True, timeout=120)
+    deadline = time.monotonic() + 300
+    while not any(row["step"] >= 3 for row in read_jsonl(run_dir / "metrics.jsonl")):
+        assert time.monotonic() < deadline, "step 3 was not reached in 300 s"
+        time.sleep(0.1)
+    os.kill(json.loads((run_dir / "run.json").read_text())["pid"], signal.SIGKILL)
+
+    again = [BIN / "sdft", *(here.get(word, word) for word in sdft_submit[1:])]
+    result = subprocess.run(again, cwd=work, capture_output=True, text=True, timeout=400, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "continuing after step 2" in result.stdout
+
+    finish(config, tmp_path / "alone")
+    assert metrics(run_dir) == metrics(tmp_path / "alone")
+    assert read_jsonl(run_dir / "eval.jsonl") == read_jsonl(tmp_path / "alone" / "eval.jsonl")
+
+
+def test_a_cluster_that_can_never_hold_the_run_is_named_with_what_is_missing(
+    head: Head, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = write_run(tmp_path, tiny_model, "float32")
+    large = [
+        *command(config, tmp_path / "run"),
+        "--set",
+        "actors.student.cpus=64",
+        "--set",
+        f"ray.address={head.address}",
+    ]
+    result = subprocess.run(large, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 3
+    assert "one node with 65 CPUs" in result.stderr
+    assert "nodes have 4 CPUs" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_job_that_fails_says_so_to_who_follows_it(head: Head, tiny_model: Path, tmp_path: Path) -> None:
+    write_run(tmp_path, tiny_model, "float32")
+    (tmp_path / "train.jsonl").write_text('{"prompt": "x"}\n')
+    submit = ["submit", "tiny.yaml", "--address", head.dashboard, "--run-dir", str(tmp_path / "r"), "--follow"]
+    result = subprocess.run(
+        [BIN / "sdft", *submit], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 1
+    assert "demonstration is missing" in result.stdout

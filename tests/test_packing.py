@@ -1,0 +1,81 @@
+"""Packing: every sequence once, no padding, shares that no cut can change."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
+from learner.config import LossConfig
+from learner.model import SelfDistillation, load_student
+from learner.packing import assign, group, length, pack
+from tests.rollouts import make_rollouts
+
+LENGTHS = [7, 90, 31, 31, 4, 55, 12, 3, 64]
+
+
+def sample(prompt: int, completion: int, k: int = 2) -> ScoredRollout:
+    ids = np.arange(completion, dtype=np.int32)
+    logprobs = np.full(completion, -1.0, dtype=np.float32)
+    rollout = Rollout(np.arange(prompt, dtype=np.int32), ids, logprobs, ((0, 0, completion),), "stop")
+    scores = TeacherScores(np.stack([ids] * k, 1), np.stack([logprobs] * k, 1), logprobs, 0)
+    return ScoredRollout(SampleId(0, 0, 0, 0), rollout, scores)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 12])
+def test_every_sequence_goes_to_one_rank_and_the_loads_are_level(ranks: int) -> None:
+    shares = assign(LENGTHS, ranks)
+    assert sorted(i for share in shares for i in share) == list(range(len(LENGTHS)))
+    loads = [sum(LENGTHS[i] for i in share) for share in shares]
+    assert max(loads) - min(loads) <= max(LENGTHS)
+
+
+def test_micro_batches_hold_every_sequence_once_and_keep_the_budget() -> None:
+    bins = group(LENGTHS, 70)
+    assert sorted(i for b in bins for i in b) == list(range(len(LENGTHS)))
+    assert all(sum(LENGTHS[i] for i in b) <= 70 or len(b) == 1 for b in bins)
+    assert [[LENGTHS[i] for i in b] for b in bins] == [[90], [64, 4], [55, 12, 3], [31, 31, 7]]
+
+
+def test_a_pack_has_no_padding_and_positions_that_begin_anew() -> None:
+    batch = pack([sample(3, 5), sample(2, 4)], skip_first=3, batch_size=2, top_k=2)
+    assert batch.lengths == (8, 6)
+    assert batch.position_ids.tolist() == [*range(8), *range(6)]
+    # States that predict completion tokens 3 and 4 of the first (positions 6, 7), token 3 of the second (position 13).
+    assert batch.predicting.tolist() == [5, 6, 12]
+    assert batch.targets.sampled_ids.tolist() == [3, 4, 3]
+    assert batch.targets.share.tolist() == pytest.approx([0.25, 0.25, 0.5])
+
+
+def test_a_completion_no_longer_than_what_is_skipped_has_no_rows() -> None:
+    batch = pack([sample(4, 3), sample(4, 1)], skip_first=3, batch_size=2, top_k=2)
+    assert len(batch.predicting) == len(batch.targets.share) == 0
+    assert batch.targets.teacher_ids.shape == (0, 2)
+
+
+def test_a_rank_without_work_still_has_a_batch_to_compute() -> None:
+    batch = pack([], skip_first=3, batch_size=2, top_k=2)
+    assert len(batch.input_ids) == sum(batch.lengths) == 2
+    assert len(batch.predicting) == 0
+
+
+def test_loss_and_gradient_do_not_depend_on_order_or_micro_batches(tiny_model: Path) -> None:
+    rollouts = make_rollouts(tiny_model, 6, k=8, seed=1)
+    model = SelfDistillation(load_student(tiny_model, torch.float32), LossConfig(top_k=8))
+
+    def result(order: list[int], budget: int) -> tuple[float, torch.Tensor]:
+        model.zero_grad()
+        members = [rollouts[i] for i in order]
+        total = 0.0
+        for indices in group([length(s) for s in members], budget):
+            loss, *_ = model(pack([members[i] for i in indices], 3, len(rollouts), 8))
+            loss.backward()
+            total += loss.item()
+        return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    value, gradient = result([0, 1, 2, 3, 4, 5], 10_000)
+    for order, budget in (([5, 3, 1, 0, 2, 4], 10_000), ([0, 1, 2, 3, 4, 5], 60), ([4, 2, 0, 5, 1, 3], 1)):
+        other, its_gradient = result(order, budget)
+        assert other == pytest.approx(value, rel=1e-6)
+        assert (its_gradient - gradient).norm() <= 1e-6 * gradient.norm()

@@ -1,0 +1,59 @@
+"""The README is true: its own-data section is done line by line, its other commands are known to exist."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from services.metrics import read_jsonl
+from tests.readme import ROOT, blocks, commands
+
+BIN = Path(sys.executable).parent
+
+
+def block(beginning: str) -> str:
+    (found,) = [b for b in blocks() if b.startswith(beginning)]
+    return found + "\n"
+
+
+def test_own_data_does_what_the_readme_says(tiny_model: Path, tmp_path: Path) -> None:
+    """Every command unchanged; only the built-in model is a tiny one here, and the rows are repeated."""
+    models = tmp_path / "cache" / "models"
+    models.mkdir(parents=True)
+    (models / "smollm2-135m").symlink_to(tiny_model)
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "my.jsonl").write_text(block('{"prompt": "Turn off') * 8)
+    (work / "my-test.jsonl").write_text(block('{"prompt": "Light on') * 3)
+    (work / "my.yaml").write_text(block("model: smollm2-135m"))
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "SDFT_CACHE": str(tmp_path / "cache")}
+    outputs = {}
+    own_data = [c for c in commands("sdft") if c[1] != "submit"]
+    assert [c[1] for c in own_data] == ["check", "train", "train", "status", "report", "export", "eval"]
+    for command in own_data:
+        result = subprocess.run(
+            command, cwd=work, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+        outputs[command[1]] = result.stdout
+        if "--dry-run" in command:
+            assert "skip_first: 3" in result.stdout
+            assert not (work / "runs").exists()
+    assert "my.yaml: good. 8 demonstrations" in outputs["check"]
+    assert "finished" in outputs["status"]
+    assert "4 of 4" in outputs["status"]
+    for name in ("config.yaml", "metrics.jsonl", "eval.jsonl", "ledger.sqlite", "checkpoints/", "report.html", "logs/"):
+        assert f"`{name}`" in (ROOT / "README.md").read_text()
+        assert (work / "runs" / "my" / name).exists()
+    # The exported student answers as the run's own last evaluation says.
+    result, *answers = read_jsonl(work / "answers.jsonl")
+    last = [row for row in read_jsonl(work / "runs" / "my" / "eval.jsonl") if row["metric"] == "accuracy"][-1]
+    assert (result["value"], result["n"]) == (last["value"], 3)
+    texts = {row["id"]: row["text"] for row in read_jsonl(work / "runs" / "my" / "samples.jsonl") if row["step"] == 4}
+    assert {row["id"]: row["text"] for row in answers} == texts
+
+
+def test_the_make_targets_of_the_readme_exist() -> None:
+    assert {c[1] for c in commands("make")} == {"demo", "test"}
+    for command in commands("make"):
+        subprocess.run([*command, "--dry-run"], cwd=ROOT, check=True, capture_output=True, timeout=60)
