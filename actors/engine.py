@@ -12,11 +12,14 @@ log-probs are the same bit for bit, however slowly the requests arrive.
 import asyncio
 import ctypes
 import mmap
+import multiprocessing.util
 import signal
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.synchronize import SemLock
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -236,6 +239,7 @@ class SharedMemoryTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
     def init_transfer_engine(self, init_info: _InitInfo) -> None:
         # The worker must not outlive the actor that started it, also when that one is killed.
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        _forget_names()
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
@@ -263,6 +267,20 @@ class SharedMemoryTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
 
     def shutdown(self) -> None:
         """Nothing is held between updates."""
+
+
+def _forget_names() -> None:
+    """Remove what this process has open by a name that nobody needs any more, and that a kill would leave behind."""
+    # Semaphores in /dev/shm (the executor has one, tqdm another): what multiprocessing would do at a clean exit.
+    for finalizer in list(multiprocessing.util._finalizer_registry.values()):  # type: ignore[attr-defined]
+        if finalizer._callback is SemLock._cleanup:  # type: ignore[attr-defined]
+            finalizer()
+    # The file in which the ranks of an engine met.
+    store = torch.distributed.distributed_c10d._get_default_store()
+    while isinstance(store, torch.distributed.PrefixStore):
+        store = store.underlying_store
+    if isinstance(store, torch.distributed.FileStore):
+        Path(store.path).unlink(missing_ok=True)
 
 
 def _tensors(

@@ -34,7 +34,7 @@ class EngineWorker:
     """One engine in one process of its own."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        # vLLM makes sockets and leaves them behind.
+        # vLLM leaves sockets behind. Once the engine has started they are not needed by name any more.
         self._scratch = tempfile.TemporaryDirectory(prefix="sdft-engine-", dir=os.environ.get("SDFT_SCRATCH"))
         os.environ.update(engine_environment(settings) | {"VLLM_RPC_BASE_PATH": self._scratch.name})
         from actors.engine import Engine  # imports vLLM, which reads the environment
@@ -44,6 +44,7 @@ class EngineWorker:
     async def start(self) -> int:
         """Load the model; returns the process id."""
         await self._engine.start()
+        self._scratch.cleanup()
         return os.getpid()
 
     async def generate(self, requests: Sequence[GenerateRequest], sampling: Sampling) -> list[Rollout]:
@@ -60,4 +61,3 @@ class EngineWorker:
 
     async def stop(self) -> None:
         await asyncio.to_thread(self._engine.shutdown)
-        self._scratch.cleanup()

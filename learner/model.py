@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from learner.config import LossConfig
@@ -16,6 +17,7 @@ from learner.loss import divergence_loss
 from learner.packing import MicroBatch
 
 PACKED = "sdft_packed"
+SHORT = 512  # tokens; a CPU's fused kernel needs a third longer for its backward on sequences like these
 # Settings of a head that is more than a linear layer: the chunked loss would silently leave them out.
 UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -34,18 +36,41 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention inside each packed sequence: query [1, heads, T, D], key and value [1, kv heads, T, D].
 
-    One fused call per sequence and no mask: nothing is computed between sequences. Returns [1, T, heads, D].
+    Nothing is computed between sequences. Returns [1, T, heads, D].
     """
     if sliding_window is not None and max(lengths) > sliding_window:
         raise ValueError(f"a sequence of {max(lengths)} tokens is longer than the model's window of {sliding_window}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.device.type == "cpu" and max(lengths) <= SHORT:
+        return _short_attention(query, key, value, lengths, scale), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     parts = [
-        nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+        nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _short_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+    """The same as two matrix products over all sequences, each padded to the longest: [1, T, heads, D].
+
+    The padding comes after every real position, so the causal mask hides it.
+    """
+    n, longest, heads, kv = len(lengths), max(lengths), query.shape[1], key.shape[1]
+
+    def padded(x: Tensor) -> Tensor:  # [n, heads, longest, D]
+        return pad_sequence(x[0].transpose(0, 1).split(lengths), batch_first=True).transpose(1, 2)
+
+    q = (padded(query) * scale).reshape(n * kv, heads // kv * longest, -1)
+    k, v = (padded(x).reshape(n * kv, longest, -1) for x in (key, value))
+    future = torch.ones(longest, longest, dtype=torch.bool, device=query.device).triu(1)
+    scores = torch.bmm(q, k.transpose(1, 2)).view(n * kv, heads // kv, longest, longest)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1, dtype=wide).to(query.dtype)
+    out = torch.bmm(weights.view(n * kv, -1, longest), v).view(n, heads, longest, -1).transpose(1, 2)
+    return torch.cat([sequence[:length] for sequence, length in zip(out, lengths, strict=True)])[None]
 
 
 AttentionInterface.register(PACKED, packed_attention)

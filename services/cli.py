@@ -59,10 +59,13 @@ def _print_outcome(run_dir: Path) -> None:
     samples = read_rows(run_dir, Sample)
     for task in dict.fromkeys(s.task for s in samples):
         rows = [s for s in samples if s.task == task]
-        first, last = rows[0], max((s for s in rows if s.id == rows[0].id), key=lambda s: s.step)
-        print(f"\n{task}, question {first.id}: {first.prompt.strip().splitlines()[-1]}")
-        for s in (first, last):
-            print(f"  step {s.step} ({'right' if s.correct else 'wrong'}): {' / '.join(s.text.split(chr(10)))[:160]}")
+        for identity in list(dict.fromkeys(s.id for s in rows))[:3]:  # the file's first, not the best
+            answers = {s.step: s for s in rows if s.id == identity}
+            print(f"\n{task}: {next(iter(answers.values())).prompt.strip().splitlines()[-1]}")
+            for step in dict.fromkeys((min(answers), max(answers))):
+                text = " / ".join(answers[step].text.strip().splitlines())
+                grade = "right" if answers[step].correct else "wrong"
+                print(f"  step {step:<4} {grade}  {text[:140]}{'…' if len(text) > 140 else ''}")
 
 
 def _check(a: argparse.Namespace) -> None:

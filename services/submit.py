@@ -9,13 +9,14 @@ same one resumes.
 import asyncio
 import os
 import shlex
+import time
 from pathlib import Path
-
-from ray.job_submission import JobStatus, JobSubmissionClient
+from typing import Any
 
 from services.errors import PreflightError, UserError
 
 EXCLUDES = (".git", ".venv", "venv", "runs", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache")
+AGENT_WAIT_S = 90
 LIMIT_BYTES = 100 << 20  # of the files sent; Ray itself refuses at 500 MiB, after it has packed them
 
 
@@ -35,31 +36,51 @@ def submit(config: Path, run_dir: str | None, overrides: list[str], address: str
             f"sees; a folder below the job's copy of the working directory would be lost with it"
         )
     _check_size(here)
+    client_class, refused = _client()
     command = ["sdft", "train", str(inside), "--run-dir", run_dir]
     for override in overrides:
         command += ["--set", override]
-    try:
-        client = JobSubmissionClient(address)
-        job = client.submit_job(
-            entrypoint=shlex.join(command), runtime_env={"working_dir": str(here), "excludes": list(EXCLUDES)}
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise PreflightError(
-            f"--address {address}: no Ray cluster takes jobs there ({reason}); give the address of its dashboard, "
-            f"such as http://HEAD:8265"
-        ) from None
-    return str(job)
+    deadline = time.monotonic() + AGENT_WAIT_S
+    while True:
+        try:
+            return str(
+                client_class(address).submit_job(
+                    entrypoint=shlex.join(command), runtime_env={"working_dir": str(here), "excludes": list(EXCLUDES)}
+                )
+            )
+        except refused as error:
+            reason = str(error).strip().split("\n", 1)[0]
+            # A cluster that has just started answers before it can run anything.
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise PreflightError(
+                    f"--address {address}: no Ray cluster takes jobs there ({reason}); give the address of its "
+                    f"dashboard, such as http://HEAD:8265"
+                ) from None
+        time.sleep(2)
 
 
 async def follow(job: str, address: str) -> bool:
     """Print the job's output until it ends; whether it succeeded."""
-    client = JobSubmissionClient(address)
+    client_class, _ = _client()
+    client = client_class(address)
     async for lines in client.tail_job_logs(job):
         print(lines, end="", flush=True)
     while not (status := client.get_job_status(job)).is_terminal():
         await asyncio.sleep(0.5)
-    return bool(status == JobStatus.SUCCEEDED)
+    return bool(status == "SUCCEEDED")
+
+
+def _client() -> tuple[Any, tuple[type[Exception], ...]]:
+    """Ray's client for jobs, and what it raises when it is refused.
+
+    A cluster started on a machine that has a token asks for it; `ray job` and this client send it only when told to.
+    """
+    if os.environ.get("RAY_AUTH_TOKEN") or Path("~/.ray/auth_token").expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when ray is imported
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    return JobSubmissionClient, (AuthenticationError, ConnectionError, RuntimeError, ValueError)
 
 
 def _check_size(folder: Path) -> None:

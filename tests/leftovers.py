@@ -20,11 +20,13 @@ def on_machine() -> set[str]:
             continue
         # A zombie has no command line any more, and holds nothing.
         if any(name in command for name in NAMES):
-            found.add(f"process {process.name} {command[:90]}")
+            # Ray renames an actor's process to the method that it runs.
+            name = command.split(".")[0] if command.startswith("ray::") else command[:90]
+            found.add(f"process {process.name} {name.strip()}")
     return found
 
 
-def new_since(before: set[str], patience_s: float = 20) -> set[str]:
+def new_since(before: set[str], patience_s: float = 60) -> set[str]:
     """What is there now and was not before, after waiting for it to go."""
     deadline = time.monotonic() + patience_s
     while (left := on_machine() - before) and time.monotonic() < deadline:

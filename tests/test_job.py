@@ -9,8 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,7 @@ class Head:
 
     address: str  # of the cluster, for drivers
     dashboard: str  # for job submission
+    environment: dict[str, str]  # of whoever wants to use it: its token among others
 
 
 def free_port() -> int:
@@ -42,34 +41,29 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     before = on_machine()
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()  # Ray's own choices may be another cluster's
     scratch = Path(tempfile.mkdtemp(prefix="head-"))  # short: Ray's sockets are below it
-    arguments = f"start --head --block --num-cpus=4 --port={port} --dashboard-port={dashboard} --temp-dir={scratch}"
-    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
+    ports = f"--port={port} --dashboard-port={dashboard} --dashboard-agent-listen-port={agent}"
+    arguments = f"start --head --block --num-cpus=4 {ports} --temp-dir={scratch}"
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "1" * 64}
+    environment = os.environ | token | {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
     with (scratch / "start.log").open("w") as log:
         ray = subprocess.Popen([BIN / "ray", *arguments.split()], stdout=log, stderr=log, env=environment)
     try:
         url = f"http://127.0.0.1:{dashboard}"
-        deadline = time.monotonic() + 90
-        while not answers(f"{url}/api/jobs/"):
+        trial = [BIN / "ray", "job", "submit", "--address", url, "--", "true"]
+        deadline = time.monotonic() + 120
+        while subprocess.run(trial, env=environment, capture_output=True, timeout=120, check=False).returncode != 0:
             assert ray.poll() is None, (scratch / "start.log").read_text()
-            assert time.monotonic() < deadline, f"the dashboard at {url} did not answer in 90 s"
-            time.sleep(0.3)
-        yield Head(f"127.0.0.1:{port}", url)
+            assert time.monotonic() < deadline, f"the cluster at {url} took no job in 120 s"
+            time.sleep(0.5)
+        yield Head(f"127.0.0.1:{port}", url, environment)
     finally:
         ray.terminate()
         ray.wait(timeout=60)
         left = new_since(before)
         shutil.rmtree(scratch)
         assert left == set()
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def test_a_job_that_was_killed_resumes_when_it_is_submitted_again(head: Head, tiny_model: Path, tmp_path: Path) -> None:
@@ -81,7 +75,10 @@ def test_a_job_that_was_killed_resumes_when_it_is_submitted_again(head: Head, ti
     (sdft_submit,) = [c for c in commands("sdft") if c[1] == "submit"]
     here = {"http://127.0.0.1:8265": head.dashboard, "my.yaml": "tiny.yaml", "/shared/runs/my": str(run_dir)}
     first = [BIN / "ray", "job", "submit", "--no-wait", *(here.get(word, word) for word in ray_job[3:])]
-    subprocess.run(first, cwd=work, check=True, capture_output=True, timeout=120)
+    result = subprocess.run(
+        first, cwd=work, env=head.environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     deadline = time.monotonic() + 300
     while not any(row["step"] >= 3 for row in read_jsonl(run_dir / "metrics.jsonl")):
         assert time.monotonic() < deadline, "step 3 was not reached in 300 s"
@@ -89,7 +86,9 @@ def test_a_job_that_was_killed_resumes_when_it_is_submitted_again(head: Head, ti
     os.kill(json.loads((run_dir / "run.json").read_text())["pid"], signal.SIGKILL)
 
     again = [BIN / "sdft", *(here.get(word, word) for word in sdft_submit[1:])]
-    result = subprocess.run(again, cwd=work, capture_output=True, text=True, timeout=400, check=False)
+    result = subprocess.run(
+        again, cwd=work, env=head.environment, capture_output=True, text=True, timeout=400, check=False
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "continuing after step 2" in result.stdout
 
@@ -109,7 +108,7 @@ def test_a_cluster_that_can_never_hold_the_run_is_named_with_what_is_missing(
         "--set",
         f"ray.address={head.address}",
     ]
-    result = subprocess.run(large, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(large, env=head.environment, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 3
     assert "one node with 65 CPUs" in result.stderr
     assert "nodes have 4 CPUs" in result.stderr
@@ -121,7 +120,13 @@ def test_a_job_that_fails_says_so_to_who_follows_it(head: Head, tiny_model: Path
     (tmp_path / "train.jsonl").write_text('{"prompt": "x"}\n')
     submit = ["submit", "tiny.yaml", "--address", head.dashboard, "--run-dir", str(tmp_path / "r"), "--follow"]
     result = subprocess.run(
-        [BIN / "sdft", *submit], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        [BIN / "sdft", *submit],
+        cwd=tmp_path,
+        env=head.environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert result.returncode == 1
     assert "demonstration is missing" in result.stdout

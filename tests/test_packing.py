@@ -8,7 +8,7 @@ import torch
 
 from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
 from learner.config import LossConfig
-from learner.model import SelfDistillation, load_student
+from learner.model import SelfDistillation, load_student, packed_attention
 from learner.packing import assign, group, length, pack
 from tests.rollouts import make_rollouts
 
@@ -79,3 +79,24 @@ def test_loss_and_gradient_do_not_depend_on_order_or_micro_batches(tiny_model: P
         other, its_gradient = result(order, budget)
         assert other == pytest.approx(value, rel=1e-6)
         assert (its_gradient - gradient).norm() <= 1e-6 * gradient.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_attention_of_short_sequences_is_that_of_each_alone(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    lengths = (5, 1, 9)
+    query = torch.randn(1, 6, 15, 8, dtype=dtype, requires_grad=True)
+    key, value = (torch.randn(1, 2, 15, 8, dtype=dtype, requires_grad=True) for _ in range(2))
+    out, _ = packed_attention(torch.nn.Module(), query, key, value, None, lengths=lengths)
+    alone = [
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    ]
+    expected = torch.cat(alone, dim=2).transpose(1, 2)
+    assert torch.allclose(out, expected, atol=1e-6)
+    direction = torch.randn_like(expected)
+    gradients = torch.autograd.grad((out * direction).sum(), (query, key, value))
+    for mine, theirs in zip(
+        gradients, torch.autograd.grad((expected * direction).sum(), (query, key, value)), strict=True
+    ):
+        assert torch.allclose(mine, theirs, atol=1e-5)
