@@ -10,7 +10,7 @@ from typing import Any
 from actors.types import IntArray, ScoredRollout, Snapshot
 from learner.types import LearnerSettings, StepResult
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 class LearnerWorker:
@@ -93,11 +93,14 @@ def _environment(settings: LearnerSettings, ranks: int, address: str, port: int)
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep freed blocks of any size: given back, each comes again as pages that the kernel has to zero, which
-    is a sixth of a step. Other C libraries have no mallopt and go without."""
+    """Let glibc keep freed blocks of up to 32 MiB: given back, each comes again as pages that the kernel has to zero.
+
+    Larger ones (logits, gradients of the head) are few, and kept they would fragment the heap by gigabytes. Other C
+    libraries have no mallopt and go without.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 

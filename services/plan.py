@@ -128,6 +128,10 @@ def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings
     )
 
 
-def available_memory_gib() -> float:
-    """Main memory of this machine that could be used now."""
+def available_memory_gib(meminfo: Path = Path("/proc/meminfo")) -> float:
+    """Main memory of this machine that could be used now, with what the kernel would give back of its file cache."""
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 / GIB
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB

@@ -10,7 +10,7 @@ from services import checkpoint
 from services.checkpoint import CheckpointState
 from services.config import RunConfig
 from services.ledger import Ledger, LedgerError, restore_ledger
-from services.plan import make_plan
+from services.plan import available_memory_gib, make_plan
 from services.schedule import make_schedule, sample_seed
 
 STATE = CheckpointState(step=2, ranks=1, zero_stage=1, dtype="bfloat16", fingerprint="f")
@@ -176,3 +176,10 @@ def test_a_live_teacher_has_no_engine_and_no_average() -> None:
 def test_gpus_are_asked_for_with_cuda_only() -> None:
     assert make_plan(config(), 1).gpus == 0
     assert make_plan(config(device="cuda"), 1).gpus == 3
+
+
+def test_memory_that_holds_cached_files_counts_as_available(tmp_path: Path) -> None:
+    """Free pages alone would refuse to start on any machine that has read many files."""
+    (tmp_path / "meminfo").write_text("MemTotal: 16777216 kB\nMemFree: 1048576 kB\nMemAvailable: 12582912 kB\n")
+    assert available_memory_gib(tmp_path / "meminfo") == 12
+    assert available_memory_gib(tmp_path / "nothing") > 0

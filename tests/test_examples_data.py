@@ -78,7 +78,7 @@ def test_every_demonstration_is_right_and_no_prompt_is(name: str) -> None:
 def test_there_are_enough_rows_to_train_on_and_to_measure_with() -> None:
     sizes = {name: len(read(name)) for name in GRADER_OF}
     assert sizes == {
-        "tools/train": 240,
+        "tools/train": 120,
         "tools/heldout": 80,
         "facts/train": 24,
         "facts/direct": 24,

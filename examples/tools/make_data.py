@@ -1,13 +1,13 @@
 """The tool-call example: one call in a fixed format, a skill that SmolLM2-135M-Instruct can follow but does not have.
 
-`apis.yaml` describes ten small APIs of two tools each. A prompt documents the two tools of one API and puts a request;
+`apis.yaml` describes five small APIs of two tools each. A prompt documents the two tools of one API and puts a request;
 the demonstration is the one right call, as
 
     Action: the tool's name
     Action Input: its parameters as a JSON object
 
-(a prompt that spelled this out was copied by a model this small). `train.jsonl` holds 240 demonstrations, 12 a tool.
-`heldout.jsonl` holds 80 requests, four a tool, for the `tool_call` grader: the tools are those of training, but neither
+(a prompt that spelled this out was copied by a model this small). `train.jsonl` holds 120 demonstrations, 12 a tool.
+`heldout.jsonl` holds 80 requests, eight a tool, for the `tool_call` grader: the tools are those of training, but neither
 the wording of a request nor a value in it (city, title, name, number…) occurs there. Held-out rows carry a
 demonstration as well, so that the teacher can be measured on them.
 
@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 SEED = 2026
-ROWS_PER_WORDING = 2
+ROWS_PER_WORDING = {"train": 2, "heldout": 4}
 FORMAT = "Reply with the right call in the format Action, Action Input."
 
 
@@ -45,7 +45,7 @@ def make_rows(description: dict[str, Any], split: str) -> list[dict[str, Any]]:
     for tools in description["apis"]:
         for tool in tools:
             for wording in tool[split]:
-                wanted = len(rows) + ROWS_PER_WORDING
+                wanted = len(rows) + ROWS_PER_WORDING[split]
                 while len(rows) < wanted:
                     arguments = draw(rng, tool["parameters"], values)
                     row = make_row(tools, values, tool["name"], wording.format(**arguments), arguments)
