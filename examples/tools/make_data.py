@@ -7,7 +7,7 @@ the demonstration is the one right call, as
     Action Input: its parameters as a JSON object
 
 (a prompt that spelled this out was copied by a model this small). `train.jsonl` holds 120 demonstrations, 12 a tool.
-`heldout.jsonl` holds 80 requests, eight a tool, for the `tool_call` grader: the tools are those of training, but neither
+`heldout.jsonl` holds 80 requests, eight a tool, for the `tool_call` grader: the tools are those of training, neither
 the wording of a request nor a value in it (city, title, name, number…) occurs there. Held-out rows carry a
 demonstration as well, so that the teacher can be measured on them.
 
