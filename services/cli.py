@@ -19,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sdft: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("sdft: stopped; the same command resumes from the last checkpoint", file=sys.stderr)
+        resumes = "; the same command resumes from the last checkpoint" if arguments.run is _train else ""
+        print(f"sdft: stopped{resumes}", file=sys.stderr)
         return 130
 
 
@@ -120,7 +121,7 @@ def _eval(a: argparse.Namespace) -> None:
     from rich.console import Console
 
     from services.load_config import load_config
-    from services.metrics import TEACHER, percent
+    from services.metrics import percent
     from services.prepare import prepare
 
     path = Path(a.config)
@@ -137,8 +138,7 @@ def _eval(a: argparse.Namespace) -> None:
     results, samples = evaluate(prepared, Console())
     for r in results:
         low, high = r.interval
-        name = f"{r.task} (teacher)" if r.metric == TEACHER else r.task
-        print(f"{name:<24}{percent(r.value):>8}  n {r.n:<5} 95 % interval {percent(low)} to {percent(high)}")
+        print(f"{r.label:<24}{percent(r.value):>8}  n {r.n:<5} 95 % interval {percent(low)} to {percent(high)}")
     if a.out:
         write_answers(Path(a.out), results, samples)
         print(f"answers: {a.out}")

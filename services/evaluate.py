@@ -11,7 +11,7 @@ from services.cluster import cluster, placement
 from services.evaluation import Evaluator
 from services.files import write_atomically
 from services.metrics import EvalResult, Sample
-from services.plan import Plan, engine_settings
+from services.plan import Plan
 from services.pools import EnginePool
 from services.prepare import Prepared, check_memory
 
@@ -20,18 +20,17 @@ def evaluate(prepared: Prepared, console: Console) -> tuple[list[EvalResult], li
     """Results (student's and, where there are demonstrations, teacher's) and every answer of the student."""
     plan = Plan(prepared.plan.students, (), ())
     check_memory(prepared.config, plan)
-    return asyncio.run(_run(prepared, plan, console))
+    try:
+        return asyncio.run(_run(prepared, plan, console))
+    except asyncio.CancelledError:  # by a signal
+        raise KeyboardInterrupt from None
 
 
 async def _run(prepared: Prepared, plan: Plan, console: Console) -> tuple[list[EvalResult], list[Sample]]:
     c = prepared.config
-    e = c.actors.student
-    settings = engine_settings(c, prepared.model, "student")
     console.print("starting engines", highlight=False)
     with cluster(c.ray, plan, None), placement(c.ray, plan) as options:
-        pool = await EnginePool.start(
-            "student", settings, options["student"], e.start_timeout_s, c.evaluation.timeout_s
-        )
+        pool = await EnginePool.start(c, prepared.model, "student", options["student"])
         try:
             console.print(f"evaluating {prepared.model}", highlight=False, soft_wrap=True)
             evaluator = Evaluator(prepared.sets, prepared.tokenizer)

@@ -84,19 +84,23 @@ def resolved_yaml(config: RunConfig) -> str:
 
 
 def with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
-    """The same configuration for a file in any other folder: no path in it depends on `base`."""
+    """The same configuration for a file in any other folder, used in any other: no path in it is relative."""
 
     def absolute(value: str) -> str:
         path = resolve_path(base, value)
         return str(path.resolve()) if path.exists() else value
 
-    data = config.data.model_copy(
-        update={"train": absolute(config.data.train), "template": absolute(config.data.template)}
-    )
+    template = config.data.template
+    if template not in BUILT_IN_TEMPLATES:
+        template = absolute(template)
+    model = absolute(config.model)
+    if Path(model).is_dir():  # resolve_model takes a folder of the working directory too
+        model = str(Path(model).resolve())
+    data = config.data.model_copy(update={"train": absolute(config.data.train), "template": template})
     sets = tuple(s.model_copy(update={"file": absolute(s.file)}) for s in config.evaluation.sets)
     return config.model_copy(
         update={
-            "model": absolute(config.model),
+            "model": model,
             "data": data,
             "evaluation": config.evaluation.model_copy(update={"sets": sets}),
         }

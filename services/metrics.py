@@ -70,6 +70,11 @@ class EvalResult:
     n: int
 
     @property
+    def label(self) -> str:
+        """The set's name, and whether it is the teacher that answered."""
+        return f"{self.task} (teacher)" if self.metric == TEACHER else self.task
+
+    @property
     def interval(self) -> tuple[float, float]:
         """The 95 % Wilson score interval of the share (Wilson 1927). Nothing asked: all of 0 to 1."""
         if self.n < 1 or math.isnan(self.value):

@@ -2,15 +2,17 @@
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
-from actors.config import EngineSettings
 from actors.types import GenerateRequest, IntArray, Rollout, Sampling, Snapshot, TeacherScores, UpdateReport
 from actors.worker import EngineWorker
 from learner.waiting import all_within
+from services.config import RunConfig
+from services.plan import engine_settings
 
 
 class EnginePool:
@@ -23,21 +25,16 @@ class EnginePool:
         self._timeout = timeout_s
 
     @classmethod
-    async def start(
-        cls,
-        role: str,
-        settings: EngineSettings,
-        options: Sequence[dict[str, Any]],
-        start_timeout_s: float,
-        timeout_s: float,
-    ) -> "EnginePool":
-        """Start one engine per entry of `options` (Ray actor options). Takes 15 to 40 s."""
+    async def start(cls, config: RunConfig, model: Path, role: str, options: Sequence[dict[str, Any]]) -> "EnginePool":
+        """Start one engine per entry of `options` (Ray actor options), as the configuration says. Takes 15 to 40 s."""
+        e = config.actors.student if role == "student" else config.actors.teacher
+        settings = engine_settings(config, model, role)
         actor = ray.remote(EngineWorker)
-        pool = cls(role, [actor.options(**o).remote(settings) for o in options], timeout_s)
+        pool = cls(role, [actor.options(**o).remote(settings) for o in options], config.evaluation.timeout_s)
         pool.pids = await all_within(
             [engine.start.remote() for engine in pool.engines],
-            start_timeout_s,
-            f"{len(options)} {role} engine(s) to load {settings.model}",
+            e.start_timeout_s,
+            f"{len(options)} {role} engine(s) to load {model}",
         )
         return pool
 

@@ -94,10 +94,9 @@ def check_memory(config: RunConfig, plan: Plan) -> None:
 
 
 def check_disk(prepared: Prepared, run_dir: Path) -> None:
-    """PreflightError if the run directory's disk cannot hold the checkpoints."""
+    """PreflightError if the disk of the run directory, which exists, cannot hold the checkpoints."""
     keep = prepared.config.checkpoint.keep + 1  # the newest is written before the oldest goes
     needed = prepared.parameters * CHECKPOINT_BYTES_PER_PARAMETER * keep
-    run_dir.mkdir(parents=True, exist_ok=True)
     disk = shutil.disk_usage(run_dir).free
     if needed > disk:
         raise PreflightError(

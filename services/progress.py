@@ -70,8 +70,7 @@ class Progress:
         """The results of one evaluation, all of the same step."""
         self._results += results
         if results and not self._live:
-            names = [f"{r.task} (teacher)" if r.metric == TEACHER else r.task for r in results]
-            cells = [f"{name} {percent(r.value)} (n {r.n})" for name, r in zip(names, results, strict=True)]
+            cells = [f"{r.label} {percent(r.value)} (n {r.n})" for r in results]
             self._line(f"evaluation at step {results[0].step}  {'  '.join(cells)}")
 
     def note(self, text: str) -> None:

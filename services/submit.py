@@ -17,6 +17,7 @@ from services.errors import PreflightError, UserError
 
 EXCLUDES = (".git", ".venv", "venv", "runs", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache")
 AGENT_WAIT_S = 90
+END_WAIT_S = 60
 LIMIT_BYTES = 100 << 20  # of the files sent; Ray itself refuses at 500 MiB, after it has packed them
 
 
@@ -65,7 +66,10 @@ async def follow(job: str, address: str) -> bool:
     client = client_class(address)
     async for lines in client.tail_job_logs(job):
         print(lines, end="", flush=True)
+    deadline = time.monotonic() + END_WAIT_S
     while not (status := client.get_job_status(job)).is_terminal():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {END_WAIT_S} s for job {job} to end after its output had; it is {status}")
         await asyncio.sleep(0.5)
     return bool(status == "SUCCEEDED")
 

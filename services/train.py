@@ -22,7 +22,6 @@ from services.files import write_atomically
 from services.ledger import Ledger, restore_ledger
 from services.load_config import resolved_yaml, with_absolute_paths
 from services.metrics import RunLog
-from services.plan import engine_settings
 from services.pools import EnginePool
 from services.prepare import Prepared, check_disk, check_memory
 from services.progress import Progress
@@ -99,10 +98,7 @@ async def _run(prepared: Prepared, run_dir: Path, start: Path | None, console: C
         pools: dict[str, EnginePool] = {}
 
         async def start_pool(role: str) -> None:
-            e = c.actors.student if role == "student" else c.actors.teacher
-            pools[role] = await EnginePool.start(
-                role, engine_settings(c, prepared.model, role), options[role], e.start_timeout_s, c.evaluation.timeout_s
-            )
+            pools[role] = await EnginePool.start(c, prepared.model, role, options[role])
 
         roles = [role for role in ("student", "teacher") if options[role]]
         try:

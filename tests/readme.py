@@ -12,7 +12,10 @@ def blocks() -> list[str]:
     inside = False
     for line in (ROOT / "README.md").read_text().splitlines():
         if line.startswith("    "):
-            found.append(line[4:]) if not inside else found.append(f"{found.pop()}\n{line[4:]}")
+            if inside:
+                found[-1] += f"\n{line[4:]}"
+            else:
+                found.append(line[4:])
         inside = line.startswith("    ")
     return found
 

@@ -1,6 +1,7 @@
 """A small whole run that several tests share: its files, its command, its result."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import yaml
 from services.metrics import DETERMINISTIC_FIELDS, read_jsonl
 
 STEPS = 6
+BIN = Path(sys.executable).parent  # of sdft and ray
+ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}  # in which both are found by name
 
 
 def write_run(folder: Path, model: Path, dtype: str) -> Path:
@@ -40,15 +43,16 @@ def write_run(folder: Path, model: Path, dtype: str) -> Path:
     return path
 
 
-def command(config: Path, run_dir: Path) -> list[str]:
-    return [sys.executable, "-m", "services.cli", "train", str(config), "--run-dir", str(run_dir)]
+def command(config: Path, run_dir: Path, *overrides: str) -> list[str]:
+    """`sdft train`; `overrides` as for --set."""
+    settings = [word for override in overrides for word in ("--set", override)]
+    return [sys.executable, "-m", "services.cli", "train", str(config), "--run-dir", str(run_dir), *settings]
 
 
 def finish(config: Path, run_dir: Path, *overrides: str) -> None:
-    """Run it to the end; `overrides` as for --set."""
-    settings = [word for override in overrides for word in ("--set", override)]
+    """Run it to the end."""
     result = subprocess.run(
-        [*command(config, run_dir), *settings], capture_output=True, text=True, timeout=400, check=False
+        command(config, run_dir, *overrides), capture_output=True, text=True, timeout=400, check=False
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
 

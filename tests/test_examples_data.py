@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from services.cli import main
 from services.graders import GRADERS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -111,3 +112,10 @@ def test_retention_questions_do_not_give_their_answer_away() -> None:
 def test_retention_questions_are_none_of_the_skills() -> None:
     skills = set().union(*(prompts(name) for name in GRADER_OF if name != "general/retention"))
     assert not prompts("general/retention") & skills
+
+
+@pytest.mark.parametrize("config", ["tools/tools.yaml", "facts/facts.yaml"])
+def test_an_examples_configuration_is_good(smollm2: Path, config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert smollm2.is_dir()
+    assert main(["check", str(EXAMPLES / config)]) == 0
+    assert "demonstrations, the longest teacher prompt has" in capsys.readouterr().out

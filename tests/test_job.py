@@ -6,7 +6,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,9 +17,7 @@ import pytest
 from services.metrics import read_jsonl
 from tests.leftovers import new_since, on_machine
 from tests.readme import commands
-from tests.runs import command, finish, metrics, write_run
-
-BIN = Path(sys.executable).parent
+from tests.runs import BIN, ENVIRONMENT, command, finish, metrics, write_run
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ def head() -> Iterator[Head]:
     ports = f"--port={port} --dashboard-port={dashboard} --dashboard-agent-listen-port={agent}"
     arguments = f"start --head --block --num-cpus=4 {ports} --temp-dir={scratch}"
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "1" * 64}
-    environment = os.environ | token | {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = ENVIRONMENT | token | {"RAY_USAGE_STATS_ENABLED": "0"}
     with (scratch / "start.log").open("w") as log:
         ray = subprocess.Popen([BIN / "ray", *arguments.split()], stdout=log, stderr=log, env=environment)
     try:
@@ -101,13 +98,7 @@ def test_a_cluster_that_can_never_hold_the_run_is_named_with_what_is_missing(
     head: Head, tiny_model: Path, tmp_path: Path
 ) -> None:
     config = write_run(tmp_path, tiny_model, "float32")
-    large = [
-        *command(config, tmp_path / "run"),
-        "--set",
-        "actors.student.cpus=64",
-        "--set",
-        f"ray.address={head.address}",
-    ]
+    large = command(config, tmp_path / "run", "actors.student.cpus=64", f"ray.address={head.address}")
     result = subprocess.run(large, env=head.environment, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 3
     assert "one node with 65 CPUs" in result.stderr

@@ -7,7 +7,7 @@ import pytest
 
 from services.config import RunConfig
 from services.errors import UserError
-from services.load_config import check_files, load_config, resolved_yaml
+from services.load_config import check_files, load_config, resolved_yaml, with_absolute_paths
 
 GOOD = "model: m\ndata: {train: train.jsonl}\ntraining: {epochs: 1}\n"
 
@@ -215,3 +215,21 @@ def test_zero_stage_0_with_bfloat16_is_refused_for_it_would_lose_the_masters(tmp
     with pytest.raises(UserError, match="zero_stage 0 keeps no float32 masters"):
         load_config(path)
     assert load_config(path, ["dtype=float32"]).learner.zero_stage == 0
+
+
+def test_a_configuration_with_absolute_paths_means_the_same_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("train.jsonl", "eval.jsonl", "my.jinja"):
+        (tmp_path / name).touch()
+    (tmp_path / "turn").mkdir()  # named like a built-in template, which comes first
+    (tmp_path / "elsewhere" / "m").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    sets = "evaluation: {sets: [{name: a, file: eval.jsonl, grader: exact}]}\n"
+    config = with_absolute_paths(load(tmp_path, GOOD + sets, "data.template=turn"), tmp_path)
+    assert config.data.template == "turn"
+    assert config.data.train == str(tmp_path / "train.jsonl")
+    assert config.evaluation.sets[0].file == str(tmp_path / "eval.jsonl")
+    assert config.model == str(tmp_path / "elsewhere" / "m")  # found from the working directory
+    own = with_absolute_paths(load(tmp_path, GOOD, "data.template=my.jinja", "model=smollm2-135m"), tmp_path)
+    assert (own.data.template, own.model) == (str(tmp_path / "my.jinja"), "smollm2-135m")

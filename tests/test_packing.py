@@ -82,11 +82,12 @@ def test_loss_and_gradient_do_not_depend_on_order_or_micro_batches(tiny_model: P
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_attention_of_short_sequences_is_that_of_each_alone(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("lengths", [(5, 7, 9), (3,), (1, 1, 9), (300, 280)])  # padded, padded, too uneven, too long
+def test_attention_of_packed_sequences_is_that_of_each_alone(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    lengths = (5, 1, 9)
-    query = torch.randn(1, 6, 15, 8, dtype=dtype, requires_grad=True)
-    key, value = (torch.randn(1, 2, 15, 8, dtype=dtype, requires_grad=True) for _ in range(2))
+    tokens = sum(lengths)
+    query = torch.randn(1, 6, tokens, 8, dtype=dtype, requires_grad=True)
+    key, value = (torch.randn(1, 2, tokens, 8, dtype=dtype, requires_grad=True) for _ in range(2))
     out, _ = packed_attention(torch.nn.Module(), query, key, value, None, lengths=lengths)
     alone = [
         torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

@@ -1,14 +1,11 @@
 """The README is true: its own-data section is done line by line, its other commands are known to exist."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 from services.metrics import read_jsonl
 from tests.readme import ROOT, blocks, commands
-
-BIN = Path(sys.executable).parent
+from tests.runs import ENVIRONMENT
 
 
 def block(beginning: str) -> str:
@@ -26,7 +23,7 @@ def test_own_data_does_what_the_readme_says(tiny_model: Path, tmp_path: Path) ->
     (work / "my.jsonl").write_text(block('{"prompt": "Turn off') * 8)
     (work / "my-test.jsonl").write_text(block('{"prompt": "Light on') * 3)
     (work / "my.yaml").write_text(block("model: smollm2-135m"))
-    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "SDFT_CACHE": str(tmp_path / "cache")}
+    environment = ENVIRONMENT | {"SDFT_CACHE": str(tmp_path / "cache")}
     outputs = {}
     own_data = [c for c in commands("sdft") if c[1] != "submit"]
     assert [c[1] for c in own_data] == ["check", "train", "train", "status", "report", "export", "eval"]

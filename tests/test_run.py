@@ -56,6 +56,9 @@ def test_a_run_learns_accounts_for_every_sample_and_leaves_its_files(undisturbed
     manifest = json.loads((run_dir / "checkpoints" / "step-000006" / "manifest.json").read_text())
     assert "student/model.safetensors" in manifest["files"]
     assert json.loads((run_dir / "run.json").read_text())["state"] == "finished"
+    # What `sdft status` says of a run that stopped: its own configuration continues it.
+    finish(run_dir / "config.yaml", run_dir)
+    assert read_jsonl(run_dir / "metrics.jsonl") == rows
 
 
 def test_a_run_killed_three_times_and_continued_is_the_run_that_was_never_killed(
