@@ -3,13 +3,18 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint install clean
+.PHONY: demo test bench lint install clean
 
 demo: install
 	$(BIN)/sdft train examples/tools/tools.yaml
 
 test: install
 	$(BIN)/python -m pytest
+
+# Alone on the machine: anything else that runs is in the figures.
+bench: install
+	$(BIN)/python -m benchmarks.learner_step
+	$(BIN)/python -m benchmarks.loss
 
 lint: install
 	$(BIN)/ruff check .

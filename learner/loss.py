@@ -27,7 +27,7 @@ class Targets:
     teacher_ids: Tensor  # [N, K] int64
     teacher_logprobs: Tensor  # [N, K] float32
     teacher_sampled: Tensor  # [N] float32, the teacher's log-prob of the sampled token
-    sequence: Tensor  # [N] int64, which sequence of the micro-batch a row belongs to
+    sequence: Tensor  # [N] int64, which sequence of the micro-batch a row belongs to, ascending
     share: Tensor  # [N] float32, 1 / (loss tokens of the sequence * sequences of the global batch)
 
 
@@ -110,25 +110,39 @@ class _Chunked(torch.autograd.Function):
         targets: Targets,
         config: LossConfig,
     ) -> tuple[Tensor, ...]:
-        trainer = _trainer_logprobs(hidden, head, bias, targets)
-        weights = importance_weights(trainer, targets, config)
-        scale = weights * targets.share
+        chunks = _chunks(targets.sequence, config.importance.level)
+        wide = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
+        trainer = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
+        for rows, known in chunks:
+            if not known:
+                trainer[rows] = sampled_logprobs(_logits(hidden[rows], head, bias), targets.sampled_ids[rows])
+        scale = importance_weights(trainer, targets, config) * targets.share
         grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
+        grad_head: Tensor | None = None  # float32 while chunks add up; of a single chunk as it comes
         grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=head.device)
         values = torch.empty(len(hidden), dtype=trainer.dtype, device=hidden.device)
-        for rows in _chunks(len(hidden)):
+        for rows, known in chunks:
+            here = _rows(targets, rows)
+            logits = _logits(hidden[rows], head, bias)
+            if known:
+                trainer[rows] = sampled_logprobs(logits, here.sampled_ids)
+                scale[rows] = importance_weights(trainer[rows], here, config) * here.share
             with torch.enable_grad():
-                logits = _logits(hidden[rows], head, bias).requires_grad_()
-                objective, value = token_objective(logits, _rows(targets, rows), config)
+                logits.requires_grad_()
+                objective, value = token_objective(logits, here, config)
                 (grad,) = torch.autograd.grad((objective * scale[rows]).sum(), logits)
             values[rows] = value
             grad = grad.to(head.dtype)
             grad_hidden[rows] = grad @ head
-            grad_head += grad.T @ hidden[rows]
+            part = grad.T @ hidden[rows]
+            if grad_head is None:
+                grad_head = part if len(chunks) == 1 else part.float()
+            else:
+                grad_head += part
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-        ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype), grad_bias)
+        grad_head = torch.zeros_like(head) if grad_head is None else grad_head.to(head.dtype)
+        ctx.save_for_backward(grad_hidden, grad_head, grad_bias)
         difference = trainer - targets.sampler_logprobs
         k3 = torch.expm1(difference) - difference
         tail = 1 - targets.teacher_logprobs.exp().sum(-1)
@@ -153,21 +167,32 @@ def divergence_loss(
     return _Chunked.apply(hidden, head, bias, targets, config)
 
 
-def _trainer_logprobs(hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Targets) -> Tensor:
-    """[N] log-probs of the sampled tokens, before the loss: a sequence's weight needs all of its tokens."""
-    parts = [
-        sampled_logprobs(_logits(hidden[rows], head, bias), targets.sampled_ids[rows]) for rows in _chunks(len(hidden))
-    ]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float32, device=hidden.device)
-
-
 def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
     logits = torch.nn.functional.linear(hidden.detach(), head.detach(), None if bias is None else bias.detach())
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _chunks(rows: int) -> list[slice]:
-    return [slice(i, i + CHUNK_TOKENS) for i in range(0, rows, CHUNK_TOKENS)]
+def _chunks(sequence: Tensor, level: str) -> list[tuple[slice, bool]]:
+    """Rows to do at once, and whether their importance weights can be known from their own logits.
+
+    A sequence's weight needs all of its tokens, so chunks end where sequences end; only one longer than a chunk is cut,
+    and its logits are computed twice.
+    """
+    if level != "sequence":
+        return [(slice(i, i + CHUNK_TOKENS), True) for i in range(0, len(sequence), CHUNK_TOKENS)]
+    chunks: list[tuple[slice, bool]] = []
+    start = end = 0
+    for count in torch.unique_consecutive(sequence, return_counts=True)[1].tolist():
+        if start < end and end - start + count > CHUNK_TOKENS:
+            chunks.append((slice(start, end), True))
+            start = end
+        end += count
+        if count > CHUNK_TOKENS:
+            chunks += [(slice(i, min(i + CHUNK_TOKENS, end)), False) for i in range(start, end, CHUNK_TOKENS)]
+            start = end
+    if start < end:
+        chunks.append((slice(start, end), True))
+    return chunks
 
 
 def _rows(targets: Targets, rows: slice) -> Targets:

@@ -101,10 +101,11 @@ def test_log1mexp_is_accurate_at_both_ends() -> None:
 
 @pytest.mark.parametrize("name", ["forward", "reverse", "jsd", "sampled"])
 @pytest.mark.parametrize("level", ["off", "token", "sequence"])
+@pytest.mark.parametrize("chunk", [3, 5, 9, 100])  # of 12 rows in sequences of 4: cut, one, two, or all at once
 def test_chunked_loss_equals_the_formula_on_whole_logits_in_value_and_both_gradients(
-    name: str, level: str, monkeypatch: pytest.MonkeyPatch
+    name: str, level: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("learner.loss.CHUNK_TOKENS", 5)  # 12 rows: chunks of 5, 5 and 2
+    monkeypatch.setattr("learner.loss.CHUNK_TOKENS", chunk)
     g = torch.Generator().manual_seed(5)
     hidden = torch.randn(N, H, generator=g, dtype=torch.float64)
     head = torch.randn(V, H, generator=g, dtype=torch.float64)

@@ -1,0 +1,114 @@
+"""One learner step on SmolLM2-135M against the floating-point bound of its work, and where the time goes.
+
+    python -m benchmarks.learner_step
+
+4096 packed tokens in bfloat16: 32 sequences of 96 prompt and 32 completion tokens, every completion token in the loss.
+The bound counts 6 operations a token and parameter for the body, 6 for the head on loss tokens only, and causal
+attention, at the rate of a large bfloat16 matrix product measured in the same run.
+"""
+
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
+from benchmarks.measure import matrix_rate, report, seconds_in_turn
+from learner.config import LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
+from learner.loss import divergence_loss
+from learner.model import SelfDistillation, hidden_states, load_student
+from learner.optimizer import AdamWWithTeacher
+from learner.packing import pack
+from learner.types import LearnerSettings
+from services.models import resolve_model
+
+SEQUENCES, PROMPT, COMPLETION, K = 32, 96, 32, 64
+LOSS = LossConfig(top_k=K, skip_first=0)
+
+
+def samples() -> list[ScoredRollout]:
+    """Random tokens and a random teacher: the values do not matter for the time."""
+    rng = np.random.default_rng(0)
+    made = []
+    for i in range(SEQUENCES):
+        prompt, completion = (rng.integers(100, 40000, n).astype(np.int32) for n in (PROMPT, COMPLETION))
+        ids = rng.integers(100, 40000, (COMPLETION, K)).astype(np.int32)
+        logprobs = np.full((COMPLETION, K), np.log(0.9 / K), dtype=np.float32)
+        rollout = Rollout(prompt, completion, np.full(COMPLETION, -10, np.float32), ((0, 0, COMPLETION),), "length")
+        made.append(ScoredRollout(SampleId(0, 0, i, 0), rollout, TeacherScores(ids, logprobs, logprobs[:, 0], 0)))
+    return made
+
+
+def bound_operations(model: SelfDistillation) -> float:
+    """Floating-point operations that a step cannot do without."""
+    config = model.model.config
+    head = model.head.weight.numel()
+    tied = model.head.weight is model.model.get_input_embeddings().weight
+    body = sum(p.numel() for p in model.parameters()) - head * (1 if tied else 2)
+    tokens, length = SEQUENCES * (PROMPT + COMPLETION), PROMPT + COMPLETION
+    attention = 6 * config.num_hidden_layers * config.hidden_size * length * length * SEQUENCES
+    return 6 * body * tokens + 6 * head * SEQUENCES * COMPLETION + attention
+
+
+def main() -> None:
+    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"})
+    with socket.socket() as s:
+        s.bind(("", 0))
+        os.environ["MASTER_PORT"] = str(s.getsockname()[1])
+    os.environ |= {"DS_ACCELERATOR": "cpu"}
+    from learner.engine import LearnerEngine
+    from learner.worker import _keep_freed_memory
+
+    _keep_freed_memory()
+    path = resolve_model("smollm2-135m", Path.cwd())
+    optimizer = OptimizerConfig(lr=1e-5, warmup_steps=0, schedule="constant")
+    engine = LearnerEngine(
+        LearnerSettings(
+            model=str(path),
+            dtype="bfloat16",
+            device="cpu",
+            seed=0,
+            total_steps=1000,
+            config=LearnerConfig(micro_batch_tokens=4096, optimizer=optimizer),
+            loss=LOSS,
+            teacher=TeacherConfig(alpha=0.01),
+        )
+    )
+    rollouts = samples()
+    batch = pack(rollouts, 0, SEQUENCES, K)
+    model = SelfDistillation(load_student(path, torch.bfloat16), LOSS)
+    states = hidden_states(model.model, batch.input_ids, batch.position_ids, batch.lengths)[batch.predicting]
+    fixed = states.detach().requires_grad_()
+    flat = torch.nn.Parameter(torch.zeros(sum(p.numel() for p in model.parameters())))
+    flat.grad = torch.zeros_like(flat)
+    adam = AdamWWithTeacher([flat], optimizer, 0.01)
+
+    def body() -> None:
+        out = hidden_states(model.model, batch.input_ids, batch.position_ids, batch.lengths)
+        out.backward(torch.ones_like(out))
+
+    def loss() -> None:
+        divergence_loss(fixed, model.head.weight, None, batch.targets, LOSS)[0].backward()
+
+    seconds = seconds_in_turn(
+        {"step": lambda: engine.train_step(rollouts), "body": body, "loss": loss, "adamw": adam.step}, rounds=5
+    )
+    rate = matrix_rate(torch.bfloat16)
+    bound = bound_operations(model) / rate
+    step = seconds["step"]
+    rest = step - seconds["body"] - seconds["loss"] - seconds["adamw"]
+    parts = {"bound": bound, "whole step": step} | {
+        "body, forward and backward": seconds["body"],
+        "loss and head": seconds["loss"],
+        "AdamW and EMA": seconds["adamw"],
+        "rest: DeepSpeed, packing": rest,
+    }
+    rows = [{"part": name, "s": s, "of the step": s / step, "x bound": s / bound} for name, s in parts.items()]
+    report("learner_step", f"Learner step, 4096 packed tokens, bfloat16, {rate / 1e9:.0f} GFLOP/s", rows)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

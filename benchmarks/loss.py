@@ -1,0 +1,85 @@
+"""The divergence: chunk by chunk against the plain formula on whole logits. Peak extra memory and time.
+
+    python -m benchmarks.loss
+
+SmolLM2's head (49152 x 576), bfloat16, K = 64, forward KL, sequences of 64 loss tokens.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import peak_mib, report, seconds_in_turn
+from learner.config import LossConfig
+from learner.loss import Targets, divergence_loss, importance_weights, sampled_logprobs, token_objective
+
+VOCABULARY, HIDDEN, K, SEQUENCE = 49152, 576, 64, 64
+CONFIG = LossConfig(top_k=K)
+TOKENS = (256, 1024, 4096, 8192)
+
+
+def inputs(tokens: int) -> tuple[Tensor, Tensor, Targets]:
+    """Random states, head and teacher: values do not matter for memory and time."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, HIDDEN, generator=g).bfloat16().requires_grad_()
+    head = (torch.randn(VOCABULARY, HIDDEN, generator=g) * 0.05).bfloat16().requires_grad_()
+    ids = (torch.arange(tokens)[:, None] * 31 + torch.arange(K) * (VOCABULARY // K)) % VOCABULARY  # K apart in a row
+    logprobs = torch.log_softmax(torch.randn(tokens, K, generator=g) * 2, -1) - 0.1
+    targets = Targets(
+        sampled_ids=ids[:, 0],
+        sampler_logprobs=torch.full((tokens,), -11.0),
+        teacher_ids=ids,
+        teacher_logprobs=logprobs,
+        teacher_sampled=logprobs[:, 0],
+        sequence=torch.arange(tokens) // SEQUENCE,
+        share=torch.full((tokens,), 1 / tokens),
+    )
+    return hidden, head, targets
+
+
+def chunked(tokens: int) -> Callable[[], object]:
+    hidden, head, targets = inputs(tokens)
+
+    def run() -> None:
+        hidden.grad = head.grad = None
+        divergence_loss(hidden, head, None, targets, CONFIG)[0].backward()
+
+    return run
+
+
+def plain(tokens: int) -> Callable[[], object]:
+    """The same loss as one would write it: all logits, autograd."""
+    hidden, head, targets = inputs(tokens)
+
+    def run() -> None:
+        hidden.grad = head.grad = None
+        logits = (hidden @ head.T).float()
+        with torch.no_grad():
+            weights = importance_weights(sampled_logprobs(logits, targets.sampled_ids), targets, CONFIG)
+        (token_objective(logits, targets, CONFIG)[0] * weights * targets.share).sum().backward()
+
+    return run
+
+
+def main() -> None:
+    rows = []
+    for tokens in TOKENS:
+        memory = {case.__name__: peak_mib(case, tokens) for case in (plain, chunked)}
+        seconds = seconds_in_turn({"plain": plain(tokens), "chunked": chunked(tokens)}, rounds=5)
+        rows.append(
+            {
+                "tokens": tokens,
+                "plain MiB": memory["plain"],
+                "chunked MiB": memory["chunked"],
+                "memory ratio": memory["chunked"] / memory["plain"],
+                "plain s": seconds["plain"],
+                "chunked s": seconds["chunked"],
+                "time ratio": seconds["chunked"] / seconds["plain"],
+            }
+        )
+    report("loss", "Divergence, value and gradients: chunked against the plain formula", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""How things are measured here: cases in turn within one run, medians, peak memory in a process of its own."""
+
+import ctypes
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+MIB = 2**20
+
+
+def seconds_in_turn(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each case. A round runs every case once, so a slow minute of the machine meets all of them."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for i in range(rounds + 1):
+        for name, run in cases.items():
+            start = time.perf_counter()
+            run()
+            if i:  # the first round warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def matrix_rate(dtype: torch.dtype, rounds: int = 5) -> float:
+    """Floating-point operations per second of a square matrix product of 2048, the best of `rounds`."""
+    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    best = min(_timed(lambda: a @ b) for _ in range(rounds + 1))
+    return 2 * 2048**3 / best
+
+
+def _timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def peak_mib(case: Callable[..., Callable[[], object]], *args: Any) -> float:
+    """Growth of the peak resident memory, MiB, while `case(*args)()` runs, in a fresh process.
+
+    `case` makes what is there before and returns what is measured.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak, case, args).result(timeout=600)
+
+
+def _peak(case: Callable[..., Callable[[], object]], args: Sequence[Any]) -> float:
+    run = case(*args)
+    # What the preparation has freed goes back to the kernel: reused, it would hide what the case needs.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is resident now
+    before = _resident_kib("VmRSS")
+    run()
+    return (_resident_kib("VmHWM") - before) / 1024
+
+
+def _resident_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def report(name: str, title: str, rows: list[dict[str, Any]]) -> None:
+    """Print the rows as a table and keep them, with the date and the number of threads, in results/NAME.json."""
+    columns = list(rows[0])
+    cells = [columns, *([f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    print(f"\n{title}")
+    for line in cells:
+        print("  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    RESULTS.mkdir(exist_ok=True)
+    kept = {"title": title, "date": date.today().isoformat(), "threads": torch.get_num_threads(), "rows": rows}
+    (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
