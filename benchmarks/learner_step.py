@@ -7,8 +7,6 @@ The bound counts 6 operations a token and parameter for the body, 6 for the head
 attention, at the rate of a large bfloat16 matrix product measured in the same run.
 """
 
-import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from learner.model import SelfDistillation, hidden_states, load_student
 from learner.optimizer import AdamWWithTeacher
 from learner.packing import pack
 from learner.types import LearnerSettings
+from learner.worker import LearnerWorker
 from services.models import resolve_model
 
 SEQUENCES, PROMPT, COMPLETION, K = 32, 96, 32, 64
@@ -53,36 +52,27 @@ def bound_operations(model: SelfDistillation) -> float:
 
 
 def main() -> None:
-    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"})
-    with socket.socket() as s:
-        s.bind(("", 0))
-        os.environ["MASTER_PORT"] = str(s.getsockname()[1])
-    os.environ |= {"DS_ACCELERATOR": "cpu"}
-    from learner.engine import LearnerEngine
-    from learner.worker import _keep_freed_memory
-
-    _keep_freed_memory()
     path = resolve_model("smollm2-135m", Path.cwd())
     optimizer = OptimizerConfig(lr=1e-5, warmup_steps=0, schedule="constant")
-    engine = LearnerEngine(
-        LearnerSettings(
-            model=str(path),
-            dtype="bfloat16",
-            device="cpu",
-            seed=0,
-            total_steps=1000,
-            config=LearnerConfig(micro_batch_tokens=4096, optimizer=optimizer),
-            loss=LOSS,
-            teacher=TeacherConfig(alpha=0.01),
-        )
+    settings = LearnerSettings(
+        model=str(path),
+        dtype="bfloat16",
+        device="cpu",
+        seed=0,
+        total_steps=1000,
+        config=LearnerConfig(micro_batch_tokens=4096, optimizer=optimizer),
+        loss=LOSS,
+        teacher=TeacherConfig(alpha=0.01),
     )
+    learner = LearnerWorker()  # in this process, set up as in a run
+    learner.start(settings, 1, *learner.rendezvous(), np.arange(100, 132, dtype=np.int32))
     rollouts = samples()
     batch = pack(rollouts, 0, SEQUENCES, K)
     model = SelfDistillation(load_student(path, torch.bfloat16), LOSS)
     states = hidden_states(model.model, batch.input_ids, batch.position_ids, batch.lengths)[batch.predicting]
     fixed = states.detach().requires_grad_()
-    flat = torch.nn.Parameter(torch.zeros(sum(p.numel() for p in model.parameters())))
-    flat.grad = torch.zeros_like(flat)
+    flat = torch.nn.Parameter(torch.randn(sum(p.numel() for p in model.parameters())))
+    flat.grad = torch.randn_like(flat)  # zeros would be one page of the kernel's, read from the cache
     adam = AdamWWithTeacher([flat], optimizer, 0.01)
 
     def body() -> None:
@@ -93,7 +83,7 @@ def main() -> None:
         divergence_loss(fixed, model.head.weight, None, batch.targets, LOSS)[0].backward()
 
     seconds = seconds_in_turn(
-        {"step": lambda: engine.train_step(rollouts), "body": body, "loss": loss, "adamw": adam.step}, rounds=5
+        {"step": lambda: learner.train_step(rollouts), "body": body, "loss": loss, "adamw": adam.step}, rounds=5
     )
     rate = matrix_rate(torch.bfloat16)
     bound = bound_operations(model) / rate

@@ -24,7 +24,7 @@ def inputs(tokens: int) -> tuple[Tensor, Tensor, Targets]:
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, HIDDEN, generator=g).bfloat16().requires_grad_()
     head = (torch.randn(VOCABULARY, HIDDEN, generator=g) * 0.05).bfloat16().requires_grad_()
-    ids = (torch.arange(tokens)[:, None] * 31 + torch.arange(K) * (VOCABULARY // K)) % VOCABULARY  # K apart in a row
+    ids = (torch.arange(tokens)[:, None] * 31 + torch.arange(K) * (VOCABULARY // K)) % VOCABULARY  # distinct in a row
     logprobs = torch.log_softmax(torch.randn(tokens, K, generator=g) * 2, -1) - 0.1
     targets = Targets(
         sampled_ids=ids[:, 0],

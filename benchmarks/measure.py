@@ -3,7 +3,6 @@
 import ctypes
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-MIB = 2**20
 
 
 def seconds_in_turn(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -23,10 +21,9 @@ def seconds_in_turn(cases: dict[str, Callable[[], object]], rounds: int) -> dict
     times: dict[str, list[float]] = {name: [] for name in cases}
     for i in range(rounds + 1):
         for name, run in cases.items():
-            start = time.perf_counter()
-            run()
+            seconds = _timed(run)
             if i:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return {name: statistics.median(each) for name, each in times.items()}
 
 
@@ -63,10 +60,8 @@ def _peak(case: Callable[..., Callable[[], object]], args: Sequence[Any]) -> flo
 
 
 def _resident_kib(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{field}:")]
+    return int(line.split()[1])
 
 
 def report(name: str, title: str, rows: list[dict[str, Any]]) -> None:

@@ -111,7 +111,7 @@ class _Chunked(torch.autograd.Function):
         config: LossConfig,
     ) -> tuple[Tensor, ...]:
         chunks = _chunks(targets.sequence, config.importance.level)
-        wide = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(hidden.dtype, torch.float32)
         trainer = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
         for rows, known in chunks:
             if not known:
@@ -169,7 +169,7 @@ def divergence_loss(
 
 def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
     logits = torch.nn.functional.linear(hidden.detach(), head.detach(), None if bias is None else bias.detach())
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _chunks(sequence: Tensor, level: str) -> list[tuple[slice, bool]]:

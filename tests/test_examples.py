@@ -3,11 +3,10 @@
 from pathlib import Path
 
 from services.metrics import read_jsonl
+from tests.readme import ROOT
 from tests.runs import finish
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
+EXAMPLES = ROOT / "examples"
 # No evaluation here: its sets' files are read by the tests of the data, and 150 answers take a minute.
 SHORT = ("training.steps=1", "evaluation.sets=[]")
 
