@@ -6,10 +6,8 @@ import tempfile
 from collections.abc import Sequence
 
 from actors.config import EngineSettings
+from actors.process import PASSIVE_WAIT, large_imports
 from actors.types import GenerateRequest, IntArray, Rollout, Sampling, Snapshot, TeacherScores, UpdateReport
-
-# Idle OpenMP threads that spin make two processes on the same cores 30 times slower than one.
-PASSIVE_WAIT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 
 
 def engine_environment(settings: EngineSettings) -> dict[str, str]:
@@ -37,7 +35,8 @@ class EngineWorker:
         # vLLM leaves sockets behind. Once the engine has started they are not needed by name any more.
         self._scratch = tempfile.TemporaryDirectory(prefix="sdft-engine-", dir=os.environ.get("SDFT_SCRATCH"))
         os.environ.update(engine_environment(settings) | {"VLLM_RPC_BASE_PATH": self._scratch.name})
-        from actors.engine import Engine  # imports vLLM, which reads the environment
+        with large_imports():
+            from actors.engine import Engine  # imports vLLM, which reads the environment
 
         self._engine = Engine(settings)
 

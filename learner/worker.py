@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from actors.process import PASSIVE_WAIT, large_imports
 from actors.types import IntArray, ScoredRollout, Snapshot
 from learner.types import LearnerSettings, StepResult
 
@@ -27,11 +28,12 @@ class LearnerWorker:
         os.environ.update(_environment(settings, ranks, address, port))
         if settings.device == "cpu":
             _keep_freed_memory()
-        import torch
+        with large_imports():
+            import torch
 
+            from learner.engine import LearnerEngine
+            from learner.publisher import Publisher
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        from learner.engine import LearnerEngine
-        from learner.publisher import Publisher
 
         self._engine = LearnerEngine(settings)
         self._publisher = Publisher(Path(settings.model), self._engine.dtype, probe_ids) if settings.rank == 0 else None
@@ -75,7 +77,7 @@ class LearnerWorker:
 
 
 def _environment(settings: LearnerSettings, ranks: int, address: str, port: int) -> dict[str, str]:
-    environment = {
+    environment = PASSIVE_WAIT | {
         "RANK": str(settings.rank),
         "LOCAL_RANK": str(settings.rank) if settings.device == "cpu" else "0",  # Ray shows each rank its own GPU only
         "WORLD_SIZE": str(ranks),
@@ -83,9 +85,6 @@ def _environment(settings: LearnerSettings, ranks: int, address: str, port: int)
         "MASTER_PORT": str(port),
         "HF_HUB_OFFLINE": "1",
         "DS_ACCELERATOR": settings.device,
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "0",
-        "KMP_BLOCKTIME": "0",
     }
     cores = len(os.sched_getaffinity(0))
     environment["OMP_NUM_THREADS"] = str(settings.config.threads or max(1, cores // ranks))

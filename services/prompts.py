@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actors.process import large_imports
 from services.demonstrations import Demonstration, Message, Question
 from services.errors import UserError
 from services.files import existing_file
@@ -123,7 +124,8 @@ def build_prompts(
 
 def load_tokenizer(model_path: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer in a local model folder; nothing is downloaded."""
-    from transformers import AutoTokenizer
+    with large_imports():
+        from transformers import AutoTokenizer
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(model_path), local_files_only=True)

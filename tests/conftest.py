@@ -1,11 +1,15 @@
 """Fixtures that several test files share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.tiny import make_tiny_model
+
+# No hub is asked, whatever the machine's connection. Read once, when the hub's client is imported: so here.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")

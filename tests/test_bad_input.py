@@ -270,7 +270,6 @@ def test_bad_input_gets_its_sentence_and_leaves_nothing(
 ) -> None:
     spoil, command, code, words = CASES[name]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # no hub is asked, whatever the machine's connection
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     # `sdft submit` sets it for its own process, which here is that of the other tests too.
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
