@@ -15,6 +15,7 @@ test: install
 bench: install
 	$(BIN)/python -m benchmarks.learner_step
 	$(BIN)/python -m benchmarks.loss
+	$(BIN)/python -m benchmarks.scoring
 
 lint: install
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ class EngineConfig(BaseModel):
     cpus: float = Field(0.5, gt=0, description="Ray CPUs reserved by each engine")
     gpus: float = Field(1, ge=0, description="GPUs of each engine; used with device: cuda only")
     threads: int | None = Field(None, ge=1, description="OpenMP threads of a CPU engine; null: every core of the node")
-    kv_cache_gib: int = Field(1, ge=1, description="GiB of KV cache of a CPU engine; vLLM takes whole ones")
+    kv_cache_gib: float = Field(1, gt=0, description="GiB of KV cache of a CPU engine")
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1, description="Share of a GPU's memory an engine may use")
     max_num_seqs: int = Field(64, ge=1, description="Sequences decoded at once")
     enforce_eager: bool = Field(True, description="false compiles the model: faster steps, a longer start")
@@ -60,5 +60,5 @@ class EngineSettings:
     enforce_eager: bool
     max_probe_gap: float
     threads: int | None  # OpenMP threads on the CPU; None: every core
-    kv_cache_gib: int  # CPU only
+    kv_cache_gib: float | None  # None on GPUs, where gpu_memory_utilization says it
     extension: str = "actors.engine.WorkerExtension"  # loaded in the engine's worker processes

@@ -11,6 +11,7 @@ log-probs are the same bit for bit, however slowly the requests arrive.
 
 import asyncio
 import ctypes
+import functools
 import mmap
 import multiprocessing.util
 import signal
@@ -40,6 +41,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.outputs import LogprobsTensors
 
 from actors.config import EngineSettings
 from actors.types import (
@@ -55,6 +57,7 @@ from actors.types import (
 
 PR_SET_PDEATHSIG = 1
 SHARED_MEMORY_BACKEND = "sdft-shm"
+FIRST_ROW = "sdft_first_row"  # extra argument of a scoring request: the prompt position that predicts its first token
 
 
 class WeightMismatch(Exception):
@@ -87,12 +90,14 @@ class Engine:
                 max_logprobs=s.max_logprobs,
                 logprobs_mode="processed_logprobs",  # of the distribution that was sampled from, temperature included
                 gpu_memory_utilization=s.gpu_memory_utilization,
+                kv_cache_memory_bytes=None if s.kv_cache_gib is None else int(s.kv_cache_gib * 2**30),
                 weight_transfer_config=WeightTransferConfig(backend=SHARED_MEMORY_BACKEND),
                 worker_extension_cls=s.extension,
                 distributed_executor_backend="uni",
                 disable_log_stats=True,
             )
         )
+        await self._llm.collective_rpc("score_completions_only")
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest({}))
         await self._llm.update_weight_version("0")
 
@@ -119,15 +124,19 @@ class Engine:
 
         pairs: (prompt ids [P], completion ids [T]); the engine's temperature plays no part.
         """
-        params = SamplingParams(
-            max_tokens=1,
-            prompt_logprobs=k,
-            flat_logprobs=True,
-            detokenize=False,
-            skip_reading_prefix_cache=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        outputs = await self._run([np.concatenate(pair) for pair in pairs], [params] * len(pairs))
+        params = [
+            SamplingParams(
+                max_tokens=1,
+                prompt_logprobs=k,
+                extra_args={FIRST_ROW: len(prompt) - 1},
+                flat_logprobs=True,
+                detokenize=False,
+                skip_reading_prefix_cache=True,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            for prompt, _ in pairs
+        ]
+        outputs = await self._run([np.concatenate(pair) for pair in pairs], params)
         return [_scores(o, len(c), k, self.version) for (_, c), o in zip(pairs, outputs, strict=True)]
 
     async def probe(self, ids: IntArray) -> FloatArray:
@@ -296,3 +305,27 @@ WeightTransferEngineFactory.register_engine(SHARED_MEMORY_BACKEND, SharedMemoryT
 
 class WorkerExtension:
     """Named in the engine's settings so that its worker processes import this file and know the transfer above."""
+
+    def score_completions_only(self) -> None:
+        """Compute prompt log-probs of the rows that `Engine.score` asks for; vLLM would compute those of the prompt
+        too. The V2 runner has no such method and goes on computing all."""
+        runner = self.model_runner  # type: ignore[attr-defined]
+        if hasattr(runner, "_get_prompt_logprobs_dict"):
+            runner._get_prompt_logprobs_dict = functools.partial(_completion_scores, runner)
+
+
+def _completion_scores(
+    runner: Any, hidden_states: torch.Tensor, scheduled: dict[str, int]
+) -> dict[str, LogprobsTensors | None]:
+    """The runner's `_get_prompt_logprobs_dict` from row FIRST_ROW on. Prompts come whole: they are never cut."""
+    scores: dict[str, LogprobsTensors | None] = {}
+    for request_id in [r for r in runner.num_prompt_logprobs if r in scheduled]:
+        k = runner.num_prompt_logprobs.pop(request_id)
+        request = runner.requests[request_id]
+        ids, first = request.prompt_token_ids, request.sampling_params.extra_args[FIRST_ROW]
+        offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
+        logits = runner.model.compute_logits(hidden_states[offset + first : offset + len(ids) - 1])
+        targets = torch.tensor(ids[first + 1 :], device=logits.device)
+        top = runner.sampler.gather_logprobs(runner.sampler.compute_logprobs(logits), k, targets)
+        scores[request_id] = LogprobsTensors(*(part.cpu() for part in top[:3]))
+    return scores

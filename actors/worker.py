@@ -16,7 +16,6 @@ def engine_environment(settings: EngineSettings) -> dict[str, str]:
     if settings.device == "cpu":
         cores = sorted(os.sched_getaffinity(0))[: settings.threads]
         environment |= PASSIVE_WAIT | {
-            "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # unset, vLLM would keep one core back
             "OMP_NUM_THREADS": str(len(cores)),  # Ray sets it to the actor's CPUs: one thread
             "VLLM_USE_V2_MODEL_RUNNER": "0",  # the V2 runner needs Triton

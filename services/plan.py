@@ -6,6 +6,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from actors.config import EngineSettings
 from services.config import RunConfig
@@ -106,11 +107,18 @@ def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings
     e = config.actors.student if role == "student" else config.actors.teacher
     longest_answer = max([config.sampling.max_new_tokens, *(s.max_new_tokens for s in config.evaluation.sets)])
     max_model_len = config.data.max_teacher_prompt_tokens + longest_answer + 1
-    limit = json.loads((model / "config.json").read_text()).get("max_position_embeddings")
+    shape = json.loads((model / "config.json").read_text())
+    limit = shape.get("max_position_embeddings")
     if limit is not None and max_model_len > limit:
         raise UserError(
             f"data.max_teacher_prompt_tokens and the longest answer add up to {max_model_len} tokens, but the model in "
             f"{model} has {limit} positions; lower data.max_teacher_prompt_tokens or max_new_tokens"
+        )
+    cache = _cache_bytes_per_token(shape, 2 if config.dtype == "bfloat16" else 4) * max_model_len / GIB
+    if config.device == "cpu" and cache > e.kv_cache_gib:
+        raise UserError(
+            f"actors.{role}.kv_cache_gib is {e.kv_cache_gib:g}, but one sequence of {max_model_len} tokens "
+            f"(data.max_teacher_prompt_tokens and the longest answer) needs {cache:.2g} GiB; raise it"
         )
     default_gap = 0.001 if config.dtype == "float32" else 0.15
     return EngineSettings(
@@ -124,8 +132,18 @@ def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings
         enforce_eager=e.enforce_eager,
         max_probe_gap=config.weights.max_probe_gap or default_gap,
         threads=e.threads,
-        kv_cache_gib=e.kv_cache_gib,
+        kv_cache_gib=e.kv_cache_gib if config.device == "cpu" else None,
     )
+
+
+def _cache_bytes_per_token(shape: dict[str, Any], width: int) -> int:
+    """Keys and values of one token in all layers, by config.json; 0 if it names its shape otherwise."""
+    heads = shape.get("num_key_value_heads") or shape.get("num_attention_heads")
+    layers, hidden = shape.get("num_hidden_layers"), shape.get("hidden_size")
+    if not (heads and layers and hidden):
+        return 0
+    size = shape.get("head_dim") or hidden // shape["num_attention_heads"]
+    return int(2 * layers * heads * size * width)
 
 
 def available_memory_gib(meminfo: Path = Path("/proc/meminfo")) -> float:

@@ -58,7 +58,8 @@ def prepare(config: RunConfig, path: Path) -> Prepared:
     demonstrations = load_demonstrations(config.data, base)
     questions = [(s, load_questions(s, base)) for s in config.evaluation.sets]
     model = resolve_model(config.model, base)
-    engine_settings(config, model, "student")  # raises when the model is too short for the prompts
+    for role in ("student", "teacher"):
+        engine_settings(config, model, role)  # raises when the model or the cache is too short for the prompts
     tokenizer = load_tokenizer(model)
     builder = PromptBuilder(tokenizer, config.data.template, base, config.data.system)
     limits = (config.data.max_prompt_tokens, config.data.max_teacher_prompt_tokens)

@@ -2,7 +2,7 @@
 
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from actors.engine import SHARED_MEMORY_BACKEND, SharedMemoryTransfer
+from actors.engine import SHARED_MEMORY_BACKEND, SharedMemoryTransfer, WorkerExtension
 
 
 class WithoutRefresh(SharedMemoryTransfer):
@@ -12,7 +12,7 @@ class WithoutRefresh(SharedMemoryTransfer):
         """Left out on purpose."""
 
 
-class Extension:
+class Extension(WorkerExtension):
     """Loaded into the worker process in place of actors.engine.WorkerExtension."""
 
 

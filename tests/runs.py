@@ -35,6 +35,7 @@ def write_run(folder: Path, model: Path, dtype: str) -> Path:
         "teacher": {"alpha": 0.2},
         "loss": {"top_k": 16},
         "learner": {"optimizer": {"lr": 1e-3, "warmup_steps": 2}},
+        "actors": {"student": {"kv_cache_gib": 0.05}, "teacher": {"kv_cache_gib": 0.05}},
         "evaluation": {"sets": [{"name": "numbers", "file": "eval.jsonl", "grader": "exact", "max_new_tokens": 8}]},
         "checkpoint": {"every": 2},
     }

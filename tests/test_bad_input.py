@@ -217,6 +217,12 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         ["copy of the working directory", "absolute path"],
     ),
     "too little memory": (setting("actors.student.kv_cache_gib", 9000), TRAIN, 3, ["GiB are free here", "kv_cache"]),
+    "too little cache": (
+        setting("actors.teacher.kv_cache_gib", 1e-5),
+        TRAIN,
+        2,
+        ["actors.teacher.kv_cache_gib is 1e-05"],
+    ),
     "no cluster there": (setting("ray.address", "127.0.0.1:1"), TRAIN, 3, ["no Ray cluster answers at 127.0.0.1:1"]),
     "check reads the data too": (rows("train.jsonl", b"{"), "check my.yaml", 2, ["train.jsonl:1"]),
     "status of no folder": (nothing, "status nowhere", 2, ["nowhere: there is no such folder"]),

@@ -32,7 +32,7 @@ def engine_settings(model: Path, extension: str = "actors.engine.WorkerExtension
         enforce_eager=True,
         max_probe_gap=0.001,
         threads=1,
-        kv_cache_gib=1,
+        kv_cache_gib=0.05,
         extension=extension,
     )
 

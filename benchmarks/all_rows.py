@@ -1,0 +1,10 @@
+"""A worker extension that leaves vLLM's own prompt log-probs in place: what benchmarks.scoring compares with."""
+
+from actors.engine import WorkerExtension
+
+
+class Extension(WorkerExtension):
+    """Loaded into the worker process in place of actors.engine.WorkerExtension."""
+
+    def score_completions_only(self) -> None:
+        """Left out."""
