@@ -6,18 +6,17 @@ of the completion.
 Eight sequences of 150 prompt and 32 completion tokens, the shape of a step of the tool example, K = 64, bfloat16.
 """
 
-import asyncio
-import gc
 import os
-import statistics
-import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import ray
 
 from actors.config import EngineSettings
-from actors.worker import engine_environment
-from benchmarks.measure import report
+from actors.worker import EngineWorker
+from benchmarks.measure import report, seconds_in_turn
 from services.models import resolve_model
 
 SEQUENCES, PROMPT, COMPLETION, K, ROUNDS = 8, 150, 32, 64, 7
@@ -40,39 +39,31 @@ def settings(extension: str) -> EngineSettings:
     )
 
 
-async def measure() -> dict[str, float]:
-    """Median seconds of scoring a batch, each way in turn, both engines alive and the other one idle."""
-    from actors.engine import Engine
-
+def measure() -> dict[str, float]:
+    """Median seconds of scoring a batch, as actors as in a run, in turn: the other engine is idle."""
     rng = np.random.default_rng(0)
     pairs = [
         tuple(rng.integers(100, 40000, n).astype(np.int32) for n in (PROMPT, COMPLETION)) for _ in range(SEQUENCES)
     ]
-    engines = {
-        "all rows": Engine(settings("benchmarks.all_rows.Extension")),
-        "completion rows": Engine(settings("actors.engine.WorkerExtension")),
-    }
-    times: dict[str, list[float]] = {name: [] for name in engines}
+    extensions = {"all rows": "benchmarks.all_rows.Extension", "completion rows": "actors.engine.WorkerExtension"}
+    ray.init(address="local", num_cpus=len(extensions), include_dashboard=False, log_to_driver=False)
     try:
-        for engine in engines.values():
-            await engine.start()
-        for i in range(ROUNDS + 1):
-            for name, engine in engines.items():
-                start = time.perf_counter()
-                await engine.score(pairs, K)
-                if i:  # the first round warms up
-                    times[name].append(time.perf_counter() - start)
+        engines = {name: ray.remote(EngineWorker).remote(settings(e)) for name, e in extensions.items()}
+        ray.get([engine.start.remote() for engine in engines.values()], timeout=300)
+        cases = {name: partial(score, engine, pairs) for name, engine in engines.items()}
+        seconds = seconds_in_turn(cases, ROUNDS)
+        ray.get([engine.stop.remote() for engine in engines.values()], timeout=60)
     finally:
-        for engine in engines.values():
-            engine.shutdown()
-            await asyncio.sleep(0)  # lets the engine's own task end
-    return {name: statistics.median(each) for name, each in times.items()}
+        ray.shutdown()
+    return seconds
+
+
+def score(engine: Any, pairs: list[Any]) -> None:
+    ray.get(engine.score.remote(pairs, K), timeout=60)
 
 
 def main() -> None:
-    os.environ.update(engine_environment(settings("")))
-    seconds = asyncio.run(measure())
-    gc.collect()  # the engines' objects, which complain when they are the last to go
+    seconds = measure()
     rows = [{"case": name, "s": s, "of all rows": s / seconds["all rows"]} for name, s in seconds.items()]
     report("scoring", f"Scoring {SEQUENCES} x ({PROMPT} + {COMPLETION}) tokens, K = {K}", rows)
 
