@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+TRL := benchmarks/trl/.venv/.installed
 
 .PHONY: demo test bench lint install clean
 
@@ -12,10 +13,11 @@ test: install
 	$(BIN)/python -m pytest
 
 # Alone on the machine: anything else that runs is in the figures.
-bench: install
+bench: install $(TRL)
 	$(BIN)/python -m benchmarks.learner_step
 	$(BIN)/python -m benchmarks.loss
 	$(BIN)/python -m benchmarks.scoring
+	$(BIN)/python -m benchmarks.peer
 
 lint: install
 	$(BIN)/ruff check .
@@ -32,5 +34,11 @@ $(INSTALLED): requirements/cpu.txt requirements/dev.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(INSTALLED)
 
+# The peer of benchmarks/peer.py.
+$(TRL): benchmarks/trl/requirements.txt
+	$(PYTHON) -m venv benchmarks/trl/.venv
+	benchmarks/trl/.venv/bin/python -m pip install --quiet --no-deps -r benchmarks/trl/requirements.txt
+	touch $(TRL)
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv benchmarks/trl/.venv runs
