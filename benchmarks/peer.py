@@ -59,7 +59,7 @@ def ours(folder: Path, model: Path, dtype: str) -> list[dict[str, float]]:
     (folder / "ours.yaml").write_text(yaml.safe_dump(config))
     run_dir = folder / f"ours-{dtype}"
     command = [sys.executable, "-m", "services.cli", "train", str(folder / "ours.yaml"), "--run-dir", str(run_dir)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=3600)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=3600)
     return [
         {"seconds": r["time_step_s"], "new_tokens": r["completion_tokens"] / r["samples"], "loss": r["loss"]}
         for r in read_jsonl(run_dir / "metrics.jsonl")

@@ -18,6 +18,7 @@ ENGINE_BASE_GIB = 1.3
 LEARNER_BASE_GIB = 0.9
 # Ray's own processes and the driver.
 RAY_BASE_GIB = 1.2
+WIDTH = {"bfloat16": 2, "float32": 4}  # bytes of a number
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Plan:
 def make_plan(config: RunConfig, parameters: int) -> Plan:
     """The plan for a model of so many parameters."""
     cuda = config.device == "cuda"
-    width = 2 if config.dtype == "bfloat16" else 4
+    width = WIDTH[config.dtype]
     weights = parameters * width / GIB
 
     def engines(role: str) -> tuple[Part, ...]:
@@ -84,7 +85,12 @@ def make_plan(config: RunConfig, parameters: int) -> Plan:
     whole = parameters * (width + 4 + 2 * width)
     memory = LEARNER_BASE_GIB + (sharded + whole) / GIB + one.micro_batch_tokens * parameters**0.5 * 60 / GIB / 10
     learners = tuple(Part(f"learner rank {i}", one.cpus, one.gpus if cuda else 0, memory) for i in range(one.ranks))
-    return Plan(engines("student"), () if config.teacher.weights == "live" else engines("teacher"), learners)
+    return Plan(engines("student"), engines("teacher") if "teacher" in roles(config) else (), learners)
+
+
+def roles(config: RunConfig) -> tuple[str, ...]:
+    """Whose engines are started: with a live teacher the students score too."""
+    return ("student",) if config.teacher.weights == "live" else ("student", "teacher")
 
 
 def count_parameters(model: Path) -> int:
@@ -114,7 +120,7 @@ def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings
             f"data.max_teacher_prompt_tokens and the longest answer add up to {max_model_len} tokens, but the model in "
             f"{model} has {limit} positions; lower data.max_teacher_prompt_tokens or max_new_tokens"
         )
-    cache = _cache_bytes_per_token(shape, 2 if config.dtype == "bfloat16" else 4) * max_model_len / GIB
+    cache = _cache_bytes_per_token(shape, WIDTH[config.dtype]) * max_model_len / GIB
     if config.device == "cpu" and cache > e.kv_cache_gib:
         raise UserError(
             f"actors.{role}.kv_cache_gib is {e.kv_cache_gib:g}, but one sequence of {max_model_len} tokens "

@@ -16,7 +16,7 @@ from services.errors import PreflightError
 from services.evaluation import LoadedSet
 from services.load_config import check_files
 from services.models import resolve_model
-from services.plan import Plan, available_memory_gib, count_parameters, engine_settings, make_plan
+from services.plan import Plan, available_memory_gib, count_parameters, engine_settings, make_plan, roles
 from services.prompts import PromptBuilder, PromptPair, build_prompts, load_tokenizer
 from services.schedule import Schedule, make_schedule
 from services.sinks import check_sinks
@@ -58,7 +58,7 @@ def prepare(config: RunConfig, path: Path) -> Prepared:
     demonstrations = load_demonstrations(config.data, base)
     questions = [(s, load_questions(s, base)) for s in config.evaluation.sets]
     model = resolve_model(config.model, base)
-    for role in ("student", "teacher"):
+    for role in roles(config):
         engine_settings(config, model, role)  # raises when the model or the cache is too short for the prompts
     tokenizer = load_tokenizer(model)
     builder = PromptBuilder(tokenizer, config.data.template, base, config.data.system)
@@ -113,7 +113,7 @@ def _fingerprint(config: RunConfig, model: Path, prompts: list[PromptPair]) -> s
     """
     elsewhere = {"model", "data", "run_dir", "ray", "monitoring", "checkpoint", "evaluation"}
     settings = config.model_dump(mode="json", exclude=elsewhere)
-    for role in ("student", "teacher"):
+    for role in roles(config):
         for key in ("start_timeout_s", "cpus", "gpus"):
             del settings["actors"][role][key]
     for key in ("start_timeout_s", "step_timeout_s", "cpus", "gpus"):

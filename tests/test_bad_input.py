@@ -270,6 +270,18 @@ def _touch(path: Path) -> Path:
     return path
 
 
+def test_a_cache_that_no_engine_will_have_is_not_refused(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The case "too little cache", but the teacher is live: it has no engines."""
+    monkeypatch.chdir(tmp_path)
+    work = Work(tmp_path, tiny_model)
+    work.set("teacher.weights", "live")
+    work.set("actors.teacher.kv_cache_gib", 1e-5)
+    work.save()
+    assert main(["check", "my.yaml"]) == 0
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input_gets_its_sentence_and_leaves_nothing(
     name: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
