@@ -8,6 +8,7 @@ Logits exist for one chunk of positions at a time: `divergence_loss` returns val
 [tokens, vocabulary] array.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from learner.config import LossConfig
 
-CHUNK_TOKENS = 256  # positions whose logits exist at once: [256, 49152] float32 is 50 MB
+CHUNK_LOGITS = 48 << 20  # logits that exist at once: 1024 positions of a vocabulary of 49152, 100 MB in bfloat16
+CACHED_ROWS = 16  # of a chunk are worked on in float32 at once, on a CPU: 3 MB at that vocabulary
+VOCABULARY_ROWS = 8192  # of the head's gradient are added up at once
 
 
 @dataclass(frozen=True)
@@ -62,21 +65,29 @@ def divergence(log_p: Tensor, log_q: Tensor, config: LossConfig) -> Tensor:
     raise ValueError(f"no divergence over a support is called {config.divergence!r}")
 
 
-def token_objective(logits: Tensor, targets: Targets, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Objective to differentiate and value to report, per row: logits [N, V] -> [N], [N].
+def support(targets: Targets, config: LossConfig) -> Tensor:
+    """The tokens whose log-probs the objective is a function of: [N, S] int64."""
+    return targets.sampled_ids[:, None] if config.divergence == "sampled" else targets.teacher_ids
+
+
+def support_objective(log_p: Tensor, targets: Targets, vocabulary: int, config: LossConfig) -> tuple[Tensor, Tensor]:
+    """Objective to differentiate and value to report, per row: student's log-probs of the support [N, S] -> [N], [N].
 
     They are the same but for `sampled`, whose value is the log-ratio log p(y) - log q(y) and whose objective is
     stop_gradient(log-ratio) * log p(y): the unbiased one-sample gradient of reverse KL (much noisier than a support).
     """
-    log_z = torch.logsumexp(logits, -1, keepdim=True)
     if config.divergence == "sampled":
-        own = (logits.gather(-1, targets.sampled_ids[:, None]) - log_z)[:, 0]
-        ratio = own.detach() - targets.teacher_sampled
-        return ratio * own, ratio
-    log_p = with_tail(logits.gather(-1, targets.teacher_ids) - log_z, logits.shape[-1])
-    log_q = with_tail(targets.teacher_logprobs.to(logits.dtype), logits.shape[-1]).detach()
-    value = divergence(log_p, log_q, config)
+        ratio = log_p.detach()[:, 0] - targets.teacher_sampled
+        return ratio * log_p[:, 0], ratio
+    log_q = with_tail(targets.teacher_logprobs.to(log_p.dtype), vocabulary).detach()
+    value = divergence(with_tail(log_p, vocabulary), log_q, config)
     return value, value.detach()
+
+
+def token_objective(logits: Tensor, targets: Targets, config: LossConfig) -> tuple[Tensor, Tensor]:
+    """The same from whole logits, [N, V] -> [N], [N]: the plain formula, for comparisons."""
+    log_p = logits.gather(-1, support(targets, config)) - torch.logsumexp(logits, -1, keepdim=True)
+    return support_objective(log_p, targets, logits.shape[-1], config)
 
 
 def sampled_logprobs(logits: Tensor, sampled_ids: Tensor) -> Tensor:
@@ -99,7 +110,11 @@ def importance_weights(trainer: Tensor, targets: Targets, config: LossConfig) ->
 
 
 class _Chunked(torch.autograd.Function):
-    """Loss of all rows with both gradients, chunk by chunk; backward only scales what forward has computed."""
+    """Loss of all rows with both gradients, chunk by chunk; backward only scales what forward has computed.
+
+    The objective depends on the logits z through the log-probs l = z[support] - logsumexp(z) alone. With
+    g = d objective / d l, a small [N, S] array, d objective / d z = scatter(g) - softmax(z) * sum(g).
+    """
 
     @staticmethod
     def forward(
@@ -110,39 +125,42 @@ class _Chunked(torch.autograd.Function):
         targets: Targets,
         config: LossConfig,
     ) -> tuple[Tensor, ...]:
-        chunks = _chunks(targets.sequence, config.importance.level)
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        rows_at_once = max(1, CHUNK_LOGITS // len(head))
+        chunks = _chunks(targets.sequence, config.importance.level, rows_at_once)
+        longest = max((rows.stop - rows.start for rows, _ in chunks), default=0)
+        buffer = hidden.new_empty(longest, len(head))  # logits of a chunk, then their gradient: fresh pages cost time
         trainer = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
         for rows, known in chunks:
             if not known:
-                trainer[rows] = sampled_logprobs(_logits(hidden[rows], head, bias), targets.sampled_ids[rows])
+                logits = _logits(hidden[rows], head, bias, buffer)
+                own = logits.gather(-1, targets.sampled_ids[rows, None]).to(wide)
+                trainer[rows] = (own - _log_normalizer(logits))[:, 0]
         scale = importance_weights(trainer, targets, config) * targets.share
         grad_hidden = torch.empty_like(hidden)
-        grad_head: Tensor | None = None  # float32 while chunks add up; of a single chunk as it comes
-        grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=head.device)
-        values = torch.empty(len(hidden), dtype=trainer.dtype, device=hidden.device)
+        grad_head = torch.zeros(head.shape, dtype=wide if len(chunks) > 1 else head.dtype, device=head.device)
+        grad_bias = torch.zeros(0 if bias is None else len(bias), dtype=wide, device=head.device)
+        values = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         for rows, known in chunks:
             here = _rows(targets, rows)
-            logits = _logits(hidden[rows], head, bias)
+            logits = _logits(hidden[rows], head, bias, buffer)
+            log_z = _log_normalizer(logits)
             if known:
-                trainer[rows] = sampled_logprobs(logits, here.sampled_ids)
+                own = logits.gather(-1, here.sampled_ids[:, None]).to(wide)
+                trainer[rows] = (own - log_z)[:, 0]
                 scale[rows] = importance_weights(trainer[rows], here, config) * here.share
+            ids = support(here, config)
             with torch.enable_grad():
-                logits.requires_grad_()
-                objective, value = token_objective(logits, here, config)
-                (grad,) = torch.autograd.grad((objective * scale[rows]).sum(), logits)
-            values[rows] = value
-            grad = grad.to(head.dtype)
-            grad_hidden[rows] = grad @ head
-            part = grad.T @ hidden[rows]
-            if grad_head is None:
-                grad_head = part if len(chunks) == 1 else part.float()
-            else:
-                grad_head += part
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-        grad_head = torch.zeros_like(head) if grad_head is None else grad_head.to(head.dtype)
-        ctx.save_for_backward(grad_hidden, grad_head, grad_bias)
+                log_p = (logits.gather(-1, ids).to(wide) - log_z).requires_grad_()
+                objective, values[rows] = support_objective(log_p, here, len(head), config)
+                (grad_log_p,) = torch.autograd.grad((objective * scale[rows]).sum(), log_p)
+            _to_gradient(logits, log_z, ids, grad_log_p)
+            torch.mm(logits, head, out=grad_hidden[rows])
+            _add_product(grad_head, logits, hidden[rows])
+            if bias is not None:
+                grad_bias += logits.sum(0)
+        logits = buffer = hidden.new_empty(0)  # before the head's gradient is there a second time
+        ctx.grads = grad_hidden, grad_head.to(head.dtype), None if bias is None else grad_bias.to(bias.dtype)
         difference = trainer - targets.sampler_logprobs
         k3 = torch.expm1(difference) - difference
         tail = 1 - targets.teacher_logprobs.exp().sum(-1)
@@ -150,8 +168,10 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head, grad_bias = ctx.saved_tensors
-        return grad_hidden * grad, grad_head * grad, None if grad_bias is None else grad_bias * grad, None, None
+        if ctx.grads is None:
+            raise RuntimeError("divergence_loss can be differentiated once: its gradients are scaled in place")
+        grads, ctx.grads = ctx.grads, None
+        return *(None if g is None else g.mul_(grad) for g in grads), None, None
 
 
 def divergence_loss(
@@ -167,28 +187,58 @@ def divergence_loss(
     return _Chunked.apply(hidden, head, bias, targets, config)
 
 
-def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
-    logits = torch.nn.functional.linear(hidden.detach(), head.detach(), None if bias is None else bias.detach())
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+    """Logits [n, V] in the model's dtype, in the first rows of `buffer`."""
+    out = buffer[: len(hidden)]
+    return torch.mm(hidden, head.T, out=out) if bias is None else torch.addmm(bias, hidden, head.T, out=out)
 
 
-def _chunks(sequence: Tensor, level: str) -> list[tuple[slice, bool]]:
-    """Rows to do at once, and whether their importance weights can be known from their own logits.
+def _blocks(logits: Tensor) -> Sequence[Tensor]:
+    """Views of a few rows each: on a CPU what is done to them in float32 then stays in its cache."""
+    return logits.split(CACHED_ROWS) if logits.device.type == "cpu" else [logits]
+
+
+def _log_normalizer(logits: Tensor) -> Tensor:
+    """logsumexp of every row, [n, V] -> [n, 1], in float32 or wider."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    result = logits.new_empty(len(logits), 1, dtype=wide)  # at once: small blocks among large ones fragment the heap
+    for block, its_result in zip(_blocks(logits), _blocks(result), strict=True):
+        torch.logsumexp(block.to(wide), -1, keepdim=True, out=its_result)
+    return result
+
+
+def _to_gradient(logits: Tensor, log_z: Tensor, ids: Tensor, grad_log_p: Tensor) -> None:
+    """Put scatter(grad_log_p) - softmax * sum(grad_log_p) in the place of the logits, [n, V]."""
+    total = -grad_log_p.sum(-1, keepdim=True)
+    blocks = (_blocks(x) for x in (logits, log_z, ids, grad_log_p, total))
+    for block, its_log_z, its_ids, its_grad, its_total in zip(*blocks, strict=True):
+        grad = block.to(log_z.dtype, copy=True).sub_(its_log_z).exp_().mul_(its_total)
+        block.copy_(grad.scatter_add_(-1, its_ids, its_grad))
+
+
+def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """total [V, H] += grad.T @ hidden, some rows at a time: the product itself is never whole in memory."""
+    for part, columns in zip(total.split(VOCABULARY_ROWS), grad.split(VOCABULARY_ROWS, dim=1), strict=True):
+        part += columns.T @ hidden
+
+
+def _chunks(sequence: Tensor, level: str, most: int) -> list[tuple[slice, bool]]:
+    """Rows to do at once, at most `most`, and whether their importance weights can be known from their own logits.
 
     A sequence's weight needs all of its tokens, so chunks end where sequences end; only one longer than a chunk is cut,
     and its logits are computed twice.
     """
     if level != "sequence":
-        return [(slice(i, i + CHUNK_TOKENS), True) for i in range(0, len(sequence), CHUNK_TOKENS)]
+        return [(slice(i, min(i + most, len(sequence))), True) for i in range(0, len(sequence), most)]
     chunks: list[tuple[slice, bool]] = []
     start = end = 0
     for count in torch.unique_consecutive(sequence, return_counts=True)[1].tolist():
-        if start < end and end - start + count > CHUNK_TOKENS:
+        if start < end and end - start + count > most:
             chunks.append((slice(start, end), True))
             start = end
         end += count
-        if count > CHUNK_TOKENS:
-            chunks += [(slice(i, min(i + CHUNK_TOKENS, end)), False) for i in range(start, end, CHUNK_TOKENS)]
+        if count > most:
+            chunks += [(slice(i, min(i + most, end)), False) for i in range(start, end, most)]
             start = end
     if start < end:
         chunks.append((slice(start, end), True))

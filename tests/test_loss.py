@@ -105,7 +105,9 @@ def test_log1mexp_is_accurate_at_both_ends() -> None:
 def test_chunked_loss_equals_the_formula_on_whole_logits_in_value_and_both_gradients(
     name: str, level: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("learner.loss.CHUNK_TOKENS", chunk)
+    monkeypatch.setattr("learner.loss.CHUNK_LOGITS", chunk * V)
+    monkeypatch.setattr("learner.loss.CACHED_ROWS", 2)
+    monkeypatch.setattr("learner.loss.VOCABULARY_ROWS", 16)
     g = torch.Generator().manual_seed(5)
     hidden = torch.randn(N, H, generator=g, dtype=torch.float64)
     head = torch.randn(V, H, generator=g, dtype=torch.float64)
