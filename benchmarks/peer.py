@@ -25,7 +25,7 @@ from services.models import resolve_model
 
 HERE = Path(__file__).parent
 TRL = HERE / "trl" / ".venv" / "bin" / "python"
-BATCH, STEPS, NEW_TOKENS, K, SKIP = 32, 3, 128, 64, 3
+BATCH, STEPS, NEW_TOKENS, K, SKIP = 32, 5, 128, 64, 3
 PLACES = ["Zorvania", "Quelthar", "Mirrowen", "Ostrava", "Pellucid", "Drennor", "Valtis", "Hestia", "Corvane", "Ylthar"]
 
 

@@ -3,6 +3,7 @@
 The loss is computed inside the module because ZeRO-3 gathers a parameter only for the modules that own or register it.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from learner.packing import MicroBatch
 
 PACKED = "sdft_packed"
 SHORT = 256  # tokens; on sequences like these a CPU's fused kernel takes 1.4 times as long, forward and backward
-MOST_PADDING = 1.5  # times the tokens: one long sequence among many short ones would fill the memory with scores
+CACHED_SCORES = 1 << 20  # attention scores worked on at once: 4 MB in float32
 # Settings of a head that is more than a linear layer: the chunked loss would silently leave them out.
 UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -42,9 +43,8 @@ def packed_attention(
     if sliding_window is not None and max(lengths) > sliding_window:
         raise ValueError(f"a sequence of {max(lengths)} tokens is longer than the model's window of {sliding_window}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    longest, padded = max(lengths), len(lengths) * max(lengths)
-    if query.device.type == "cpu" and longest <= SHORT and padded <= MOST_PADDING * sum(lengths):
-        return _short_attention(query, key, value, lengths, scale), None
+    if query.device.type == "cpu" and max(lengths) <= SHORT:
+        return _ShortAttention.apply(query, key, value, lengths, scale).transpose(1, 2), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -55,24 +55,89 @@ def packed_attention(
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
-def _short_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
-    """The same as two matrix products over all sequences, each padded to the longest: [1, T, heads, D].
+class _ShortAttention(torch.autograd.Function):
+    """The same for a CPU: matrix products over several sequences at once, each padded to the longest of them.
 
-    The padding comes after every real position, so the causal mask hides it.
+    The padding comes after every real position, so the causal mask hides it. Only query, key, value and output are kept
+    for the gradient; weights are computed again, some sequences at a time so that they stay in the cache.
     """
-    n, longest, heads, kv = len(lengths), max(lengths), query.shape[1], key.shape[1]
 
-    def padded(x: Tensor) -> Tensor:  # [n, heads, longest, D]
-        return pad_sequence(x[0].transpose(0, 1).split(lengths), batch_first=True).transpose(1, 2)
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: tuple[int, ...],
+        scale: float,
+    ) -> Tensor:
+        out = torch.empty_like(query)
+        for group in _Group.all(query, key, lengths):
+            q, k, v = (group.padded(x) for x in (query, key, value))
+            group.write(out, torch.bmm(group.weights(q, k, scale).to(v.dtype), v))
+        ctx.save_for_backward(query, key, value, out)
+        ctx.lengths, ctx.scale = lengths, scale
+        return out
 
-    q = (padded(query) * scale).reshape(n * kv, heads // kv * longest, -1)
-    k, v = (padded(x).reshape(n * kv, longest, -1) for x in (key, value))
-    future = torch.ones(longest, longest, dtype=torch.bool, device=query.device).triu(1)
-    scores = torch.bmm(q, k.transpose(1, 2)).view(n * kv, heads // kv, longest, longest)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    weights = scores.masked_fill(future, -torch.inf).softmax(-1, dtype=wide).to(query.dtype)
-    out = torch.bmm(weights.view(n * kv, -1, longest), v).view(n, heads, longest, -1).transpose(1, 2)
-    return torch.cat([sequence[:length] for sequence, length in zip(out, lengths, strict=True)])[None]
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in (query, key, value)]
+        for group in _Group.all(query, key, ctx.lengths):
+            q, k, v, o, g = (group.padded(x) for x in (query, key, value, out, grad))
+            weights = group.weights(q, k, ctx.scale)
+            group.write(grads[2], torch.bmm(weights.to(g.dtype).transpose(1, 2), g))
+            # Softmax backward; the row sum of weights * d weights is that of out * d out (Dao et al. 2022).
+            centre = (g.to(weights.dtype) * o).sum(-1, keepdim=True)
+            scores = torch.bmm(g, v.transpose(1, 2)).to(weights.dtype).sub_(centre).mul_(weights).mul_(ctx.scale)
+            scores = scores.to(q.dtype)
+            group.write(grads[0], torch.bmm(scores, k))
+            group.write(grads[1], torch.bmm(scores.transpose(1, 2), q))
+        return *grads, None, None
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Neighbouring sequences of a pack, attended to at once."""
+
+    start: int  # first token
+    lengths: tuple[int, ...]
+    kv_heads: int
+
+    @classmethod
+    def all(cls, query: Tensor, key: Tensor, lengths: tuple[int, ...]) -> "list[_Group]":
+        """Groups whose scores fit into a cache."""
+        groups, start, members = [], 0, list[int]()
+        for length in lengths:
+            longest = max([length, *members])
+            if members and query.shape[1] * (len(members) + 1) * longest**2 > CACHED_SCORES:
+                groups.append(cls(start, tuple(members), key.shape[1]))
+                start, members = start + sum(members), []
+            members.append(length)
+        return [*groups, cls(start, tuple(members), key.shape[1])]
+
+    def padded(self, x: Tensor) -> Tensor:
+        """[1, heads, T, D] -> [n * kv heads, heads / kv heads * longest, D]."""
+        part = x[0, :, self.start : self.start + sum(self.lengths)].transpose(0, 1)
+        rows = pad_sequence(part.split(self.lengths), batch_first=True)  # [n, longest, heads, D]
+        return rows.transpose(1, 2).reshape(len(rows) * self.kv_heads, -1, x.shape[-1])
+
+    def weights(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """Attention weights, float32 or wider: [n * kv heads, heads / kv heads * longest, longest]."""
+        longest = max(self.lengths)
+        future = torch.ones(longest, longest, dtype=torch.bool, device=q.device).triu(1)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = torch.bmm(q, k.transpose(1, 2)).to(wide).mul_(scale)
+        shaped = scores.view(len(scores), -1, longest, longest)
+        return torch.softmax(shaped.masked_fill_(future, -torch.inf), -1).view_as(scores)
+
+    def write(self, out: Tensor, x: Tensor) -> None:
+        """Put [n * kv heads, heads / kv heads * longest, D] into its place in [1, heads, T, D]."""
+        rows = x.view(len(self.lengths), out.shape[1], max(self.lengths), out.shape[-1])
+        offset = self.start
+        for sequence, length in zip(rows, self.lengths, strict=True):
+            out[0, :, offset : offset + length] = sequence[:, :length]
+            offset += length
 
 
 AttentionInterface.register(PACKED, packed_attention)
