@@ -14,6 +14,7 @@ import torch
 
 from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
 from benchmarks.measure import matrix_rate, report, seconds_in_turn
+from benchmarks.operations import Operations
 from learner.config import LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
 from learner.loss import divergence_loss
 from learner.model import SelfDistillation, hidden_states, load_student
@@ -38,17 +39,6 @@ def samples() -> list[ScoredRollout]:
         rollout = Rollout(prompt, completion, np.full(COMPLETION, -10, np.float32), ((0, 0, COMPLETION),), "length")
         made.append(ScoredRollout(SampleId(0, 0, i, 0), rollout, TeacherScores(ids, logprobs, logprobs[:, 0], 0)))
     return made
-
-
-def bound_operations(model: SelfDistillation) -> float:
-    """Floating-point operations that a step cannot do without."""
-    config = model.model.config
-    head = model.head.weight.numel()
-    tied = model.head.weight is model.model.get_input_embeddings().weight
-    body = sum(p.numel() for p in model.parameters()) - head * (1 if tied else 2)
-    tokens, length = SEQUENCES * (PROMPT + COMPLETION), PROMPT + COMPLETION
-    attention = 6 * config.num_hidden_layers * config.hidden_size * length * length * SEQUENCES
-    return 6 * body * tokens + 6 * head * SEQUENCES * COMPLETION + attention
 
 
 def main() -> None:
@@ -86,7 +76,8 @@ def main() -> None:
         {"step": lambda: learner.train_step(rollouts), "body": body, "loss": loss, "adamw": adam.step}, rounds=5
     )
     rate = matrix_rate(torch.bfloat16)
-    bound = bound_operations(model) / rate
+    tokens, length = SEQUENCES * (PROMPT + COMPLETION), PROMPT + COMPLETION
+    bound = Operations.of(path).train(tokens, length, SEQUENCES * COMPLETION) / rate
     step = seconds["step"]
     rest = step - seconds["body"] - seconds["loss"] - seconds["adamw"]
     parts = {"bound": bound, "whole step": step} | {

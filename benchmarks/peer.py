@@ -4,11 +4,13 @@
 
 SmolLM2-135M, 32 prompts a step, at most 128 new tokens, EMA teacher, top 64 and tail, forward KL, first three tokens
 left out. TRL has no vLLM on a CPU and samples with transformers. Each is given every core. Medians of the steps after
-the first.
+the first. The bound counts the floating-point operations of sampling, scoring and learning on the tokens of our steps,
+at the rate of a large matrix product in the same dtype.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -17,11 +19,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from benchmarks.measure import report
+from benchmarks.measure import matrix_rate, report
+from benchmarks.operations import Operations
+from services.load_config import load_config
 from services.metrics import read_jsonl
 from services.models import resolve_model
+from services.prepare import prepare
 
 HERE = Path(__file__).parent
 TRL = HERE / "trl" / ".venv" / "bin" / "python"
@@ -60,29 +66,48 @@ def ours(folder: Path, model: Path, dtype: str) -> list[dict[str, float]]:
     run_dir = folder / f"ours-{dtype}"
     command = [sys.executable, "-m", "services.cli", "train", str(folder / "ours.yaml"), "--run-dir", str(run_dir)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=3600)
-    return [
-        {"seconds": r["time_step_s"], "new_tokens": r["completion_tokens"] / r["samples"], "loss": r["loss"]}
-        for r in read_jsonl(run_dir / "metrics.jsonl")
-    ]
+    prepared = prepare(load_config(folder / "ours.yaml"), folder / "ours.yaml")
+    rate = matrix_rate(getattr(torch, dtype))
+    steps = []
+    for r in read_jsonl(run_dir / "metrics.jsonl"):
+        members = [prepared.prompts[s.index] for s in prepared.schedule.batch(r["step"])]
+        scored = sum(len(p.teacher_ids) for p in members) + r["completion_tokens"]
+        work = operations(model, r["prompt_tokens"] + r["completion_tokens"], scored, r["completion_tokens"])
+        new_tokens = r["completion_tokens"] / r["samples"]
+        steps.append({"seconds": r["time_step_s"], "new_tokens": new_tokens, "loss": r["loss"], "bound": work / rate})
+    return steps
+
+
+def operations(model: Path, trained: int, scored: int, completed: int) -> float:
+    """Of a step: sampling and learning on `trained` tokens, the teacher on `scored`, heads on `completed`."""
+    o = Operations.of(model)
+    sampling = o.forward(trained, trained / BATCH, completed)
+    scoring = o.forward(scored, scored / BATCH, completed)
+    return sampling + scoring + o.train(trained, trained / BATCH, completed)
 
 
 def trl(folder: Path, model: Path, dtype: str) -> list[dict[str, float]]:
     """Steps of TRL's trainer."""
-    arguments = {
-        "model": model,
-        "rows": folder / "rows.jsonl",
-        "dtype": dtype,
-        "batch": BATCH,
-        "steps": STEPS,
-        "max-new-tokens": NEW_TOKENS,
-        "top-k": K,
-        "skip": SKIP,
-        "threads": len(os.sched_getaffinity(0)),
-    }
-    words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-    command = [str(TRL), str(HERE / "trl" / "step.py"), *words]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=3600).stdout
+    output = in_trl("step", model, folder, dtype=dtype, batch=BATCH, steps=STEPS)
     return [json.loads(line) for line in output.splitlines() if line.startswith('{"seconds"')]
+
+
+def in_trl(module: str, model: Path, folder: Path, **arguments: object) -> str:
+    """Output of a module of benchmarks/trl, run in the virtual environment of TRL."""
+    cores = len(os.sched_getaffinity(0))
+    shape = {"max-new-tokens": NEW_TOKENS, "top-k": K, "skip": SKIP, "threads": cores}
+    given = {"model": model, "rows": folder / "rows.jsonl"} | shape | arguments
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    command = [str(TRL), "-m", f"benchmarks.trl.{module}", *words]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=3600, cwd=HERE.parent).stdout
+
+
+def same_loss(folder: Path, model: Path) -> None:
+    """The first step's loss, TRL's and ours, on the same rollouts."""
+    output = in_trl("same_loss", model, folder, batch=8)
+    pairs = json.loads(next(line for line in output.splitlines() if line.startswith('{"whole')))
+    rows = [{"support": n, "TRL": t, "ours": o, "difference": abs(t - o) / o} for n, (t, o) in pairs.items()]
+    report("peer_loss", "Loss of a first step on the same 8 rollouts, forward KL, float32", rows)
 
 
 def main() -> None:
@@ -94,6 +119,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+        same_loss(folder, model)
         for dtype in dtypes:
             for run in (ours, trl):
                 steps = run(folder, model, dtype)
@@ -107,6 +133,9 @@ def main() -> None:
                         "samples/s": BATCH / seconds,
                         "new tokens": statistics.mean(step["new_tokens"] for step in warm),
                         "first loss": steps[0]["loss"],
+                        "x bound": seconds / statistics.median(step["bound"] for step in warm)
+                        if "bound" in warm[0]
+                        else math.nan,
                     }
                 )
     best = max(row["samples/s"] for row in table if row["trainer"] == "trl")

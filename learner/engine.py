@@ -9,15 +9,22 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 
 from actors.types import ScoredRollout
 from learner.model import SelfDistillation, load_student
-from learner.optimizer import TEACHER, AdamWWithTeacher, learning_rate, teacher_alpha
+from learner.optimizer import MASTER, TEACHER, AdamWWithTeacher, learning_rate, teacher_alpha
 from learner.packing import assign, group, length, pack
+from learner.saving import TensorFile
+from learner.state import Piece, StateFiles, state_files
 from learner.types import LearnerSettings, StepResult
-
-TAG = "deepspeed"  # sub-folder of a checkpoint
 
 
 class LearnerEngine:
@@ -39,7 +46,7 @@ class LearnerEngine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._deepspeed_config()
         )
-        optimizer.rewind_steps()
+        optimizer.set_steps(0)  # stage 3 takes one while it sets itself up, on zero gradients
         self._adam = optimizer
         self.ranks = torch.distributed.get_world_size()
         if settings.config.zero_stage == 3:
@@ -97,29 +104,101 @@ class LearnerEngine:
         dtype: None is the engines' dtype, rounded from the float32 masters.
         """
         for name, param in self._engine.module.named_parameters():
-            yield name.removeprefix("model."), self._full(param, role).to(dtype or self.dtype)
+            yield name.removeprefix("model."), self._whole(param, role, dtype or self.dtype).to(dtype or self.dtype)
 
-    def _full(self, param: torch.nn.Parameter, role: str) -> torch.Tensor:
-        teacher = role == "teacher" and self.step > 0 and self._adam.alpha is not None
-        if self.settings.config.zero_stage == 0:
-            return self._adam.state[param][TEACHER] if teacher else param.detach()
-        if teacher:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of what `weights` yields."""
+        named = self._engine.module.named_parameters()
+        return {name.removeprefix("model."): tuple(getattr(p, "ds_shape", p.shape)) for name, p in named}
+
+    def _whole(self, param: torch.nn.Parameter, role: str, dtype: torch.dtype) -> torch.Tensor:
+        """In float32, or in the engines' dtype where it lies ready: the model's weights are the masters rounded."""
+        stage = self.settings.config.zero_stage
+        if role == "teacher" and self.step > 0 and self._adam.alpha is not None:
+            if stage == 0:
+                return self._adam.state[param][TEACHER]
+            if stage < 3 and self.ranks == 1:
+                return param._hp_mapping.get_hp_fragment(TEACHER).view(param.shape)
             return safe_get_full_optimizer_state(param, TEACHER)
-        return safe_get_full_fp32_param(param)
+        if dtype != self.dtype:
+            return safe_get_full_fp32_param(param)
+        if stage < 3:
+            return param.detach()
+        with deepspeed.zero.GatheredParameters([param]):
+            return param.detach().clone()
 
-    def save(self, folder: Path) -> None:
-        """Everything a continued run needs: masters, moments, EMA, RNG, step. Collective; `folder` exists."""
-        state = {"step": self.step, "rng": torch.get_rng_state()}
-        self._engine.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
+    def state(self, folder: Path) -> list[TensorFile]:
+        """This rank's files of all that a continued run needs: masters, moments, EMA, RNG, step. No communication.
 
+        They hold the live tensors, so they are to be written before the next step, or copied.
+        """
+        return state_files(folder, self.settings.rank, self.step, self._pieces())
+
+    @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Continue from `save`. Collective. Raises ValueError if it was saved by another number of ranks."""
-        path, state = self._engine.load_checkpoint(str(folder), tag=TAG)
-        if path is None:
-            raise ValueError(f"{folder}: DeepSpeed found no checkpoint for {self.ranks} learner ranks in it")
-        # DeepSpeed links parameters to their optimizer state at the first step, but the teacher is published before it.
+        """Continue from what any number of ranks of any ZeRO stage saved. Raises ValueError if it is not whole."""
+        files = StateFiles(folder)
+        masters = [p for param_group in self._adam.param_groups for p in param_group["params"]]
+        if self.settings.config.zero_stage == 3:  # puts them into the optimizer for the time of a step only
+            masters = self._optimizer.fp32_partitioned_groups_flat
+        for p in masters:
+            self._adam.begin(p)
+        # DeepSpeed links parameters to their optimizer state at the first step.
         link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
-        self.step = state["step"]
-        torch.set_rng_state(state["rng"])
+        for name, param in self._engine.module.named_parameters():
+            for key in self._adam.keys:
+                self._put(param, key, files.whole(f"{key}/{name}", _numel(param)))
+        self.step = files.step
+        self._adam.set_steps(self.step)
+        torch.set_rng_state(files.rng(self.settings.rank))
+
+    def _pieces(self) -> Iterator[Piece]:
+        for name, param in self._engine.module.named_parameters():
+            for key in self._adam.keys:
+                found = self._piece(param, key)
+                if found is not None:
+                    yield Piece(f"{key}/{name}", *found)
+
+    def _piece(self, param: torch.nn.Parameter, key: str) -> tuple[int, torch.Tensor] | None:
+        """Where this rank's part of a parameter's state begins, and the part; None if it has none."""
+        stage, state = self.settings.config.zero_stage, None if key == MASTER else key
+        if stage == 0:  # the same on every rank
+            whole = param.detach() if state is None else self._adam.state[param][state]
+            return (0, whole.view(-1)) if self.settings.rank == 0 else None
+        if stage == 3:
+            part = safe_get_local_fp32_param(param) if state is None else safe_get_local_optimizer_state(param, state)
+            start = part.numel() * self.settings.rank
+            size = min(part.numel(), param.ds_numel - start)  # the last parts are padded
+            return (start, part.view(-1)[:size]) if size > 0 else None
+        mapping = param._hp_mapping
+        if mapping is None:
+            return None
+        return mapping.lp_fragment_address.start, mapping.get_hp_fragment(state).detach()
+
+    def _put(self, param: torch.nn.Parameter, key: str, whole: torch.Tensor) -> None:
+        """Take this rank's part of a parameter's state from the whole of it, flat; from the master also the weights."""
+        place = self._piece(param, key)
+        if place is not None:
+            start, part = place
+            part.copy_(whole[start : start + part.numel()])
+            if self.settings.config.zero_stage == 3:
+                self._put_partition(param, key, part)
+        if key == MASTER:
+            with deepspeed.zero.GatheredParameters([param], modifier_rank=0):  # does nothing below stage 3
+                param.data.copy_(whole.view(param.shape))
+
+    def _put_partition(self, param: torch.nn.Parameter, key: str, part: torch.Tensor) -> None:
+        """ZeRO-3 may have given out a copy of its partition."""
+        padded = torch.zeros(param.ds_tensor.numel(), dtype=part.dtype, device=part.device)
+        padded[: part.numel()] = part
+        if key == MASTER:
+            safe_set_local_fp32_param(param, padded)
+        else:
+            safe_set_local_optimizer_state(param, padded, key)
+
+
+def _numel(param: torch.nn.Parameter) -> int:
+    """Of the whole parameter, which under ZeRO-3 is not there."""
+    return getattr(param, "ds_numel", param.numel())

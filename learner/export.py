@@ -5,15 +5,19 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+
+from learner.saving import TensorFile
 
 # What a model folder has beside its weights. Weights of the base model must not come along.
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 WEIGHT_INDEX = "model.safetensors.index.json"
 
 
-def write_student(base: Path, weights: dict[str, torch.Tensor], out: Path) -> None:
-    """Write `weights` (Hugging Face names) into `out`, which must not exist, with everything else from `base`."""
+def student_file(base: Path, weights: dict[str, torch.Tensor], out: Path) -> TensorFile:
+    """Make the folder `out`, which must not exist, with everything from `base` but the weights.
+
+    Returned is the file of the weights (Hugging Face names), to be written.
+    """
     out.mkdir(parents=True)
     for pattern in COMPANIONS:
         for path in base.glob(pattern):
@@ -24,4 +28,4 @@ def write_student(base: Path, weights: dict[str, torch.Tensor], out: Path) -> No
     config.pop("torch_dtype", None)
     config["dtype"] = dtype
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file({k: v.contiguous() for k, v in weights.items()}, out / "model.safetensors", metadata={"format": "pt"})
+    return TensorFile(out / "model.safetensors", weights, {"format": "pt"})

@@ -11,7 +11,7 @@ from ray.actor import ActorHandle
 from actors.types import IntArray, Snapshot
 from learner.types import LearnerSettings, StepResult
 from learner.waiting import all_within, within
-from learner.worker import LearnerWorker
+from learner.worker import SAVING, LearnerWorker
 
 
 class LearnerGroup:
@@ -27,7 +27,7 @@ class LearnerGroup:
         cls, settings: LearnerSettings, probe_ids: IntArray, options: Sequence[dict[str, Any]]
     ) -> "LearnerGroup":
         """Start one rank per entry of `options` (Ray actor options) and let them meet. Takes 10 to 20 s."""
-        actor = ray.remote(LearnerWorker)
+        actor = ray.remote(concurrency_groups={SAVING: 1})(LearnerWorker)
         group = cls([actor.options(**o).remote() for o in options], settings)
         timeout = settings.config.start_timeout_s
         address, port = await within(
@@ -58,8 +58,12 @@ class LearnerGroup:
         await within(self.workers[0].release.remote(role), 60, f"the learner to release {role} weights")
 
     async def save(self, folder: Path) -> None:
-        """Write the training state and the student into an existing folder."""
-        await self._all("save", f"the learner to save into {folder}", str(folder))
+        """Begin to write the training state and the student into an existing folder; steps may go on meanwhile."""
+        await self._all("save", f"the learner to begin saving into {folder}", str(folder))
+
+    async def written(self) -> None:
+        """What `save` began is written, though not flushed to the disk."""
+        await self._all("written", "the learner to write its checkpoint")
 
     async def load(self, folder: Path) -> int:
         """Continue from a saved folder; returns its step."""

@@ -13,6 +13,7 @@ import torch
 
 from learner.config import OptimizerConfig, TeacherConfig
 
+MASTER = "master"  # the parameter itself among the tensors of the training state
 TEACHER = "teacher"  # key of the EMA in a parameter's optimizer state
 
 
@@ -32,29 +33,31 @@ class AdamWWithTeacher(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if self.alpha is not None:
-            for p in params:
-                if TEACHER not in self.state[p]:
-                    self._begin(p)
+        for p in params:
+            self.begin(p)
         result = super().step(closure)
         if self.alpha:
             for p in params:
                 self.state[p][TEACHER].lerp_(p, self.alpha)
         return result
 
-    def _begin(self, p: torch.Tensor) -> None:
-        """State of a parameter before its first step. AdamW takes any state for its own, so it is given all of it."""
-        self.state[p].update(
-            step=torch.tensor(0.0),
-            exp_avg=torch.zeros_like(p),
-            exp_avg_sq=torch.zeros_like(p),
-            **{TEACHER: p.detach().clone()},
-        )
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What the training state holds of every parameter."""
+        return (MASTER, "exp_avg", "exp_avg_sq", *(() if self.alpha is None else (TEACHER,)))
 
-    def rewind_steps(self) -> None:
-        """Forget steps taken while DeepSpeed set itself up (stage 3 takes one, on zero gradients)."""
+    def begin(self, p: torch.Tensor) -> None:
+        """Give a parameter its state, unless it has one: AdamW's, which takes any state for its own, and the EMA."""
+        if not self.state[p]:
+            p0 = p.detach()
+            self.state[p].update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p0), exp_avg_sq=torch.zeros_like(p0))
+        if self.alpha is not None and TEACHER not in self.state[p]:
+            self.state[p][TEACHER] = p.detach().clone()
+
+    def set_steps(self, steps: int) -> None:
+        """How many steps AdamW's bias correction counts."""
         for state in self.state.values():
-            state["step"].zero_()
+            state["step"].fill_(float(steps))
 
 
 def teacher_alpha(teacher: TeacherConfig) -> float | None:

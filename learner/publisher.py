@@ -4,9 +4,10 @@ The memory is anonymous (memfd) and reached through the publishing process, so i
 is left behind, whoever dies. One buffer a role, used again for the next version once the engines have let go of it.
 """
 
+import math
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 import xxhash
 from torch.func import functional_call
 
-from actors.types import IntArray, Snapshot, TensorEntry
+from actors.types import FloatArray, IntArray, Snapshot, TensorEntry
 from learner.model import Probe
 
 
@@ -23,14 +24,16 @@ from learner.model import Probe
 class _Buffer:
     fd: int
     memory: mmap.mmap
-    nbytes: int
     in_use: bool = False
 
 
 class Publisher:
     """Packs snapshots, on the learner's first rank."""
 
-    def __init__(self, model: Path, dtype: torch.dtype, probe_ids: IntArray) -> None:
+    def __init__(
+        self, model: Path, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]], probe_ids: IntArray
+    ) -> None:
+        self._nbytes = dtype.itemsize * sum(math.prod(shape) for shape in shapes.values())
         self._probe = Probe(model, dtype)
         self._probe_ids = probe_ids
         self._buffers: dict[str, _Buffer] = {}
@@ -41,41 +44,50 @@ class Publisher:
         if buffer is not None and buffer.in_use:
             raise RuntimeError(f"{role} weights v{version}: the snapshot before it was not released")
         if buffer is None:
-            # The first pass learns the size; parameters never change theirs.
-            weights = list(weights)
-            buffer = self._buffers[role] = _allocate(role, sum(t.nbytes for _, t in weights))
-        payload = torch.frombuffer(buffer.memory, dtype=torch.uint8)
-        view = memoryview(buffer.memory)
-        entries, parameters, offset = [], {}, 0
-        for name, tensor in weights:
-            here = slice(offset, offset + tensor.nbytes)
-            payload[here].copy_(tensor.contiguous().view(-1).view(torch.uint8))
-            digest = xxhash.xxh3_128_hexdigest(view[here])
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            entries.append(TensorEntry(name, dtype, tuple(tensor.shape), offset, tensor.nbytes, digest))
-            parameters[f"model.{name}"] = payload[here].view(tensor.dtype).view(tensor.shape)
-            offset += tensor.nbytes
+            buffer = self._buffers[role] = _allocate(role, self._nbytes)
+        entries = pack(weights, buffer.memory)
         buffer.in_use = True
-        ids = torch.from_numpy(self._probe_ids.astype(np.int64))
-        with torch.no_grad():
-            # On these very bytes: what the engines must reproduce is what was sent, for student and teacher alike.
-            logprobs = functional_call(self._probe, parameters, (ids,))
         return Snapshot(
             role=role,
             version=version,
             path=f"/proc/{os.getpid()}/fd/{buffer.fd}",
-            nbytes=buffer.nbytes,
-            tensors=tuple(entries),
+            nbytes=self._nbytes,
+            tensors=entries,
             probe_ids=self._probe_ids,
-            probe_logprobs=logprobs.numpy(),
+            probe_logprobs=self._probe_logprobs(entries, buffer.memory),
         )
+
+    def _probe_logprobs(self, entries: Sequence[TensorEntry], memory: mmap.mmap) -> FloatArray:
+        """By these very bytes: what the engines must reproduce is what was sent, for student and teacher alike."""
+        payload = torch.frombuffer(memory, dtype=torch.uint8)
+        parameters = {
+            f"model.{e.name}": payload[e.offset : e.offset + e.nbytes].view(getattr(torch, e.dtype)).view(e.shape)
+            for e in entries
+        }
+        ids = torch.from_numpy(self._probe_ids.astype(np.int64))
+        with torch.no_grad():
+            return functional_call(self._probe, parameters, (ids,)).numpy()
 
     def release(self, role: str) -> None:
         """Every engine has loaded and verified the role's snapshot: its memory may be used again."""
         self._buffers[role].in_use = False
 
 
+def pack(weights: Iterable[tuple[str, torch.Tensor]], memory: mmap.mmap) -> tuple[TensorEntry, ...]:
+    """Copy tensors end to end into `memory`, one at a time; where each lies, and its digest."""
+    payload, view = torch.frombuffer(memory, dtype=torch.uint8), memoryview(memory)
+    entries, offset = [], 0
+    for name, tensor in weights:
+        here = slice(offset, offset + tensor.nbytes)
+        payload[here].copy_(tensor.contiguous().view(-1).view(torch.uint8))
+        digest = xxhash.xxh3_128_hexdigest(view[here])
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        entries.append(TensorEntry(name, dtype, tuple(tensor.shape), offset, tensor.nbytes, digest))
+        offset += tensor.nbytes
+    return tuple(entries)
+
+
 def _allocate(role: str, nbytes: int) -> _Buffer:
     fd = os.memfd_create(f"sdft-{role}")
     os.ftruncate(fd, nbytes)
-    return _Buffer(fd, mmap.mmap(fd, nbytes), nbytes)
+    return _Buffer(fd, mmap.mmap(fd, nbytes))

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from actors.process import PASSIVE_WAIT, large_imports
 from actors.types import IntArray, ScoredRollout, Snapshot
 from learner.types import LearnerSettings, StepResult
 
+SAVING = "saving"  # Ray runs the methods of this group beside the others
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
@@ -33,13 +36,18 @@ class LearnerWorker:
 
             from learner.engine import LearnerEngine
             from learner.publisher import Publisher
+            from learner.saving import Saver
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
         self._engine = LearnerEngine(settings)
-        self._publisher = Publisher(Path(settings.model), self._engine.dtype, probe_ids) if settings.rank == 0 else None
+        self._saver = Saver()
+        self._publisher = None
+        if settings.rank == 0:
+            self._publisher = Publisher(Path(settings.model), self._engine.dtype, self._engine.shapes(), probe_ids)
         return os.getpid()
 
     def train_step(self, samples: Sequence[ScoredRollout]) -> StepResult:
+        self._saver.detach()
         return self._engine.train_step(samples)
 
     def publish(self, role: str, version: int) -> Snapshot | None:
@@ -56,13 +64,22 @@ class LearnerWorker:
             self._publisher.release(role)
 
     def save(self, folder: str) -> None:
-        """The training state, and the student as a plain Hugging Face folder beside it."""
-        self._engine.save(Path(folder))
-        weights = {name: tensor.clone() for name, tensor in self._engine.weights("student")}
-        if self._publisher is not None:
-            from learner.export import write_student
+        """Begin to write the training state, and the student as a plain Hugging Face folder beside it. Collective.
 
-            write_student(Path(self._engine.settings.model), weights, Path(folder) / "student")
+        `written` tells when it is done; steps may go on meanwhile.
+        """
+        from learner.export import student_file
+
+        files = self._engine.state(Path(folder))
+        weights = {name: tensor.contiguous() for name, tensor in self._engine.weights("student")}
+        if self._publisher is not None:
+            files.append(student_file(Path(self._engine.settings.model), weights, Path(folder) / "student"))
+        self._saver.begin(files)
+
+    @ray.method(concurrency_group=SAVING)
+    def written(self) -> None:
+        """Returns when all that `save` began is written, though not flushed to the disk."""
+        self._saver.finish()
 
     def load(self, folder: str) -> int:
         """Returns the step that the state belongs to."""
@@ -104,6 +121,4 @@ def _keep_freed_memory() -> None:
 
 
 def _own_address() -> str:
-    import ray
-
     return ray.util.get_node_ip_address()

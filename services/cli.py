@@ -117,6 +117,16 @@ def _export(a: argparse.Namespace) -> None:
     print(f"{out}: the student of {folder.name}, a plain Hugging Face folder")
 
 
+def _replay(a: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from services.replay import replay
+
+    difference = replay(Path(a.run_dir), a.steps, Console(highlight=False))
+    print(difference or "no difference: every figure and every saved state is the same bit for bit")
+    return 0 if difference is None else 1
+
+
 def _eval(a: argparse.Namespace) -> None:
     from rich.console import Console
 
@@ -209,6 +219,9 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("run_dir", metavar="RUN")
     c.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     c.add_argument("--out", required=True, metavar="DIR")
+    c = add("replay", _replay, "Run the learner again on recorded rollouts; exit 1 at the first difference")
+    c.add_argument("run_dir", metavar="RUN")
+    c.add_argument("--steps", metavar="a:b", help="both included (default: all that were recorded)")
     c = add("model", _model, "Make a built-in model's folder")
     c.add_argument("name")
     c.add_argument("--out", required=True, metavar="DIR")

@@ -85,6 +85,7 @@ class CheckpointConfig(Section):
 
     every: int = Field(50, ge=1)
     keep: int = Field(2, ge=1)
+    timeout_s: float = Field(600, gt=0, description="How long a checkpoint may take to reach the disk")
 
 
 class MonitoringConfig(Section):
@@ -93,6 +94,7 @@ class MonitoringConfig(Section):
     tensorboard: bool = True
     wandb_project: str | None = None
     mlflow_experiment: str | None = None
+    record_rollouts: bool = Field(False, description="Keep every batch in rollouts/, for `sdft replay`")
 
 
 class RayConfig(Section):

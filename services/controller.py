@@ -6,6 +6,7 @@ The controller moves references and small arrays; it owns no model. A step's sam
 has passed, so with sync_every 1 the staleness is 0.
 """
 
+import asyncio
 import time
 from collections.abc import Awaitable
 from pathlib import Path
@@ -16,6 +17,7 @@ import ray
 
 from actors.types import GenerateRequest, SampleId, Sampling, ScoredRollout
 from learner.group import LearnerGroup
+from learner.waiting import within
 from services import checkpoint
 from services.checkpoint import CheckpointState
 from services.evaluation import Evaluator
@@ -24,6 +26,7 @@ from services.metrics import RunLog, StepMetrics
 from services.pools import EnginePool
 from services.prepare import Prepared
 from services.progress import Progress
+from services.recording import write_batch
 from services.schedule import sample_seed
 
 T = TypeVar("T")
@@ -55,6 +58,8 @@ class Controller:
         self._evaluator = Evaluator(prepared.sets, prepared.tokenizer)
         self._versions = {"student": 0, "teacher": 0}
         self._times: dict[str, float] = {}
+        self._saving: asyncio.Task[None] | None = None
+        self._teacher_sync: asyncio.Task[float] | None = None
 
     async def run(self, first_step: int) -> None:
         """Train from the state after optimizer step `first_step` (0: from the base model) to the end."""
@@ -77,6 +82,8 @@ class Controller:
                 await self._evaluate(step)
             if last or step % self._config.checkpoint.every == 0:
                 await self._save(step)
+        await self._saved()
+        await self._teacher_synced()
 
     async def _step(self, step: int) -> None:
         self._times = dict.fromkeys(("rollout", "score", "learn", "sync"), 0.0)
@@ -84,6 +91,8 @@ class Controller:
         ids = self._prepared.schedule.batch(step)
         self._ledger.issue(ids, step)
         samples = await self._sample(ids)
+        if self._config.monitoring.record_rollouts:
+            write_batch(self._run_dir, step, samples)
         learned_by = max(v for s in samples for v, _, _ in s.rollout.versions)
         result = await self._timed("learn", self._learner.train_step(ray.put(samples)))
         self._ledger.advance(ids, "trained")
@@ -92,8 +101,10 @@ class Controller:
         if step % weights.sync_every == 0:
             await self._timed("sync", self._sync("student", step))
         if self._teachers and step % weights.teacher_sync_every == 0:
-            await self._timed("sync", self._sync("teacher", step))
+            # The teacher is not needed before there is something to score: meanwhile the students sample.
+            self._teacher_sync = asyncio.create_task(self._sync("teacher", step))
         trained, dropped, in_flight = self._ledger.audit(self._prepared.schedule.issued_through(step))
+        await self._saved()  # so a step that is in the metrics has a checkpoint before it that is on the disk
         took = time.monotonic() - began
         completion_tokens = sum(len(s.rollout.completion_ids) for s in samples)
         metrics = StepMetrics(
@@ -141,6 +152,7 @@ class Controller:
             (np.asarray(p.teacher_ids, dtype=np.int32), r.completion_ids)
             for p, r in zip(prompts, rollouts, strict=True)
         ]
+        await self._timed("sync", self._teacher_synced())
         scores = await self._timed("score", (self._teachers or self._students).score(pairs, self._config.loss.top_k))
         self._ledger.advance(ids, "scored")
         return [ScoredRollout(*row) for row in zip(ids, rollouts, scores, strict=True)]
@@ -154,6 +166,11 @@ class Controller:
         await self._learner.release(role)
         self._versions[role] = version
         return max(report.probe_gap for report in reports)
+
+    async def _teacher_synced(self) -> None:
+        if self._teacher_sync is not None:
+            await self._teacher_sync
+            self._teacher_sync = None
 
     async def _evaluate(self, step: int) -> None:
         if not self._prepared.sets:
@@ -170,14 +187,26 @@ class Controller:
         self._progress.phase("training")
 
     async def _save(self, step: int) -> None:
+        """Write a checkpoint; it reaches the disk and its name while the next step is made."""
         self._progress.phase(f"saving step {step}")
         part = checkpoint.begin(self._run_dir, step)
         await self._learner.save(part)
         self._ledger.copy_to(part / checkpoint.LEDGER)
         c = self._config
         state = CheckpointState(step, c.learner.ranks, c.learner.zero_stage, c.dtype, self._prepared.fingerprint)
-        checkpoint.commit(part, self._run_dir, state, c.checkpoint.keep)
+        self._saving = asyncio.create_task(
+            self._commit(part, state), name=f"the checkpoint of step {step} to be on the disk"
+        )
         self._progress.phase("training")
+
+    async def _commit(self, part: Path, state: CheckpointState) -> None:
+        await self._learner.written()
+        await asyncio.to_thread(checkpoint.commit, part, self._run_dir, state, self._config.checkpoint.keep)
+
+    async def _saved(self) -> None:
+        if self._saving is not None:
+            await within(self._saving, self._config.checkpoint.timeout_s, self._saving.get_name())
+            self._saving = None
 
     async def _timed(self, phase: str, work: Awaitable[T]) -> T:
         began = time.monotonic()

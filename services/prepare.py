@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actors.types import IntArray
+from learner.types import LearnerSettings
 from services.config import RunConfig
 from services.demonstrations import load_demonstrations, load_questions
 from services.errors import PreflightError
@@ -84,6 +85,21 @@ def prepare(config: RunConfig, path: Path) -> Prepared:
     )
 
 
+def learner_settings(prepared: Prepared) -> LearnerSettings:
+    """How the learner of a run is started."""
+    c = prepared.config
+    return LearnerSettings(
+        model=str(prepared.model),
+        dtype=c.dtype,
+        device=c.device,
+        seed=c.seed,
+        total_steps=prepared.schedule.total_steps,
+        config=c.learner,
+        loss=c.loss,
+        teacher=c.teacher,
+    )
+
+
 def check_memory(config: RunConfig, plan: Plan) -> None:
     """PreflightError if this machine's memory cannot hold the plan; on a running cluster Ray decides that."""
     free = available_memory_gib()
@@ -116,8 +132,7 @@ def _fingerprint(config: RunConfig, model: Path, prompts: list[PromptPair]) -> s
     for role in roles(config):
         for key in ("start_timeout_s", "cpus", "gpus"):
             del settings["actors"][role][key]
-    for key in ("start_timeout_s", "step_timeout_s", "cpus", "gpus"):
-        del settings["learner"][key]
+    settings["learner"] = settings["learner"]["optimizer"]  # the rest changes how it is computed, not what
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update((model / "config.json").read_bytes())
     for pair in prompts:

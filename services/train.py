@@ -23,7 +23,7 @@ from services.ledger import Ledger, restore_ledger
 from services.load_config import resolved_yaml, with_absolute_paths
 from services.metrics import RunLog
 from services.pools import EnginePool
-from services.prepare import Prepared, check_disk, check_memory
+from services.prepare import Prepared, check_disk, check_memory, learner_settings
 from services.progress import Progress
 from services.report import write_report
 
@@ -76,19 +76,8 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
 
 async def _run(prepared: Prepared, run_dir: Path, start: Path | None, console: Console) -> None:
     from learner.group import LearnerGroup
-    from learner.types import LearnerSettings
 
     c: RunConfig = prepared.config
-    settings = LearnerSettings(
-        model=str(prepared.model),
-        dtype=c.dtype,
-        device=c.device,
-        seed=c.seed,
-        total_steps=prepared.schedule.total_steps,
-        config=c.learner,
-        loss=c.loss,
-        teacher=c.teacher,
-    )
     with (
         Progress(console, prepared.schedule.total_steps, prepared.path.stem) as progress,
         cluster(c.ray, prepared.plan, run_dir / "logs"),
@@ -102,7 +91,9 @@ async def _run(prepared: Prepared, run_dir: Path, start: Path | None, console: C
 
         roles = [role for role in ("student", "teacher") if options[role]]
         try:
-            starting = asyncio.ensure_future(LearnerGroup.start(settings, prepared.probe_ids, options["learner"]))
+            starting = asyncio.ensure_future(
+                LearnerGroup.start(learner_settings(prepared), prepared.probe_ids, options["learner"])
+            )
             await asyncio.gather(starting, *map(start_pool, roles))
             learner = starting.result()
             _write_pids(run_dir, pools, learner.pids)
@@ -141,6 +132,12 @@ def _starting_point(prepared: Prepared, run_dir: Path, resume: str, console: Con
         raise UserError(
             f"{folder} belongs to a run with another configuration or other data; use the configuration in "
             f"{folder.parent.parent / 'config.yaml'}, or name another --run-dir to begin a new run"
+        )
+    one = prepared.config.learner
+    if (state.ranks, state.zero_stage) != (one.ranks, one.zero_stage):
+        console.print(
+            f"{folder} was saved by {state.ranks} learner rank(s) at ZeRO stage {state.zero_stage}; it is continued by "
+            f"{one.ranks} at stage {one.zero_stage}: the same up to rounding"
         )
     return folder
 

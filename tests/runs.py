@@ -38,6 +38,7 @@ def write_run(folder: Path, model: Path, dtype: str) -> Path:
         "actors": {"student": {"kv_cache_gib": 0.05}, "teacher": {"kv_cache_gib": 0.05}},
         "evaluation": {"sets": [{"name": "numbers", "file": "eval.jsonl", "grader": "exact", "max_new_tokens": 8}]},
         "checkpoint": {"every": 2},
+        "monitoring": {"record_rollouts": True},
     }
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(config))

@@ -228,6 +228,8 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
     "status of no folder": (nothing, "status nowhere", 2, ["nowhere: there is no such folder"]),
     "status of no run": (lambda w: (w.folder / "d").mkdir(), "status d", 2, ["d: no run in this folder"]),
     "report of no run": (lambda w: (w.folder / "d").mkdir(), "report d", 2, ["d: no run in this folder"]),
+    "nothing to replay": (run_folder, "replay runs/my", 2, ["recorded no rollouts", "monitoring.record_rollouts"]),
+    "replay of no run": (nothing, "replay nowhere", 2, ["nowhere: there is no such folder"]),
     "nothing to export": (lambda w: (w.folder / "d").mkdir(), "export d --out o", 2, ["d has no checkpoint"]),
     "export over something": (
         two(run_folder, file("o/x", "")),

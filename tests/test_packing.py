@@ -81,9 +81,28 @@ def test_loss_and_gradient_do_not_depend_on_order_or_micro_batches(tiny_model: P
         assert (its_gradient - gradient).norm() <= 1e-6 * gradient.norm()
 
 
+def test_gradient_checkpointing_changes_neither_loss_nor_gradient(tiny_model: Path) -> None:
+    batch = pack(make_rollouts(tiny_model, 4, k=8, seed=2), 3, 4, 8)
+    results = []
+    for checkpointing in (False, True):
+        model = SelfDistillation(load_student(tiny_model, torch.float32), LossConfig(top_k=8))
+        if checkpointing:
+            model.model.gradient_checkpointing_enable()
+        loss, *_ = model(batch)
+        loss.backward()
+        results.append((loss.item(), [p.grad for p in model.parameters() if p.grad is not None]))
+    (loss, gradient), (its_loss, its_gradient) = results
+    assert its_loss == loss
+    assert all(torch.equal(a, b) for a, b in zip(gradient, its_gradient, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("lengths", [(5, 7, 9), (3,), (1, 1, 9), (300, 280)])  # padded, padded, too uneven, too long
-def test_attention_of_packed_sequences_is_that_of_each_alone(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("lengths", [(5, 7, 9), (3,), (1, 1, 9), (300, 280)])  # short ones; the last too long for that
+@pytest.mark.parametrize("cached", [1, 600, 10_000])  # scores at once: a sequence, two, all
+def test_attention_of_packed_sequences_is_that_of_each_alone(
+    lengths: tuple[int, ...], dtype: torch.dtype, cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("learner.model.CACHED_SCORES", cached)
     torch.manual_seed(0)
     tokens = sum(lengths)
     query = torch.randn(1, 6, tokens, 8, dtype=dtype, requires_grad=True)

@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from services.metrics import read_jsonl
+from services.recording import read_batch, write_batch
 from tests.leftovers import new_since, on_machine
 from tests.runs import STEPS, command, finish, metrics, write_run
 
@@ -59,6 +62,28 @@ def test_a_run_learns_accounts_for_every_sample_and_leaves_its_files(undisturbed
     # What `sdft status` says of a run that stopped: its own configuration continues it.
     finish(run_dir / "config.yaml", run_dir)
     assert read_jsonl(run_dir / "metrics.jsonl") == rows
+
+
+def replayed(run_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "services.cli", "replay", str(run_dir), *arguments]
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_learner_alone_repeats_the_run_from_its_recorded_rollouts(undisturbed: tuple[Path, Path]) -> None:
+    """Bit for bit, states at the checkpoints included; and a number that is not what it was is found."""
+    _, whole = undisturbed
+    result = replayed(whole)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    assert "step 6: the same to the last bit of its state" in result.stdout
+    spoiled = whole.parent / "spoiled"
+    shutil.copytree(whole, spoiled)
+    samples = read_batch(spoiled, 6)
+    samples[0].scores.logprobs[-1] -= 0.01
+    write_batch(spoiled, 6, samples)
+    result = replayed(spoiled, "--steps", "5:6")
+    assert result.returncode == 1, result.stderr[-3000:]
+    assert "step 5: the same" in result.stdout
+    assert "step 6: loss was" in result.stdout
 
 
 def test_a_run_killed_three_times_and_continued_is_the_run_that_was_never_killed(

@@ -27,20 +27,18 @@ class Timed(TrainerCallback):
             print(json.dumps({"seconds": self.seconds, "new_tokens": new_tokens, "loss": logs["loss"]}), flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    for name in ("model", "rows", "dtype"):
-        parser.add_argument(f"--{name}", required=True)
-    for name in ("batch", "steps", "max-new-tokens", "top-k", "skip", "threads"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    a = parser.parse_args()
-    torch.set_num_threads(a.threads)
-    with open(a.rows) as file:
+def load_rows(path: str) -> Dataset:
+    """Our rows with TRL's names."""
+    with open(path) as file:
         rows = [json.loads(line) for line in file]
-    data = Dataset.from_list(
+    return Dataset.from_list(
         [{"prompt": [{"role": "user", "content": r["prompt"]}], "privileged_context": r["demonstration"]} for r in rows]
     )
-    config = SDFTConfig(
+
+
+def configuration(a: argparse.Namespace) -> SDFTConfig:
+    """TRL's settings, as near to ours as they come."""
+    return SDFTConfig(
         output_dir=f"{a.rows}.trl",
         per_device_train_batch_size=a.batch,
         gradient_accumulation_steps=1,
@@ -65,8 +63,21 @@ def main() -> None:
         teacher_model_kind="ema",
         teacher_update_rate=0.01,
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("model", "rows", "dtype"):
+        parser.add_argument(f"--{name}", required=True)
+    for name in ("batch", "steps", "max-new-tokens", "top-k", "skip", "threads"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
     trainer = SDFTTrainer(
-        model=a.model, args=config, train_dataset=data, processing_class=AutoTokenizer.from_pretrained(a.model)
+        model=a.model,
+        args=configuration(a),
+        train_dataset=load_rows(a.rows),
+        processing_class=AutoTokenizer.from_pretrained(a.model),
     )
     trainer.add_callback(Timed())
     trainer.train()

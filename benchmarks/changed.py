@@ -1,0 +1,76 @@
+"""How many bfloat16 weights a step changes: whether sending only those would be less.
+
+    python -m benchmarks.changed
+
+The first steps of the tool example are run and recorded; the learner then takes the same batches at the example's
+learning rate and at 1e-5, without warm-up. A changed value sent with its index is 6 bytes instead of 2, so sending
+the changes alone is less below a third.
+"""
+
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.measure import report
+from learner.config import OptimizerConfig
+from learner.types import LearnerSettings
+from learner.worker import LearnerWorker
+from services.load_config import load_config
+from services.prepare import learner_settings, prepare
+from services.recording import read_batch
+
+EXAMPLE, STEPS = Path("examples/tools/tools.yaml"), 8
+
+
+def record(run_dir: Path) -> None:
+    overrides = [f"training.steps={STEPS}", "monitoring.record_rollouts=true", "evaluation.sets=[]"]
+    words = [word for override in overrides for word in ("--set", override)]
+    command = [sys.executable, "-m", "services.cli", "train", str(EXAMPLE), "--run-dir", str(run_dir), *words]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=1200)
+
+
+def shares(settings: LearnerSettings, run_dir: Path) -> list[float]:
+    """Share of the student's bfloat16 values that each step changed."""
+    import torch
+
+    learner = LearnerWorker()
+    learner.start(settings, 1, *learner.rendezvous(), np.arange(100, 132, dtype=np.int32))
+    engine = learner._engine
+    before = {name: tensor.clone() for name, tensor in engine.weights("student")}
+    found = []
+    for step in range(1, STEPS + 1):
+        learner.train_step(read_batch(run_dir, step))
+        changed = total = 0
+        for name, tensor in engine.weights("student"):
+            changed += int((tensor.view(torch.int16) != before[name].view(torch.int16)).sum())
+            total += tensor.numel()
+            before[name].copy_(tensor)
+        found.append(changed / total)
+    return found
+
+
+def main() -> None:
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        record(Path(scratch))
+        prepared = prepare(load_config(EXAMPLE), EXAMPLE)
+        base = learner_settings(prepared)
+        for lr in (base.config.optimizer.lr, 1e-5):
+            optimizer = OptimizerConfig(lr=lr, warmup_steps=0, schedule="constant")
+            settings = base.__class__(
+                **vars(base) | {"config": base.config.model_copy(update={"optimizer": optimizer})}
+            )
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                found = pool.submit(shares, settings, Path(scratch)).result(timeout=1200)
+            mean = float(np.mean(found[1:]))
+            rows.append({"lr": lr, "first step": found[0], "later steps": mean, "delta / whole": 3 * mean})
+    report("changed", f"Share of bfloat16 weights changed by a step, tool example, {STEPS} steps", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Weights on their way: packing a snapshot, loading it into an engine, saving a checkpoint, against a copy in memory.
+
+    python -m benchmarks.snapshots
+
+SmolLM2-135M in bfloat16, learner and engine as actors, as in a run. Packing includes what makes a snapshot verifiable:
+float32 masters rounded, a digest of every tensor, log-probs of the probe. Loading includes reading every digest again;
+its pause is how long generation stands still. A copy is one of memory to memory that has been written before.
+"""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from actors.worker import EngineWorker
+from benchmarks.learner_step import samples
+from benchmarks.measure import report
+from benchmarks.scoring import settings as engine_settings
+from learner.config import LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
+from learner.types import LearnerSettings
+from learner.worker import LearnerWorker
+from services.models import resolve_model
+
+ROUNDS, WAIT_S = 5, 300
+
+
+def settings() -> LearnerSettings:
+    return LearnerSettings(
+        model=str(resolve_model("smollm2-135m", Path.cwd())),
+        dtype="bfloat16",
+        device="cpu",
+        seed=0,
+        total_steps=1000,
+        config=LearnerConfig(optimizer=OptimizerConfig(lr=1e-5, warmup_steps=0, schedule="constant")),
+        loss=LossConfig(skip_first=0),
+        teacher=TeacherConfig(alpha=0.01),
+    )
+
+
+def copy_seconds(nbytes: int) -> float:
+    """Median seconds of copying so many bytes."""
+    source, target = np.ones(nbytes, np.uint8), np.ones(nbytes, np.uint8)
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        np.copyto(target, source)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def timed(call: Any) -> tuple[float, Any]:
+    """Seconds until the result of an actor's method is there, and the result."""
+    start = time.perf_counter()
+    result = ray.get(call, timeout=WAIT_S)
+    return time.perf_counter() - start, result
+
+
+def measure(scratch: Path) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of each kind of transfer in every round, and its bytes."""
+    probe = np.arange(100, 148, dtype=np.int32)
+    learner = ray.remote(LearnerWorker).remote()
+    engine = ray.remote(EngineWorker).remote(engine_settings("actors.engine.WorkerExtension"))
+    address, port = ray.get(learner.rendezvous.remote(), timeout=WAIT_S)
+    ray.get([learner.start.remote(settings(), 1, address, port, probe), engine.start.remote()], timeout=WAIT_S)
+    ray.get(learner.train_step.remote(samples()[:8]), timeout=WAIT_S)
+    seconds: dict[str, list[float]] = {}
+    nbytes: dict[str, int] = {}
+
+    def note(name: str, taken: float, size: int) -> None:
+        seconds.setdefault(name, []).append(taken)
+        nbytes[name] = size
+
+    for i in range(ROUNDS + 1):
+        for role in ("student", "teacher"):
+            taken, snapshot = timed(learner.publish.remote(role, i))
+            note(f"pack {role}", taken, snapshot.nbytes)
+            taken, update = timed(engine.update_weights.remote(snapshot))
+            note(f"load {role}, verified", taken, snapshot.nbytes)
+            note(f"load {role}, generation paused", update.pause_s, snapshot.nbytes)
+            ray.get(learner.release.remote(role), timeout=WAIT_S)
+        folder = scratch / str(i)
+        folder.mkdir()
+        taken, _ = timed(learner.save.remote(str(folder)))
+        note("save a checkpoint", taken, sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))
+    ray.get(engine.stop.remote(), timeout=WAIT_S)
+    return seconds, nbytes
+
+
+def main() -> None:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
+            seconds, nbytes = measure(Path(scratch))
+    finally:
+        ray.shutdown()
+    rows = []
+    for name, times in seconds.items():
+        median = float(np.median(times[1:]))  # the first round maps memory
+        copy = copy_seconds(nbytes[name])
+        rows.append({"what": name, "MB": nbytes[name] / 1e6, "s": median, "copy s": copy, "of a copy": copy / median})
+    report("snapshots", "Weights and checkpoints against a copy in memory, SmolLM2-135M, bfloat16", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The loss of a first step by TRL and by our learner, on the same rollouts, in float32.
+
+benchmarks.peer starts it in the virtual environment of TRL, from the project's folder. Prints one line of JSON: name of
+the support -> [TRL's, ours].
+
+TRL's support is the student's top K, ours the teacher's. So they are compared on the whole vocabulary and on the
+student's top K, which our loss takes as well; `teacher's top K` is what ours does in a run.
+"""
+
+import argparse
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.experimental.sdft import SDFTTrainer
+
+from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
+from benchmarks.trl.step import configuration, load_rows
+from learner.config import ImportanceConfig, LossConfig
+from learner.model import SelfDistillation, load_student
+from learner.packing import pack
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("model", "rows"):
+        parser.add_argument(f"--{name}", required=True)
+    for name in ("batch", "max-new-tokens", "top-k", "skip", "threads"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    a.dtype, a.steps = "float32", 1
+    rows = load_rows(a.rows).select(range(a.batch))
+    trainer = SDFTTrainer(
+        model=a.model,
+        args=configuration(a),
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(a.model),
+    )
+    trainer.model.train()
+    batch = trainer._prepare_training_batch(list(rows))
+    pairs = {}
+    with torch.no_grad():
+        for name, mode in (("whole vocabulary", "full_logits"), ("student's top K", "topk_logits")):
+            trainer.args.distillation_mode = mode
+            pairs[name] = [trainer.compute_loss(trainer.model, batch).item()]
+    pairs["teacher's top K"] = [float("nan")]
+    for name, loss in ours(a, batch).items():
+        pairs[name].append(loss)
+    print(json.dumps(pairs), flush=True)
+
+
+@torch.no_grad()
+def ours(a: argparse.Namespace, batch: dict[str, Any]) -> dict[str, float]:
+    """Our loss of a batch of TRL's, with three supports."""
+    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
+    samples: dict[str, list[ScoredRollout]] = {}
+    for i in range(len(batch["prompt_ids"])):
+        completion = batch["completion_ids"][i][batch["completion_mask"][i].bool()]
+        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()]
+        teacher = batch["teacher_input_ids"][i][batch["teacher_attention_mask"][i].bool()]
+        p = logprobs(model, torch.cat([prompt, completion]), len(completion))
+        q = logprobs(model, teacher, len(completion))  # the completion is its end
+        supports = {
+            "whole vocabulary": torch.arange(q.shape[-1]).expand_as(q),
+            "student's top K": p.topk(a.top_k).indices,
+            "teacher's top K": q.topk(a.top_k).indices,
+        }
+        own = completion[:, None]
+        rollout = Rollout(
+            prompt.numpy().astype(np.int32),
+            completion.numpy().astype(np.int32),
+            p.gather(-1, own)[:, 0].numpy(),
+            ((0, 0, len(completion)),),
+            "length",
+        )
+        for name, ids in supports.items():
+            scores = TeacherScores(
+                ids.numpy().astype(np.int32), q.gather(-1, ids).numpy(), q.gather(-1, own)[:, 0].numpy(), 0
+            )
+            samples.setdefault(name, []).append(ScoredRollout(SampleId(0, 0, i, 0), rollout, scores))
+    student = SelfDistillation(
+        load_student(a.model, torch.float32), LossConfig(skip_first=a.skip, importance=ImportanceConfig(level="off"))
+    )
+    return {name: student(pack(group, a.skip, len(group), a.top_k))[0].item() for name, group in samples.items()}
+
+
+def logprobs(model: Any, ids: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Of the last `tokens` ids, over the vocabulary."""
+    return torch.log_softmax(model(ids[None]).logits[0, -tokens - 1 : -1].float(), -1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""`sdft replay`: the learner alone, once more, on the batches that a run recorded; the first difference is reported.
+
+    rollouts/step-N.npz -> learner: step -> its figures and state -> compared with metrics.jsonl and checkpoints/
+
+No engine is started: what differs comes from the learner.
+"""
+
+import asyncio
+import tempfile
+from pathlib import Path
+
+import ray
+from rich.console import Console
+
+from services import checkpoint
+from services.cluster import cluster, placement
+from services.errors import UserError
+from services.load_config import load_config
+from services.metrics import StepMetrics, read_rows
+from services.plan import Plan
+from services.prepare import Prepared, check_memory, learner_settings, prepare
+from services.recording import read_batch, recorded_steps
+from services.status import check_run_dir
+
+COMPARED = ("loss", "divergence", "mismatch_kl", "tail_mass", "grad_norm", "lr")
+
+
+def replay(run_dir: Path, steps: str | None, console: Console) -> str | None:
+    """Run steps "a:b" again (both included; None: all recorded). Returns the first difference, None if there is none.
+
+    UserError if the run did not record them, or nothing is there to begin from.
+    """
+    check_run_dir(run_dir)
+    recorded = recorded_steps(run_dir)
+    if not recorded:
+        raise UserError(
+            f"{run_dir}: this run recorded no rollouts; set monitoring.record_rollouts: true before it is started"
+        )
+    first, last = _range(steps, recorded)
+    start = _start(run_dir, first)
+    begin = 0 if start is None else checkpoint.read_state(start).step
+    missing = sorted(set(range(begin + 1, last + 1)) - set(recorded))
+    if missing:
+        raise UserError(
+            f"{run_dir}: the rollouts of step {missing[0]} were not recorded, and steps {first} to {last} can only be "
+            f"reached from {start or 'the base model'}; give other --steps"
+        )
+    prepared = prepare(load_config(run_dir / "config.yaml"), run_dir / "config.yaml")
+    plan = Plan((), (), prepared.plan.learners)
+    check_memory(prepared.config, plan)
+    console.print(f"replaying steps {begin + 1} to {last} from {start or 'the base model'}", soft_wrap=True)
+    try:
+        return asyncio.run(_run(prepared, plan, run_dir, start, range(begin + 1, last + 1), console))
+    except asyncio.CancelledError:  # by a signal
+        raise KeyboardInterrupt from None
+
+
+async def _run(
+    prepared: Prepared, plan: Plan, run_dir: Path, start: Path | None, steps: range, console: Console
+) -> str | None:
+    from learner.group import LearnerGroup
+
+    c = prepared.config
+    rows = {row.step: row for row in read_rows(run_dir, StepMetrics)}
+    with cluster(c.ray, plan, None), placement(c.ray, plan) as options:
+        group = await LearnerGroup.start(learner_settings(prepared), prepared.probe_ids, options["learner"])
+        if start is not None:
+            await group.load(start)
+        for step in steps:
+            result = await group.train_step(ray.put(read_batch(run_dir, step)))
+            if step not in rows:
+                return f"step {step}: its rollouts were recorded, but metrics.jsonl has no such step"
+            for name in COMPARED:
+                was, now = getattr(rows[step], name), getattr(result, name)
+                if was != now:
+                    return f"step {step}: {name} was {was!r} and is {now!r}"
+            kept = checkpoint.folder_of(run_dir, step)
+            if kept.is_dir():
+                with tempfile.TemporaryDirectory(prefix="sdft-replay-") as scratch:
+                    await group.save(Path(scratch))
+                    await group.written()
+                    different = _different_state(kept, Path(scratch))
+                if different is not None:
+                    return f"step {step}: {different} is not what {kept} holds"
+            console.print(f"step {step}: the same{' to the last bit of its state' if kept.is_dir() else ''}")
+    return None
+
+
+def _different_state(kept: Path, again: Path) -> str | None:
+    from learner.state import first_difference
+
+    return first_difference(kept, again)
+
+
+def _range(steps: str | None, recorded: list[int]) -> tuple[int, int]:
+    """First and last step of "a:b", "a:", ":b" or "a"."""
+    first, colon, last = (steps or ":").partition(":")
+    try:
+        a = int(first) if first else recorded[0]
+        b = int(last) if last else recorded[-1] if colon else a
+    except ValueError:
+        raise UserError(f"--steps {steps}: give two step numbers as 3:7 (both are included), or one") from None
+    if not recorded[0] <= a <= b <= recorded[-1]:
+        raise UserError(f"--steps {steps}: the run recorded steps {recorded[0]} to {recorded[-1]}; choose among them")
+    return a, b
+
+
+def _start(run_dir: Path, first: int) -> Path | None:
+    """The newest undamaged checkpoint before step `first`; None: the base model."""
+    for folder in sorted((run_dir / "checkpoints").glob("step-*"), reverse=True):
+        if int(folder.name.removeprefix("step-")) < first and checkpoint.damage(folder) is None:
+            return folder
+    return None
