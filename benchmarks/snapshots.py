@@ -8,6 +8,7 @@ its pause is how long generation stands still. A copy is one of memory to memory
 """
 
 import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from benchmarks.measure import report
 from benchmarks.scoring import settings as engine_settings
 from learner.config import LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
 from learner.types import LearnerSettings
-from learner.worker import LearnerWorker
+from learner.worker import learner_actor
 from services.models import resolve_model
 
 ROUNDS, WAIT_S = 5, 300
@@ -62,7 +63,7 @@ def timed(call: Any) -> tuple[float, Any]:
 def measure(scratch: Path) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of each kind of transfer in every round, and its bytes."""
     probe = np.arange(100, 148, dtype=np.int32)
-    learner = ray.remote(LearnerWorker).remote()
+    learner = learner_actor().remote()
     engine = ray.remote(EngineWorker).remote(engine_settings("actors.engine.WorkerExtension"))
     address, port = ray.get(learner.rendezvous.remote(), timeout=WAIT_S)
     ray.get([learner.start.remote(settings(), 1, address, port, probe), engine.start.remote()], timeout=WAIT_S)
@@ -84,8 +85,14 @@ def measure(scratch: Path) -> tuple[dict[str, list[float]], dict[str, int]]:
             ray.get(learner.release.remote(role), timeout=WAIT_S)
         folder = scratch / str(i)
         folder.mkdir()
-        taken, _ = timed(learner.save.remote(str(folder)))
-        note("save a checkpoint", taken, sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))
+        start = time.perf_counter()
+        ray.get(learner.save.remote(str(folder)), timeout=WAIT_S)
+        begun = time.perf_counter() - start
+        ray.get(learner.written.remote(), timeout=WAIT_S)
+        size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        note("checkpoint, the learner stands still", begun, size)
+        note("checkpoint, until it is written", time.perf_counter() - start, size)
+        shutil.rmtree(folder)
     ray.get(engine.stop.remote(), timeout=WAIT_S)
     return seconds, nbytes
 

@@ -5,13 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.actor import ActorHandle
 
 from actors.types import IntArray, Snapshot
 from learner.types import LearnerSettings, StepResult
 from learner.waiting import all_within, within
-from learner.worker import SAVING, LearnerWorker
+from learner.worker import learner_actor
 
 
 class LearnerGroup:
@@ -27,7 +26,7 @@ class LearnerGroup:
         cls, settings: LearnerSettings, probe_ids: IntArray, options: Sequence[dict[str, Any]]
     ) -> "LearnerGroup":
         """Start one rank per entry of `options` (Ray actor options) and let them meet. Takes 10 to 20 s."""
-        actor = ray.remote(concurrency_groups={SAVING: 1})(LearnerWorker)
+        actor = learner_actor()
         group = cls([actor.options(**o).remote() for o in options], settings)
         timeout = settings.config.start_timeout_s
         address, port = await within(

@@ -93,6 +93,11 @@ class LearnerWorker:
         return {name: tensor.numpy().copy() for name, tensor in self._engine.weights(role, torch.float32)}
 
 
+def learner_actor() -> Any:
+    """The Ray actor class of a rank."""
+    return ray.remote(concurrency_groups={SAVING: 1})(LearnerWorker)
+
+
 def _environment(settings: LearnerSettings, ranks: int, address: str, port: int) -> dict[str, str]:
     environment = PASSIVE_WAIT | {
         "RANK": str(settings.rank),
