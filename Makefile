@@ -17,6 +17,9 @@ bench: install $(TRL)
 	$(BIN)/python -m benchmarks.learner_step
 	$(BIN)/python -m benchmarks.loss
 	$(BIN)/python -m benchmarks.scoring
+	$(BIN)/python -m benchmarks.snapshots
+	$(BIN)/python -m benchmarks.gradient
+	$(BIN)/python -m benchmarks.changed
 	$(BIN)/python -m benchmarks.peer
 
 lint: install

@@ -2,15 +2,19 @@
 
     python -m benchmarks.snapshots
 
-SmolLM2-135M in bfloat16, learner and engine as actors, as in a run. Packing includes what makes a snapshot verifiable:
-float32 masters rounded, a digest of every tensor, log-probs of the probe. Loading includes reading every digest again;
-its pause is how long generation stands still. A copy is one of memory to memory that has been written before.
+SmolLM2-135M in bfloat16, learner and engine as actors, as in a run. Packing puts every tensor (the teacher's rounded
+from float32) into shared memory with a digest; publishing adds the log-probs of the probe and the call of the actor.
+Loading reads every digest again and has vLLM lay the weights out for its kernels; the pause is how long generation
+stands still. A copy is one of memory to memory that has been written before.
 """
 
+import mmap
 import os
 import shutil
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ from benchmarks.measure import report
 from benchmarks.scoring import settings as engine_settings
 from learner.config import LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
 from learner.types import LearnerSettings
-from learner.worker import learner_actor
+from learner.worker import LearnerWorker, learner_actor
 from services.models import resolve_model
 
 ROUNDS, WAIT_S = 5, 300
@@ -60,6 +64,25 @@ def timed(call: Any) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
+def packing() -> dict[str, list[float]]:
+    """Seconds of packing alone, in every round."""
+    from learner.publisher import pack
+
+    learner = LearnerWorker()
+    learner.start(settings(), 1, *learner.rendezvous(), np.arange(100, 148, dtype=np.int32))
+    learner.train_step(samples()[:8])
+    seconds: dict[str, list[float]] = {}
+    memories: dict[str, mmap.mmap] = {}
+    for _ in range(ROUNDS + 1):
+        for role in ("student", "teacher"):
+            nbytes = sum(t.nbytes for _, t in learner._engine.weights(role))
+            memory = memories.get(role) or memories.setdefault(role, mmap.mmap(-1, nbytes))
+            start = time.perf_counter()
+            pack(learner._engine.weights(role), memory)
+            seconds.setdefault(f"pack {role}", []).append(time.perf_counter() - start)
+    return seconds
+
+
 def measure(scratch: Path) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of each kind of transfer in every round, and its bytes."""
     probe = np.arange(100, 148, dtype=np.int32)
@@ -78,7 +101,7 @@ def measure(scratch: Path) -> tuple[dict[str, list[float]], dict[str, int]]:
     for i in range(ROUNDS + 1):
         for role in ("student", "teacher"):
             taken, snapshot = timed(learner.publish.remote(role, i))
-            note(f"pack {role}", taken, snapshot.nbytes)
+            note(f"publish {role}", taken, snapshot.nbytes)
             taken, update = timed(engine.update_weights.remote(snapshot))
             note(f"load {role}, verified", taken, snapshot.nbytes)
             note(f"load {role}, generation paused", update.pause_s, snapshot.nbytes)
@@ -104,8 +127,11 @@ def main() -> None:
             seconds, nbytes = measure(Path(scratch))
     finally:
         ray.shutdown()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        packed = pool.submit(packing).result(timeout=WAIT_S)
+    nbytes |= {name: nbytes[name.replace("pack", "publish")] for name in packed}
     rows = []
-    for name, times in seconds.items():
+    for name, times in (packed | seconds).items():
         median = float(np.median(times[1:]))  # the first round maps memory
         copy = copy_seconds(nbytes[name])
         rows.append({"what": name, "MB": nbytes[name] / 1e6, "s": median, "copy s": copy, "of a copy": copy / median})

@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+CHUNK_LOGITS = 48 << 20  # logits that exist at once: 1024 positions of a vocabulary of 49152, 100 MB in bfloat16
+
 
 class TeacherConfig(BaseModel):
     """The teacher's weights: `ema` follows the student slowly, `frozen` stays as it began, `live` is the student."""

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.config import LossConfig
+from learner.config import CHUNK_LOGITS, LossConfig
 
-CHUNK_LOGITS = 48 << 20  # logits that exist at once: 1024 positions of a vocabulary of 49152, 100 MB in bfloat16
 CACHED_ROWS = 16  # of a chunk are worked on in float32 at once, on a CPU: 3 MB at that vocabulary
 VOCABULARY_ROWS = 8192  # of the head's gradient are added up at once
 

@@ -3,10 +3,11 @@
 import threading
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import psutil
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,7 +42,14 @@ class Saver:
         self._done = self._thread.submit(self._run)
 
     def detach(self) -> None:
-        """Call before the tensors change: what has not been written is copied, a file on its way is waited for."""
+        """Call before the tensors change: what has not been written is copied, a file on its way is waited for.
+
+        Where the copy would take more than half of the free memory, all files are waited for.
+        """
+        with self._lock:
+            needed = sum(t.nbytes for file in self._waiting for t in file.tensors.values())
+        if self._done is not None and 2 * needed > psutil.virtual_memory().available:
+            wait([self._done])
         with self._lock:
             for i, file in enumerate(self._waiting):
                 self._waiting[i] = replace(file, tensors={name: t.clone() for name, t in file.tensors.items()})

@@ -11,14 +11,12 @@ from typing import Any
 from actors.config import EngineSettings
 from services.config import RunConfig
 from services.errors import UserError
+from services.memory import GIB, WIDTH, ModelShape, learner_gib
 
-GIB = 1 << 30
 # Measured on the CPU build with a 0.26 M parameter model: what a process holds before it has a model.
 ENGINE_BASE_GIB = 1.3
-LEARNER_BASE_GIB = 0.9
 # Ray's own processes and the driver.
 RAY_BASE_GIB = 1.2
-WIDTH = {"bfloat16": 2, "float32": 4}  # bytes of a number
 
 
 @dataclass(frozen=True)
@@ -64,11 +62,11 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(config: RunConfig, parameters: int) -> Plan:
-    """The plan for a model of so many parameters."""
+def make_plan(config: RunConfig, shape: ModelShape, longest_prompt: int) -> Plan:
+    """The plan for a model, and prompts (the student's) of at most so many tokens."""
     cuda = config.device == "cuda"
     width = WIDTH[config.dtype]
-    weights = parameters * width / GIB
+    weights = shape.parameters * width / GIB
 
     def engines(role: str) -> tuple[Part, ...]:
         e = config.actors.student if role == "student" else config.actors.teacher
@@ -77,15 +75,18 @@ def make_plan(config: RunConfig, parameters: int) -> Plan:
         return tuple(Part(f"{role} engine {i}", e.cpus, e.gpus if cuda else 0, memory) for i in range(e.replicas))
 
     one = config.learner
-    masters = 0 if config.dtype == "float32" else 4
-    teacher = 0 if config.teacher.weights == "live" else 4
-    # Sharded by the ranks: masters, two Adam moments, EMA. Not sharded: weights, gradients (float32 while they add up),
-    # the snapshots of both roles on the first rank.
-    sharded = parameters * (masters + 8 + teacher) / one.ranks
-    whole = parameters * (width + 4 + 2 * width)
-    memory = LEARNER_BASE_GIB + (sharded + whole) / GIB + one.micro_batch_tokens * parameters**0.5 * 60 / GIB / 10
+    tokens, rows = _largest_forward(config, longest_prompt)
+    memory = learner_gib(one, config.teacher, config.dtype, shape, tokens, rows)
     learners = tuple(Part(f"learner rank {i}", one.cpus, one.gpus if cuda else 0, memory) for i in range(one.ranks))
     return Plan(engines("student"), engines("teacher") if "teacher" in roles(config) else (), learners)
+
+
+def _largest_forward(config: RunConfig, longest_prompt: int) -> tuple[int, int]:
+    """Tokens of a rank's largest forward if every answer is as long as it may be, and how many are in the loss."""
+    sequence = longest_prompt + config.sampling.max_new_tokens
+    share = -(-config.training.batch_size * config.sampling.generations // config.learner.ranks)
+    sequences = max(1, min(share, config.learner.micro_batch_tokens // sequence))
+    return sequences * sequence, sequences * config.sampling.max_new_tokens
 
 
 def roles(config: RunConfig) -> tuple[str, ...]:

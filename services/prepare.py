@@ -16,6 +16,7 @@ from services.demonstrations import load_demonstrations, load_questions
 from services.errors import PreflightError
 from services.evaluation import LoadedSet
 from services.load_config import check_files
+from services.memory import ModelShape
 from services.models import resolve_model
 from services.plan import Plan, available_memory_gib, count_parameters, engine_settings, make_plan, roles
 from services.prompts import PromptBuilder, PromptPair, build_prompts, load_tokenizer
@@ -80,7 +81,7 @@ def prepare(config: RunConfig, path: Path) -> Prepared:
         prompts=prompts,
         sets=sets,
         schedule=schedule,
-        plan=make_plan(config, parameters),
+        plan=make_plan(config, ModelShape.of(model, parameters), max(len(p.student_ids) for p in prompts)),
         fingerprint=_fingerprint(config, model, prompts),
     )
 

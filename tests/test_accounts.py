@@ -10,9 +10,11 @@ from services import checkpoint
 from services.checkpoint import CheckpointState
 from services.config import RunConfig
 from services.ledger import Ledger, LedgerError, restore_ledger
+from services.memory import ModelShape
 from services.plan import available_memory_gib, make_plan
 from services.schedule import make_schedule, sample_seed
 
+SHAPE = ModelShape(135_000_000, 30, 576, 1536, 49152)
 STATE = CheckpointState(step=2, ranks=1, zero_stage=1, dtype="bfloat16", fingerprint="f")
 
 
@@ -158,7 +160,7 @@ def config(**sections: object) -> RunConfig:
 
 
 def test_the_plan_has_a_part_for_each_process() -> None:
-    plan = make_plan(config(actors={"student": {"replicas": 2}}, learner={"ranks": 2}), 135_000_000)
+    plan = make_plan(config(actors={"student": {"replicas": 2}}, learner={"ranks": 2}), SHAPE, 100)
     assert [p.name for p in plan.parts] == [
         "student engine 0", "student engine 1", "teacher engine 0", "learner rank 0", "learner rank 1",
     ]  # fmt: skip
@@ -167,15 +169,15 @@ def test_the_plan_has_a_part_for_each_process() -> None:
 
 
 def test_a_live_teacher_has_no_engine_and_no_average() -> None:
-    ema, live = (make_plan(config(teacher={"weights": w}), 135_000_000) for w in ("ema", "live"))
+    ema, live = (make_plan(config(teacher={"weights": w}), SHAPE, 100) for w in ("ema", "live"))
     assert live.teachers == ()
     assert live.memory_gib < ema.memory_gib
     assert live.learners[0].memory_gib < ema.learners[0].memory_gib
 
 
 def test_gpus_are_asked_for_with_cuda_only() -> None:
-    assert make_plan(config(), 1).gpus == 0
-    assert make_plan(config(device="cuda"), 1).gpus == 3
+    assert make_plan(config(), SHAPE, 100).gpus == 0
+    assert make_plan(config(device="cuda"), SHAPE, 100).gpus == 3
 
 
 def test_memory_that_holds_cached_files_counts_as_available(tmp_path: Path) -> None:
