@@ -9,6 +9,7 @@ student's top K, which our loss takes as well; `teacher's top K` is what ours do
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ def main() -> None:
         processing_class=AutoTokenizer.from_pretrained(a.model),
     )
     trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1  # what its training loop sets
     batch = trainer._prepare_training_batch(list(rows))
     pairs = {}
     with torch.no_grad():
@@ -82,7 +84,8 @@ def ours(a: argparse.Namespace, batch: dict[str, Any]) -> dict[str, float]:
             )
             samples.setdefault(name, []).append(ScoredRollout(SampleId(0, 0, i, 0), rollout, scores))
     student = SelfDistillation(
-        load_student(a.model, torch.float32), LossConfig(skip_first=a.skip, importance=ImportanceConfig(level="off"))
+        load_student(Path(a.model), torch.float32),
+        LossConfig(skip_first=a.skip, importance=ImportanceConfig(level="off")),
     )
     return {name: student(pack(group, a.skip, len(group), a.top_k))[0].item() for name, group in samples.items()}
 
