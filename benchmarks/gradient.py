@@ -98,6 +98,7 @@ def main() -> None:
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Relative difference over K, a line for each direction with and without the tail."""
     mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "sdft"  # the same figures give the same file
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
@@ -117,7 +118,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

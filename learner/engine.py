@@ -155,6 +155,8 @@ class LearnerEngine:
         torch.set_rng_state(files.rng(self.settings.rank))
 
     def _pieces(self) -> Iterator[Piece]:
+        if self.settings.config.zero_stage == 0 and self.settings.rank > 0:
+            return  # every rank has all of it
         for name, param in self._engine.module.named_parameters():
             for key in self._adam.keys:
                 found = self._piece(param, key)
@@ -164,9 +166,8 @@ class LearnerEngine:
     def _piece(self, param: torch.nn.Parameter, key: str) -> tuple[int, torch.Tensor] | None:
         """Where this rank's part of a parameter's state begins, and the part; None if it has none."""
         stage, state = self.settings.config.zero_stage, None if key == MASTER else key
-        if stage == 0:  # the same on every rank
-            whole = param.detach() if state is None else self._adam.state[param][state]
-            return (0, whole.view(-1)) if self.settings.rank == 0 else None
+        if stage == 0:
+            return 0, (param.detach() if state is None else self._adam.state[param][state]).view(-1)
         if stage == 3:
             part = safe_get_local_fp32_param(param) if state is None else safe_get_local_optimizer_state(param, state)
             start = part.numel() * self.settings.rank
