@@ -106,10 +106,10 @@ class LearnerEngine:
         for name, param in self._engine.module.named_parameters():
             yield name.removeprefix("model."), self._whole(param, role, dtype or self.dtype).to(dtype or self.dtype)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of what `weights` yields."""
-        named = self._engine.module.named_parameters()
-        return {name.removeprefix("model."): tuple(getattr(p, "ds_shape", p.shape)) for name, p in named}
+    @property
+    def snapshot_bytes(self) -> int:
+        """Of all that `weights` yields in the engines' dtype."""
+        return self.dtype.itemsize * sum(_numel(p) for p in self._engine.module.parameters())
 
     def _whole(self, param: torch.nn.Parameter, role: str, dtype: torch.dtype) -> torch.Tensor:
         """In float32, or in the engines' dtype where it lies ready: the model's weights are the masters rounded."""

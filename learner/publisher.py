@@ -4,7 +4,6 @@ The memory is anonymous (memfd) and reached through the publishing process, so i
 is left behind, whoever dies. One buffer a role, used again for the next version once the engines have let go of it.
 """
 
-import math
 import mmap
 import os
 from collections.abc import Iterable, Sequence
@@ -30,10 +29,8 @@ class _Buffer:
 class Publisher:
     """Packs snapshots, on the learner's first rank."""
 
-    def __init__(
-        self, model: Path, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]], probe_ids: IntArray
-    ) -> None:
-        self._nbytes = dtype.itemsize * sum(math.prod(shape) for shape in shapes.values())
+    def __init__(self, model: Path, dtype: torch.dtype, nbytes: int, probe_ids: IntArray) -> None:
+        self._nbytes = nbytes  # of a snapshot
         self._probe = Probe(model, dtype)
         self._probe_ids = probe_ids
         self._buffers: dict[str, _Buffer] = {}

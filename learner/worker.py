@@ -14,7 +14,7 @@ from actors.types import IntArray, ScoredRollout, Snapshot
 from learner.types import LearnerSettings, StepResult
 
 SAVING = "saving"  # Ray runs the methods of this group beside the others
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 
 
 class LearnerWorker:
@@ -43,7 +43,9 @@ class LearnerWorker:
         self._saver = Saver()
         self._publisher = None
         if settings.rank == 0:
-            self._publisher = Publisher(Path(settings.model), self._engine.dtype, self._engine.shapes(), probe_ids)
+            self._publisher = Publisher(
+                Path(settings.model), self._engine.dtype, self._engine.snapshot_bytes, probe_ids
+            )
         return os.getpid()
 
     def train_step(self, samples: Sequence[ScoredRollout]) -> StepResult:
@@ -123,6 +125,7 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 32 << 20)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_ARENA_MAX, 1)  # Ray calls from a thread: heaps of its own come in 64 MiB, and fragment by gigabytes
 
 
 def _own_address() -> str:

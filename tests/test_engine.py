@@ -80,10 +80,15 @@ def changed(tiny_model: Path) -> torch.nn.Module:
     return model
 
 
+def publisher_of(model: Path) -> Publisher:
+    nbytes = sum(p.nbytes for p in changed(model).parameters())
+    return Publisher(model, torch.float32, nbytes, PROBE)
+
+
 def test_log_probs_are_hugging_faces_before_and_after_a_weight_update(engines: list, tiny_model: Path) -> None:
     compare(engines[0], AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), 0)
     model = changed(tiny_model)
-    publisher = Publisher(tiny_model, torch.float32, PROBE)
+    publisher = publisher_of(tiny_model)
     snapshot = publisher.publish("student", 3, model.named_parameters())
     report = ray.get(engines[0].update_weights.remote(snapshot), timeout=60)
     assert report.version == 3
@@ -94,7 +99,7 @@ def test_log_probs_are_hugging_faces_before_and_after_a_weight_update(engines: l
 def test_an_update_that_leaves_the_lm_head_stale_is_refused_and_the_gap_is_named(
     engines: list, tiny_model: Path
 ) -> None:
-    snapshot = Publisher(tiny_model, torch.float32, PROBE).publish("teacher", 5, changed(tiny_model).named_parameters())
+    snapshot = publisher_of(tiny_model).publish("teacher", 5, changed(tiny_model).named_parameters())
     with pytest.raises(
         Exception, match=r"teacher weights v5: .* differ from the learner's by \d+\.\d+ on average \(allowed: 0.001\)"
     ):
@@ -102,7 +107,7 @@ def test_an_update_that_leaves_the_lm_head_stale_is_refused_and_the_gap_is_named
 
 
 def test_a_damaged_snapshot_is_refused_by_the_name_of_the_tensor(engines: list, tiny_model: Path) -> None:
-    publisher = Publisher(tiny_model, torch.float32, PROBE)
+    publisher = publisher_of(tiny_model)
     snapshot = publisher.publish("student", 4, changed(tiny_model).named_parameters())
     damaged = dataclasses.replace(snapshot.tensors[5], digest="0" * 32)
     tensors = (*snapshot.tensors[:5], damaged, *snapshot.tensors[6:])

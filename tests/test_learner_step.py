@@ -52,7 +52,7 @@ def reference(tiny_model: Path) -> tuple[Reference, list[float]]:
     return plain, losses
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (2, 1), (3, 1), (1, 2)])
+@pytest.mark.parametrize(("stage", "ranks"), [(2, 1), (1, 2)])
 def test_three_steps_equal_plain_torch(
     ray_cluster: None, tiny_model: Path, reference: tuple[Reference, list[float]], stage: int, ranks: int
 ) -> None:

@@ -30,9 +30,9 @@ def rollouts(count: int) -> list[ScoredRollout]:
 @pytest.mark.parametrize(
     ("dtype", "config", "sequences"),
     [
-        ("bfloat16", BASE, 8),
-        ("float32", BASE.model_copy(update={"zero_stage": 2}), 5),
-        ("bfloat16", BASE.model_copy(update={"gradient_checkpointing": True}), 16),
+        ("bfloat16", BASE, 6),
+        ("float32", BASE.model_copy(update={"zero_stage": 2}), 4),
+        ("bfloat16", BASE.model_copy(update={"gradient_checkpointing": True}), 12),
     ],
 )
 def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(
@@ -55,4 +55,5 @@ def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(
 
     shape = ModelShape.of(smollm2, count_parameters(smollm2))
     predicted = learner_gib(config, teacher, dtype, shape, sequences * (PROMPT + COMPLETION), sequences * COMPLETION)
+    print(f"predicted {predicted:.2f} GiB")
     assert predicted == pytest.approx(asyncio.run(peak()), rel=0.15)
