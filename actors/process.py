@@ -1,8 +1,12 @@
-"""What engine and learner processes set up before they import torch. Imports nothing but the standard library."""
+"""What processes of ours know of their machine and set up before they import torch. Standard library only."""
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+GIB = 1 << 30
 
 # Idle OpenMP threads that spin make two processes on the same cores 30 times slower than one.
 PASSIVE_WAIT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
@@ -20,3 +24,12 @@ def large_imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def available_memory_gib(meminfo: Path = Path("/proc/meminfo")) -> float:
+    """Main memory of this machine that could be used now, with what the kernel would give back of its file cache."""
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 / GIB
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB

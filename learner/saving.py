@@ -7,9 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import psutil
 from safetensors.torch import save_file
 from torch import Tensor
+
+from actors.process import GIB, available_memory_gib
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class Saver:
         """
         with self._lock:
             needed = sum(t.nbytes for file in self._waiting for t in file.tensors.values())
-        if self._done is not None and 2 * needed > psutil.virtual_memory().available:
-            wait([self._done])
+        done = self._done
+        if done is not None and 2 * needed > available_memory_gib() * GIB:
+            wait([done])
         with self._lock:
             for i, file in enumerate(self._waiting):
                 self._waiting[i] = replace(file, tensors={name: t.clone() for name, t in file.tensors.items()})
@@ -58,21 +60,25 @@ class Saver:
 
     def finish(self) -> None:
         """Wait until all is written. Raises the error that stopped it, once."""
-        done, self._done = self._done, None
+        done = self._done
         if done is not None:
             try:
                 done.result()
             finally:
-                self._waiting.clear()
+                self._done = None  # only now: `detach` may come meanwhile, from another thread
 
     def _run(self) -> None:
-        while True:
+        try:
+            while True:
+                with self._lock:
+                    if not self._waiting:
+                        return
+                    file = self._waiting.popleft()
+                    self._writing.acquire()
+                try:
+                    file.write()
+                finally:
+                    self._writing.release()
+        finally:
             with self._lock:
-                if not self._waiting:
-                    return
-                file = self._waiting.popleft()
-                self._writing.acquire()
-            try:
-                file.write()
-            finally:
-                self._writing.release()
+                self._waiting.clear()  # what comes after a file that could not be written is not

@@ -8,9 +8,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from actors.process import GIB
 from learner.config import CHUNK_LOGITS, LearnerConfig, TeacherConfig
 
-GIB = 1 << 30
 WIDTH = {"bfloat16": 2, "float32": 4}  # bytes of a number
 PROCESS_GIB = 0.6  # Python, Ray, torch, transformers, DeepSpeed
 

@@ -2,16 +2,16 @@
 
 import json
 import math
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.config import EngineSettings
+from actors.process import GIB
 from services.config import RunConfig
 from services.errors import UserError
-from services.memory import GIB, WIDTH, ModelShape, learner_gib
+from services.memory import WIDTH, ModelShape, learner_gib
 
 # Measured on the CPU build with a 0.26 M parameter model: what a process holds before it has a model.
 ENGINE_BASE_GIB = 1.3
@@ -151,12 +151,3 @@ def _cache_bytes_per_token(shape: dict[str, Any], width: int) -> int:
         return 0
     size = shape.get("head_dim") or hidden // shape["num_attention_heads"]
     return int(2 * layers * heads * size * width)
-
-
-def available_memory_gib(meminfo: Path = Path("/proc/meminfo")) -> float:
-    """Main memory of this machine that could be used now, with what the kernel would give back of its file cache."""
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 / GIB
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB

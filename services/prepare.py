@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from actors.process import available_memory_gib
 from actors.types import IntArray
 from learner.types import LearnerSettings
 from services.config import RunConfig
@@ -18,7 +19,7 @@ from services.evaluation import LoadedSet
 from services.load_config import check_files
 from services.memory import ModelShape
 from services.models import resolve_model
-from services.plan import Plan, available_memory_gib, count_parameters, engine_settings, make_plan, roles
+from services.plan import Plan, count_parameters, engine_settings, make_plan, roles
 from services.prompts import PromptBuilder, PromptPair, build_prompts, load_tokenizer
 from services.schedule import Schedule, make_schedule
 from services.sinks import check_sinks

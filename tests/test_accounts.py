@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from actors.process import available_memory_gib
 from actors.types import SampleId
 from services import checkpoint
 from services.checkpoint import CheckpointState
 from services.config import RunConfig
 from services.ledger import Ledger, LedgerError, restore_ledger
 from services.memory import ModelShape
-from services.plan import available_memory_gib, make_plan
+from services.plan import make_plan
 from services.schedule import make_schedule, sample_seed
 
 SHAPE = ModelShape(135_000_000, 30, 576, 1536, 49152)

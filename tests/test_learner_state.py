@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,28 @@ def test_what_is_not_written_yet_is_copied_before_the_tensors_change(
         t.fill_(-1)
     saver.finish()
     assert [load_file(tmp_path / f"{i}.safetensors")["x"][0].item() for i in range(3)] == [0, 1, 2]
+
+
+def test_where_memory_is_short_nothing_is_copied_even_if_somebody_waits_for_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = TensorFile.write
+
+    def slowly(file: TensorFile) -> None:
+        time.sleep(0.1)
+        write(file)
+
+    monkeypatch.setattr(TensorFile, "write", slowly)
+    monkeypatch.setattr("learner.saving.available_memory_gib", lambda: 0.0)
+    saver = Saver()
+    saver.begin(TensorFile(tmp_path / f"{i}.safetensors", {"x": torch.ones(4)}) for i in range(4))
+    waiting = threading.Thread(target=saver.finish)  # as the run does from the moment it saves
+    waiting.start()
+    time.sleep(0.05)
+    saver.detach()
+    written = sorted(path.name for path in tmp_path.iterdir())
+    waiting.join(timeout=60)
+    assert written == [f"{i}.safetensors" for i in range(4)]
 
 
 def test_a_file_that_cannot_be_written_is_an_error_of_the_save(tmp_path: Path) -> None:
