@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -62,9 +63,7 @@ def main() -> None:
         base = learner_settings(prepared)
         for lr in (base.config.optimizer.lr, 1e-5):
             optimizer = OptimizerConfig(lr=lr, warmup_steps=0, schedule="constant")
-            settings = base.__class__(
-                **vars(base) | {"config": base.config.model_copy(update={"optimizer": optimizer})}
-            )
+            settings = replace(base, config=base.config.model_copy(update={"optimizer": optimizer}))
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 found = pool.submit(shares, settings, Path(scratch)).result(timeout=1200)
             mean = float(np.mean(found[1:]))

@@ -26,6 +26,7 @@ from services.models import resolve_model
 
 SEQUENCES, PROMPT, COMPLETION, K = 32, 96, 32, 64
 LOSS = LossConfig(top_k=K, skip_first=0)
+OPTIMIZER = OptimizerConfig(lr=1e-5, warmup_steps=0, schedule="constant")
 
 
 def samples() -> list[ScoredRollout]:
@@ -41,21 +42,23 @@ def samples() -> list[ScoredRollout]:
     return made
 
 
-def main() -> None:
-    path = resolve_model("smollm2-135m", Path.cwd())
-    optimizer = OptimizerConfig(lr=1e-5, warmup_steps=0, schedule="constant")
-    settings = LearnerSettings(
-        model=str(path),
+def settings() -> LearnerSettings:
+    return LearnerSettings(
+        model=str(resolve_model("smollm2-135m", Path.cwd())),
         dtype="bfloat16",
         device="cpu",
         seed=0,
         total_steps=1000,
-        config=LearnerConfig(micro_batch_tokens=4096, optimizer=optimizer),
+        config=LearnerConfig(micro_batch_tokens=4096, optimizer=OPTIMIZER),
         loss=LOSS,
         teacher=TeacherConfig(alpha=0.01),
     )
+
+
+def main() -> None:
+    path = Path(settings().model)
     learner = LearnerWorker()  # in this process, set up as in a run
-    learner.start(settings, 1, *learner.rendezvous(), np.arange(100, 132, dtype=np.int32))
+    learner.start(settings(), 1, *learner.rendezvous(), np.arange(100, 132, dtype=np.int32))
     rollouts = samples()
     batch = pack(rollouts, 0, SEQUENCES, K)
     model = SelfDistillation(load_student(path, torch.bfloat16), LOSS)
@@ -63,7 +66,7 @@ def main() -> None:
     fixed = states.detach().requires_grad_()
     flat = torch.nn.Parameter(torch.randn(sum(p.numel() for p in model.parameters())))
     flat.grad = torch.randn_like(flat)  # zeros would be one page of the kernel's, read from the cache
-    adam = AdamWWithTeacher([flat], optimizer, 0.01)
+    adam = AdamWWithTeacher([flat], OPTIMIZER, 0.01)
 
     def body() -> None:
         out = hidden_states(model.model, batch.input_ids, batch.position_ids, batch.lengths)

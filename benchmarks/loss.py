@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.measure import peak_mib, report, seconds_in_turn
 from learner.config import LossConfig
-from learner.loss import Targets, divergence_loss, importance_weights, sampled_logprobs, token_objective
+from learner.loss import Targets, divergence_loss, importance_weights, token_objective
 
 VOCABULARY, HIDDEN, K, SEQUENCE = 49152, 576, 64, 64
 CONFIG = LossConfig(top_k=K)
@@ -56,7 +56,8 @@ def plain(tokens: int) -> Callable[[], object]:
         hidden.grad = head.grad = None
         logits = (hidden @ head.T).float()
         with torch.no_grad():
-            weights = importance_weights(sampled_logprobs(logits, targets.sampled_ids), targets, CONFIG)
+            own = logits.gather(-1, targets.sampled_ids[:, None])[:, 0] - torch.logsumexp(logits, -1)
+            weights = importance_weights(own, targets, CONFIG)
         (token_objective(logits, targets, CONFIG)[0] * weights * targets.share).sum().backward()
 
     return run

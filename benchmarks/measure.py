@@ -54,13 +54,14 @@ def _peak(case: Callable[..., Callable[[], object]], args: Sequence[Any]) -> flo
     # What the preparation has freed goes back to the kernel: reused, it would hide what the case needs.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is resident now
-    before = _resident_kib("VmRSS")
+    before = resident_kib("VmRSS")
     run()
-    return (_resident_kib("VmHWM") - before) / 1024
+    return (resident_kib("VmHWM") - before) / 1024
 
 
-def _resident_kib(field: str) -> int:
-    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{field}:")]
+def resident_kib(field: str, pid: int | str = "self") -> int:
+    """A process's resident memory now (VmRSS) or at its peak (VmHWM)."""
+    (line,) = [x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith(f"{field}:")]
     return int(line.split()[1])
 
 

@@ -104,7 +104,7 @@ def in_trl(module: str, model: Path, folder: Path, **arguments: object) -> str:
 
 def same_loss(folder: Path, model: Path) -> None:
     """The first step's loss, TRL's and ours, on the same rollouts."""
-    output = in_trl("same_loss", model, folder, batch=8)
+    output = in_trl("same_loss", model, folder, dtype="float32", batch=8, steps=1)
     pairs = json.loads(next(line for line in output.splitlines() if line.startswith('{"whole')))
     rows = [{"support": n, "TRL": t, "ours": o, "difference": abs(t - o) / o} for n, (t, o) in pairs.items()]
     report("peer_loss", "Loss of a first step on the same 8 rollouts, forward KL, float32", rows)

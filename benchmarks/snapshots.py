@@ -9,7 +9,6 @@ stands still. A copy is one of memory to memory that has been written before.
 """
 
 import mmap
-import os
 import shutil
 import tempfile
 import time
@@ -22,28 +21,12 @@ import numpy as np
 import ray
 
 from actors.worker import EngineWorker
-from benchmarks.learner_step import samples
+from benchmarks.learner_step import samples, settings
 from benchmarks.measure import report
 from benchmarks.scoring import settings as engine_settings
-from learner.config import LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
-from learner.types import LearnerSettings
 from learner.worker import LearnerWorker, learner_actor
-from services.models import resolve_model
 
 ROUNDS, WAIT_S = 5, 300
-
-
-def settings() -> LearnerSettings:
-    return LearnerSettings(
-        model=str(resolve_model("smollm2-135m", Path.cwd())),
-        dtype="bfloat16",
-        device="cpu",
-        seed=0,
-        total_steps=1000,
-        config=LearnerConfig(optimizer=OptimizerConfig(lr=1e-5, warmup_steps=0, schedule="constant")),
-        loss=LossConfig(skip_first=0),
-        teacher=TeacherConfig(alpha=0.01),
-    )
 
 
 def copy_seconds(nbytes: int) -> float:
@@ -123,7 +106,7 @@ def measure(scratch: Path) -> tuple[dict[str, list[float]], dict[str, int]]:
 def main() -> None:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
+        with tempfile.TemporaryDirectory() as scratch:
             seconds, nbytes = measure(Path(scratch))
     finally:
         ray.shutdown()

@@ -14,8 +14,6 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
 )
 
 from actors.types import ScoredRollout
@@ -103,8 +101,9 @@ class LearnerEngine:
         role: "student", or "teacher" for the EMA (which is the student until the first step, and with live weights).
         dtype: None is the engines' dtype, rounded from the float32 masters.
         """
+        wanted = dtype or self.dtype
         for name, param in self._engine.module.named_parameters():
-            yield name.removeprefix("model."), self._whole(param, role, dtype or self.dtype).to(dtype or self.dtype)
+            yield name.removeprefix("model."), self._whole(param, role, wanted).to(wanted)
 
     @property
     def snapshot_bytes(self) -> int:
@@ -184,20 +183,9 @@ class LearnerEngine:
         if place is not None:
             start, part = place
             part.copy_(whole[start : start + part.numel()])
-            if self.settings.config.zero_stage == 3:
-                self._put_partition(param, key, part)
         if key == MASTER:
             with deepspeed.zero.GatheredParameters([param], modifier_rank=0):  # does nothing below stage 3
                 param.data.copy_(whole.view(param.shape))
-
-    def _put_partition(self, param: torch.nn.Parameter, key: str, part: torch.Tensor) -> None:
-        """ZeRO-3 may have given out a copy of its partition."""
-        padded = torch.zeros(param.ds_tensor.numel(), dtype=part.dtype, device=part.device)
-        padded[: part.numel()] = part
-        if key == MASTER:
-            safe_set_local_fp32_param(param, padded)
-        else:
-            safe_set_local_optimizer_state(param, padded, key)
 
 
 def _numel(param: torch.nn.Parameter) -> int:

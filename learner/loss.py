@@ -89,11 +89,6 @@ def token_objective(logits: Tensor, targets: Targets, config: LossConfig) -> tup
     return support_objective(log_p, targets, logits.shape[-1], config)
 
 
-def sampled_logprobs(logits: Tensor, sampled_ids: Tensor) -> Tensor:
-    """log p of the sampled tokens: [N, V], [N] -> [N]."""
-    return logits.gather(-1, sampled_ids[:, None])[:, 0] - torch.logsumexp(logits, -1)
-
-
 def importance_weights(trainer: Tensor, targets: Targets, config: LossConfig) -> Tensor:
     """Truncated importance weight of every row, [N]: min(cap, exp(logp_trainer - logp_sampler)), by token or as the
     mean over the loss tokens of a sequence (the reference's form)."""
@@ -133,8 +128,8 @@ class _Chunked(torch.autograd.Function):
         for rows, known in chunks:
             if not known:
                 logits = _logits(hidden[rows], head, bias, buffer)
-                own = logits.gather(-1, targets.sampled_ids[rows, None]).to(wide)
-                trainer[rows] = (own - _log_normalizer(logits))[:, 0]
+                own = _log_probs(logits, _log_normalizer(logits), targets.sampled_ids[rows, None])
+                trainer[rows] = own[:, 0]
         scale = importance_weights(trainer, targets, config) * targets.share
         grad_hidden = torch.empty_like(hidden)
         grad_head = torch.zeros(head.shape, dtype=wide if len(chunks) > 1 else head.dtype, device=head.device)
@@ -145,12 +140,11 @@ class _Chunked(torch.autograd.Function):
             logits = _logits(hidden[rows], head, bias, buffer)
             log_z = _log_normalizer(logits)
             if known:
-                own = logits.gather(-1, here.sampled_ids[:, None]).to(wide)
-                trainer[rows] = (own - log_z)[:, 0]
+                trainer[rows] = _log_probs(logits, log_z, here.sampled_ids[:, None])[:, 0]
                 scale[rows] = importance_weights(trainer[rows], here, config) * here.share
             ids = support(here, config)
             with torch.enable_grad():
-                log_p = (logits.gather(-1, ids).to(wide) - log_z).requires_grad_()
+                log_p = _log_probs(logits, log_z, ids).requires_grad_()
                 objective, values[rows] = support_objective(log_p, here, len(head), config)
                 (grad_log_p,) = torch.autograd.grad((objective * scale[rows]).sum(), log_p)
             _to_gradient(logits, log_z, ids, grad_log_p)
@@ -204,6 +198,11 @@ def _log_normalizer(logits: Tensor) -> Tensor:
     for block, its_result in zip(_blocks(logits), _blocks(result), strict=True):
         torch.logsumexp(block.to(wide), -1, keepdim=True, out=its_result)
     return result
+
+
+def _log_probs(logits: Tensor, log_z: Tensor, ids: Tensor) -> Tensor:
+    """Of the tokens `ids` [n, S], in the precision of `log_z`."""
+    return logits.gather(-1, ids).to(log_z.dtype) - log_z
 
 
 def _to_gradient(logits: Tensor, log_z: Tensor, ids: Tensor, grad_log_p: Tensor) -> None:

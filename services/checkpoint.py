@@ -79,10 +79,12 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint, and a sentence for each damaged one passed over."""
+def newest(run_dir: Path, before: int | None = None) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint (of a step before `before`), and a sentence for each damaged one passed over."""
     notes: list[str] = []
     for folder in sorted((run_dir / "checkpoints").glob("step-*"), reverse=True):
+        if before is not None and folder.name >= folder_of(run_dir, before).name:
+            continue
         reason = damage(folder)
         if reason is None:
             return folder, notes

@@ -37,7 +37,9 @@ def replay(run_dir: Path, steps: str | None, console: Console) -> str | None:
             f"{run_dir}: this run recorded no rollouts; set monitoring.record_rollouts: true before it is started"
         )
     first, last = _range(steps, recorded)
-    start = _start(run_dir, first)
+    start, notes = checkpoint.newest(run_dir, before=first)
+    for note in notes:
+        console.print(note)
     begin = 0 if start is None else checkpoint.read_state(start).step
     missing = sorted(set(range(begin + 1, last + 1)) - set(recorded))
     if missing:
@@ -59,6 +61,7 @@ async def _run(
     prepared: Prepared, plan: Plan, run_dir: Path, start: Path | None, steps: range, console: Console
 ) -> str | None:
     from learner.group import LearnerGroup
+    from learner.state import first_difference
 
     c = prepared.config
     rows = {row.step: row for row in read_rows(run_dir, StepMetrics)}
@@ -79,17 +82,11 @@ async def _run(
                 with tempfile.TemporaryDirectory(prefix="sdft-replay-") as scratch:
                     await group.save(Path(scratch))
                     await group.written()
-                    different = _different_state(kept, Path(scratch))
+                    different = first_difference(kept, Path(scratch))
                 if different is not None:
                     return f"step {step}: {different} is not what {kept} holds"
             console.print(f"step {step}: the same{' to the last bit of its state' if kept.is_dir() else ''}")
     return None
-
-
-def _different_state(kept: Path, again: Path) -> str | None:
-    from learner.state import first_difference
-
-    return first_difference(kept, again)
 
 
 def _range(steps: str | None, recorded: list[int]) -> tuple[int, int]:
@@ -103,11 +100,3 @@ def _range(steps: str | None, recorded: list[int]) -> tuple[int, int]:
     if not recorded[0] <= a <= b <= recorded[-1]:
         raise UserError(f"--steps {steps}: the run recorded steps {recorded[0]} to {recorded[-1]}; choose among them")
     return a, b
-
-
-def _start(run_dir: Path, first: int) -> Path | None:
-    """The newest undamaged checkpoint before step `first`; None: the base model."""
-    for folder in sorted((run_dir / "checkpoints").glob("step-*"), reverse=True):
-        if int(folder.name.removeprefix("step-")) < first and checkpoint.damage(folder) is None:
-            return folder
-    return None

@@ -42,6 +42,18 @@ def worst(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
     return max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours)
 
 
+def assert_equal(
+    student: dict[str, np.ndarray], teacher: dict[str, np.ndarray], plain: Reference, before: dict[str, np.ndarray]
+) -> None:
+    """Student and teacher are the reference's; what differs is tiny beside what moved since `before`."""
+    for ours, theirs in (
+        (student, {n: p.detach().numpy() for n, p in plain.student.named_parameters()}),
+        (teacher, {n: p.numpy() for n, p in plain.teacher.items()}),
+    ):
+        assert worst(ours, theirs) < 1e-5
+        assert apart(ours, theirs) < 1e-3 * apart(ours, before)
+
+
 @pytest.fixture(scope="module")
 def reference(tiny_model: Path) -> tuple[Reference, list[float]]:
     plain = Reference(tiny_model, ALPHA, skip=3, cap=2.0, clip=0.5)
@@ -52,11 +64,14 @@ def reference(tiny_model: Path) -> tuple[Reference, list[float]]:
     return plain, losses
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (2, 1), (3, 1), (1, 2)])
 def test_three_steps_equal_plain_torch(
     ray_cluster: None, tiny_model: Path, reference: tuple[Reference, list[float]], stage: int, ranks: int
 ) -> None:
-    """Losses, parameters and EMA teacher, over several micro-batches; one sequence is shorter than the skipped part."""
+    """Losses, parameters and EMA teacher, over several micro-batches; one sequence is shorter than the skipped part.
+
+    The other stages and ranks are compared with the same reference by test_learner_state.
+    """
     plain, losses = reference
 
     async def run() -> None:
@@ -67,12 +82,7 @@ def test_three_steps_equal_plain_torch(
             assert result.loss == pytest.approx(expected, rel=1e-5)
             assert result.lr == learning_rate(seed + 1, STEPS, OPTIMIZER)
         student, teacher = await group.parameters("student"), await group.parameters("teacher")
-        for ours, theirs in (
-            (student, {n: p.detach().numpy() for n, p in plain.student.named_parameters()}),
-            (teacher, {n: p.numpy() for n, p in plain.teacher.items()}),
-        ):
-            assert worst(ours, theirs) < 1e-5
-            assert apart(ours, theirs) < 1e-3 * apart(ours, before), "what differs must be tiny beside what moved"
+        assert_equal(student, teacher, plain, before)
         assert apart(student, teacher) > 0.5 * apart(student, before)
         for worker in group.workers:
             worker.__ray_terminate__.remote()

@@ -14,35 +14,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl.experimental.sdft import SDFTTrainer
+from transformers import AutoModelForCausalLM
 
 from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
-from benchmarks.trl.step import configuration, load_rows
+from benchmarks.trl.step import arguments, make_trainer
 from learner.config import ImportanceConfig, LossConfig
 from learner.model import SelfDistillation, load_student
 from learner.packing import pack
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    for name in ("model", "rows"):
-        parser.add_argument(f"--{name}", required=True)
-    for name in ("batch", "max-new-tokens", "top-k", "skip", "threads"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    a = parser.parse_args()
-    torch.set_num_threads(a.threads)
-    a.dtype, a.steps = "float32", 1
-    rows = load_rows(a.rows).select(range(a.batch))
-    trainer = SDFTTrainer(
-        model=a.model,
-        args=configuration(a),
-        train_dataset=rows,
-        processing_class=AutoTokenizer.from_pretrained(a.model),
-    )
+    a = arguments()
+    trainer = make_trainer(a)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1  # what its training loop sets
-    batch = trainer._prepare_training_batch(list(rows))
+    batch = trainer._prepare_training_batch([trainer.train_dataset[i] for i in range(a.batch)])
     pairs = {}
     with torch.no_grad():
         for name, mode in (("whole vocabulary", "full_logits"), ("student's top K", "topk_logits")):

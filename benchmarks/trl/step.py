@@ -27,13 +27,27 @@ class Timed(TrainerCallback):
             print(json.dumps({"seconds": self.seconds, "new_tokens": new_tokens, "loss": logs["loss"]}), flush=True)
 
 
-def load_rows(path: str) -> Dataset:
-    """Our rows with TRL's names."""
-    with open(path) as file:
+def arguments() -> argparse.Namespace:
+    """What benchmarks.peer gives; sets the threads."""
+    parser = argparse.ArgumentParser()
+    for name in ("model", "rows", "dtype"):
+        parser.add_argument(f"--{name}", required=True)
+    for name in ("batch", "steps", "max-new-tokens", "top-k", "skip", "threads"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    return a
+
+
+def make_trainer(a: argparse.Namespace) -> SDFTTrainer:
+    """TRL's trainer on our rows, with its names for them."""
+    with open(a.rows) as file:
         rows = [json.loads(line) for line in file]
-    return Dataset.from_list(
+    data = Dataset.from_list(
         [{"prompt": [{"role": "user", "content": r["prompt"]}], "privileged_context": r["demonstration"]} for r in rows]
     )
+    tokenizer = AutoTokenizer.from_pretrained(a.model)
+    return SDFTTrainer(model=a.model, args=configuration(a), train_dataset=data, processing_class=tokenizer)
 
 
 def configuration(a: argparse.Namespace) -> SDFTConfig:
@@ -66,19 +80,7 @@ def configuration(a: argparse.Namespace) -> SDFTConfig:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    for name in ("model", "rows", "dtype"):
-        parser.add_argument(f"--{name}", required=True)
-    for name in ("batch", "steps", "max-new-tokens", "top-k", "skip", "threads"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    a = parser.parse_args()
-    torch.set_num_threads(a.threads)
-    trainer = SDFTTrainer(
-        model=a.model,
-        args=configuration(a),
-        train_dataset=load_rows(a.rows),
-        processing_class=AutoTokenizer.from_pretrained(a.model),
-    )
+    trainer = make_trainer(arguments())
     trainer.add_callback(Timed())
     trainer.train()
 
