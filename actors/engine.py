@@ -43,6 +43,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.outputs import LogprobsTensors
 
+from actors.adapters import merged
 from actors.config import EngineSettings
 from actors.types import (
     FloatArray,
@@ -154,7 +155,8 @@ class Engine:
         await self._llm.pause_generation(mode="keep")
         await self._llm.start_weight_update()
         entries = [(t.name, t.dtype, list(t.shape), t.offset, t.nbytes, t.digest) for t in snapshot.tensors]
-        await self._llm.update_weights(WeightTransferUpdateRequest({"path": snapshot.path, "entries": entries}))
+        update = {"path": snapshot.path, "entries": entries, "scale": snapshot.scale}
+        await self._llm.update_weights(WeightTransferUpdateRequest(update))
         await self._llm.finish_weight_update(weight_version=str(snapshot.version))
         self.version = snapshot.version
         await self._llm.resume_generation()
@@ -237,6 +239,7 @@ class _InitInfo(WeightTransferInitInfo):
 class _UpdateInfo(WeightTransferUpdateInfo):
     path: str = ""
     entries: list[tuple[str, str, list[int], int, int, str]] = field(default_factory=list)
+    scale: float | None = None  # of adapters
 
 
 class SharedMemoryTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
@@ -261,7 +264,11 @@ class SharedMemoryTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
             # All digests before the first load: a damaged snapshot must not be half loaded.
             if xxhash.xxh3_128_hexdigest(view[offset : offset + nbytes]) != digest:
                 raise WeightMismatch(f"weights of {name} arrived damaged: their digest is not the learner's")
-        self.model.load_weights(_tensors(view, update_info.entries))
+        tensors = _tensors(view, update_info.entries)
+        if update_info.scale is not None:
+            base, dtype = Path(self.model_config.model), self.model_config.dtype
+            tensors = merged(base, dict(tensors), update_info.scale, dtype)
+        self.model.load_weights(tensors)
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)

@@ -85,6 +85,8 @@ class TensorEntry:
 class Snapshot:
     """One version of one role's weights, in shared memory, with what is needed to verify that it arrived.
 
+    With `scale` the tensors are LoRA adapters, to be merged into the base model (adapters.py).
+
     `path` is valid while the publishing process holds the snapshot: it is anonymous memory of that process, so nothing
     is left behind whoever dies.
     """
@@ -96,6 +98,7 @@ class Snapshot:
     tensors: tuple[TensorEntry, ...]
     probe_ids: IntArray  # [N]
     probe_logprobs: FloatArray  # [N - 1], log-prob of each probe token after the first, by these very bytes
+    scale: float | None = None
 
 
 @dataclass(frozen=True)

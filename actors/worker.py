@@ -13,6 +13,9 @@ from actors.types import GenerateRequest, IntArray, Rollout, Sampling, Snapshot,
 def engine_environment(settings: EngineSettings) -> dict[str, str]:
     """Environment of an engine process."""
     environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    if settings.enforce_eager and settings.device == "cpu":
+        # vLLM compiles two small functions of its sampler all the same: seconds of every start, with a C++ compiler.
+        environment["TORCHDYNAMO_DISABLE"] = "1"
     if settings.device == "cpu":
         cores = sorted(os.sched_getaffinity(0))[: settings.threads]
         environment |= PASSIVE_WAIT | {

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.plan import count_parameters
+from services.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Operations:
         head = shape["vocab_size"] * shape["hidden_size"]
         embeddings = head if shape["tie_word_embeddings"] else 2 * head
         layers, hidden = shape["num_hidden_layers"], shape["hidden_size"]
-        return cls(count_parameters(model) - embeddings, head, layers, hidden)
+        return cls(ModelShape.of(model).parameters - embeddings, head, layers, hidden)
 
     def forward(self, tokens: float, length: float, rows: float) -> float:
         """`tokens` in sequences of about `length`, the head on `rows` of them only; attention is causal."""

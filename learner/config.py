@@ -52,6 +52,16 @@ class OptimizerConfig(BaseModel):
     grad_clip: float = Field(1.0, gt=0)
 
 
+class LoraConfig(BaseModel):
+    """Low-rank adapters beside frozen weights: weight + alpha / rank * B A, of which only A and B are trained."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    targets: tuple[str, ...] = Field((), description="Linear layers by name, as q_proj; empty: all but the head")
+
+
 class LearnerConfig(BaseModel):
     """The DeepSpeed learner."""
 
@@ -64,6 +74,7 @@ class LearnerConfig(BaseModel):
     threads: int | None = Field(None, ge=1, description="Threads of each rank; null: the node's cores / ranks")
     micro_batch_tokens: int = Field(4096, ge=1, description="Tokens packed into one forward")
     gradient_checkpointing: bool = False
+    lora: LoraConfig | None = Field(None, description="null: every weight is trained")
     optimizer: OptimizerConfig = OptimizerConfig()
     start_timeout_s: float = Field(600, gt=0)
     step_timeout_s: float = Field(3600, gt=0)

@@ -20,6 +20,7 @@ from actors.types import ScoredRollout
 from learner.model import SelfDistillation, load_student
 from learner.optimizer import MASTER, TEACHER, AdamWWithTeacher, learning_rate, teacher_alpha
 from learner.packing import assign, group, length, pack
+from learner.publisher import Content
 from learner.saving import TensorFile
 from learner.state import Piece, StateFiles, state_files
 from learner.types import LearnerSettings, StepResult
@@ -40,13 +41,22 @@ class LearnerEngine:
         model = SelfDistillation(load_student(Path(settings.model), self.dtype), settings.loss)
         if settings.config.gradient_checkpointing:
             model.model.gradient_checkpointing_enable()
-        optimizer = AdamWWithTeacher(model.parameters(), settings.config.optimizer, teacher_alpha(settings.teacher))
+        self._lora = None
+        if settings.config.lora is not None:
+            from learner.lora import Lora  # peft takes seconds to import
+
+            self._lora = Lora(model.model, settings.config.lora, Path(settings.model), self.dtype)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        alpha = teacher_alpha(settings.teacher)
+        optimizer = AdamWWithTeacher(trained, settings.config.optimizer, None if self._lora else alpha)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._deepspeed_config()
         )
         optimizer.set_steps(0)  # stage 3 takes one while it sets itself up, on zero gradients
         self._adam = optimizer
         self.ranks = torch.distributed.get_world_size()
+        if self._lora is not None:
+            self._lora.keep_teacher(alpha, settings.rank, self.ranks, self._engine.device)
         if settings.config.zero_stage == 3:
             deepspeed.zero.register_external_parameter(self._engine.module, self._engine.module.head.weight)
 
@@ -88,6 +98,8 @@ class LearnerEngine:
             sums += torch.stack([loss.detach(), *rest]).double().cpu()
         torch.distributed.all_reduce(sums)
         self.step += 1
+        if self._lora is not None:
+            self._lora.follow(self._forward)
         tokens = sum(max(0, len(sample.rollout.completion_ids) - s.loss.skip_first) for sample in samples)
         loss, divergence, mismatch, tail = sums.tolist()
         norm = self._engine.get_global_grad_norm()
@@ -102,13 +114,17 @@ class LearnerEngine:
         dtype: None is the engines' dtype, rounded from the float32 masters.
         """
         wanted = dtype or self.dtype
+        if self._lora is not None:
+            yield from self._lora.weights(role, wanted, self._forward)
+            return
         for name, param in self._engine.module.named_parameters():
             yield name.removeprefix("model."), self._whole(param, role, wanted).to(wanted)
 
-    @property
-    def snapshot_bytes(self) -> int:
-        """Of all that `weights` yields in the engines' dtype."""
-        return self.dtype.itemsize * sum(_numel(p) for p in self._engine.module.parameters())
+    def snapshot(self, role: str) -> Content:
+        """What the engines of a role need: every weight in their dtype; of a student with LoRA the adapters alone."""
+        if self._lora is not None:
+            return self._lora.snapshot(role, self._forward)
+        return Content(self.weights(role), self.dtype.itemsize * sum(map(_numel, self._engine.module.parameters())))
 
     def _whole(self, param: torch.nn.Parameter, role: str, dtype: torch.dtype) -> torch.Tensor:
         """In float32, or in the engines' dtype where it lies ready: the model's weights are the masters rounded."""
@@ -119,9 +135,11 @@ class LearnerEngine:
             if stage < 3 and self.ranks == 1:
                 return param._hp_mapping.get_hp_fragment(TEACHER).view(param.shape)
             return safe_get_full_optimizer_state(param, TEACHER)
-        if dtype != self.dtype:
-            return safe_get_full_fp32_param(param)
-        if stage < 3:
+        return self._forward(param) if dtype == self.dtype else safe_get_full_fp32_param(param)
+
+    def _forward(self, param: torch.nn.Parameter) -> torch.Tensor:
+        """A parameter as the forward uses it, whole. Collective."""
+        if self.settings.config.zero_stage < 3:
             return param.detach()
         with deepspeed.zero.GatheredParameters([param]):
             return param.detach().clone()
@@ -146,17 +164,24 @@ class LearnerEngine:
         link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
-        for name, param in self._engine.module.named_parameters():
+        for name, param in self._trained():
             for key in self._adam.keys:
                 self._put(param, key, files.whole(f"{key}/{name}", _numel(param)))
+        if self._lora is not None:
+            self._lora.load(files)
         self.step = files.step
         self._adam.set_steps(self.step)
         torch.set_rng_state(files.rng(self.settings.rank))
 
+    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return ((name, p) for name, p in self._engine.module.named_parameters() if p.requires_grad)
+
     def _pieces(self) -> Iterator[Piece]:
+        if self._lora is not None:
+            yield from self._lora.pieces()
         if self.settings.config.zero_stage == 0 and self.settings.rank > 0:
             return  # every rank has all of it
-        for name, param in self._engine.module.named_parameters():
+        for name, param in self._trained():
             for key in self._adam.keys:
                 found = self._piece(param, key)
                 if found is not None:

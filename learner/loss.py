@@ -132,7 +132,9 @@ class _Chunked(torch.autograd.Function):
                 trainer[rows] = own[:, 0]
         scale = importance_weights(trainer, targets, config) * targets.share
         grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros(head.shape, dtype=wide if len(chunks) > 1 else head.dtype, device=head.device)
+        trained = head.requires_grad  # it is not with LoRA, and then its gradient is not computed
+        shape = head.shape if trained else (0,)
+        grad_head = torch.zeros(shape, dtype=wide if len(chunks) > 1 else head.dtype, device=head.device)
         grad_bias = torch.zeros(0 if bias is None else len(bias), dtype=wide, device=head.device)
         values = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         for rows, known in chunks:
@@ -149,11 +151,13 @@ class _Chunked(torch.autograd.Function):
                 (grad_log_p,) = torch.autograd.grad((objective * scale[rows]).sum(), log_p)
             _to_gradient(logits, log_z, ids, grad_log_p)
             torch.mm(logits, head, out=grad_hidden[rows])
-            _add_product(grad_head, logits, hidden[rows])
+            if trained:
+                _add_product(grad_head, logits, hidden[rows])
             if bias is not None:
                 grad_bias += logits.sum(0)
         logits = buffer = hidden.new_empty(0)  # before the head's gradient is there a second time
-        ctx.grads = grad_hidden, grad_head.to(head.dtype), None if bias is None else grad_bias.to(bias.dtype)
+        head_grad = grad_head.to(head.dtype) if trained else None
+        ctx.grads = grad_hidden, head_grad, None if bias is None else grad_bias.to(bias.dtype)
         difference = trainer - targets.sampler_logprobs
         k3 = torch.expm1(difference) - difference
         tail = 1 - targets.teacher_logprobs.exp().sum(-1)

@@ -15,8 +15,18 @@ import torch
 import xxhash
 from torch.func import functional_call
 
+from actors.adapters import merged
 from actors.types import FloatArray, IntArray, Snapshot, TensorEntry
 from learner.model import Probe
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a snapshot is made of."""
+
+    weights: Iterable[tuple[str, torch.Tensor]]  # Hugging Face names; to be iterated over once, a collective
+    nbytes: int  # of all of them
+    scale: float | None = None  # they are LoRA adapters, to be merged into the base model
 
 
 @dataclass
@@ -29,38 +39,44 @@ class _Buffer:
 class Publisher:
     """Packs snapshots, on the learner's first rank."""
 
-    def __init__(self, model: Path, dtype: torch.dtype, nbytes: int, probe_ids: IntArray) -> None:
-        self._nbytes = nbytes  # of a snapshot
+    def __init__(self, model: Path, dtype: torch.dtype, probe_ids: IntArray) -> None:
+        self._model = model
         self._probe = Probe(model, dtype)
+        self._probe_names = {name for name, _ in self._probe.named_parameters()}
+        self._dtype = dtype
         self._probe_ids = probe_ids
         self._buffers: dict[str, _Buffer] = {}
 
-    def publish(self, role: str, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> Snapshot:
+    def publish(self, role: str, version: int, content: Content) -> Snapshot:
         """Copy the weights into shared memory. Raises RuntimeError if the role's last snapshot was not released."""
         buffer = self._buffers.get(role)
         if buffer is not None and buffer.in_use:
             raise RuntimeError(f"{role} weights v{version}: the snapshot before it was not released")
         if buffer is None:
-            buffer = self._buffers[role] = _allocate(role, self._nbytes)
-        entries = pack(weights, buffer.memory)
+            buffer = self._buffers[role] = _allocate(role, content.nbytes)
+        entries = pack(content.weights, buffer.memory)
         buffer.in_use = True
         return Snapshot(
             role=role,
             version=version,
             path=f"/proc/{os.getpid()}/fd/{buffer.fd}",
-            nbytes=self._nbytes,
+            nbytes=content.nbytes,
             tensors=entries,
             probe_ids=self._probe_ids,
-            probe_logprobs=self._probe_logprobs(entries, buffer.memory),
+            probe_logprobs=self._probe_logprobs(entries, buffer.memory, content.scale),
+            scale=content.scale,
         )
 
-    def _probe_logprobs(self, entries: Sequence[TensorEntry], memory: mmap.mmap) -> FloatArray:
+    def _probe_logprobs(self, entries: Sequence[TensorEntry], memory: mmap.mmap, scale: float | None) -> FloatArray:
         """By these very bytes: what the engines must reproduce is what was sent, for student and teacher alike."""
         payload = torch.frombuffer(memory, dtype=torch.uint8)
-        parameters = {
-            f"model.{e.name}": payload[e.offset : e.offset + e.nbytes].view(getattr(torch, e.dtype)).view(e.shape)
-            for e in entries
+        tensors = {
+            e.name: payload[e.offset : e.offset + e.nbytes].view(getattr(torch, e.dtype)).view(e.shape) for e in entries
         }
+        if scale is not None:
+            tensors = dict(merged(self._model, tensors, scale, self._dtype))
+        # A folder may hold a tied head a second time.
+        parameters = {f"model.{n}": t for n, t in tensors.items() if f"model.{n}" in self._probe_names}
         ids = torch.from_numpy(self._probe_ids.astype(np.int64))
         with torch.no_grad():
             return functional_call(self._probe, parameters, (ids,)).numpy()

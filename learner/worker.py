@@ -43,9 +43,7 @@ class LearnerWorker:
         self._saver = Saver()
         self._publisher = None
         if settings.rank == 0:
-            self._publisher = Publisher(
-                Path(settings.model), self._engine.dtype, self._engine.snapshot_bytes, probe_ids
-            )
+            self._publisher = Publisher(Path(settings.model), self._engine.dtype, probe_ids)
         return os.getpid()
 
     def train_step(self, samples: Sequence[ScoredRollout]) -> StepResult:
@@ -54,10 +52,10 @@ class LearnerWorker:
 
     def publish(self, role: str, version: int) -> Snapshot | None:
         """The snapshot, on the first rank; the others give their parts of the weights."""
-        weights = self._engine.weights(role)
+        content = self._engine.snapshot(role)
         if self._publisher is not None:
-            return self._publisher.publish(role, version, weights)
-        for _ in weights:
+            return self._publisher.publish(role, version, content)
+        for _ in content.weights:
             pass
         return None
 
@@ -66,16 +64,19 @@ class LearnerWorker:
             self._publisher.release(role)
 
     def save(self, folder: str) -> None:
-        """Begin to write the training state, and the student as a plain Hugging Face folder beside it. Collective.
+        """Begin to write the training state, and the student as a Hugging Face or peft folder beside it. Collective.
 
         `written` tells when it is done; steps may go on meanwhile.
         """
-        from learner.export import student_file
+        from learner.export import adapter_file, student_file
 
+        settings, out = self._engine.settings, Path(folder) / "student"
         files = self._engine.state(Path(folder))
-        weights = {name: tensor.contiguous() for name, tensor in self._engine.weights("student")}
-        if self._publisher is not None:
-            files.append(student_file(Path(self._engine.settings.model), weights, Path(folder) / "student"))
+        weights = {name: tensor.contiguous() for name, tensor in self._engine.snapshot("student").weights}
+        if self._publisher is not None and settings.config.lora is not None:
+            files.append(adapter_file(Path(settings.model), weights, settings.config.lora, out))
+        elif self._publisher is not None:
+            files.append(student_file(Path(settings.model), weights, out))
         self._saver.begin(files)
 
     @ray.method(concurrency_group=SAVING)

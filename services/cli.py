@@ -35,9 +35,13 @@ def _train(a: argparse.Namespace) -> None:
     run_dir = Path(a.run_dir or config.run_dir or Path("runs") / path.stem)
     prepared = prepare(config, path)
     console = Console()
+    shape = prepared.shape
+    size = f"{shape.parameters / 1e6:.1f} M parameters"
+    if shape.adapters:
+        size += f" (LoRA trains {shape.adapters / 1e6:.1f} M)"
     plan = (
         f"{len(prepared.prompts)} demonstrations, {prepared.schedule.total_steps} steps of "
-        f"{config.training.batch_size} prompts, {prepared.parameters / 1e6:.1f} M parameters in {config.dtype}, "
+        f"{config.training.batch_size} prompts, {size} in {config.dtype}, "
         f"{config.loss.divergence} divergence, {config.teacher.weights} teacher"
     )
     console.print(plan, prepared.plan.text(), sep="\n", markup=False, highlight=False)
@@ -112,9 +116,21 @@ def _export(a: argparse.Namespace) -> None:
         raise UserError(f"--out {out}: there is something already; name a new folder")
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(folder / "student", part)
+    _export_student(folder / "student", part)
     part.rename(out)
     print(f"{out}: the student of {folder.name}, a plain Hugging Face folder")
+
+
+def _export_student(student: Path, out: Path) -> None:
+    if not (student / "adapter_config.json").exists():
+        shutil.copytree(student, out)
+        return
+    from learner.export import merge_adapter
+
+    try:
+        merge_adapter(student, out)
+    except FileNotFoundError as error:
+        raise UserError(f"{student}: {error}; put it back, or load the adapter with peft on another base") from None
 
 
 def _replay(a: argparse.Namespace) -> int:

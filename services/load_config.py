@@ -228,7 +228,7 @@ def _fields(section: Loc) -> dict[str, FieldInfo]:
         if part not in model.model_fields:
             return {}
         annotation = model.model_fields[part].annotation
-        inner = next((t for t in (annotation, *get_args(annotation)) if _is_model(t)), None)
+        inner = _model_of(annotation)
         if inner is None:
             return {}
         model = inner
@@ -239,15 +239,18 @@ def _field(loc: Loc) -> FieldInfo:
     return _fields(loc[:-1])[str(loc[-1])]
 
 
-def _is_model(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that an annotation is, may be, or is a list of."""
+    kinds = (annotation, *get_args(annotation))
+    return next((t for t in kinds if isinstance(t, type) and issubclass(t, BaseModel)), None)
 
 
 def _all_settings(model: type[BaseModel], loc: Loc) -> Iterator[Loc]:
     for name, field in model.model_fields.items():
         yield (*loc, name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _all_settings(field.annotation, (*loc, name))
+        section = _model_of(field.annotation)
+        if section is not None:
+            yield from _all_settings(section, (*loc, name))
 
 
 def _dotted(loc: Loc) -> str:

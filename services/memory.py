@@ -4,33 +4,12 @@ The factors of the activations are fitted to measured peaks of SmolLM2-135M (bfl
 with and without gradient checkpointing; within 4 %). tests/test_memory.py measures again.
 """
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-
 from actors.process import GIB
 from learner.config import CHUNK_LOGITS, LearnerConfig, TeacherConfig
+from services.shape import ModelShape
 
 WIDTH = {"bfloat16": 2, "float32": 4}  # bytes of a number
 PROCESS_GIB = 0.6  # Python, Ray, torch, transformers, DeepSpeed
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What the memory depends on; 0 where config.json names it otherwise."""
-
-    parameters: int
-    layers: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
-
-    @classmethod
-    def of(cls, model: Path, parameters: int) -> "ModelShape":
-        """Of a local model folder."""
-        shape = json.loads((model / "config.json").read_text())
-        names = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
-        return cls(parameters, *(int(shape.get(name) or 0) for name in names))
 
 
 def learner_gib(
@@ -38,18 +17,27 @@ def learner_gib(
 ) -> float:
     """Peak of the first rank, which also holds the snapshots, for forwards of `tokens`, `rows` of them in the loss."""
     total = _state_bytes(config, teacher, dtype, shape) + _activation_bytes(config, dtype, shape, tokens)
-    return PROCESS_GIB + (total + _loss_bytes(dtype, shape, rows)) / GIB
+    return PROCESS_GIB + (total + _loss_bytes(config, dtype, shape, rows)) / GIB
 
 
 def _state_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape) -> float:
     width, stage = WIDTH[dtype], config.zero_stage
     ema = 0 if teacher.weights == "live" else 4
+    if config.lora is not None:
+        return _lora_state_bytes(config, teacher, width, shape)
     masters = 4 if stage > 0 else 0  # at stage 0 the weights are their own
     optimizer = (masters + 8 + ema) / (config.ranks if stage > 0 else 1)
     accumulated = 0 if stage == 0 else 4 / (config.ranks if stage > 1 else 1)  # gradients, in float32
     weights = 2 * width / (config.ranks if stage > 2 else 1)  # and their gradients
     snapshots = width * (1 if teacher.weights == "live" else 2)
     return shape.parameters * (optimizer + accumulated + weights + snapshots)
+
+
+def _lora_state_bytes(config: LearnerConfig, teacher: TeacherConfig, width: int, shape: ModelShape) -> float:
+    """The model once, frozen, and once more merged while a snapshot is verified; the teacher's change in float32."""
+    change = 4 * shape.adapted / config.ranks if teacher.weights == "ema" and teacher.alpha > 0 else 0
+    model = width * shape.parameters
+    return model / (config.ranks if config.zero_stage > 2 else 1) + 2 * model + change + 16 * shape.adapters
 
 
 def _activation_bytes(config: LearnerConfig, dtype: str, shape: ModelShape, tokens: int) -> float:
@@ -63,7 +51,7 @@ def _activation_bytes(config: LearnerConfig, dtype: str, shape: ModelShape, toke
     return tokens * (shape.layers * width * shape.hidden + min(8, shape.layers) * layer)
 
 
-def _loss_bytes(dtype: str, shape: ModelShape, rows: int) -> float:
+def _loss_bytes(config: LearnerConfig, dtype: str, shape: ModelShape, rows: int) -> float:
     width, chunk = WIDTH[dtype], CHUNK_LOGITS // max(1, shape.vocabulary)
-    accumulated = 4 if rows > chunk else 0
-    return min(rows, chunk) * shape.vocabulary * width + shape.vocabulary * shape.hidden * (width + accumulated)
+    gradient = 0 if config.lora is not None else width + (4 if rows > chunk else 0)  # of the head
+    return shape.vocabulary * (min(rows, chunk) * width + shape.hidden * gradient)

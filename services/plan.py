@@ -1,8 +1,6 @@
 """What a run will start and need: processes, memory of each part, what Ray must offer. Estimates."""
 
 import json
-import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,8 @@ from actors.config import EngineSettings
 from actors.process import GIB
 from services.config import RunConfig
 from services.errors import UserError
-from services.memory import WIDTH, ModelShape, learner_gib
+from services.memory import WIDTH, learner_gib
+from services.shape import ModelShape
 
 # Measured on the CPU build with a 0.26 M parameter model: what a process holds before it has a model.
 ENGINE_BASE_GIB = 1.3
@@ -92,21 +91,6 @@ def _largest_forward(config: RunConfig, longest_prompt: int) -> tuple[int, int]:
 def roles(config: RunConfig) -> tuple[str, ...]:
     """Whose engines are started: with a live teacher the students score too."""
     return ("student",) if config.teacher.weights == "live" else ("student", "teacher")
-
-
-def count_parameters(model: Path) -> int:
-    """Parameters of a local model folder, read from the headers of its safetensors files."""
-    total = 0
-    for path in sorted(model.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(size))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                total += math.prod(entry["shape"])
-    if total == 0:
-        raise UserError(f"{model}: no .safetensors file with weights in this folder")
-    return total
 
 
 def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings:

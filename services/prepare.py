@@ -17,11 +17,11 @@ from services.demonstrations import load_demonstrations, load_questions
 from services.errors import PreflightError
 from services.evaluation import LoadedSet
 from services.load_config import check_files
-from services.memory import ModelShape
 from services.models import resolve_model
-from services.plan import Plan, count_parameters, engine_settings, make_plan, roles
+from services.plan import Plan, engine_settings, make_plan, roles
 from services.prompts import PromptBuilder, PromptPair, build_prompts, load_tokenizer
 from services.schedule import Schedule, make_schedule
+from services.shape import ModelShape
 from services.sinks import check_sinks
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Prepared:
     config: RunConfig
     path: Path  # of the config file
     model: Path
-    parameters: int
+    shape: ModelShape
     tokenizer: "PreTrainedTokenizerBase"
     prompts: list[PromptPair]  # of the demonstrations, in file order
     sets: list[LoadedSet]
@@ -72,17 +72,17 @@ def prepare(config: RunConfig, path: Path) -> Prepared:
     schedule = make_schedule(
         len(demonstrations), t.batch_size, config.sampling.generations, config.seed, t.epochs, t.steps
     )
-    parameters = count_parameters(model)
+    shape = ModelShape.of(model, config.learner.lora)
     return Prepared(
         config=config,
         path=path.resolve(),
         model=model,
-        parameters=parameters,
+        shape=shape,
         tokenizer=tokenizer,
         prompts=prompts,
         sets=sets,
         schedule=schedule,
-        plan=make_plan(config, ModelShape.of(model, parameters), max(len(p.student_ids) for p in prompts)),
+        plan=make_plan(config, shape, max(len(p.student_ids) for p in prompts)),
         fingerprint=_fingerprint(config, model, prompts),
     )
 
@@ -115,7 +115,9 @@ def check_memory(config: RunConfig, plan: Plan) -> None:
 def check_disk(prepared: Prepared, run_dir: Path) -> None:
     """PreflightError if the disk of the run directory, which exists, cannot hold the checkpoints."""
     keep = prepared.config.checkpoint.keep + 1  # the newest is written before the oldest goes
-    needed = prepared.parameters * CHECKPOINT_BYTES_PER_PARAMETER * keep
+    shape = prepared.shape
+    trained = shape.adapters or shape.parameters
+    needed = (trained * CHECKPOINT_BYTES_PER_PARAMETER + 4 * shape.adapted) * keep
     disk = shutil.disk_usage(run_dir).free
     if needed > disk:
         raise PreflightError(
@@ -134,7 +136,8 @@ def _fingerprint(config: RunConfig, model: Path, prompts: list[PromptPair]) -> s
     for role in roles(config):
         for key in ("start_timeout_s", "cpus", "gpus"):
             del settings["actors"][role][key]
-    settings["learner"] = settings["learner"]["optimizer"]  # the rest changes how it is computed, not what
+    # The rest of it changes how it is computed, not what.
+    settings["learner"] = {key: settings["learner"][key] for key in ("optimizer", "lora")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update((model / "config.json").read_bytes())
     for pair in prompts:

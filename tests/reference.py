@@ -17,9 +17,16 @@ class Reference:
 
     def __init__(self, path: Path, alpha: float, skip: int, cap: float, clip: float) -> None:
         self.student = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        self.teacher = {n: p.detach().clone() for n, p in self.student.named_parameters()}
+        self.teacher = {n: p.clone() for n, p in self.weights().items()}
         self.alpha, self.skip, self.cap, self.clip = alpha, skip, cap, clip
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=0.0, weight_decay=0.0)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The student's, by their Hugging Face names."""
+        return {n: p.detach() for n, p in self.student.named_parameters()}
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.student(ids).logits
 
     def sequence_loss(self, sample: ScoredRollout) -> torch.Tensor:
         """Mean over the loss tokens of w * (sum_k q_k log(q_k / p_k) + q_tail log(q_tail / p_tail))."""
@@ -27,7 +34,7 @@ class Reference:
         completion = torch.tensor(sample.rollout.completion_ids).long()
         if len(completion) <= self.skip:
             return torch.zeros(())
-        logits = self.student(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+        logits = self.logits(torch.cat([prompt, completion])[None])[0, len(prompt) - 1 : -1]
         log_p = torch.log_softmax(logits, -1)[self.skip :]
         completion = completion[self.skip :]
         ids = torch.tensor(sample.scores.ids).long()[self.skip :]
@@ -47,12 +54,41 @@ class Reference:
         """One optimizer step; returns the loss."""
         loss = torch.stack([self.sequence_loss(s) for s in samples]).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.clip)
         for group in self.optimizer.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], self.clip)
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        with torch.no_grad():
-            for name, p in self.student.named_parameters():
-                self.teacher[name] = self.alpha * p + (1 - self.alpha) * self.teacher[name]
+        for name, p in self.weights().items():
+            self.teacher[name] = self.alpha * p + (1 - self.alpha) * self.teacher[name]
         return loss.item()
+
+
+class LoraReference(Reference):
+    """The same with `scale * B A` added to some weights, of which only A and B are trained.
+
+    adapters: "NAME.lora_A.weight" [rank, in] and "NAME.lora_B.weight" [out, rank] for each weight "NAME.weight".
+    """
+
+    def __init__(self, path: Path, adapters: dict[str, torch.Tensor], scale: float, alpha: float, clip: float) -> None:
+        super().__init__(path, alpha, skip=3, cap=2.0, clip=clip)
+        self.student.requires_grad_(False)
+        self.base, self.scale = {n: p.clone() for n, p in self.weights().items()}, scale
+        self.adapters = {name: tensor.clone().requires_grad_() for name, tensor in adapters.items()}
+        self.optimizer = torch.optim.AdamW(self.adapters.values(), lr=0.0, weight_decay=0.0)
+
+    def merged(self) -> dict[str, torch.Tensor]:
+        """Every weight, differentiable in the adapters."""
+        weights = dict(self.base)
+        for name in {n.rsplit(".lora_", 1)[0] for n in self.adapters}:
+            change = self.adapters[f"{name}.lora_B.weight"] @ self.adapters[f"{name}.lora_A.weight"]
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] + self.scale * change
+        return weights
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        if not hasattr(self, "adapters"):
+            return super().weights()
+        return {n: p.detach() for n, p in self.merged().items()}
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(self.student, self.merged(), (ids,)).logits

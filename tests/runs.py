@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -15,8 +16,8 @@ BIN = Path(sys.executable).parent  # of sdft and ray
 ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}  # in which both are found by name
 
 
-def write_run(folder: Path, model: Path, dtype: str) -> Path:
-    """A small run with data, evaluation and a checkpoint every two steps."""
+def write_run(folder: Path, model: Path, dtype: str, **learner: Any) -> Path:
+    """A small run with data, evaluation and a checkpoint every two steps. `learner`: more of its section."""
     rows = [{"prompt": f"Say number {i}.", "demonstration": f"The number is {i}."} for i in range(9)]
     (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     questions = [r | {"answer": r["demonstration"]} for r in rows[:4]]
@@ -34,7 +35,7 @@ def write_run(folder: Path, model: Path, dtype: str) -> Path:
         "training": {"batch_size": 4, "steps": STEPS},
         "teacher": {"alpha": 0.2},
         "loss": {"top_k": 16},
-        "learner": {"optimizer": {"lr": 1e-3, "warmup_steps": 2}},
+        "learner": {"optimizer": {"lr": 1e-3, "warmup_steps": 2}} | learner,
         "actors": {"student": {"kv_cache_gib": 0.05}, "teacher": {"kv_cache_gib": 0.05}},
         "evaluation": {"sets": [{"name": "numbers", "file": "eval.jsonl", "grader": "exact", "max_new_tokens": 8}]},
         "checkpoint": {"every": 2},
@@ -57,6 +58,12 @@ def finish(config: Path, run_dir: Path, *overrides: str) -> None:
         command(config, run_dir, *overrides), capture_output=True, text=True, timeout=400, check=False
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+
+
+def replayed(run_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`sdft replay`."""
+    words = [sys.executable, "-m", "services.cli", "replay", str(run_dir), *arguments]
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
 
 
 def metrics(run_dir: Path) -> list[dict[str, object]]:

@@ -11,9 +11,9 @@ from services import checkpoint
 from services.checkpoint import CheckpointState
 from services.config import RunConfig
 from services.ledger import Ledger, LedgerError, restore_ledger
-from services.memory import ModelShape
 from services.plan import make_plan
 from services.schedule import make_schedule, sample_seed
+from services.shape import ModelShape
 
 SHAPE = ModelShape(135_000_000, 30, 576, 1536, 49152)
 STATE = CheckpointState(step=2, ranks=1, zero_stage=1, dtype="bfloat16", fingerprint="f")

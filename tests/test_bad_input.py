@@ -122,6 +122,18 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
     "no length": (setting("training.steps", None), TRAIN, 2, ["training", "exactly one of epochs and steps"]),
     "limits that contradict": (setting("data.max_teacher_prompt_tokens", 50), TRAIN, 2, ["at least data.max_prompt"]),
     "no masters": (setting("learner.zero_stage", 0), TRAIN, 2, ["learner.zero_stage 0", "set it to 1"]),
+    "adapters on nothing": (
+        setting("learner.lora", {"targets": ["qproj"]}),
+        TRAIN,
+        2,
+        ["learner.lora.targets: qproj is no linear layer", "q_proj"],
+    ),
+    "adapters on the head": (
+        setting("learner.lora", {"targets": ["q_proj", "lm_head"]}),
+        TRAIN,
+        2,
+        ["learner.lora.targets: lm_head is no linear layer", "that can be adapted"],
+    ),
     "more ranks than prompts": (setting("learner.ranks", 3), TRAIN, 2, ["learner.ranks must not exceed"]),
     "override without =": (nothing, f"{TRAIN} --set seed", 2, ["--set seed", "no ="]),
     "override of nothing": (nothing, f"{TRAIN} --set sead=1", 2, ["--set sead=1", "did you mean seed?"]),

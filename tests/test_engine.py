@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from actors.config import EngineSettings
 from actors.types import GenerateRequest, Sampling
 from actors.worker import EngineWorker
-from learner.publisher import Publisher
+from learner.publisher import Content, Publisher
 
 PROMPT = np.arange(20, 45, dtype=np.int32)
 TEACHER_PROMPT = np.arange(60, 110, dtype=np.int32)
@@ -80,26 +80,45 @@ def changed(tiny_model: Path) -> torch.nn.Module:
     return model
 
 
+def content(model: torch.nn.Module) -> Content:
+    return Content(model.named_parameters(), sum(p.nbytes for p in model.parameters()))
+
+
 def publisher_of(model: Path) -> Publisher:
-    nbytes = sum(p.nbytes for p in changed(model).parameters())
-    return Publisher(model, torch.float32, nbytes, PROBE)
+    return Publisher(model, torch.float32, PROBE)
 
 
 def test_log_probs_are_hugging_faces_before_and_after_a_weight_update(engines: list, tiny_model: Path) -> None:
     compare(engines[0], AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), 0)
     model = changed(tiny_model)
     publisher = publisher_of(tiny_model)
-    snapshot = publisher.publish("student", 3, model.named_parameters())
+    snapshot = publisher.publish("student", 3, content(model))
     report = ray.get(engines[0].update_weights.remote(snapshot), timeout=60)
     assert report.version == 3
     assert report.probe_gap < 1e-4
     compare(engines[0], model, 3)
 
 
+def test_adapters_are_merged_into_the_base_model(engines: list, tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    torch.manual_seed(2)
+    adapters, scale = {}, 0.5
+    for name, module in model.model.layers.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            down, up = torch.randn(4, module.in_features) / 8, torch.randn(module.out_features, 4) / 8
+            module.weight.data += scale * up @ down
+            adapters |= {f"model.layers.{name}.lora_A.weight": down, f"model.layers.{name}.lora_B.weight": up}
+    sent = Content(adapters.items(), sum(a.nbytes for a in adapters.values()), scale)
+    snapshot = publisher_of(tiny_model).publish("student", 4, sent)
+    report = ray.get(engines[0].update_weights.remote(snapshot), timeout=60)
+    assert report.probe_gap < 1e-4
+    compare(engines[0], model, 4)
+
+
 def test_an_update_that_leaves_the_lm_head_stale_is_refused_and_the_gap_is_named(
     engines: list, tiny_model: Path
 ) -> None:
-    snapshot = publisher_of(tiny_model).publish("teacher", 5, changed(tiny_model).named_parameters())
+    snapshot = publisher_of(tiny_model).publish("teacher", 5, content(changed(tiny_model)))
     with pytest.raises(
         Exception, match=r"teacher weights v5: .* differ from the learner's by \d+\.\d+ on average \(allowed: 0.001\)"
     ):
@@ -108,7 +127,7 @@ def test_an_update_that_leaves_the_lm_head_stale_is_refused_and_the_gap_is_named
 
 def test_a_damaged_snapshot_is_refused_by_the_name_of_the_tensor(engines: list, tiny_model: Path) -> None:
     publisher = publisher_of(tiny_model)
-    snapshot = publisher.publish("student", 4, changed(tiny_model).named_parameters())
+    snapshot = publisher.publish("student", 4, content(changed(tiny_model)))
     damaged = dataclasses.replace(snapshot.tensors[5], digest="0" * 32)
     tensors = (*snapshot.tensors[:5], damaged, *snapshot.tensors[6:])
     with pytest.raises(Exception, match=rf"weights of {damaged.name} arrived damaged"):

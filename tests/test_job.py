@@ -1,4 +1,4 @@
-"""Runs as jobs of a running Ray cluster, in float32: finished, killed and submitted again, or refused."""
+"""Runs as jobs of a running Ray cluster, in float32 with LoRA: killed and submitted again, or refused."""
 
 import json
 import os
@@ -12,12 +12,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from services.metrics import read_jsonl
+from services.recording import read_batch
 from tests.leftovers import new_since, on_machine
 from tests.readme import commands
-from tests.runs import BIN, ENVIRONMENT, command, finish, metrics, write_run
+from tests.runs import BIN, ENVIRONMENT, command, finish, metrics, replayed, write_run
+
+# A rate that moves the adapters, which begin at no change, in four steps.
+LORA = {"lora": {"rank": 4}, "optimizer": {"lr": 0.02, "warmup_steps": 2}}
 
 
 @dataclass(frozen=True)
@@ -63,11 +70,51 @@ def head() -> Iterator[Head]:
         assert left == set()
 
 
-def test_a_job_that_was_killed_resumes_when_it_is_submitted_again(head: Head, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a run with LoRA, in a cluster of its own."""
+    folder = tmp_path_factory.mktemp("alone")
+    finish(write_run(folder, tiny_model, "float32", **LORA), folder / "run")
+    return folder / "run"
+
+
+def test_the_export_of_a_run_with_lora_has_the_log_probs_that_its_engine_had(
+    alone: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Step 5's rollouts came from the weights of checkpoint 4."""
+    out = tmp_path / "merged"
+    subprocess.run([BIN / "sdft", "export", alone, "--step", "4", "--out", out], check=True, timeout=120)
+    saved = alone / "checkpoints" / "step-000004" / "student"
+    assert {p.name for p in saved.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert not (saved / "model.safetensors").exists()
+    gaps: dict[Path, list[float]] = {tiny_model: [], out: []}
+    for path, found in gaps.items():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for rollout in (sample.rollout for sample in read_batch(alone, 5)):
+            ids = torch.tensor(np.concatenate([rollout.prompt_ids, rollout.completion_ids])).long()
+            with torch.no_grad():
+                rows = torch.log_softmax(model(ids[None]).logits[0, len(rollout.prompt_ids) - 1 : -1], -1)
+            own = rows.gather(1, ids[len(rollout.prompt_ids) :, None])[:, 0]
+            found.append(np.abs(own.numpy() - rollout.logprobs).max())
+    assert max(gaps[out]) < 1e-4
+    assert min(gaps[tiny_model]) > 1e-2, "adapters that change nothing would show nothing"
+
+
+def test_the_learner_alone_repeats_a_run_from_its_recorded_rollouts(alone: Path) -> None:
+    """Bit for bit, from a checkpoint, states at the checkpoints included."""
+    result = replayed(alone, "--steps", "5:6")
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    assert "step 5: the same\n" in result.stdout
+    assert "step 6: the same to the last bit of its state" in result.stdout
+
+
+def test_a_job_that_was_killed_resumes_when_it_is_submitted_again(
+    head: Head, alone: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     """With the README's two commands. What it ends with is, bit for bit, what a run here alone ends with."""
     work, run_dir = tmp_path / "work", tmp_path / "shared" / "run"
     work.mkdir()
-    config = write_run(work, tiny_model, "float32")
+    write_run(work, tiny_model, "float32", **LORA)
     (ray_job,) = [c for c in commands("ray") if c[1] == "job"]
     (sdft_submit,) = [c for c in commands("sdft") if c[1] == "submit"]
     here = {"http://127.0.0.1:8265": head.dashboard, "my.yaml": "tiny.yaml", "/shared/runs/my": str(run_dir)}
@@ -89,9 +136,10 @@ def test_a_job_that_was_killed_resumes_when_it_is_submitted_again(head: Head, ti
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "continuing after step 2" in result.stdout
 
-    finish(config, tmp_path / "alone")
-    assert metrics(run_dir) == metrics(tmp_path / "alone")
-    assert read_jsonl(run_dir / "eval.jsonl") == read_jsonl(tmp_path / "alone" / "eval.jsonl")
+    assert metrics(run_dir) == metrics(alone)
+    assert read_jsonl(run_dir / "eval.jsonl") == read_jsonl(alone / "eval.jsonl")
+    adapter = Path("checkpoints") / "step-000006" / "student" / "adapter_model.safetensors"
+    assert (run_dir / adapter).read_bytes() == (alone / adapter).read_bytes()
 
 
 def test_a_cluster_that_can_never_hold_the_run_is_named_with_what_is_missing(

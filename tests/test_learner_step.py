@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ OPTIMIZER = OptimizerConfig(lr=1e-4, warmup_steps=1, schedule="constant", grad_c
 PROBE = np.arange(20, 36, dtype=np.int32)
 
 
-def settings(model: Path, stage: int, ranks: int, dtype: str = "float32", budget: int = 100) -> LearnerSettings:
-    config = LearnerConfig(ranks=ranks, zero_stage=stage, micro_batch_tokens=budget, optimizer=OPTIMIZER, threads=1)
+def settings(model: Path, stage: int, ranks: int, dtype: str = "float32", **changes: Any) -> LearnerSettings:
+    """`changes`: of the learner's configuration."""
+    usual = {"micro_batch_tokens": 100, "optimizer": OPTIMIZER}
+    config = LearnerConfig(ranks=ranks, zero_stage=stage, threads=1, **usual | changes)
     return LearnerSettings(
         model=str(model),
         dtype=dtype,
@@ -47,7 +50,7 @@ def assert_equal(
 ) -> None:
     """Student and teacher are the reference's; what differs is tiny beside what moved since `before`."""
     for ours, theirs in (
-        (student, {n: p.detach().numpy() for n, p in plain.student.named_parameters()}),
+        (student, {n: p.numpy() for n, p in plain.weights().items()}),
         (teacher, {n: p.numpy() for n, p in plain.teacher.items()}),
     ):
         assert worst(ours, theirs) < 1e-5

@@ -12,8 +12,8 @@ from benchmarks.measure import resident_kib
 from learner.config import LearnerConfig, TeacherConfig
 from learner.group import LearnerGroup
 from learner.types import LearnerSettings
-from services.memory import ModelShape, learner_gib
-from services.plan import count_parameters
+from services.memory import learner_gib
+from services.shape import ModelShape
 
 BASE = LearnerConfig(micro_batch_tokens=8192)
 
@@ -43,6 +43,6 @@ def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(
         group.workers[0].__ray_terminate__.remote()
         return reached
 
-    shape = ModelShape.of(smollm2, count_parameters(smollm2))
+    shape = ModelShape.of(smollm2, config.lora)
     predicted = learner_gib(config, teacher, dtype, shape, sequences * (PROMPT + COMPLETION), sequences * COMPLETION)
     assert predicted == pytest.approx(asyncio.run(peak()), rel=0.15)
