@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 
 from learner.config import LossConfig
 from learner.loss import divergence_loss
+from learner.norm import replace_norms
 from learner.packing import MicroBatch
 
 PACKED = "sdft_packed"
@@ -125,11 +126,9 @@ class _Group:
     def weights(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """Attention weights, float32 or wider: [n * kv heads, heads / kv heads * longest, longest]."""
         longest = max(self.lengths)
-        future = torch.ones(longest, longest, dtype=torch.bool, device=q.device).triu(1)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        scores = torch.bmm(q, k.transpose(1, 2)).to(wide).mul_(scale)
-        shaped = scores.view(len(scores), -1, longest, longest)
-        return torch.softmax(shaped.masked_fill_(future, -torch.inf), -1).view_as(scores)
+        future = torch.full((longest, longest), -torch.inf, dtype=q.dtype).triu(1).repeat(q.shape[1] // longest, 1)
+        scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=scale)
+        return torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32))
 
     def write(self, out: Tensor, x: Tensor) -> None:
         """Put [n * kv heads, heads / kv heads * longest, D] into its place in [1, heads, T, D]."""
@@ -151,6 +150,7 @@ def load_student(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise ValueError(f"{path}: the model's head uses {', '.join(used)}, which the loss does not compute")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=PACKED)
     model.config.use_cache = False
+    replace_norms(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -1,7 +1,7 @@
 """How much main memory a learner rank takes at its peak: state by what ZeRO divides, activations by the model's shape.
 
 The factors of the activations are fitted to measured peaks of SmolLM2-135M (bfloat16 and float32, 1024 to 8192 tokens,
-with and without gradient checkpointing; within 4 %). tests/test_memory.py measures again.
+with and without gradient checkpointing, with and without LoRA; within 7 %). tests/test_memory.py measures again.
 """
 
 from actors.process import GIB
@@ -9,7 +9,9 @@ from learner.config import CHUNK_LOGITS, LearnerConfig, TeacherConfig
 from services.shape import ModelShape
 
 WIDTH = {"bfloat16": 2, "float32": 4}  # bytes of a number
+FILE_BYTES = 2  # of a number in a model's files, usually
 PROCESS_GIB = 0.6  # Python, Ray, torch, transformers, DeepSpeed
+PEFT_GIB = 0.1
 
 
 def learner_gib(
@@ -17,7 +19,8 @@ def learner_gib(
 ) -> float:
     """Peak of the first rank, which also holds the snapshots, for forwards of `tokens`, `rows` of them in the loss."""
     total = _state_bytes(config, teacher, dtype, shape) + _activation_bytes(config, dtype, shape, tokens)
-    return PROCESS_GIB + (total + _loss_bytes(config, dtype, shape, rows)) / GIB
+    process = PROCESS_GIB + (PEFT_GIB if config.lora is not None else 0)
+    return process + (total + _loss_bytes(config, dtype, shape, rows)) / GIB
 
 
 def _state_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape) -> float:
@@ -34,17 +37,20 @@ def _state_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shap
 
 
 def _lora_state_bytes(config: LearnerConfig, teacher: TeacherConfig, width: int, shape: ModelShape) -> float:
-    """The model once, frozen, and once more merged while a snapshot is verified; the teacher's change in float32."""
+    """The model, frozen; the teacher's change of it in float32, and its snapshot. While a student's snapshot is
+    verified, the model merged and the file that it is merged from."""
     change = 4 * shape.adapted / config.ranks if teacher.weights == "ema" and teacher.alpha > 0 else 0
     model = width * shape.parameters
-    return model / (config.ranks if config.zero_stage > 2 else 1) + 2 * model + change + 16 * shape.adapters
+    snapshots = model * (1 if teacher.weights == "live" else 2) + width * shape.adapters + FILE_BYTES * shape.parameters
+    frozen = model / (config.ranks if config.zero_stage > 2 else 1)
+    return frozen + change + snapshots + 16 * shape.adapters
 
 
 def _activation_bytes(config: LearnerConfig, dtype: str, shape: ModelShape, tokens: int) -> float:
     """What autograd keeps: in the model's dtype about 7 vectors of the hidden size and 4 of the feed-forward's in each
-    layer; 6.5 of the hidden size in float32, which is what the norms compute in."""
+    layer, and 3.5 of the hidden size in float32."""
     width = WIDTH[dtype]
-    layer = width * (7 * shape.hidden + 4 * shape.intermediate) + 26 * shape.hidden
+    layer = width * (7 * shape.hidden + 4 * shape.intermediate) + 14 * shape.hidden
     if not config.gradient_checkpointing:
         return tokens * shape.layers * layer
     # Each layer's input, and the layers at work: measured, not derived.

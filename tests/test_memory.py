@@ -9,7 +9,7 @@ import pytest
 from actors.process import GIB
 from benchmarks.learner_step import COMPLETION, LOSS, PROMPT, samples
 from benchmarks.measure import resident_kib
-from learner.config import LearnerConfig, TeacherConfig
+from learner.config import LearnerConfig, LoraConfig, TeacherConfig
 from learner.group import LearnerGroup
 from learner.types import LearnerSettings
 from services.memory import learner_gib
@@ -24,6 +24,7 @@ BASE = LearnerConfig(micro_batch_tokens=8192)
         ("bfloat16", BASE, 6),
         ("float32", BASE.model_copy(update={"zero_stage": 2}), 4),
         ("bfloat16", BASE.model_copy(update={"gradient_checkpointing": True}), 12),
+        ("bfloat16", BASE.model_copy(update={"lora": LoraConfig()}), 6),
     ],
 )
 def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(
