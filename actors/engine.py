@@ -70,8 +70,8 @@ class Engine:
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
-        self.version = 0
         self._turn = asyncio.Lock()  # one batch at a time: a batch's neighbours must not depend on timing
+        self._pausing = asyncio.Lock()  # who pauses the engine is the one to resume it
 
     async def start(self) -> None:
         """Load the model. Takes 15 to 30 s, mostly imports."""
@@ -125,25 +125,15 @@ class Engine:
 
         pairs: (prompt ids [P], completion ids [T]); the engine's temperature plays no part.
         """
-        params = [
-            SamplingParams(
-                max_tokens=1,
-                prompt_logprobs=k,
-                extra_args={FIRST_ROW: len(prompt) - 1},
-                flat_logprobs=True,
-                detokenize=False,
-                skip_reading_prefix_cache=True,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            for prompt, _ in pairs
-        ]
+        params = [_scoring(len(prompt), k) for prompt, _ in pairs]
         outputs = await self._run([np.concatenate(pair) for pair in pairs], params)
-        return [_scores(o, len(c), k, self.version) for (_, c), o in zip(pairs, outputs, strict=True)]
+        return [_scores(o, len(c), k) for (_, c), o in zip(pairs, outputs, strict=True)]
 
     async def probe(self, ids: IntArray) -> FloatArray:
         """Log-prob of every token of `ids` [N] after the first: [N - 1]."""
-        (scores,) = await self.score([(ids[:1], ids[1:])], 1)
-        return scores.sampled
+        # Not in turn: an update is verified at once, also in the middle of a long batch.
+        (output,) = await self._together([ids], [_scoring(1, 1)])
+        return _scores(output, len(ids) - 1, 1).sampled
 
     async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
         """Replace the weights and prove it: digest of every tensor before, log-probs of the probe after.
@@ -151,16 +141,16 @@ class Engine:
         Requests in flight are kept and go on with the new weights. Raises WeightMismatch naming the tensor whose bytes
         are wrong or the gap of the log-probs.
         """
-        paused = time.monotonic()
-        await self._llm.pause_generation(mode="keep")
-        await self._llm.start_weight_update()
         entries = [(t.name, t.dtype, list(t.shape), t.offset, t.nbytes, t.digest) for t in snapshot.tensors]
         update = {"path": snapshot.path, "entries": entries, "scale": snapshot.scale}
-        await self._llm.update_weights(WeightTransferUpdateRequest(update))
-        await self._llm.finish_weight_update(weight_version=str(snapshot.version))
-        self.version = snapshot.version
-        await self._llm.resume_generation()
-        pause_s = time.monotonic() - paused
+        async with self._pausing:
+            paused = time.monotonic()
+            await self._llm.pause_generation(mode="keep")
+            await self._llm.start_weight_update()
+            await self._llm.update_weights(WeightTransferUpdateRequest(update))
+            await self._llm.finish_weight_update(weight_version=str(snapshot.version))
+            await self._llm.resume_generation()
+            pause_s = time.monotonic() - paused
         ours = await self.probe(snapshot.probe_ids)
         # The mean: in bf16 one unlikely token differs by 0.4 between two correct implementations.
         gap = float(np.abs(ours - snapshot.probe_logprobs).mean())
@@ -177,21 +167,26 @@ class Engine:
         self._llm.shutdown(timeout=0)
 
     async def _run(self, prompts: Sequence[IntArray], params: Sequence[SamplingParams]) -> list[RequestOutput]:
-        """Run one batch, held until it is whole. Outputs in the order of the prompts."""
+        """Run one batch when its turn has come. Outputs in the order of the prompts."""
         async with self._turn:
-            await self._llm.pause_generation(mode="keep")
-            batch = uuid.uuid4().hex
-            queues = []
-            try:
+            return await self._together(prompts, params)
+
+    async def _together(self, prompts: Sequence[IntArray], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+        """Run one batch, held until it is whole."""
+        batch = uuid.uuid4().hex
+        queues = []
+        try:
+            async with self._pausing:
+                await self._llm.pause_generation(mode="keep")
                 for i, (ids, p) in enumerate(zip(prompts, params, strict=True)):
                     # In order, over one pipe to the engine: all of them are there before the release below.
                     queues.append(await self._llm.add_request(f"{batch}-{i}", {"prompt_token_ids": ids.tolist()}, p))
                 await self._llm.resume_generation()
-                return [await _final(queue) for queue in queues]
-            except asyncio.CancelledError:
-                for queue in queues:
-                    await self._llm.abort(queue.request_id, internal=True)
-                raise
+            return [await _final(queue) for queue in queues]
+        except asyncio.CancelledError:
+            for queue in queues:
+                await self._llm.abort(queue.request_id, internal=True)
+            raise
 
 
 async def _final(queue: Any) -> RequestOutput:
@@ -208,26 +203,48 @@ def _rollout(prompt_ids: IntArray, output: RequestOutput) -> Rollout:
     # Flat log-probs hold the sampled token first at every position; with logprobs=0 there is nothing else.
     logprobs = completion.logprobs
     at = np.asarray(logprobs.start_indices)
-    versions = completion.weight_versions
-    if not versions:
-        raise RuntimeError(f"request {output.request_id} came back without the version of its weights")
     return Rollout(
         prompt_ids=prompt_ids,
         completion_ids=ids,
         logprobs=np.asarray(logprobs.logprobs, dtype=np.float32)[at],
-        versions=tuple((int(span.version), span.start, span.end) for span in versions),
+        versions=_versions(output),
         finish_reason=completion.finish_reason or "stop",
     )
 
 
-def _scores(output: RequestOutput, tokens: int, k: int, version: int) -> TeacherScores:
-    """The last `tokens` rows of a request's prompt log-probs: [sampled token, top 1, ..., top k] at each."""
+def _scoring(prompt: int, k: int) -> SamplingParams:
+    """A request for the log-probs of a prompt's tokens after the first `prompt`, and of the top k at each place."""
+    return SamplingParams(
+        max_tokens=1,
+        prompt_logprobs=k,
+        extra_args={FIRST_ROW: prompt - 1},
+        flat_logprobs=True,
+        detokenize=False,
+        skip_reading_prefix_cache=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _scores(output: RequestOutput, tokens: int, k: int) -> TeacherScores:
+    """The last `tokens` rows of a request's prompt log-probs: [sampled token, top 1, ..., top k] at each.
+
+    The prompt is computed in one piece, by the weights that then sample the token nobody needs.
+    """
     flat = output.prompt_logprobs
     begin = flat.start_indices[-tokens]
     shape = (tokens, k + 1)
     ids = np.asarray(flat.token_ids[begin:], dtype=np.int32).reshape(shape)
     logprobs = np.asarray(flat.logprobs[begin:], dtype=np.float32).reshape(shape)
+    version = _versions(output)[0][0]
     return TeacherScores(ids[:, 1:].copy(), logprobs[:, 1:].copy(), logprobs[:, 0].copy(), version)
+
+
+def _versions(output: RequestOutput) -> tuple[tuple[int, int, int], ...]:
+    """(weight version, first token, after the last) of each part of a completion."""
+    spans = output.outputs[0].weight_versions
+    if not spans:
+        raise RuntimeError(f"request {output.request_id} came back without the version of its weights")
+    return tuple((int(span.version), span.start, span.end) for span in spans)
 
 
 @dataclass

@@ -35,7 +35,9 @@ class TrainingConfig(Section):
     batch_size: int = Field(32, ge=1, description="Prompts per optimizer step")
     epochs: int | None = Field(None, ge=1)
     steps: int | None = Field(None, ge=1)
-    max_staleness: Literal[0] = Field(0, description="0: the strict, synchronous algorithm")
+    max_staleness: int = Field(
+        0, ge=0, description="Steps that a rollout's weights may be behind; 0: the strict, synchronous algorithm"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainingConfig":
@@ -136,6 +138,12 @@ class RunConfig(Section):
             raise ValueError(
                 "data.max_teacher_prompt_tokens must be at least data.max_prompt_tokens: the teacher's prompt contains "
                 "the student's"
+            )
+        if self.weights.sync_every > self.training.max_staleness + 1:
+            raise ValueError(
+                f"weights.sync_every {self.weights.sync_every} lets rollouts be {self.weights.sync_every - 1} steps "
+                f"behind; set training.max_staleness to that, or weights.sync_every to "
+                f"{self.training.max_staleness + 1}"
             )
         if self.dtype == "bfloat16" and self.learner.zero_stage == 0:
             raise ValueError(

@@ -1,21 +1,19 @@
-"""The training loop, strict and on-policy: sample, score, learn, publish, one batch after the other.
+"""The training loop: take a batch, learn, publish, evaluate, save.
 
-    schedule -> ids -> student engines: rollouts -> teacher engines: scores -> learner: step -> snapshots -> engines
+    rollouts.py: batches -> learner: step -> snapshots -> student and teacher engines
 
-The controller moves references and small arrays; it owns no model. A step's samples are made by weights that no step
-has passed, so with sync_every 1 the staleness is 0.
+The controller moves references and small arrays; it owns no model. With max_staleness 0 one batch is made after the
+other, each by the weights of the step before: the strict algorithm. With more, the next are made while the learner
+steps.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import ray
 
-from actors.types import GenerateRequest, SampleId, Sampling, ScoredRollout
 from learner.group import LearnerGroup
 from learner.waiting import within
 from services import checkpoint
@@ -27,9 +25,7 @@ from services.pools import EnginePool
 from services.prepare import Prepared
 from services.progress import Progress
 from services.recording import write_batch
-from services.schedule import sample_seed
-
-T = TypeVar("T")
+from services.rollouts import Rollouts, Times
 
 
 class Controller:
@@ -57,13 +53,14 @@ class Controller:
         self._progress = progress
         self._evaluator = Evaluator(prepared.sets, prepared.tokenizer)
         self._versions = {"student": 0, "teacher": 0}
-        self._times: dict[str, float] = {}
         self._saving: asyncio.Task[None] | None = None
         self._teacher_sync: asyncio.Task[float] | None = None
 
     async def run(self, first_step: int) -> None:
         """Train from the state after optimizer step `first_step` (0: from the base model) to the end."""
         schedule, every = self._prepared.schedule, self._config.evaluation.every
+        scoring = self._teachers or self._students
+        rollouts = Rollouts(self._prepared, self._students, scoring, self._ledger, self._teacher_synced, first_step)
         # Always publish once: after a resume the engines hold the base model, and each side would wait for the other.
         gap = await self._sync("student", first_step)
         self._progress.note(
@@ -73,39 +70,46 @@ class Controller:
             await self._sync("teacher", first_step)
         if first_step == 0:
             await self._evaluate(0)
-        for step in range(first_step + 1, schedule.total_steps + 1):
-            await self._step(step)
-            last = step == schedule.total_steps
-            if last or (every and step % every == 0):
-                if self._versions["student"] != step:
-                    await self._sync("student", step)
-                await self._evaluate(step)
-            if last or step % self._config.checkpoint.every == 0:
-                await self._save(step)
+        try:
+            for step in range(first_step + 1, schedule.total_steps + 1):
+                await self._step(step, rollouts)
+                last = step == schedule.total_steps
+                if last or (every and step % every == 0):
+                    if self._versions["student"] != step:
+                        await self._sync("student", step)
+                    await self._evaluate(step)
+                if last or step % self._config.checkpoint.every == 0:
+                    await self._save(step)
+        finally:
+            await rollouts.stop()
         await self._saved()
         await self._teacher_synced()
 
-    async def _step(self, step: int) -> None:
-        self._times = dict.fromkeys(("rollout", "score", "learn", "sync"), 0.0)
+    async def _step(self, step: int, rollouts: Rollouts) -> None:
+        times = Times(dict.fromkeys(("learn", "sync"), 0.0))
         began = time.monotonic()
-        ids = self._prepared.schedule.batch(step)
-        self._ledger.issue(ids, step)
-        samples = await self._sample(ids)
+        rollouts.begin(self._versions["student"])
+        batch = await rollouts.take(step)
+        samples, ids = batch.samples, [s.sample for s in batch.samples]
         if self._config.monitoring.record_rollouts:
             write_batch(self._run_dir, step, samples)
         learned_by = max(v for s in samples for v, _, _ in s.rollout.versions)
-        result = await self._timed("learn", self._learner.train_step(ray.put(samples)))
+        result = await times.of("learn", self._learner.train_step(ray.put(samples)))
         self._ledger.advance(ids, "trained")
         weights = self._config.weights
-        sampled_versions = dict(self._versions)
         if step % weights.sync_every == 0:
-            await self._timed("sync", self._sync("student", step))
+            await times.of("sync", self._sync("student", step))
         if self._teachers and step % weights.teacher_sync_every == 0:
             # The teacher is not needed before there is something to score: meanwhile the students sample.
+            await times.of("sync", self._teacher_synced())
             self._teacher_sync = asyncio.create_task(self._sync("teacher", step))
-        trained, dropped, in_flight = self._ledger.audit(self._prepared.schedule.issued_through(step))
+        trained, dropped, in_flight = self._ledger.audit(self._prepared.schedule.issued_through(rollouts.begun))
         await self._saved()  # so a step that is in the metrics has a checkpoint before it that is on the disk
         took = time.monotonic() - began
+        waited = took - sum(times.seconds.values())
+        if self._config.training.max_staleness == 0:  # the batch was made within the step
+            waited -= sum(batch.times.seconds.values())
+            times.seconds["sync"] += batch.times.seconds["sync"]
         completion_tokens = sum(len(s.rollout.completion_ids) for s in samples)
         metrics = StepMetrics(
             step=step,
@@ -119,13 +123,16 @@ class Controller:
             prompt_tokens=sum(len(s.rollout.prompt_ids) for s in samples),
             completion_tokens=completion_tokens,
             student_version=learned_by,
-            teacher_version=sampled_versions["teacher" if self._teachers else "student"],
+            teacher_version=min(s.scores.version for s in samples),
             staleness_mean=float(np.mean([step - 1 - s.rollout.versions[0][0] for s in samples])),
             staleness_max=max(step - 1 - s.rollout.versions[0][0] for s in samples),
             mismatch_kl=result.mismatch_kl,
             tail_mass=result.tail_mass,
-            **{f"time_{name}_s": seconds for name, seconds in self._times.items()},
-            time_wait_s=max(0.0, took - sum(self._times.values())),
+            time_rollout_s=batch.times.seconds["rollout"],
+            time_score_s=batch.times.seconds["score"],
+            time_learn_s=times.seconds["learn"],
+            time_sync_s=times.seconds["sync"],
+            time_wait_s=max(0.0, waited),
             time_step_s=took,
             tokens_per_s=completion_tokens / took,
             trained=trained,
@@ -134,28 +141,6 @@ class Controller:
         )
         self._log.step(metrics)
         self._progress.step(metrics)
-
-    async def _sample(self, ids: list[SampleId]) -> list[ScoredRollout]:
-        """The rollouts of a batch with the teacher's scores."""
-        prompts = [self._prepared.prompts[s.index] for s in ids]
-        sampling = self._config.sampling
-        requests = [
-            GenerateRequest(np.asarray(p.student_ids, dtype=np.int32), sample_seed(self._config.seed, s))
-            for s, p in zip(ids, prompts, strict=True)
-        ]
-        rollouts = await self._timed(
-            "rollout",
-            self._students.generate(requests, Sampling(sampling.max_new_tokens, sampling.temperature, sampling.top_p)),
-        )
-        self._ledger.advance(ids, "sampled", [len(r.completion_ids) for r in rollouts])
-        pairs = [
-            (np.asarray(p.teacher_ids, dtype=np.int32), r.completion_ids)
-            for p, r in zip(prompts, rollouts, strict=True)
-        ]
-        await self._timed("sync", self._teacher_synced())
-        scores = await self._timed("score", (self._teachers or self._students).score(pairs, self._config.loss.top_k))
-        self._ledger.advance(ids, "scored")
-        return [ScoredRollout(*row) for row in zip(ids, rollouts, scores, strict=True)]
 
     async def _sync(self, role: str, version: int) -> float:
         """Publish a role's weights, have every engine of it load and verify them; the largest gap of log-probs."""
@@ -168,9 +153,11 @@ class Controller:
         return max(report.probe_gap for report in reports)
 
     async def _teacher_synced(self) -> None:
-        if self._teacher_sync is not None:
-            await self._teacher_sync
-            self._teacher_sync = None
+        pending = self._teacher_sync
+        if pending is not None:
+            await pending
+            if self._teacher_sync is pending:
+                self._teacher_sync = None
 
     async def _evaluate(self, step: int) -> None:
         if not self._prepared.sets:
@@ -207,10 +194,3 @@ class Controller:
         if self._saving is not None:
             await within(self._saving, self._config.checkpoint.timeout_s, self._saving.get_name())
             self._saving = None
-
-    async def _timed(self, phase: str, work: Awaitable[T]) -> T:
-        began = time.monotonic()
-        try:
-            return await work
-        finally:
-            self._times[phase] += time.monotonic() - began

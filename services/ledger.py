@@ -60,6 +60,11 @@ class Ledger:
                     f"{len(rows) - changed} of {len(rows)} samples could not become {state}: {previous} before?"
                 )
 
+    def forget_in_flight(self) -> int:
+        """After a restart: what was being made is lost with its makers, and will be issued anew. Returns how many."""
+        with self._db:
+            return self._db.execute(f"DELETE FROM samples WHERE state IN {IN_FLIGHT}").rowcount
+
     def drop(self, sample: SampleId, reason: str) -> None:
         """A sample that will not be trained, and why."""
         with self._db:

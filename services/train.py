@@ -102,6 +102,7 @@ async def _run(prepared: Prepared, run_dir: Path, start: Path | None, console: C
                 first = await learner.load(start)
                 progress.note(f"continuing after step {first} from {start}")
             ledger = Ledger(run_dir / "ledger.sqlite")
+            ledger.forget_in_flight()
             log = RunLog(run_dir, c.monitoring)
             try:
                 controller = Controller(

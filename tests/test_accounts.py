@@ -66,6 +66,18 @@ def test_a_sample_goes_through_every_state_once(ledger: Ledger) -> None:
     assert ledger.audit(3) == (1, 1, 1)
 
 
+def test_after_a_restart_only_what_was_in_flight_is_issued_again(ledger: Ledger) -> None:
+    ledger.issue(samples(0, 1, 2, 3), step=1)
+    for state in ("sampled", "scored", "trained"):
+        ledger.advance(samples(0), state)
+    ledger.advance(samples(1), "sampled")
+    ledger.drop(samples(2)[0], "too long")
+    assert ledger.forget_in_flight() == 2
+    assert ledger.audit(2) == (1, 1, 0)
+    ledger.issue(samples(1, 3), step=2)
+    assert ledger.audit(4) == (1, 1, 2)
+
+
 def test_a_sample_issued_twice_is_an_error_and_changes_nothing(ledger: Ledger) -> None:
     ledger.issue(samples(0), step=1)
     with pytest.raises(LedgerError, match="step 2: a sample would be issued a second time"):

@@ -115,6 +115,22 @@ def test_adapters_are_merged_into_the_base_model(engines: list, tiny_model: Path
     compare(engines[0], model, 4)
 
 
+def test_an_update_in_the_middle_of_a_rollout_keeps_it(engines: list, tiny_model: Path) -> None:
+    """Every token knows its version, and the update is verified without waiting for the rollout's end."""
+    requests = [GenerateRequest(PROMPT, seed) for seed in range(4)]
+    sampling = ray.get(engines[0].generate.remote(requests, Sampling(8)), timeout=60)[0].versions[0][0]
+    rollouts = engines[0].generate.remote(requests, Sampling(220))
+    snapshot = publisher_of(tiny_model).publish("student", 6, content(changed(tiny_model)))
+    report = ray.get(engines[0].update_weights.remote(snapshot), timeout=60)
+    assert ray.wait([rollouts], timeout=0)[0] == [], "the rollouts were to be longer than the update"
+    assert report.probe_gap < 1e-4
+    longest = max(ray.get(rollouts, timeout=60), key=lambda r: len(r.completion_ids))
+    (first, start, middle), (second, again, end) = longest.versions
+    assert (first, second) == (sampling, 6)
+    assert (start, end) == (0, len(longest.completion_ids))
+    assert 0 < middle == again < end
+
+
 def test_an_update_that_leaves_the_lm_head_stale_is_refused_and_the_gap_is_named(
     engines: list, tiny_model: Path
 ) -> None:

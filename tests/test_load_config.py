@@ -76,6 +76,11 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
         ("learner: {optimizer: {lr: yes}}", "my.yaml: learner.optimizer.lr must be a number, not true"),
         ("learner: {optimizer: {lr: fast}}", 'my.yaml: learner.optimizer.lr must be a number, not the text "fast"'),
         ("learner: {optimizer: {lr: .inf}}", "my.yaml: learner.optimizer.lr must be a finite number, not inf"),
+        (
+            "weights: {sync_every: 3}",
+            "my.yaml: weights.sync_every 3 lets rollouts be 2 steps behind; set training.max_staleness to that, or "
+            "weights.sync_every to 1",
+        ),
         ("learner: {lora: {rank: 0}}", "my.yaml: learner.lora.rank must be at least 1, not 0"),
         ("learner: {lora: {r: 8}}", "my.yaml: learner.lora.r is not a setting; learner.lora has rank, alpha, targets"),
         ("learner: {lora: 16}", "my.yaml: learner.lora must be a mapping of settings, not 16"),

@@ -24,10 +24,10 @@ def wait_for_step(step: int, run_dir: Path, driver: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def kill_after(config: Path, run_dir: Path, step: int, victim: str) -> None:
+def kill_after(config: Path, run_dir: Path, step: int, victim: str, *overrides: str) -> None:
     """Start the run, SIGKILL one of its processes once `step` is done, and wait for the run to end."""
     with (run_dir.parent / "killed.log").open("ab") as log:
-        driver = subprocess.Popen(command(config, run_dir), stdout=log, stderr=log)
+        driver = subprocess.Popen(command(config, run_dir, *overrides), stdout=log, stderr=log)
         wait_for_step(step, run_dir, driver)
         pids = json.loads((run_dir / "pids.json").read_text())
         os.kill(driver.pid if victim == "driver" else pids[victim][0], signal.SIGKILL)
@@ -117,6 +117,22 @@ def test_a_live_teacher_and_two_learner_ranks_train_until_they_are_told_to_stop(
     assert {row["samples"] for row in live} == {4}
     assert live[0]["divergence"] == pytest.approx(ema[0]["divergence"], rel=1e-2)
     assert set(json.loads((run_dir / "pids.json").read_text())) == {"student", "learner"}
+
+
+def test_rollouts_go_on_while_the_learner_steps_and_are_never_too_old(undisturbed: tuple[Path, Path]) -> None:
+    """Killed and continued: every sample is trained once all the same."""
+    config, whole = undisturbed
+    run_dir = config.parent / "ahead"
+    kill_after(config, run_dir, 3, "driver", "training.max_staleness=2")
+    finish(config, run_dir, "training.max_staleness=2")
+    rows = read_jsonl(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["trained"] for row in rows] == [4 * step for step in range(1, STEPS + 1)]
+    assert 1 <= max(row["staleness_max"] for row in rows) <= 2
+    assert [row["in_flight"] for row in rows] == [8, 8, 8, 8, 4, 0]
+    assert all(row["dropped"] == 0 for row in rows)
+    assert rows[0]["loss"] == read_jsonl(whole / "metrics.jsonl")[0]["loss"]
+    assert len(read_jsonl(run_dir / "eval.jsonl")) == len(read_jsonl(whole / "eval.jsonl"))
 
 
 def test_nothing_is_left_behind(machine_before: set[str], undisturbed: tuple[Path, Path]) -> None:

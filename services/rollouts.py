@@ -1,0 +1,111 @@
+"""Batches of scored rollouts, made ahead of the learner as far as the allowed staleness reaches.
+
+    schedule -> ids -> student engines: rollouts -> teacher engines: scores -> the learner, in the order of the steps
+
+Pacing, not discarding: batch b is begun once the students hold weights of which batch b would be no more than
+`max_staleness` steps old, so nothing is made that could not be trained on.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+from actors.types import GenerateRequest, SampleId, Sampling, ScoredRollout
+from services.ledger import Ledger
+from services.pools import EnginePool
+from services.prepare import Prepared
+from services.schedule import sample_seed
+
+T = TypeVar("T")
+
+
+@dataclass
+class Times:
+    """Seconds by phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    async def of(self, phase: str, work: Awaitable[T]) -> T:
+        began = time.monotonic()
+        try:
+            return await work
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - began
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one optimizer step trains on, and how long it took to make."""
+
+    samples: list[ScoredRollout]
+    times: Times
+
+
+class Rollouts:
+    """Makes the batches of a run, each once."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        students: EnginePool,
+        teachers: EnginePool,
+        ledger: Ledger,
+        teachers_ready: Callable[[], Awaitable[None]],
+        first_step: int,
+    ) -> None:
+        """teachers_ready: waits for weights that are on their way to the teachers."""
+        self._prepared = prepared
+        self._students, self._teachers = students, teachers
+        self._ledger = ledger
+        self._teachers_ready = teachers_ready
+        self._making: dict[int, asyncio.Task[Batch]] = {}
+        self.begun = first_step  # the last step whose batch has been begun
+
+    def begin(self, student_version: int) -> None:
+        """Begin every batch that weights of this version may still be used for."""
+        schedule = self._prepared.schedule
+        last = min(schedule.total_steps, student_version + 1 + self._prepared.config.training.max_staleness)
+        for step in range(self.begun + 1, last + 1):
+            ids = schedule.batch(step)
+            self._ledger.issue(ids, step)
+            self._making[step] = asyncio.create_task(self._make(ids), name=f"the rollouts of step {step}")
+            self.begun = step
+
+    async def take(self, step: int) -> Batch:
+        """The batch of a step, once. Raises what went wrong in its making, or RuntimeError if it is too old."""
+        batch = await self._making.pop(step)
+        oldest = min(start for s in batch.samples for start, _, _ in s.rollout.versions[:1])
+        allowed = self._prepared.config.training.max_staleness
+        if step - 1 - oldest > allowed:
+            raise RuntimeError(f"step {step}: a rollout was begun by weights v{oldest}, older than {allowed} steps")
+        return batch
+
+    async def stop(self) -> None:
+        """Give up what is being made."""
+        for task in self._making.values():
+            task.cancel()
+        await asyncio.gather(*self._making.values(), return_exceptions=True)
+
+    async def _make(self, ids: list[SampleId]) -> Batch:
+        prompts = [self._prepared.prompts[s.index] for s in ids]
+        config, times = self._prepared.config, Times()
+        requests = [
+            GenerateRequest(np.asarray(p.student_ids, dtype=np.int32), sample_seed(config.seed, s))
+            for s, p in zip(ids, prompts, strict=True)
+        ]
+        s = config.sampling
+        sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p)
+        rollouts = await times.of("rollout", self._students.generate(requests, sampling))
+        self._ledger.advance(ids, "sampled", [len(r.completion_ids) for r in rollouts])
+        pairs = [
+            (np.asarray(p.teacher_ids, dtype=np.int32), r.completion_ids)
+            for p, r in zip(prompts, rollouts, strict=True)
+        ]
+        await times.of("sync", self._teachers_ready())
+        scores = await times.of("score", self._teachers.score(pairs, config.loss.top_k))
+        self._ledger.advance(ids, "scored")
+        return Batch([ScoredRollout(*row) for row in zip(ids, rollouts, scores, strict=True)], times)
