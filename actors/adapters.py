@@ -16,14 +16,9 @@ from torch import Tensor
 DOWN, UP = "lora_A.weight", "lora_B.weight"  # as peft names them, in the place of "weight"
 
 
-def change(down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """scale * B A in float32: [rank, in], [out, rank] -> [out, in]."""
-    return scale * (up.float() @ down.float())
-
-
-def added(weight: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
-    """weight + by in `dtype`; the sum is float32's."""
-    return (weight.float() + by).to(dtype)
+def adapted(weight: Tensor, down: Tensor, up: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """weight + scale * B A, [out, in], computed in float32 and rounded to `dtype` once."""
+    return torch.addmm(weight.float(), up.float(), down.float(), alpha=scale).to(dtype)
 
 
 def merged(
@@ -41,7 +36,7 @@ def merged(
                 pair = [name.removesuffix("weight") + part for part in (DOWN, UP)]
                 if unused.issuperset(pair):
                     down, up = (adapters[part] for part in pair)
-                    weight = added(weight, change(down, up, scale), dtype)
+                    weight = adapted(weight, down, up, scale, dtype)
                     unused -= set(pair)
                 yield name, weight
     if unused:

