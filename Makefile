@@ -16,6 +16,7 @@ test: install
 bench: install $(TRL)
 	$(BIN)/python -m benchmarks.learner_step
 	$(BIN)/python -m benchmarks.loss
+	$(BIN)/python -m benchmarks.packing
 	$(BIN)/python -m benchmarks.scoring
 	$(BIN)/python -m benchmarks.snapshots
 	$(BIN)/python -m benchmarks.gradient

@@ -1,0 +1,83 @@
+"""Tokens that the learner's forward computes against those of the samples, and the same for pairs of attention.
+
+    python -m benchmarks.packing [PROMPTS.jsonl]
+
+On batches of the tool example (prompts as they are, 5 to 32 new tokens), and of a file of rows with `prompt`: text or
+chat messages (5 to 128 new tokens). Sequences are never padded; short ones are attended to in groups, padded there.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
+from benchmarks.measure import report
+from learner.model import SHORT, _Group
+from learner.packing import group, length, pack
+from services.models import resolve_model
+from services.prompts import load_tokenizer
+
+TOOLS = Path(__file__).parent.parent / "examples" / "tools" / "train.jsonl"
+BATCH, BUDGET, HEADS, KV_HEADS = 8, 4096, 9, 3  # heads of SmolLM2-135M
+
+
+def prompt_lengths(path: Path) -> list[int]:
+    tokenizer = load_tokenizer(resolve_model("smollm2-135m", Path.cwd()))
+    lengths = []
+    for line in path.read_text().splitlines():
+        prompt = json.loads(line)["prompt"]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        lengths.append(len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)))
+    return lengths
+
+
+def row(path: Path, most: int) -> dict[str, object]:
+    rng = np.random.default_rng(0)
+    lengths = rng.permutation(prompt_lengths(path))
+    useful = computed = pairs = computed_pairs = 0
+    for first in range(0, len(lengths) - BATCH + 1, BATCH):
+        samples = [_sample(n, int(rng.integers(5, most + 1))) for n in lengths[first : first + BATCH]]
+        sizes = [length(s) for s in samples]
+        useful += sum(sizes)
+        pairs += sum(n * (n + 1) // 2 for n in sizes)
+        for members in group(sizes, BUDGET):
+            batch = pack([samples[i] for i in members], 0, BATCH, 1)
+            computed += len(batch.input_ids)
+            computed_pairs += _pairs(batch.lengths)
+    return {
+        "prompts": path.name,
+        "longest": int(max(lengths)),
+        "computed / useful tokens": computed / useful,
+        "computed / causal pairs": computed_pairs / pairs,
+    }
+
+
+def _pairs(lengths: tuple[int, ...]) -> int:
+    """Of queries and keys that a CPU's attention multiplies for one pack: whole squares, in groups of short ones."""
+    if max(lengths) > SHORT:
+        return sum(n * n for n in lengths)
+    total = sum(lengths)
+    query, key = (torch.empty(1, heads, total, 1) for heads in (HEADS, KV_HEADS))
+    return sum(len(g.lengths) * max(g.lengths) ** 2 for g in _Group.all(query, key, lengths))
+
+
+def _sample(prompt: int, completion: int) -> ScoredRollout:
+    ids = np.zeros((completion, 1), dtype=np.int32)
+    logprobs = np.zeros((completion, 1), dtype=np.float32)
+    rollout = Rollout(np.zeros(prompt, np.int32), ids[:, 0], logprobs[:, 0], ((0, 0, completion),), "stop")
+    return ScoredRollout(SampleId(0, 0, 0, 0), rollout, TeacherScores(ids, logprobs, logprobs[:, 0], 0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("prompts", nargs="?", type=Path)
+    more = parser.parse_args().prompts
+    rows = [row(TOOLS, 32), *([row(more, 128)] if more else [])]
+    report("packing", f"Packing, batches of {BATCH}, at most {BUDGET} tokens a forward", rows)
+
+
+if __name__ == "__main__":
+    main()
