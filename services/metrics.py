@@ -19,7 +19,11 @@ Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step. Times in seconds, divergences in nats a token; trained, dropped: samples since the start."""
+    """One optimizer step. Times in seconds, divergences in nats a token; trained, dropped: samples since the start.
+
+    With max_staleness above 0 the times of rollout and score are how long the batch took to be made, its turn awaited,
+    beside earlier steps; then time_wait_s is how long the learner waited for it.
+    """
 
     step: int
     stage: int
