@@ -162,6 +162,11 @@ class Engine:
             )
         return UpdateReport(snapshot.version, gap, pause_s)
 
+    @property
+    def dead(self) -> bool:
+        """Its own process has ended: nothing will be answered any more."""
+        return self._llm.errored
+
     def shutdown(self) -> None:
         """Stop the engine's processes. They are killed: a clean exit is seconds of garbage collection, for nothing."""
         self._llm.shutdown(timeout=0)

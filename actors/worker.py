@@ -3,11 +3,14 @@
 import asyncio
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
+from typing import TypeVar
 
 from actors.config import EngineSettings
 from actors.process import PASSIVE_WAIT, large_imports
 from actors.types import GenerateRequest, IntArray, Rollout, Sampling, Snapshot, TeacherScores, UpdateReport
+
+T = TypeVar("T")
 
 
 def engine_environment(settings: EngineSettings) -> dict[str, str]:
@@ -49,16 +52,32 @@ class EngineWorker:
         return os.getpid()
 
     async def generate(self, requests: Sequence[GenerateRequest], sampling: Sampling) -> list[Rollout]:
-        return await self._engine.generate(requests, sampling)
+        return await self._alive(self._engine.generate(requests, sampling))
 
     async def score(self, rollouts: Sequence[tuple[IntArray, IntArray]], k: int) -> list[TeacherScores]:
-        return await self._engine.score(rollouts, k)
+        return await self._alive(self._engine.score(rollouts, k))
 
     async def probe(self, ids: IntArray) -> object:
-        return await self._engine.probe(ids)
+        return await self._alive(self._engine.probe(ids))
 
     async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
-        return await self._engine.update_weights(snapshot)
+        return await self._alive(self._engine.update_weights(snapshot))
+
+    async def _alive(self, work: Awaitable[T]) -> T:
+        """If the engine's own process has died this one follows, so that there is one kind of death to see.
+
+        Looked for every second: vLLM leaves some of the calls that its process had not answered waiting for ever.
+        """
+        task = asyncio.ensure_future(work)
+        try:
+            while not task.done() and not self._engine.dead:
+                await asyncio.wait([task], timeout=1)
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        if self._engine.dead:
+            os._exit(1)
+        return task.result()
 
     async def stop(self) -> None:
         await asyncio.to_thread(self._engine.shutdown)

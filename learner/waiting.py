@@ -16,10 +16,15 @@ async def within(work: Awaitable[T], seconds: float, what: str) -> T:
 
 
 async def all_within(work: Sequence[Awaitable[T]], seconds: float, what: str) -> list[T]:
+    """All results, in order, or TimeoutError naming `what`."""
+    return await within(all_of(work), seconds, what)
+
+
+async def all_of(work: Sequence[Awaitable[T]]) -> list[T]:
     """All results, in order. The first failure is raised at once: its siblings may wait for the failed one for ever."""
     tasks = [asyncio.ensure_future(_plain(w)) for w in work]
     try:
-        return await within(asyncio.gather(*tasks), seconds, what)
+        return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()

@@ -30,7 +30,7 @@ async def _run(prepared: Prepared, plan: Plan, console: Console) -> tuple[list[E
     c = prepared.config
     console.print("starting engines", highlight=False)
     with cluster(c.ray, plan, None), placement(c.ray, plan) as options:
-        pool = await EnginePool.start(c, prepared.model, "student", options["student"])
+        pool = await EnginePool.start(c, prepared.model, "student", options["student"], console.print)
         try:
             console.print(f"evaluating {prepared.model}", highlight=False, soft_wrap=True)
             evaluator = Evaluator(prepared.sets, prepared.tokenizer)

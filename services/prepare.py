@@ -134,7 +134,7 @@ def _fingerprint(config: RunConfig, model: Path, prompts: list[PromptPair]) -> s
     elsewhere = {"model", "data", "run_dir", "ray", "monitoring", "checkpoint", "evaluation"}
     settings = config.model_dump(mode="json", exclude=elsewhere)
     for role in roles(config):
-        for key in ("start_timeout_s", "cpus", "gpus"):
+        for key in ("start_timeout_s", "max_restarts", "cpus", "gpus"):
             del settings["actors"][role][key]
     # The rest of it changes how it is computed, not what.
     settings["learner"] = {key: settings["learner"][key] for key in ("optimizer", "lora")}

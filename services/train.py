@@ -85,9 +85,15 @@ async def _run(prepared: Prepared, run_dir: Path, start: Path | None, console: C
     ):
         progress.phase("starting engines and learner")
         pools: dict[str, EnginePool] = {}
+        learner: LearnerGroup | None = None
+
+        def notice(text: str) -> None:
+            progress.note(text)
+            if learner is not None:
+                _write_pids(run_dir, pools, learner.pids)
 
         async def start_pool(role: str) -> None:
-            pools[role] = await EnginePool.start(c, prepared.model, role, options[role])
+            pools[role] = await EnginePool.start(c, prepared.model, role, options[role], notice)
 
         roles = [role for role in ("student", "teacher") if options[role]]
         try:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -81,16 +82,40 @@ def test_a_number_that_is_not_what_it_was_is_found_by_a_replay(undisturbed: tupl
     assert "step 6: loss was" in result.stdout
 
 
-def test_a_run_killed_three_times_and_continued_is_the_run_that_was_never_killed(
-    undisturbed: tuple[Path, Path],
-) -> None:
-    """SIGKILL to the driver before a checkpoint, to the learner, to an engine: same tokens, same losses."""
+def children(pid: int) -> list[int]:
+    """Processes that a process has started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(stat.parent.name))
+    return found
+
+
+def test_a_run_killed_and_continued_is_the_run_that_was_never_killed(undisturbed: tuple[Path, Path]) -> None:
+    """SIGKILL to the driver before a checkpoint, to the learner: continued. To an engine, and to the process inside
+    another: replaced, and the run goes on. Same tokens, same losses."""
     config, whole = undisturbed
     run_dir = config.parent / "killed"
     kill_after(config, run_dir, 1, "driver")
     kill_after(config, run_dir, 3, "learner")
-    kill_after(config, run_dir, 5, "teacher")
-    finish(config, run_dir)
+    (run_dir / "pids.json").unlink()
+    log = config.parent / "engines_killed.log"
+    with log.open("wb") as output:
+        driver = subprocess.Popen(command(config, run_dir), stdout=output, stderr=output)
+        deadline = time.monotonic() + 300
+        while not (run_dir / "pids.json").exists():
+            assert driver.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        pids = json.loads((run_dir / "pids.json").read_text())
+        os.kill(pids["teacher"][0], signal.SIGKILL)
+        for pid in children(pids["student"][0]):
+            os.kill(pid, signal.SIGKILL)
+        assert driver.wait(timeout=300) == 0, log.read_text()[-3000:]
+    for role in ("student", "teacher"):
+        assert f"{role} engine 0 (process {pids[role][0]}) died; another takes its place" in log.read_text()
+        assert json.loads((run_dir / "pids.json").read_text())[role] != pids[role]
     assert metrics(run_dir) == metrics(whole)
     assert read_jsonl(run_dir / "eval.jsonl") == read_jsonl(whole / "eval.jsonl")
     assert read_jsonl(run_dir / "samples.jsonl") == read_jsonl(whole / "samples.jsonl")
