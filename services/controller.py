@@ -86,7 +86,7 @@ class Controller:
         await self._teacher_synced()
 
     async def _step(self, step: int, rollouts: Rollouts) -> None:
-        times = Times(dict.fromkeys(("learn", "sync"), 0.0))
+        times = Times()
         began = time.monotonic()
         rollouts.begin(self._versions["student"])
         batch = await rollouts.take(step)
@@ -124,8 +124,8 @@ class Controller:
             completion_tokens=completion_tokens,
             student_version=learned_by,
             teacher_version=min(s.scores.version for s in samples),
-            staleness_mean=float(np.mean([step - 1 - s.rollout.versions[0][0] for s in samples])),
-            staleness_max=max(step - 1 - s.rollout.versions[0][0] for s in samples),
+            staleness_mean=float(np.mean(batch.staleness)),
+            staleness_max=max(batch.staleness),
             mismatch_kl=result.mismatch_kl,
             tail_mass=result.tail_mass,
             time_rollout_s=batch.times.seconds["rollout"],

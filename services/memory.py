@@ -18,16 +18,16 @@ def learner_gib(
     config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, tokens: int, rows: int
 ) -> float:
     """Peak of the first rank, which also holds the snapshots, for forwards of `tokens`, `rows` of them in the loss."""
-    total = _state_bytes(config, teacher, dtype, shape) + _activation_bytes(config, dtype, shape, tokens)
-    process = PROCESS_GIB + (PEFT_GIB if config.lora is not None else 0)
+    process, state_bytes = PROCESS_GIB, _state_bytes
+    if config.lora is not None:
+        process, state_bytes = PROCESS_GIB + PEFT_GIB, _lora_state_bytes
+    total = state_bytes(config, teacher, dtype, shape) + _activation_bytes(config, dtype, shape, tokens)
     return process + (total + _loss_bytes(config, dtype, shape, rows)) / GIB
 
 
 def _state_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape) -> float:
     width, stage = WIDTH[dtype], config.zero_stage
     ema = 0 if teacher.weights == "live" else 4
-    if config.lora is not None:
-        return _lora_state_bytes(config, teacher, width, shape)
     masters = 4 if stage > 0 else 0  # at stage 0 the weights are their own
     optimizer = (masters + 8 + ema) / (config.ranks if stage > 0 else 1)
     accumulated = 0 if stage == 0 else 4 / (config.ranks if stage > 1 else 1)  # gradients, in float32
@@ -36,9 +36,10 @@ def _state_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shap
     return shape.parameters * (optimizer + accumulated + weights + snapshots)
 
 
-def _lora_state_bytes(config: LearnerConfig, teacher: TeacherConfig, width: int, shape: ModelShape) -> float:
+def _lora_state_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape) -> float:
     """The model, frozen; the teacher's change of it in float32, and its snapshot. While a student's snapshot is
     verified, the model merged and the file that it is merged from."""
+    width = WIDTH[dtype]
     change = 4 * shape.adapted / config.ranks if teacher.weights == "ema" and teacher.alpha > 0 else 0
     model = width * shape.parameters
     snapshots = model * (1 if teacher.weights == "live" else 2) + width * shape.adapters + FILE_BYTES * shape.parameters

@@ -8,6 +8,7 @@ Pacing, not discarding: batch b is begun once the students hold weights of which
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -27,22 +28,28 @@ T = TypeVar("T")
 class Times:
     """Seconds by phase."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     async def of(self, phase: str, work: Awaitable[T]) -> T:
         began = time.monotonic()
         try:
             return await work
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - began
+            self.seconds[phase] += time.monotonic() - began
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one optimizer step trains on, and how long it took to make."""
+    """What an optimizer step trains on, and how long it took to make."""
 
+    step: int
     samples: list[ScoredRollout]
     times: Times
+
+    @property
+    def staleness(self) -> list[int]:
+        """Steps that the weights of each rollout's first token are behind the weights that are trained."""
+        return [self.step - 1 - s.rollout.versions[0][0] for s in self.samples]
 
 
 class Rollouts:
@@ -72,16 +79,15 @@ class Rollouts:
         for step in range(self.begun + 1, last + 1):
             ids = schedule.batch(step)
             self._ledger.issue(ids, step)
-            self._making[step] = asyncio.create_task(self._make(ids), name=f"the rollouts of step {step}")
+            self._making[step] = asyncio.create_task(self._make(step, ids), name=f"the rollouts of step {step}")
             self.begun = step
 
     async def take(self, step: int) -> Batch:
         """The batch of a step, once. Raises what went wrong in its making, or RuntimeError if it is too old."""
         batch = await self._making.pop(step)
-        oldest = min(start for s in batch.samples for start, _, _ in s.rollout.versions[:1])
-        allowed = self._prepared.config.training.max_staleness
-        if step - 1 - oldest > allowed:
-            raise RuntimeError(f"step {step}: a rollout was begun by weights v{oldest}, older than {allowed} steps")
+        behind, allowed = max(batch.staleness), self._prepared.config.training.max_staleness
+        if behind > allowed:
+            raise RuntimeError(f"step {step}: a rollout was begun by weights {behind} steps behind, not {allowed}")
         return batch
 
     async def stop(self) -> None:
@@ -90,7 +96,7 @@ class Rollouts:
             task.cancel()
         await asyncio.gather(*self._making.values(), return_exceptions=True)
 
-    async def _make(self, ids: list[SampleId]) -> Batch:
+    async def _make(self, step: int, ids: list[SampleId]) -> Batch:
         prompts = [self._prepared.prompts[s.index] for s in ids]
         config, times = self._prepared.config, Times()
         requests = [
@@ -108,4 +114,4 @@ class Rollouts:
         await times.of("sync", self._teachers_ready())
         scores = await times.of("score", self._teachers.score(pairs, config.loss.top_k))
         self._ledger.advance(ids, "scored")
-        return Batch([ScoredRollout(*row) for row in zip(ids, rollouts, scores, strict=True)], times)
+        return Batch(step, [ScoredRollout(*row) for row in zip(ids, rollouts, scores, strict=True)], times)

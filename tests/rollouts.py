@@ -18,9 +18,8 @@ def make_rollouts(model_path: Path, count: int, k: int, seed: int) -> list[Score
         prompt = rng.integers(10, 500, rng.integers(5, 30)).astype(np.int32)
         completion = rng.integers(10, 500, 1 if i == 0 else rng.integers(4, 25)).astype(np.int32)
         context = rng.integers(10, 500, 12).astype(np.int32)
-        with torch.no_grad():
-            teacher = _logprobs(model, np.concatenate([context, prompt]), completion)
-            student = _logprobs(model, prompt, completion)
+        teacher = logprobs(model, np.concatenate([context, prompt]), completion)
+        student = logprobs(model, prompt, completion)
         top = teacher.topk(k, -1)
         own = torch.tensor(completion).long()[:, None]
         noise = rng.normal(0, 0.05, len(completion)).astype(np.float32)
@@ -34,6 +33,8 @@ def make_rollouts(model_path: Path, count: int, k: int, seed: int) -> list[Score
     return samples
 
 
-def _logprobs(model: AutoModelForCausalLM, prompt: np.ndarray, completion: np.ndarray) -> torch.Tensor:
+def logprobs(model: torch.nn.Module, prompt: np.ndarray, completion: np.ndarray) -> torch.Tensor:
+    """Hugging Face's log-softmax at every completion position, [T, V]."""
     ids = torch.tensor(np.concatenate([prompt, completion])).long()[None]
-    return torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1], -1)
+    with torch.no_grad():
+        return torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1], -1)

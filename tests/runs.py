@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,22 @@ def finish(config: Path, run_dir: Path, *overrides: str) -> None:
         command(config, run_dir, *overrides), capture_output=True, text=True, timeout=400, check=False
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+
+
+def wait_until(condition: Callable[[], bool], what: str, driver: subprocess.Popen | None = None) -> None:
+    """Up to 300 s; fails if the driver ends before."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert driver is None or driver.poll() is None, f"the run ended before {what}"
+        assert time.monotonic() < deadline, f"waited 300 s until {what}"
+        time.sleep(0.02)
+
+
+def wait_for_step(step: int, run_dir: Path, driver: subprocess.Popen | None = None) -> None:
+    def reached() -> bool:
+        return any(row["step"] >= step for row in read_jsonl(run_dir / "metrics.jsonl"))
+
+    wait_until(reached, f"step {step} was reached", driver)
 
 
 def replayed(run_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

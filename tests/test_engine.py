@@ -14,6 +14,7 @@ from actors.config import EngineSettings
 from actors.types import GenerateRequest, Sampling
 from actors.worker import EngineWorker
 from learner.publisher import Content, Publisher
+from tests.rollouts import logprobs
 
 PROMPT = np.arange(20, 45, dtype=np.int32)
 TEACHER_PROMPT = np.arange(60, 110, dtype=np.int32)
@@ -50,22 +51,15 @@ def engines(ray_cluster: None, tiny_model: Path) -> Iterator[list]:
     ray.get([e.stop.remote() for e in both], timeout=60)
 
 
-def reference(model: torch.nn.Module, prompt: np.ndarray, completion: np.ndarray) -> torch.Tensor:
-    """Hugging Face's log-softmax at every completion position, [T, V]."""
-    ids = torch.tensor(np.concatenate([prompt, completion])).long()[None]
-    with torch.no_grad():
-        return torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1], -1)
-
-
 def compare(engine: object, model: torch.nn.Module, version: int) -> None:
     (rollout,) = ray.get(engine.generate.remote([GenerateRequest(PROMPT, 7)], Sampling(24)), timeout=60)
     assert rollout.versions == ((version, 0, len(rollout.completion_ids)),)
     own = torch.tensor(rollout.completion_ids).long()[:, None]
-    student = reference(model, PROMPT, rollout.completion_ids)
+    student = logprobs(model, PROMPT, rollout.completion_ids)
     np.testing.assert_allclose(rollout.logprobs, student.gather(1, own)[:, 0], atol=1e-4)
     (scores,) = ray.get(engine.score.remote([(TEACHER_PROMPT, rollout.completion_ids)], 16), timeout=60)
     assert scores.version == version
-    teacher = reference(model, TEACHER_PROMPT, rollout.completion_ids)
+    teacher = logprobs(model, TEACHER_PROMPT, rollout.completion_ids)
     np.testing.assert_allclose(scores.logprobs, teacher.topk(16, -1).values, atol=1e-4)
     np.testing.assert_allclose(scores.logprobs, teacher.gather(1, torch.tensor(scores.ids).long()), atol=1e-4)
     np.testing.assert_allclose(scores.sampled, teacher.gather(1, own)[:, 0], atol=1e-4)

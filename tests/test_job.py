@@ -21,7 +21,8 @@ from services.metrics import read_jsonl
 from services.recording import read_batch
 from tests.leftovers import new_since, on_machine
 from tests.readme import commands
-from tests.runs import BIN, ENVIRONMENT, command, finish, metrics, replayed, write_run
+from tests.rollouts import logprobs
+from tests.runs import BIN, ENVIRONMENT, command, finish, metrics, replayed, wait_for_step, write_run
 
 # A rate that moves the adapters, which begin at no change, in four steps.
 LORA = {"lora": {"rank": 4}, "optimizer": {"lr": 0.02, "warmup_steps": 2}}
@@ -91,10 +92,8 @@ def test_the_export_of_a_run_with_lora_has_the_log_probs_that_its_engine_had(
     for path, found in gaps.items():
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         for rollout in (sample.rollout for sample in read_batch(alone, 5)):
-            ids = torch.tensor(np.concatenate([rollout.prompt_ids, rollout.completion_ids])).long()
-            with torch.no_grad():
-                rows = torch.log_softmax(model(ids[None]).logits[0, len(rollout.prompt_ids) - 1 : -1], -1)
-            own = rows.gather(1, ids[len(rollout.prompt_ids) :, None])[:, 0]
+            rows = logprobs(model, rollout.prompt_ids, rollout.completion_ids)
+            own = rows.gather(1, torch.tensor(rollout.completion_ids).long()[:, None])[:, 0]
             found.append(np.abs(own.numpy() - rollout.logprobs).max())
     assert max(gaps[out]) < 1e-4
     assert min(gaps[tiny_model]) > 1e-2, "adapters that change nothing would show nothing"
@@ -123,10 +122,7 @@ def test_a_job_that_was_killed_resumes_when_it_is_submitted_again(
         first, cwd=work, env=head.environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    deadline = time.monotonic() + 300
-    while not any(row["step"] >= 3 for row in read_jsonl(run_dir / "metrics.jsonl")):
-        assert time.monotonic() < deadline, "step 3 was not reached in 300 s"
-        time.sleep(0.1)
+    wait_for_step(3, run_dir)
     os.kill(json.loads((run_dir / "run.json").read_text())["pid"], signal.SIGKILL)
 
     again = [BIN / "sdft", *(here.get(word, word) for word in sdft_submit[1:])]

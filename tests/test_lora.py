@@ -1,4 +1,4 @@
-"""LoRA: the learner against plain torch, what it saves against peft, what it publishes against an engine."""
+"""LoRA: the learner against plain torch, what it saves against peft. test_engine merges, test_job runs it whole."""
 
 import asyncio
 import json

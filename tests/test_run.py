@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,15 +13,7 @@ import pytest
 from services.metrics import read_jsonl
 from services.recording import read_batch, write_batch
 from tests.leftovers import new_since, on_machine
-from tests.runs import STEPS, command, finish, metrics, replayed, write_run
-
-
-def wait_for_step(step: int, run_dir: Path, driver: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 300
-    while not any(row["step"] >= step for row in read_jsonl(run_dir / "metrics.jsonl")):
-        assert driver.poll() is None, f"the run ended before step {step}"
-        assert time.monotonic() < deadline, f"step {step} was not reached in 300 s"
-        time.sleep(0.05)
+from tests.runs import STEPS, command, finish, metrics, replayed, wait_for_step, wait_until, write_run
 
 
 def kill_after(config: Path, run_dir: Path, step: int, victim: str, *overrides: str) -> None:
@@ -103,11 +94,7 @@ def test_a_run_killed_and_continued_is_the_run_that_was_never_killed(undisturbed
     log = config.parent / "engines_killed.log"
     with log.open("wb") as output:
         driver = subprocess.Popen(command(config, run_dir), stdout=output, stderr=output)
-        deadline = time.monotonic() + 300
-        while not (run_dir / "pids.json").exists():
-            assert driver.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: (run_dir / "pids.json").exists(), "its processes had started", driver)
         pids = json.loads((run_dir / "pids.json").read_text())
         os.kill(pids["teacher"][0], signal.SIGKILL)
         for pid in children(pids["student"][0]):
