@@ -4,13 +4,17 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TRL := benchmarks/trl/.venv/.installed
 
-.PHONY: demo test bench lint install clean
+.PHONY: demo test chaos bench lint install clean
 
 demo: install
 	$(BIN)/sdft train examples/tools/tools.yaml
 
 test: install
 	$(BIN)/python -m pytest
+
+# The test in tests/chaos with 200 kills instead of 30: about half an hour.
+chaos: install
+	CHAOS_KILLS=200 $(BIN)/python -m pytest tests/chaos
 
 # Alone on the machine: anything else that runs is in the figures.
 bench: install $(TRL)

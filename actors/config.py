@@ -21,7 +21,8 @@ class EngineConfig(BaseModel):
     max_num_seqs: int = Field(64, ge=1, description="Sequences decoded at once")
     enforce_eager: bool = Field(True, description="false compiles the model: faster steps, a longer start")
     start_timeout_s: float = Field(600, gt=0, description="How long an engine may take to start")
-    max_restarts: int = Field(3, ge=0, description="Deaths of an engine that are mended before the run gives up")
+    health_timeout_s: float = Field(120, gt=0, description="An engine that answers nothing for so long is replaced")
+    max_restarts: int = Field(3, ge=0, description="Losses of an engine within an hour before the run gives up")
 
 
 class ActorsConfig(BaseModel):

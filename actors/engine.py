@@ -52,17 +52,15 @@ from actors.types import (
     Rollout,
     Sampling,
     Snapshot,
+    SnapshotDamaged,
     TeacherScores,
     UpdateReport,
+    WeightMismatch,
 )
 
 PR_SET_PDEATHSIG = 1
 SHARED_MEMORY_BACKEND = "sdft-shm"
 FIRST_ROW = "sdft_first_row"  # extra argument of a scoring request: the prompt position that predicts its first token
-
-
-class WeightMismatch(Exception):
-    """An engine's weights are not those the learner published."""
 
 
 class Engine:
@@ -138,10 +136,12 @@ class Engine:
     async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
         """Replace the weights and prove it: digest of every tensor before, log-probs of the probe after.
 
-        Requests in flight are kept and go on with the new weights. Raises WeightMismatch naming the tensor whose bytes
-        are wrong or the gap of the log-probs.
+        Requests in flight are kept and go on with the new weights. Raises SnapshotDamaged naming the tensor whose bytes
+        are wrong, before anything is touched, or WeightMismatch with the gap of the log-probs.
         """
-        entries = [(t.name, t.dtype, list(t.shape), t.offset, t.nbytes, t.digest) for t in snapshot.tensors]
+        # Generation goes on meanwhile.
+        await asyncio.to_thread(_check_digests, snapshot)
+        entries = [(t.name, t.dtype, list(t.shape), t.offset, t.nbytes) for t in snapshot.tensors]
         update = {"path": snapshot.path, "entries": entries, "scale": snapshot.scale}
         async with self._pausing:
             paused = time.monotonic()
@@ -161,6 +161,10 @@ class Engine:
                 f"the weights it was sent"
             )
         return UpdateReport(snapshot.version, gap, pause_s)
+
+    async def answer(self) -> None:
+        """Returns when the engine's process has answered a question: after the step that it computes."""
+        await self._llm.is_sleeping()
 
     @property
     def dead(self) -> bool:
@@ -260,7 +264,7 @@ class _InitInfo(WeightTransferInitInfo):
 @dataclass
 class _UpdateInfo(WeightTransferUpdateInfo):
     path: str = ""
-    entries: list[tuple[str, str, list[int], int, int, str]] = field(default_factory=list)
+    entries: list[tuple[str, str, list[int], int, int]] = field(default_factory=list)
     scale: float | None = None  # of adapters
 
 
@@ -279,14 +283,7 @@ class SharedMemoryTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: _UpdateInfo) -> None:
-        with open(update_info.path, "rb") as file:
-            payload = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        view = memoryview(payload)
-        for name, _, _, offset, nbytes, digest in update_info.entries:
-            # All digests before the first load: a damaged snapshot must not be half loaded.
-            if xxhash.xxh3_128_hexdigest(view[offset : offset + nbytes]) != digest:
-                raise WeightMismatch(f"weights of {name} arrived damaged: their digest is not the learner's")
-        tensors = _tensors(view, update_info.entries)
+        tensors = _tensors(_mapped(update_info.path), update_info.entries)
         if update_info.scale is not None:
             base, dtype = Path(self.model_config.model), self.model_config.dtype
             tensors = merged(base, dict(tensors), update_info.scale, dtype)
@@ -321,10 +318,24 @@ def _forget_names() -> None:
         Path(store.path).unlink(missing_ok=True)
 
 
+def _mapped(path: str) -> memoryview:
+    """A snapshot's payload, read-only."""
+    with open(path, "rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _check_digests(snapshot: Snapshot) -> None:
+    payload = _mapped(snapshot.path)
+    for t in snapshot.tensors:
+        if xxhash.xxh3_128_hexdigest(payload[t.offset : t.offset + t.nbytes]) != t.digest:
+            what = f"{snapshot.role} weights v{snapshot.version}: {t.name}"
+            raise SnapshotDamaged(f"{what} arrived damaged: its digest is not the learner's")
+
+
 def _tensors(
-    payload: memoryview, entries: Sequence[tuple[str, str, list[int], int, int, str]]
+    payload: memoryview, entries: Sequence[tuple[str, str, list[int], int, int]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, dtype, shape, offset, _, _ in entries:
+    for name, dtype, shape, offset, _ in entries:
         count = int(np.prod(shape))
         yield name, torch.frombuffer(payload, dtype=getattr(torch, dtype), count=count, offset=offset).view(shape)
 

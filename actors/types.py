@@ -101,6 +101,14 @@ class Snapshot:
     scale: float | None = None
 
 
+class SnapshotDamaged(Exception):
+    """A snapshot's bytes are not those the learner packed. The engine has loaded nothing and serves what it had."""
+
+
+class WeightMismatch(Exception):
+    """An engine that has loaded a snapshot computes other log-probs than the learner: it must serve nothing."""
+
+
 @dataclass(frozen=True)
 class UpdateReport:
     """What a verified weight update took and how closely it agreed."""

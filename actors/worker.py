@@ -60,6 +60,10 @@ class EngineWorker:
     async def probe(self, ids: IntArray) -> object:
         return await self._alive(self._engine.probe(ids))
 
+    async def answer(self) -> None:
+        """Returns at once if this process and the engine's own one are well."""
+        await self._alive(self._engine.answer())
+
     async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
         return await self._alive(self._engine.update_weights(snapshot))
 

@@ -78,3 +78,5 @@ class LearnerConfig(BaseModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     start_timeout_s: float = Field(600, gt=0)
     step_timeout_s: float = Field(3600, gt=0)
+    health_timeout_s: float = Field(120, gt=0, description="A rank that answers nothing for so long is lost")
+    max_restarts: int = Field(3, ge=0, description="Losses of the learner within an hour before the run gives up")

@@ -1,16 +1,28 @@
-"""All learner ranks as one: every call goes to each of them, since most are collectives."""
+"""All learner ranks as one: every call goes to each of them, since most are collectives.
 
+One rank that dies or hangs takes the others with it: whatever is waited for then raises LearnerLost.
+"""
+
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 
 from actors.types import IntArray, Snapshot
 from learner.types import LearnerSettings, StepResult
-from learner.waiting import all_within, within
+from learner.waiting import all_of, all_within, silent_for, within
 from learner.worker import learner_actor
+
+HEALTH_EVERY_S = 10  # at most
+
+
+class LearnerLost(Exception):
+    """A rank has died, or answers no more. What was trained since the last checkpoint is gone with it."""
 
 
 class LearnerGroup:
@@ -20,27 +32,73 @@ class LearnerGroup:
         self.workers = workers
         self._settings = settings
         self.pids: list[int] = []
+        self._lost: str | None = None
+        self._watching: list[asyncio.Task[None]] = []
 
     @classmethod
     async def start(
         cls, settings: LearnerSettings, probe_ids: IntArray, options: Sequence[dict[str, Any]]
     ) -> "LearnerGroup":
-        """Start one rank per entry of `options` (Ray actor options) and let them meet. Takes 10 to 20 s."""
+        """Start one rank per entry of `options` (Ray actor options) and let them meet. Takes 10 to 20 s.
+
+        LearnerLost if one dies on the way. Ranks that did start are gone when this raises.
+        """
         actor = learner_actor()
         group = cls([actor.options(**o).remote() for o in options], settings)
-        timeout = settings.config.start_timeout_s
-        address, port = await within(
-            group.workers[0].rendezvous.remote(), timeout, "the first learner process to be placed by Ray"
-        )
-        group.pids = await all_within(
-            [
-                worker.start.remote(replace(settings, rank=rank), len(options), address, port, probe_ids)
-                for rank, worker in enumerate(group.workers)
-            ],
-            timeout,
-            f"{len(options)} learner rank(s) to load {settings.model}",
-        )
+        try:
+            await group._start(probe_ids)
+        except BaseException:
+            group.kill()
+            raise
         return group
+
+    async def _start(self, probe_ids: IntArray) -> None:
+        settings, timeout = self._settings, self._settings.config.start_timeout_s
+        try:
+            address, port = await within(
+                self.workers[0].rendezvous.remote(), timeout, "the first learner process to be placed by Ray"
+            )
+            self.pids = await all_within(
+                [
+                    worker.start.remote(replace(settings, rank=rank), len(self.workers), address, port, probe_ids)
+                    for rank, worker in enumerate(self.workers)
+                ],
+                timeout,
+                f"{len(self.workers)} learner rank(s) to load {settings.model}",
+            )
+        except RayActorError as error:
+            raise LearnerLost("a learner process died while it started") from error
+        self._watching = [asyncio.create_task(self._watch(rank)) for rank in range(len(self.workers))]
+
+    def kill(self) -> None:
+        """End every rank."""
+        for task in self._watching:
+            task.cancel()
+        for worker in self.workers:
+            ray.kill(worker)
+
+    async def until_lost(self) -> None:
+        """Raises LearnerLost once a rank has died or hangs, also while nobody waits for its work."""
+        await all_of(self._watching)
+
+    async def _watch(self, rank: int) -> None:
+        """When this rank is lost, end all of them, so that those who wait for them hear of it.
+
+        It answers in a thread of its own, also in the middle of a step.
+        """
+        worker, patience = self.workers[rank], self._settings.config.health_timeout_s
+        how = None
+        while how is None:
+            await asyncio.sleep(min(HEALTH_EVERY_S, patience / 4))
+            try:
+                if await silent_for(worker.answer.remote(), patience):
+                    how = f"hangs: no answer for {patience:g} s"
+            except RayActorError:
+                how = "died"
+        self._lost = f"learner rank {rank} (process {self.pids[rank]}) {how}"
+        for each in self.workers:
+            ray.kill(each)
+        raise self._reason()
 
     async def train_step(self, samples: Any) -> StepResult:
         """One optimizer step on a batch: a list of ScoredRollout, or a Ray reference to one."""
@@ -54,7 +112,10 @@ class LearnerGroup:
 
     async def release(self, role: str) -> None:
         """Every engine has taken the role's last snapshot."""
-        await within(self.workers[0].release.remote(role), 60, f"the learner to release {role} weights")
+        try:
+            await within(self.workers[0].release.remote(role), 60, f"the learner to release {role} weights")
+        except RayActorError as error:
+            raise self._reason() from error
 
     async def save(self, folder: Path) -> None:
         """Begin to write the training state and the student into an existing folder; steps may go on meanwhile."""
@@ -76,4 +137,10 @@ class LearnerGroup:
 
     async def _all(self, method: str, what: str, *args: Any) -> list[Any]:
         calls = [getattr(worker, method).remote(*args) for worker in self.workers]
-        return await all_within(calls, self._settings.config.step_timeout_s, what)
+        try:
+            return await all_within(calls, self._settings.config.step_timeout_s, what)
+        except RayActorError as error:
+            raise self._reason() from error
+
+    def _reason(self) -> LearnerLost:
+        return LearnerLost(self._lost or f"a learner process (of {', '.join(map(str, self.pids))}) died")

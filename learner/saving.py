@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,8 +23,11 @@ class TensorFile:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def write(self) -> None:
-        """Not flushed to the disk: that is for whoever declares the checkpoint whole."""
-        save_file(self.tensors, self.path, self.metadata)
+        """Not flushed to the disk: that is for whoever declares the checkpoint whole. OSError if it takes no more."""
+        try:
+            save_file(self.tensors, self.path, self.metadata)
+        except SafetensorError as error:
+            raise OSError(f"{self.path}: {error}") from error
 
 
 class Saver:

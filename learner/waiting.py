@@ -1,18 +1,59 @@
-"""Waiting for remote work: every wait has a limit, and says what it waited for when that passes."""
+"""Waiting for remote work: every wait has a limit, is known while it lasts, and says what it waited for at its end."""
 
 import asyncio
-from collections.abc import Awaitable, Sequence
-from typing import TypeVar
+import itertools
+import time
+from collections.abc import Awaitable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Wait:
+    """Something that is being waited for: `what` reads as "student engine 0 to generate 32 sequences"."""
+
+    what: str
+    since: float  # on the monotonic clock
+    limit_s: float
+
+
+class Waits:
+    """The waits of this process, and how many have ended: what a watchdog looks at."""
+
+    def __init__(self) -> None:
+        self.ended = 0
+        self._number = itertools.count()
+        self._now: dict[int, Wait] = {}
+
+    def begin(self, what: str, limit_s: float) -> int:
+        number = next(self._number)
+        self._now[number] = Wait(what, time.monotonic(), limit_s)
+        return number
+
+    def end(self, number: int) -> None:
+        del self._now[number]
+        self.ended += 1
+
+    @property
+    def now(self) -> list[Wait]:
+        """What is waited for, the longest first."""
+        return list(self._now.values())
+
+
+WAITS = Waits()
+
+
 async def within(work: Awaitable[T], seconds: float, what: str) -> T:
     """The result of `work`, or TimeoutError naming `what`."""
+    number = WAITS.begin(what, seconds)
     try:
         return await asyncio.wait_for(_plain(work), seconds)
     except TimeoutError as error:
         raise TimeoutError(f"waited {seconds:g} s for {what}") from error
+    finally:
+        WAITS.end(number)
 
 
 async def all_within(work: Sequence[Awaitable[T]], seconds: float, what: str) -> list[T]:
@@ -28,6 +69,35 @@ async def all_of(work: Sequence[Awaitable[T]]) -> list[T]:
     finally:
         for task in tasks:
             task.cancel()
+
+
+async def unless(failure: Awaitable[object], work: Awaitable[T]) -> T:
+    """The result of `work`; if `failure` ends first, which it does by raising, then that, and `work` is cancelled."""
+    first, second = asyncio.ensure_future(failure), asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
+        if not second.done():
+            await first
+        return await second
+    finally:
+        await cancelled([first, second])
+
+
+async def cancelled(tasks: Iterable[asyncio.Future[Any]]) -> None:
+    """Cancel tasks, and wait for their ends."""
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def silent_for(answer: Awaitable[object], seconds: float) -> bool:
+    """Whether a question that whoever is well answers at once was not answered in so many seconds."""
+    try:
+        await asyncio.wait_for(_plain(answer), seconds)
+    except TimeoutError:
+        return True
+    return False
 
 
 async def _plain(work: Awaitable[T]) -> T:

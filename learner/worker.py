@@ -13,7 +13,7 @@ from actors.process import PASSIVE_WAIT, large_imports
 from actors.types import IntArray, ScoredRollout, Snapshot
 from learner.types import LearnerSettings, StepResult
 
-SAVING = "saving"  # Ray runs the methods of this group beside the others
+SAVING, HEALTH = "saving", "health"  # Ray runs the methods of these groups beside the others
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 
 
@@ -84,6 +84,10 @@ class LearnerWorker:
         """Returns when all that `save` began is written, though not flushed to the disk."""
         self._saver.finish()
 
+    @ray.method(concurrency_group=HEALTH)
+    def answer(self) -> None:
+        """Returns at once, also in the middle of a step."""
+
     def load(self, folder: str) -> int:
         """Returns the step that the state belongs to."""
         self._engine.load(Path(folder))
@@ -98,7 +102,7 @@ class LearnerWorker:
 
 def learner_actor() -> Any:
     """The Ray actor class of a rank."""
-    return ray.remote(concurrency_groups={SAVING: 1})(LearnerWorker)
+    return ray.remote(concurrency_groups={SAVING: 1, HEALTH: 1})(LearnerWorker)
 
 
 def _environment(settings: LearnerSettings, ranks: int, address: str, port: int) -> dict[str, str]:

@@ -51,6 +51,9 @@ class WeightsConfig(Section):
 
     sync_every: int = Field(1, ge=1, description="Optimizer steps between two updates of the student engines")
     teacher_sync_every: int = Field(1, ge=1, description="The same for the teacher engines; the EMA moves every step")
+    swap: Literal["together", "one_by_one"] = Field(
+        "together", description="Whether a role's engines pause for an update at the same time or in turn"
+    )
     max_probe_gap: float | None = Field(
         None, gt=0, description="Mean |log-prob| gap allowed; null: 0.001 float32, 0.15 bf16"
     )
@@ -96,6 +99,11 @@ class MonitoringConfig(Section):
     tensorboard: bool = True
     wandb_project: str | None = None
     mlflow_experiment: str | None = None
+    # Off: a cluster of the run's own is on ports that change with every run, where nobody looks for them.
+    prometheus: bool = Field(False, description="Serve metrics with those of the Ray node, for Prometheus to fetch")
+    stall_s: float = Field(
+        600, gt=0, description="After so long without an end of any wait, what is waited for is named"
+    )
     record_rollouts: bool = Field(False, description="Keep every batch in rollouts/, for `sdft replay`")
 
 

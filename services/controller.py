@@ -8,14 +8,16 @@ steps.
 """
 
 import asyncio
+import sqlite3
 import time
 from pathlib import Path
 
 import numpy as np
 import ray
 
+from actors.types import SnapshotDamaged
 from learner.group import LearnerGroup
-from learner.waiting import within
+from learner.waiting import cancelled, within
 from services import checkpoint
 from services.checkpoint import CheckpointState
 from services.evaluation import Evaluator
@@ -26,6 +28,10 @@ from services.prepare import Prepared
 from services.progress import Progress
 from services.recording import write_batch
 from services.rollouts import Rollouts, Times
+from services.supervised import reason
+
+PUBLISH_TRIES = 3
+DISK_ERRORS = (OSError, sqlite3.OperationalError)
 
 
 class Controller:
@@ -54,7 +60,7 @@ class Controller:
         self._evaluator = Evaluator(prepared.sets, prepared.tokenizer)
         self._versions = {"student": 0, "teacher": 0}
         self._saving: asyncio.Task[None] | None = None
-        self._teacher_sync: asyncio.Task[float] | None = None
+        self._teacher_sync: asyncio.Task[float | None] | None = None
 
     async def run(self, first_step: int) -> None:
         """Train from the state after optimizer step `first_step` (0: from the base model) to the end."""
@@ -63,9 +69,10 @@ class Controller:
         rollouts = Rollouts(self._prepared, self._students, scoring, self._ledger, self._teacher_synced, first_step)
         # Always publish once: after a resume the engines hold the base model, and each side would wait for the other.
         gap = await self._sync("student", first_step)
-        self._progress.note(
-            f"student weights v{first_step} verified: engine and learner differ by {gap:.4f} on average"
-        )
+        if gap is not None:
+            self._progress.note(
+                f"student weights v{first_step} verified: engine and learner differ by {gap:.4f} on average"
+            )
         if self._teachers:
             await self._sync("teacher", first_step)
         if first_step == 0:
@@ -80,10 +87,11 @@ class Controller:
                     await self._evaluate(step)
                 if last or step % self._config.checkpoint.every == 0:
                     await self._save(step)
+            await self._saved()
+            await self._teacher_synced()
         finally:
             await rollouts.stop()
-        await self._saved()
-        await self._teacher_synced()
+            await cancelled([task for task in (self._saving, self._teacher_sync) if task is not None])
 
     async def _step(self, step: int, rollouts: Rollouts) -> None:
         times = Times()
@@ -142,15 +150,33 @@ class Controller:
         self._log.step(metrics)
         self._progress.step(metrics)
 
-    async def _sync(self, role: str, version: int) -> float:
-        """Publish a role's weights, have every engine of it load and verify them; the largest gap of log-probs."""
+    async def _sync(self, role: str, version: int) -> float | None:
+        """Publish a role's weights, have every engine of it load and verify them; the largest gap of log-probs.
+
+        None: all of them are being replaced, and their successors will verify the weights.
+        """
         pool = self._students if role == "student" else self._teachers
         assert pool is not None
-        snapshot = await self._learner.publish(role, version)
-        reports = await pool.update_weights(snapshot, self._config.weights.timeout_s)
-        await self._learner.release(role)
+        for left in reversed(range(PUBLISH_TRIES)):
+            try:
+                gap = await self._send(pool, role, version)
+                break
+            except SnapshotDamaged as error:
+                # What is damaged on the way arrives whole another time; what never does was not damaged on the way.
+                if left == 0:
+                    raise
+                self._progress.note(f"{reason(error)}; it is published again")
         self._versions[role] = version
-        return max(report.probe_gap for report in reports)
+        return gap
+
+    async def _send(self, pool: EnginePool, role: str, version: int) -> float | None:
+        async with pool.loading:
+            snapshot = await self._learner.publish(role, version)
+            try:
+                reports = await pool.update_weights(snapshot, self._config.weights.timeout_s)
+            finally:
+                await self._learner.release(role)
+        return max((report.probe_gap for report in reports), default=None)
 
     async def _teacher_synced(self) -> None:
         pending = self._teacher_sync
@@ -176,9 +202,13 @@ class Controller:
     async def _save(self, step: int) -> None:
         """Write a checkpoint; it reaches the disk and its name while the next step is made."""
         self._progress.phase(f"saving step {step}")
-        part = checkpoint.begin(self._run_dir, step)
-        await self._learner.save(part)
-        self._ledger.copy_to(part / checkpoint.LEDGER)
+        try:
+            part = checkpoint.begin(self._run_dir, step)
+            await self._learner.save(part)
+            self._ledger.copy_to(part / checkpoint.LEDGER)
+        except DISK_ERRORS as error:
+            await self._not_written(step, error)
+            return
         c = self._config
         state = CheckpointState(step, c.learner.ranks, c.learner.zero_stage, c.dtype, self._prepared.fingerprint)
         self._saving = asyncio.create_task(
@@ -187,8 +217,18 @@ class Controller:
         self._progress.phase("training")
 
     async def _commit(self, part: Path, state: CheckpointState) -> None:
-        await self._learner.written()
-        await asyncio.to_thread(checkpoint.commit, part, self._run_dir, state, self._config.checkpoint.keep)
+        try:
+            await self._learner.written()
+            await asyncio.to_thread(checkpoint.commit, part, self._run_dir, state, self._config.checkpoint.keep)
+        except DISK_ERRORS as error:
+            await self._not_written(state.step, error)
+
+    async def _not_written(self, step: int, error: Exception) -> None:
+        """A full disk ends a run only if its last checkpoint does not fit: room may be made until then."""
+        text = f"the checkpoint of step {step} could not be written ({reason(error)})"
+        if step == self._prepared.schedule.total_steps:
+            raise RuntimeError(f"{text}; make room: the same command resumes from the last one") from error
+        self._progress.note(f"{text}; the run goes on, and would resume from the one before it")
 
     async def _saved(self) -> None:
         if self._saving is not None:

@@ -13,15 +13,20 @@ from actors.worker import EngineWorker
 from learner.waiting import all_of
 from services.config import RunConfig
 from services.plan import engine_settings
-from services.supervised import SupervisedEngine
+from services.supervised import Patience, SupervisedEngine
 
 
 class EnginePool:
     """The engines of one role. Created by `start`."""
 
-    def __init__(self, engines: Sequence[SupervisedEngine], timeout_s: float) -> None:
+    def __init__(
+        self, engines: Sequence[SupervisedEngine], loading: asyncio.Lock, timeout_s: float, one_by_one: bool
+    ) -> None:
+        """loading: held from a snapshot's publication until all engines have it; the one the engines were given."""
         self._engines = engines
+        self.loading = loading
         self._timeout = timeout_s
+        self._one_by_one = one_by_one
 
     @classmethod
     async def start(
@@ -39,18 +44,16 @@ class EnginePool:
         e = config.actors.student if role == "student" else config.actors.teacher
         settings = engine_settings(config, model, role)
         actor = ray.remote(EngineWorker)
+        patience = Patience(e.start_timeout_s, e.health_timeout_s, e.max_restarts)
+        loading = asyncio.Lock()
         engines = [
             SupervisedEngine(
-                f"{role} engine {i}",
-                partial(actor.options(**o).remote, settings),
-                e.start_timeout_s,
-                e.max_restarts,
-                notice,
+                f"{role} engine {i}", partial(actor.options(**o).remote, settings), patience, loading, notice
             )
             for i, o in enumerate(options)
         ]
         await all_of([engine.start() for engine in engines])
-        return cls(engines, config.evaluation.timeout_s)
+        return cls(engines, loading, config.evaluation.timeout_s, config.weights.swap == "one_by_one")
 
     @property
     def pids(self) -> list[int]:
@@ -66,8 +69,28 @@ class EnginePool:
         return await self._spread("score", "to score", pairs, k)
 
     async def update_weights(self, snapshot: Snapshot, timeout_s: float) -> list[UpdateReport]:
-        """Give every engine the snapshot; each verifies it."""
-        return await all_of([engine.update_weights(snapshot, timeout_s) for engine in self._engines])
+        """Give every engine the snapshot; each verifies it. The caller holds `loading`.
+
+        Returns when none loads any more, also if one raises: the snapshot's memory is free again then. No report comes
+        from engines that are being replaced; their successors load it before they do anything.
+        """
+        at_once = 1 if self._one_by_one else len(self._engines)
+        turns = asyncio.Semaphore(at_once)
+
+        async def update(engine: SupervisedEngine) -> UpdateReport | None:
+            async with turns:
+                return await engine.update_weights(snapshot, timeout_s)
+
+        outcomes = await asyncio.gather(*map(update, self._engines), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return [report for report in outcomes if isinstance(report, UpdateReport)]
+
+    def forget_weights(self) -> None:
+        """The publisher of the last snapshot is gone."""
+        for engine in self._engines:
+            engine.forget_weights()
 
     async def stop(self) -> None:
         """Shut every engine down."""

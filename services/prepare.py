@@ -134,9 +134,10 @@ def _fingerprint(config: RunConfig, model: Path, prompts: list[PromptPair]) -> s
     elsewhere = {"model", "data", "run_dir", "ray", "monitoring", "checkpoint", "evaluation"}
     settings = config.model_dump(mode="json", exclude=elsewhere)
     for role in roles(config):
-        for key in ("start_timeout_s", "max_restarts", "cpus", "gpus"):
+        for key in ("start_timeout_s", "health_timeout_s", "max_restarts", "cpus", "gpus"):
             del settings["actors"][role][key]
-    # The rest of it changes how it is computed, not what.
+    # The rest of these changes how it is computed, not what.
+    settings["weights"] = {key: settings["weights"][key] for key in ("sync_every", "teacher_sync_every")}
     settings["learner"] = {key: settings["learner"][key] for key in ("optimizer", "lora")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update((model / "config.json").read_bytes())

@@ -44,6 +44,11 @@ class Progress:
             self._spinner.update(text="done" if kind is None else f"stopped by {kind.__name__}")
             self._live.stop()
 
+    @property
+    def steps_seen(self) -> int:
+        """Steps that this process has done, those that were done again included."""
+        return self._steps_seen
+
     def phase(self, text: str) -> None:
         """What the run does now, such as "starting engines"."""
         self._spinner.update(text=Text(text))

@@ -39,7 +39,7 @@ def replay(run_dir: Path, steps: str | None, console: Console) -> str | None:
     first, last = _range(steps, recorded)
     start, notes = checkpoint.newest(run_dir, before=first)
     for note in notes:
-        console.print(note)
+        console.print(note, soft_wrap=True)
     begin = 0 if start is None else checkpoint.read_state(start).step
     missing = sorted(set(range(begin + 1, last + 1)) - set(recorded))
     if missing:

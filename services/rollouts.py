@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from actors.types import GenerateRequest, SampleId, Sampling, ScoredRollout
+from learner.waiting import cancelled
 from services.ledger import Ledger
 from services.pools import EnginePool
 from services.prepare import Prepared
@@ -92,9 +93,7 @@ class Rollouts:
 
     async def stop(self) -> None:
         """Give up what is being made."""
-        for task in self._making.values():
-            task.cancel()
-        await asyncio.gather(*self._making.values(), return_exceptions=True)
+        await cancelled(self._making.values())
 
     async def _make(self, step: int, ids: list[SampleId]) -> Batch:
         prompts = [self._prepared.prompts[s.index] for s in ids]

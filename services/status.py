@@ -14,6 +14,7 @@ import yaml
 from services.errors import UserError
 from services.metrics import STUDENT, TEACHER, EvalResult, StepMetrics, percent, read_rows
 from services.verdict import verdict
+from services.watchdog import read_waiting
 
 SAMPLE_STATES = ("issued", "sampled", "scored", "trained", "dropped")  # the ledger's, in the order of their life
 RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "ledger.sqlite")
@@ -167,6 +168,10 @@ def status_text(run_dir: Path) -> str:
         lines.append(("error", state.error))
     of = f" of {state.total_steps}" if state.total_steps else ""
     lines.append(("step", f"{steps[-1].step if steps else 0}{of}{_age(run_dir) if state.kind == 'running' else ''}"))
+    if state.kind == "running":
+        now = time.time()
+        waits = [f"{w.what} ({now - w.since:.0f} s)" for w in read_waiting(run_dir)]
+        lines += [("waits for" if i == 0 else "", text) for i, text in enumerate(waits)]
     if steps:
         last = steps[-1]
         recent = ", ".join(f"{m.loss:.4f}" for m in steps[-5:])

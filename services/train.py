@@ -14,18 +14,12 @@ from typing import Any
 from rich.console import Console
 
 from services import checkpoint
-from services.cluster import cluster, placement
-from services.config import RunConfig
-from services.controller import Controller
 from services.errors import UserError
 from services.files import write_atomically
-from services.ledger import Ledger, restore_ledger
 from services.load_config import resolved_yaml, with_absolute_paths
-from services.metrics import RunLog
-from services.pools import EnginePool
-from services.prepare import Prepared, check_disk, check_memory, learner_settings
-from services.progress import Progress
+from services.prepare import Prepared, check_disk, check_memory
 from services.report import write_report
+from services.run import run
 
 
 def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> Path:
@@ -47,10 +41,8 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
         first = checkpoint.read_state(start).step if start else 0
         total = prepared.schedule.total_steps
         if first >= total:
-            console.print(f"{run_dir}: all {total} steps are done already")
+            console.print(f"{run_dir}: all {total} steps are done already", soft_wrap=True)
             return write_report(run_dir)
-        RunLog.rewind(run_dir, first if start else None)
-        restore_ledger(start / checkpoint.LEDGER if start else None, run_dir / "ledger.sqlite")
         config = with_absolute_paths(prepared.config, prepared.path.parent)
         write_atomically(run_dir / "config.yaml", resolved_yaml(config).encode())
         state: dict[str, Any] = {
@@ -63,7 +55,7 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
         }
         _write_state(run_dir, state)
         try:
-            asyncio.run(_run(prepared, run_dir, start, console))
+            asyncio.run(run(prepared, run_dir, start, console))
         except asyncio.CancelledError:
             _write_state(run_dir, state | {"state": "failed", "error": "stopped by a signal"})
             raise KeyboardInterrupt from None
@@ -74,54 +66,6 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
         return write_report(run_dir)
 
 
-async def _run(prepared: Prepared, run_dir: Path, start: Path | None, console: Console) -> None:
-    from learner.group import LearnerGroup
-
-    c: RunConfig = prepared.config
-    with (
-        Progress(console, prepared.schedule.total_steps, prepared.path.stem) as progress,
-        cluster(c.ray, prepared.plan, run_dir / "logs"),
-        placement(c.ray, prepared.plan) as options,
-    ):
-        progress.phase("starting engines and learner")
-        pools: dict[str, EnginePool] = {}
-        learner: LearnerGroup | None = None
-
-        def notice(text: str) -> None:
-            progress.note(text)
-            if learner is not None:
-                _write_pids(run_dir, pools, learner.pids)
-
-        async def start_pool(role: str) -> None:
-            pools[role] = await EnginePool.start(c, prepared.model, role, options[role], notice)
-
-        roles = [role for role in ("student", "teacher") if options[role]]
-        try:
-            starting = asyncio.ensure_future(
-                LearnerGroup.start(learner_settings(prepared), prepared.probe_ids, options["learner"])
-            )
-            await asyncio.gather(starting, *map(start_pool, roles))
-            learner = starting.result()
-            _write_pids(run_dir, pools, learner.pids)
-            first = 0
-            if start is not None:
-                first = await learner.load(start)
-                progress.note(f"continuing after step {first} from {start}")
-            ledger = Ledger(run_dir / "ledger.sqlite")
-            ledger.forget_in_flight()
-            log = RunLog(run_dir, c.monitoring)
-            try:
-                controller = Controller(
-                    prepared, run_dir, pools["student"], pools.get("teacher"), learner, ledger, log, progress
-                )
-                await controller.run(first)
-            finally:
-                log.close()
-                ledger.close()
-        finally:
-            await asyncio.gather(*(pool.stop() for pool in pools.values()))
-
-
 def _starting_point(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> Path | None:
     """The checkpoint to continue from, or None to begin."""
     if resume == "never":
@@ -129,7 +73,7 @@ def _starting_point(prepared: Prepared, run_dir: Path, resume: str, console: Con
     if resume == "auto":
         folder, notes = checkpoint.newest(run_dir)
         for note in notes:
-            console.print(note)
+            console.print(note, soft_wrap=True)
         if folder is None:
             return None
     else:
@@ -144,7 +88,8 @@ def _starting_point(prepared: Prepared, run_dir: Path, resume: str, console: Con
     if (state.ranks, state.zero_stage) != (one.ranks, one.zero_stage):
         console.print(
             f"{folder} was saved by {state.ranks} learner rank(s) at ZeRO stage {state.zero_stage}; it is continued by "
-            f"{one.ranks} at stage {one.zero_stage}: the same up to rounding"
+            f"{one.ranks} at stage {one.zero_stage}: the same up to rounding",
+            soft_wrap=True,
         )
     return folder
 
@@ -162,9 +107,3 @@ def _only_one(run_dir: Path) -> Iterator[None]:
 
 def _write_state(run_dir: Path, state: dict[str, Any]) -> None:
     write_atomically(run_dir / "run.json", json.dumps(state, indent=2).encode())
-
-
-def _write_pids(run_dir: Path, pools: dict[str, EnginePool], learner: list[int]) -> None:
-    """Which process is which, for people and for tests that kill them."""
-    pids = {role: pool.pids for role, pool in pools.items()} | {"learner": learner}
-    write_atomically(run_dir / "pids.json", json.dumps(pids).encode())

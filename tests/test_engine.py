@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.config import EngineSettings
-from actors.types import GenerateRequest, Sampling
+from actors.types import GenerateRequest, Sampling, SnapshotDamaged, WeightMismatch
 from actors.worker import EngineWorker
 from learner.publisher import Content, Publisher
 from tests.rollouts import logprobs
@@ -130,7 +130,8 @@ def test_an_update_that_leaves_the_lm_head_stale_is_refused_and_the_gap_is_named
 ) -> None:
     snapshot = publisher_of(tiny_model).publish("teacher", 5, content(changed(tiny_model)))
     with pytest.raises(
-        Exception, match=r"teacher weights v5: .* differ from the learner's by \d+\.\d+ on average \(allowed: 0.001\)"
+        WeightMismatch,
+        match=r"teacher weights v5: .* differ from the learner's by \d+\.\d+ on average \(allowed: 0.001\)",
     ):
         ray.get(engines[1].update_weights.remote(snapshot), timeout=60)
 
@@ -140,8 +141,12 @@ def test_a_damaged_snapshot_is_refused_by_the_name_of_the_tensor(engines: list, 
     snapshot = publisher.publish("student", 4, content(changed(tiny_model)))
     damaged = dataclasses.replace(snapshot.tensors[5], digest="0" * 32)
     tensors = (*snapshot.tensors[:5], damaged, *snapshot.tensors[6:])
-    with pytest.raises(Exception, match=rf"weights of {damaged.name} arrived damaged"):
-        ray.get(engines[1].update_weights.remote(dataclasses.replace(snapshot, tensors=tensors)), timeout=60)
+    with pytest.raises(SnapshotDamaged, match=rf"student weights v4: {damaged.name} arrived damaged"):
+        ray.get(engines[0].update_weights.remote(dataclasses.replace(snapshot, tensors=tensors)), timeout=60)
+    # Nothing was touched: it serves, and takes the snapshot as it was packed.
+    before = ray.get(engines[0].generate.remote([GenerateRequest(PROMPT, 1)], Sampling(4)), timeout=60)[0].versions
+    assert before[0][0] != 4
+    assert ray.get(engines[0].update_weights.remote(snapshot), timeout=60).version == 4
 
 
 def test_a_sample_does_not_depend_on_its_neighbours_or_the_run(engines: list) -> None:

@@ -1,40 +1,68 @@
-"""An engine's place in a pool, with actors of a few lines that die when they are asked to."""
+"""An engine's place in a pool, with actors of a few lines that die, hang or go wrong when they are asked to."""
 
 import asyncio
 import os
+import signal
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 
-from services.supervised import SupervisedEngine
+from actors.types import Snapshot, SnapshotDamaged, UpdateReport, WeightMismatch
+from services.supervised import Patience, SupervisedEngine
+
+EMPTY = np.zeros(0, dtype=np.int32)
 
 
 def mortal() -> type:
     """An actor's class. Made in a function it travels to Ray's workers whole: they cannot import a test."""
 
     class Mortal:
-        """Dies at work while no more than `lives` actors have been started."""
+        """Dies at work while no more than `lives` actors have been started; loads only even versions well."""
 
         def __init__(self, folder: Path) -> None:
             self.folder = folder
+            self.version = 0
 
-        def start(self) -> int:
+        async def start(self) -> int:
             (self.folder / str(os.getpid())).touch()
             return os.getpid()
 
-        def generate(self, lives: int) -> int:
+        async def answer(self) -> None: ...
+
+        async def generate(self, lives: int) -> int:
             if len(list(self.folder.iterdir())) <= lives:
                 os._exit(1)
             return os.getpid()
+
+        async def loaded(self) -> int:
+            return self.version
+
+        async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
+            if snapshot.path == "damaged":
+                raise SnapshotDamaged("v1 arrived damaged")
+            if snapshot.path:
+                open(snapshot.path).close()
+            first = len(list(self.folder.iterdir())) == 1
+            if snapshot.version % 2 and first:
+                raise WeightMismatch(f"v{snapshot.version}: log-probs differ by 3 on average")
+            self.version = snapshot.version
+            return UpdateReport(snapshot.version, 0.0, 0.0)
+
+        async def stop(self) -> None: ...
 
     return Mortal
 
 
 def engine(folder: Path, notices: list[str]) -> SupervisedEngine:
     create = partial(ray.remote(mortal()).options(num_cpus=0.1).remote, folder)
-    return SupervisedEngine("teacher engine 0", create, 60, 2, notices.append)
+    return SupervisedEngine("teacher engine 0", create, Patience(60, 2, 2), asyncio.Lock(), notices.append)
+
+
+def weights(version: int, path: str = "") -> Snapshot:
+    return Snapshot("teacher", version, path, 0, (), EMPTY, EMPTY.astype(np.float32))
 
 
 def test_a_dead_engines_work_is_done_by_its_successor(ray_cluster: None, tmp_path: Path) -> None:
@@ -51,6 +79,7 @@ def test_a_dead_engines_work_is_done_by_its_successor(ray_cluster: None, tmp_pat
             f"teacher engine 0 (process {first}) died; another takes its place",
             f"teacher engine 0 is back (process {one.pid})",
         ]
+        await one.stop()
 
     asyncio.run(run())
 
@@ -59,8 +88,84 @@ def test_an_engine_that_keeps_dying_ends_the_run_with_a_reason(ray_cluster: None
     async def run() -> None:
         one = engine(tmp_path, [])
         await one.start()
-        with pytest.raises(RuntimeError, match=r"teacher engine 0 has died 3 times \(actors.\*.max_restarts: 2\)"):
+        lost = r"teacher engine 0 was lost 3 times within an hour \(actors.\*.max_restarts: 2\); the last time it died"
+        with pytest.raises(RuntimeError, match=lost):
             await one.call("to generate", 60, "generate", 9)
         assert len(list(tmp_path.iterdir())) == 3
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_hangs_is_found_and_its_successor_has_the_weights(ray_cluster: None, tmp_path: Path) -> None:
+    async def run() -> None:
+        notices: list[str] = []
+        one = engine(tmp_path, notices)
+        await one.start()
+        await one.update_weights(weights(2), 60)
+        hung = one.pid
+        os.kill(hung, signal.SIGSTOP)
+        assert await one.call("to say what it has", 60, "loaded") == 2
+        assert notices[0] == f"teacher engine 0 (process {hung}) hangs: no answer for 2 s; another takes its place"
+        assert one.pid != hung
+        await one.stop()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_successor_whose_weights_went_with_the_learner_waits_for_the_next_ones(
+    ray_cluster: None, tmp_path: Path, known: bool
+) -> None:
+    """Whether the learner's death is known by then, or found in the loading."""
+
+    async def run() -> None:
+        (tmp_path / "engines").mkdir()
+        (tmp_path / "memory").touch()
+        one = engine(tmp_path / "engines", [])
+        await one.start()
+        await one.update_weights(weights(2, str(tmp_path / "memory")), 60)
+        (tmp_path / "memory").unlink()
+        if known:
+            one.forget_weights()
+        os.kill(one.pid, signal.SIGKILL)
+        answer = asyncio.create_task(one.call("to say what it has", 60, "loaded"))
+        while len(list((tmp_path / "engines").iterdir())) < 2:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(2)
+        assert not answer.done()
+        assert await one.update_weights(weights(4), 60) is None
+        assert await answer == 4
+        await one.stop()
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_computes_otherwise_than_before_is_replaced(ray_cluster: None, tmp_path: Path) -> None:
+    """Its successor loads the same snapshot, and is asked nothing before it agrees with the learner."""
+
+    async def run() -> None:
+        notices: list[str] = []
+        one = engine(tmp_path, notices)
+        await one.start()
+        assert await one.update_weights(weights(2), 60) is not None
+        assert await one.update_weights(weights(3), 60) is None
+        assert await one.call("to say what it has", 60, "loaded") == 3
+        assert "is wrong" in notices[0]
+        assert "v3: log-probs differ by 3 on average" in notices[0]
+        await one.stop()
+
+    asyncio.run(run())
+
+
+def test_weights_that_the_first_engine_refuses_are_not_the_engines_fault(ray_cluster: None, tmp_path: Path) -> None:
+    async def run() -> None:
+        one = engine(tmp_path, [])
+        await one.start()
+        with pytest.raises(WeightMismatch, match="v1: log-probs differ"):
+            await one.update_weights(weights(1), 60)
+        with pytest.raises(SnapshotDamaged, match="arrived damaged"):
+            await one.update_weights(weights(2, "damaged"), 60)
+        assert len(list(tmp_path.iterdir())) == 1
+        await one.stop()
 
     asyncio.run(run())

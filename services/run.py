@@ -1,0 +1,152 @@
+"""A run while it lives: engines and learner are started, the controller trains, and a learner that is lost comes back.
+
+    start: engines and learner, at once ─► train ─► done
+                                            ▲  └─► the learner is lost ─► started again, with the last checkpoint ─┐
+                                            └──────────────────────────────────────────────────────────────────────┘
+
+Engines that are lost come back by themselves (supervised.py); the driver's death ends the run, which can be resumed.
+"""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from learner.group import LearnerGroup, LearnerLost
+from learner.waiting import all_of, cancelled, unless
+from services import checkpoint
+from services.cluster import cluster, placement
+from services.controller import Controller
+from services.files import write_atomically
+from services.ledger import Ledger, restore_ledger
+from services.metrics import RunLog
+from services.pools import EnginePool
+from services.prepare import Prepared, learner_settings
+from services.progress import Progress
+from services.supervised import Losses
+from services.watchdog import Watchdog
+
+
+async def run(prepared: Prepared, run_dir: Path, start: Path | None, console: Console) -> None:
+    """From the checkpoint `start`, or from the base model, to the end."""
+    c = prepared.config
+    with (
+        Progress(console, prepared.schedule.total_steps, prepared.path.stem) as progress,
+        cluster(c.ray, prepared.plan, run_dir / "logs"),
+        placement(c.ray, prepared.plan) as options,
+    ):
+        watching = asyncio.create_task(Watchdog(run_dir, c.monitoring.stall_s, progress.note).run())
+        one = _Run(prepared, run_dir, options, progress)
+        try:
+            await one.start()
+            await one.train(start)
+        finally:
+            await one.stop()
+            await cancelled([watching])
+
+
+class _Run:
+    """Engines and learner of a run. A learner that is lost is started again, and goes on from the last checkpoint."""
+
+    def __init__(
+        self, prepared: Prepared, run_dir: Path, options: dict[str, list[dict[str, Any]]], progress: Progress
+    ) -> None:
+        """options: Ray's, for each process of each role."""
+        self._prepared, self._run_dir = prepared, run_dir
+        self._options, self._progress = options, progress
+        self._pools: dict[str, EnginePool] = {}
+        self._learner: LearnerGroup | None = None
+
+    async def start(self) -> None:
+        """All at once."""
+        self._progress.phase("starting engines and learner")
+        roles = [role for role in ("student", "teacher") if self._options[role]]
+        await all_of([self._start_learner(), *map(self._start_pool, roles)])
+        self._write_pids()
+
+    async def train(self, start: Path | None) -> None:
+        """From a checkpoint, or from the base model, to the end."""
+        limit, lost, reached = self._prepared.config.learner.max_restarts, Losses(), 0
+        while True:
+            try:
+                await self._train(start)
+                return
+            except LearnerLost as error:
+                if self._progress.steps_seen > reached:
+                    lost.recovered()
+                    reached = self._progress.steps_seen
+                times = lost.count()
+                if times > limit:
+                    raise RuntimeError(
+                        f"the learner was lost {times} times within an hour (learner.max_restarts: {limit}); the last "
+                        f"time: {error}"
+                    ) from error
+                start = await self._restart_learner(error, lost.back_off_s)
+
+    async def stop(self) -> None:
+        """Engines first: what the learner has published goes with it."""
+        await asyncio.gather(*(pool.stop() for pool in self._pools.values()))
+        if self._learner is not None:
+            self._learner.kill()
+
+    async def _train(self, start: Path | None) -> None:
+        assert self._learner is not None
+        c, run_dir, first = self._prepared.config, self._run_dir, 0
+        if start is not None:
+            first = await self._learner.load(start)
+            self._progress.note(f"continuing after step {first} from {start}")
+        RunLog.rewind(run_dir, first if start else None)
+        restore_ledger(start / checkpoint.LEDGER if start else None, run_dir / "ledger.sqlite")
+        ledger = Ledger(run_dir / "ledger.sqlite")
+        ledger.forget_in_flight()
+        log = RunLog(run_dir, c.monitoring)
+        try:
+            students, teachers = self._pools["student"], self._pools.get("teacher")
+            controller = Controller(
+                self._prepared, run_dir, students, teachers, self._learner, ledger, log, self._progress
+            )
+            await unless(self._learner.until_lost(), controller.run(first))
+        finally:
+            log.close()
+            ledger.close()
+
+    async def _restart_learner(self, error: LearnerLost, after_s: float) -> Path | None:
+        """The checkpoint that the new learner is to continue from."""
+        assert self._learner is not None
+        self._progress.note(f"{error}; the learner is started again, from the last checkpoint")
+        self._learner.kill()
+        for pool in self._pools.values():
+            pool.forget_weights()
+        await asyncio.sleep(after_s)
+        folder, notes = await asyncio.to_thread(checkpoint.newest, self._run_dir)
+        for note in notes:
+            self._progress.note(note)
+        try:
+            await self._start_learner()
+        except LearnerLost as again:  # counted with the others when its first call fails
+            self._progress.note(str(again))
+        self._write_pids()
+        return folder
+
+    async def _start_pool(self, role: str) -> None:
+        self._pools[role] = await EnginePool.start(
+            self._prepared.config, self._prepared.model, role, self._options[role], self._notice
+        )
+
+    async def _start_learner(self) -> None:
+        self._learner = await LearnerGroup.start(
+            learner_settings(self._prepared), self._prepared.probe_ids, self._options["learner"]
+        )
+
+    def _notice(self, text: str) -> None:
+        self._progress.note(text)
+        self._write_pids()
+
+    def _write_pids(self) -> None:
+        """Which process is which, for people and for tests that kill them."""
+        if self._learner is None:
+            return
+        pids = {role: pool.pids for role, pool in self._pools.items()} | {"learner": self._learner.pids}
+        write_atomically(self._run_dir / "pids.json", json.dumps(pids).encode())

@@ -1,0 +1,59 @@
+"""The processes of a run, found below its driver: what can be killed, and what stopped."""
+
+import os
+import signal
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+# What a process is by the beginning of its command line. Ray names an actor's process after what it does.
+KINDS = {"ray::EngineWorker": "engine actor", "VLLM::EngineCore": "engine core", "ray::LearnerWorker": "learner rank"}
+
+
+@dataclass(frozen=True)
+class Process:
+    """One that can be killed."""
+
+    pid: int
+    kind: str
+
+    def send(self, number: signal.Signals) -> bool:
+        """Whether it was still there."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+            return True
+        return False
+
+
+def of_run(driver: int) -> list[Process]:
+    """Engines, the processes inside them and learner ranks that live now, those that are still starting included."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = []
+    for pid in parents:
+        above, ancestors = pid, set()
+        while above in parents and above not in ancestors:
+            ancestors.add(above)
+            above = parents[above]
+        if driver in ancestors and (kind := _kind(pid)) is not None:
+            found.append(Process(pid, kind))
+    return sorted(found, key=lambda process: process.pid)
+
+
+def _kind(pid: int) -> str | None:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+        return next((kind for begin, kind in KINDS.items() if command.startswith(begin)), None)
+    return None
+
+
+def snapshot_of(learner: int, role: str) -> Path | None:
+    """The shared memory that a learner publishes a role's weights in, once it has."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for link in Path(f"/proc/{learner}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                if f"memfd:sdft-{role}" in os.readlink(link):
+                    return link
+    return None

@@ -1,0 +1,42 @@
+"""What a run waits for, as a watchdog tells it."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from learner.waiting import Waits, within
+from services.watchdog import Watchdog, read_waiting
+
+
+def test_who_waits_for_what_is_told_once_nothing_moves_and_again_after_something_did(tmp_path: Path) -> None:
+    async def run() -> None:
+        waits, notices = Waits(), list[str]()
+        watchdog = asyncio.create_task(Watchdog(tmp_path, 0.2, notices.append, waits).run())
+        number = waits.begin("student engine 0 to generate 32 sequences", 1800)
+        waits.begin("the learner's step", 3600)
+        await asyncio.sleep(0.6)
+        assert len(notices) == 1
+        assert notices[0].startswith("nothing has moved for 0.2 s; waiting for student engine 0 to generate 32 sequ")
+        assert "the learner's step (0 s of at most 3600)" in notices[0]
+        stacks = Path(notices[0].rpartition(": ")[2]).read_text()
+        assert "student engine 0 to generate 32 sequences" in stacks
+        assert "test_watchdog.py" in stacks
+        assert [w.what for w in read_waiting(tmp_path)][1] == "the learner's step"
+        waits.end(number)
+        await asyncio.sleep(0.6)
+        assert len(notices) == 2
+        assert "student engine" not in notices[1]
+        watchdog.cancel()
+        await asyncio.gather(watchdog, return_exceptions=True)
+        assert read_waiting(tmp_path) == []
+
+    asyncio.run(run())
+
+
+def test_a_wait_that_is_too_long_says_what_it_was_for() -> None:
+    async def run() -> None:
+        with pytest.raises(TimeoutError, match=r"waited 0.05 s for teacher engine 1 to score"):
+            await within(asyncio.sleep(5), 0.05, "teacher engine 1 to score")
+
+    asyncio.run(run())
