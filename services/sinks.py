@@ -1,4 +1,4 @@
-"""Where metrics go beside the run's own files: TensorBoard, Weights & Biases, MLflow."""
+"""Where metrics go beside the run's own files: TensorBoard, Weights & Biases, MLflow, Prometheus (gauges.py)."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,6 +8,7 @@ import yaml
 
 from services.config import MonitoringConfig
 from services.errors import UserError
+from services.gauges import Prometheus
 
 
 class Sink(Protocol):
@@ -95,4 +96,6 @@ def open_sinks(run_dir: Path, monitoring: MonitoringConfig, first_step: int) -> 
         sinks.append(WeightsAndBiases(run_dir, monitoring.wandb_project))
     if monitoring.mlflow_experiment:
         sinks.append(MLflow(run_dir, monitoring.mlflow_experiment))
+    if monitoring.prometheus:
+        sinks.append(Prometheus(run_dir, first_step))
     return sinks

@@ -1,0 +1,111 @@
+"""Metrics for Prometheus, through Ray: the agent of the driver's node serves them, each as ray_<name>.
+
+    StepMetrics, EvalResult -> ray.util.metrics -> agent of the node -> http://NODE:METRICS_PORT/metrics
+
+They show that a run lives and how it goes, not what it did: the agent forgets the gauges of a driver 20 s after its
+end, and Ray serves no value that is not finite. The record is metrics.jsonl.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PREFIX = "ray_"  # Ray puts it before every name
+RUN = "run"  # tag of every metric: the run directory's name
+PHASES = ("rollout", "score", "learn", "sync", "wait")
+NOT_FINITE_IF = ("train/loss", "train/divergence", "train/grad_norm")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric as Prometheus knows it, without Ray's prefix. `counter`: the values of all steps are added up."""
+
+    name: str
+    help: str
+    tags: tuple[str, ...] = (RUN,)
+    counter: bool = False
+
+
+STEP = Metric("sdft_step", "Last optimizer step of the run")
+PROGRESS = Metric(
+    "sdft_progress_timestamp_seconds", "Unix time of the last step or evaluation result; at first, of the beginning"
+)
+NOT_FINITE = Metric(
+    "sdft_not_finite", "1 if the last step's loss, divergence or gradient norm is no finite number, else 0"
+)
+TIME = Metric(
+    "sdft_time_seconds", "Time of the last step by phase; with max_staleness above 0 phases overlap", (RUN, "phase")
+)
+EVAL = Metric("sdft_eval_value", "Last share of right answers, 0 to 1", (RUN, "task", "metric"))
+
+# By the name that a Sink is given. Counters are of this process's work: a step that a resumed run repeats counts again.
+BY_PATH: Mapping[str, Metric] = {
+    "train/stage": Metric("sdft_stage", "Stage that the last step belongs to"),
+    "train/loss": Metric("sdft_loss", "Loss of the last step"),
+    "train/divergence": Metric("sdft_divergence", "Divergence of the last step, nats a token"),
+    "train/grad_norm": Metric("sdft_grad_norm", "Norm of the last step's gradient, before it is clipped"),
+    "train/lr": Metric("sdft_learning_rate", "Learning rate of the last step"),
+    "train/samples": Metric("sdft_samples_total", "Samples in the steps made", counter=True),
+    "train/prompt_tokens": Metric("sdft_prompt_tokens_total", "Prompt tokens in the steps made", counter=True),
+    "train/completion_tokens": Metric(
+        "sdft_completion_tokens_total", "Completion tokens in the steps made", counter=True
+    ),
+    "train/student_version": Metric("sdft_student_version", "Newest weights that sampled for the last step"),
+    "train/teacher_version": Metric("sdft_teacher_version", "Oldest teacher weights that scored for the last step"),
+    "train/staleness_mean": Metric("sdft_staleness_mean", "Steps that the rollouts' weights were behind, mean"),
+    "train/staleness_max": Metric("sdft_staleness_max", "Steps that the rollouts' weights were behind, most"),
+    "train/mismatch_kl": Metric("sdft_mismatch_kl", "Estimated KL between sampler and learner, nats a token"),
+    "train/tail_mass": Metric("sdft_tail_mass", "Teacher's probability outside its top K, mean"),
+    "train/tokens_per_s": Metric("sdft_tokens_per_second", "Completion tokens of the last step by its time"),
+    "train/trained": Metric("sdft_samples_trained", "Samples the run has trained on; falls when it goes back"),
+    "train/dropped": Metric("sdft_samples_dropped", "Samples the run has given up; falls when it goes back"),
+    "train/in_flight": Metric("sdft_samples_in_flight", "Samples issued, not yet trained on or given up"),
+    "time/step_s": Metric("sdft_step_seconds", "Time of the last step"),
+}
+METRICS = (STEP, PROGRESS, NOT_FINITE, TIME, EVAL, *BY_PATH.values())
+
+
+class Prometheus:
+    """A Sink. To be opened in a process that is connected to Ray."""
+
+    def __init__(self, run_dir: Path, first_step: int) -> None:
+        """first_step: the step the run goes on with, 0 for a new run."""
+        import ray
+        from ray.util.metrics import Counter, Gauge
+
+        if not ray.is_initialized():
+            raise RuntimeError("monitoring.prometheus needs a process that is connected to Ray")
+        self._run = {RUN: run_dir.resolve().name}
+        self._instruments: dict[str, Any] = {
+            m.name: (Counter if m.counter else Gauge)(m.name, m.help, m.tags) for m in METRICS
+        }
+        self._set(STEP, max(0, first_step - 1))
+        self._set(PROGRESS, time.time())
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for path, value in metrics.items():
+            kind, _, name = path.partition("/")
+            if kind == "eval":
+                task, _, metric = name.partition("/")
+                self._set(EVAL, value, task=task, metric=metric)
+            elif path in BY_PATH:
+                self._set(BY_PATH[path], value)
+            else:
+                self._set(TIME, value, phase=name.removesuffix("_s"))
+        if all(path in metrics for path in NOT_FINITE_IF):
+            self._set(STEP, step)
+            self._set(NOT_FINITE, float(not all(math.isfinite(metrics[path]) for path in NOT_FINITE_IF)))
+        self._set(PROGRESS, time.time())
+
+    def close(self) -> None:
+        """What was set last is sent when the process disconnects from Ray."""
+
+    def _set(self, metric: Metric, value: float, /, **tags: str) -> None:
+        instrument = self._instruments[metric.name]
+        if not metric.counter:
+            instrument.set(value, self._run | tags)
+        elif value > 0:  # Ray refuses to add nothing
+            instrument.inc(value, self._run | tags)
