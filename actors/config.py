@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class EngineConfig(BaseModel):
@@ -11,7 +11,10 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    replicas: int = Field(1, ge=1, description="Number of engines of this role")
+    replicas: int = Field(1, ge=1, description="Number of engines of this role; with max_replicas the least")
+    max_replicas: int | None = Field(
+        None, ge=1, description="The pool grows to as many while the learner waits for it; null: it does not grow"
+    )
     # Half a Ray CPU: in strict mode the roles take turns, so three of them fit a two-core laptop.
     cpus: float = Field(0.5, gt=0, description="Ray CPUs reserved by each engine")
     gpus: float = Field(1, ge=0, description="GPUs of each engine; used with device: cuda only")
@@ -23,6 +26,23 @@ class EngineConfig(BaseModel):
     start_timeout_s: float = Field(600, gt=0, description="How long an engine may take to start")
     health_timeout_s: float = Field(120, gt=0, description="An engine that answers nothing for so long is replaced")
     max_restarts: int = Field(3, ge=0, description="Losses of an engine within an hour before the run gives up")
+    drain_timeout_s: float = Field(
+        120, gt=0, description="How long an engine that leaves may finish its work before others do it again"
+    )
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "EngineConfig":
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas {self.max_replicas} is less than replicas {self.replicas}, which is the pool's least; "
+                f"raise it, or leave it out for a pool of one size"
+            )
+        return self
+
+    @property
+    def most(self) -> int:
+        """Engines that the pool may have."""
+        return self.max_replicas or self.replicas
 
 
 class ActorsConfig(BaseModel):
@@ -32,6 +52,10 @@ class ActorsConfig(BaseModel):
 
     student: EngineConfig = EngineConfig()
     teacher: EngineConfig = EngineConfig()
+
+    def of(self, role: str) -> EngineConfig:
+        """The pool of a role, "student" or "teacher"."""
+        return self.student if role == "student" else self.teacher
 
 
 class SamplingConfig(BaseModel):
@@ -58,6 +82,7 @@ class EngineSettings:
     max_model_len: int
     max_logprobs: int
     max_num_seqs: int
+    hold: bool  # batches are held until they are whole, one at a time; else what comes is computed as it comes
     gpu_memory_utilization: float
     enforce_eager: bool
     max_probe_gap: float

@@ -5,8 +5,9 @@
     scores = await engine.score([(teacher_ids, completion_ids)], k)
     report = await engine.update_weights(snapshot)              # raises WeightMismatch if the engine disagrees
 
-A batch is held, enqueued whole, then released: the scheduler then sees the same batch in every run, so tokens and
-log-probs are the same bit for bit, however slowly the requests arrive.
+With settings.hold a batch is held, enqueued whole, then released: the scheduler then sees the same batch in every run,
+so tokens and log-probs are the same bit for bit, however slowly the requests arrive. Without it many calls share the
+engine, each with a sequence or a few, and join what is being computed as they come.
 """
 
 import asyncio
@@ -17,7 +18,8 @@ import multiprocessing.util
 import signal
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing.synchronize import SemLock
 from pathlib import Path
@@ -80,7 +82,8 @@ class Engine:
                 dtype=s.dtype,
                 enforce_eager=s.enforce_eager,
                 max_model_len=s.max_model_len,
-                max_num_seqs=s.max_num_seqs,
+                # The probe of an update finds a place beside all that is being computed.
+                max_num_seqs=s.max_num_seqs if s.hold else s.max_num_seqs + 1,
                 # Prompts are not cut in two: CPU generators cannot skip ahead, a cut seeded prompt kills the engine.
                 enable_chunked_prefill=False,
                 max_num_batched_tokens=max(s.max_model_len, 2048),
@@ -143,14 +146,11 @@ class Engine:
         await asyncio.to_thread(_check_digests, snapshot)
         entries = [(t.name, t.dtype, list(t.shape), t.offset, t.nbytes) for t in snapshot.tensors]
         update = {"path": snapshot.path, "entries": entries, "scale": snapshot.scale}
-        async with self._pausing:
-            paused = time.monotonic()
-            await self._llm.pause_generation(mode="keep")
+        async with self._paused() as since:
             await self._llm.start_weight_update()
             await self._llm.update_weights(WeightTransferUpdateRequest(update))
             await self._llm.finish_weight_update(weight_version=str(snapshot.version))
-            await self._llm.resume_generation()
-            pause_s = time.monotonic() - paused
+        pause_s = time.monotonic() - since
         ours = await self.probe(snapshot.probe_ids)
         # The mean: in bf16 one unlikely token differs by 0.4 between two correct implementations.
         gap = float(np.abs(ours - snapshot.probe_logprobs).mean())
@@ -175,22 +175,29 @@ class Engine:
         """Stop the engine's processes. They are killed: a clean exit is seconds of garbage collection, for nothing."""
         self._llm.shutdown(timeout=0)
 
+    @asynccontextmanager
+    async def _paused(self) -> AsyncIterator[float]:
+        """Nothing is computed within; requests in flight are kept. Yields when that began, on the monotonic clock."""
+        async with self._pausing:
+            since = time.monotonic()
+            await self._llm.pause_generation(mode="keep")
+            yield since
+            await self._llm.resume_generation()
+
     async def _run(self, prompts: Sequence[IntArray], params: Sequence[SamplingParams]) -> list[RequestOutput]:
-        """Run one batch when its turn has come. Outputs in the order of the prompts."""
-        async with self._turn:
+        """Run one batch, when its turn has come if batches are held. Outputs in the order of the prompts."""
+        async with self._turn if self.settings.hold else nullcontext():
             return await self._together(prompts, params)
 
     async def _together(self, prompts: Sequence[IntArray], params: Sequence[SamplingParams]) -> list[RequestOutput]:
-        """Run one batch, held until it is whole."""
+        """Run one batch, held until it is whole if batches are."""
         batch = uuid.uuid4().hex
         queues = []
         try:
-            async with self._pausing:
-                await self._llm.pause_generation(mode="keep")
+            async with self._paused() if self.settings.hold else nullcontext():
                 for i, (ids, p) in enumerate(zip(prompts, params, strict=True)):
-                    # In order, over one pipe to the engine: all of them are there before the release below.
+                    # In order, over one pipe to the engine: all of them are there before a held batch is released.
                     queues.append(await self._llm.add_request(f"{batch}-{i}", {"prompt_token_ids": ids.tolist()}, p))
-                await self._llm.resume_generation()
             return [await _final(queue) for queue in queues]
         except asyncio.CancelledError:
             for queue in queues:

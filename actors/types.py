@@ -23,6 +23,14 @@ class SampleId:
 
 
 @dataclass(frozen=True)
+class EngineProcess:
+    """Where an engine runs."""
+
+    pid: int
+    node: str  # Ray's id of the machine
+
+
+@dataclass(frozen=True)
 class GenerateRequest:
     """One prompt to complete."""
 
@@ -87,13 +95,14 @@ class Snapshot:
 
     With `scale` the tensors are LoRA adapters, to be merged into the base model (adapters.py).
 
-    `path` is valid while the publishing process holds the snapshot: it is anonymous memory of that process, so nothing
-    is left behind whoever dies.
+    `path` is valid on `node`, while the publishing process holds the snapshot: it is anonymous memory of that process,
+    so nothing is left behind whoever dies.
     """
 
     role: str  # "student" or "teacher"
     version: int
     path: str
+    node: str  # Ray's id of the machine whose memory `path` names
     nbytes: int
     tensors: tuple[TensorEntry, ...]
     probe_ids: IntArray  # [N]

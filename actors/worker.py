@@ -6,9 +6,20 @@ import tempfile
 from collections.abc import Awaitable, Sequence
 from typing import TypeVar
 
+import ray
+
 from actors.config import EngineSettings
 from actors.process import PASSIVE_WAIT, large_imports
-from actors.types import GenerateRequest, IntArray, Rollout, Sampling, Snapshot, TeacherScores, UpdateReport
+from actors.types import (
+    EngineProcess,
+    GenerateRequest,
+    IntArray,
+    Rollout,
+    Sampling,
+    Snapshot,
+    TeacherScores,
+    UpdateReport,
+)
 
 T = TypeVar("T")
 
@@ -19,6 +30,8 @@ def engine_environment(settings: EngineSettings) -> dict[str, str]:
     if settings.enforce_eager and settings.device == "cpu":
         # vLLM compiles two small functions of its sampler all the same: seconds of every start, with a C++ compiler.
         environment["TORCHDYNAMO_DISABLE"] = "1"
+    if "SDFT_SCRATCH" in os.environ:
+        environment["TMPDIR"] = os.environ["SDFT_SCRATCH"]  # what an engine that is killed leaves goes with the run
     if settings.device == "cpu":
         cores = sorted(os.sched_getaffinity(0))[: settings.threads]
         environment |= PASSIVE_WAIT | {
@@ -45,11 +58,11 @@ class EngineWorker:
 
         self._engine = Engine(settings)
 
-    async def start(self) -> int:
-        """Load the model; returns the process id."""
+    async def start(self) -> EngineProcess:
+        """Load the model."""
         await self._engine.start()
         self._scratch.cleanup()
-        return os.getpid()
+        return EngineProcess(os.getpid(), ray.get_runtime_context().get_node_id())
 
     async def generate(self, requests: Sequence[GenerateRequest], sampling: Sampling) -> list[Rollout]:
         return await self._alive(self._engine.generate(requests, sampling))

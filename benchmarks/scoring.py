@@ -30,6 +30,7 @@ def settings(extension: str) -> EngineSettings:
         max_model_len=512,
         max_logprobs=K,
         max_num_seqs=SEQUENCES,
+        hold=True,
         gpu_memory_utilization=0.1,
         enforce_eager=True,
         max_probe_gap=1.0,

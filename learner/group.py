@@ -13,7 +13,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
-from actors.types import IntArray, Snapshot
+from actors.types import IntArray, ScoredRollout, Snapshot
 from learner.types import LearnerSettings, StepResult
 from learner.waiting import all_of, all_within, silent_for, within
 from learner.worker import learner_actor
@@ -100,9 +100,9 @@ class LearnerGroup:
             ray.kill(each)
         raise self._reason()
 
-    async def train_step(self, samples: Any) -> StepResult:
-        """One optimizer step on a batch: a list of ScoredRollout, or a Ray reference to one."""
-        results = await self._all("train_step", "the learner's step", samples)
+    async def train_step(self, samples: Sequence[ScoredRollout]) -> StepResult:
+        """One optimizer step on a batch."""
+        results = await self._all("train_step", "the learner's step", ray.put(samples))
         return results[0]
 
     async def publish(self, role: str, version: int) -> Snapshot:
@@ -112,10 +112,14 @@ class LearnerGroup:
 
     async def release(self, role: str) -> None:
         """Every engine has taken the role's last snapshot."""
-        try:
-            await within(self.workers[0].release.remote(role), 60, f"the learner to release {role} weights")
-        except RayActorError as error:
-            raise self._reason() from error
+        await self._first("release", 60, f"the learner to release {role} weights", role)
+
+    async def payload(self, role: str) -> list[ray.ObjectRef]:
+        """The bytes of the role's last snapshot in Ray's object store, for as long as the reference is held."""
+        refs: list[ray.ObjectRef] = await self._first(
+            "payload", self._settings.config.step_timeout_s, f"the learner to send {role} weights to other nodes", role
+        )
+        return refs
 
     async def save(self, folder: Path) -> None:
         """Begin to write the training state and the student into an existing folder; steps may go on meanwhile."""
@@ -134,6 +138,12 @@ class LearnerGroup:
         """All parameters as float32 arrays; for small models."""
         results = await self._all("parameters", f"the learner's {role} parameters", role)
         return results[0]
+
+    async def _first(self, method: str, seconds: float, what: str, *args: Any) -> Any:
+        try:
+            return await within(getattr(self.workers[0], method).remote(*args), seconds, what)
+        except RayActorError as error:
+            raise self._reason() from error
 
     async def _all(self, method: str, what: str, *args: Any) -> list[Any]:
         calls = [getattr(worker, method).remote(*args) for worker in self.workers]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 from torch.func import functional_call
 
 from actors.adapters import merged
@@ -39,7 +40,9 @@ class _Buffer:
 class Publisher:
     """Packs snapshots, on the learner's first rank."""
 
-    def __init__(self, model: Path, dtype: torch.dtype, probe_ids: IntArray) -> None:
+    def __init__(self, model: Path, dtype: torch.dtype, probe_ids: IntArray, node: str) -> None:
+        """node: Ray's id of this machine."""
+        self._node = node
         self._model = model
         self._probe = Probe(model, dtype)
         self._probe_names = {name for name, _ in self._probe.named_parameters()}
@@ -60,6 +63,7 @@ class Publisher:
             role=role,
             version=version,
             path=f"/proc/{os.getpid()}/fd/{buffer.fd}",
+            node=self._node,
             nbytes=content.nbytes,
             tensors=entries,
             probe_ids=self._probe_ids,
@@ -80,6 +84,10 @@ class Publisher:
         ids = torch.from_numpy(self._probe_ids.astype(np.int64))
         with torch.no_grad():
             return functional_call(self._probe, parameters, (ids,)).numpy()
+
+    def payload(self, role: str) -> NDArray[np.uint8]:
+        """The bytes of the role's last snapshot, not copied; they stay what they are until the next is published."""
+        return np.frombuffer(self._buffers[role].memory, np.uint8)
 
     def release(self, role: str) -> None:
         """Every engine has loaded and verified the role's snapshot: its memory may be used again."""

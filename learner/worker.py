@@ -13,7 +13,7 @@ from actors.process import PASSIVE_WAIT, large_imports
 from actors.types import IntArray, ScoredRollout, Snapshot
 from learner.types import LearnerSettings, StepResult
 
-SAVING, HEALTH = "saving", "health"  # Ray runs the methods of these groups beside the others
+SAVING, SENDING, HEALTH = "saving", "sending", "health"  # Ray runs the methods of these groups beside the others
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 
 
@@ -43,7 +43,8 @@ class LearnerWorker:
         self._saver = Saver()
         self._publisher = None
         if settings.rank == 0:
-            self._publisher = Publisher(Path(settings.model), self._engine.dtype, probe_ids)
+            node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+            self._publisher = Publisher(Path(settings.model), self._engine.dtype, probe_ids, node)
         return os.getpid()
 
     def train_step(self, samples: Sequence[ScoredRollout]) -> StepResult:
@@ -62,6 +63,13 @@ class LearnerWorker:
     def release(self, role: str) -> None:
         if self._publisher is not None:
             self._publisher.release(role)
+
+    @ray.method(concurrency_group=SENDING)
+    def payload(self, role: str) -> list[ray.ObjectRef]:
+        """The bytes of the role's last snapshot in Ray's object store, for other nodes; in a list, so that the caller
+        gets the reference and not the bytes."""
+        assert self._publisher is not None
+        return [ray.put(self._publisher.payload(role))]
 
     def save(self, folder: str) -> None:
         """Begin to write the training state, and the student as a Hugging Face or peft folder beside it. Collective.
@@ -102,7 +110,7 @@ class LearnerWorker:
 
 def learner_actor() -> Any:
     """The Ray actor class of a rank."""
-    return ray.remote(concurrency_groups={SAVING: 1, HEALTH: 1})(LearnerWorker)
+    return ray.remote(concurrency_groups={SAVING: 1, SENDING: 1, HEALTH: 1})(LearnerWorker)
 
 
 def _environment(settings: LearnerSettings, ranks: int, address: str, port: int) -> dict[str, str]:

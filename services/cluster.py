@@ -113,19 +113,20 @@ def _keep_logs(scratch: Path, logs: Path) -> None:
 
 @contextmanager
 def placement(config: RayConfig, plan: Plan) -> Iterator[dict[str, list[dict[str, Any]]]]:
-    """Reserve the plan on one node. Yields Ray actor options for "student", "teacher" and "learner".
+    """Reserve the plan, on as few nodes as there is room on. Yields Ray actor options for "student", "teacher" and
+    "learner".
 
-    PreflightError if no node of the cluster is large enough, or none becomes free in time.
+    PreflightError if the cluster is too small and is not said to grow, or there is no room in time.
     """
-    _check_capacity(plan)
+    if not config.autoscaling:
+        _check_capacity(plan)
     bundles = [_bundle(part) for part in plan.parts]
-    group = placement_group(bundles, strategy="STRICT_PACK")
+    group = placement_group(bundles, strategy="PACK")
     try:
         if not group.wait(config.wait_s):
-            free = ray.available_resources()
             raise PreflightError(
-                f"waited {config.wait_s:g} s (ray.wait_s) for one node with {_needs(plan)} free; free in the cluster "
-                f"now: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs: another job holds the rest"
+                f"waited {config.wait_s:g} s (ray.wait_s) for {_needs(plan)} ({_parts(plan)}); free in the cluster "
+                f"now: {_free()}; {'no node came for it' if config.autoscaling else 'another job holds the rest'}"
             )
         counts = {"student": len(plan.students), "teacher": len(plan.teachers), "learner": len(plan.learners)}
         options: dict[str, list[dict[str, Any]]] = {}
@@ -139,18 +140,34 @@ def placement(config: RayConfig, plan: Plan) -> Iterator[dict[str, list[dict[str
 
 
 def _check_capacity(plan: Plan) -> None:
+    """PreflightError unless the nodes that there are could hold the plan if they were free: largest part first."""
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    if any(n.get("CPU", 0) >= plan.cpus and n.get("GPU", 0) >= plan.gpus for n in nodes):
-        return
-    offers = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes) or "none"
-    raise PreflightError(
-        f"the run needs one node with {_needs(plan)}, and the cluster's nodes have {offers}; lower the cpus, gpus or "
-        f"replicas of actors and learner, or start a larger node"
-    )
+    room = [[n.get("CPU", 0.0), n.get("GPU", 0.0)] for n in nodes]
+    for part in sorted(plan.parts, key=lambda part: (-part.gpus, -part.cpus)):
+        place = next((r for r in room if r[0] >= part.cpus and r[1] >= part.gpus), None)
+        if place is None:
+            offers = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes) or "none"
+            raise PreflightError(
+                f"the run needs {_needs(plan)} ({_parts(plan)}), and the cluster's nodes have {offers}: there is no "
+                f"room for {part.name}; lower the cpus, gpus or replicas of actors and learner, start more nodes, or "
+                f"set ray.autoscaling: true if the cluster grows by itself"
+            )
+        place[0] -= part.cpus
+        place[1] -= part.gpus
 
 
 def _needs(plan: Plan) -> str:
     return f"{plan.cpus:g} CPUs" + (f" and {plan.gpus:g} GPUs" if plan.gpus else "")
+
+
+def _parts(plan: Plan) -> str:
+    """What the parts need each: none is cut in two."""
+    return ", ".join(f"{p.name} {p.cpus:g}" + (f" and {p.gpus:g} GPUs" if p.gpus else "") for p in plan.parts)
+
+
+def _free() -> str:
+    free = ray.available_resources()
+    return f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs"
 
 
 def _bundle(part: Part) -> dict[str, float]:

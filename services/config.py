@@ -112,6 +112,7 @@ class RayConfig(Section):
 
     address: str | None = None
     wait_s: float = Field(300, gt=0, description="How long to wait for the cluster's resources")
+    autoscaling: bool = Field(False, description="The cluster grows by itself: wait also for nodes that it has not yet")
 
     @property
     def running(self) -> str | None:
@@ -140,6 +141,11 @@ class RunConfig(Section):
     monitoring: MonitoringConfig = MonitoringConfig()
     ray: RayConfig = RayConfig()
 
+    @property
+    def strict(self) -> bool:
+        """One batch after the other, each by the weights of the step before: the same bits in every run."""
+        return self.training.max_staleness == 0
+
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         if self.data.max_teacher_prompt_tokens < self.data.max_prompt_tokens:
@@ -152,6 +158,12 @@ class RunConfig(Section):
                 f"weights.sync_every {self.weights.sync_every} lets rollouts be {self.weights.sync_every - 1} steps "
                 f"behind; set training.max_staleness to that, or weights.sync_every to "
                 f"{self.training.max_staleness + 1}"
+            )
+        grows = [role for role in ("student", "teacher") if self.actors.of(role).most > self.actors.of(role).replicas]
+        if grows and self.strict:
+            raise ValueError(
+                f"actors.{grows[0]}.max_replicas lets the number of engines change, and with it the bits of a strict "
+                f"run; set training.max_staleness to 1 or more, or leave max_replicas out"
             )
         if self.dtype == "bfloat16" and self.learner.zero_stage == 0:
             raise ValueError(

@@ -9,13 +9,10 @@ steps.
 
 import asyncio
 import sqlite3
-import time
 from pathlib import Path
 
 import numpy as np
-import ray
 
-from actors.types import SnapshotDamaged
 from learner.group import LearnerGroup
 from learner.waiting import cancelled, within
 from services import checkpoint
@@ -27,10 +24,11 @@ from services.pools import EnginePool
 from services.prepare import Prepared
 from services.progress import Progress
 from services.recording import write_batch
-from services.rollouts import Rollouts, Times
+from services.rollouts import Rollouts, Times, now
+from services.scaling import Scaler, Seen
 from services.supervised import reason
+from services.sync import WeightSync
 
-PUBLISH_TRIES = 3
 DISK_ERRORS = (OSError, sqlite3.OperationalError)
 
 
@@ -58,64 +56,77 @@ class Controller:
         self._log = log
         self._progress = progress
         self._evaluator = Evaluator(prepared.sets, prepared.tokenizer)
-        self._versions = {"student": 0, "teacher": 0}
+        self._student_weights = self._weights("student", students)
+        self._teacher_weights = None if teachers is None else self._weights("teacher", teachers)
+        pools = [pool for pool in (students, teachers) if pool is not None and not pool.settings.strict]
+        self._scalers = [(pool, Scaler(pool.settings.least, pool.settings.most)) for pool in pools]
         self._saving: asyncio.Task[None] | None = None
-        self._teacher_sync: asyncio.Task[float | None] | None = None
+
+    def _weights(self, role: str, pool: EnginePool) -> WeightSync:
+        return WeightSync(role, pool, self._learner, self._config.weights.timeout_s, self._progress.note)
 
     async def run(self, first_step: int) -> None:
         """Train from the state after optimizer step `first_step` (0: from the base model) to the end."""
         schedule, every = self._prepared.schedule, self._config.evaluation.every
         scoring = self._teachers or self._students
-        rollouts = Rollouts(self._prepared, self._students, scoring, self._ledger, self._teacher_synced, first_step)
-        # Always publish once: after a resume the engines hold the base model, and each side would wait for the other.
-        gap = await self._sync("student", first_step)
-        if gap is not None:
-            self._progress.note(
-                f"student weights v{first_step} verified: engine and learner differ by {gap:.4f} on average"
-            )
-        if self._teachers:
-            await self._sync("teacher", first_step)
-        if first_step == 0:
-            await self._evaluate(0)
+        student, teacher = self._student_weights, self._teacher_weights
+        rollouts = Rollouts(self._prepared, self._students, scoring, self._ledger, self._teachers_ready, first_step)
         try:
+            # Always once: after a resume the engines hold the base model, and each side would wait for the other.
+            gap = await student.now(first_step)
+            if gap is not None:
+                self._progress.note(
+                    f"student weights v{first_step} verified: engine and learner differ by {gap:.4f} on average"
+                )
+            if teacher is not None:
+                await teacher.now(first_step)
+            if first_step == 0:
+                await self._evaluate(0)
+            if not self._config.strict:
+                student.arrived = rollouts.begin
             for step in range(first_step + 1, schedule.total_steps + 1):
                 await self._step(step, rollouts)
                 last = step == schedule.total_steps
                 if last or (every and step % every == 0):
-                    if self._versions["student"] != step:
-                        await self._sync("student", step)
+                    await student.until(step, step)
                     await self._evaluate(step)
                 if last or step % self._config.checkpoint.every == 0:
                     await self._save(step)
             await self._saved()
-            await self._teacher_synced()
+            await self._teachers_ready()
         finally:
             await rollouts.stop()
-            await cancelled([task for task in (self._saving, self._teacher_sync) if task is not None])
+            await cancelled([] if self._saving is None else [self._saving])
+            for weights in (student, teacher):
+                if weights is not None:
+                    await weights.stop()
 
     async def _step(self, step: int, rollouts: Rollouts) -> None:
         times = Times()
-        began = time.monotonic()
-        rollouts.begin(self._versions["student"])
+        began = now()
+        student, teacher, every = self._student_weights, self._teacher_weights, self._config.weights
+        rollouts.begin(student.version)
+        if rollouts.begun < step:
+            needed = step - 1 - self._config.training.max_staleness
+            await times.of("sync", student.until(max(0, needed), step - 1))
         batch = await rollouts.take(step)
         samples, ids = batch.samples, [s.sample for s in batch.samples]
         if self._config.monitoring.record_rollouts:
             write_batch(self._run_dir, step, samples)
         learned_by = max(v for s in samples for v, _, _ in s.rollout.versions)
-        result = await times.of("learn", self._learner.train_step(ray.put(samples)))
+        result = await times.of("learn", self._learner.train_step(samples))
         self._ledger.advance(ids, "trained")
-        weights = self._config.weights
-        if step % weights.sync_every == 0:
-            await times.of("sync", self._sync("student", step))
-        if self._teachers and step % weights.teacher_sync_every == 0:
-            # The teacher is not needed before there is something to score: meanwhile the students sample.
-            await times.of("sync", self._teacher_synced())
-            self._teacher_sync = asyncio.create_task(self._sync("teacher", step))
+        await times.of("sync", student.done())
         trained, dropped, in_flight = self._ledger.audit(self._prepared.schedule.issued_through(rollouts.begun))
+        if step % every.sync_every == 0:
+            await times.of("sync", student.now(step) if self._config.strict else student.send(step))
+        if teacher is not None and step % every.teacher_sync_every == 0:
+            # The teacher is not needed before there is something to score: meanwhile the students sample.
+            await times.of("sync", teacher.send(step))
         await self._saved()  # so a step that is in the metrics has a checkpoint before it that is on the disk
-        took = time.monotonic() - began
+        took = now() - began
         waited = took - sum(times.seconds.values())
-        if self._config.training.max_staleness == 0:  # the batch was made within the step
+        if self._config.strict:  # the batch was made within the step
             waited -= sum(batch.times.seconds.values())
             times.seconds["sync"] += batch.times.seconds["sync"]
         completion_tokens = sum(len(s.rollout.completion_ids) for s in samples)
@@ -149,41 +160,19 @@ class Controller:
         )
         self._log.step(metrics)
         self._progress.step(metrics)
+        self._scale(metrics)
 
-    async def _sync(self, role: str, version: int) -> float | None:
-        """Publish a role's weights, have every engine of it load and verify them; the largest gap of log-probs.
+    def _scale(self, metrics: StepMetrics) -> None:
+        """Let engines join that the learner waited for, and leave that had nothing to do."""
+        for pool, scaler in self._scalers:
+            waited = metrics.time_wait_s / metrics.time_step_s
+            seen = Seen(waited, pool.busy(), pool.queued)
+            if not pool.changing:
+                pool.resize(scaler.wanted(pool.size, seen))
 
-        None: all of them are being replaced, and their successors will verify the weights.
-        """
-        pool = self._students if role == "student" else self._teachers
-        assert pool is not None
-        for left in reversed(range(PUBLISH_TRIES)):
-            try:
-                gap = await self._send(pool, role, version)
-                break
-            except SnapshotDamaged as error:
-                # What is damaged on the way arrives whole another time; what never does was not damaged on the way.
-                if left == 0:
-                    raise
-                self._progress.note(f"{reason(error)}; it is published again")
-        self._versions[role] = version
-        return gap
-
-    async def _send(self, pool: EnginePool, role: str, version: int) -> float | None:
-        async with pool.loading:
-            snapshot = await self._learner.publish(role, version)
-            try:
-                reports = await pool.update_weights(snapshot, self._config.weights.timeout_s)
-            finally:
-                await self._learner.release(role)
-        return max((report.probe_gap for report in reports), default=None)
-
-    async def _teacher_synced(self) -> None:
-        pending = self._teacher_sync
-        if pending is not None:
-            await pending
-            if self._teacher_sync is pending:
-                self._teacher_sync = None
+    async def _teachers_ready(self) -> None:
+        if self._teacher_weights is not None:
+            await self._teacher_weights.done()
 
     async def _evaluate(self, step: int) -> None:
         if not self._prepared.sets:

@@ -5,14 +5,15 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import ray
 from rich.console import Console
 
 from services.cluster import cluster, placement
+from services.engines import engine_pool
 from services.evaluation import Evaluator
 from services.files import write_atomically
 from services.metrics import EvalResult, Sample
 from services.plan import Plan
-from services.pools import EnginePool
 from services.prepare import Prepared, check_memory
 
 
@@ -30,14 +31,21 @@ async def _run(prepared: Prepared, plan: Plan, console: Console) -> tuple[list[E
     c = prepared.config
     console.print("starting engines", highlight=False)
     with cluster(c.ray, plan, None), placement(c.ray, plan) as options:
-        pool = await EnginePool.start(c, prepared.model, "student", options["student"], console.print)
+        # Strict: which engine answers what depends on nothing but their number.
+        c = c.model_copy(update={"training": c.training.model_copy(update={"max_staleness": 0})})
+        pool = engine_pool(c, prepared.model, "student", options["student"], console.print, _nothing_published)
         try:
+            await pool.start()
             console.print(f"evaluating {prepared.model}", highlight=False, soft_wrap=True)
             evaluator = Evaluator(prepared.sets, prepared.tokenizer)
             results, samples = await evaluator.students(pool, 0, shown=None)
             return results + await evaluator.teachers(pool, 0), samples
         finally:
             await pool.stop()
+
+
+async def _nothing_published(role: str) -> list[ray.ObjectRef]:
+    raise RuntimeError(f"the {role} engines serve the model they were started with")
 
 
 def write_answers(path: Path, results: list[EvalResult], samples: list[Sample]) -> None:

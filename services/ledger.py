@@ -1,23 +1,75 @@
 """Every sample of a run, from issue to training: issued -> sampled -> scored -> trained, or dropped with a reason.
 
-Kept in SQLite, committed after every move, audited every step, and part of each checkpoint: a resumed run continues
-from the ledger that belongs to its weights, so nothing is lost or trained twice.
+    Accounts: the state machine, in memory, with what is in flight and how many ended how
+    Ledger:   the same in SQLite, written some moves at a time and part of each checkpoint
+
+A resumed run continues from the ledger that belongs to its weights, so nothing is lost or trained twice. Moves reach
+the file within WRITE_EVERY_S, and before a step's metrics do; they survive the death of the process, not of the
+machine: after that a checkpoint's copy takes the file's place anyway.
 """
 
 import os
 import shutil
 import sqlite3
+import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from actors.types import SampleId
 
 NEXT = {"issued": "sampled", "sampled": "scored", "scored": "trained"}
+BEFORE = {after: before for before, after in NEXT.items()}
 IN_FLIGHT = ("issued", "sampled", "scored")
+WRITE_EVERY_S = 0.5
 
 
 class LedgerError(Exception):
     """The accounts do not add up: a sample was lost, trained twice or moved out of turn."""
+
+
+class Accounts:
+    """What may become of a sample, and how many became what. A call that raises has changed nothing."""
+
+    def __init__(self, ended: dict[str, int], open_: dict[SampleId, str]) -> None:
+        """ended: how many were trained and dropped before; open_: the state of those in flight."""
+        self._counts = Counter(ended) + Counter(open_.values())
+        self._open = dict(open_)
+
+    def issue(self, samples: Sequence[SampleId]) -> None:
+        """They must be new; the file knows all that ever were."""
+        self._open |= dict.fromkeys(samples, "issued")
+        self._counts["issued"] += len(samples)
+
+    def advance(self, samples: Sequence[SampleId], state: str) -> None:
+        before = BEFORE[state]
+        wrong = sum(self._open.get(s) != before for s in samples)
+        if wrong:
+            raise LedgerError(f"{wrong} of {len(samples)} samples could not become {state}: {before} before?")
+        self._counts[before] -= len(samples)
+        self._counts[state] += len(samples)
+        for s in samples:
+            if state in IN_FLIGHT:
+                self._open[s] = state
+            else:
+                del self._open[s]
+
+    def drop(self, sample: SampleId) -> None:
+        if sample not in self._open:
+            raise LedgerError(f"sample {sample} cannot be dropped: it is not in flight")
+        self._counts[self._open.pop(sample)] -= 1
+        self._counts["dropped"] += 1
+
+    def forget_in_flight(self) -> int:
+        forgotten = len(self._open)
+        self._counts -= Counter(self._open.values())
+        self._open.clear()
+        return forgotten
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Samples in each state, of the states that have any."""
+        return {state: count for state, count in self._counts.items() if count}
 
 
 class Ledger:
@@ -26,62 +78,58 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._db = sqlite3.connect(path)
+        self._db.execute("PRAGMA synchronous = OFF")
         self._db.execute(
             "CREATE TABLE IF NOT EXISTS samples (stage INTEGER, epoch INTEGER, idx INTEGER, generation INTEGER,"
             " state TEXT NOT NULL, step INTEGER NOT NULL, tokens INTEGER, reason TEXT,"
             " PRIMARY KEY (stage, epoch, idx, generation))"
         )
         self._db.commit()
+        states = dict(self._db.execute("SELECT state, COUNT(*) FROM samples GROUP BY state"))
+        rows = self._db.execute(f"SELECT stage, epoch, idx, generation, state FROM samples WHERE state IN {IN_FLIGHT}")
+        ended = {state: count for state, count in states.items() if state not in IN_FLIGHT}
+        self._accounts = Accounts(ended, {SampleId(*key): state for *key, state in rows})
+        self._moves: dict[SampleId, tuple[str, int | None, str | None]] = {}  # not written yet: state, tokens, reason
+        self._written = time.monotonic()
 
-    def issue(self, samples: Iterable[SampleId], step: int) -> None:
+    def issue(self, samples: Sequence[SampleId], step: int) -> None:
         """Enter samples that optimizer step `step` is to train on. LedgerError if one was issued before."""
-        rows = [(*_key(s), "issued", step) for s in samples]
         try:
-            with self._db:
-                self._db.executemany(
-                    "INSERT INTO samples (stage, epoch, idx, generation, state, step) VALUES (?, ?, ?, ?, ?, ?)", rows
-                )
+            self._write([(*_key(s), "issued", step) for s in samples])
         except sqlite3.IntegrityError as error:
             raise LedgerError(f"step {step}: a sample would be issued a second time ({error})") from error
+        self._accounts.issue(samples)
 
     def advance(self, samples: Sequence[SampleId], state: str, tokens: Sequence[int] | None = None) -> None:
         """Move samples to `state`, the one after their present one; `tokens`: completion lengths, when known."""
-        previous = {after: before for before, after in NEXT.items()}[state]
-        lengths = tokens if tokens is not None else [None] * len(samples)
-        rows = [(state, length, *_key(s), previous) for s, length in zip(samples, lengths, strict=True)]
-        with self._db:
-            changed = self._db.executemany(
-                "UPDATE samples SET state = ?, tokens = COALESCE(?, tokens)"
-                " WHERE stage = ? AND epoch = ? AND idx = ? AND generation = ? AND state = ?",
-                rows,
-            ).rowcount
-            if changed != len(rows):
-                raise LedgerError(
-                    f"{len(rows) - changed} of {len(rows)} samples could not become {state}: {previous} before?"
-                )
-
-    def forget_in_flight(self) -> int:
-        """After a restart: what was being made is lost with its makers, and will be issued anew. Returns how many."""
-        with self._db:
-            return self._db.execute(f"DELETE FROM samples WHERE state IN {IN_FLIGHT}").rowcount
+        self._accounts.advance(samples, state)
+        for i, s in enumerate(samples):
+            known = self._moves.get(s)
+            length = tokens[i] if tokens is not None else known[1] if known is not None else None
+            self._moves[s] = state, length, None
+        if time.monotonic() - self._written > WRITE_EVERY_S:
+            self._write()
 
     def drop(self, sample: SampleId, reason: str) -> None:
         """A sample that will not be trained, and why."""
+        self._accounts.drop(sample)
+        known = self._moves.get(sample)
+        self._moves[sample] = "dropped", known[1] if known is not None else None, reason
+
+    def forget_in_flight(self) -> int:
+        """After a restart: what was being made is lost with its makers, and will be issued anew. Returns how many."""
+        self._write()
         with self._db:
-            changed = self._db.execute(
-                "UPDATE samples SET state = 'dropped', reason = ? WHERE stage = ? AND epoch = ? AND idx = ?"
-                f" AND generation = ? AND state IN {IN_FLIGHT}",
-                (reason, *_key(sample)),
-            ).rowcount
-            if changed != 1:
-                raise LedgerError(f"sample {sample} cannot be dropped: it is not in flight")
+            self._db.execute(f"DELETE FROM samples WHERE state IN {IN_FLIGHT}")
+        return self._accounts.forget_in_flight()
 
     def counts(self) -> dict[str, int]:
         """Samples in each state."""
-        return dict(self._db.execute("SELECT state, COUNT(*) FROM samples GROUP BY state"))
+        return self._accounts.counts
 
     def audit(self, expected: int) -> tuple[int, int, int]:
-        """(trained, dropped, in flight), which must add up to the `expected` samples issued so far."""
+        """(trained, dropped, in flight), which must add up to the `expected` samples issued so far. All is written."""
+        self._write()
         counts = self.counts()
         in_flight = sum(counts.get(state, 0) for state in IN_FLIGHT)
         trained, dropped = counts.get("trained", 0), counts.get("dropped", 0)
@@ -93,7 +141,11 @@ class Ledger:
         return trained, dropped, in_flight
 
     def copy_to(self, path: Path) -> None:
-        """A consistent copy, for a checkpoint."""
+        """A consistent copy, for a checkpoint. The file must agree with the accounts: LedgerError if it does not."""
+        self._write()
+        filed = dict(self._db.execute("SELECT state, COUNT(*) FROM samples GROUP BY state"))
+        if filed != self.counts():
+            raise LedgerError(f"{self._path} has {filed}, but the accounts are {self.counts()}")
         target = sqlite3.connect(path)
         try:
             self._db.backup(target)
@@ -101,7 +153,23 @@ class Ledger:
             target.close()
 
     def close(self) -> None:
+        self._write()
         self._db.close()
+
+    def _write(self, issued: Iterable[tuple[object, ...]] = ()) -> None:
+        """Put into the file what it has not got yet, all of it or nothing."""
+        moves = [(*move, *_key(s)) for s, move in self._moves.items()]
+        with self._db:
+            self._db.executemany(
+                "UPDATE samples SET state = ?, tokens = COALESCE(?, tokens), reason = ?"
+                " WHERE stage = ? AND epoch = ? AND idx = ? AND generation = ?",
+                moves,
+            )
+            self._db.executemany(
+                "INSERT INTO samples (stage, epoch, idx, generation, state, step) VALUES (?, ?, ?, ?, ?, ?)", issued
+            )
+        self._moves.clear()
+        self._written = time.monotonic()
 
 
 def restore_ledger(copy: Path | None, path: Path) -> None:

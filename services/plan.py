@@ -57,7 +57,7 @@ class Plan:
         lines = [f"{'process':<22}{'Ray CPUs':>10}{'GPUs':>6}{'memory':>12}"]
         lines += [f"{p.name:<22}{p.cpus:>10g}{p.gpus:>6g}{p.memory_gib:>8.1f} GiB" for p in self.parts]
         lines.append(f"{'Ray and driver':<22}{0:>10g}{0:>6g}{RAY_BASE_GIB:>8.1f} GiB")
-        lines.append(f"{'in all, on one node':<22}{self.cpus:>10g}{self.gpus:>6g}{self.memory_gib:>8.1f} GiB")
+        lines.append(f"{'in all':<22}{self.cpus:>10g}{self.gpus:>6g}{self.memory_gib:>8.1f} GiB")
         return "\n".join(lines)
 
 
@@ -68,7 +68,7 @@ def make_plan(config: RunConfig, shape: ModelShape, longest_prompt: int) -> Plan
     weights = shape.parameters * width / GIB
 
     def engines(role: str) -> tuple[Part, ...]:
-        e = config.actors.student if role == "student" else config.actors.teacher
+        e = config.actors.of(role)
         # Weights twice for a moment while they are replaced (the snapshot is mapped), the KV cache, logits of a batch.
         memory = ENGINE_BASE_GIB + 2 * weights + (0 if cuda else e.kv_cache_gib)
         return tuple(Part(f"{role} engine {i}", e.cpus, e.gpus if cuda else 0, memory) for i in range(e.replicas))
@@ -95,7 +95,7 @@ def roles(config: RunConfig) -> tuple[str, ...]:
 
 def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings:
     """How an engine of this role is started. Student engines also evaluate, and score when the teacher is live."""
-    e = config.actors.student if role == "student" else config.actors.teacher
+    e = config.actors.of(role)
     longest_answer = max([config.sampling.max_new_tokens, *(s.max_new_tokens for s in config.evaluation.sets)])
     max_model_len = config.data.max_teacher_prompt_tokens + longest_answer + 1
     shape = json.loads((model / "config.json").read_text())
@@ -119,6 +119,7 @@ def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings
         max_model_len=max_model_len,
         max_logprobs=config.loss.top_k,
         max_num_seqs=e.max_num_seqs,
+        hold=config.strict,
         gpu_memory_utilization=0.1 if config.device == "cpu" else e.gpu_memory_utilization,
         enforce_eager=e.enforce_eager,
         max_probe_gap=config.weights.max_probe_gap or default_gap,

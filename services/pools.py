@@ -1,85 +1,110 @@
-"""A role's engines as one: batches are cut into equal runs of samples, weights go to all of them."""
+"""A role's engines as one. Batches are cut among them, weights go to all; engines join and leave.
+
+    strict:   a batch in equal, contiguous shares, one an engine: the same bits in every run; the pool keeps its size
+    streamed: every sequence by itself, to the engine with the least to do; what a lost engine had goes to another
+
+Joining: start, load the newest weights, verified, serve. Leaving: take no more, finish, stop.
+"""
 
 import asyncio
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import ray
+from ray.exceptions import RayError
 
 from actors.types import GenerateRequest, IntArray, Rollout, Sampling, Snapshot, TeacherScores, UpdateReport
-from actors.worker import EngineWorker
-from learner.waiting import all_of
-from services.config import RunConfig
-from services.plan import engine_settings
-from services.supervised import Patience, SupervisedEngine
+from learner.waiting import all_of, cancelled, within
+from services.published import Published
+from services.remote import Remote
+from services.slots import Slots
+from services.supervised import EngineLost, Patience, SupervisedEngine, reason
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """How a pool works."""
+
+    role: str  # "student" or "teacher"
+    least: int  # engines it begins with, and never has fewer
+    most: int
+    strict: bool
+    room: int  # sequences that an engine computes at once
+    patience: Patience
+    work_s: float  # how long a batch may take
+    drain_s: float  # how long an engine that leaves may finish what it has
+    one_by_one: bool  # engines take new weights in turn
 
 
 class EnginePool:
-    """The engines of one role. Created by `start`."""
+    """The engines of one role. `start` starts the first ones."""
 
     def __init__(
-        self, engines: Sequence[SupervisedEngine], loading: asyncio.Lock, timeout_s: float, one_by_one: bool
-    ) -> None:
-        """loading: held from a snapshot's publication until all engines have it; the one the engines were given."""
-        self._engines = engines
-        self.loading = loading
-        self._timeout = timeout_s
-        self._one_by_one = one_by_one
-
-    @classmethod
-    async def start(
-        cls,
-        config: RunConfig,
-        model: Path,
-        role: str,
-        options: Sequence[dict[str, Any]],
+        self,
+        settings: PoolSettings,
+        create: Callable[[int], Remote],
+        published: Published,
         notice: Callable[[str], None],
-    ) -> "EnginePool":
-        """Start one engine per entry of `options` (Ray actor options), as the configuration says. Takes 15 to 40 s.
+    ) -> None:
+        """create: starts the process of the engine of that number. notice: is told who is lost, joins and leaves."""
+        self.settings, self.published = settings, published
+        self._create, self._notice = create, notice
+        self._engines: list[SupervisedEngine] = []  # those that leave are no longer among them
+        self._slots: Slots[SupervisedEngine] = Slots(settings.room, lambda: asyncio.get_running_loop().time())
+        self._moving: set[asyncio.Task[None]] = set()  # engines that join or leave
+        self._joining: set[SupervisedEngine] = set()
+        self._number = 0
 
-        notice: is told of engines that die and are replaced.
-        """
-        e = config.actors.student if role == "student" else config.actors.teacher
-        settings = engine_settings(config, model, role)
-        actor = ray.remote(EngineWorker)
-        patience = Patience(e.start_timeout_s, e.health_timeout_s, e.max_restarts)
-        loading = asyncio.Lock()
-        engines = [
-            SupervisedEngine(
-                f"{role} engine {i}", partial(actor.options(**o).remote, settings), patience, loading, notice
-            )
-            for i, o in enumerate(options)
-        ]
+    async def start(self) -> None:
+        """Start the first engines, at once. Takes 15 to 40 s."""
+        engines = [self._new() for _ in range(self.settings.least)]
+        self._engines += engines
         await all_of([engine.start() for engine in engines])
-        return cls(engines, loading, config.evaluation.timeout_s, config.weights.swap == "one_by_one")
 
     @property
-    def pids(self) -> list[int]:
-        """Of the engines that there are now."""
-        return [engine.pid for engine in self._engines]
+    def engines(self) -> Sequence[SupervisedEngine]:
+        """Those that there are now."""
+        return self._engines
+
+    @property
+    def size(self) -> int:
+        """How many engines there are, those that are on their way here included."""
+        return len(self._engines) + len(self._joining)
+
+    @property
+    def changing(self) -> bool:
+        """Somebody joins or leaves, or is being replaced."""
+        return bool(self._moving) or not all(engine.up for engine in self._engines)
+
+    @property
+    def queued(self) -> int:
+        """Sequences that wait for an engine."""
+        return self._slots.queued
+
+    def busy(self) -> float:
+        """Share of the engines' room that was used since this was last asked, 0 to 1."""
+        return self._slots.busy()
 
     async def generate(self, requests: Sequence[GenerateRequest], sampling: Sampling) -> list[Rollout]:
         """Complete every prompt; in the order of the requests."""
-        return await self._spread("generate", "to generate", requests, sampling)
+        return await self._spread("generate", requests, sampling)
 
     async def score(self, pairs: Sequence[tuple[IntArray, IntArray]], k: int) -> list[TeacherScores]:
         """Score every (teacher prompt, completion) pair; in order."""
-        return await self._spread("score", "to score", pairs, k)
+        return await self._spread("score", pairs, k)
 
     async def update_weights(self, snapshot: Snapshot, timeout_s: float) -> list[UpdateReport]:
-        """Give every engine the snapshot; each verifies it. The caller holds `loading`.
+        """Give every engine the snapshot; each verifies it. The caller holds the lock of `published`.
 
         Returns when none loads any more, also if one raises: the snapshot's memory is free again then. No report comes
         from engines that are being replaced; their successors load it before they do anything.
         """
-        at_once = 1 if self._one_by_one else len(self._engines)
-        turns = asyncio.Semaphore(at_once)
+        self.published.new(snapshot, timeout_s)
+        turns = asyncio.Semaphore(1 if self.settings.one_by_one else len(self._engines))
 
         async def update(engine: SupervisedEngine) -> UpdateReport | None:
             async with turns:
-                return await engine.update_weights(snapshot, timeout_s)
+                return await engine.update_weights()
 
         outcomes = await asyncio.gather(*map(update, self._engines), return_exceptions=True)
         for outcome in outcomes:
@@ -87,22 +112,124 @@ class EnginePool:
                 raise outcome
         return [report for report in outcomes if isinstance(report, UpdateReport)]
 
-    def forget_weights(self) -> None:
-        """The publisher of the last snapshot is gone."""
-        for engine in self._engines:
-            engine.forget_weights()
+    def resize(self, wanted: int) -> None:
+        """Let engines join, or leave, the newest first, until there are so many. They do so beside the work."""
+        for _ in range(self.size, wanted):
+            self._join()
+        for engine in self._engines[max(wanted, self.settings.least) :]:
+            self._leave(engine, "is not needed any more")
+
+    def vacate(self, nodes: set[str]) -> None:
+        """Engines on these nodes, which are to be lost, leave; others join for them."""
+        if self.settings.strict:
+            return  # they keep their places: when they are lost they are replaced
+        for engine in [e for e in self._engines if e.process.node in nodes]:
+            self._join()
+            self._leave(engine, "leaves its node, which is being drained")
 
     async def stop(self) -> None:
         """Shut every engine down."""
+        await cancelled(self._moving)
         await asyncio.gather(*(engine.stop() for engine in self._engines))
+        self.published.stop()
 
-    async def _spread(self, method: str, what: str, items: Sequence[Any], argument: Any) -> list[Any]:
+    def _new(self) -> SupervisedEngine:
+        number, self._number = self._number, self._number + 1
+        return SupervisedEngine(
+            f"{self.settings.role} engine {number}",
+            lambda: self._create(number),
+            self.settings.patience,
+            self.published,
+            self._notice,
+            self._changed,
+        )
+
+    def _changed(self, engine: SupervisedEngine) -> None:
+        if engine not in self._engines:
+            return
+        if engine.up:
+            self._slots.join(engine)
+            return
+        self._slots.leave(engine)
+        if engine.failure is not None:
+            if len(self._engines) > self.settings.least:
+                self._engines.remove(engine)
+                self._notice(f"{engine.failure}; the pool goes on with {len(self._engines)} engines")
+            else:
+                self._slots.fail(engine.failure)
+
+    def _join(self) -> None:
+        engine = self._new()
+        self._joining.add(engine)
+        self._move(self._joined(engine))
+
+    def _leave(self, engine: SupervisedEngine, why: str) -> None:
+        self._engines.remove(engine)
+        self._slots.leave(engine)
+        engine.abandon()
+        self._notice(f"{engine.name} {why}: {len(self._engines)} {self._plural}")
+        self._move(self._left(engine))
+
+    def _move(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._moving.add(task)
+        task.add_done_callback(self._moving.discard)
+
+    async def _joined(self, engine: SupervisedEngine) -> None:
+        try:
+            await engine.start()
+        except asyncio.CancelledError:
+            await engine.stop()
+            raise
+        except (RayError, TimeoutError) as error:  # the run goes on without it
+            await engine.stop()
+            self._notice(f"{engine.name} did not join: {reason(error)}")
+            return
+        finally:
+            self._joining.discard(engine)
+        self._engines.append(engine)
+        self._changed(engine)
+        self._notice(f"{engine.name} has joined (process {engine.process.pid}): {len(self._engines)} {self._plural}")
+
+    async def _left(self, engine: SupervisedEngine) -> None:
+        try:
+            # What it has not finished by then fails with it, and is done by another.
+            await asyncio.wait([asyncio.ensure_future(self._slots.idle(engine))], timeout=self.settings.drain_s)
+        finally:
+            await engine.stop()
+
+    @property
+    def _plural(self) -> str:
+        return f"{self.settings.role} engine{'' if len(self._engines) == 1 else 's'}"
+
+    async def _spread(self, method: str, items: Sequence[Any], argument: Any) -> list[Any]:
+        if self.settings.strict:
+            return await self._shares(method, items, argument)
+        if len(items) == 1:  # of a batch that somebody else waits for
+            return [await self._one(method, items[0], argument)]
+        work = all_of([self._one(method, item, argument) for item in items])
+        what = f"the {self.settings.role} engines to {method} {len(items)} sequences"
+        return await within(work, self.settings.work_s, what)
+
+    async def _shares(self, method: str, items: Sequence[Any], argument: Any) -> list[Any]:
         """Contiguous, equal shares: which engine gets which item depends on nothing but their number."""
         n = len(self._engines)
         bounds = [len(items) * i // n for i in range(n + 1)]
         calls = [
-            engine.call(f"{what} {b - a} sequences", self._timeout, method, items[a:b], argument)
+            engine.call(f"to {method} {b - a} sequences", self.settings.work_s, method, items[a:b], argument)
             for engine, a, b in zip(self._engines, bounds, bounds[1:], strict=False)
             if b > a
         ]
         return [result for part in await all_of(calls) for result in part]
+
+    async def _one(self, method: str, item: Any, argument: Any) -> Any:
+        """The result for one item, by whoever has room; by another if that one is lost."""
+        while True:
+            engine = await self._slots.take()
+            try:
+                (result,) = await engine.attempt(method, [item], argument)
+            except EngineLost:
+                continue
+            finally:
+                self._slots.give_back(engine)
+            return result

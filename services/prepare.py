@@ -126,6 +126,10 @@ def check_disk(prepared: Prepared, run_dir: Path) -> None:
         )
 
 
+# Of a pool, what changes nothing that is computed.
+ELSEWHERE = ("max_replicas", "start_timeout_s", "health_timeout_s", "drain_timeout_s", "max_restarts", "cpus", "gpus")
+
+
 def _fingerprint(config: RunConfig, model: Path, prompts: list[PromptPair]) -> str:
     """Settings that change the result, the kind of model, and the very tokens that are trained on.
 
@@ -134,7 +138,7 @@ def _fingerprint(config: RunConfig, model: Path, prompts: list[PromptPair]) -> s
     elsewhere = {"model", "data", "run_dir", "ray", "monitoring", "checkpoint", "evaluation"}
     settings = config.model_dump(mode="json", exclude=elsewhere)
     for role in roles(config):
-        for key in ("start_timeout_s", "health_timeout_s", "max_restarts", "cpus", "gpus"):
+        for key in ELSEWHERE:
             del settings["actors"][role][key]
     # The rest of these changes how it is computed, not what.
     settings["weights"] = {key: settings["weights"][key] for key in ("sync_every", "teacher_sync_every")}

@@ -9,7 +9,6 @@ import asyncio
 import tempfile
 from pathlib import Path
 
-import ray
 from rich.console import Console
 
 from services import checkpoint
@@ -70,7 +69,7 @@ async def _run(
         if start is not None:
             await group.load(start)
         for step in steps:
-            result = await group.train_step(ray.put(read_batch(run_dir, step)))
+            result = await group.train_step(read_batch(run_dir, step))
             if step not in rows:
                 return f"step {step}: its rollouts were recorded, but metrics.jsonl has no such step"
             for name in COMPARED:

@@ -3,11 +3,11 @@
     schedule -> ids -> student engines: rollouts -> teacher engines: scores -> the learner, in the order of the steps
 
 Pacing, not discarding: batch b is begun once the students hold weights of which batch b would be no more than
-`max_staleness` steps old, so nothing is made that could not be trained on.
+`max_staleness` steps old, so nothing is made that could not be trained on. In a strict run a batch is sampled whole and
+then scored whole; else every sample goes its own way, and is scored as soon as its rollout has ended.
 """
 
 import asyncio
-import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -16,13 +16,18 @@ from typing import TypeVar
 import numpy as np
 
 from actors.types import GenerateRequest, SampleId, Sampling, ScoredRollout
-from learner.waiting import cancelled
+from learner.waiting import all_of, cancelled, within
 from services.ledger import Ledger
 from services.pools import EnginePool
 from services.prepare import Prepared
 from services.schedule import sample_seed
 
 T = TypeVar("T")
+
+
+def now() -> float:
+    """The running loop's clock, in seconds: the monotonic one, unless time is simulated."""
+    return asyncio.get_running_loop().time()
 
 
 @dataclass
@@ -32,11 +37,11 @@ class Times:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     async def of(self, phase: str, work: Awaitable[T]) -> T:
-        began = time.monotonic()
+        began = now()
         try:
             return await work
         finally:
-            self.seconds[phase] += time.monotonic() - began
+            self.seconds[phase] += now() - began
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,14 @@ class Batch:
     def staleness(self) -> list[int]:
         """Steps that the weights of each rollout's first token are behind the weights that are trained."""
         return [self.step - 1 - s.rollout.versions[0][0] for s in self.samples]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some of a batch, and when it was sampled, the teachers were ready for it, and it was scored."""
+
+    samples: list[ScoredRollout]
+    ends: tuple[float, float, float]
 
 
 class Rollouts:
@@ -96,21 +109,38 @@ class Rollouts:
         await cancelled(self._making.values())
 
     async def _make(self, step: int, ids: list[SampleId]) -> Batch:
+        began = now()
+        if self._prepared.config.strict:
+            parts = [await self._part(ids)]
+        else:
+            # One wait for all of it: a sample's own begins when an engine has room.
+            limit = self._students.settings.work_s * (1 + self._prepared.config.training.max_staleness)
+            work = all_of([self._part([sample]) for sample in ids])
+            parts = await within(work, limit, f"the rollouts and scores of step {step}")
+        sampled, ready, scored = (max(times) for times in zip(*(part.ends for part in parts), strict=True))
+        times = Times()
+        times.seconds |= {"rollout": sampled - began, "sync": ready - sampled, "score": scored - ready}
+        return Batch(step, [sample for part in parts for sample in part.samples], times)
+
+    async def _part(self, ids: list[SampleId]) -> _Part:
+        """Samples that are sampled together, and scored together."""
         prompts = [self._prepared.prompts[s.index] for s in ids]
-        config, times = self._prepared.config, Times()
+        config = self._prepared.config
         requests = [
             GenerateRequest(np.asarray(p.student_ids, dtype=np.int32), sample_seed(config.seed, s))
             for s, p in zip(ids, prompts, strict=True)
         ]
         s = config.sampling
         sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p)
-        rollouts = await times.of("rollout", self._students.generate(requests, sampling))
+        rollouts = await self._students.generate(requests, sampling)
+        sampled = now()
         self._ledger.advance(ids, "sampled", [len(r.completion_ids) for r in rollouts])
         pairs = [
             (np.asarray(p.teacher_ids, dtype=np.int32), r.completion_ids)
             for p, r in zip(prompts, rollouts, strict=True)
         ]
-        await times.of("sync", self._teachers_ready())
-        scores = await times.of("score", self._teachers.score(pairs, config.loss.top_k))
+        await self._teachers_ready()
+        ready = now()
+        scores = await self._teachers.score(pairs, config.loss.top_k)
         self._ledger.advance(ids, "scored")
-        return Batch(step, [ScoredRollout(*row) for row in zip(ids, rollouts, scores, strict=True)], times)
+        return _Part([ScoredRollout(*row) for row in zip(ids, rollouts, scores, strict=True)], (sampled, ready, now()))

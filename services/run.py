@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ray
 from rich.console import Console
 
 from learner.group import LearnerGroup, LearnerLost
@@ -19,9 +20,11 @@ from learner.waiting import all_of, cancelled, unless
 from services import checkpoint
 from services.cluster import cluster, placement
 from services.controller import Controller
+from services.engines import engine_pool
 from services.files import write_atomically
 from services.ledger import Ledger, restore_ledger
 from services.metrics import RunLog
+from services.nodes import EVERY_S, draining
 from services.pools import EnginePool
 from services.prepare import Prepared, learner_settings
 from services.progress import Progress
@@ -107,10 +110,20 @@ class _Run:
             controller = Controller(
                 self._prepared, run_dir, students, teachers, self._learner, ledger, log, self._progress
             )
-            await unless(self._learner.until_lost(), controller.run(first))
+            failures = all_of([self._learner.until_lost(), self._vacate_draining_nodes()])
+            await unless(failures, controller.run(first))
         finally:
             log.close()
             ledger.close()
+
+    async def _vacate_draining_nodes(self) -> None:
+        """Goes on until it is cancelled, unless the pools are strict and nobody may leave."""
+        while not self._prepared.config.strict:
+            nodes = await asyncio.to_thread(draining)
+            if nodes:
+                for pool in self._pools.values():
+                    pool.vacate(nodes)
+            await asyncio.sleep(EVERY_S)
 
     async def _restart_learner(self, error: LearnerLost, after_s: float) -> Path | None:
         """The checkpoint that the new learner is to continue from."""
@@ -118,22 +131,28 @@ class _Run:
         self._progress.note(f"{error}; the learner is started again, from the last checkpoint")
         self._learner.kill()
         for pool in self._pools.values():
-            pool.forget_weights()
+            pool.published.forget()
         await asyncio.sleep(after_s)
         folder, notes = await asyncio.to_thread(checkpoint.newest, self._run_dir)
         for note in notes:
             self._progress.note(note)
         try:
             await self._start_learner()
-        except LearnerLost as again:  # counted with the others when its first call fails
+        except (LearnerLost, TimeoutError) as again:  # counted with the others when its first call fails
             self._progress.note(str(again))
         self._write_pids()
         return folder
 
     async def _start_pool(self, role: str) -> None:
-        self._pools[role] = await EnginePool.start(
-            self._prepared.config, self._prepared.model, role, self._options[role], self._notice
+        pool = engine_pool(
+            self._prepared.config, self._prepared.model, role, self._options[role], self._notice, self._payload
         )
+        self._pools[role] = pool
+        await pool.start()
+
+    async def _payload(self, role: str) -> list[ray.ObjectRef]:
+        assert self._learner is not None
+        return await self._learner.payload(role)
 
     async def _start_learner(self) -> None:
         self._learner = await LearnerGroup.start(
@@ -148,5 +167,6 @@ class _Run:
         """Which process is which, for people and for tests that kill them."""
         if self._learner is None:
             return
-        pids = {role: pool.pids for role, pool in self._pools.items()} | {"learner": self._learner.pids}
+        pids = {role: [e.process.pid for e in pool.engines] for role, pool in self._pools.items()}
+        pids["learner"] = self._learner.pids
         write_atomically(self._run_dir / "pids.json", json.dumps(pids).encode())

@@ -5,22 +5,23 @@
      │ ── log-probs that are not the learner's: killed ─────┘    (too often: every call raises, the run ends)
 
 A batch's share is enqueued whole in whatever engine does it, with the samples' own seeds, so the result is the same to
-the last bit.
+the last bit. In a pool that streams what was lost goes to any engine that is up (`attempt`).
 """
 
 import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
-from actors.types import Snapshot, SnapshotDamaged, UpdateReport, WeightMismatch
+from actors.types import EngineProcess, SnapshotDamaged, UpdateReport, WeightMismatch
 from learner.waiting import silent_for, within
+from services.published import Published
+from services.remote import Remote
 
 HEALTH_EVERY_S = 10  # at most
 HOUR_S = 3600
@@ -61,66 +62,79 @@ class Losses:
         return min(2.0 ** (self._in_a_row - 1) - 1, LONGEST_BACK_OFF_S)
 
 
+class EngineLost(Exception):
+    """It was lost with the work it was asked to do, and is being replaced."""
+
+
 class SupervisedEngine:
     """The engine that holds a place in a pool, whoever that is at the time."""
 
     def __init__(
         self,
         name: str,
-        create: Callable[[], ActorHandle],
+        create: Callable[[], Remote],
         patience: Patience,
-        loading: asyncio.Lock,
+        published: Published,
         notice: Callable[[str], None],
+        changed: Callable[["SupervisedEngine"], None],
     ) -> None:
-        """name: "teacher engine 0". create: makes an actor in this place. notice: is told what happens to it.
+        """name: "teacher engine 0". create: starts a process in this place. published: the weights to serve.
 
-        loading: held by whoever publishes a snapshot until all engines have it; an engine that comes later takes it to
-        load the last one, which is overwritten by the next.
+        notice: is told what happens to it, for people. changed: is told when it is up, lost, or given up.
         """
         self.name = name
-        self.pid = 0
+        self.process = EngineProcess(0, "")
+        self.failure: Exception | None = None  # why it was given up
         self._losses = Losses()
         self._create, self._patience = create, patience
-        self._loading, self._notice = loading, notice
+        self._published, self._notice, self._changed = published, notice, changed
         self._actor = create()
+        self._started = self._abandoned = False
         self._replacing: asyncio.Task[None] | None = None
-        self._snapshot: tuple[Snapshot, float] | None = None  # None: serves the model as it was loaded
-        self._current = asyncio.Event()  # the snapshot can still be read
-        self._current.set()
         self._proven = False  # has loaded a snapshot and agreed with the learner
         self._watching: asyncio.Task[None] | None = None
 
+    @property
+    def up(self) -> bool:
+        """It serves the newest weights."""
+        return self._started and self._replacing is None
+
     async def start(self) -> None:
-        """Load the model, in 15 to 40 s."""
-        self.pid = await within(self._actor.start.remote(), self._patience.start_s, f"{self.name} to load its model")
-        self._watching = asyncio.create_task(self._watch(self._actor))
+        """Load the model, in 15 to 40 s, and the newest weights if there are any."""
+        await self._start()
+        await self._load()
+        self._started = True
+        self._changed(self)
 
     async def call(self, what: str, timeout_s: float, method: str, *arguments: Any) -> Any:
-        """The result of an actor's method, by a successor if it is lost on the way. RuntimeError if too many were."""
+        """The result of an engine's method, by a successor if it is lost on the way. RuntimeError if too many were."""
         while True:
-            actor = await self._up()
-            work = getattr(actor, method).remote(*arguments)
-            try:
-                return await within(work, timeout_s, f"{self.name} {what}")
-            except RayActorError:
-                self._replace(actor, "died")
-            except asyncio.CancelledError:
-                ray.cancel(work)
-                raise
+            while self._replacing is not None:
+                await asyncio.shield(self._replacing)
+                if self.failure is not None:
+                    raise self.failure
+            with suppress(EngineLost):
+                return await within(self.attempt(method, *arguments), timeout_s, f"{self.name} {what}")
 
-    async def update_weights(self, snapshot: Snapshot, timeout_s: float) -> UpdateReport | None:
-        """Load a snapshot; the caller holds `loading`. None: it is being replaced, its successor will load it.
+    async def attempt(self, method: str, *arguments: Any) -> Any:
+        """The result of an engine's method, by who is there now. EngineLost if it is lost on the way."""
+        actor = self._actor
+        try:
+            return await actor.call(method, *arguments)
+        except RayActorError as error:
+            self._replace(actor, "died")
+            raise EngineLost(self.name) from error
+
+    async def update_weights(self) -> UpdateReport | None:
+        """Load what was published; the caller holds its lock. None: it is being replaced, its successor will load it.
 
         Raises SnapshotDamaged, and WeightMismatch if it was the engine's first.
         """
-        self._snapshot = snapshot, timeout_s
-        self._current.set()
-        if self._replacing is not None:
+        if not self.up:
             return None
         actor = self._actor
-        what = f"{self.name} to load {snapshot.role} weights v{snapshot.version}"
         try:
-            report: UpdateReport = await within(actor.update_weights.remote(snapshot), timeout_s, what)
+            report = await self._take_weights(actor)
         except RayActorError:
             self._replace(actor, "died")
         except TimeoutError as error:
@@ -138,79 +152,90 @@ class SupervisedEngine:
 
     async def stop(self) -> None:
         """Shut it down; killed if it does not answer within 20 s."""
+        self.abandon()
+        if self._started:
+            await asyncio.wait([asyncio.ensure_future(self._actor.call("stop"))], timeout=20)
+        self._actor.kill()
+
+    def abandon(self) -> None:
+        """It is nobody's concern any more: whatever becomes of it, it is not replaced."""
+        self._abandoned = True
         for task in (self._watching, self._replacing):
             if task is not None:
                 task.cancel()
-        await asyncio.wait([asyncio.wrap_future(self._actor.stop.remote().future())], timeout=20)
-        ray.kill(self._actor)  # seen to by its node's Ray, also if the process was stopped
 
-    async def _up(self) -> ActorHandle:
-        """The actor, once there is one that is well."""
-        while self._replacing is not None:
-            await asyncio.shield(self._replacing)
-        return self._actor
+    async def _start(self) -> None:
+        actor = self._actor
+        self.process = await within(actor.call("start"), self._patience.start_s, f"{self.name} to load its model")
+        self._watching = asyncio.create_task(self._watch(actor))
 
-    async def _watch(self, actor: ActorHandle) -> None:
+    async def _take_weights(self, actor: Remote) -> UpdateReport:
+        published = self._published
+        snapshot = await published.on(self.process.node)
+        what = f"{self.name} to load {snapshot.role} weights v{snapshot.version}"
+        report: UpdateReport = await within(actor.call("update_weights", snapshot), published.timeout_s, what)
+        return report
+
+    async def _watch(self, actor: Remote) -> None:
         """Find out that it hangs. Not while it loads weights: that may take long, and has a limit of its own."""
         patience = self._patience.health_s
         while actor is self._actor:
             await asyncio.sleep(min(HEALTH_EVERY_S, patience / 4))
             try:
-                silent = await silent_for(actor.answer.remote(), patience)
+                silent = await silent_for(actor.call("answer"), patience)
             except RayActorError:
                 self._replace(actor, "died")
                 return
-            if silent and not self._loading.locked():
+            if silent and not self._published.lock.locked():
                 self._replace(actor, f"hangs: no answer for {patience:g} s")
 
-    def _replace(self, lost: ActorHandle, how: str) -> None:
-        if lost is not self._actor or self._replacing is not None:
-            return  # found out before, by another call
-        self._notice(f"{self.name} (process {self.pid}) {how}; another takes its place")
+    def _replace(self, lost: Remote, how: str) -> None:
+        if lost is not self._actor or self._replacing is not None or self._abandoned:
+            return  # found out before, by another call, or of no concern
+        self._notice(f"{self.name} (process {self.process.pid}) {how}; another takes its place")
         self._replacing = asyncio.create_task(self._successor(how))
+        self._changed(self)
 
     async def _successor(self, how: str) -> None:
         while True:
-            ray.kill(self._actor)
+            self._actor.kill()
             times = self._losses.count()
             if times > self._patience.max_restarts:
-                raise RuntimeError(
+                self.failure = RuntimeError(
                     f"{self.name} was lost {times} times within an hour (actors.*.max_restarts: "
                     f"{self._patience.max_restarts}); the last time it {how}"
                 )
+                self._changed(self)
+                return
             await asyncio.sleep(self._losses.back_off_s)
             self._actor, self._proven = self._create(), False
             try:
-                await self.start()
+                await self._start()
                 await self._load()
             except (RayActorError, TimeoutError, SnapshotDamaged) as error:
                 how = f"did not come back ({reason(error)})"
                 continue
             self._replacing = None
             self._losses.recovered()
-            self._notice(f"{self.name} is back (process {self.pid})")
+            self._notice(f"{self.name} is back (process {self.process.pid})")
+            self._changed(self)
             return
 
     async def _load(self) -> None:
         """Load the newest snapshot. If its publisher has died, that is the one which the next publisher brings."""
+        published = self._published
         while True:
-            await self._current.wait()
-            async with self._loading:
-                if self._snapshot is None:
+            await published.readable.wait()
+            async with published.lock:
+                if published.newest is None:
                     return
-                snapshot, timeout_s = self._snapshot
-                what = f"{self.name}, newly started, to load {snapshot.role} weights v{snapshot.version}"
                 try:
-                    await within(self._actor.update_weights.remote(snapshot), timeout_s, what)
+                    await self._take_weights(self._actor)
                 except FileNotFoundError:
-                    self._current.clear()
+                    published.forget()
                 else:
                     self._proven = True
                     return
-
-    def forget_weights(self) -> None:
-        """The publisher of the last snapshot has died: a successor does nothing before there is another."""
-        self._current.clear()
 
 
 def reason(error: BaseException) -> str:

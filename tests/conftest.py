@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs import LONG, finish, write_run
 from tests.tiny import make_tiny_model
 
 # No hub is asked, whatever the machine's connection. Read once, when the hub's client is imported: so here.
@@ -16,6 +17,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random 0.26 M model that every engine can load."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Configuration and run directory of a strict run that nobody disturbs, in bfloat16."""
+    folder = tmp_path_factory.mktemp("run")
+    config = write_run(folder, tiny_model, "bfloat16", steps=LONG)
+    finish(config, folder / "whole")
+    return config, folder / "whole"
 
 
 @pytest.fixture(scope="session")

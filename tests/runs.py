@@ -14,11 +14,12 @@ import yaml
 from services.metrics import DETERMINISTIC_FIELDS, read_jsonl
 
 STEPS = 6
+LONG = 42  # steps of the run that others are compared with
 BIN = Path(sys.executable).parent  # of sdft and ray
 ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}  # in which both are found by name
 
 
-def write_run(folder: Path, model: Path, dtype: str, **learner: Any) -> Path:
+def write_run(folder: Path, model: Path, dtype: str, steps: int = STEPS, **learner: Any) -> Path:
     """A small run with data, evaluation and a checkpoint every two steps. `learner`: more of its section."""
     rows = [{"prompt": f"Say number {i}.", "demonstration": f"The number is {i}."} for i in range(9)]
     (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -34,7 +35,7 @@ def write_run(folder: Path, model: Path, dtype: str, **learner: Any) -> Path:
             "max_teacher_prompt_tokens": 200,
         },
         "sampling": {"max_new_tokens": 12},
-        "training": {"batch_size": 4, "steps": STEPS},
+        "training": {"batch_size": 4, "steps": steps},
         "teacher": {"alpha": 0.2},
         "loss": {"top_k": 16},
         "learner": {"optimizer": {"lr": 1e-3, "warmup_steps": 2}} | learner,

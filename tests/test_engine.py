@@ -29,6 +29,7 @@ def engine_settings(model: Path, extension: str = "actors.engine.WorkerExtension
         max_model_len=256,
         max_logprobs=32,
         max_num_seqs=16,
+        hold=True,
         gpu_memory_utilization=0.1,
         enforce_eager=True,
         max_probe_gap=0.001,
@@ -79,7 +80,7 @@ def content(model: torch.nn.Module) -> Content:
 
 
 def publisher_of(model: Path) -> Publisher:
-    return Publisher(model, torch.float32, PROBE)
+    return Publisher(model, torch.float32, PROBE, "")
 
 
 def test_log_probs_are_hugging_faces_before_and_after_a_weight_update(engines: list, tiny_model: Path) -> None:

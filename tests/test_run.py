@@ -11,35 +11,25 @@ import pytest
 from services.metrics import read_jsonl
 from services.recording import read_batch, write_batch
 from tests.leftovers import new_since, on_machine
-from tests.runs import STEPS, command, finish, replayed, wait_for_step, write_run
+from tests.runs import LONG, STEPS, command, finish, replayed, wait_for_step
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def machine_before() -> set[str]:
     return on_machine()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    machine_before: set[str], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("run")
-    config = write_run(folder, tiny_model, "bfloat16")
-    finish(config, folder / "whole")
-    return config, folder / "whole"
 
 
 def test_a_run_learns_accounts_for_every_sample_and_leaves_its_files(undisturbed: tuple[Path, Path]) -> None:
     _, run_dir = undisturbed
     rows = read_jsonl(run_dir / "metrics.jsonl")
-    assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
-    assert [r["trained"] for r in rows] == [4 * s for s in range(1, STEPS + 1)]
+    assert [r["step"] for r in rows] == list(range(1, LONG + 1))
+    assert [r["trained"] for r in rows] == [4 * s for s in range(1, LONG + 1)]
     assert all(r["dropped"] == 0 and r["in_flight"] == 0 and r["staleness_max"] == 0 for r in rows)
     assert rows[0]["divergence"] > 0
-    assert [r["student_version"] for r in rows] == list(range(STEPS))
+    assert [r["student_version"] for r in rows] == list(range(LONG))
     assert {r["metric"] for r in read_jsonl(run_dir / "eval.jsonl")} == {"accuracy", "teacher_accuracy"}
     assert "<svg" in (run_dir / "report.html").read_text()
-    manifest = json.loads((run_dir / "checkpoints" / "step-000006" / "manifest.json").read_text())
+    manifest = json.loads((run_dir / "checkpoints" / f"step-{LONG:06d}" / "manifest.json").read_text())
     assert "student/model.safetensors" in manifest["files"]
     assert json.loads((run_dir / "run.json").read_text())["state"] == "finished"
     # What `sdft status` says of a run that stopped: its own configuration continues it.
@@ -47,18 +37,39 @@ def test_a_run_learns_accounts_for_every_sample_and_leaves_its_files(undisturbed
     assert read_jsonl(run_dir / "metrics.jsonl") == rows
 
 
+def test_rollouts_go_on_while_the_learner_steps_and_are_never_too_old(undisturbed: tuple[Path, Path]) -> None:
+    """Killed and continued: every sample is trained once all the same."""
+    config, whole = undisturbed
+    run_dir = config.parent / "ahead"
+    overrides = "training.max_staleness=2", f"training.steps={STEPS}"
+    with (config.parent / "killed.log").open("wb") as log:
+        driver = subprocess.Popen(command(config, run_dir, *overrides), stdout=log, stderr=log)
+        wait_for_step(3, run_dir, driver)
+        driver.kill()
+        driver.wait()
+    finish(config, run_dir, *overrides)
+    rows = read_jsonl(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["trained"] for row in rows] == [4 * step for step in range(1, STEPS + 1)]
+    assert 1 <= max(row["staleness_max"] for row in rows) <= 2
+    assert [row["in_flight"] for row in rows] == [8, 8, 8, 8, 4, 0]
+    assert all(row["dropped"] == 0 for row in rows)
+    assert rows[0]["loss"] == read_jsonl(whole / "metrics.jsonl")[0]["loss"]
+    assert len(read_jsonl(run_dir / "eval.jsonl")) == len(read_jsonl(whole / "eval.jsonl"))
+
+
 def test_a_number_that_is_not_what_it_was_is_found_by_a_replay(undisturbed: tuple[Path, Path]) -> None:
     """The steps before it are the same to the last bit of their state. test_job replays a run without a difference."""
     _, whole = undisturbed
     spoiled = whole.parent / "spoiled"
     shutil.copytree(whole, spoiled)
-    samples = read_batch(spoiled, 6)
+    samples = read_batch(spoiled, LONG)
     samples[0].scores.logprobs[-1] -= 0.01
-    write_batch(spoiled, 6, samples)
+    write_batch(spoiled, LONG, samples)
     result = replayed(spoiled)
     assert result.returncode == 1, result.stderr[-3000:]
-    assert "step 4: the same to the last bit of its state" in result.stdout
-    assert "step 6: loss was" in result.stdout
+    assert f"step {LONG - 2}: the same to the last bit of its state" in result.stdout
+    assert f"step {LONG}: loss was" in result.stdout
 
 
 def test_a_live_teacher_and_two_learner_ranks_train_until_they_are_told_to_stop(undisturbed: tuple[Path, Path]) -> None:
@@ -80,26 +91,6 @@ def test_a_live_teacher_and_two_learner_ranks_train_until_they_are_told_to_stop(
     assert {row["samples"] for row in live} == {4}
     assert live[0]["divergence"] == pytest.approx(ema[0]["divergence"], rel=1e-2)
     assert set(json.loads((run_dir / "pids.json").read_text())) == {"student", "learner"}
-
-
-def test_rollouts_go_on_while_the_learner_steps_and_are_never_too_old(undisturbed: tuple[Path, Path]) -> None:
-    """Killed and continued: every sample is trained once all the same."""
-    config, whole = undisturbed
-    run_dir = config.parent / "ahead"
-    with (config.parent / "killed.log").open("wb") as log:
-        driver = subprocess.Popen(command(config, run_dir, "training.max_staleness=2"), stdout=log, stderr=log)
-        wait_for_step(3, run_dir, driver)
-        driver.kill()
-        driver.wait()
-    finish(config, run_dir, "training.max_staleness=2")
-    rows = read_jsonl(run_dir / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert [row["trained"] for row in rows] == [4 * step for step in range(1, STEPS + 1)]
-    assert 1 <= max(row["staleness_max"] for row in rows) <= 2
-    assert [row["in_flight"] for row in rows] == [8, 8, 8, 8, 4, 0]
-    assert all(row["dropped"] == 0 for row in rows)
-    assert rows[0]["loss"] == read_jsonl(whole / "metrics.jsonl")[0]["loss"]
-    assert len(read_jsonl(run_dir / "eval.jsonl")) == len(read_jsonl(whole / "eval.jsonl"))
 
 
 def test_nothing_is_left_behind(machine_before: set[str], undisturbed: tuple[Path, Path]) -> None:

@@ -3,14 +3,15 @@
 import asyncio
 import os
 import signal
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 
-from actors.types import Snapshot, SnapshotDamaged, UpdateReport, WeightMismatch
+from actors.types import EngineProcess, Snapshot, SnapshotDamaged, UpdateReport, WeightMismatch
+from services.published import Published
+from services.remote import RemoteActor
 from services.supervised import Patience, SupervisedEngine
 
 EMPTY = np.zeros(0, dtype=np.int32)
@@ -26,9 +27,9 @@ def mortal() -> type:
             self.folder = folder
             self.version = 0
 
-        async def start(self) -> int:
+        async def start(self) -> EngineProcess:
             (self.folder / str(os.getpid())).touch()
-            return os.getpid()
+            return EngineProcess(os.getpid(), "here")
 
         async def answer(self) -> None: ...
 
@@ -56,41 +57,66 @@ def mortal() -> type:
     return Mortal
 
 
-def engine(folder: Path, notices: list[str]) -> SupervisedEngine:
-    create = partial(ray.remote(mortal()).options(num_cpus=0.1).remote, folder)
-    return SupervisedEngine("teacher engine 0", create, Patience(60, 2, 2), asyncio.Lock(), notices.append)
+async def nothing_elsewhere(role: str) -> list[ray.ObjectRef]:
+    raise AssertionError(f"all engines are on one node, and a {role} engine asked for weights from another")
 
 
-def weights(version: int, path: str = "") -> Snapshot:
-    return Snapshot("teacher", version, path, 0, (), EMPTY, EMPTY.astype(np.float32))
+class Place:
+    """An engine's place, and what was published for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.notices: list[str] = []
+        self.published = Published(nothing_elsewhere)
+        actor = ray.remote(mortal()).options(num_cpus=0.1)
+        self.engine = SupervisedEngine(
+            "teacher engine 0",
+            lambda: RemoteActor(actor.remote(folder)),
+            Patience(60, 2, 2),
+            self.published,
+            self.notices.append,
+            lambda engine: None,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self.engine.process.pid
+
+    async def update_weights(self, version: int, path: str = "") -> UpdateReport | None:
+        async with self.published.lock:
+            snapshot = Snapshot("teacher", version, path, "here", 0, (), EMPTY, EMPTY.astype(np.float32))
+            self.published.new(snapshot, 60)
+            return await self.engine.update_weights()
+
+    async def loaded(self) -> int:
+        version: int = await self.engine.call("to say what it has", 60, "loaded")
+        return version
 
 
 def test_a_dead_engines_work_is_done_by_its_successor(ray_cluster: None, tmp_path: Path) -> None:
     async def run() -> None:
-        notices: list[str] = []
-        one = engine(tmp_path, notices)
-        await one.start()
+        one = Place(tmp_path)
+        await one.engine.start()
         first = one.pid
         # Two calls at once lose their work to the same death: one successor does both.
-        answers = await asyncio.gather(*(one.call("to generate", 60, "generate", 1) for _ in range(2)))
+        answers = await asyncio.gather(*(one.engine.call("to generate", 60, "generate", 1) for _ in range(2)))
         assert answers == [one.pid, one.pid]
         assert one.pid != first
-        assert notices == [
+        assert one.notices == [
             f"teacher engine 0 (process {first}) died; another takes its place",
             f"teacher engine 0 is back (process {one.pid})",
         ]
-        await one.stop()
+        await one.engine.stop()
 
     asyncio.run(run())
 
 
 def test_an_engine_that_keeps_dying_ends_the_run_with_a_reason(ray_cluster: None, tmp_path: Path) -> None:
     async def run() -> None:
-        one = engine(tmp_path, [])
-        await one.start()
+        one = Place(tmp_path)
+        await one.engine.start()
         lost = r"teacher engine 0 was lost 3 times within an hour \(actors.\*.max_restarts: 2\); the last time it died"
         with pytest.raises(RuntimeError, match=lost):
-            await one.call("to generate", 60, "generate", 9)
+            await one.engine.call("to generate", 60, "generate", 9)
         assert len(list(tmp_path.iterdir())) == 3
 
     asyncio.run(run())
@@ -98,16 +124,15 @@ def test_an_engine_that_keeps_dying_ends_the_run_with_a_reason(ray_cluster: None
 
 def test_an_engine_that_hangs_is_found_and_its_successor_has_the_weights(ray_cluster: None, tmp_path: Path) -> None:
     async def run() -> None:
-        notices: list[str] = []
-        one = engine(tmp_path, notices)
-        await one.start()
-        await one.update_weights(weights(2), 60)
+        one = Place(tmp_path)
+        await one.engine.start()
+        await one.update_weights(2)
         hung = one.pid
         os.kill(hung, signal.SIGSTOP)
-        assert await one.call("to say what it has", 60, "loaded") == 2
-        assert notices[0] == f"teacher engine 0 (process {hung}) hangs: no answer for 2 s; another takes its place"
+        assert await one.loaded() == 2
+        assert one.notices[0] == f"teacher engine 0 (process {hung}) hangs: no answer for 2 s; another takes its place"
         assert one.pid != hung
-        await one.stop()
+        await one.engine.stop()
 
     asyncio.run(run())
 
@@ -121,21 +146,21 @@ def test_a_successor_whose_weights_went_with_the_learner_waits_for_the_next_ones
     async def run() -> None:
         (tmp_path / "engines").mkdir()
         (tmp_path / "memory").touch()
-        one = engine(tmp_path / "engines", [])
-        await one.start()
-        await one.update_weights(weights(2, str(tmp_path / "memory")), 60)
+        one = Place(tmp_path / "engines")
+        await one.engine.start()
+        await one.update_weights(2, str(tmp_path / "memory"))
         (tmp_path / "memory").unlink()
         if known:
-            one.forget_weights()
+            one.published.forget()
         os.kill(one.pid, signal.SIGKILL)
-        answer = asyncio.create_task(one.call("to say what it has", 60, "loaded"))
+        answer = asyncio.create_task(one.loaded())
         while len(list((tmp_path / "engines").iterdir())) < 2:
             await asyncio.sleep(0.1)
         await asyncio.sleep(2)
         assert not answer.done()
-        assert await one.update_weights(weights(4), 60) is None
+        assert await one.update_weights(4) is None
         assert await answer == 4
-        await one.stop()
+        await one.engine.stop()
 
     asyncio.run(run())
 
@@ -144,28 +169,27 @@ def test_an_engine_that_computes_otherwise_than_before_is_replaced(ray_cluster: 
     """Its successor loads the same snapshot, and is asked nothing before it agrees with the learner."""
 
     async def run() -> None:
-        notices: list[str] = []
-        one = engine(tmp_path, notices)
-        await one.start()
-        assert await one.update_weights(weights(2), 60) is not None
-        assert await one.update_weights(weights(3), 60) is None
-        assert await one.call("to say what it has", 60, "loaded") == 3
-        assert "is wrong" in notices[0]
-        assert "v3: log-probs differ by 3 on average" in notices[0]
-        await one.stop()
+        one = Place(tmp_path)
+        await one.engine.start()
+        assert await one.update_weights(2) is not None
+        assert await one.update_weights(3) is None
+        assert await one.loaded() == 3
+        assert "is wrong" in one.notices[0]
+        assert "v3: log-probs differ by 3 on average" in one.notices[0]
+        await one.engine.stop()
 
     asyncio.run(run())
 
 
 def test_weights_that_the_first_engine_refuses_are_not_the_engines_fault(ray_cluster: None, tmp_path: Path) -> None:
     async def run() -> None:
-        one = engine(tmp_path, [])
-        await one.start()
+        one = Place(tmp_path)
+        await one.engine.start()
         with pytest.raises(WeightMismatch, match="v1: log-probs differ"):
-            await one.update_weights(weights(1), 60)
+            await one.update_weights(1)
         with pytest.raises(SnapshotDamaged, match="arrived damaged"):
-            await one.update_weights(weights(2, "damaged"), 60)
+            await one.update_weights(2, "damaged")
         assert len(list(tmp_path.iterdir())) == 1
-        await one.stop()
+        await one.engine.stop()
 
     asyncio.run(run())

@@ -1,0 +1,55 @@
+"""Pools of Ray actors with a vLLM engine in each, as the configuration wants them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.worker import EngineWorker
+from services.config import RunConfig
+from services.plan import engine_settings
+from services.pools import EnginePool, PoolSettings
+from services.published import Payload, Published
+from services.remote import Remote, RemoteActor
+from services.supervised import Patience
+
+
+def engine_pool(
+    config: RunConfig,
+    model: Path,
+    role: str,
+    options: Sequence[dict[str, Any]],
+    notice: Callable[[str], None],
+    payload: Payload,
+) -> EnginePool:
+    """A pool, not started yet.
+
+    options: Ray's for the first engines, whose places are reserved; those that join later ask for as much, anywhere.
+    payload: gives a snapshot's bytes to other nodes than the learner's.
+    """
+    e = config.actors.of(role)
+    settings = engine_settings(config, model, role)
+    actor = ray.remote(EngineWorker)
+    anywhere = {"num_cpus": e.cpus, "num_gpus": e.gpus if config.device == "cuda" else 0, "max_restarts": 0}
+
+    def create(number: int) -> Remote:
+        ours = options[number] if number < len(options) else anywhere
+        return RemoteActor(actor.options(**ours).remote(settings))
+
+    return EnginePool(
+        PoolSettings(
+            role=role,
+            least=e.replicas,
+            most=e.most,
+            strict=config.strict,
+            room=e.max_num_seqs,
+            patience=Patience(e.start_timeout_s, e.health_timeout_s, e.max_restarts),
+            work_s=config.evaluation.timeout_s,
+            drain_s=e.drain_timeout_s,
+            one_by_one=config.weights.swap == "one_by_one",
+        ),
+        create,
+        Published(payload),
+        notice,
+    )

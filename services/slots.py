@@ -1,0 +1,133 @@
+"""Who takes the next item: of those that have room the one with the least to do; items wait in the order they came.
+
+    worker = await slots.take() ── work ── slots.give_back(worker)
+
+Owns no workers: they are names in its books. Cost of an item: logarithmic in the number of workers.
+"""
+
+import asyncio
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+W = TypeVar("W", bound=Hashable)
+
+
+class Slots(Generic[W]):
+    """Each worker may have `room` items at once."""
+
+    def __init__(self, room: int, clock: Callable[[], float]) -> None:
+        self._room, self._clock = room, clock
+        self._members: set[W] = set()
+        self._load: dict[W, int] = {}  # items in their hands, of those who have left too
+        self._free: list[tuple[int, int, W]] = []  # a heap by load; an entry that is no longer true is passed over
+        self._number = itertools.count()
+        self._waiting: deque[asyncio.Future[W]] = deque()
+        self._idle: dict[W, asyncio.Event] = {}
+        self._error: Exception | None = None
+        self._used = self._offered = 0.0  # slot seconds since `busy` was last asked
+        self._since = clock()
+        self._taken = 0
+
+    def join(self, worker: W) -> None:
+        """It takes items from now on."""
+        self._meter()
+        self._members.add(worker)
+        self._offer(worker)
+        self._serve()
+
+    def leave(self, worker: W) -> None:
+        """It takes no more; what it has in hand goes on."""
+        self._meter()
+        self._members.discard(worker)
+
+    async def idle(self, worker: W) -> None:
+        """Returns when it has nothing in hand. For one that has left."""
+        if self._load.get(worker):
+            await self._idle.setdefault(worker, asyncio.Event()).wait()
+
+    async def take(self) -> W:
+        """A worker for one item, once there is one. Raises what `fail` was told."""
+        if self._error is not None:
+            raise self._error
+        if not self._waiting and (worker := self._next()) is not None:
+            return worker
+        place: asyncio.Future[W] = asyncio.get_running_loop().create_future()
+        self._waiting.append(place)
+        try:
+            return await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled() and place.exception() is None:
+                self.give_back(place.result())
+            raise
+
+    def give_back(self, worker: W) -> None:
+        """One of its items is done, or is somebody else's now."""
+        self._meter()
+        self._load[worker] -= 1
+        self._taken -= 1
+        if worker in self._members:
+            self._offer(worker)
+            self._serve()
+        elif not self._load[worker]:
+            del self._load[worker]
+            if (event := self._idle.pop(worker, None)) is not None:
+                event.set()
+
+    def fail(self, error: Exception) -> None:
+        """There will be nobody any more: whoever waits, or comes, gets the error."""
+        self._error = error
+        for place in self._waiting:
+            if not place.done():
+                place.set_exception(error)
+        self._waiting.clear()
+
+    @property
+    def queued(self) -> int:
+        """Items that wait for a worker."""
+        return len(self._waiting)
+
+    def busy(self) -> float:
+        """Share of all slots that were in use since this was last asked, 0 to 1."""
+        self._meter()
+        share = self._used / self._offered if self._offered else 0.0
+        self._used = self._offered = 0.0
+        return share
+
+    def _meter(self) -> None:
+        now = self._clock()
+        passed, self._since = now - self._since, now
+        self._used += passed * min(self._taken, self._room * len(self._members))
+        self._offered += passed * self._room * len(self._members)
+
+    def _offer(self, worker: W) -> None:
+        load = self._load.setdefault(worker, 0)
+        if len(self._free) > 8 * len(self._members) + 64:  # mostly entries that were true once
+            self._free = [(self._load[w], next(self._number), w) for w in self._members if self._load[w] < self._room]
+            heapq.heapify(self._free)
+        elif load < self._room:
+            heapq.heappush(self._free, (load, next(self._number), worker))
+
+    def _next(self) -> W | None:
+        """Give an item to the one with the least to do; None if nobody has room."""
+        while self._free:
+            load, _, worker = heapq.heappop(self._free)
+            if worker in self._members and self._load[worker] == load:
+                self._meter()
+                self._load[worker] += 1
+                self._taken += 1
+                self._offer(worker)
+                return worker
+        return None
+
+    def _serve(self) -> None:
+        while self._waiting:
+            if self._waiting[0].done():  # cancelled
+                self._waiting.popleft()
+                continue
+            worker = self._next()
+            if worker is None:
+                return
+            self._waiting.popleft().set_result(worker)

@@ -1,0 +1,61 @@
+"""Engines of a few lines, behind the interface that real ones have: pools and controller are tested and measured on
+them. A method says how long it takes and what it returns; time is the event loop's, which may be simulated too."""
+
+import asyncio
+from typing import Any
+
+from ray.exceptions import RayActorError
+
+from actors.types import EngineProcess, Snapshot, UpdateReport
+
+
+class SimulatedEngine:
+    """Answers items by (its number, the item), after `seconds`. `die` loses what it has."""
+
+    def __init__(self, number: int, node: str = "here", seconds: float = 0.01) -> None:
+        self.number, self.node, self.seconds = number, node, seconds
+        self.version = 0
+        self.killed = self.dead = False
+        self._open: set[asyncio.Future[Any]] = set()
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        if self.dead:
+            raise RayActorError
+        seconds, result = getattr(self, method)(*arguments)
+        if seconds == 0:
+            return result
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Any] = loop.create_future()
+        timer = loop.call_later(seconds, lambda: answer.done() or answer.set_result(result))
+        self._open.add(answer)
+        try:
+            return await answer
+        finally:
+            self._open.discard(answer)
+            timer.cancel()
+
+    def kill(self) -> None:
+        self.killed = True
+        self.die()
+
+    def die(self) -> None:
+        self.dead = True
+        for answer in self._open:
+            if not answer.done():
+                answer.set_exception(RayActorError())
+
+    def start(self) -> tuple[float, EngineProcess]:
+        return 0, EngineProcess(1000 + self.number, self.node)
+
+    def answer(self) -> tuple[float, None]:
+        return 0, None
+
+    def generate(self, items: list[Any], argument: Any) -> tuple[float, list[Any]]:
+        return self.seconds, [(self.number, item) for item in items]
+
+    def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
+        self.version = snapshot.version
+        return 0, UpdateReport(snapshot.version, 0.0, 0.0)
+
+    def stop(self) -> tuple[float, None]:
+        return 0, None

@@ -1,0 +1,189 @@
+"""Engines that join, leave and are lost while a pool works."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import ray
+
+from actors.types import Snapshot
+from learner.group import LearnerLost
+from services.pools import EnginePool, PoolSettings
+from services.published import Published
+from services.supervised import Patience
+from tests.simulated import SimulatedEngine
+
+EMPTY = np.zeros(0, dtype=np.int32)
+
+
+async def elsewhere(role: str) -> list[ray.ObjectRef]:
+    raise LearnerLost("the learner died")
+
+
+@dataclass
+class Bench:
+    """A pool, the engines it has started, and what it has told."""
+
+    strict: bool = False
+    least: int = 2
+    most: int = 8
+    room: int = 2
+    make: Callable[[int], SimulatedEngine] = SimulatedEngine
+    started: list[SimulatedEngine] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        patience = Patience(start_s=5, health_s=60, max_restarts=1)
+        settings = PoolSettings(
+            "student", self.least, self.most, self.strict, self.room, patience, work_s=5, drain_s=0.5, one_by_one=False
+        )
+        self.pool = EnginePool(settings, self._create, Published(elsewhere), self.notices.append)
+
+    def _create(self, number: int) -> SimulatedEngine:
+        self.started.append(self.make(number))
+        return self.started[-1]
+
+    async def work(self, count: int) -> list[int]:
+        """Which engine did each of so many items, in the items' order."""
+        results = await self.pool.generate(list(range(count)), None)
+        assert [item for _, item in results] == list(range(count))
+        return [engine for engine, _ in results]
+
+    async def settled(self) -> None:
+        while self.pool.changing:
+            await asyncio.sleep(0.01)
+
+    async def publish(self, version: int, node: str = "here") -> None:
+        async with self.pool.published.lock:
+            snapshot = Snapshot("student", version, "", node, 0, (), EMPTY, EMPTY.astype(np.float32))
+            await self.pool.update_weights(snapshot, 5)
+
+
+def test_a_strict_pool_cuts_a_batch_by_the_number_of_its_engines_alone() -> None:
+    async def run() -> None:
+        bench = Bench(strict=True, least=3)
+        await bench.pool.start()
+        assert await bench.work(7) == [0, 0, 1, 1, 2, 2, 2]
+        await bench.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_what_a_lost_engine_had_is_done_by_the_others_before_it_is_back() -> None:
+    async def run() -> None:
+        bench = Bench(room=4)
+        await bench.pool.start()
+        work = asyncio.create_task(bench.work(8))
+        await asyncio.sleep(0.005)
+        bench.started[0].die()
+        assert set(await work) <= {0, 1}
+        await bench.settled()
+        assert len(bench.started) == 3
+        assert bench.notices[0].startswith("student engine 0 (process 1000) died")
+        await bench.pool.stop()
+        assert all(engine.killed for engine in bench.started)
+
+    asyncio.run(run())
+
+
+def test_who_joins_has_the_newest_weights_before_it_takes_work() -> None:
+    async def run() -> None:
+        bench = Bench(least=1)
+        await bench.pool.start()
+        await bench.publish(7)
+        bench.pool.resize(3)
+        assert bench.pool.size == 3
+        await bench.settled()
+        assert [engine.version for engine in bench.started] == [7, 7, 7]
+        assert set(await bench.work(12)) == {0, 1, 2}
+        assert bench.notices[-1].endswith("has joined (process 1002): 3 student engines")
+        await bench.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_who_leaves_finishes_what_it_has_and_is_stopped() -> None:
+    async def run() -> None:
+        bench = Bench(least=1)
+        await bench.pool.start()
+        bench.pool.resize(2)
+        await bench.settled()
+        work = asyncio.create_task(bench.work(4))
+        await asyncio.sleep(0.005)
+        bench.pool.resize(1)
+        assert sorted(await work) == [0, 0, 1, 1]
+        await bench.settled()
+        assert [engine.killed for engine in bench.started] == [False, True]
+        assert set(await bench.work(4)) == {0}
+        await bench.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_what_a_leaving_engine_does_not_finish_in_time_is_done_by_another() -> None:
+    async def run() -> None:
+        bench = Bench(least=1, make=lambda number: SimulatedEngine(number, seconds=3 if number == 1 else 0.01))
+        await bench.pool.start()
+        bench.pool.resize(2)
+        await bench.settled()
+        work = asyncio.create_task(bench.work(4))
+        await asyncio.sleep(0.005)
+        bench.pool.resize(1)
+        assert await work == [0, 0, 0, 0]
+        await bench.settled()
+        await bench.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_engines_leave_a_node_that_is_being_drained_and_others_come() -> None:
+    async def run() -> None:
+        bench = Bench(make=lambda number: SimulatedEngine(number, node="spot" if number == 1 else "here"))
+        await bench.pool.start()
+        await bench.publish(3)
+        bench.pool.vacate({"spot"})
+        await bench.settled()
+        assert set(await bench.work(8)) == {0, 2}
+        assert "student engine 1 leaves its node, which is being drained" in bench.notices[0]
+        bench.pool.vacate({"spot"})
+        assert not bench.pool.changing
+        await bench.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_keeps_dying_is_given_up_if_enough_remain_and_ends_the_run_if_not() -> None:
+    async def run() -> None:
+        bench = Bench(least=1, make=lambda number: SimulatedEngine(number, seconds=0.01))
+        await bench.pool.start()
+        bench.pool.resize(2)
+        await bench.settled()
+        for _ in range(2):
+            next(e for e in reversed(bench.started) if e.number == 1).die()
+            await bench.work(4)  # finds it out
+            await bench.settled()
+        assert "the pool goes on with 1 engines" in bench.notices[-1]
+        assert [engine.name for engine in bench.pool.engines] == ["student engine 0"]
+        bench.started[0].die()
+        await bench.work(1)
+        await bench.settled()
+        bench.started[-1].die()
+        with pytest.raises(RuntimeError, match=r"student engine 0 was lost 2 times within an hour"):
+            await bench.work(1)
+        await bench.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_an_engine_on_another_node_whose_weights_went_with_the_learner_is_not_the_one_that_is_lost() -> None:
+    async def run() -> None:
+        bench = Bench(least=1, make=lambda number: SimulatedEngine(number, node="there"))
+        await bench.pool.start()
+        await bench.publish(1)
+        assert bench.started[0].version == 0
+        assert bench.notices == []
+        await bench.pool.stop()
+
+    asyncio.run(run())
