@@ -18,7 +18,7 @@ from learner.waiting import all_of, cancelled, within
 from services.published import Published
 from services.remote import Remote
 from services.slots import Slots
-from services.supervised import EngineLost, Patience, SupervisedEngine, reason
+from services.supervised import EngineLost, Losses, Patience, SupervisedEngine, reason
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class EnginePool:
         self._moving: set[asyncio.Task[None]] = set()  # engines that join or leave
         self._joining: set[SupervisedEngine] = set()
         self._number = 0
+        self._refusals = Losses()  # engines that did not join
+        self._not_before = 0.0  # nobody is to join, on the loop's clock
 
     async def start(self) -> None:
         """Start the first engines, at once. Takes 15 to 40 s."""
@@ -114,8 +116,9 @@ class EnginePool:
 
     def resize(self, wanted: int) -> None:
         """Let engines join, or leave, the newest first, until there are so many. They do so beside the work."""
-        for _ in range(self.size, wanted):
-            self._join()
+        if asyncio.get_running_loop().time() >= self._not_before:
+            for _ in range(self.size, wanted):
+                self._join()
         for engine in self._engines[max(wanted, self.settings.least) :]:
             self._leave(engine, "is not needed any more")
 
@@ -183,10 +186,13 @@ class EnginePool:
             raise
         except (RayError, TimeoutError) as error:  # the run goes on without it
             await engine.stop()
+            self._refusals.count()
+            self._not_before = asyncio.get_running_loop().time() + self._refusals.back_off_s
             self._notice(f"{engine.name} did not join: {reason(error)}")
             return
         finally:
             self._joining.discard(engine)
+        self._refusals.recovered()
         self._engines.append(engine)
         self._changed(engine)
         self._notice(f"{engine.name} has joined (process {engine.process.pid}): {len(self._engines)} {self._plural}")

@@ -9,6 +9,7 @@ the last bit. In a pool that streams what was lost goes to any engine that is up
 """
 
 import asyncio
+import re
 import time
 from collections import deque
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from services.remote import Remote
 HEALTH_EVERY_S = 10  # at most
 HOUR_S = 3600
 LONGEST_BACK_OFF_S = 60
+LONGEST_REASON = 240  # characters
+NUMBERS = re.compile(r"(class_name|actor_id|pid|name|namespace|ip): ")
 
 
 @dataclass(frozen=True)
@@ -239,6 +242,11 @@ class SupervisedEngine:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in one line. Ray wraps what an actor raises into a text with its whole traceback."""
+    """What went wrong, in one line. Ray wraps what an actor raises into a text with its whole traceback, and tells of a
+    death below a list of the actor's names and numbers."""
     text = str(getattr(error, "cause", error))
-    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if isinstance(error, RayActorError) and len(lines) > 1:
+        told = " ".join(line for line in lines[1:] if not NUMBERS.match(line))
+        return told if len(told) <= LONGEST_REASON else told[:LONGEST_REASON].rpartition(" ")[0] + " …"
+    return lines[0] if lines else type(error).__name__
