@@ -18,6 +18,9 @@ class EngineConfig(BaseModel):
     # Half a Ray CPU: in strict mode the roles take turns, so three of them fit a two-core laptop.
     cpus: float = Field(0.5, gt=0, description="Ray CPUs reserved by each engine")
     gpus: float = Field(1, ge=0, description="GPUs of each engine; used with device: cuda only")
+    labels: dict[str, str] = Field(
+        {}, description="Only on nodes of a running cluster that have these labels (ray start --labels)"
+    )
     threads: int | None = Field(None, ge=1, description="OpenMP threads of a CPU engine; null: every core of the node")
     kv_cache_gib: float = Field(1, gt=0, description="GiB of KV cache of a CPU engine")
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1, description="Share of a GPU's memory an engine may use")

@@ -71,6 +71,9 @@ class LearnerConfig(BaseModel):
     zero_stage: Literal[0, 1, 2, 3] = 1
     cpus: float = Field(0.5, gt=0, description="Ray CPUs reserved by each rank")
     gpus: float = Field(1, ge=0, description="GPUs of each rank; used with device: cuda only")
+    labels: dict[str, str] = Field(
+        {}, description="Only on nodes of a running cluster that have these labels (ray start --labels)"
+    )
     threads: int | None = Field(None, ge=1, description="Threads of each rank; null: the node's cores / ranks")
     micro_batch_tokens: int = Field(4096, ge=1, description="Tokens packed into one forward")
     gradient_checkpointing: bool = False

@@ -3,7 +3,8 @@
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from itertools import chain
@@ -22,6 +23,7 @@ PHASE_COLOURS = {"rollout": "#0072b2", "score": "#4a9fd4", "learn": "#009e73", "
 GREY, INK = "#6a737d", "#24292f"
 WIDE, HALF = (9.4, 2.9), (4.6, 2.3)  # inches; the page scales them
 MOST_BARS = 400  # more would not be seen, and would make the page megabytes
+LENGTH_BARS, LENGTH_COLOURS = 40, (COLOURS[0], COLOURS[1])
 LABEL_GAP = 0.075  # least distance of two labels, as a share of the axis
 
 
@@ -79,6 +81,24 @@ def time_chart(steps: Sequence[StepMetrics]) -> str:
             labels.append(((below[-1] + tops[-1]) / 2, f"{phase} {median(chain(*times)):.1f} s", colour))
             below = tops
         _label_ends(axes, labels)
+        return done()
+
+
+def length_chart(lengths: Mapping[str, "Counter[int]"]) -> str:
+    """Histogram of completion lengths, a colour for each state of the samples."""
+    top = max(max(counts) for counts in lengths.values())
+    width = math.ceil((top + 1) / LENGTH_BARS)
+    edges = list(range(0, top + width + 1, width))
+    with _chart(HALF, "Lengths of rollouts") as (figure, done):
+        axes = _axes(figure, "samples", top)
+        axes.set_xlabel("completion tokens")
+        for (state, counts), colour in zip(lengths.items(), LENGTH_COLOURS, strict=False):
+            heights = [0] * (len(edges) - 1)
+            for tokens, count in counts.items():
+                heights[tokens // width] += count
+            axes.stairs(heights, edges, fill=True, alpha=0.8, color=colour, label=state)
+        if len(lengths) > 1:
+            axes.legend(frameon=False)
         return done()
 
 

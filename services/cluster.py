@@ -121,12 +121,13 @@ def placement(config: RayConfig, plan: Plan) -> Iterator[dict[str, list[dict[str
     if not config.autoscaling:
         _check_capacity(plan)
     bundles = [_bundle(part) for part in plan.parts]
-    group = placement_group(bundles, strategy="PACK")
+    labels = [dict(part.labels) for part in plan.parts]
+    group = placement_group(bundles, strategy="PACK", bundle_label_selector=labels if any(labels) else None)
     try:
         if not group.wait(config.wait_s):
             raise PreflightError(
-                f"waited {config.wait_s:g} s (ray.wait_s) for {_needs(plan)} ({_parts(plan)}); free in the cluster "
-                f"now: {_free()}; {'no node came for it' if config.autoscaling else 'another job holds the rest'}"
+                f"waited {config.wait_s:g} s (ray.wait_s) for {_parts(plan)}; free in the cluster now: {free()}; "
+                f"{'no node came for it' if config.autoscaling else 'another job holds the rest'}"
             )
         counts = {"student": len(plan.students), "teacher": len(plan.teachers), "learner": len(plan.learners)}
         options: dict[str, list[dict[str, Any]]] = {}
@@ -141,33 +142,42 @@ def placement(config: RayConfig, plan: Plan) -> Iterator[dict[str, list[dict[str
 
 def _check_capacity(plan: Plan) -> None:
     """PreflightError unless the nodes that there are could hold the plan if they were free: largest part first."""
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    alive = [n for n in ray.nodes() if n["Alive"]]
+    nodes, labels = [n["Resources"] for n in alive], [n["Labels"].items() for n in alive]
     room = [[n.get("CPU", 0.0), n.get("GPU", 0.0)] for n in nodes]
     for part in sorted(plan.parts, key=lambda part: (-part.gpus, -part.cpus)):
-        place = next((r for r in room if r[0] >= part.cpus and r[1] >= part.gpus), None)
+        fits = (r for r, has in zip(room, labels, strict=True) if has >= part.labels.items())
+        place = next((r for r in fits if r[0] >= part.cpus and r[1] >= part.gpus), None)
         if place is None:
             offers = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes) or "none"
             raise PreflightError(
-                f"the run needs {_needs(plan)} ({_parts(plan)}), and the cluster's nodes have {offers}: there is no "
-                f"room for {part.name}; lower the cpus, gpus or replicas of actors and learner, start more nodes, or "
+                f"the run needs {_parts(plan)}, and the cluster's nodes have {offers}: there is no room for "
+                f"{part.name}{_on(part)}; lower the cpus, gpus or replicas of actors and learner, start more nodes, or "
                 f"set ray.autoscaling: true if the cluster grows by itself"
             )
         place[0] -= part.cpus
         place[1] -= part.gpus
 
 
-def _needs(plan: Plan) -> str:
-    return f"{plan.cpus:g} CPUs" + (f" and {plan.gpus:g} GPUs" if plan.gpus else "")
+def needs(cpus: float, gpus: float) -> str:
+    """As people read it."""
+    return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+
+
+def _on(part: Part) -> str:
+    return f" on a node labelled {dict(part.labels)}" if part.labels else ""
 
 
 def _parts(plan: Plan) -> str:
-    """What the parts need each: none is cut in two."""
-    return ", ".join(f"{p.name} {p.cpus:g}" + (f" and {p.gpus:g} GPUs" if p.gpus else "") for p in plan.parts)
+    """What the plan needs, and its parts each, of which none is cut in two."""
+    parts = ", ".join(f"{p.name} {needs(p.cpus, p.gpus)}" for p in plan.parts)
+    return f"{needs(plan.cpus, plan.gpus)} ({parts})"
 
 
-def _free() -> str:
-    free = ray.available_resources()
-    return f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs"
+def free() -> str:
+    """What nobody has reserved, on all nodes together."""
+    resources = ray.available_resources()
+    return needs(resources.get("CPU", 0), resources.get("GPU", 0))
 
 
 def _bundle(part: Part) -> dict[str, float]:

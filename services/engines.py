@@ -7,6 +7,7 @@ from typing import Any
 import ray
 
 from actors.worker import EngineWorker
+from services.cluster import free, needs
 from services.config import RunConfig
 from services.plan import engine_settings
 from services.pools import EnginePool, PoolSettings
@@ -31,7 +32,12 @@ def engine_pool(
     e = config.actors.of(role)
     settings = engine_settings(config, model, role)
     actor = ray.remote(EngineWorker)
-    anywhere = {"num_cpus": e.cpus, "num_gpus": e.gpus if config.device == "cuda" else 0, "max_restarts": 0}
+    anywhere: dict[str, Any] = {
+        "num_cpus": e.cpus,
+        "num_gpus": e.gpus if config.device == "cuda" else 0,
+        "label_selector": dict(e.labels),
+        "max_restarts": 0,
+    }
 
     def create(number: int) -> Remote:
         ours = options[number] if number < len(options) else anywhere
@@ -52,4 +58,5 @@ def engine_pool(
         create,
         Published(payload),
         notice,
+        lambda: f"it needs one node with {needs(e.cpus, anywhere['num_gpus'])} free; free in the cluster now: {free()}",
     )

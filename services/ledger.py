@@ -22,6 +22,7 @@ NEXT = {"issued": "sampled", "sampled": "scored", "scored": "trained"}
 BEFORE = {after: before for before, after in NEXT.items()}
 IN_FLIGHT = ("issued", "sampled", "scored")
 WRITE_EVERY_S = 0.5
+Account = tuple[int, int, str]  # stage, epoch, state
 
 
 class LedgerError(Exception):
@@ -31,24 +32,25 @@ class LedgerError(Exception):
 class Accounts:
     """What may become of a sample, and how many became what. A call that raises has changed nothing."""
 
-    def __init__(self, ended: dict[str, int], open_: dict[SampleId, str]) -> None:
-        """ended: how many were trained and dropped before; open_: the state of those in flight."""
-        self._counts = Counter(ended) + Counter(open_.values())
-        self._open = dict(open_)
+    def __init__(self, counts: Counter[Account], open_: dict[SampleId, str]) -> None:
+        """counts: of all samples there are; open_: the state of those in flight."""
+        self._counts = counts
+        self._open = open_
 
     def issue(self, samples: Sequence[SampleId]) -> None:
         """They must be new; the file knows all that ever were."""
-        self._open |= dict.fromkeys(samples, "issued")
-        self._counts["issued"] += len(samples)
+        for s in samples:
+            self._open[s] = "issued"
+            self._counts[s.stage, s.epoch, "issued"] += 1
 
     def advance(self, samples: Sequence[SampleId], state: str) -> None:
         before = BEFORE[state]
         wrong = sum(self._open.get(s) != before for s in samples)
         if wrong:
             raise LedgerError(f"{wrong} of {len(samples)} samples could not become {state}: {before} before?")
-        self._counts[before] -= len(samples)
-        self._counts[state] += len(samples)
         for s in samples:
+            self._counts[s.stage, s.epoch, before] -= 1
+            self._counts[s.stage, s.epoch, state] += 1
             if state in IN_FLIGHT:
                 self._open[s] = state
             else:
@@ -57,19 +59,19 @@ class Accounts:
     def drop(self, sample: SampleId) -> None:
         if sample not in self._open:
             raise LedgerError(f"sample {sample} cannot be dropped: it is not in flight")
-        self._counts[self._open.pop(sample)] -= 1
-        self._counts["dropped"] += 1
+        self._counts[sample.stage, sample.epoch, self._open.pop(sample)] -= 1
+        self._counts[sample.stage, sample.epoch, "dropped"] += 1
 
     def forget_in_flight(self) -> int:
         forgotten = len(self._open)
-        self._counts -= Counter(self._open.values())
+        self._counts -= Counter((s.stage, s.epoch, state) for s, state in self._open.items())
         self._open.clear()
         return forgotten
 
     @property
-    def counts(self) -> dict[str, int]:
-        """Samples in each state, of the states that have any."""
-        return {state: count for state, count in self._counts.items() if count}
+    def counts(self) -> dict[Account, int]:
+        """Samples by stage, epoch and state, where there are any."""
+        return {account: count for account, count in self._counts.items() if count}
 
 
 class Ledger:
@@ -85,10 +87,8 @@ class Ledger:
             " PRIMARY KEY (stage, epoch, idx, generation))"
         )
         self._db.commit()
-        states = dict(self._db.execute("SELECT state, COUNT(*) FROM samples GROUP BY state"))
         rows = self._db.execute(f"SELECT stage, epoch, idx, generation, state FROM samples WHERE state IN {IN_FLIGHT}")
-        ended = {state: count for state, count in states.items() if state not in IN_FLIGHT}
-        self._accounts = Accounts(ended, {SampleId(*key): state for *key, state in rows})
+        self._accounts = Accounts(self._filed(), {SampleId(*key): state for *key, state in rows})
         self._moves: dict[SampleId, tuple[str, int | None, str | None]] = {}  # not written yet: state, tokens, reason
         self._written = time.monotonic()
 
@@ -125,27 +125,36 @@ class Ledger:
 
     def counts(self) -> dict[str, int]:
         """Samples in each state."""
-        return self._accounts.counts
+        counts: Counter[str] = Counter()
+        for (_, _, state), count in self._accounts.counts.items():
+            counts[state] += count
+        return dict(counts)
 
-    def audit(self, expected: int) -> tuple[int, int, int]:
-        """(trained, dropped, in flight), which must add up to the `expected` samples issued so far. All is written."""
+    def audit(self, issued: dict[tuple[int, int], int]) -> tuple[int, int, int]:
+        """(trained, dropped, in flight), which in each stage and epoch must add up to the samples issued so far.
+
+        issued: by (stage, epoch). All moves are in the file when this returns.
+        """
         self._write()
-        counts = self.counts()
-        in_flight = sum(counts.get(state, 0) for state in IN_FLIGHT)
-        trained, dropped = counts.get("trained", 0), counts.get("dropped", 0)
-        if trained + dropped + in_flight != expected:
-            raise LedgerError(
-                f"{expected} samples were issued, but the ledger has {trained} trained, {dropped} dropped and "
-                f"{in_flight} in flight"
-            )
-        return trained, dropped, in_flight
+        found: dict[tuple[int, int], Counter[str]] = {key: Counter() for key in issued}
+        for (stage, epoch, state), count in self._accounts.counts.items():
+            found.setdefault((stage, epoch), Counter())["in flight" if state in IN_FLIGHT else state] += count
+        for (stage, epoch), counts in found.items():
+            if counts.total() != issued.get((stage, epoch), 0):
+                raise LedgerError(
+                    f"stage {stage}, epoch {epoch}: {issued.get((stage, epoch), 0)} samples were issued, but the "
+                    f"ledger has {counts['trained']} trained, {counts['dropped']} dropped and {counts['in flight']} in "
+                    f"flight"
+                )
+        total = sum(found.values(), Counter())
+        return total["trained"], total["dropped"], total["in flight"]
 
     def copy_to(self, path: Path) -> None:
         """A consistent copy, for a checkpoint. The file must agree with the accounts: LedgerError if it does not."""
         self._write()
-        filed = dict(self._db.execute("SELECT state, COUNT(*) FROM samples GROUP BY state"))
-        if filed != self.counts():
-            raise LedgerError(f"{self._path} has {filed}, but the accounts are {self.counts()}")
+        filed = dict(self._filed())
+        if filed != self._accounts.counts:
+            raise LedgerError(f"{self._path} has {filed}, but the accounts are {self._accounts.counts}")
         target = sqlite3.connect(path)
         try:
             self._db.backup(target)
@@ -155,6 +164,11 @@ class Ledger:
     def close(self) -> None:
         self._write()
         self._db.close()
+
+    def _filed(self) -> "Counter[Account]":
+        """What the file holds."""
+        rows = self._db.execute("SELECT stage, epoch, state, COUNT(*) FROM samples GROUP BY stage, epoch, state")
+        return Counter({(stage, epoch, state): count for stage, epoch, state, count in rows})
 
     def _write(self, issued: Iterable[tuple[object, ...]] = ()) -> None:
         """Put into the file what it has not got yet, all of it or nothing."""

@@ -1,7 +1,8 @@
 """What a run will start and need: processes, memory of each part, what Ray must offer. Estimates."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class Part:
     cpus: float  # Ray CPUs
     gpus: float
     memory_gib: float  # main memory with device: cpu
+    labels: Mapping[str, str] = field(default_factory=dict)  # of the nodes that may hold it
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,14 @@ def make_plan(config: RunConfig, shape: ModelShape, longest_prompt: int) -> Plan
         e = config.actors.of(role)
         # Weights twice for a moment while they are replaced (the snapshot is mapped), the KV cache, logits of a batch.
         memory = ENGINE_BASE_GIB + 2 * weights + (0 if cuda else e.kv_cache_gib)
-        return tuple(Part(f"{role} engine {i}", e.cpus, e.gpus if cuda else 0, memory) for i in range(e.replicas))
+        gpus = e.gpus if cuda else 0
+        return tuple(Part(f"{role} engine {i}", e.cpus, gpus, memory, e.labels) for i in range(e.replicas))
 
     one = config.learner
     tokens, rows = _largest_forward(config, longest_prompt)
     memory = learner_gib(one, config.teacher, config.dtype, shape, tokens, rows)
-    learners = tuple(Part(f"learner rank {i}", one.cpus, one.gpus if cuda else 0, memory) for i in range(one.ranks))
+    gpus = one.gpus if cuda else 0
+    learners = tuple(Part(f"learner rank {i}", one.cpus, gpus, memory, one.labels) for i in range(one.ranks))
     return Plan(engines("student"), engines("teacher") if "teacher" in roles(config) else (), learners)
 
 

@@ -20,6 +20,8 @@ from services.remote import Remote
 from services.slots import Slots
 from services.supervised import EngineLost, Losses, Patience, SupervisedEngine, reason
 
+PLACED_S = 60.0  # an engine that has no place by then says so; a node may take as long to come
+
 
 @dataclass(frozen=True)
 class PoolSettings:
@@ -45,10 +47,14 @@ class EnginePool:
         create: Callable[[int], Remote],
         published: Published,
         notice: Callable[[str], None],
+        wanting: Callable[[], str],
     ) -> None:
-        """create: starts the process of the engine of that number. notice: is told who is lost, joins and leaves."""
+        """create: starts the process of the engine of that number. notice: is told who is lost, joins and leaves.
+
+        wanting: says what an engine needs, and what the cluster has.
+        """
         self.settings, self.published = settings, published
-        self._create, self._notice = create, notice
+        self._create, self._notice, self._wanting = create, notice, wanting
         self._engines: list[SupervisedEngine] = []  # those that leave are no longer among them
         self._slots: Slots[SupervisedEngine] = Slots(settings.room, lambda: asyncio.get_running_loop().time())
         self._moving: set[asyncio.Task[None]] = set()  # engines that join or leave
@@ -179,8 +185,12 @@ class EnginePool:
         task.add_done_callback(self._moving.discard)
 
     async def _joined(self, engine: SupervisedEngine) -> None:
+        starting = asyncio.ensure_future(engine.start())
         try:
-            await engine.start()
+            await asyncio.wait([starting], timeout=PLACED_S)
+            if not engine.placed:
+                self._notice(f"{engine.name} waits for a place: {self._wanting()}")
+            await starting
         except asyncio.CancelledError:
             await engine.stop()
             raise
@@ -191,6 +201,7 @@ class EnginePool:
             self._notice(f"{engine.name} did not join: {reason(error)}")
             return
         finally:
+            starting.cancel()
             self._joining.discard(engine)
         self._refusals.recovered()
         self._engines.append(engine)

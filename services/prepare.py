@@ -127,7 +127,8 @@ def check_disk(prepared: Prepared, run_dir: Path) -> None:
 
 
 # Of a pool, what changes nothing that is computed.
-ELSEWHERE = ("max_replicas", "start_timeout_s", "health_timeout_s", "drain_timeout_s", "max_restarts", "cpus", "gpus")
+LIMITS = ("start_timeout_s", "health_timeout_s", "drain_timeout_s", "max_restarts")
+ELSEWHERE = (*LIMITS, "max_replicas", "cpus", "gpus", "labels")
 
 
 def _fingerprint(config: RunConfig, model: Path, prompts: list[PromptPair]) -> str:

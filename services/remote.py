@@ -10,6 +10,9 @@ from ray.actor import ActorHandle
 class Remote(Protocol):
     """What an engine's place needs of whoever fills it. The benchmarks simulate one."""
 
+    async def placed(self) -> None:
+        """Returns once there is a process: the cluster had room for it."""
+
     async def call(self, method: str, *arguments: Any) -> Any:
         """The method's result, or what it raises; RayActorError if the process is gone, or goes on the way."""
 
@@ -22,6 +25,9 @@ class RemoteActor:
 
     def __init__(self, handle: ActorHandle) -> None:
         self._handle = handle
+
+    async def placed(self) -> None:
+        await self._handle.__ray_ready__.remote()
 
     async def call(self, method: str, *arguments: Any) -> Any:
         work = getattr(self._handle, method).remote(*arguments)

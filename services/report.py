@@ -3,7 +3,8 @@
 import json
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,11 +18,13 @@ from services.status import (
     RunState,
     SetProgress,
     check_run_dir,
+    ended_lengths,
     max_staleness,
     read_config,
     read_ledger,
     read_sets,
     read_state,
+    spread,
 )
 from services.verdict import verdict
 
@@ -69,7 +72,8 @@ def write_report(run_dir: Path) -> Path:
         totals=totals(steps),
         sets=sets,
         charts=[
-            Chart(c.title, Markup(c.svg), c.note, c.wide) for c in draw(steps, results, sets, max_staleness(config))
+            Chart(c.title, Markup(c.svg), c.note, c.wide)
+            for c in draw(steps, results, sets, max_staleness(config), ended_lengths(run_dir))
         ],
         samples=compare(read_rows(run_dir, Sample), [one.name for one in sets]),
         last=steps[-1] if steps else None,
@@ -154,9 +158,14 @@ def compare(samples: Sequence[Sample], sets: Sequence[str]) -> dict[str, list[Co
 
 
 def draw(
-    steps: Sequence[StepMetrics], results: Sequence[EvalResult], sets: Sequence[SetProgress], ahead: int
+    steps: Sequence[StepMetrics],
+    results: Sequence[EvalResult],
+    sets: Sequence[SetProgress],
+    ahead: int,
+    lengths: Mapping[str, "Counter[int]"],
 ) -> list[Chart]:
-    """The charts there are numbers for. `ahead`: steps that rollouts may be made ahead of the learner."""
+    """The charts there are numbers for. `ahead`: steps that rollouts may be made ahead of the learner; `lengths`: how
+    many samples had how many tokens, by state."""
     drawn = []
     if results:
         note = "Bands: 95 % Wilson intervals. Dashed: retention. Dotted: the teacher, shown the demonstration."
@@ -177,6 +186,9 @@ def draw(
             ("Tail mass", charts.tail_chart, "What the top-K of the teacher leaves to the tail bucket."),
         ]
         drawn += [Chart(title, chart(steps), note, wide=False) for title, chart, note in small]
+    if lengths:
+        note = "; ".join(f"{state}: {spread(counts)}" for state, counts in lengths.items())
+        drawn.append(Chart("Lengths", charts.length_chart(lengths), f"{note[0].upper()}{note[1:]}.", wide=False))
     return drawn
 
 

@@ -32,9 +32,11 @@ class Schedule:
             samples += [SampleId(self.stage, epoch, index, g) for g in range(self.generations)]
         return samples
 
-    def issued_through(self, step: int) -> int:
-        """Samples of all steps up to and including `step`."""
-        return min(step * self.batch_size, self.prompts) * self.generations
+    def issued_through(self, step: int) -> dict[tuple[int, int], int]:
+        """Samples of all steps up to and including `step`, by (stage, epoch)."""
+        whole, rest = divmod(min(step * self.batch_size, self.prompts), self.demonstrations)
+        prompts = [self.demonstrations] * whole + ([rest] if rest else [])
+        return {(self.stage, epoch): count * self.generations for epoch, count in enumerate(prompts)}
 
     def _order(self, epoch: int) -> list[int]:
         order = list(range(self.demonstrations))

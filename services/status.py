@@ -5,6 +5,7 @@ import os
 import socket
 import sqlite3
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from services.metrics import STUDENT, TEACHER, EvalResult, StepMetrics, percent,
 from services.verdict import verdict
 from services.watchdog import read_waiting
 
+ENDED = ("trained", "dropped")
 SAMPLE_STATES = ("issued", "sampled", "scored", "trained", "dropped")  # the ledger's, in the order of their life
 RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "ledger.sqlite")
 
@@ -131,22 +133,49 @@ def step_of(row: EvalResult) -> int:
     return row.step
 
 
-def read_ledger(run_dir: Path) -> dict[str, int]:
-    """Samples in each state, {} if there is no ledger. Opened read-only: the run may be writing."""
-    path = run_dir / "ledger.sqlite"
+def read_engines(run_dir: Path) -> dict[str, int]:
+    """How many engines each role of a live run has, {} while they start."""
+    path = run_dir / "pids.json"
     if not path.exists():
         return {}
+    pids = json.loads(path.read_text())
+    return {role: len(pids[role]) for role in ("student", "teacher") if role in pids}
+
+
+def read_ledger(run_dir: Path) -> dict[str, int]:
+    """Samples in each state, {} if there is no ledger."""
+    counts = {state: lengths.total() for state, lengths in read_lengths(run_dir).items()}
+    return {state: counts[state] for state in dict.fromkeys([*SAMPLE_STATES, *counts]) if state in counts}
+
+
+def read_lengths(run_dir: Path) -> "dict[str, Counter[int | None]]":
+    """Of each state, how many samples have how many completion tokens; None: they were not sampled yet.
+
+    Opened read-only: the run may be writing.
+    """
+    path = run_dir / "ledger.sqlite"
+    lengths: dict[str, Counter[int | None]] = {}
+    if not path.exists():
+        return lengths
     try:
         ledger = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5)
         try:
             begun = ledger.execute("SELECT 1 FROM sqlite_master WHERE name = 'samples'").fetchone()
-            query = "SELECT state, COUNT(*) FROM samples GROUP BY state"
-            counts: dict[str, int] = dict(ledger.execute(query).fetchall()) if begun else {}
+            query = "SELECT state, tokens, COUNT(*) FROM samples GROUP BY state, tokens"
+            for state, tokens, count in ledger.execute(query) if begun else ():
+                lengths.setdefault(state, Counter())[tokens] = count
         finally:
             ledger.close()
     except sqlite3.Error as error:
         raise UserError(f"{path}: the ledger cannot be read ({error})") from error
-    return {state: counts[state] for state in dict.fromkeys([*SAMPLE_STATES, *counts]) if state in counts}
+    return lengths
+
+
+def ended_lengths(run_dir: Path) -> "dict[str, Counter[int]]":
+    """The same of the samples that were trained, and of those that were dropped, as far as they have a length."""
+    found = read_lengths(run_dir)
+    known = {s: Counter({t: n for t, n in found[s].items() if t is not None}) for s in ENDED if s in found}
+    return {state: lengths for state, lengths in known.items() if lengths}
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -172,6 +201,9 @@ def status_text(run_dir: Path) -> str:
         now = time.time()
         waits = [f"{w.what} ({now - w.since:.0f} s)" for w in read_waiting(run_dir)]
         lines += [("waits for" if i == 0 else "", text) for i, text in enumerate(waits)]
+        engines = read_engines(run_dir)
+        if engines:
+            lines.append(("engines", ", ".join(f"{count} {role}" for role, count in engines.items())))
     if steps:
         last = steps[-1]
         recent = ", ".join(f"{m.loss:.4f}" for m in steps[-5:])
@@ -188,9 +220,16 @@ def status_text(run_dir: Path) -> str:
         lines.append(("evaluation" if index == 0 else "", f"{one.name}{role}: {one.change}{at}{teacher}"))
     if ledger:
         lines.append(("samples", ", ".join(f"{count} {name}" for name, count in ledger.items())))
+        lines += [("", f"{state}: {spread(lengths)}") for state, lengths in ended_lengths(run_dir).items()]
     lines.append(("checkpoint", str(checkpoint) if checkpoint else "none yet"))
     lines.append(("next", _next(run_dir, state, checkpoint)))
     return "\n".join(f"{label:<12}{text}" for label, text in lines)
+
+
+def spread(lengths: "Counter[int]") -> str:
+    """Of completion lengths: least, median and most."""
+    ordered = sorted(lengths.elements())
+    return f"{ordered[0]} to {ordered[-1]} tokens, median {ordered[len(ordered) // 2]}"
 
 
 def _age(run_dir: Path) -> str:

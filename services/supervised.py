@@ -87,6 +87,7 @@ class SupervisedEngine:
         """
         self.name = name
         self.process = EngineProcess(0, "")
+        self.placed = False  # Ray had room for its process
         self.failure: Exception | None = None  # why it was given up
         self._losses = Losses()
         self._create, self._patience = create, patience
@@ -168,8 +169,11 @@ class SupervisedEngine:
                 task.cancel()
 
     async def _start(self) -> None:
-        actor = self._actor
-        self.process = await within(actor.call("start"), self._patience.start_s, f"{self.name} to load its model")
+        actor, limit = self._actor, self._patience.start_s
+        self.placed = False
+        await within(actor.placed(), limit, f"{self.name} to be placed by Ray")
+        self.placed = True
+        self.process = await within(actor.call("start"), limit, f"{self.name} to load its model")
         self._watching = asyncio.create_task(self._watch(actor))
 
     async def _take_weights(self, actor: Remote) -> UpdateReport:

@@ -18,6 +18,8 @@ class SimulatedEngine:
         self.killed = self.dead = False
         self._open: set[asyncio.Future[Any]] = set()
 
+    async def placed(self) -> None: ...
+
     async def call(self, method: str, *arguments: Any) -> Any:
         if self.dead:
             raise RayActorError

@@ -1,5 +1,6 @@
 """What a run is accountable by: the schedule, the ledger, checkpoints and the plan."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,11 +33,25 @@ def test_epochs_train_on_every_demonstration_as_often_as_every_other() -> None:
     schedule = make_schedule(10, batch_size=4, generations=2, seed=3, epochs=3, steps=None)
     assert schedule.total_steps == 8  # 30 prompts in batches of 4, the last of 2
     issued = [s for step in range(1, 9) for s in schedule.batch(step)]
-    assert len(issued) == len(set(issued)) == schedule.issued_through(8) == 60
+    assert len(issued) == len(set(issued)) == 60
     assert {(s.epoch, s.index, s.generation) for s in issued} == {
         (e, i, g) for e in range(3) for i in range(10) for g in range(2)
     }
     assert [s.epoch for s in issued] == sorted(s.epoch for s in issued)
+    for step in range(9):
+        through = Counter((s.stage, s.epoch) for before in range(1, step + 1) for s in schedule.batch(before))
+        assert schedule.issued_through(step) == through
+
+
+def test_an_audit_is_of_each_epoch() -> None:
+    """A sample too many in one and too few in another do not make up for each other."""
+    accounts = Ledger(Path(":memory:"))
+    accounts.issue([SampleId(0, 0, 0, 0), SampleId(0, 1, 0, 0)], step=1)
+    assert accounts.audit({(0, 0): 1, (0, 1): 1}) == (0, 0, 2)
+    with pytest.raises(LedgerError, match="stage 0, epoch 1: 0 samples were issued"):
+        accounts.audit({(0, 0): 1})
+    with pytest.raises(LedgerError, match="epoch 0: 2 samples were issued"):
+        accounts.audit({(0, 0): 2, (0, 1): 0})
 
 
 def test_the_order_changes_with_the_epoch_and_the_seed_and_nothing_else() -> None:
@@ -57,13 +72,13 @@ def test_a_samples_seed_is_its_own() -> None:
 
 def test_a_sample_goes_through_every_state_once(ledger: Ledger) -> None:
     ledger.issue(samples(0, 1, 2), step=1)
-    assert ledger.audit(3) == (0, 0, 3)
+    assert ledger.audit({(0, 0): 3}) == (0, 0, 3)
     ledger.advance(samples(0, 1), "sampled", [5, 7])
     ledger.advance(samples(0, 1), "scored")
     ledger.advance(samples(0), "trained")
     ledger.drop(samples(1)[0], "too long")
     assert ledger.counts() == {"trained": 1, "dropped": 1, "issued": 1}
-    assert ledger.audit(3) == (1, 1, 1)
+    assert ledger.audit({(0, 0): 3}) == (1, 1, 1)
 
 
 def test_after_a_restart_only_what_was_in_flight_is_issued_again(ledger: Ledger) -> None:
@@ -73,9 +88,9 @@ def test_after_a_restart_only_what_was_in_flight_is_issued_again(ledger: Ledger)
     ledger.advance(samples(1), "sampled")
     ledger.drop(samples(2)[0], "too long")
     assert ledger.forget_in_flight() == 2
-    assert ledger.audit(2) == (1, 1, 0)
+    assert ledger.audit({(0, 0): 2}) == (1, 1, 0)
     ledger.issue(samples(1, 3), step=2)
-    assert ledger.audit(4) == (1, 1, 2)
+    assert ledger.audit({(0, 0): 4}) == (1, 1, 2)
 
 
 def test_a_sample_issued_twice_is_an_error_and_changes_nothing(ledger: Ledger) -> None:
@@ -105,8 +120,10 @@ def test_a_trained_sample_is_never_trained_or_dropped_again(ledger: Ledger) -> N
 
 def test_an_audit_that_does_not_add_up_says_what_there_is(ledger: Ledger) -> None:
     ledger.issue(samples(0, 1), step=1)
-    with pytest.raises(LedgerError, match="3 samples were issued, but the ledger has 0 trained, 0 dropped and 2"):
-        ledger.audit(3)
+    with pytest.raises(
+        LedgerError, match="stage 0, epoch 0: 3 samples were issued, but the ledger has 0 trained, 0 dropped and 2"
+    ):
+        ledger.audit({(0, 0): 3})
 
 
 def test_a_restored_ledger_is_the_one_that_was_saved(ledger: Ledger, tmp_path: Path) -> None:

@@ -145,7 +145,9 @@ def test_a_cluster_that_can_never_hold_the_run_is_named_with_what_is_missing(
     large = command(config, tmp_path / "run", "actors.student.cpus=64", f"ray.address={head.address}")
     result = subprocess.run(large, env=head.environment, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 3
-    assert "needs 65 CPUs (student engine 0 64, teacher engine 0 0.5, learner rank 0 0.5)" in result.stderr
+    assert (
+        "needs 65 CPUs (student engine 0 64 CPUs, teacher engine 0 0.5 CPUs, learner rank 0 0.5 CPUs)" in result.stderr
+    )
     assert "nodes have 4 CPUs" in result.stderr
     assert "no room for student engine 0" in result.stderr
     assert "Traceback" not in result.stderr

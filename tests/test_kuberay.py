@@ -16,6 +16,7 @@ import yaml
 from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 
 from services.cli import _parser
+from services.config import RunConfig
 from services.load_config import load_config
 from services.prepare import Prepared, prepare
 from tests.readme import ROOT
@@ -192,7 +193,7 @@ def prepared(name: str, tmp_path: Path, overrides: list[str]) -> Prepared:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_a_jobs_run_fits_into_its_worker(name: str, smollm2: Path, tmp_path: Path) -> None:
-    """Today into one: all processes are placed on one node, which must be there when the run begins."""
+    """Into one, which is there when the run begins."""
     nightly = [f"model={smollm2}", f"data.train={ROOT / 'examples' / 'tools' / 'train.jsonl'}"]
     run = prepared(name, tmp_path, [] if name == JOBS[0] else nightly)
     (worker,) = cluster(name)["workerGroupSpecs"]
@@ -215,5 +216,20 @@ def test_only_actors_go_to_nodes_that_may_be_taken_away() -> None:
     affinity = learner["template"]["spec"]["affinity"]["nodeAffinity"]
     (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
     assert term["matchExpressions"] == [{"key": key, "operator": "DoesNotExist"}]
-    assert learner["minReplicas"] == 1, "a run is refused while no node is large enough"
+    assert learner["minReplicas"] == 1, "a run's first processes find a node at once"
     assert (actors["minReplicas"], actors["maxReplicas"]) == (0, 8)
+
+
+def test_the_configuration_for_the_growing_cluster_names_its_groups_and_fits_their_nodes() -> None:
+    """It stands in the manifest's comment."""
+    text = (KUBERAY / "raycluster-autoscaling.yaml").read_text()
+    lines = [line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   ")]
+    settings = yaml.safe_load("\n".join(lines[lines.index("training: {max_staleness: 2}") :]))
+    settings["training"]["steps"] = 1
+    config = RunConfig.model_validate({"model": "m", "data": {"train": "t.jsonl"}} | settings)
+    _, learner, actors = groups("raycluster-autoscaling.yaml")
+    assert (config.learner.labels, config.actors.student.labels) == (learner["labels"], actors["labels"])
+    for role in ("student", "teacher"):
+        container = actors["template"]["spec"]["containers"][0]
+        assert config.actors.of(role).cpus <= amount(container["resources"]["limits"]["cpu"])
+    assert config.ray.autoscaling

@@ -68,7 +68,7 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
         ("trainer: 1", "my.yaml: trainer is not a setting; did you mean training?"),
         ("lr: 1.0", "my.yaml: lr is not a setting; did you mean learner.optimizer.lr?"),
         ("loss: {topk: 3}", "my.yaml: loss.topk is not a setting; did you mean loss.top_k?"),
-        ("ray: {zzz: 3}", "my.yaml: ray.zzz is not a setting; ray has address, wait_s"),
+        ("ray: {zzz: 3}", "my.yaml: ray.zzz is not a setting; ray has address, wait_s, autoscaling"),
         ("seed: yes", "my.yaml: seed must be a whole number, not true"),
         ("seed: 1.5", "my.yaml: seed must be a whole number, not 1.5"),
         ("seed: '3'", 'my.yaml: seed must be a whole number, not the text "3"'),
@@ -105,6 +105,16 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
         ),
         ("learner: {optimizer: {betas: [0.9]}}", "my.yaml: learner.optimizer.betas[1] is missing from the list"),
         ("seed: -1\nray: {wait_s: 0}", "my.yaml: seed must be at least 0, not -1 (and 1 more)"),
+        (
+            "actors: {teacher: {max_replicas: 3}}",
+            "my.yaml: actors.teacher.max_replicas lets the number of engines change, and with it the bits of a strict "
+            "run; set training.max_staleness to 1 or more, or leave max_replicas out",
+        ),
+        (
+            "actors: {student: {replicas: 4, max_replicas: 3}}",
+            "my.yaml: actors.student: max_replicas 3 is less than replicas 4, which is the pool's least; raise it, or "
+            "leave it out for a pool of one size",
+        ),
         (
             "learner: {ranks: 64}",
             "my.yaml: learner.ranks must not exceed training.batch_size: some ranks would never have work",

@@ -39,7 +39,7 @@ class Bench:
         settings = PoolSettings(
             "student", self.least, self.most, self.strict, self.room, patience, work_s=5, drain_s=0.5, one_by_one=False
         )
-        self.pool = EnginePool(settings, self._create, Published(elsewhere), self.notices.append)
+        self.pool = EnginePool(settings, self._create, Published(elsewhere), self.notices.append, lambda: "no room")
 
     def _create(self, number: int) -> SimulatedEngine:
         self.started.append(self.make(number))
@@ -100,6 +100,26 @@ def test_who_joins_has_the_newest_weights_before_it_takes_work() -> None:
         assert set(await bench.work(12)) == {0, 1, 2}
         assert bench.notices[-1].endswith("has joined (process 1002): 3 student engines")
         await bench.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_who_finds_no_place_says_what_is_missing_and_is_no_hindrance(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Homeless(SimulatedEngine):
+        async def placed(self) -> None:
+            await asyncio.sleep(9)
+
+    monkeypatch.setattr("services.pools.PLACED_S", 0.05)
+
+    async def run() -> None:
+        bench = Bench(least=1, make=lambda number: (Homeless if number else SimulatedEngine)(number))
+        await bench.pool.start()
+        bench.pool.resize(2)
+        await asyncio.sleep(0.1)
+        assert bench.notices == ["student engine 1 waits for a place: no room"]
+        assert await bench.work(3) == [0, 0, 0]
+        await bench.pool.stop()
+        assert bench.started[1].killed
 
     asyncio.run(run())
 

@@ -164,10 +164,20 @@ def test_status_says_how_far_a_running_run_is(tmp_path: Path) -> None:
         (tmp_path / "checkpoints" / name / "manifest.json").write_text(json.dumps({"step": step}))
     (tmp_path / "checkpoints" / "step-000004").mkdir()  # no manifest: not whole
     ledger = sqlite3.connect(tmp_path / "ledger.sqlite")
-    ledger.execute("CREATE TABLE samples (id TEXT, state TEXT)")
-    ledger.executemany("INSERT INTO samples VALUES (?, ?)", [("a", "trained"), ("b", "trained"), ("c", "issued")])
+    ledger.execute("CREATE TABLE samples (id TEXT, state TEXT, tokens INTEGER)")
+    rows = [
+        ("a", "trained", 7),
+        ("b", "trained", 30),
+        ("c", "issued", None),
+        ("d", "dropped", 99),
+        ("e", "dropped", None),
+    ]
+    ledger.executemany("INSERT INTO samples VALUES (?, ?, ?)", rows)
     ledger.commit()
     ledger.close()
+    assert (
+        "Trained: 7 to 30 tokens, median 30; dropped: 99 to 99 tokens, median 99." in Page(write_report(tmp_path)).text
+    )
     lines = status_text(tmp_path).splitlines()
     assert lines[1] == f"state       running (pid {os.getpid()})"
     assert re.fullmatch(r"step        2 of 4, \d+ s ago", lines[2])
@@ -175,7 +185,9 @@ def test_status_says_how_far_a_running_run_is(tmp_path: Path) -> None:
         "loss        0.5000, 0.2500  (reverse KL 0.2500, 28 tok/s)",
         "evaluation  tools (task): 0.0 % → 81.3 % (n 80) at step 2; teacher 90.0 %",
         "            general (retention): 100 % → 98.8 % (n 80) at step 2",
-        "samples     1 issued, 2 trained",
+        "samples     1 issued, 2 trained, 2 dropped",
+        "            trained: 7 to 30 tokens, median 30",
+        "            dropped: 99 to 99 tokens, median 99",
         f"checkpoint  {tmp_path}/checkpoints/step-000002",
         f"next        curves so far: sdft report {tmp_path}",
     ]
