@@ -7,6 +7,7 @@ Written under a hidden name, closed with a manifest of every file's size and dig
 import json
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,18 @@ def commit(part: Path, run_dir: Path, state: CheckpointState, keep: int) -> Path
     for old in sorted(final.parent.glob("step-*"))[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def set_aside(run_dir: Path, after: int) -> list[Path]:
+    """Rename the checkpoints of later steps than `after`, from which a run goes on that had come further: the highest
+    step would count as the newest. Returns their new names."""
+    moved = []
+    for folder in sorted((run_dir / "checkpoints").glob("step-*")):
+        if folder.name > folder_of(run_dir, after).name:
+            aside = folder.with_name(f"aside-{time.strftime('%Y%m%d-%H%M%S')}-{folder.name}")
+            folder.rename(aside)
+            moved.append(aside)
+    return moved
 
 
 def damage(folder: Path) -> str | None:

@@ -8,7 +8,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -151,9 +151,9 @@ def _check_capacity(plan: Plan) -> None:
         if place is None:
             offers = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes) or "none"
             raise PreflightError(
-                f"the run needs {_parts(plan)}, and the cluster's nodes have {offers}: there is no room for "
-                f"{part.name}{_on(part)}; lower the cpus, gpus or replicas of actors and learner, start more nodes, or "
-                f"set ray.autoscaling: true if the cluster grows by itself"
+                f"the run needs {_parts(plan)}, and the cluster's nodes have {offers}: no node{labelled(part.labels)} "
+                f"has room for {part.name}; lower the cpus, gpus or replicas of actors and learner, start more nodes, "
+                f"or set ray.autoscaling: true if the cluster grows by itself"
             )
         place[0] -= part.cpus
         place[1] -= part.gpus
@@ -164,8 +164,9 @@ def needs(cpus: float, gpus: float) -> str:
     return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
 
 
-def _on(part: Part) -> str:
-    return f" on a node labelled {dict(part.labels)}" if part.labels else ""
+def labelled(labels: Mapping[str, str]) -> str:
+    """Which nodes, in words that follow "node"."""
+    return f" labelled {', '.join(f'{key}={value}' for key, value in labels.items())}" if labels else ""
 
 
 def _parts(plan: Plan) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import ray
 
 from actors.worker import EngineWorker
-from services.cluster import free, needs
+from services.cluster import free, labelled, needs
 from services.config import RunConfig
 from services.plan import engine_settings
 from services.pools import EnginePool, PoolSettings
@@ -32,9 +32,11 @@ def engine_pool(
     e = config.actors.of(role)
     settings = engine_settings(config, model, role)
     actor = ray.remote(EngineWorker)
+    gpus = e.gpus if config.device == "cuda" else 0
+    where = labelled(e.labels)
     anywhere: dict[str, Any] = {
         "num_cpus": e.cpus,
-        "num_gpus": e.gpus if config.device == "cuda" else 0,
+        "num_gpus": gpus,
         "label_selector": dict(e.labels),
         "max_restarts": 0,
     }
@@ -58,5 +60,5 @@ def engine_pool(
         create,
         Published(payload),
         notice,
-        lambda: f"it needs one node with {needs(e.cpus, anywhere['num_gpus'])} free; free in the cluster now: {free()}",
+        lambda: f"it needs one node{where} with {needs(e.cpus, gpus)} free; free in the cluster now: {free()}",
     )

@@ -37,6 +37,7 @@ class Plan:
     students: tuple[Part, ...]
     teachers: tuple[Part, ...]
     learners: tuple[Part, ...]
+    growing: Mapping[str, int] = field(default_factory=dict)  # engines that a role may come to, if more than at first
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -60,6 +61,9 @@ class Plan:
         lines += [f"{p.name:<22}{p.cpus:>10g}{p.gpus:>6g}{p.memory_gib:>8.1f} GiB" for p in self.parts]
         lines.append(f"{'Ray and driver':<22}{0:>10g}{0:>6g}{RAY_BASE_GIB:>8.1f} GiB")
         lines.append(f"{'in all':<22}{self.cpus:>10g}{self.gpus:>6g}{self.memory_gib:>8.1f} GiB")
+        lines += [
+            f"up to {most} {role} engines while the learner waits for them" for role, most in self.growing.items()
+        ]
         return "\n".join(lines)
 
 
@@ -81,7 +85,9 @@ def make_plan(config: RunConfig, shape: ModelShape, longest_prompt: int) -> Plan
     memory = learner_gib(one, config.teacher, config.dtype, shape, tokens, rows)
     gpus = one.gpus if cuda else 0
     learners = tuple(Part(f"learner rank {i}", one.cpus, gpus, memory, one.labels) for i in range(one.ranks))
-    return Plan(engines("student"), engines("teacher") if "teacher" in roles(config) else (), learners)
+    pools = [(role, config.actors.of(role)) for role in roles(config)]
+    growing = {role: e.most for role, e in pools if e.most > e.replicas}
+    return Plan(engines("student"), engines("teacher") if "teacher" in roles(config) else (), learners, growing)
 
 
 def _largest_forward(config: RunConfig, longest_prompt: int) -> tuple[int, int]:

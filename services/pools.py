@@ -20,6 +20,7 @@ from services.remote import Remote
 from services.slots import Slots
 from services.supervised import EngineLost, Losses, Patience, SupervisedEngine, reason
 
+SOONEST_S = 1.0  # between two tries to bring a pool to its least
 PLACED_S = 60.0  # an engine that has no place by then says so; a node may take as long to come
 
 
@@ -199,6 +200,8 @@ class EnginePool:
             self._refusals.count()
             self._not_before = asyncio.get_running_loop().time() + self._refusals.back_off_s
             self._notice(f"{engine.name} did not join: {reason(error)}")
+            if self.size <= self.settings.least:  # this one still counts
+                self._move(self._join_later())
             return
         finally:
             starting.cancel()
@@ -207,6 +210,12 @@ class EnginePool:
         self._engines.append(engine)
         self._changed(engine)
         self._notice(f"{engine.name} has joined (process {engine.process.pid}): {len(self._engines)} {self._plural}")
+
+    async def _join_later(self) -> None:
+        """A pool that has too few engines tries again by itself: without them there may be no step after which to."""
+        await asyncio.sleep(max(self._refusals.back_off_s, SOONEST_S))
+        if self.size < self.settings.least:
+            self._join()
 
     async def _left(self, engine: SupervisedEngine) -> None:
         try:

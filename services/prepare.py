@@ -138,9 +138,13 @@ def _fingerprint(config: RunConfig, model: Path, prompts: list[PromptPair]) -> s
     """
     elsewhere = {"model", "data", "run_dir", "ray", "monitoring", "checkpoint", "evaluation"}
     settings = config.model_dump(mode="json", exclude=elsewhere)
-    for role in roles(config):
-        for key in ELSEWHERE:
-            del settings["actors"][role][key]
+    if config.strict:
+        for role in roles(config):
+            for key in ELSEWHERE:
+                del settings["actors"][role][key]
+    else:  # no two runs are the same, whatever engines there are
+        del settings["actors"]
+        settings["training"]["max_staleness"] = "some"
     # The rest of these changes how it is computed, not what.
     settings["weights"] = {key: settings["weights"][key] for key in ("sync_every", "teacher_sync_every")}
     settings["learner"] = {key: settings["learner"][key] for key in ("optimizer", "lora")}

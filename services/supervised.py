@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from actors.types import EngineProcess, SnapshotDamaged, UpdateReport, WeightMismatch
 from learner.waiting import silent_for, within
@@ -219,7 +219,7 @@ class SupervisedEngine:
             try:
                 await self._start()
                 await self._load()
-            except (RayActorError, TimeoutError, SnapshotDamaged) as error:
+            except (RayError, TimeoutError, SnapshotDamaged, WeightMismatch) as error:
                 how = f"did not come back ({reason(error)})"
                 continue
             self._replacing = None

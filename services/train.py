@@ -37,6 +37,9 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
         start = _starting_point(prepared, run_dir, resume, console)
         if start is None and resume == "never" and (run_dir / "metrics.jsonl").exists():
             raise UserError(f"{run_dir} holds a run already; name another --run-dir, or resume it with --resume auto")
+        if start is not None and resume != "auto":
+            for folder in checkpoint.set_aside(run_dir, checkpoint.read_state(start).step):
+                console.print(f"a later checkpoint is kept as {folder}", soft_wrap=True)
         check_disk(prepared, run_dir)
         first = checkpoint.read_state(start).step if start else 0
         total = prepared.schedule.total_steps

@@ -215,3 +215,14 @@ def test_memory_that_holds_cached_files_counts_as_available(tmp_path: Path) -> N
     (tmp_path / "meminfo").write_text("MemTotal: 16777216 kB\nMemFree: 1048576 kB\nMemAvailable: 12582912 kB\n")
     assert available_memory_gib(tmp_path / "meminfo") == 12
     assert available_memory_gib(tmp_path / "nothing") > 0
+
+
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_does_not_take_later_ones_for_its_newest(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        save(tmp_path, step, keep=3)
+    (aside,) = checkpoint.set_aside(tmp_path, after=4)
+    assert (aside / "manifest.json").exists()
+    assert aside.name.endswith("step-000006")
+    save(tmp_path, 5, keep=2)
+    assert checkpoint.newest(tmp_path) == (tmp_path / "checkpoints" / "step-000005", [])
+    assert (tmp_path / "checkpoints" / "step-000004").exists()

@@ -149,7 +149,7 @@ def test_a_cluster_that_can_never_hold_the_run_is_named_with_what_is_missing(
         "needs 65 CPUs (student engine 0 64 CPUs, teacher engine 0 0.5 CPUs, learner rank 0 0.5 CPUs)" in result.stderr
     )
     assert "nodes have 4 CPUs" in result.stderr
-    assert "no room for student engine 0" in result.stderr
+    assert "no node has room for student engine 0" in result.stderr
     assert "Traceback" not in result.stderr
 
 

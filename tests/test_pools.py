@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
-from actors.types import Snapshot
+from actors.types import Snapshot, UpdateReport, WeightMismatch
 from learner.group import LearnerLost
 from services.pools import EnginePool, PoolSettings
 from services.published import Published
@@ -169,6 +170,46 @@ def test_engines_leave_a_node_that_is_being_drained_and_others_come() -> None:
         assert "student engine 1 leaves its node, which is being drained" in bench.notices[0]
         bench.pool.vacate({"spot"})
         assert not bench.pool.changing
+        await bench.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_a_pool_below_its_least_goes_on_trying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when a node is drained and the engine that should take the place of the last one does not start at first."""
+
+    class Refused(SimulatedEngine):
+        async def placed(self) -> None:
+            raise RayActorError
+
+    monkeypatch.setattr("services.pools.SOONEST_S", 0.02)
+
+    async def run() -> None:
+        kinds = {0: SimulatedEngine, 1: Refused, 2: Refused}
+        bench = Bench(least=1, make=lambda n: kinds.get(n, SimulatedEngine)(n, node="spot" if n == 0 else "here"))
+        await bench.pool.start()
+        bench.pool.vacate({"spot"})
+        assert await bench.work(2) == [3, 3]
+        assert [engine.name for engine in bench.pool.engines] == ["student engine 3"]
+        await bench.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_a_successor_that_refuses_the_weights_is_replaced_like_one_that_dies() -> None:
+    class Wrong(SimulatedEngine):
+        def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
+            raise WeightMismatch("its log-probs differ by 3 on average")
+
+    async def run() -> None:
+        bench = Bench(least=1)
+        await bench.pool.start()
+        await bench.publish(1)
+        bench.make = Wrong
+        bench.started[0].die()
+        work = asyncio.create_task(bench.work(1))
+        with pytest.raises(RuntimeError, match=r"lost 2 times .* did not come back \(its log-probs differ by 3"):
+            await work
         await bench.pool.stop()
 
     asyncio.run(run())

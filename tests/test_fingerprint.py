@@ -1,0 +1,48 @@
+"""What of a run may be changed when it is continued."""
+
+from pathlib import Path
+
+import pytest
+
+from services.load_config import load_config
+from services.prepare import prepare
+from tests.runs import write_run
+
+AHEAD = "training.max_staleness=2"
+ELSEWHERE = [
+    "actors.student.health_timeout_s=9",
+    "actors.student.cpus=2",
+    "actors.teacher.labels={sdft: actors}",
+    "learner.ranks=2",
+    "checkpoint.every=7",
+    "ray.autoscaling=true",
+    "weights.swap=one_by_one",
+]
+OF_THE_POOLS = ["actors.student.replicas=3", "actors.teacher.max_num_seqs=8"]
+OF_THE_RESULT = ["seed=5", "learner.optimizer.lr=1e-4", "loss.top_k=8", "training.batch_size=2", "sampling.top_p=0.9"]
+
+
+def fingerprint(folder: Path, model: Path, *overrides: str) -> str:
+    return prepare(load_config(write_run(folder, model, "float32"), list(overrides)), folder / "tiny.yaml").fingerprint
+
+
+@pytest.mark.parametrize("override", ELSEWHERE)
+def test_what_changes_nothing_that_is_computed_may_change(tiny_model: Path, tmp_path: Path, override: str) -> None:
+    assert fingerprint(tmp_path, tiny_model, override) == fingerprint(tmp_path, tiny_model)
+
+
+@pytest.mark.parametrize("override", [*OF_THE_RESULT, *OF_THE_POOLS, AHEAD])
+def test_what_changes_the_bits_of_a_strict_run_may_not(tiny_model: Path, tmp_path: Path, override: str) -> None:
+    assert fingerprint(tmp_path, tiny_model, override) != fingerprint(tmp_path, tiny_model)
+
+
+@pytest.mark.parametrize("override", [*ELSEWHERE, *OF_THE_POOLS, "training.max_staleness=5"])
+def test_where_no_two_runs_are_the_same_the_pools_and_the_staleness_may_change(
+    tiny_model: Path, tmp_path: Path, override: str
+) -> None:
+    assert fingerprint(tmp_path, tiny_model, AHEAD, override) == fingerprint(tmp_path, tiny_model, AHEAD)
+
+
+@pytest.mark.parametrize("override", [*OF_THE_RESULT, "training.max_staleness=0"])
+def test_what_is_learnt_from_may_not_change_there_either(tiny_model: Path, tmp_path: Path, override: str) -> None:
+    assert fingerprint(tmp_path, tiny_model, AHEAD, override) != fingerprint(tmp_path, tiny_model, AHEAD)
