@@ -7,7 +7,6 @@ has twice as many samples as the students can compute at once; the learner takes
 """
 
 import asyncio
-import gc
 import heapq
 import random
 import resource
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from actors.process import collect_rarely
 from actors.types import GenerateRequest, Rollout, Sampling, ScoredRollout, Snapshot, TeacherScores, UpdateReport
 from benchmarks import virtual_time
 from learner.types import StepResult
@@ -217,7 +217,7 @@ def simulate(case: Case) -> dict[str, Any]:
                 deaths.cancel()
             await asyncio.gather(students.stop(), teachers.stop())
 
-        gc.freeze()
+        collect_rarely()
         virtual_time.run(work())
         ledger.close()
         log.close()

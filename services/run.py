@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from rich.console import Console
 
+from actors.process import collect_rarely
 from learner.group import LearnerGroup, LearnerLost
 from learner.waiting import all_of, cancelled, unless
 from services import checkpoint
@@ -35,6 +36,7 @@ from services.watchdog import Watchdog
 async def run(prepared: Prepared, run_dir: Path, start: Path | None, console: Console) -> None:
     """From the checkpoint `start`, or from the base model, to the end."""
     c = prepared.config
+    collect_rarely()
     with (
         Progress(console, prepared.schedule.total_steps, prepared.path.stem) as progress,
         cluster(c.ray, prepared.plan, run_dir / "logs"),

@@ -3,6 +3,7 @@
 import hashlib
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 
 from actors.types import SampleId
 
@@ -28,7 +29,7 @@ class Schedule:
         samples = []
         for position in range(first, min(first + self.batch_size, self.prompts)):
             epoch, place = divmod(position, self.demonstrations)
-            index = self._order(epoch)[place]
+            index = _order(self.demonstrations, f"{self.seed}/{self.stage}/{epoch}")[place]
             samples += [SampleId(self.stage, epoch, index, g) for g in range(self.generations)]
         return samples
 
@@ -38,10 +39,13 @@ class Schedule:
         prompts = [self.demonstrations] * whole + ([rest] if rest else [])
         return {(self.stage, epoch): count * self.generations for epoch, count in enumerate(prompts)}
 
-    def _order(self, epoch: int) -> list[int]:
-        order = list(range(self.demonstrations))
-        random.Random(f"{self.seed}/{self.stage}/{epoch}").shuffle(order)
-        return order
+
+@lru_cache(maxsize=4)  # a batch is of one epoch or two, and its samples ask one after the other
+def _order(demonstrations: int, seed: str) -> list[int]:
+    """All rows, shuffled."""
+    order = list(range(demonstrations))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def make_schedule(
