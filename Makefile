@@ -25,6 +25,7 @@ bench: install $(TRL)
 	$(BIN)/python -m benchmarks.snapshots
 	$(BIN)/python -m benchmarks.gradient
 	$(BIN)/python -m benchmarks.changed
+	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.ahead
 	$(BIN)/python -m benchmarks.peer
 
