@@ -83,12 +83,18 @@ class EnginePool:
     @property
     def changing(self) -> bool:
         """Somebody joins or leaves, or is being replaced."""
-        return bool(self._moving) or not all(engine.up for engine in self._engines)
+        return bool(self._moving or self._joining) or not all(engine.up for engine in self._engines)
 
     @property
     def queued(self) -> int:
         """Sequences that wait for an engine."""
         return self._slots.queued
+
+    @property
+    def at_work(self) -> str:
+        """Who has how many sequences, as people read it; in a pool that streams."""
+        loads = [f"{engine.name} has {load}" for engine, load in self._slots.loads.items()]
+        return ", ".join([*loads, f"{self._slots.queued} wait for a {self.settings.role} engine"])
 
     def busy(self) -> float:
         """Share of the engines' room that was used since this was last asked, 0 to 1."""
@@ -140,7 +146,7 @@ class EnginePool:
     async def stop(self) -> None:
         """Shut every engine down."""
         await cancelled(self._moving)
-        await asyncio.gather(*(engine.stop() for engine in self._engines))
+        await asyncio.gather(*(engine.stop() for engine in (*self._engines, *self._joining)))
         self.published.stop()
 
     def _new(self) -> SupervisedEngine:
@@ -155,6 +161,15 @@ class EnginePool:
         )
 
     def _changed(self, engine: SupervisedEngine) -> None:
+        if engine in self._joining and engine.up:
+            # At once, in the step in which it has let go of the lock: or an update could come between, and miss it.
+            self._joining.discard(engine)
+            self._refusals.recovered()
+            self._engines.append(engine)
+            self._notice(f"{engine.name} has joined (process {engine.process.pid}): {self._engines_now}")
+        elif engine in self._joining and engine.failure is not None:
+            self._joining.discard(engine)
+            self._notice(f"{engine.name} did not join: {engine.failure}")
         if engine not in self._engines:
             return
         if engine.up:
@@ -164,7 +179,7 @@ class EnginePool:
         if engine.failure is not None:
             if len(self._engines) > self.settings.least:
                 self._engines.remove(engine)
-                self._notice(f"{engine.failure}; the pool goes on with {len(self._engines)} engines")
+                self._notice(f"{engine.failure}; the pool goes on with {self._engines_now}")
             else:
                 self._slots.fail(engine.failure)
 
@@ -177,7 +192,7 @@ class EnginePool:
         self._engines.remove(engine)
         self._slots.leave(engine)
         engine.abandon()
-        self._notice(f"{engine.name} {why}: {len(self._engines)} {self._plural}")
+        self._notice(f"{engine.name} {why}: {self._engines_now}")
         self._move(self._left(engine))
 
     def _move(self, work: Coroutine[Any, Any, None]) -> None:
@@ -193,23 +208,17 @@ class EnginePool:
                 self._notice(f"{engine.name} waits for a place: {self._wanting()}")
             await starting
         except asyncio.CancelledError:
+            starting.cancel()
             await engine.stop()
             raise
         except (RayError, TimeoutError) as error:  # the run goes on without it
+            self._joining.discard(engine)
             await engine.stop()
             self._refusals.count()
             self._not_before = asyncio.get_running_loop().time() + self._refusals.back_off_s
             self._notice(f"{engine.name} did not join: {reason(error)}")
-            if self.size <= self.settings.least:  # this one still counts
+            if self.size < self.settings.least:
                 self._move(self._join_later())
-            return
-        finally:
-            starting.cancel()
-            self._joining.discard(engine)
-        self._refusals.recovered()
-        self._engines.append(engine)
-        self._changed(engine)
-        self._notice(f"{engine.name} has joined (process {engine.process.pid}): {len(self._engines)} {self._plural}")
 
     async def _join_later(self) -> None:
         """A pool that has too few engines tries again by itself: without them there may be no step after which to."""
@@ -225,8 +234,8 @@ class EnginePool:
             await engine.stop()
 
     @property
-    def _plural(self) -> str:
-        return f"{self.settings.role} engine{'' if len(self._engines) == 1 else 's'}"
+    def _engines_now(self) -> str:
+        return f"{len(self._engines)} {self.settings.role} engine{'' if len(self._engines) == 1 else 's'}"
 
     async def _spread(self, method: str, items: Sequence[Any], argument: Any) -> list[Any]:
         if self.settings.strict:

@@ -115,8 +115,14 @@ class Rollouts:
         else:
             # One wait for all of it: a sample's own begins when an engine has room.
             limit = self._students.settings.work_s * (1 + self._prepared.config.training.max_staleness)
-            work = all_of([self._part([sample]) for sample in ids])
-            parts = await within(work, limit, f"the rollouts and scores of step {step}")
+            work = asyncio.ensure_future(all_of([self._part([sample]) for sample in ids]))
+            try:
+                # Shielded: who has what can still be told when it took too long.
+                parts = await within(asyncio.shield(work), limit, f"the rollouts and scores of step {step}")
+            except TimeoutError as error:
+                raise TimeoutError(f"{error}: {self._students.at_work}; {self._teachers.at_work}") from error
+            finally:
+                work.cancel()
         sampled, ready, scored = (max(times) for times in zip(*(part.ends for part in parts), strict=True))
         times = Times()
         times.seconds |= {"rollout": sampled - began, "sync": ready - sampled, "score": scored - ready}

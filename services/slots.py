@@ -85,6 +85,11 @@ class Slots(Generic[W]):
         self._waiting.clear()
 
     @property
+    def loads(self) -> dict[W, int]:
+        """How many items each has in hand, of those who have any."""
+        return {worker: load for worker, load in self._load.items() if load}
+
+    @property
     def queued(self) -> int:
         """Items that wait for a worker."""
         return len(self._waiting)

@@ -105,6 +105,28 @@ def test_who_joins_has_the_newest_weights_before_it_takes_work() -> None:
     asyncio.run(run())
 
 
+def test_weights_that_come_while_an_engine_joins_do_not_miss_it() -> None:
+    """They wait until it has loaded the ones before, and it is one of the pool's by then."""
+
+    class Slow(SimulatedEngine):
+        def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
+            return 0.05, super().update_weights(snapshot)[1]
+
+    async def run() -> None:
+        bench = Bench(least=1, make=Slow)
+        await bench.pool.start()
+        await bench.publish(7)
+        bench.pool.resize(2)
+        while len(bench.started) < 2 or bench.started[1].version < 7:
+            await asyncio.sleep(0)
+        assert bench.pool.published.lock.locked()
+        await bench.publish(8)
+        assert [engine.version for engine in bench.started] == [8, 8]
+        await bench.pool.stop()
+
+    asyncio.run(run())
+
+
 def test_who_finds_no_place_says_what_is_missing_and_is_no_hindrance(monkeypatch: pytest.MonkeyPatch) -> None:
     class Homeless(SimulatedEngine):
         async def placed(self) -> None:
@@ -225,7 +247,7 @@ def test_an_engine_that_keeps_dying_is_given_up_if_enough_remain_and_ends_the_ru
             next(e for e in reversed(bench.started) if e.number == 1).die()
             await bench.work(4)  # finds it out
             await bench.settled()
-        assert "the pool goes on with 1 engines" in bench.notices[-1]
+        assert "the pool goes on with 1 student engine" in bench.notices[-1]
         assert [engine.name for engine in bench.pool.engines] == ["student engine 0"]
         bench.started[0].die()
         await bench.work(1)

@@ -23,6 +23,7 @@ def test_items_go_to_who_has_the_least_to_do_and_wait_in_their_order_when_nobody
         slots.join("a")
         slots.join("b")
         assert [await slots.take() for _ in range(4)] == ["a", "b", "a", "b"]
+        assert slots.loads == {"a": 2, "b": 2}
         first, second = (asyncio.create_task(slots.take()) for _ in range(2))
         await asyncio.sleep(0)
         assert slots.queued == 2
