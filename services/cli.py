@@ -151,6 +151,8 @@ def _eval(a: argparse.Namespace) -> None:
     from services.prepare import prepare
 
     path = Path(a.config)
+    if a.regrade and a.model:
+        raise UserError("--regrade grades the answers in a file: --model has no part in it; leave one of them out")
     # A path on the command line starts here, one in the file at the file's folder.
     overrides = a.set + ([f"model={json.dumps(str(_local(a.model)))}"] if a.model else [])
     config = load_config(path, overrides)
@@ -158,10 +160,15 @@ def _eval(a: argparse.Namespace) -> None:
         raise UserError(f"{path}: evaluation.sets is empty; give at least one set to evaluate")
     if a.out and not Path(a.out).absolute().parent.is_dir():
         raise UserError(f"--out {a.out}: its folder does not exist; make it first")
-    prepared = prepare(config, path)
-    from services.evaluate import evaluate, write_answers
+    from services.answers import regrade, write_answers
 
-    results, samples = evaluate(prepared, Console())
+    if a.regrade:
+        results, samples = regrade(config, path.parent, Path(a.regrade))
+    else:
+        prepared = prepare(config, path)
+        from services.evaluate import evaluate
+
+        results, samples = evaluate(prepared, Console())
     for r in results:
         low, high = r.interval
         print(f"{r.label:<24}{percent(r.value):>8}  n {r.n:<5} 95 % interval {percent(low)} to {percent(high)}")
@@ -224,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     _config(c)
     c.add_argument("--model", metavar="PATH", help="a model folder (such as an exported one) instead of the config's")
     c.add_argument("--out", metavar="FILE", help="write results and all answers there, one JSON object a line")
+    c.add_argument("--regrade", metavar="FILE", help="grade the answers of an earlier --out again; starts no model")
     c = add("submit", _submit, "Run `sdft train` as a job of a Ray cluster, with the current folder as its files")
     _config(c)
     c.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, as http://HEAD:8265")

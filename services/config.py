@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from actors.config import ActorsConfig, Dtype, SamplingConfig
 from learner.config import LearnerConfig, LossConfig, TeacherConfig
 
-GRADERS = ("exact", "contains", "choice", "tool_call")
+GRADERS = ("exact", "contains", "choice", "numeric", "tool_call")
 
 
 class Section(BaseModel):
@@ -65,9 +65,29 @@ class EvaluationSet(Section):
 
     name: str = Field(pattern=r"^[a-z0-9_-]+$")
     file: str
-    grader: Literal["exact", "contains", "choice", "tool_call"]
+    grader: Literal["exact", "contains", "choice", "numeric", "tool_call"]
     role: Literal["task", "retention"] = "task"
     max_new_tokens: int = Field(64, ge=1)
+    pass_at: tuple[int, ...] = Field((), description="Also pass@k, for each k here, of sampled answers; at most 128")
+    pass_samples: int | None = Field(
+        None, ge=1, description="Answers sampled to a question for pass_at; null: twice as many as the largest k"
+    )
+    pass_temperature: float = Field(1.0, gt=0, description="At which they are sampled")
+
+    @property
+    def sampled(self) -> int:
+        """Answers to a question beside the greedy one."""
+        return self.pass_samples or 2 * max(self.pass_at) if self.pass_at else 0
+
+    @model_validator(mode="after")
+    def _enough_answers(self) -> "EvaluationSet":
+        if self.pass_at and not 1 <= min(self.pass_at) <= max(self.pass_at) <= 128:
+            raise ValueError(f"pass_at {list(self.pass_at)}: give values of k from 1 to 128")
+        if self.pass_at and self.sampled < max(self.pass_at):
+            raise ValueError(
+                f"pass_samples {self.sampled} is less than the largest k of pass_at, {max(self.pass_at)}; raise it"
+            )
+        return self
 
 
 class EvaluationConfig(Section):

@@ -1,9 +1,6 @@
 """`sdft eval`: the evaluation sets of a configuration on a model as it stands; nothing is trained."""
 
 import asyncio
-import json
-from dataclasses import asdict
-from pathlib import Path
 
 import ray
 from rich.console import Console
@@ -11,7 +8,6 @@ from rich.console import Console
 from services.cluster import cluster, placement
 from services.engines import engine_pool
 from services.evaluation import Evaluator
-from services.files import write_atomically
 from services.metrics import EvalResult, Sample
 from services.plan import Plan
 from services.prepare import Prepared, check_memory
@@ -46,9 +42,3 @@ async def _run(prepared: Prepared, plan: Plan, console: Console) -> tuple[list[E
 
 async def _nothing_published(role: str) -> list[ray.ObjectRef]:
     raise RuntimeError(f"the {role} engines serve the model they were started with")
-
-
-def write_answers(path: Path, results: list[EvalResult], samples: list[Sample]) -> None:
-    """One JSON object a line: the results first, then every question with its answer and grade."""
-    rows = [asdict(r) for r in results] + [asdict(s) for s in samples]
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -1,18 +1,21 @@
-"""Greedy evaluation on the student engines: questions in, graded answers and shares out."""
+"""Evaluation on the student engines: questions in, graded answers and shares out. Greedy, but for pass@k."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actors.types import GenerateRequest, Sampling
+from actors.types import GenerateRequest, Rollout, Sampling
 from services.config import EvaluationSet
 from services.demonstrations import Question
 from services.graders import GRADERS
 from services.metrics import STUDENT, TEACHER, EvalResult, Sample
+from services.pass_at_k import pass_at_k
 from services.pools import EnginePool
 from services.prompts import PromptPair
+from services.schedule import seed_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,11 +53,36 @@ class Evaluator:
             result, answers = await self._run(pool, loaded, STUDENT, step, stage)
             results.append(result)
             samples += answers[:shown]
+            results += await self._pass_at(pool, loaded, step, stage)
         return results, samples
 
     async def teachers(self, pool: EnginePool, step: int, stage: int = 0) -> list[EvalResult]:
         """The sets whose questions have demonstrations, answered with them in the prompt: what there is to learn."""
         return [(await self._run(pool, loaded, TEACHER, step, stage))[0] for loaded in self._sets if loaded.has_teacher]
+
+    async def _pass_at(self, pool: EnginePool, loaded: LoadedSet, step: int, stage: int) -> list[EvalResult]:
+        """pass@k for each k of the set, of the same sampled answers.
+
+        Their seeds are the same at every step, so that two evaluations differ by the weights alone.
+        """
+        s = loaded.settings
+        if not s.pass_at:
+            return []
+        requests = [
+            GenerateRequest(np.asarray(p.student_ids, dtype=np.int32), seed_of(f"{s.name}/{question.id}/{i}"))
+            for question, p in zip(loaded.questions, loaded.prompts, strict=True)
+            for i in range(s.sampled)
+        ]
+        rollouts = await pool.generate(requests, Sampling(s.max_new_tokens, s.pass_temperature))
+        grader, texts = GRADERS[s.grader], iter(map(self._text, rollouts))
+        right = [sum(grader.grade(next(texts), q.answer) for _ in range(s.sampled)) for q in loaded.questions]
+        return [
+            EvalResult(step, stage, s.name, f"pass@{k}", fmean(pass_at_k(s.sampled, c, k) for c in right), len(right))
+            for k in s.pass_at
+        ]
+
+    def _text(self, rollout: Rollout) -> str:
+        return self._tokenizer.decode(rollout.completion_ids.tolist(), skip_special_tokens=True)
 
     async def _run(
         self, pool: EnginePool, loaded: LoadedSet, metric: str, step: int, stage: int
@@ -66,7 +94,7 @@ class Evaluator:
         grader = GRADERS[s.grader]
         samples = []
         for question, rollout in zip(loaded.questions, rollouts, strict=True):
-            text = self._tokenizer.decode(rollout.completion_ids.tolist(), skip_special_tokens=True)
+            text = self._text(rollout)
             correct = grader.grade(text, question.answer)
             prompt = "\n\n".join(f"{m['role']}: {m['content']}" for m in question.messages)
             if len(question.messages) == 1:

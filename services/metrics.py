@@ -75,8 +75,8 @@ class EvalResult:
 
     @property
     def label(self) -> str:
-        """The set's name, and whether it is the teacher that answered."""
-        return f"{self.task} (teacher)" if self.metric == TEACHER else self.task
+        """The set's name, and whether it is the teacher that answered, or how often was asked."""
+        return {STUDENT: self.task, TEACHER: f"{self.task} (teacher)"}.get(self.metric, f"{self.task} {self.metric}")
 
     @property
     def interval(self) -> tuple[float, float]:

@@ -58,5 +58,10 @@ def make_schedule(
 
 def sample_seed(run_seed: int, sample: SampleId) -> int:
     """The sampling seed of one sample: it does not depend on which engine makes it, or when."""
-    digest = hashlib.sha256(f"{run_seed}/{sample}".encode()).digest()
+    return seed_of(f"{run_seed}/{sample}")
+
+
+def seed_of(name: str) -> int:
+    """A sampling seed for whatever has this name."""
+    digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from services.config import GRADERS as CONFIG_GRADERS
-from services.graders import GRADERS, choice, contains, exact, tool_call
+from services.graders import GRADERS, choice, contains, exact, numeric, tool_call
 
 PAPER_TOOL_USE = Path(__file__).parents[2] / "shared" / "data" / "tooluse_eval.jsonl"
 
@@ -25,6 +25,48 @@ def test_exact_compares_the_stripped_reply_with_each_accepted_string() -> None:
     assert exact.grade("Oslo", ["Bergen", "Oslo"])
     assert not exact.grade("oslo", "Oslo")
     assert not exact.grade("It is Oslo", "Oslo")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("2 + 2 is 4.", 4),
+        ("first 3, then 5", "5"),
+        ("It costs 1,234.50 dollars", 1234.5),
+        ("about -7", "-7"),
+        ("about −7", -7),
+        ("x = .5", 0.5),
+        ("6.02e23", 6.02e23),
+        ("3.14", {"value": 3.14159, "tolerance": 0.01}),
+        ("in 2024-11", 11),
+        ("**42**", 42),
+    ],
+)
+def test_numeric_takes_the_last_number(text: str, answer: Any) -> None:
+    assert numeric.check_answer(answer) is None
+    assert numeric.grade(text, answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("none", 4),
+        ("4, no, 5", 4),
+        ("44", 4),
+        ("4.5", 4),
+        ("x4", 4),
+        ("-4", 4),
+        ("3.2", {"value": 3.14159, "tolerance": 0.01}),
+        ("1,2345", 2345),
+    ],
+)
+def test_numeric_refuses_other_numbers(text: str, answer: Any) -> None:
+    assert not numeric.grade(text, answer)
+
+
+@pytest.mark.parametrize("answer", [None, True, "four", "4 or 5", [4], {"value": 4}, float("nan")])
+def test_numeric_needs_a_number(answer: Any) -> None:
+    assert "answer must be a number" in str(numeric.check_answer(answer))
 
 
 @pytest.mark.parametrize(

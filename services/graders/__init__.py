@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol
 
-from services.graders import choice, contains, exact, tool_call
+from services.graders import choice, contains, exact, numeric, tool_call
 
 
 class Grader(Protocol):
@@ -19,5 +19,6 @@ GRADERS: dict[str, Grader] = {
     "exact": exact,
     "contains": contains,
     "choice": choice,
+    "numeric": numeric,
     "tool_call": tool_call,
 }

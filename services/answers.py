@@ -1,0 +1,64 @@
+"""The file of an evaluation: its results first, then every question with its answer and grade, one JSON object a line.
+
+`sdft eval --out` writes it; `sdft eval --regrade` grades its answers again, by the graders and right answers that the
+configuration names now, and starts no model.
+"""
+
+import json
+from collections import Counter
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+from services.config import RunConfig
+from services.demonstrations import load_questions
+from services.errors import UserError
+from services.files import read_text, write_atomically
+from services.graders import GRADERS
+from services.metrics import STUDENT, EvalResult, Sample
+
+FIELDS = {f.name for f in fields(Sample)}
+
+
+def write_answers(path: Path, results: list[EvalResult], samples: list[Sample]) -> None:
+    """Replace the file."""
+    rows = [asdict(r) for r in results] + [asdict(s) for s in samples]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def regrade(config: RunConfig, base: Path, path: Path) -> tuple[list[EvalResult], list[Sample]]:
+    """Results and answers, graded again. UserError if an answer is to no question of the configuration's sets."""
+    sets = {s.name: (GRADERS[s.grader], {q.id: q for q in load_questions(s, base)}) for s in config.evaluation.sets}
+    samples = []
+    for sample in _read(path):
+        if sample.task not in sets:
+            raise UserError(
+                f"{path}: answers to the set {sample.task}, which the configuration does not have; it has "
+                f"{', '.join(sets)}"
+            )
+        grader, questions = sets[sample.task]
+        if sample.id not in questions:
+            raise UserError(f"{path}: an answer to question {sample.id} of {sample.task}, which its file does not have")
+        answer = questions[sample.id].answer
+        samples.append(replace(sample, answer=answer, correct=grader.grade(sample.text, answer)))
+    counts = Counter(s.task for s in samples)
+    right = Counter(s.task for s in samples if s.correct)
+    step = samples[0].step
+    return [EvalResult(step, 0, task, STUDENT, right[task] / n, n) for task, n in counts.items()], samples
+
+
+def _read(path: Path) -> list[Sample]:
+    """The answers; results are passed over."""
+    samples = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not JSON ({error}); give a file that `sdft eval --out` wrote") from None
+        if isinstance(row, dict) and "metric" in row:
+            continue
+        if not isinstance(row, dict) or set(row) != FIELDS:
+            raise UserError(f"{path}:{number}: not an answer; give a file that `sdft eval --out` wrote")
+        samples.append(Sample(**row))
+    if not samples:
+        raise UserError(f"{path}: there are no answers in it; give a file that `sdft eval --out` wrote")
+    return samples
