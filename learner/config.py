@@ -38,6 +38,14 @@ class LossConfig(BaseModel):
     importance: ImportanceConfig = ImportanceConfig()
 
 
+class TokenLoss(LossConfig):
+    """Instead of a divergence: a loss of tokens that somebody else chose, without a teacher. No user writes it."""
+
+    divergence: Literal["nll", "dft"] = "nll"  # type: ignore[assignment]
+    skip_first: int = 0  # a demonstration's first tokens are learnt like the others
+    importance: ImportanceConfig = ImportanceConfig(level="off")  # nobody sampled them
+
+
 class OptimizerConfig(BaseModel):
     """AdamW and its schedule."""
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from learner.config import CHUNK_LOGITS, LossConfig
 
 CACHED_ROWS = 16  # of a chunk are worked on in float32 at once, on a CPU: 3 MB at that vocabulary
+OF_ONE_TOKEN = ("sampled", "nll", "dft")  # divergences that look at the sequence's own tokens alone
 VOCABULARY_ROWS = 8192  # of the head's gradient are added up at once
 
 
@@ -66,15 +67,19 @@ def divergence(log_p: Tensor, log_q: Tensor, config: LossConfig) -> Tensor:
 
 def support(targets: Targets, config: LossConfig) -> Tensor:
     """The tokens whose log-probs the objective is a function of: [N, S] int64."""
-    return targets.sampled_ids[:, None] if config.divergence == "sampled" else targets.teacher_ids
+    return targets.sampled_ids[:, None] if config.divergence in OF_ONE_TOKEN else targets.teacher_ids
 
 
 def support_objective(log_p: Tensor, targets: Targets, vocabulary: int, config: LossConfig) -> tuple[Tensor, Tensor]:
     """Objective to differentiate and value to report, per row: student's log-probs of the support [N, S] -> [N], [N].
 
     They are the same but for `sampled`, whose value is the log-ratio log p(y) - log q(y) and whose objective is
-    stop_gradient(log-ratio) * log p(y): the unbiased one-sample gradient of reverse KL (much noisier than a support).
+    stop_gradient(log-ratio) * log p(y): the unbiased one-sample gradient of reverse KL (much noisier than a support);
+    and for `dft`, whose value is -log p(y) and whose objective is that times stop_gradient(p(y)).
     """
+    if config.divergence in ("nll", "dft"):
+        value = -log_p[:, 0]
+        return (value * value.detach().neg().exp() if config.divergence == "dft" else value), value.detach()
     if config.divergence == "sampled":
         ratio = log_p.detach()[:, 0] - targets.teacher_sampled
         return ratio * log_p[:, 0], ratio

@@ -28,6 +28,7 @@ def _train(a: argparse.Namespace) -> None:
     from rich.console import Console
 
     from services.load_config import load_config, resolved_yaml
+    from services.methods import on_policy
     from services.prepare import prepare
 
     path = Path(a.config)
@@ -39,10 +40,13 @@ def _train(a: argparse.Namespace) -> None:
     size = f"{shape.parameters / 1e6:.1f} M parameters"
     if shape.adapters:
         size += f" (LoRA trains {shape.adapters / 1e6:.1f} M)"
+    learns = f"{config.loss.divergence} divergence, {config.teacher.weights} teacher"
+    if not on_policy(config):
+        learns = f"{config.method} on the demonstrations' own tokens"
     plan = (
         f"{len(prepared.prompts)} demonstrations, {prepared.schedule.total_steps} steps of "
         f"{config.training.batch_size} prompts, {size} in {config.dtype}, "
-        f"{config.loss.divergence} divergence, {config.teacher.weights} teacher"
+        f"{learns}"
     )
     console.print(plan, prepared.plan.text(), sep="\n", markup=False, highlight=False)
     if a.dry_run:

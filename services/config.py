@@ -144,6 +144,9 @@ class RunConfig(Section):
     """A run, whole."""
 
     model: str = Field(description="A built-in name (smollm2-135m), a local folder or a hub id")
+    method: Literal["sdft", "sft", "dft"] = Field(
+        "sdft", description="sft and dft, to compare with: the demonstrations' own tokens, without a teacher"
+    )
     dtype: Dtype = "bfloat16"
     device: Literal["cpu", "cuda"] = "cpu"
     seed: int = Field(0, ge=0, lt=2**31)

@@ -19,6 +19,7 @@ from services import checkpoint
 from services.checkpoint import CheckpointState
 from services.evaluation import Evaluator
 from services.ledger import Ledger
+from services.methods import loss_of, on_policy
 from services.metrics import RunLog, StepMetrics
 from services.pools import EnginePool
 from services.prepare import Prepared
@@ -61,6 +62,7 @@ class Controller:
         pools = [pool for pool in (students, teachers) if pool is not None and not pool.settings.strict]
         self._scalers = [(pool, Scaler(pool.settings.least, pool.settings.most)) for pool in pools]
         self._saving: asyncio.Task[None] | None = None
+        self._on_policy = on_policy(self._config)  # else engines are for evaluation alone
 
     def _weights(self, role: str, pool: EnginePool) -> WeightSync:
         return WeightSync(role, pool, self._learner, self._config.weights.timeout_s, self._progress.note)
@@ -105,7 +107,7 @@ class Controller:
         times = Times()
         began = now()
         student, teacher, every = self._student_weights, self._teacher_weights, self._config.weights
-        rollouts.begin(student.version)
+        rollouts.begin(student.version if self._on_policy else step - 1)
         if rollouts.begun < step:
             needed = step - 1 - self._config.training.max_staleness
             await times.of("sync", student.until(max(0, needed), step - 1))
@@ -118,7 +120,7 @@ class Controller:
         self._ledger.advance(ids, "trained")
         await times.of("sync", student.done())
         trained, dropped, in_flight = self._ledger.audit(self._prepared.schedule.issued_through(rollouts.begun))
-        if step % every.sync_every == 0:
+        if step % every.sync_every == 0 and self._on_policy:
             await times.of("sync", student.now(step) if self._config.strict else student.send(step))
         if teacher is not None and step % every.teacher_sync_every == 0:
             # The teacher is not needed before there is something to score: meanwhile the students sample.
@@ -135,7 +137,7 @@ class Controller:
             stage=ids[0].stage,
             loss=result.loss,
             divergence=result.divergence,
-            direction=self._config.loss.divergence,
+            direction=loss_of(self._config).divergence,
             grad_norm=result.grad_norm,
             lr=result.lr,
             samples=len(samples),

@@ -12,7 +12,14 @@ from services.errors import UserError
 from services.files import write_atomically
 from services.sinks import check_sinks, open_sinks
 
-DIVERGENCE_NAMES = {"forward": "forward KL", "reverse": "reverse KL", "jsd": "JSD", "sampled": "sampled-token KL"}
+DIVERGENCE_NAMES = {
+    "forward": "forward KL",
+    "reverse": "reverse KL",
+    "jsd": "JSD",
+    "sampled": "sampled-token KL",
+    "nll": "NLL",
+    "dft": "NLL",
+}
 STUDENT, TEACHER = "accuracy", "teacher_accuracy"  # metrics of eval.jsonl; the teacher is shown the demonstration
 Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
 
@@ -29,7 +36,7 @@ class StepMetrics:
     stage: int
     loss: float
     divergence: float
-    direction: str  # which divergence: forward, reverse, jsd or sampled
+    direction: str  # which divergence: forward, reverse, jsd or sampled; nll or dft of demonstrations
     grad_norm: float
     lr: float
     samples: int

@@ -11,6 +11,7 @@ from actors.process import GIB
 from services.config import RunConfig
 from services.errors import UserError
 from services.memory import WIDTH, learner_gib
+from services.methods import teacher_of
 from services.shape import ModelShape
 
 # Measured on the CPU build with a 0.26 M parameter model: what a process holds before it has a model.
@@ -82,7 +83,7 @@ def make_plan(config: RunConfig, shape: ModelShape, longest_prompt: int) -> Plan
 
     one = config.learner
     tokens, rows = _largest_forward(config, longest_prompt)
-    memory = learner_gib(one, config.teacher, config.dtype, shape, tokens, rows)
+    memory = learner_gib(one, teacher_of(config), config.dtype, shape, tokens, rows)
     gpus = one.gpus if cuda else 0
     learners = tuple(Part(f"learner rank {i}", one.cpus, gpus, memory, one.labels) for i in range(one.ranks))
     pools = [(role, config.actors.of(role)) for role in roles(config)]
@@ -99,8 +100,8 @@ def _largest_forward(config: RunConfig, longest_prompt: int) -> tuple[int, int]:
 
 
 def roles(config: RunConfig) -> tuple[str, ...]:
-    """Whose engines are started: with a live teacher the students score too."""
-    return ("student",) if config.teacher.weights == "live" else ("student", "teacher")
+    """Whose engines are started: with a live teacher the students score too, and without one nobody does."""
+    return ("student",) if teacher_of(config).weights == "live" else ("student", "teacher")
 
 
 def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings:

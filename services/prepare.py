@@ -17,6 +17,7 @@ from services.demonstrations import load_demonstrations, load_questions
 from services.errors import PreflightError
 from services.evaluation import LoadedSet
 from services.load_config import check_files
+from services.methods import loss_of, on_policy, teacher_of
 from services.models import resolve_model
 from services.plan import Plan, engine_settings, make_plan, roles
 from services.prompts import PromptBuilder, PromptPair, build_prompts, load_tokenizer
@@ -66,7 +67,8 @@ def prepare(config: RunConfig, path: Path) -> Prepared:
     tokenizer = load_tokenizer(model)
     builder = PromptBuilder(tokenizer, config.data.template, base, config.data.system)
     limits = (config.data.max_prompt_tokens, config.data.max_teacher_prompt_tokens)
-    prompts = build_prompts(builder, demonstrations, *limits)
+    reply = None if on_policy(config) else config.sampling.max_new_tokens
+    prompts = build_prompts(builder, demonstrations, *limits, reply)
     sets = [LoadedSet(s, q, build_prompts(builder, q, *limits)) for s, q in questions]
     t = config.training
     schedule = make_schedule(
@@ -97,8 +99,8 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
         seed=c.seed,
         total_steps=prepared.schedule.total_steps,
         config=c.learner,
-        loss=c.loss,
-        teacher=c.teacher,
+        loss=loss_of(c),
+        teacher=teacher_of(c),
     )
 
 
@@ -151,5 +153,5 @@ def _fingerprint(config: RunConfig, model: Path, prompts: list[PromptPair]) -> s
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update((model / "config.json").read_bytes())
     for pair in prompts:
-        digest.update(json.dumps([pair.student_ids, pair.teacher_ids]).encode())
+        digest.update(json.dumps([pair.student_ids, pair.teacher_ids, pair.demonstration_ids]).encode())
     return digest.hexdigest()

@@ -33,6 +33,7 @@ class PromptPair:
 
     student_ids: list[int]
     teacher_ids: list[int] | None  # None: the item has no demonstration, so nothing for a teacher
+    demonstration_ids: list[int] | None = None  # as a reply, with the token that ends it
 
 
 class PromptBuilder:
@@ -78,6 +79,11 @@ class PromptBuilder:
             turns = [_user(text)]
         return self._encode([*earlier, *turns], item)
 
+    def demonstration(self, item: Item) -> list[int]:
+        """Token ids of the demonstration as a reply behind the student's prompt, with the token that ends it."""
+        ids: list[int] = self._tokenizer.encode(item.demonstration or "", add_special_tokens=False)
+        return [*ids, self._tokenizer.eos_token_id]
+
     def _with_system(self, item: Item) -> list[Message]:
         messages = list(item.messages)
         if self._system is not None and all(m["role"] != "system" for m in messages):
@@ -98,18 +104,27 @@ class PromptBuilder:
 
 
 def build_prompts(
-    builder: PromptBuilder, items: Sequence[Item], max_prompt_tokens: int, max_teacher_prompt_tokens: int
+    builder: PromptBuilder,
+    items: Sequence[Item],
+    max_prompt_tokens: int,
+    max_teacher_prompt_tokens: int,
+    max_demonstration_tokens: int | None = None,
 ) -> list[PromptPair]:
-    """The prompts of all items in order; nothing is cut: a UserError lists the items whose prompts are too long."""
+    """The prompts of all items in order; nothing is cut: a UserError lists the items whose prompts are too long.
+
+    max_demonstration_tokens: None leaves out the demonstrations as replies.
+    """
     pairs: list[PromptPair] = []
     too_long: list[str] = []
     needed: dict[str, int] = {}
     for item in items:
         teacher_ids = None if item.demonstration is None else builder.teacher(item)
-        pairs.append(PromptPair(builder.student(item), teacher_ids))
+        reply_ids = None if max_demonstration_tokens is None else builder.demonstration(item)
+        pairs.append(PromptPair(builder.student(item), teacher_ids, reply_ids))
         for who, ids, key, limit in (
             ("prompt", pairs[-1].student_ids, "data.max_prompt_tokens", max_prompt_tokens),
             ("teacher's prompt", teacher_ids or [], "data.max_teacher_prompt_tokens", max_teacher_prompt_tokens),
+            ("demonstration", reply_ids or [], "sampling.max_new_tokens", max_demonstration_tokens or 0),
         ):
             if len(ids) > limit:
                 too_long.append(f"{item.where}: the {who} has {len(ids)} tokens, {key} is {limit}")

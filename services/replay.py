@@ -6,6 +6,7 @@ No engine is started: what differs comes from the learner.
 """
 
 import asyncio
+import math
 import tempfile
 from pathlib import Path
 
@@ -74,7 +75,7 @@ async def _run(
                 return f"step {step}: its rollouts were recorded, but metrics.jsonl has no such step"
             for name in COMPARED:
                 was, now = getattr(rows[step], name), getattr(result, name)
-                if was != now:
+                if was != now and not (math.isnan(was) and math.isnan(now)):
                     return f"step {step}: {name} was {was!r} and is {now!r}"
             kept = checkpoint.folder_of(run_dir, step)
             if kept.is_dir():

@@ -15,9 +15,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from actors.types import GenerateRequest, SampleId, Sampling, ScoredRollout
+from actors.types import GenerateRequest, Rollout, SampleId, Sampling, ScoredRollout, TeacherScores
 from learner.waiting import all_of, cancelled, within
 from services.ledger import Ledger
+from services.methods import on_policy
 from services.pools import EnginePool
 from services.prepare import Prepared
 from services.schedule import sample_seed
@@ -110,7 +111,9 @@ class Rollouts:
 
     async def _make(self, step: int, ids: list[SampleId]) -> Batch:
         began = now()
-        if self._prepared.config.strict:
+        if not on_policy(self._prepared.config):
+            parts = [self._demonstrations(step, ids)]
+        elif self._prepared.config.strict:
             parts = [await self._part(ids)]
         else:
             # One wait for all of it: a sample's own begins when an engine has room.
@@ -127,6 +130,20 @@ class Rollouts:
         times = Times()
         times.seconds |= {"rollout": sampled - began, "sync": ready - sampled, "score": scored - ready}
         return Batch(step, [sample for part in parts for sample in part.samples], times)
+
+    def _demonstrations(self, step: int, ids: list[SampleId]) -> _Part:
+        """The demonstrations as if the weights of the step before had sampled them; nobody scores them."""
+        samples = []
+        for sample in ids:
+            pair = self._prepared.prompts[sample.index]
+            prompt, reply = (np.asarray(i, dtype=np.int32) for i in (pair.student_ids, pair.demonstration_ids))
+            unknown = np.full(len(reply), np.nan, dtype=np.float32)
+            rollout = Rollout(prompt, reply, unknown, ((step - 1, 0, len(reply)),), "stop")
+            certain = np.zeros((len(reply), 1), dtype=np.float32)
+            samples.append(ScoredRollout(sample, rollout, TeacherScores(reply[:, None], certain, certain[:, 0], 0)))
+        self._ledger.advance(ids, "sampled", [len(s.rollout.completion_ids) for s in samples])
+        self._ledger.advance(ids, "scored")
+        return _Part(samples, (now(), now(), now()))
 
     async def _part(self, ids: list[SampleId]) -> _Part:
         """Samples that are sampled together, and scored together."""

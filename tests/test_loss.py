@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from learner.config import ImportanceConfig, LossConfig
+from learner.config import ImportanceConfig, LossConfig, TokenLoss
 from learner.loss import Targets, divergence, divergence_loss, log1mexp, token_objective, with_tail
 
 V, H, N = 50, 16, 12
@@ -99,7 +99,34 @@ def test_log1mexp_is_accurate_at_both_ends() -> None:
     torch.testing.assert_close(log1mexp(x), expected.double(), atol=1e-8, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["forward", "reverse", "jsd", "sampled"])
+def test_nll_is_the_cross_entropy_of_the_given_tokens() -> None:
+    logits, log_q = draw(8)
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    targets = make_targets(log_q, 1)
+    objective, value = token_objective(ours, targets, TokenLoss(divergence="nll"))
+    expected = torch.nn.functional.cross_entropy(theirs, targets.sampled_ids, reduction="none")
+    torch.testing.assert_close(value, expected.detach())
+    objective.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_dft_weights_each_tokens_cross_entropy_by_its_probability_without_gradient_through_that() -> None:
+    """Its gradient is that of -p(y): p (p(y) - [y])."""
+    logits, log_q = draw(9)
+    logits.requires_grad_()
+    targets = make_targets(log_q, 1)
+    objective, value = token_objective(logits, targets, TokenLoss(divergence="dft"))
+    p = torch.softmax(logits.detach(), -1)
+    own = p.gather(1, targets.sampled_ids[:, None])
+    torch.testing.assert_close(value, -own[:, 0].log())
+    torch.testing.assert_close(objective.detach(), -(own * own.log())[:, 0])
+    objective.sum().backward()
+    one_hot = torch.nn.functional.one_hot(targets.sampled_ids, V)
+    torch.testing.assert_close(logits.grad, own * (p - one_hot))
+
+
+@pytest.mark.parametrize("name", ["forward", "reverse", "jsd", "sampled", "nll", "dft"])
 @pytest.mark.parametrize("level", ["off", "token", "sequence"])
 @pytest.mark.parametrize("chunk", [3, 5, 9, 100])  # of 12 rows in sequences of 4: cut, one, two, or all at once
 def test_chunked_loss_equals_the_formula_on_whole_logits_in_value_and_both_gradients(
@@ -113,7 +140,9 @@ def test_chunked_loss_equals_the_formula_on_whole_logits_in_value_and_both_gradi
     head = torch.randn(V, H, generator=g, dtype=torch.float64)
     bias = torch.randn(V, generator=g, dtype=torch.float64)
     log_q = draw(5)[1]
-    config = LossConfig(divergence=name, importance=ImportanceConfig(level=level, cap=1.5))
+    config = (TokenLoss if name in ("nll", "dft") else LossConfig)(
+        divergence=name, importance=ImportanceConfig(level=level, cap=1.5)
+    )
     targets = make_targets(log_q, 8)
 
     ours = [x.clone().requires_grad_() for x in (hidden, head, bias)]

@@ -47,6 +47,19 @@ def test_the_student_sees_the_prompt_alone(tokenizer: Any, tmp_path: Path) -> No
     assert tokenizer.decode(ids) == turns(("user", "Why {x}?"))
 
 
+def test_a_demonstration_as_a_reply_ends_with_the_token_that_ends_a_reply(tokenizer: Any, tmp_path: Path) -> None:
+    builder = PromptBuilder(tokenizer, "paper", tmp_path, None)
+    (pair,) = build_prompts(builder, [item()], 100, 200, 50)
+    assert pair.demonstration_ids is not None
+    assert tokenizer.decode(pair.student_ids + pair.demonstration_ids) == turns(("user", "Why {x}?")) + (
+        "Because {{ y }}." + tokenizer.eos_token
+    )
+    with pytest.raises(
+        UserError, match=r"train.jsonl:7: the demonstration has \d+ tokens, sampling.max_new_tokens is 3"
+    ):
+        build_prompts(builder, [item()], 100, 200, 3)
+
+
 def test_the_paper_template_has_the_papers_words(tokenizer: Any, tmp_path: Path) -> None:
     assert teacher_text(tokenizer, "paper", item(), tmp_path) == turns(
         (

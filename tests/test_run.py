@@ -7,10 +7,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.metrics import read_jsonl
 from services.recording import read_batch, write_batch
 from tests.leftovers import new_since, on_machine
+from tests.rollouts import logprobs
 from tests.runs import LONG, STEPS, command, finish, replayed, wait_for_step
 
 
@@ -91,6 +94,28 @@ def test_a_live_teacher_and_two_learner_ranks_train_until_they_are_told_to_stop(
     assert {row["samples"] for row in live} == {4}
     assert live[0]["divergence"] == pytest.approx(ema[0]["divergence"], rel=1e-2)
     assert set(json.loads((run_dir / "pids.json").read_text())) == {"student", "learner"}
+
+
+def test_sft_trains_on_the_demonstrations_own_tokens(undisturbed: tuple[Path, Path], tiny_model: Path) -> None:
+    """The first loss is Hugging Face's: the mean over the batch of the mean cross-entropy of a demonstration."""
+    config, _ = undisturbed
+    run_dir = config.parent / "sft"
+    finish(config, run_dir, "method=sft", f"training.steps={STEPS}", "dtype=float32", "sampling.max_new_tokens=40")
+    rows = read_jsonl(run_dir / "metrics.jsonl")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    losses = []
+    for sample in read_batch(run_dir, 1):
+        assert f"The number is {sample.sample.index}." in AutoTokenizer.from_pretrained(tiny_model).decode(
+            sample.rollout.completion_ids
+        )
+        own = torch.tensor(sample.rollout.completion_ids).long()[:, None]
+        losses.append(-logprobs(model, sample.rollout.prompt_ids, sample.rollout.completion_ids).gather(1, own).mean())
+    assert rows[0]["loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    assert [row["trained"] for row in rows] == [4 * step for step in range(1, STEPS + 1)]
+    assert {row["mismatch_kl"] for row in rows} == {None}
+    assert set(json.loads((run_dir / "pids.json").read_text())) == {"student", "learner"}
+    assert replayed(run_dir).returncode == 0
 
 
 def test_nothing_is_left_behind(machine_before: set[str], undisturbed: tuple[Path, Path]) -> None:
