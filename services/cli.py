@@ -28,7 +28,7 @@ def _train(a: argparse.Namespace) -> None:
     from rich.console import Console
 
     from services.load_config import load_config, resolved_yaml
-    from services.methods import on_policy
+    from services.methods import on_demonstrations
     from services.prepare import prepare
 
     path = Path(a.config)
@@ -41,7 +41,7 @@ def _train(a: argparse.Namespace) -> None:
     if shape.adapters:
         size += f" (LoRA trains {shape.adapters / 1e6:.1f} M)"
     learns = f"{config.loss.divergence} divergence, {config.teacher.weights} teacher"
-    if not on_policy(config):
+    if on_demonstrations(config):
         learns = f"{config.method} on the demonstrations' own tokens"
     plan = (
         f"{len(prepared.prompts)} demonstrations, {prepared.schedule.total_steps} steps of "

@@ -144,8 +144,9 @@ class RunConfig(Section):
     """A run, whole."""
 
     model: str = Field(description="A built-in name (smollm2-135m), a local folder or a hub id")
-    method: Literal["sdft", "sft", "dft"] = Field(
-        "sdft", description="sft and dft, to compare with: the demonstrations' own tokens, without a teacher"
+    method: Literal["sdft", "off_policy", "sft", "dft"] = Field(
+        "sdft",
+        description="To compare with: off_policy, the teacher's samples; sft, dft, the demonstrations' own tokens",
     )
     dtype: Dtype = "bfloat16"
     device: Literal["cpu", "cuda"] = "cpu"

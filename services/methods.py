@@ -1,12 +1,13 @@
 """What is trained on and by: the same engine, schedule, ledger and checkpoints for each method.
 
-sdft   the student's own samples, pulled to the teacher by loss.divergence
-sft    the demonstrations' tokens, by their negative log-likelihood
-dft    the same with each token weighted by the student's own probability of it, without gradient through that
-       weight (Wu et al. 2025, "On the Generalization of SFT", arXiv 2508.05629)
+- sdft: the student's own samples, pulled to the teacher by loss.divergence
+- off_policy: the same on samples of the teacher, drawn with the demonstration in the prompt
+- sft: the demonstrations' tokens, by their negative log-likelihood
+- dft: the same with each token weighted by the student's own probability of it, without gradient through that weight
+  (Wu et al. 2025, "On the Generalization of SFT", arXiv 2508.05629)
 """
 
-from learner.config import LossConfig, TeacherConfig, TokenLoss
+from learner.config import ImportanceConfig, LossConfig, TeacherConfig, TokenLoss
 from services.config import RunConfig
 
 TOKEN_LOSSES = {"sft": TokenLoss(divergence="nll"), "dft": TokenLoss(divergence="dft")}
@@ -14,14 +15,21 @@ TOKEN_LOSSES = {"sft": TokenLoss(divergence="nll"), "dft": TokenLoss(divergence=
 
 def on_policy(config: RunConfig) -> bool:
     """Whether the student samples what it is trained on."""
-    return config.method not in TOKEN_LOSSES
+    return config.method == "sdft"
+
+
+def on_demonstrations(config: RunConfig) -> bool:
+    """Whether nobody samples, and nobody scores."""
+    return config.method in TOKEN_LOSSES
 
 
 def loss_of(config: RunConfig) -> LossConfig:
-    """The learner's loss."""
+    """The learner's loss. Importance weights correct for what the student sampled otherwise, and nothing else."""
+    if config.method == "off_policy":
+        return config.loss.model_copy(update={"importance": ImportanceConfig(level="off")})
     return TOKEN_LOSSES.get(config.method, config.loss)
 
 
 def teacher_of(config: RunConfig) -> TeacherConfig:
     """The learner's teacher; none is kept where nothing is scored."""
-    return config.teacher if on_policy(config) else TeacherConfig(weights="live")
+    return TeacherConfig(weights="live") if on_demonstrations(config) else config.teacher

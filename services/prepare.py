@@ -17,7 +17,7 @@ from services.demonstrations import load_demonstrations, load_questions
 from services.errors import PreflightError
 from services.evaluation import LoadedSet
 from services.load_config import check_files
-from services.methods import loss_of, on_policy, teacher_of
+from services.methods import loss_of, on_demonstrations, teacher_of
 from services.models import resolve_model
 from services.plan import Plan, engine_settings, make_plan, roles
 from services.prompts import PromptBuilder, PromptPair, build_prompts, load_tokenizer
@@ -67,7 +67,7 @@ def prepare(config: RunConfig, path: Path) -> Prepared:
     tokenizer = load_tokenizer(model)
     builder = PromptBuilder(tokenizer, config.data.template, base, config.data.system)
     limits = (config.data.max_prompt_tokens, config.data.max_teacher_prompt_tokens)
-    reply = None if on_policy(config) else config.sampling.max_new_tokens
+    reply = config.sampling.max_new_tokens if on_demonstrations(config) else None
     prompts = build_prompts(builder, demonstrations, *limits, reply)
     sets = [LoadedSet(s, q, build_prompts(builder, q, *limits)) for s, q in questions]
     t = config.training

@@ -15,12 +15,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from actors.types import GenerateRequest, Rollout, SampleId, Sampling, ScoredRollout, TeacherScores
+from actors.types import GenerateRequest, IntArray, Rollout, SampleId, Sampling, ScoredRollout, TeacherScores
 from learner.waiting import all_of, cancelled, within
 from services.ledger import Ledger
-from services.methods import on_policy
+from services.methods import on_demonstrations, on_policy
 from services.pools import EnginePool
 from services.prepare import Prepared
+from services.prompts import PromptPair
 from services.schedule import sample_seed
 
 T = TypeVar("T")
@@ -111,14 +112,14 @@ class Rollouts:
 
     async def _make(self, step: int, ids: list[SampleId]) -> Batch:
         began = now()
-        if not on_policy(self._prepared.config):
+        if on_demonstrations(self._prepared.config):
             parts = [self._demonstrations(step, ids)]
         elif self._prepared.config.strict:
-            parts = [await self._part(ids)]
+            parts = [await self._part(step, ids)]
         else:
             # One wait for all of it: a sample's own begins when an engine has room.
             limit = self._students.settings.work_s * (1 + self._prepared.config.training.max_staleness)
-            work = asyncio.ensure_future(all_of([self._part([sample]) for sample in ids]))
+            work = asyncio.ensure_future(all_of([self._part(step, [sample]) for sample in ids]))
             try:
                 # Shielded: who has what can still be told when it took too long.
                 parts = await within(asyncio.shield(work), limit, f"the rollouts and scores of step {step}")
@@ -136,34 +137,48 @@ class Rollouts:
         samples = []
         for sample in ids:
             pair = self._prepared.prompts[sample.index]
-            prompt, reply = (np.asarray(i, dtype=np.int32) for i in (pair.student_ids, pair.demonstration_ids))
-            unknown = np.full(len(reply), np.nan, dtype=np.float32)
-            rollout = Rollout(prompt, reply, unknown, ((step - 1, 0, len(reply)),), "stop")
+            reply = _array(pair.demonstration_ids)
+            rollout = _off_policy(step, pair, reply, "stop")
             certain = np.zeros((len(reply), 1), dtype=np.float32)
             samples.append(ScoredRollout(sample, rollout, TeacherScores(reply[:, None], certain, certain[:, 0], 0)))
         self._ledger.advance(ids, "sampled", [len(s.rollout.completion_ids) for s in samples])
         self._ledger.advance(ids, "scored")
         return _Part(samples, (now(), now(), now()))
 
-    async def _part(self, ids: list[SampleId]) -> _Part:
+    async def _part(self, step: int, ids: list[SampleId]) -> _Part:
         """Samples that are sampled together, and scored together."""
         prompts = [self._prepared.prompts[s.index] for s in ids]
         config = self._prepared.config
-        requests = [
-            GenerateRequest(np.asarray(p.student_ids, dtype=np.int32), sample_seed(config.seed, s))
-            for s, p in zip(ids, prompts, strict=True)
-        ]
+        seeds = [sample_seed(config.seed, s) for s in ids]
         s = config.sampling
         sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p)
-        rollouts = await self._students.generate(requests, sampling)
+        if on_policy(config):
+            requests = [GenerateRequest(_array(p.student_ids), seed) for p, seed in zip(prompts, seeds, strict=True)]
+            rollouts = await self._students.generate(requests, sampling)
+        else:
+            await self._teachers_ready()
+            requests = [GenerateRequest(_array(p.teacher_ids), seed) for p, seed in zip(prompts, seeds, strict=True)]
+            sampled_by_teacher = await self._teachers.generate(requests, sampling)
+            rollouts = [
+                _off_policy(step, p, r.completion_ids, r.finish_reason)
+                for p, r in zip(prompts, sampled_by_teacher, strict=True)
+            ]
         sampled = now()
         self._ledger.advance(ids, "sampled", [len(r.completion_ids) for r in rollouts])
-        pairs = [
-            (np.asarray(p.teacher_ids, dtype=np.int32), r.completion_ids)
-            for p, r in zip(prompts, rollouts, strict=True)
-        ]
+        pairs = [(_array(p.teacher_ids), r.completion_ids) for p, r in zip(prompts, rollouts, strict=True)]
         await self._teachers_ready()
         ready = now()
         scores = await self._teachers.score(pairs, config.loss.top_k)
         self._ledger.advance(ids, "scored")
         return _Part([ScoredRollout(*row) for row in zip(ids, rollouts, scores, strict=True)], (sampled, ready, now()))
+
+
+def _array(ids: list[int] | None) -> IntArray:
+    return np.asarray(ids, dtype=np.int32)
+
+
+def _off_policy(step: int, pair: PromptPair, completion: IntArray, finish_reason: str) -> Rollout:
+    """A completion that the student did not sample, as a rollout: it knows no log-prob of it, and its age is none."""
+    n = len(completion)
+    unknown = np.full(n, np.nan, dtype=np.float32)
+    return Rollout(_array(pair.student_ids), completion, unknown, ((step - 1, 0, n),), finish_reason)

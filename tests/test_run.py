@@ -6,11 +6,14 @@ import signal
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from services.load_config import load_config
 from services.metrics import read_jsonl
+from services.prepare import prepare
 from services.recording import read_batch, write_batch
 from tests.leftovers import new_since, on_machine
 from tests.rollouts import logprobs
@@ -116,6 +119,26 @@ def test_sft_trains_on_the_demonstrations_own_tokens(undisturbed: tuple[Path, Pa
     assert {row["mismatch_kl"] for row in rows} == {None}
     assert set(json.loads((run_dir / "pids.json").read_text())) == {"student", "learner"}
     assert replayed(run_dir).returncode == 0
+
+
+def test_off_policy_trains_on_what_the_teacher_samples(undisturbed: tuple[Path, Path], tiny_model: Path) -> None:
+    """Behind the student's prompt, scored in the teacher's, by the log-probs of Hugging Face."""
+    config, _ = undisturbed
+    run_dir = config.parent / "off-policy"
+    overrides = ["method=off_policy", "training.steps=2", "dtype=float32"]
+    finish(config, run_dir, *overrides)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    prompts = prepare(load_config(config, overrides), config).prompts
+    for sample in read_batch(run_dir, 1):
+        pair, completion = prompts[sample.sample.index], sample.rollout.completion_ids
+        assert sample.rollout.prompt_ids.tolist() == pair.student_ids
+        rows = logprobs(model, np.asarray(pair.teacher_ids), completion)
+        own = rows.gather(1, torch.tensor(completion).long()[:, None])[:, 0]
+        np.testing.assert_allclose(sample.scores.sampled, own, atol=1e-4)
+    rows = read_jsonl(run_dir / "metrics.jsonl")
+    assert [row["trained"] for row in rows] == [4, 8]
+    assert [row["direction"] for row in rows] == ["forward"] * 2
+    assert {row["mismatch_kl"] for row in rows} == {None}
 
 
 def test_nothing_is_left_behind(machine_before: set[str], undisturbed: tuple[Path, Path]) -> None:
