@@ -13,7 +13,6 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,8 +116,11 @@ class SupervisedEngine:
                 await asyncio.shield(self._replacing)
                 if self.failure is not None:
                     raise self.failure
-            with suppress(EngineLost):
+            try:
                 return await within(self.attempt(method, *arguments), timeout_s, f"{self.name} {what}")
+            except EngineLost:
+                if self._abandoned:  # nobody will take its place
+                    raise
 
     async def attempt(self, method: str, *arguments: Any) -> Any:
         """The result of an engine's method, by who is there now. EngineLost if it is lost on the way."""

@@ -29,7 +29,7 @@ class WeightSync:
         self._sending: asyncio.Task[None] | None = None
         self._damaged = 0  # in a row
         self._gap: float | None = None
-        self.version = 0  # that all engines have which are not being replaced
+        self.version = -1  # that all engines have which are not being replaced; -1: what they were started with
         self.arrived: Callable[[int], None] = lambda version: None  # is told each version that they have
 
     async def now(self, version: int) -> float | None:
@@ -54,6 +54,8 @@ class WeightSync:
             lock.release()
             raise
         self._sending = asyncio.create_task(self._deliver(snapshot), name=f"{self._role} weights v{version}")
+        # Not in the task itself: one that is cancelled before it begins would keep the lock.
+        self._sending.add_done_callback(lambda _: lock.release())
 
     async def done(self) -> None:
         """Returns when the engines have what was sent. In a strict run damaged ones are sent again at once, since the
@@ -95,7 +97,6 @@ class WeightSync:
             self._notice(f"{reason(error)}; it is published again")
             return
         finally:
-            self._pool.published.lock.release()
             await self._learner.release(self._role)
         self._damaged = 0
         self._gap = max((report.probe_gap for report in reports), default=None)

@@ -1,0 +1,124 @@
+"""A role's weights on their way, with simulated engines and a learner of a few lines."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from actors.types import Snapshot, SnapshotDamaged, UpdateReport
+from services.sync import WeightSync
+from tests.simulated import SimulatedEngine
+from tests.test_pools import Bench
+
+
+class Learner:
+    """Publishes empty snapshots, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def publish(self, role: str, version: int) -> Snapshot:
+        self.asked.append(f"publish {version}")
+        return Snapshot(role, version, "", "here", 0, (), None, None)
+
+    async def release(self, role: str) -> None:
+        self.asked.append("release")
+
+
+def damaged(times: int) -> Callable[[int], SimulatedEngine]:
+    """Engines that refuse the first so many snapshots."""
+    left = times
+
+    class Refusing(SimulatedEngine):
+        def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
+            nonlocal left
+            if left:
+                left -= 1
+                raise SnapshotDamaged(f"v{snapshot.version} arrived damaged")
+            return 0.05, super().update_weights(snapshot)[1]
+
+    return Refusing
+
+
+def weights(bench: Bench) -> tuple[WeightSync, Learner]:
+    learner = Learner()
+    return WeightSync("student", bench.pool, learner, 5, bench.notices.append), learner
+
+
+def test_a_snapshot_that_arrives_damaged_is_published_again_the_first_one_too() -> None:
+    async def run() -> None:
+        bench = Bench(strict=True, least=1, make=damaged(2))
+        await bench.pool.start()
+        sync, learner = weights(bench)
+        assert await sync.now(0) == 0.0
+        assert learner.asked == ["publish 0", "release"] * 3
+        assert bench.notices == ["v0 arrived damaged; it is published again"] * 2
+        await bench.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_one_that_never_arrives_whole_ends_the_run() -> None:
+    async def run() -> None:
+        bench = Bench(strict=True, least=1, make=damaged(3))
+        await bench.pool.start()
+        sync, _ = weights(bench)
+        with pytest.raises(SnapshotDamaged):
+            await sync.now(0)
+        await bench.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_a_strict_run_sends_the_same_version_again_and_another_waits_for_the_next() -> None:
+    async def run(strict: bool) -> list[str]:
+        bench = Bench(strict=strict, least=1, make=damaged(1))
+        await bench.pool.start()
+        sync, learner = weights(bench)
+        await sync.send(1)
+        await sync.done()
+        assert sync.version == (1 if strict else -1)
+        await sync.send(2)
+        await sync.done()
+        assert sync.version == bench.started[0].version == 2
+        await bench.pool.stop()
+        return [call for call in learner.asked if call != "release"]
+
+    assert asyncio.run(run(True)) == ["publish 1", "publish 1", "publish 2"]
+    assert asyncio.run(run(False)) == ["publish 1", "publish 2"]
+
+
+def test_the_learner_goes_on_while_engines_load_and_the_next_version_waits_for_them() -> None:
+    async def run() -> None:
+        bench = Bench(least=2, make=damaged(0))
+        await bench.pool.start()
+        sync, learner = weights(bench)
+        told: list[int] = []
+        sync.arrived = told.append
+        await sync.send(1)
+        assert (learner.asked, told) == (["publish 1"], [])
+        await sync.send(2)
+        assert (learner.asked, told) == (["publish 1", "release", "publish 2"], [1])
+        await sync.until(2, 2)
+        assert told == [1, 2]
+        await sync.until(3, 4)
+        assert sync.version == 4
+        await bench.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_what_is_given_up_before_it_began_leaves_nothing_locked() -> None:
+    """As when the learner is lost in the moment in which it has published."""
+
+    async def run() -> None:
+        bench = Bench(least=1)
+        await bench.pool.start()
+        sync, _ = weights(bench)
+        await sync.send(1)
+        await sync.stop()
+        async with asyncio.timeout(1), bench.pool.published.lock:
+            pass
+        await bench.pool.stop()
+
+    asyncio.run(run())
