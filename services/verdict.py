@@ -36,7 +36,7 @@ def verdict(steps: Sequence[StepMetrics], max_staleness: int) -> str | None:
         return f"{what}, {percent(shares[phase])} of a step; {mend} training.max_staleness: 1"
     if shares["wait"] >= WAITING:
         pool = "student" if shares["rollout"] >= shares["score"] else "teacher"
-        return f"the engines: the learner waits {percent(shares['wait'])} of the time; more actors.{pool}.replicas"
+        return f"the engines: the learner waits {percent(shares['wait'])} of the time; raise actors.{pool}.max_replicas"
     phase = "learn" if shares["learn"] >= shares["sync"] else "sync"
     what, _ = STRICT[phase]
     mend = "more learner.ranks" if phase == "learn" else "fewer updates (weights.sync_every, teacher_sync_every)"

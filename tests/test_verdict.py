@@ -32,8 +32,8 @@ def test_a_strict_run_is_bound_by_its_longest_phase(times: dict[str, float], wor
 
 def test_a_run_ahead_is_bound_by_whoever_is_waited_for() -> None:
     slow = verdict(steps(rollout=12, score=3, learn=6, wait=3), 2)
-    assert slow == "the engines: the learner waits 30.0 % of the time; more actors.student.replicas"
-    assert "actors.teacher.replicas" in verdict(steps(rollout=3, score=9, learn=6, wait=3), 2)
+    assert slow == "the engines: the learner waits 30.0 % of the time; raise actors.student.max_replicas"
+    assert "actors.teacher.max_replicas" in verdict(steps(rollout=3, score=9, learn=6, wait=3), 2)
     assert "the learner's step, 90.0 % of a step, while the engines keep ahead" in verdict(steps(rollout=8, learn=9), 1)
     assert "fewer updates" in verdict(steps(rollout=8, learn=4, sync=5), 1)
 
