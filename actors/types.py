@@ -23,8 +23,8 @@ class SampleId:
 
 
 @dataclass(frozen=True)
-class EngineProcess:
-    """Where an engine runs."""
+class Process:
+    """Where an engine or a learner rank runs."""
 
     pid: int
     node: str  # Ray's id of the machine

@@ -11,9 +11,9 @@ import ray
 from actors.config import EngineSettings
 from actors.process import PASSIVE_WAIT, large_imports
 from actors.types import (
-    EngineProcess,
     GenerateRequest,
     IntArray,
+    Process,
     Rollout,
     Sampling,
     Snapshot,
@@ -58,11 +58,13 @@ class EngineWorker:
 
         self._engine = Engine(settings)
 
-    async def start(self) -> EngineProcess:
+    async def where(self) -> Process:
+        return Process(os.getpid(), ray.get_runtime_context().get_node_id())
+
+    async def start(self) -> None:
         """Load the model."""
         await self._engine.start()
         self._scratch.cleanup()
-        return EngineProcess(os.getpid(), ray.get_runtime_context().get_node_id())
 
     async def generate(self, requests: Sequence[GenerateRequest], sampling: Sampling) -> list[Rollout]:
         return await self._alive(self._engine.generate(requests, sampling))

@@ -81,7 +81,7 @@ class Student(SimulatedEngine):
         self._load_s = LOAD_S * (20 if chance.random() < case.links else 1)
 
     def start(self) -> tuple[float, Any]:
-        return START_S, super().start()[1]
+        return START_S, None
 
     def generate(self, items: list[GenerateRequest], argument: Sampling) -> tuple[float, list[Rollout]]:
         lengths = [tokens(request.seed) for request in items]
@@ -102,7 +102,7 @@ class Teacher(SimulatedEngine):
     """Shares its time among what it has."""
 
     def start(self) -> tuple[float, Any]:
-        return START_S, super().start()[1]
+        return START_S, None
 
     def score(self, pairs: list[Any], k: int) -> tuple[float, list[TeacherScores]]:
         return SCORE_S * max(len(pairs), len(self._open) + 1), [SCORES] * len(pairs)

@@ -13,7 +13,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
-from actors.types import IntArray, ScoredRollout, Snapshot
+from actors.reaper import end
+from actors.types import IntArray, Process, ScoredRollout, Snapshot
 from learner.types import LearnerSettings, StepResult
 from learner.waiting import all_of, all_within, silent_for, within
 from learner.worker import learner_actor
@@ -31,7 +32,7 @@ class LearnerGroup:
     def __init__(self, workers: Sequence[ActorHandle], settings: LearnerSettings) -> None:
         self.workers = workers
         self._settings = settings
-        self.pids: list[int] = []
+        self.processes: list[Process] = []
         self._lost: str | None = None
         self._watching: list[asyncio.Task[None]] = []
 
@@ -58,7 +59,7 @@ class LearnerGroup:
             address, port = await within(
                 self.workers[0].rendezvous.remote(), timeout, "the first learner process to be placed by Ray"
             )
-            self.pids = await all_within(
+            self.processes = await all_within(
                 [
                     worker.start.remote(replace(settings, rank=rank), len(self.workers), address, port, probe_ids)
                     for rank, worker in enumerate(self.workers)
@@ -69,6 +70,11 @@ class LearnerGroup:
         except RayActorError as error:
             raise LearnerLost("a learner process died while it started") from error
         self._watching = [asyncio.create_task(self._watch(rank)) for rank in range(len(self.workers))]
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the ranks' processes, in order."""
+        return [process.pid for process in self.processes]
 
     def kill(self) -> None:
         """End every rank."""
@@ -96,8 +102,9 @@ class LearnerGroup:
             except RayActorError:
                 how = "died"
         self._lost = f"learner rank {rank} (process {self.pids[rank]}) {how}"
-        for each in self.workers:
+        for each, process in zip(self.workers, self.processes, strict=True):
             ray.kill(each)
+            end(process)  # if it hangs
         raise self._reason()
 
     async def train_step(self, samples: Sequence[ScoredRollout]) -> StepResult:

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from actors.process import PASSIVE_WAIT, large_imports
-from actors.types import IntArray, ScoredRollout, Snapshot
+from actors.types import IntArray, Process, ScoredRollout, Snapshot
 from learner.types import LearnerSettings, StepResult
 
 SAVING, SENDING, HEALTH = "saving", "sending", "health"  # Ray runs the methods of these groups beside the others
@@ -26,8 +26,8 @@ class LearnerWorker:
             s.bind(("", 0))
             return _own_address(), s.getsockname()[1]
 
-    def start(self, settings: LearnerSettings, ranks: int, address: str, port: int, probe_ids: IntArray) -> int:
-        """Load the model. Every rank must be called at once: they wait for each other. Returns the process id."""
+    def start(self, settings: LearnerSettings, ranks: int, address: str, port: int, probe_ids: IntArray) -> Process:
+        """Load the model. Every rank must be called at once: they wait for each other."""
         os.environ.update(_environment(settings, ranks, address, port))
         if settings.device == "cpu":
             _keep_freed_memory()
@@ -39,13 +39,13 @@ class LearnerWorker:
             from learner.saving import Saver
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+        node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         self._engine = LearnerEngine(settings)
         self._saver = Saver()
         self._publisher = None
         if settings.rank == 0:
-            node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
             self._publisher = Publisher(Path(settings.model), self._engine.dtype, probe_ids, node)
-        return os.getpid()
+        return Process(os.getpid(), node)
 
     def train_step(self, samples: Sequence[ScoredRollout]) -> StepResult:
         self._saver.detach()

@@ -6,18 +6,21 @@ from typing import Any, Protocol
 import ray
 from ray.actor import ActorHandle
 
+from actors.reaper import end
+from actors.types import Process
+
 
 class Remote(Protocol):
     """What an engine's place needs of whoever fills it. The benchmarks simulate one."""
 
-    async def placed(self) -> None:
-        """Returns once there is a process: the cluster had room for it."""
+    async def placed(self) -> Process:
+        """Where it is, once the cluster has had room for it."""
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """The method's result, or what it raises; RayActorError if the process is gone, or goes on the way."""
 
-    def kill(self) -> None:
-        """End it, also if it hangs."""
+    def kill(self, hangs: bool = False) -> None:
+        """End it. `hangs`: it may not answer."""
 
 
 class RemoteActor:
@@ -25,9 +28,11 @@ class RemoteActor:
 
     def __init__(self, handle: ActorHandle) -> None:
         self._handle = handle
+        self._process: Process | None = None
 
-    async def placed(self) -> None:
-        await self._handle.__ray_ready__.remote()
+    async def placed(self) -> Process:
+        self._process = await self._handle.where.remote()
+        return self._process
 
     async def call(self, method: str, *arguments: Any) -> Any:
         work = getattr(self._handle, method).remote(*arguments)
@@ -37,5 +42,7 @@ class RemoteActor:
             ray.cancel(work)
             raise
 
-    def kill(self) -> None:
-        ray.kill(self._handle)  # seen to by its node's Ray, also if the process was stopped
+    def kill(self, hangs: bool = False) -> None:
+        ray.kill(self._handle)
+        if hangs and self._process is not None:
+            end(self._process)

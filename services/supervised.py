@@ -18,7 +18,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError, RayError
 
-from actors.types import EngineProcess, SnapshotDamaged, UpdateReport, WeightMismatch
+from actors.types import Process, SnapshotDamaged, UpdateReport, WeightMismatch
 from learner.waiting import silent_for, within
 from services.published import Published
 from services.remote import Remote
@@ -26,6 +26,7 @@ from services.remote import Remote
 HEALTH_EVERY_S = 10  # at most
 HOUR_S = 3600
 LONGEST_BACK_OFF_S = 60
+DIED = "died"
 LONGEST_REASON = 240  # characters
 NUMBERS = re.compile(r"(class_name|actor_id|pid|name|namespace|ip): ")
 
@@ -85,7 +86,7 @@ class SupervisedEngine:
         notice: is told what happens to it, for people. changed: is told when it is up, lost, or given up.
         """
         self.name = name
-        self.process = EngineProcess(0, "")
+        self.process = Process(0, "")
         self.placed = False  # Ray had room for its process
         self.failure: Exception | None = None  # why it was given up
         self._losses = Losses()
@@ -128,7 +129,7 @@ class SupervisedEngine:
         try:
             return await actor.call(method, *arguments)
         except RayActorError as error:
-            self._replace(actor, "died")
+            self._replace(actor, DIED)
             raise EngineLost(self.name) from error
 
     async def update_weights(self) -> UpdateReport | None:
@@ -142,7 +143,7 @@ class SupervisedEngine:
         try:
             report = await self._take_weights(actor)
         except RayActorError:
-            self._replace(actor, "died")
+            self._replace(actor, DIED)
         except TimeoutError as error:
             self._replace(actor, f"hangs ({error})")
         except FileNotFoundError:
@@ -160,8 +161,11 @@ class SupervisedEngine:
         """Shut it down; killed if it does not answer within 20 s."""
         self.abandon()
         if self._started:
-            await asyncio.wait([asyncio.ensure_future(self._actor.call("stop"))], timeout=20)
-        self._actor.kill()
+            stopping = asyncio.ensure_future(self._actor.call("stop"))
+            await asyncio.wait([stopping], timeout=20)
+            self._actor.kill(hangs=not stopping.done())
+        else:
+            self._actor.kill()
 
     def abandon(self) -> None:
         """It is nobody's concern any more: whatever becomes of it, it is not replaced."""
@@ -173,9 +177,9 @@ class SupervisedEngine:
     async def _start(self) -> None:
         actor, limit = self._actor, self._patience.start_s
         self.placed = False
-        await within(actor.placed(), limit, f"{self.name} to be placed by Ray")
+        self.process = await within(actor.placed(), limit, f"{self.name} to be placed by Ray")
         self.placed = True
-        self.process = await within(actor.call("start"), limit, f"{self.name} to load its model")
+        await within(actor.call("start"), limit, f"{self.name} to load its model")
         self._watching = asyncio.create_task(self._watch(actor))
 
     async def _take_weights(self, actor: Remote) -> UpdateReport:
@@ -193,7 +197,7 @@ class SupervisedEngine:
             try:
                 silent = await silent_for(actor.call("answer"), patience)
             except RayActorError:
-                self._replace(actor, "died")
+                self._replace(actor, DIED)
                 return
             if silent and not self._published.lock.locked():
                 self._replace(actor, f"hangs: no answer for {patience:g} s")
@@ -207,7 +211,7 @@ class SupervisedEngine:
 
     async def _successor(self, how: str) -> None:
         while True:
-            self._actor.kill()
+            self._actor.kill(hangs=how != DIED)
             times = self._losses.count()
             if times > self._patience.max_restarts:
                 self.failure = RuntimeError(
@@ -223,6 +227,7 @@ class SupervisedEngine:
                 await self._load()
             except (RayError, TimeoutError, SnapshotDamaged, WeightMismatch) as error:
                 how = f"did not come back ({reason(error)})"
+                self._notice(f"{self.name} {how}; it is tried again")
                 continue
             self._replacing = None
             self._losses.recovered()

@@ -6,7 +6,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
-from actors.types import EngineProcess, Snapshot, UpdateReport
+from actors.types import Process, Snapshot, UpdateReport
 
 
 class SimulatedEngine:
@@ -18,7 +18,8 @@ class SimulatedEngine:
         self.killed = self.dead = False
         self._open: set[asyncio.Future[Any]] = set()
 
-    async def placed(self) -> None: ...
+    async def placed(self) -> Process:
+        return Process(1000 + self.number, self.node)
 
     async def call(self, method: str, *arguments: Any) -> Any:
         if self.dead:
@@ -36,7 +37,7 @@ class SimulatedEngine:
             self._open.discard(answer)
             timer.cancel()
 
-    def kill(self) -> None:
+    def kill(self, hangs: bool = False) -> None:
         self.killed = True
         self.die()
 
@@ -46,8 +47,8 @@ class SimulatedEngine:
             if not answer.done():
                 answer.set_exception(RayActorError())
 
-    def start(self) -> tuple[float, EngineProcess]:
-        return 0, EngineProcess(1000 + self.number, self.node)
+    def start(self) -> tuple[float, None]:
+        return 0, None
 
     def answer(self) -> tuple[float, None]:
         return 0, None

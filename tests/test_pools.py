@@ -9,7 +9,7 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from actors.types import Snapshot, UpdateReport, WeightMismatch
+from actors.types import Process, Snapshot, UpdateReport, WeightMismatch
 from learner.group import LearnerLost
 from services.pools import EnginePool, PoolSettings
 from services.published import Published
@@ -129,8 +129,9 @@ def test_weights_that_come_while_an_engine_joins_do_not_miss_it() -> None:
 
 def test_who_finds_no_place_says_what_is_missing_and_is_no_hindrance(monkeypatch: pytest.MonkeyPatch) -> None:
     class Homeless(SimulatedEngine):
-        async def placed(self) -> None:
+        async def placed(self) -> Process:
             await asyncio.sleep(9)
+            return await super().placed()
 
     monkeypatch.setattr("services.pools.PLACED_S", 0.05)
 
@@ -201,7 +202,7 @@ def test_a_pool_below_its_least_goes_on_trying(monkeypatch: pytest.MonkeyPatch) 
     """Also when a node is drained and the engine that should take the place of the last one does not start at first."""
 
     class Refused(SimulatedEngine):
-        async def placed(self) -> None:
+        async def placed(self) -> Process:
             raise RayActorError
 
     monkeypatch.setattr("services.pools.SOONEST_S", 0.02)

@@ -3,13 +3,15 @@
 import asyncio
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 
-from actors.types import EngineProcess, Snapshot, SnapshotDamaged, UpdateReport, WeightMismatch
+from actors.reaper import end
+from actors.types import Process, Snapshot, SnapshotDamaged, UpdateReport, WeightMismatch
 from services.published import Published
 from services.remote import RemoteActor
 from services.supervised import Patience, SupervisedEngine
@@ -27,9 +29,11 @@ def mortal() -> type:
             self.folder = folder
             self.version = 0
 
-        async def start(self) -> EngineProcess:
+        async def where(self) -> Process:
+            return Process(os.getpid(), ray.get_runtime_context().get_node_id())
+
+        async def start(self) -> None:
             (self.folder / str(os.getpid())).touch()
-            return EngineProcess(os.getpid(), "here")
 
         async def answer(self) -> None: ...
 
@@ -83,7 +87,9 @@ class Place:
 
     async def update_weights(self, version: int, path: str = "") -> UpdateReport | None:
         async with self.published.lock:
-            snapshot = Snapshot("teacher", version, path, "here", 0, (), EMPTY, EMPTY.astype(np.float32))
+            snapshot = Snapshot(
+                "teacher", version, path, self.engine.process.node, 0, (), EMPTY, EMPTY.astype(np.float32)
+            )
             self.published.new(snapshot, 60)
             return await self.engine.update_weights()
 
@@ -190,6 +196,25 @@ def test_weights_that_the_first_engine_refuses_are_not_the_engines_fault(ray_clu
         with pytest.raises(SnapshotDamaged, match="arrived damaged"):
             await one.update_weights(2, "damaged")
         assert len(list(tmp_path.iterdir())) == 1
+        await one.engine.stop()
+
+    asyncio.run(run())
+
+
+def test_a_process_that_was_stopped_is_ended_where_it_is(ray_cluster: None, tmp_path: Path) -> None:
+    """Whatever Ray's own kill makes of it: it must not keep the resources that its successor waits for."""
+
+    async def run() -> None:
+        one = Place(tmp_path)
+        await one.engine.start()
+        process = one.engine.process
+        os.kill(process.pid, signal.SIGSTOP)
+        end(process)
+        end(Process(os.getpid(), process.node))  # no worker of Ray's: left alone
+        deadline = time.monotonic() + 60
+        while Path(f"/proc/{process.pid}/cmdline").exists() and Path(f"/proc/{process.pid}/cmdline").read_bytes():
+            assert time.monotonic() < deadline, "it is still there"
+            await asyncio.sleep(0.1)
         await one.engine.stop()
 
     asyncio.run(run())
