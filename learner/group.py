@@ -49,17 +49,22 @@ class LearnerGroup:
         try:
             await group._start(probe_ids)
         except BaseException:
-            group.kill()
+            group.kill(hang=True)
             raise
         return group
 
     async def _start(self, probe_ids: IntArray) -> None:
         settings, timeout = self._settings, self._settings.config.start_timeout_s
         try:
-            address, port = await within(
-                self.workers[0].rendezvous.remote(), timeout, "the first learner process to be placed by Ray"
-            )
             self.processes = await all_within(
+                [worker.where.remote() for worker in self.workers],
+                timeout,
+                "the learner's processes to be placed by Ray",
+            )
+            address, port = await within(
+                self.workers[0].rendezvous.remote(), timeout, "the first learner process to find a port"
+            )
+            await all_within(
                 [
                     worker.start.remote(replace(settings, rank=rank), len(self.workers), address, port, probe_ids)
                     for rank, worker in enumerate(self.workers)
@@ -76,12 +81,17 @@ class LearnerGroup:
         """Of the ranks' processes, in order."""
         return [process.pid for process in self.processes]
 
-    def kill(self) -> None:
-        """End every rank."""
+    def kill(self, hang: bool = False) -> None:
+        """End every rank. `hang`: some may not answer."""
         for task in self._watching:
             task.cancel()
+        self._end(hang)
+
+    def _end(self, hang: bool) -> None:
         for worker in self.workers:
             ray.kill(worker)
+        for process in self.processes if hang else ():
+            end(process)
 
     async def until_lost(self) -> None:
         """Raises LearnerLost once a rank has died or hangs, also while nobody waits for its work."""
@@ -102,9 +112,7 @@ class LearnerGroup:
             except RayActorError:
                 how = "died"
         self._lost = f"learner rank {rank} (process {self.pids[rank]}) {how}"
-        for each, process in zip(self.workers, self.processes, strict=True):
-            ray.kill(each)
-            end(process)  # if it hangs
+        self._end(hang=True)
         raise self._reason()
 
     async def train_step(self, samples: Sequence[ScoredRollout]) -> StepResult:

@@ -20,13 +20,16 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 class LearnerWorker:
     """One rank in one process of its own."""
 
+    def where(self) -> Process:
+        return Process(os.getpid(), ray.get_runtime_context().get_node_id())
+
     def rendezvous(self) -> tuple[str, int]:
         """Address and free port of this process's machine, for the ranks to meet at."""
         with socket.socket() as s:
             s.bind(("", 0))
             return _own_address(), s.getsockname()[1]
 
-    def start(self, settings: LearnerSettings, ranks: int, address: str, port: int, probe_ids: IntArray) -> Process:
+    def start(self, settings: LearnerSettings, ranks: int, address: str, port: int, probe_ids: IntArray) -> None:
         """Load the model. Every rank must be called at once: they wait for each other."""
         os.environ.update(_environment(settings, ranks, address, port))
         if settings.device == "cpu":
@@ -39,13 +42,12 @@ class LearnerWorker:
             from learner.saving import Saver
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-        node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         self._engine = LearnerEngine(settings)
         self._saver = Saver()
         self._publisher = None
         if settings.rank == 0:
+            node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
             self._publisher = Publisher(Path(settings.model), self._engine.dtype, probe_ids, node)
-        return Process(os.getpid(), node)
 
     def train_step(self, samples: Sequence[ScoredRollout]) -> StepResult:
         self._saver.detach()

@@ -1,0 +1,35 @@
+"""A learner rank that answers no more takes the others with it, and nothing of it stays."""
+
+import asyncio
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from learner.group import LearnerGroup, LearnerLost
+from tests.test_learner_step import PROBE, settings
+
+
+def gone(pid: int) -> bool:
+    """A zombie has no command line any more, and holds nothing."""
+    path = Path(f"/proc/{pid}/cmdline")
+    return not path.exists() or not path.read_bytes()
+
+
+def test_a_rank_that_was_stopped_is_found_and_ended_with_the_others(ray_cluster: None, tiny_model: Path) -> None:
+    async def run() -> None:
+        one = settings(tiny_model, 1, 2)
+        impatient = replace(one, config=one.config.model_copy(update={"health_timeout_s": 2}))
+        group = await LearnerGroup.start(impatient, PROBE, [{"num_cpus": 0.5}] * 2)
+        os.kill(group.pids[1], signal.SIGSTOP)
+        with pytest.raises(LearnerLost, match=rf"learner rank 1 \(process {group.pids[1]}\) hangs: no answer for 2 s"):
+            await group.until_lost()
+        deadline = time.monotonic() + 60
+        while not all(map(gone, group.pids)):
+            assert time.monotonic() < deadline, "a rank is still there"
+            await asyncio.sleep(0.1)
+
+    asyncio.run(run())
