@@ -19,7 +19,7 @@ from typing import Any
 from ray.exceptions import RayActorError, RayError
 
 from actors.types import Process, SnapshotDamaged, UpdateReport, WeightMismatch
-from learner.waiting import silent_for, within
+from learner.waiting import cancelled, silent_for, within
 from services.published import Published
 from services.remote import Remote
 
@@ -162,8 +162,9 @@ class SupervisedEngine:
         self.abandon()
         if self._started:
             stopping = asyncio.ensure_future(self._actor.call("stop"))
-            await asyncio.wait([stopping], timeout=20)
-            self._actor.kill(hangs=not stopping.done())
+            answered, _ = await asyncio.wait([stopping], timeout=20)
+            await cancelled([stopping])  # what it raised, if it was dead before, is of no concern
+            self._actor.kill(hangs=not answered)
         else:
             self._actor.kill()
 

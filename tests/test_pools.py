@@ -1,6 +1,7 @@
 """Engines that join, leave and are lost while a pool works."""
 
 import asyncio
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -87,6 +88,18 @@ def test_what_a_lost_engine_had_is_done_by_the_others_before_it_is_back() -> Non
         assert all(engine.killed for engine in bench.started)
 
     asyncio.run(run())
+
+
+def test_an_engine_that_was_dead_before_is_stopped_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        bench = Bench()
+        await bench.pool.start()
+        bench.started[0].die()
+        await bench.pool.stop()
+
+    asyncio.run(run())
+    gc.collect()
+    assert caplog.text == ""
 
 
 def test_who_joins_has_the_newest_weights_before_it_takes_work() -> None:
