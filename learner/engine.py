@@ -9,6 +9,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -35,6 +36,7 @@ class LearnerEngine:
         torch.manual_seed(settings.seed)
         torch.use_deterministic_algorithms(True, warn_only=settings.device == "cuda")
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: 8 % of a step
+        _compile_nothing()
         deepspeed.init_distributed(dist_backend="gloo" if settings.device == "cpu" else "nccl")
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         # In float32 the parameters are their own masters; in bf16 DeepSpeed makes the float32 copies from these.
@@ -211,6 +213,17 @@ class LearnerEngine:
         if key == MASTER:
             with deepspeed.zero.GatheredParameters([param], modifier_rank=0):  # does nothing below stage 3
                 param.data.copy_(whole.view(param.shape))
+
+
+def _compile_nothing() -> None:
+    """Keep DeepSpeed from building its shared-memory reduction at a start, for which it needs a C++ compiler.
+
+    Torch guards such a build by a file in the user's cache that a killed process leaves behind, and waits for its end
+    without a limit: every learner of this user after that would hang. Gloo reduces instead.
+    """
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is not None:
+        deepspeed.ops.__compatible_ops__[builder.NAME] = False
 
 
 def _numel(param: torch.nn.Parameter) -> int:

@@ -33,3 +33,20 @@ def test_a_rank_that_was_stopped_is_found_and_ended_with_the_others(ray_cluster:
             await asyncio.sleep(0.1)
 
     asyncio.run(run())
+
+
+def test_a_learner_starts_beside_a_build_that_was_killed(ray_cluster: None, tiny_model: Path, tmp_path: Path) -> None:
+    """It builds nothing: torch would wait for the end of that build without a limit."""
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+
+    async def run() -> None:
+        environment = {"env_vars": {"TORCH_EXTENSIONS_DIR": str(tmp_path)}}
+        one = settings(tiny_model, 1, 1)
+        patient = replace(one, config=one.config.model_copy(update={"start_timeout_s": 60}))
+        group = await LearnerGroup.start(patient, PROBE, [{"num_cpus": 0.5, "runtime_env": environment}])
+        group.kill()
+
+    asyncio.run(run())
+    assert list(tmp_path.rglob("*")) == [lock.parent, lock]
