@@ -39,7 +39,8 @@ class RemoteActor:
         try:
             return await work
         except asyncio.CancelledError:
-            ray.cancel(work)
+            if ray.is_initialized():  # else Ray would connect anew to be told
+                ray.cancel(work)
             raise
 
     def kill(self, hangs: bool = False) -> None:
