@@ -140,8 +140,9 @@ class EnginePool:
         if self.settings.strict:
             return  # they keep their places: when they are lost they are replaced
         for engine in [e for e in self._engines if e.process.node in nodes]:
-            self._join()
-            self._leave(engine, "leaves its node, which is being drained")
+            # Until the other one is there it keeps its place: a place that is free on such a node passes for one that
+            # can be had, and no autoscaler would bring another node.
+            self._leave(engine, "leaves its node, which is being drained", self._join())
 
     async def stop(self) -> None:
         """Shut every engine down."""
@@ -183,22 +184,23 @@ class EnginePool:
             else:
                 self._slots.fail(engine.failure)
 
-    def _join(self) -> None:
+    def _join(self) -> asyncio.Task[None]:
         engine = self._new()
         self._joining.add(engine)
-        self._move(self._joined(engine))
+        return self._move(self._joined(engine))
 
-    def _leave(self, engine: SupervisedEngine, why: str) -> None:
+    def _leave(self, engine: SupervisedEngine, why: str, after: asyncio.Task[None] | None = None) -> None:
         self._engines.remove(engine)
         self._slots.leave(engine)
         engine.abandon()
         self._notice(f"{engine.name} {why}: {self._engines_now}")
-        self._move(self._left(engine))
+        self._move(self._left(engine, after))
 
-    def _move(self, work: Coroutine[Any, Any, None]) -> None:
+    def _move(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._moving.add(task)
         task.add_done_callback(self._moving.discard)
+        return task
 
     async def _joined(self, engine: SupervisedEngine) -> None:
         starting = asyncio.ensure_future(engine.start())
@@ -226,10 +228,11 @@ class EnginePool:
         if self.size < self.settings.least:
             self._join()
 
-    async def _left(self, engine: SupervisedEngine) -> None:
+    async def _left(self, engine: SupervisedEngine, after: asyncio.Task[None] | None) -> None:
         try:
             # What it has not finished by then fails with it, and is done by another.
-            await asyncio.wait([asyncio.ensure_future(self._slots.idle(engine))], timeout=self.settings.drain_s)
+            idle = asyncio.ensure_future(self._slots.idle(engine))
+            await asyncio.wait([idle] if after is None else [idle, after], timeout=self.settings.drain_s)
         finally:
             await engine.stop()
 

@@ -201,7 +201,9 @@ def test_engines_leave_a_node_that_is_being_drained_and_others_come() -> None:
         await bench.pool.start()
         await bench.publish(3)
         bench.pool.vacate({"spot"})
+        assert not bench.started[1].killed, "it keeps its place until the other one is there"
         await bench.settled()
+        assert bench.started[1].killed
         assert set(await bench.work(8)) == {0, 2}
         assert "student engine 1 leaves its node, which is being drained" in bench.notices[0]
         bench.pool.vacate({"spot"})
