@@ -196,11 +196,17 @@ def test_what_a_leaving_engine_does_not_finish_in_time_is_done_by_another() -> N
 
 
 def test_engines_leave_a_node_that_is_being_drained_and_others_come() -> None:
+    class Late(SimulatedEngine):
+        async def placed(self) -> Process:
+            await asyncio.sleep(0.2 if self.number == 2 else 0)
+            return await super().placed()
+
     async def run() -> None:
-        bench = Bench(make=lambda number: SimulatedEngine(number, node="spot" if number == 1 else "here"))
+        bench = Bench(make=lambda number: Late(number, node="spot" if number == 1 else "here"))
         await bench.pool.start()
         await bench.publish(3)
         bench.pool.vacate({"spot"})
+        await asyncio.sleep(0.1)
         assert not bench.started[1].killed, "it keeps its place until the other one is there"
         await bench.settled()
         assert bench.started[1].killed
