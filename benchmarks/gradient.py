@@ -65,7 +65,8 @@ def main() -> None:
     parameters = list(model.parameters())
     cases = [(name, k, tail) for name in ("forward", "reverse") for k in SUPPORTS for tail in (True, False)]
     gradients: dict[Any, Tensor] = {}
-    pairs = prepared.prompts[:: max(1, len(prepared.prompts) // PROMPTS)][:PROMPTS]
+    prompts = prepared.stages[0].prompts
+    pairs = prompts[:: max(1, len(prompts) // PROMPTS)][:PROMPTS]
     for seed, pair in enumerate(pairs):
         completion = sample(model, pair.student_ids, seed, prepared.tokenizer.eos_token_id)
         if len(completion) <= SKIP:

@@ -20,7 +20,7 @@ from learner.loss import divergence_loss
 from learner.model import SelfDistillation, hidden_states, load_student
 from learner.optimizer import AdamWWithTeacher
 from learner.packing import pack
-from learner.types import LearnerSettings
+from learner.types import LearnerSettings, StageSettings
 from learner.worker import LearnerWorker
 from services.models import resolve_model
 
@@ -48,9 +48,8 @@ def settings() -> LearnerSettings:
         dtype="bfloat16",
         device="cpu",
         seed=0,
-        total_steps=1000,
-        config=LearnerConfig(micro_batch_tokens=4096, optimizer=OPTIMIZER),
-        loss=LOSS,
+        config=LearnerConfig(micro_batch_tokens=4096),
+        stages=(StageSettings(0, 1000, LOSS, OPTIMIZER),),
         teacher=TeacherConfig(alpha=0.01),
     )
 
@@ -66,7 +65,7 @@ def main() -> None:
     fixed = states.detach().requires_grad_()
     flat = torch.nn.Parameter(torch.randn(sum(p.numel() for p in model.parameters())))
     flat.grad = torch.randn_like(flat)  # zeros would be one page of the kernel's, read from the cache
-    adam = AdamWWithTeacher([flat], OPTIMIZER, 0.01)
+    adam = AdamWWithTeacher([flat], 0.01)
 
     def body() -> None:
         out = hidden_states(model.model, batch.input_ids, batch.position_ids, batch.lengths)

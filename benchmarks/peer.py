@@ -72,7 +72,7 @@ def ours(folder: Path, model: Path, dtype: str) -> list[dict[str, float]]:
     prepared = prepare(load_config(folder / "ours.yaml"), folder / "ours.yaml")
     steps = []
     for r in read_jsonl(run_dir / "metrics.jsonl"):
-        members = [prepared.prompts[s.index] for s in prepared.schedule.batch(r["step"])]
+        members = [prepared.stages[0].prompts[s.index] for s in prepared.schedule.batch(r["step"])]
         scored = sum(len(p.teacher_ids) for p in members) + r["completion_tokens"]
         work = operations(model, r["prompt_tokens"] + r["completion_tokens"], scored, r["completion_tokens"])
         new_tokens = r["completion_tokens"] / r["samples"]

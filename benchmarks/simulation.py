@@ -29,7 +29,7 @@ from services.ledger import Ledger
 from services.metrics import RunLog, read_jsonl
 from services.plan import Plan
 from services.pools import EnginePool, PoolSettings
-from services.prepare import Prepared
+from services.prepare import Prepared, Stage
 from services.progress import Progress
 from services.prompts import PromptPair
 from services.published import Published
@@ -162,17 +162,17 @@ def prepared(case: Case, batch: int) -> Prepared:
         }
     )
     prompts = [PromptPair([1] * PROMPT, [1] * TEACHER_PROMPT)] * 1000
+    (task,) = config.tasks
     return Prepared(
         config=config,
         path=Path("simulated.yaml"),
         model=Path("simulated"),
         shape=ModelShape(0, 0, 0, 0, 0),
         tokenizer=None,
-        prompts=prompts,
-        sets=[],
-        schedule=make_schedule(len(prompts), batch, 1, 0, None, case.steps),
+        stages=(Stage("", task, prompts, [], fingerprint=""),),
+        common=[],
+        schedule=make_schedule([task], [len(prompts)]),
         plan=Plan((), (), ()),
-        fingerprint="",
     )
 
 

@@ -8,11 +8,14 @@ CHUNK_LOGITS = 48 << 20  # logits that exist at once: 1024 positions of a vocabu
 
 
 class TeacherConfig(BaseModel):
-    """The teacher's weights: `ema` follows the student slowly, `frozen` stays as it began, `live` is the student."""
+    """The teacher's weights: `ema` follows the student slowly, `live` is the student.
+
+    `frozen` stays what the student was at the start of the stage, `base` what it was at the start of the run.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    weights: Literal["ema", "frozen", "live"] = "ema"
+    weights: Literal["ema", "frozen", "base", "live"] = "ema"
     alpha: float = Field(0.02, ge=0, le=1, description="teacher <- alpha * student + (1 - alpha) * teacher, every step")
 
 

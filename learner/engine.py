@@ -40,7 +40,7 @@ class LearnerEngine:
         deepspeed.init_distributed(dist_backend="gloo" if settings.device == "cpu" else "nccl")
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         # In float32 the parameters are their own masters; in bf16 DeepSpeed makes the float32 copies from these.
-        model = SelfDistillation(load_student(Path(settings.model), self.dtype), settings.loss)
+        model = SelfDistillation(load_student(Path(settings.model), self.dtype), settings.stages[0].loss)
         if settings.config.gradient_checkpointing:
             model.model.gradient_checkpointing_enable()
         self._lora = None
@@ -50,7 +50,7 @@ class LearnerEngine:
             self._lora = Lora(model.model, settings.config.lora, Path(settings.model), self.dtype)
         trained = [p for p in model.parameters() if p.requires_grad]
         alpha = teacher_alpha(settings.teacher)
-        optimizer = AdamWWithTeacher(trained, settings.config.optimizer, None if self._lora else alpha)
+        optimizer = AdamWWithTeacher(trained, None if self._lora else alpha)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._deepspeed_config()
         )
@@ -58,7 +58,7 @@ class LearnerEngine:
         self._adam = optimizer
         self.ranks = torch.distributed.get_world_size()
         if self._lora is not None:
-            self._lora.keep_teacher(alpha, settings.rank, self.ranks, self._engine.device)
+            self._lora.keep_teacher(alpha, self._resets, settings.rank, self.ranks, self._engine.device)
         if settings.config.zero_stage == 3:
             deepspeed.zero.register_external_parameter(self._engine.module, self._engine.module.head.weight)
 
@@ -77,21 +77,47 @@ class LearnerEngine:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
         return config
 
+    @property
+    def _resets(self) -> bool:
+        """Whether the teacher becomes the student at the start of each stage."""
+        return self.settings.teacher.weights in ("ema", "frozen") and len(self.settings.stages) > 1
+
+    def begin_stage(self) -> None:
+        """Before the first step of a stage: the teacher becomes the student, moments begin anew where they are to.
+
+        Done twice it is the same. Collective with LoRA.
+        """
+        stage = self.settings.stages[self.settings.stage_of(self.step + 1)]
+        self._adam.begin_stage(self._masters, teacher=self._resets and self._lora is None, moments=stage.keep_moments)
+        if self._lora is not None and self._resets:
+            self._lora.reset_teacher(self._forward)
+
+    @property
+    def _masters(self) -> list[torch.Tensor]:
+        """What the optimizer steps on: this rank's part of the float32 weights."""
+        if self.settings.config.zero_stage == 3:  # puts them into the optimizer for the time of a step only
+            parts: list[torch.Tensor] = self._optimizer.fp32_partitioned_groups_flat
+            return parts
+        return [p for param_group in self._adam.param_groups for p in param_group["params"]]
+
     def train_step(self, samples: Sequence[ScoredRollout]) -> StepResult:
         """One optimizer step on a whole batch, of which this rank computes its share. Collective."""
         s = self.settings
+        stage = s.stages[s.stage_of(self.step + 1)]
+        one = stage.optimizer
+        self._engine.module.loss = stage.loss
         lengths = [length(sample) for sample in samples]
         shares = assign(lengths, self.ranks)
         packs = [group([lengths[i] for i in share], s.config.micro_batch_tokens) for share in shares]
         mine, my_packs = shares[s.rank], packs[s.rank]
-        lr = learning_rate(self.step + 1, s.total_steps, s.config.optimizer)
+        lr = learning_rate(self.step + 1 - stage.before, stage.steps, one)
         for param_group in self._optimizer.param_groups:
-            param_group["lr"] = lr
+            param_group |= {"lr": lr, "betas": one.betas, "eps": one.eps, "weight_decay": one.weight_decay}
         sums = torch.zeros(4, dtype=torch.float64)
         count = max(len(p) for p in packs)  # the same on every rank: each micro-batch is a collective
         for i in range(count):
             members = [samples[mine[j]] for j in my_packs[i]] if i < len(my_packs) else []
-            batch = pack(members, s.loss.skip_first, len(samples), s.loss.top_k).to(self._engine.device)
+            batch = pack(members, stage.loss.skip_first, len(samples), stage.loss.top_k).to(self._engine.device)
             self._engine.set_gradient_accumulation_boundary(i == count - 1)
             loss, *rest = self._engine(batch)
             # DeepSpeed averages gradients over ranks; shares of the batch are to be added.
@@ -102,7 +128,7 @@ class LearnerEngine:
         self.step += 1
         if self._lora is not None:
             self._lora.follow(self._forward)
-        tokens = sum(max(0, len(sample.rollout.completion_ids) - s.loss.skip_first) for sample in samples)
+        tokens = sum(max(0, len(sample.rollout.completion_ids) - stage.loss.skip_first) for sample in samples)
         loss, divergence, mismatch, tail = sums.tolist()
         norm = self._engine.get_global_grad_norm()
         return StepResult(
@@ -157,10 +183,7 @@ class LearnerEngine:
     def load(self, folder: Path) -> None:
         """Continue from what any number of ranks of any ZeRO stage saved. Raises ValueError if it is not whole."""
         files = StateFiles(folder)
-        masters = [p for param_group in self._adam.param_groups for p in param_group["params"]]
-        if self.settings.config.zero_stage == 3:  # puts them into the optimizer for the time of a step only
-            masters = self._optimizer.fp32_partitioned_groups_flat
-        for p in masters:
+        for p in self._masters:
             self._adam.begin(p)
         # DeepSpeed links parameters to their optimizer state at the first step.
         link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
@@ -172,7 +195,7 @@ class LearnerEngine:
         if self._lora is not None:
             self._lora.load(files)
         self.step = files.step
-        self._adam.set_steps(self.step)
+        self._adam.set_steps(self.step - self.settings.moments_since(self.step))
         torch.set_rng_state(files.rng(self.settings.rank))
 
     def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:

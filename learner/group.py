@@ -120,6 +120,10 @@ class LearnerGroup:
         results = await self._all("train_step", "the learner's step", ray.put(samples))
         return results[0]
 
+    async def begin_stage(self) -> None:
+        """Before the first step of a stage but the run's first."""
+        await self._all("begin_stage", "the learner to begin a stage")
+
     async def publish(self, role: str, version: int) -> Snapshot:
         """A snapshot of a role's weights. It stays until `release`."""
         results = await self._all("publish", f"the learner to publish {role} weights v{version}", role, version)

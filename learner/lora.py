@@ -64,10 +64,10 @@ class Lora:
         self._teacher: ChangeEMA | None = None
         self._live = False
 
-    def keep_teacher(self, alpha: float | None, rank: int, ranks: int, device: torch.device) -> None:
-        """Begin its EMA. alpha 0: it stays the base model. None: there is none, it is the student."""
+    def keep_teacher(self, alpha: float | None, resets: bool, rank: int, ranks: int, device: torch.device) -> None:
+        """Begin its EMA. alpha 0: it stays what it is, the base model unless `resets`. None: it is the student."""
         self._live = alpha is None
-        if alpha:
+        if alpha or (alpha is not None and resets):
             self._teacher = ChangeEMA(self._shapes, alpha * self._scale, 1 - alpha, rank, ranks, device)
 
     def follow(self, whole: Whole) -> None:
@@ -75,6 +75,13 @@ class Lora:
         if self._teacher is not None:
             for name, pair in self._pairs.items():
                 self._teacher.follow(name, *map(whole, pair))
+
+    def reset_teacher(self, whole: Whole) -> None:
+        """Make it the student. Collective."""
+        if self._teacher is not None:
+            for name, pair in self._pairs.items():
+                down, up = map(whole, pair)
+                self._teacher.become(name, down, up, self._scale)
 
     def weights(self, role: str, dtype: torch.dtype, whole: Whole) -> Iterator[tuple[str, Tensor]]:
         """Every weight of a role, adapters merged, in `dtype`. Collective."""
@@ -128,12 +135,20 @@ class ChangeEMA:
             name: torch.zeros(-(-out // ranks), width, device=device) for name, (out, width) in shapes.items()
         }
 
-    @torch.no_grad()
     def follow(self, name: str, down: Tensor, up: Tensor) -> None:
         """A [rank, in] and B [out, rank], whole."""
+        if self._gain:
+            self._move(name, down, up, self._gain, self._decay)
+
+    def become(self, name: str, down: Tensor, up: Tensor, scale: float) -> None:
+        """D <- scale * B A."""
+        self._move(name, down, up, scale, 0.0)
+
+    @torch.no_grad()
+    def _move(self, name: str, down: Tensor, up: Tensor, gain: float, decay: float) -> None:
         mine = up[self._here(name)].float()
         rows = self._rows[name][: len(mine)]
-        torch.addmm(rows, mine, down.float(), beta=self._decay, alpha=self._gain, out=rows)
+        torch.addmm(rows, mine, down.float(), beta=decay, alpha=gain, out=rows)
 
     def whole(self, name: str) -> Tensor:
         """[out, in]. Collective."""

@@ -23,11 +23,9 @@ class AdamWWithTeacher(torch.optim.AdamW):
     alpha None: no teacher is kept (live weights). alpha 0: it stays as it began, at no cost per step.
     """
 
-    def __init__(self, params: Iterable[Any], config: OptimizerConfig, alpha: float | None) -> None:
-        # lr 0 until the schedule speaks: an optimizer step of DeepSpeed's own set-up must not move a weight.
-        super().__init__(
-            params, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
-        )
+    def __init__(self, params: Iterable[Any], alpha: float | None) -> None:
+        # lr 0 until the stage's settings speak: an optimizer step of DeepSpeed's own set-up must not move a weight.
+        super().__init__(params, lr=0.0, weight_decay=0.0, fused=True)
         self.alpha = alpha
 
     @torch.no_grad()
@@ -54,6 +52,21 @@ class AdamWWithTeacher(torch.optim.AdamW):
         if self.alpha is not None and TEACHER not in self.state[p]:
             self.state[p][TEACHER] = p.detach().clone()
 
+    @torch.no_grad()
+    def begin_stage(self, params: Iterable[torch.Tensor], teacher: bool, moments: bool) -> None:
+        """Of parameters that have a state: `teacher` makes the EMA the parameter, `moments` keeps what AdamW has."""
+        for p in params:
+            state = self.state.get(p)
+            if not state:
+                continue
+            if teacher and TEACHER in state:
+                state[TEACHER].copy_(p)
+            if not moments:
+                state["exp_avg"].zero_()
+                state["exp_avg_sq"].zero_()
+        if not moments:
+            self.set_steps(0)
+
     def set_steps(self, steps: int) -> None:
         """How many steps AdamW's bias correction counts."""
         for state in self.state.values():
@@ -62,7 +75,7 @@ class AdamWWithTeacher(torch.optim.AdamW):
 
 def teacher_alpha(teacher: TeacherConfig) -> float | None:
     """The alpha of AdamWWithTeacher for a kind of teacher weights."""
-    return {"ema": teacher.alpha, "frozen": 0.0, "live": None}[teacher.weights]
+    return {"ema": teacher.alpha, "frozen": 0.0, "base": 0.0, "live": None}[teacher.weights]
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:

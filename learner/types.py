@@ -2,7 +2,18 @@
 
 from dataclasses import dataclass
 
-from learner.config import LearnerConfig, LossConfig, TeacherConfig
+from learner.config import LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """One stage of the run, as the learner knows it."""
+
+    before: int  # optimizer steps of the stages before it
+    steps: int
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    keep_moments: bool = False
 
 
 @dataclass(frozen=True)
@@ -13,11 +24,21 @@ class LearnerSettings:
     dtype: str
     device: str
     seed: int
-    total_steps: int
     config: LearnerConfig
-    loss: LossConfig
+    stages: tuple[StageSettings, ...]
     teacher: TeacherConfig
     rank: int = 0
+
+    def stage_of(self, step: int) -> int:
+        """Which stage optimizer step `step` is in; what comes after the last is in the last."""
+        return max(i for i, stage in enumerate(self.stages) if i == 0 or step > stage.before)
+
+    def moments_since(self, step: int) -> int:
+        """The step after which AdamW's moments were last zero, as they are after `step`."""
+        stage = self.stage_of(step)
+        while self.stages[stage].keep_moments and stage > 0:
+            stage -= 1
+        return self.stages[stage].before
 
 
 @dataclass(frozen=True)

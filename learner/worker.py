@@ -53,6 +53,11 @@ class LearnerWorker:
         self._saver.detach()
         return self._engine.train_step(samples)
 
+    def begin_stage(self) -> None:
+        """What changes before the first step of a stage. Collective."""
+        self._saver.detach()
+        self._engine.begin_stage()
+
     def publish(self, role: str, version: int) -> Snapshot | None:
         """The snapshot, on the first rank; the others give their parts of the weights."""
         content = self._engine.snapshot(role)

@@ -27,7 +27,7 @@ def write_answers(path: Path, results: list[EvalResult], samples: list[Sample]) 
 
 def regrade(config: RunConfig, base: Path, path: Path) -> tuple[list[EvalResult], list[Sample]]:
     """Results and answers, graded again. UserError if an answer is to no question of the configuration's sets."""
-    sets = {s.name: (GRADERS[s.grader], {q.id: q for q in load_questions(s, base)}) for s in config.evaluation.sets}
+    sets = {s.name: (GRADERS[s.grader], {q.id: q for q in load_questions(s, base)}) for s in config.sets}
     samples = []
     for sample in _read(path):
         if sample.task not in sets:

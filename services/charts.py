@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from services.continual import Matrix
+
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 PHASE_COLOURS = {"rollout": "#0072b2", "score": "#4a9fd4", "learn": "#009e73", "sync": "#e69f00", "wait": "#999999"}
@@ -27,13 +29,20 @@ LENGTH_BARS, LENGTH_COLOURS = 40, (COLOURS[0], COLOURS[1])
 LABEL_GAP = 0.075  # least distance of two labels, as a share of the axis
 
 
-def accuracy_chart(results: Sequence[EvalResult], roles: dict[str, str]) -> str:
+def accuracy_chart(results: Sequence[EvalResult], roles: dict[str, str], stages: Sequence[tuple[str, int]] = ()) -> str:
     """Accuracy of each set over steps with its 95 % interval; retention dashed, the teacher's accuracy dotted.
 
-    `roles`: every set's role; the order of the sets is that of their colours.
+    `roles`: every set's role; the order of the sets is that of their colours. `stages`: name and last step of each.
     """
     with _chart(WIDE, "Accuracy over steps, by evaluation set") as (figure, done):
-        axes = _axes(figure, "accuracy, %", max(r.step for r in results))
+        reached = max(r.step for r in results)
+        axes = _axes(figure, "accuracy, %", reached)
+        first = 0
+        for name, last in stages:
+            if first < reached:
+                axes.axvline(first, color=GREY, linewidth=0.8, alpha=0.6)
+                axes.text(first, 104, f" {name}", color=GREY, fontsize=8, va="bottom")
+            first = last
         labels: list[tuple[float, str, str]] = []
         for index, task in enumerate(roles):
             colour = COLOURS[index % len(COLOURS)]
@@ -53,6 +62,30 @@ def accuracy_chart(results: Sequence[EvalResult], roles: dict[str, str]) -> str:
                 axes.axhline(100 * teacher.value, linestyle=":", linewidth=1.2, color=colour)
         axes.set_ylim(-3, 103)
         _label_ends(axes, labels)
+        return done()
+
+
+def matrix_chart(matrix: "Matrix") -> str:
+    """Heat map: accuracy of each task and retention set (columns) before training and after each stage (rows)."""
+    rows, columns = len(matrix.rows), len(matrix.columns)
+    with _chart((9.4, 0.75 + 0.42 * rows), "Accuracy of every task after each stage") as (figure, done):
+        axes = figure.add_subplot()
+        shares = [[100 * value for value in row] for row in matrix.rows]
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=130, aspect="auto")
+        for i, row in enumerate(shares):
+            for j, value in enumerate(row):
+                own = j < len(matrix.tasks) and i > 0 and matrix.stages[i - 1] == matrix.tasks[j]
+                text = "–" if math.isnan(value) else f"{value:.1f} %"
+                colour = "white" if value > 75 else INK
+                axes.text(j, i, text, ha="center", va="center", color=colour, weight="bold" if own else "normal")
+        axes.set_xticks(range(columns), [*matrix.tasks, *(f"{name} (retention)" for name in matrix.retention)])
+        axes.set_yticks(range(rows), matrix.row_names)
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0)
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        if matrix.retention and matrix.tasks:
+            axes.axvline(len(matrix.tasks) - 0.5, color="white", linewidth=4)
         return done()
 
 

@@ -6,8 +6,12 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from services.errors import PreflightError, UserError
+
+if TYPE_CHECKING:
+    from services.prepare import Prepared
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +32,6 @@ def _train(a: argparse.Namespace) -> None:
     from rich.console import Console
 
     from services.load_config import load_config, resolved_yaml
-    from services.methods import on_demonstrations
     from services.prepare import prepare
 
     path = Path(a.config)
@@ -40,15 +43,8 @@ def _train(a: argparse.Namespace) -> None:
     size = f"{shape.parameters / 1e6:.1f} M parameters"
     if shape.adapters:
         size += f" (LoRA trains {shape.adapters / 1e6:.1f} M)"
-    learns = f"{config.loss.divergence} divergence, {config.teacher.weights} teacher"
-    if on_demonstrations(config):
-        learns = f"{config.method} on the demonstrations' own tokens"
-    plan = (
-        f"{len(prepared.prompts)} demonstrations, {prepared.schedule.total_steps} steps of "
-        f"{config.training.batch_size} prompts, {size} in {config.dtype}, "
-        f"{learns}"
-    )
-    console.print(plan, prepared.plan.text(), sep="\n", markup=False, highlight=False)
+    console.print(f"{size} in {config.dtype}", *_tasks(prepared), sep="\n", markup=False, highlight=False)
+    console.print(prepared.plan.text(), markup=False, highlight=False)
     if a.dry_run:
         print(resolved_yaml(config))
         return
@@ -57,6 +53,23 @@ def _train(a: argparse.Namespace) -> None:
     report = train(prepared, run_dir, a.resume, console)
     _print_outcome(run_dir)
     console.print(f"report: {report}", markup=False, soft_wrap=True)
+
+
+def _tasks(prepared: "Prepared") -> list[str]:
+    """A line for each stage: what is trained on, for how long, and by what."""
+    from services.methods import on_demonstrations
+
+    lines = []
+    for stage, schedule in zip(prepared.stages, prepared.schedule.stages, strict=True):
+        c = stage.config
+        learns = f"{c.loss.divergence} divergence, {c.teacher.weights} teacher"
+        if on_demonstrations(c):
+            learns = f"{c.method} on the demonstrations' own tokens"
+        lines.append(
+            f"{f'{stage.name}: ' if stage.name else ''}{len(stage.prompts)} demonstrations, "
+            f"{schedule.last - schedule.before} steps of {c.training.batch_size} prompts, {learns}"
+        )
+    return lines
 
 
 def _print_outcome(run_dir: Path) -> None:
@@ -83,10 +96,9 @@ def _check(a: argparse.Namespace) -> None:
 
     path = Path(a.config)
     prepared = prepare(load_config(path, a.set), path)
-    longest = max(len(p.teacher_ids or []) for p in prepared.prompts)
-    print(f"{path}: good. {len(prepared.prompts)} demonstrations, the longest teacher prompt has {longest} tokens,")
-    names = ", ".join(s.settings.name for s in prepared.sets) or "none"
-    print(f"{prepared.schedule.total_steps} steps; evaluation: {names}")
+    longest = max(len(p.teacher_ids or []) for stage in prepared.stages for p in stage.prompts)
+    print(f"{path}: good. The longest teacher prompt has {longest} tokens.", *_tasks(prepared), sep="\n")
+    print(f"evaluation: {', '.join(s.settings.name for s in prepared.sets) or 'none'}")
     print(prepared.plan.text())
 
 
@@ -102,6 +114,12 @@ def _report(a: argparse.Namespace) -> None:
 
     check_run_dir(Path(a.run_dir))
     print(write_report(Path(a.run_dir)))
+
+
+def _matrix(a: argparse.Namespace) -> None:
+    from services.continual import matrix_text, read_matrix
+
+    print(matrix_text([read_matrix(Path(run_dir)) for run_dir in a.run_dirs]))
 
 
 def _export(a: argparse.Namespace) -> None:
@@ -160,7 +178,7 @@ def _eval(a: argparse.Namespace) -> None:
     # A path on the command line starts here, one in the file at the file's folder.
     overrides = a.set + ([f"model={json.dumps(str(_local(a.model)))}"] if a.model else [])
     config = load_config(path, overrides)
-    if not config.evaluation.sets:
+    if not config.sets:
         raise UserError(f"{path}: evaluation.sets is empty; give at least one set to evaluate")
     if a.out and not Path(a.out).absolute().parent.is_dir():
         raise UserError(f"--out {a.out}: its folder does not exist; make it first")
@@ -188,7 +206,8 @@ def _local(model: str) -> Path | str:
 def _submit(a: argparse.Namespace) -> int:
     import asyncio
 
-    from services.load_config import check_files, load_config
+    from services.config_files import check_files
+    from services.load_config import load_config
     from services.submit import follow, submit
 
     path = Path(a.config)
@@ -243,6 +262,8 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--follow", action="store_true", help="print the job's output, exit with 1 if it fails")
     add("status", _status, "How a run stands").add_argument("run_dir", metavar="RUN")
     add("report", _report, "Write a run's report.html anew").add_argument("run_dir", metavar="RUN")
+    c = add("matrix", _matrix, "Every task before and after each stage; of several runs their mean and interval")
+    c.add_argument("run_dirs", metavar="RUN", nargs="+", help="runs of a configuration with stages, of other seeds")
     c = add("export", _export, "Copy a checkpoint's student out as a Hugging Face folder")
     c.add_argument("run_dir", metavar="RUN")
     c.add_argument("--step", type=int, help="which checkpoint (default: the newest)")

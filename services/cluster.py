@@ -17,9 +17,9 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from services.config import RayConfig
 from services.errors import PreflightError
 from services.plan import Part, Plan
+from services.sections import RayConfig
 
 CONNECT_TIMEOUT_S = 10
 SCRATCH = "sdft-ray-"

@@ -1,150 +1,32 @@
 """The whole configuration of a run. Imports neither torch, ray nor vllm."""
 
-import os
-from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from actors.config import ActorsConfig, Dtype, SamplingConfig
 from learner.config import LearnerConfig, LossConfig, TeacherConfig
-
-GRADERS = ("exact", "contains", "choice", "numeric", "tool_call")
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataConfig(Section):
-    """Demonstrations, and how the two contexts are made from them."""
-
-    train: str = Field(description="A .jsonl or .parquet file (relative to the config file), or a hub data set's name")
-    split: str = Field("train", description="Split of a hub data set")
-    template: str = Field("paper", description="Teacher context: paper, turn, or the path of a Jinja template")
-    system: str | None = Field(None, description="System message put before prompts that bring none")
-    max_prompt_tokens: int = Field(1024, ge=1)
-    max_teacher_prompt_tokens: int = Field(2048, ge=1)
-
-
-class TrainingConfig(Section):
-    """How much is trained: `epochs` over the demonstrations, or a number of `steps`."""
-
-    batch_size: int = Field(32, ge=1, description="Prompts per optimizer step")
-    epochs: int | None = Field(None, ge=1)
-    steps: int | None = Field(None, ge=1)
-    max_staleness: int = Field(
-        0, ge=0, description="Steps that a rollout's weights may be behind; 0: the strict, synchronous algorithm"
-    )
-
-    @model_validator(mode="after")
-    def _one_length(self) -> "TrainingConfig":
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give exactly one of epochs and steps")
-        return self
-
-
-class WeightsConfig(Section):
-    """How often the engines get new weights, and how closely they must agree with the learner's."""
-
-    sync_every: int = Field(1, ge=1, description="Optimizer steps between two updates of the student engines")
-    teacher_sync_every: int = Field(1, ge=1, description="The same for the teacher engines; the EMA moves every step")
-    swap: Literal["together", "one_by_one"] = Field(
-        "together", description="Whether a role's engines pause for an update at the same time or in turn"
-    )
-    max_probe_gap: float | None = Field(
-        None, gt=0, description="Mean |log-prob| gap allowed; null: 0.001 float32, 0.15 bf16"
-    )
-    timeout_s: float = Field(300, gt=0)
-
-
-class EvaluationSet(Section):
-    """One file of questions with answers."""
-
-    name: str = Field(pattern=r"^[a-z0-9_-]+$")
-    file: str
-    grader: Literal["exact", "contains", "choice", "numeric", "tool_call"]
-    role: Literal["task", "retention"] = "task"
-    max_new_tokens: int = Field(64, ge=1)
-    pass_at: tuple[int, ...] = Field((), description="Also pass@k, for each k here, of sampled answers; at most 128")
-    pass_samples: int | None = Field(
-        None, ge=1, description="Answers sampled to a question for pass_at; null: twice as many as the largest k"
-    )
-    pass_temperature: float = Field(1.0, gt=0, description="At which they are sampled")
-
-    @property
-    def sampled(self) -> int:
-        """Answers to a question beside the greedy one."""
-        return self.pass_samples or 2 * max(self.pass_at) if self.pass_at else 0
-
-    @model_validator(mode="after")
-    def _enough_answers(self) -> "EvaluationSet":
-        if self.pass_at and not 1 <= min(self.pass_at) <= max(self.pass_at) <= 128:
-            raise ValueError(f"pass_at {list(self.pass_at)}: give values of k from 1 to 128")
-        if self.pass_at and self.sampled < max(self.pass_at):
-            raise ValueError(
-                f"pass_samples {self.sampled} is less than the largest k of pass_at, {max(self.pass_at)}; raise it"
-            )
-        return self
-
-
-class EvaluationConfig(Section):
-    """Greedy evaluation before, during and after the run, on the student engines."""
-
-    every: int | None = Field(None, ge=1, description="Steps between evaluations; null: before and after only")
-    sets: tuple[EvaluationSet, ...] = ()
-    timeout_s: float = Field(1800, gt=0)
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> "EvaluationConfig":
-        names = [s.name for s in self.sets]
-        if len(set(names)) != len(names):
-            raise ValueError("two evaluation sets have the same name")
-        return self
-
-
-class CheckpointConfig(Section):
-    """When to save, and how many saves to keep. The last step is always saved."""
-
-    every: int = Field(50, ge=1)
-    keep: int = Field(2, ge=1)
-    timeout_s: float = Field(600, gt=0, description="How long a checkpoint may take to reach the disk")
-
-
-class MonitoringConfig(Section):
-    """Where metrics go beside metrics.jsonl."""
-
-    tensorboard: bool = True
-    wandb_project: str | None = None
-    mlflow_experiment: str | None = None
-    # Off: a cluster of the run's own is on ports that change with every run, where nobody looks for them.
-    prometheus: bool = Field(False, description="Serve metrics with those of the Ray node, for Prometheus to fetch")
-    stall_s: float = Field(
-        600, gt=0, description="After so long without an end of any wait, what is waited for is named"
-    )
-    record_rollouts: bool = Field(False, description="Keep every batch in rollouts/, for `sdft replay`")
-
-
-class RayConfig(Section):
-    """Which cluster: a running one (`address`, or RAY_ADDRESS in the environment), else one of our own here."""
-
-    address: str | None = None
-    wait_s: float = Field(300, gt=0, description="How long to wait for the cluster's resources")
-    autoscaling: bool = Field(False, description="The cluster grows by itself: wait also for nodes that it has not yet")
-
-    @property
-    def running(self) -> str | None:
-        """Address of the running cluster to use; None: one of our own."""
-        return self.address or os.environ.get("RAY_ADDRESS")
+from services.sections import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    EvaluationSet,
+    Method,
+    MonitoringConfig,
+    RayConfig,
+    RetentionConfig,
+    Section,
+    StageConfig,
+    TrainingConfig,
+    WeightsConfig,
+)
 
 
 class RunConfig(Section):
     """A run, whole."""
 
     model: str = Field(description="A built-in name (smollm2-135m), a local folder or a hub id")
-    method: Literal["sdft", "off_policy", "sft", "dft"] = Field(
+    method: Method = Field(
         "sdft",
         description="To compare with: off_policy, the teacher's samples; sft, dft, the demonstrations' own tokens",
     )
@@ -152,7 +34,8 @@ class RunConfig(Section):
     device: Literal["cpu", "cuda"] = "cpu"
     seed: int = Field(0, ge=0, lt=2**31)
     run_dir: str | None = Field(None, description="null: runs/<name of the config file>")
-    data: DataConfig
+    data: DataConfig | None = Field(None, description="The demonstrations; null: each of `stages` has its own")
+    stages: tuple[StageConfig, ...] = Field((), description="Tasks, one after the other, through one model")
     sampling: SamplingConfig = SamplingConfig()
     training: TrainingConfig
     teacher: TeacherConfig = TeacherConfig()
@@ -161,6 +44,7 @@ class RunConfig(Section):
     actors: ActorsConfig = ActorsConfig()
     weights: WeightsConfig = WeightsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    retention: RetentionConfig | None = Field(None, description="null: nothing is guarded")
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
     ray: RayConfig = RayConfig()
@@ -170,13 +54,67 @@ class RunConfig(Section):
         """One batch after the other, each by the weights of the step before: the same bits in every run."""
         return self.training.max_staleness == 0
 
+    @property
+    def tasks(self) -> "tuple[TaskConfig, ...]":
+        """The run's stages as they would be configured alone; of a run without stages itself."""
+        own = {name: getattr(self, name) for name in type(self).model_fields}
+        if not self.stages:
+            return (TaskConfig.model_construct(**own),)
+        return tuple(TaskConfig.model_construct(**own | _of_stage(self, stage)) for stage in self.stages)
+
+    @property
+    def sets(self) -> tuple[EvaluationSet, ...]:
+        """All evaluation sets: the run's, then those of its stages."""
+        return (*self.evaluation.sets, *(s for stage in self.stages for s in stage.sets))
+
+    @model_validator(mode="after")
+    def _one_task_or_stages(self) -> "RunConfig":
+        t = self.training
+        if self.stages and (self.data is not None or t.epochs is not None or t.steps is not None):
+            what = "data" if self.data is not None else "training.epochs or training.steps"
+            raise ValueError(f"with stages, {what} belongs into each of them; remove it from the run")
+        if not self.stages and self.data is None:
+            raise ValueError("data is required but missing; it names the demonstrations: data.train")
+        if not self.stages and t.epochs is None and t.steps is None:
+            raise ValueError("training: give exactly one of epochs and steps")
+        names_of = {"stages": [s.name for s in self.stages], "evaluation sets": [s.name for s in self.sets]}
+        for what, names in names_of.items():
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise ValueError(f"two {what} have the same name, {twice}; rename one")
+        return self
+
+    @model_validator(mode="after")
+    def _one_clip(self) -> "RunConfig":
+        clip = self.learner.optimizer.grad_clip
+        for i, stage in enumerate(self.stages):
+            if stage.optimizer is not None and stage.optimizer.grad_clip != clip:
+                raise ValueError(
+                    f"stages[{i}].optimizer.grad_clip is {stage.optimizer.grad_clip:g} and learner.optimizer.grad_clip "
+                    f"{clip:g}, which is one for the whole run; give both the same"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _guarded_sets_are_there(self) -> "RunConfig":
+        if self.retention is not None:
+            names = [s.name for s in self.sets]
+            missing = next((name for name in self.retention.sets if name not in names), None)
+            if missing is not None:
+                raise ValueError(f"retention.sets: there is no evaluation set {missing}; there are {', '.join(names)}")
+            if not self.guarded:
+                raise ValueError("retention: no evaluation set has role: retention; add one, or name some in its sets")
+        return self
+
+    @property
+    def guarded(self) -> tuple[str, ...]:
+        """Names of the sets under the retention guard."""
+        if self.retention is None:
+            return ()
+        return self.retention.sets or tuple(s.name for s in self.sets if s.role == "retention")
+
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
-        if self.data.max_teacher_prompt_tokens < self.data.max_prompt_tokens:
-            raise ValueError(
-                "data.max_teacher_prompt_tokens must be at least data.max_prompt_tokens: the teacher's prompt contains "
-                "the student's"
-            )
         if self.weights.sync_every > self.training.max_staleness + 1:
             raise ValueError(
                 f"weights.sync_every {self.weights.sync_every} lets rollouts be {self.weights.sync_every - 1} steps "
@@ -199,7 +137,24 @@ class RunConfig(Section):
         return self
 
 
-def resolve_path(base: Path, value: str) -> Path:
-    """A path of the configuration, relative to the folder of the config file."""
-    path = Path(value).expanduser()
-    return path if path.is_absolute() else (base / path)
+class TaskConfig(RunConfig):
+    """One stage of a run, as a run of its own would be configured."""
+
+    data: DataConfig
+    keep_moments: bool = False
+
+
+def _of_stage(run: RunConfig, stage: StageConfig) -> dict[str, object]:
+    """What a stage's configuration has in the place of the run's."""
+    own = {name: value for name in ("method", "sampling", "loss") if (value := getattr(stage, name)) is not None}
+    training = run.training.model_copy(update={"epochs": stage.epochs, "steps": stage.steps})
+    learner = run.learner
+    if stage.optimizer is not None:
+        learner = learner.model_copy(update={"optimizer": stage.optimizer})
+    return own | {
+        "data": stage.data,
+        "stages": (),
+        "training": training,
+        "learner": learner,
+        "keep_moments": stage.keep_moments,
+    }

@@ -9,6 +9,7 @@ steps.
 
 import asyncio
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,9 @@ from learner.group import LearnerGroup
 from learner.waiting import cancelled, within
 from services import checkpoint
 from services.checkpoint import CheckpointState
-from services.evaluation import Evaluator
+from services.evaluation import Evaluator, LoadedSet
 from services.ledger import Ledger
-from services.methods import loss_of, on_policy
+from services.methods import loss_of, on_demonstrations, on_policy
 from services.metrics import RunLog, StepMetrics
 from services.pools import EnginePool
 from services.prepare import Prepared
@@ -27,6 +28,7 @@ from services.progress import Progress
 from services.recording import write_batch
 from services.rollouts import Rollouts, Times, now
 from services.scaling import Scaler, Seen
+from services.schedule import StageSchedule
 from services.supervised import reason
 from services.sync import WeightSync
 
@@ -56,13 +58,13 @@ class Controller:
         self._ledger = ledger
         self._log = log
         self._progress = progress
-        self._evaluator = Evaluator(prepared.sets, prepared.tokenizer)
+        self._evaluator = Evaluator(prepared.tokenizer)
         self._student_weights = self._weights("student", students)
         self._teacher_weights = None if teachers is None else self._weights("teacher", teachers)
         pools = [pool for pool in (students, teachers) if pool is not None and not pool.settings.strict]
         self._scalers = [(pool, Scaler(pool.settings.least, pool.settings.most)) for pool in pools]
         self._saving: asyncio.Task[None] | None = None
-        self._on_policy = on_policy(self._config)  # else engines are for evaluation alone
+        self._teacher_moves = self._config.teacher.weights == "ema"
 
     def _weights(self, role: str, pool: EnginePool) -> WeightSync:
         return WeightSync(role, pool, self._learner, self._config.weights.timeout_s, self._progress.note)
@@ -83,16 +85,20 @@ class Controller:
             if teacher is not None:
                 await teacher.now(first_step)
             if first_step == 0:
-                await self._evaluate(0)
+                await self._evaluate(0, self._prepared.sets)
+            rollouts.open(schedule.at(first_step + 1))
             if not self._config.strict:
                 student.arrived = rollouts.begin
             for step in range(first_step + 1, schedule.total_steps + 1):
+                stage = schedule.at(step)
+                if step == stage.before + 1 and step > 1:
+                    await self._begin_stage(stage, rollouts)
                 await self._step(step, rollouts)
-                last = step == schedule.total_steps
-                if last or (every and step % every == 0):
+                if step == stage.last or (every and step % every == 0):
                     await student.until(step, step)
-                    await self._evaluate(step)
-                if last or step % self._config.checkpoint.every == 0:
+                    own = [*self._prepared.common, *self._prepared.stages[stage.stage].sets]
+                    await self._evaluate(step, self._prepared.sets if step == stage.last else own)
+                if step == stage.last or step % self._config.checkpoint.every == 0:
                     await self._save(step)
             await self._saved()
             await self._teachers_ready()
@@ -103,11 +109,23 @@ class Controller:
                 if weights is not None:
                     await weights.stop()
 
+    async def _begin_stage(self, stage: StageSchedule, rollouts: Rollouts) -> None:
+        """Learner and engines as its first batch is to find them. Nothing of it is begun before."""
+        step, config = stage.before, self._prepared.stages[stage.stage].config
+        self._progress.note(f"stage {stage.stage + 1}, {self._prepared.stages[stage.stage].name}: from step {step + 1}")
+        await self._learner.begin_stage()
+        if on_policy(config):
+            await self._student_weights.until(step, step)
+        if self._teacher_weights is not None and not on_demonstrations(config):
+            await self._teacher_weights.now(step)
+        rollouts.open(stage)
+
     async def _step(self, step: int, rollouts: Rollouts) -> None:
         times = Times()
         began = now()
+        stage, config = self._prepared.schedule.at(step), self._prepared.at(step).config
         student, teacher, every = self._student_weights, self._teacher_weights, self._config.weights
-        rollouts.begin(student.version if self._on_policy else step - 1)
+        rollouts.begin(student.version if on_policy(config) else step - 1)
         if rollouts.begun < step:
             needed = step - 1 - self._config.training.max_staleness
             await times.of("sync", student.until(max(0, needed), step - 1))
@@ -120,9 +138,10 @@ class Controller:
         self._ledger.advance(ids, "trained")
         await times.of("sync", student.done())
         trained, dropped, in_flight = self._ledger.audit(self._prepared.schedule.issued_through(rollouts.begun))
-        if step % every.sync_every == 0 and self._on_policy:
+        if step % every.sync_every == 0 and on_policy(config):
             await times.of("sync", student.now(step) if self._config.strict else student.send(step))
-        if teacher is not None and step % every.teacher_sync_every == 0:
+        scored = self._teacher_moves and step < stage.last and not on_demonstrations(config)
+        if teacher is not None and scored and step % every.teacher_sync_every == 0:
             # The teacher is not needed before there is something to score: meanwhile the students sample.
             await times.of("sync", teacher.send(step))
         await self._saved()  # so a step that is in the metrics has a checkpoint before it that is on the disk
@@ -137,7 +156,7 @@ class Controller:
             stage=ids[0].stage,
             loss=result.loss,
             divergence=result.divergence,
-            direction=loss_of(self._config).divergence,
+            direction=loss_of(config).divergence,
             grad_norm=result.grad_norm,
             lr=result.lr,
             samples=len(samples),
@@ -176,13 +195,14 @@ class Controller:
         if self._teacher_weights is not None:
             await self._teacher_weights.done()
 
-    async def _evaluate(self, step: int) -> None:
-        if not self._prepared.sets:
+    async def _evaluate(self, step: int, sets: Sequence[LoadedSet]) -> None:
+        if not sets:
             return
         self._progress.phase(f"evaluating at step {step}")
-        results, samples = await self._evaluator.students(self._students, step)
+        stage = self._prepared.schedule.at(step).stage
+        results, samples = await self._evaluator.students(self._students, sets, step, stage)
         if step == 0:
-            results += await self._evaluator.teachers(self._students, step)
+            results += await self._evaluator.teachers(self._students, sets, step, stage)
         for result in results:
             self._log.evaluation(result)
         for sample in samples:
@@ -201,7 +221,8 @@ class Controller:
             await self._not_written(step, error)
             return
         c = self._config
-        state = CheckpointState(step, c.learner.ranks, c.learner.zero_stage, c.dtype, self._prepared.fingerprint)
+        fingerprint = self._prepared.at(step).fingerprint
+        state = CheckpointState(step, c.learner.ranks, c.learner.zero_stage, c.dtype, fingerprint)
         self._saving = asyncio.create_task(
             self._commit(part, state), name=f"the checkpoint of step {step} to be on the disk"
         )

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from services.config import DataConfig, EvaluationSet, resolve_path
 from services.errors import UserError
-from services.files import existing_file, is_data_file, is_hub_name, near_names
+from services.files import existing_file, is_data_file, is_hub_name, near_names, resolve_path
 from services.graders import GRADERS
 from services.rows import BadRow, NumberedRow, hub_rows, json_kind, jsonl_rows, parquet_rows
+from services.sections import DataConfig, EvaluationSet
 
 MAX_REPORTED = 20
 ROLES = ("system", "user", "assistant")

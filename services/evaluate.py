@@ -33,9 +33,9 @@ async def _run(prepared: Prepared, plan: Plan, console: Console) -> tuple[list[E
         try:
             await pool.start()
             console.print(f"evaluating {prepared.model}", highlight=False, soft_wrap=True)
-            evaluator = Evaluator(prepared.sets, prepared.tokenizer)
-            results, samples = await evaluator.students(pool, 0, shown=None)
-            return results + await evaluator.teachers(pool, 0), samples
+            evaluator = Evaluator(prepared.tokenizer)
+            results, samples = await evaluator.students(pool, prepared.sets, 0, 0, shown=None)
+            return results + await evaluator.teachers(pool, prepared.sets, 0, 0), samples
         finally:
             await pool.stop()
 

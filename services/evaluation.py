@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actors.types import GenerateRequest, Rollout, Sampling
-from services.config import EvaluationSet
 from services.demonstrations import Question
 from services.graders import GRADERS
 from services.metrics import STUDENT, TEACHER, EvalResult, Sample
@@ -16,6 +15,7 @@ from services.pass_at_k import pass_at_k
 from services.pools import EnginePool
 from services.prompts import PromptPair
 from services.schedule import seed_of
+from services.sections import EvaluationSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,25 +40,24 @@ class LoadedSet:
 class Evaluator:
     """Runs evaluation sets on a pool of engines."""
 
-    def __init__(self, sets: Sequence[LoadedSet], tokenizer: "PreTrainedTokenizerBase") -> None:
-        self._sets = sets
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
 
     async def students(
-        self, pool: EnginePool, step: int, stage: int = 0, shown: int | None = SHOWN
+        self, pool: EnginePool, sets: Sequence[LoadedSet], step: int, stage: int, shown: int | None = SHOWN
     ) -> tuple[list[EvalResult], list[Sample]]:
         """Every set, answered without demonstrations; the first `shown` answers of each (None: all of them)."""
         results, samples = [], []
-        for loaded in self._sets:
+        for loaded in sets:
             result, answers = await self._run(pool, loaded, STUDENT, step, stage)
             results.append(result)
             samples += answers[:shown]
             results += await self._pass_at(pool, loaded, step, stage)
         return results, samples
 
-    async def teachers(self, pool: EnginePool, step: int, stage: int = 0) -> list[EvalResult]:
+    async def teachers(self, pool: EnginePool, sets: Sequence[LoadedSet], step: int, stage: int) -> list[EvalResult]:
         """The sets whose questions have demonstrations, answered with them in the prompt: what there is to learn."""
-        return [(await self._run(pool, loaded, TEACHER, step, stage))[0] for loaded in self._sets if loaded.has_teacher]
+        return [(await self._run(pool, loaded, TEACHER, step, stage))[0] for loaded in sets if loaded.has_teacher]
 
     async def _pass_at(self, pool: EnginePool, loaded: LoadedSet, step: int, stage: int) -> list[EvalResult]:
         """pass@k for each k of the set, of the same sampled answers.

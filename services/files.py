@@ -5,7 +5,6 @@ import os
 import re
 from pathlib import Path
 
-from services.config import resolve_path
 from services.errors import UserError
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -29,6 +28,12 @@ def near_names(wanted: str, folder: Path) -> list[str]:
     except OSError:
         return []
     return difflib.get_close_matches(wanted, names, n=3, cutoff=0.6)
+
+
+def resolve_path(base: Path, value: str) -> Path:
+    """A path of the configuration, relative to the folder of the config file."""
+    path = Path(value).expanduser()
+    return path if path.is_absolute() else (base / path)
 
 
 def existing_file(key: str, value: str, base: Path) -> Path:

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from services.config import RunConfig, resolve_path
+from services.config import RunConfig
 from services.errors import UserError
-from services.files import existing_file, is_data_file, is_hub_name, read_text
-from services.prompts import BUILT_IN_TEMPLATES
+from services.files import read_text
 from services.strict_yaml import YamlError, dump_yaml, parse_yaml
 
 Loc = tuple[str | int, ...]
@@ -83,44 +82,6 @@ def resolved_yaml(config: RunConfig) -> str:
     return dump_yaml(config.model_dump(mode="json"))
 
 
-def with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
-    """The same configuration for a file in any other folder, used in any other: no path in it is relative."""
-
-    def absolute(value: str) -> str:
-        path = resolve_path(base, value)
-        return str(path.resolve()) if path.exists() else value
-
-    template = config.data.template
-    if template not in BUILT_IN_TEMPLATES:
-        template = absolute(template)
-    model = absolute(config.model)
-    if Path(model).is_dir():  # resolve_model takes a folder of the working directory too
-        model = str(Path(model).resolve())
-    data = config.data.model_copy(update={"train": absolute(config.data.train), "template": template})
-    sets = tuple(s.model_copy(update={"file": absolute(s.file)}) for s in config.evaluation.sets)
-    return config.model_copy(
-        update={
-            "model": model,
-            "data": data,
-            "evaluation": config.evaluation.model_copy(update={"sets": sets}),
-        }
-    )
-
-
-def check_files(config: RunConfig, base: Path) -> None:
-    """Raise UserError unless the files that `config` names, relative to the folder `base`, are there."""
-    train = config.data.train
-    path = resolve_path(base, train)
-    if is_data_file(train) or path.exists() or not is_hub_name(train):
-        existing_file("data.train", train, base)
-        if not is_data_file(train):
-            raise UserError(f"data.train: {path} must be a .jsonl or .parquet file")
-    if config.data.template not in BUILT_IN_TEMPLATES:
-        existing_file("data.template", config.data.template, base)
-    for i, one in enumerate(config.evaluation.sets):
-        existing_file(f"evaluation.sets[{i}].file", one.file, base)
-
-
 def _apply(data: dict[str, Any], override: str) -> Loc:
     """Set one "a.b=v" in `data`; returns its key."""
     key, equals, text = override.partition("=")
@@ -163,8 +124,10 @@ def _explain(error: ValidationError) -> list[Problem]:
 def _unknown(parent: Loc, key: str) -> tuple[str, Loc | None]:
     """What to say of an unknown key, and the place of the setting that was probably meant."""
     names = list(_fields(parent))
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    elsewhere = [loc for loc in _all_settings(RunConfig, ()) if loc[-1] == key]
+    # What a stage sets is said of the run, but to whoever writes a stage.
+    settings = [loc for loc in _all_settings(RunConfig, ()) if loc[0] != "stages" or parent[:1] == ("stages",)]
+    elsewhere = [loc for loc in settings if loc[-1] == key]
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.8 if elsewhere else 0.6)
     if near:
         loc = (*parent, near[0])
         return f"is not a setting; did you mean {_dotted(loc)}?", loc

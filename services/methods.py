@@ -8,22 +8,22 @@
 """
 
 from learner.config import ImportanceConfig, LossConfig, TeacherConfig, TokenLoss
-from services.config import RunConfig
+from services.config import RunConfig, TaskConfig
 
 TOKEN_LOSSES = {"sft": TokenLoss(divergence="nll"), "dft": TokenLoss(divergence="dft")}
 
 
-def on_policy(config: RunConfig) -> bool:
+def on_policy(config: TaskConfig) -> bool:
     """Whether the student samples what it is trained on."""
     return config.method == "sdft"
 
 
-def on_demonstrations(config: RunConfig) -> bool:
+def on_demonstrations(config: TaskConfig) -> bool:
     """Whether nobody samples, and nobody scores."""
     return config.method in TOKEN_LOSSES
 
 
-def loss_of(config: RunConfig) -> LossConfig:
+def loss_of(config: TaskConfig) -> LossConfig:
     """The learner's loss. Importance weights correct for what the student sampled otherwise, and nothing else."""
     if config.method == "off_policy":
         return config.loss.model_copy(update={"importance": ImportanceConfig(level="off")})
@@ -31,5 +31,5 @@ def loss_of(config: RunConfig) -> LossConfig:
 
 
 def teacher_of(config: RunConfig) -> TeacherConfig:
-    """The learner's teacher; none is kept where nothing is scored."""
-    return TeacherConfig(weights="live") if on_demonstrations(config) else config.teacher
+    """The learner's teacher; none is kept where no stage is scored."""
+    return TeacherConfig(weights="live") if all(map(on_demonstrations, config.tasks)) else config.teacher

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from services.config import MonitoringConfig
 from services.errors import UserError
 from services.files import write_atomically
+from services.sections import MonitoringConfig
 from services.sinks import check_sinks, open_sinks
 
 DIVERGENCE_NAMES = {

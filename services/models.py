@@ -6,8 +6,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from services.config import resolve_path
 from services.errors import UserError
+from services.files import resolve_path
 from services.smollm2 import make_smollm2
 
 BUILT_IN = {"smollm2-135m": make_smollm2}

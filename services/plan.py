@@ -1,14 +1,14 @@
 """What a run will start and need: processes, memory of each part, what Ray must offer. Estimates."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from actors.config import EngineSettings
 from actors.process import GIB
-from services.config import RunConfig
+from services.config import RunConfig, TaskConfig
 from services.errors import UserError
 from services.memory import WIDTH, learner_gib
 from services.methods import teacher_of
@@ -68,8 +68,8 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(config: RunConfig, shape: ModelShape, longest_prompt: int) -> Plan:
-    """The plan for a model, and prompts (the student's) of at most so many tokens."""
+def make_plan(config: RunConfig, shape: ModelShape, longest_prompts: Sequence[int]) -> Plan:
+    """The plan for a model, and prompts (the student's) of at most so many tokens in each task."""
     cuda = config.device == "cuda"
     width = WIDTH[config.dtype]
     weights = shape.parameters * width / GIB
@@ -82,8 +82,9 @@ def make_plan(config: RunConfig, shape: ModelShape, longest_prompt: int) -> Plan
         return tuple(Part(f"{role} engine {i}", e.cpus, gpus, memory, e.labels) for i in range(e.replicas))
 
     one = config.learner
-    tokens, rows = _largest_forward(config, longest_prompt)
-    memory = learner_gib(one, teacher_of(config), config.dtype, shape, tokens, rows)
+    tasks = zip(config.tasks, longest_prompts, strict=True)
+    forwards = [_largest_forward(task, longest) for task, longest in tasks]
+    memory = max(learner_gib(one, teacher_of(config), config.dtype, shape, *forward) for forward in forwards)
     gpus = one.gpus if cuda else 0
     learners = tuple(Part(f"learner rank {i}", one.cpus, gpus, memory, one.labels) for i in range(one.ranks))
     pools = [(role, config.actors.of(role)) for role in roles(config)]
@@ -91,7 +92,7 @@ def make_plan(config: RunConfig, shape: ModelShape, longest_prompt: int) -> Plan
     return Plan(engines("student"), engines("teacher") if "teacher" in roles(config) else (), learners, growing)
 
 
-def _largest_forward(config: RunConfig, longest_prompt: int) -> tuple[int, int]:
+def _largest_forward(config: TaskConfig, longest_prompt: int) -> tuple[int, int]:
     """Tokens of a rank's largest forward if every answer is as long as it may be, and how many are in the loss."""
     sequence = longest_prompt + config.sampling.max_new_tokens
     share = -(-config.training.batch_size * config.sampling.generations // config.learner.ranks)
@@ -107,8 +108,8 @@ def roles(config: RunConfig) -> tuple[str, ...]:
 def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings:
     """How an engine of this role is started. Student engines also evaluate, and score when the teacher is live."""
     e = config.actors.of(role)
-    longest_answer = max([config.sampling.max_new_tokens, *(s.max_new_tokens for s in config.evaluation.sets)])
-    max_model_len = config.data.max_teacher_prompt_tokens + longest_answer + 1
+    longest_answer = max([t.sampling.max_new_tokens for t in config.tasks] + [s.max_new_tokens for s in config.sets])
+    max_model_len = max(task.data.max_teacher_prompt_tokens for task in config.tasks) + longest_answer + 1
     shape = json.loads((model / "config.json").read_text())
     limit = shape.get("max_position_embeddings")
     if limit is not None and max_model_len > limit:
@@ -128,7 +129,7 @@ def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings
         dtype=config.dtype,
         device=config.device,
         max_model_len=max_model_len,
-        max_logprobs=config.loss.top_k,
+        max_logprobs=max(task.loss.top_k for task in config.tasks),
         max_num_seqs=e.max_num_seqs,
         hold=config.strict,
         gpu_memory_utilization=0.1 if config.device == "cpu" else e.gpu_memory_utilization,

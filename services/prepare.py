@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,17 +12,18 @@ import numpy as np
 
 from actors.process import available_memory_gib
 from actors.types import IntArray
-from learner.types import LearnerSettings
-from services.config import RunConfig
-from services.demonstrations import load_demonstrations, load_questions
+from learner.types import LearnerSettings, StageSettings
+from services.config import RunConfig, TaskConfig
+from services.config_files import check_files
+from services.demonstrations import Question, load_demonstrations, load_questions
 from services.errors import PreflightError
 from services.evaluation import LoadedSet
-from services.load_config import check_files
 from services.methods import loss_of, on_demonstrations, teacher_of
 from services.models import resolve_model
 from services.plan import Plan, engine_settings, make_plan, roles
 from services.prompts import PromptBuilder, PromptPair, build_prompts, load_tokenizer
 from services.schedule import Schedule, make_schedule
+from services.sections import EvaluationSet
 from services.shape import ModelShape
 from services.sinks import check_sinks
 
@@ -33,6 +35,17 @@ CHECKPOINT_BYTES_PER_PARAMETER = 20  # float32 masters, two moments, EMA, and th
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One task of a run, checked."""
+
+    name: str  # "" in a run without stages
+    config: TaskConfig
+    prompts: list[PromptPair]  # of the demonstrations, in file order
+    sets: list[LoadedSet]  # its own
+    fingerprint: str  # of whatever must not change between a run, up to this stage's end, and its continuation
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A run that has been checked as far as it can be without starting it."""
 
@@ -41,17 +54,25 @@ class Prepared:
     model: Path
     shape: ModelShape
     tokenizer: "PreTrainedTokenizerBase"
-    prompts: list[PromptPair]  # of the demonstrations, in file order
-    sets: list[LoadedSet]
+    stages: tuple[Stage, ...]
+    common: list[LoadedSet]  # evaluation sets of no stage
     schedule: Schedule
     plan: Plan
-    fingerprint: str  # of whatever must not change between a run and its continuation
+
+    @property
+    def sets(self) -> list[LoadedSet]:
+        """All evaluation sets."""
+        return [*self.common, *(one for stage in self.stages for one in stage.sets)]
 
     @property
     def probe_ids(self) -> IntArray:
         """A real prompt's first tokens: what weight updates are verified on."""
-        ids = max((p.teacher_ids or p.student_ids for p in self.prompts[:32]), key=len)
+        ids = max((p.teacher_ids or p.student_ids for p in self.stages[0].prompts[:32]), key=len)
         return np.asarray(ids[:PROBE_TOKENS], dtype=np.int32)
+
+    def at(self, step: int) -> Stage:
+        """The stage that optimizer step `step` is in; of step 0 the first."""
+        return self.stages[self.schedule.at(step).stage]
 
 
 def prepare(config: RunConfig, path: Path) -> Prepared:
@@ -59,47 +80,78 @@ def prepare(config: RunConfig, path: Path) -> Prepared:
     base = path.parent
     check_sinks(config.monitoring)
     check_files(config, base)
-    demonstrations = load_demonstrations(config.data, base)
-    questions = [(s, load_questions(s, base)) for s in config.evaluation.sets]
+    loaded = [
+        (task, load_demonstrations(task.data, base), _questions(stage_sets, base))
+        for task, stage_sets in zip(config.tasks, [s.sets for s in config.stages] or [()], strict=True)
+    ]
+    common = _questions(config.evaluation.sets, base)
     model = resolve_model(config.model, base)
     for role in roles(config):
         engine_settings(config, model, role)  # raises when the model or the cache is too short for the prompts
     tokenizer = load_tokenizer(model)
-    builder = PromptBuilder(tokenizer, config.data.template, base, config.data.system)
-    limits = (config.data.max_prompt_tokens, config.data.max_teacher_prompt_tokens)
-    reply = config.sampling.max_new_tokens if on_demonstrations(config) else None
-    prompts = build_prompts(builder, demonstrations, *limits, reply)
-    sets = [LoadedSet(s, q, build_prompts(builder, q, *limits)) for s, q in questions]
-    t = config.training
-    schedule = make_schedule(
-        len(demonstrations), t.batch_size, config.sampling.generations, config.seed, t.epochs, t.steps
-    )
+    names = [s.name for s in config.stages] or [""]
+    stages: list[Stage] = []
+    for name, (task, demonstrations, questions) in zip(names, loaded, strict=True):
+        reply = task.sampling.max_new_tokens if on_demonstrations(task) else None
+        prompts = build_prompts(_builder(tokenizer, task, base), demonstrations, *_limits(task), reply)
+        fingerprint = _fingerprint(stages[-1].fingerprint if stages else "", task, model, prompts)
+        stages.append(Stage(name, task, prompts, _sets(questions, tokenizer, task, base), fingerprint))
     shape = ModelShape.of(model, config.learner.lora)
+    longest = [max(len(p.student_ids) for p in stage.prompts) for stage in stages]
     return Prepared(
         config=config,
         path=path.resolve(),
         model=model,
         shape=shape,
         tokenizer=tokenizer,
-        prompts=prompts,
-        sets=sets,
-        schedule=schedule,
-        plan=make_plan(config, shape, max(len(p.student_ids) for p in prompts)),
-        fingerprint=_fingerprint(config, model, prompts),
+        stages=tuple(stages),
+        common=_sets(common, tokenizer, stages[0].config, base),
+        schedule=make_schedule(config.tasks, [len(stage.prompts) for stage in stages]),
+        plan=make_plan(config, shape, longest),
     )
+
+
+Questions = list[tuple[EvaluationSet, list[Question]]]
+
+
+def _questions(sets: Sequence[EvaluationSet], base: Path) -> Questions:
+    return [(one, load_questions(one, base)) for one in sets]
+
+
+def _builder(tokenizer: "PreTrainedTokenizerBase", task: TaskConfig, base: Path) -> PromptBuilder:
+    return PromptBuilder(tokenizer, task.data.template, base, task.data.system)
+
+
+def _limits(task: TaskConfig) -> tuple[int, int]:
+    return task.data.max_prompt_tokens, task.data.max_teacher_prompt_tokens
+
+
+def _sets(questions: Questions, tokenizer: "PreTrainedTokenizerBase", task: TaskConfig, base: Path) -> list[LoadedSet]:
+    """With prompts as the task's are made."""
+    builder = _builder(tokenizer, task, base)
+    return [LoadedSet(one, items, build_prompts(builder, items, *_limits(task))) for one, items in questions]
 
 
 def learner_settings(prepared: Prepared) -> LearnerSettings:
     """How the learner of a run is started."""
     c = prepared.config
+    stages = tuple(
+        StageSettings(
+            before=schedule.before,
+            steps=schedule.last - schedule.before,
+            loss=loss_of(stage.config),
+            optimizer=stage.config.learner.optimizer,
+            keep_moments=stage.config.keep_moments,
+        )
+        for stage, schedule in zip(prepared.stages, prepared.schedule.stages, strict=True)
+    )
     return LearnerSettings(
         model=str(prepared.model),
         dtype=c.dtype,
         device=c.device,
         seed=c.seed,
-        total_steps=prepared.schedule.total_steps,
         config=c.learner,
-        loss=loss_of(c),
+        stages=stages,
         teacher=teacher_of(c),
     )
 
@@ -133,12 +185,12 @@ LIMITS = ("start_timeout_s", "health_timeout_s", "drain_timeout_s", "max_restart
 ELSEWHERE = (*LIMITS, "max_replicas", "cpus", "gpus", "labels")
 
 
-def _fingerprint(config: RunConfig, model: Path, prompts: list[PromptPair]) -> str:
-    """Settings that change the result, the kind of model, and the very tokens that are trained on.
+def _fingerprint(before: str, config: TaskConfig, model: Path, prompts: list[PromptPair]) -> str:
+    """Settings that change the result, the kind of model, and the very tokens that are trained on, up to this task.
 
-    No paths: a run may be continued after its files were moved.
+    before: that of the task before it. No paths: a run may be continued after its files were moved.
     """
-    elsewhere = {"model", "data", "run_dir", "ray", "monitoring", "checkpoint", "evaluation"}
+    elsewhere = {"model", "data", "stages", "run_dir", "ray", "monitoring", "checkpoint", "evaluation", "retention"}
     settings = config.model_dump(mode="json", exclude=elsewhere)
     if config.strict:
         for role in roles(config):
@@ -150,7 +202,7 @@ def _fingerprint(config: RunConfig, model: Path, prompts: list[PromptPair]) -> s
     # The rest of these changes how it is computed, not what.
     settings["weights"] = {key: settings["weights"][key] for key in ("sync_every", "teacher_sync_every")}
     settings["learner"] = {key: settings["learner"][key] for key in ("optimizer", "lora")}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest = hashlib.sha256(before.encode() + json.dumps(settings, sort_keys=True).encode())
     digest.update((model / "config.json").read_bytes())
     for pair in prompts:
         digest.update(json.dumps([pair.student_ids, pair.teacher_ids, pair.demonstration_ids]).encode())

@@ -70,6 +70,8 @@ async def _run(
         if start is not None:
             await group.load(start)
         for step in steps:
+            if step > 1 and step == prepared.schedule.at(step).before + 1:
+                await group.begin_stage()
             result = await group.train_step(read_batch(run_dir, step))
             if step not in rows:
                 return f"step {step}: its rollouts were recorded, but metrics.jsonl has no such step"

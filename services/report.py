@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from services import charts
+from services.continual import Matrix, make_matrix
 from services.files import write_atomically
 from services.metrics import EvalResult, Sample, StepMetrics, percent, permille, read_rows
 from services.status import (
@@ -23,6 +24,7 @@ from services.status import (
     read_config,
     read_ledger,
     read_sets,
+    read_stages,
     read_state,
     spread,
 )
@@ -55,7 +57,8 @@ def write_report(run_dir: Path) -> Path:
     check_run_dir(run_dir)
     config, state, ledger = read_config(run_dir), read_state(run_dir), read_ledger(run_dir)
     steps, results = read_rows(run_dir, StepMetrics), read_rows(run_dir, EvalResult)
-    sets = read_sets(run_dir, config)
+    sets, stages = read_sets(run_dir, config), read_stages(run_dir)
+    matrix = make_matrix(config, stages, results) if stages else None
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -73,7 +76,7 @@ def write_report(run_dir: Path) -> Path:
         sets=sets,
         charts=[
             Chart(c.title, Markup(c.svg), c.note, c.wide)
-            for c in draw(steps, results, sets, max_staleness(config), ended_lengths(run_dir))
+            for c in draw(steps, results, sets, max_staleness(config), ended_lengths(run_dir), stages, matrix)
         ],
         samples=compare(read_rows(run_dir, Sample), [one.name for one in sets]),
         last=steps[-1] if steps else None,
@@ -163,14 +166,18 @@ def draw(
     sets: Sequence[SetProgress],
     ahead: int,
     lengths: Mapping[str, "Counter[int]"],
+    stages: Sequence[tuple[str, int]],
+    matrix: Matrix | None,
 ) -> list[Chart]:
     """The charts there are numbers for. `ahead`: steps that rollouts may be made ahead of the learner; `lengths`: how
-    many samples had how many tokens, by state."""
+    many samples had how many tokens, by state; `stages`: name and last step of each."""
     drawn = []
+    if matrix is not None and matrix.rows and matrix.columns:
+        drawn.append(Chart("Tasks across stages", charts.matrix_chart(matrix), transfer(matrix)))
     if results:
         note = "Bands: 95 % Wilson intervals. Dashed: retention. Dotted: the teacher, shown the demonstration."
         roles = {one.name: one.role for one in sets}
-        drawn.append(Chart("Accuracy and retention", charts.accuracy_chart(results, roles), note))
+        drawn.append(Chart("Accuracy and retention", charts.accuracy_chart(results, roles, stages), note))
     if steps:
         name = steps[-1].divergence_name
         note = f"The {name} of teacher and student on the student's tokens; the loss adds the importance weights."
@@ -190,6 +197,16 @@ def draw(
         note = "; ".join(f"{state}: {spread(counts)}" for state, counts in lengths.items())
         drawn.append(Chart("Lengths", charts.length_chart(lengths), f"{note[0].upper()}{note[1:]}.", wide=False))
     return drawn
+
+
+def transfer(matrix: Matrix) -> str:
+    """The metrics of a stream in a sentence."""
+    parts = [
+        f"{name} {100 * value:{'+' if 'transfer' in name else ''}.1f} %".replace("-", "−")
+        for name, value in matrix.metrics().items()
+        if not math.isnan(value) and not name.startswith("retention")
+    ]
+    return f"Bold: right after the task's own stage. {'; '.join(parts)}." if parts else ""
 
 
 def versions() -> dict[str, str]:

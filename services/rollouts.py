@@ -22,7 +22,7 @@ from services.methods import on_demonstrations, on_policy
 from services.pools import EnginePool
 from services.prepare import Prepared
 from services.prompts import PromptPair
-from services.schedule import sample_seed
+from services.schedule import StageSchedule, sample_seed
 
 T = TypeVar("T")
 
@@ -87,11 +87,16 @@ class Rollouts:
         self._teachers_ready = teachers_ready
         self._making: dict[int, asyncio.Task[Batch]] = {}
         self.begun = first_step  # the last step whose batch has been begun
+        self._open = first_step  # the last step of the stages that were opened
+
+    def open(self, stage: StageSchedule) -> None:
+        """Let a stage's batches be begun: its teacher is the one to score them."""
+        self._open = stage.last
 
     def begin(self, student_version: int) -> None:
-        """Begin every batch that weights of this version may still be used for."""
+        """Begin every batch of an open stage that weights of this version may still be used for."""
         schedule = self._prepared.schedule
-        last = min(schedule.total_steps, student_version + 1 + self._prepared.config.training.max_staleness)
+        last = min(self._open, student_version + 1 + self._prepared.config.training.max_staleness)
         for step in range(self.begun + 1, last + 1):
             ids = schedule.batch(step)
             self._ledger.issue(ids, step)
@@ -112,7 +117,7 @@ class Rollouts:
 
     async def _make(self, step: int, ids: list[SampleId]) -> Batch:
         began = now()
-        if on_demonstrations(self._prepared.config):
+        if on_demonstrations(self._prepared.at(step).config):
             parts = [self._demonstrations(step, ids)]
         elif self._prepared.config.strict:
             parts = [await self._part(step, ids)]
@@ -134,9 +139,9 @@ class Rollouts:
 
     def _demonstrations(self, step: int, ids: list[SampleId]) -> _Part:
         """The demonstrations as if the weights of the step before had sampled them; nobody scores them."""
-        samples = []
+        samples, prompts = [], self._prepared.at(step).prompts
         for sample in ids:
-            pair = self._prepared.prompts[sample.index]
+            pair = prompts[sample.index]
             reply = _array(pair.demonstration_ids)
             rollout = _off_policy(step, pair, reply, "stop")
             certain = np.zeros((len(reply), 1), dtype=np.float32)
@@ -147,8 +152,8 @@ class Rollouts:
 
     async def _part(self, step: int, ids: list[SampleId]) -> _Part:
         """Samples that are sampled together, and scored together."""
-        prompts = [self._prepared.prompts[s.index] for s in ids]
-        config = self._prepared.config
+        stage = self._prepared.at(step)
+        config, prompts = stage.config, [stage.prompts[s.index] for s in ids]
         seeds = [sample_seed(config.seed, s) for s in ids]
         s = config.sampling
         sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p)

@@ -2,30 +2,34 @@
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from actors.types import SampleId
+from services.config import TaskConfig
 
 
 @dataclass(frozen=True)
-class Schedule:
+class StageSchedule:
     """Demonstrations in a new order each epoch, cut into batches of prompts; a batch may reach into the next epoch."""
 
     demonstrations: int
     batch_size: int  # prompts
     generations: int  # rollouts per prompt
     seed: int
-    prompts: int  # prompts of the whole run
+    prompts: int  # prompts of the whole stage
     stage: int = 0
+    before: int = 0  # optimizer steps of the stages before it
 
     @property
-    def total_steps(self) -> int:
-        return -(-self.prompts // self.batch_size)
+    def last(self) -> int:
+        """Its last optimizer step; its first is before + 1."""
+        return self.before + -(-self.prompts // self.batch_size)
 
     def batch(self, step: int) -> list[SampleId]:
-        """Samples of optimizer step `step`, counted from 1. The last batch may be short."""
-        first = (step - 1) * self.batch_size
+        """Samples of optimizer step `step`. The last batch may be short."""
+        first = (step - self.before - 1) * self.batch_size
         samples = []
         for position in range(first, min(first + self.batch_size, self.prompts)):
             epoch, place = divmod(position, self.demonstrations)
@@ -34,10 +38,34 @@ class Schedule:
         return samples
 
     def issued_through(self, step: int) -> dict[tuple[int, int], int]:
-        """Samples of all steps up to and including `step`, by (stage, epoch)."""
-        whole, rest = divmod(min(step * self.batch_size, self.prompts), self.demonstrations)
+        """Samples of its steps up to and including `step`, by (stage, epoch)."""
+        issued = max(0, min((step - self.before) * self.batch_size, self.prompts))
+        whole, rest = divmod(issued, self.demonstrations)
         prompts = [self.demonstrations] * whole + ([rest] if rest else [])
         return {(self.stage, epoch): count * self.generations for epoch, count in enumerate(prompts)}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The stages of a run, one after the other; steps are counted from 1 through all of them."""
+
+    stages: tuple[StageSchedule, ...]
+
+    @property
+    def total_steps(self) -> int:
+        return self.stages[-1].last
+
+    def at(self, step: int) -> StageSchedule:
+        """The stage that optimizer step `step` is in; of step 0, before the first, the first."""
+        return next(stage for stage in self.stages if step <= stage.last)
+
+    def batch(self, step: int) -> list[SampleId]:
+        """Samples of optimizer step `step`."""
+        return self.at(step).batch(step)
+
+    def issued_through(self, step: int) -> dict[tuple[int, int], int]:
+        """Samples of all steps up to and including `step`, by (stage, epoch)."""
+        return {key: count for stage in self.stages for key, count in stage.issued_through(step).items()}
 
 
 @lru_cache(maxsize=4)  # a batch is of one epoch or two, and its samples ask one after the other
@@ -48,12 +76,17 @@ def _order(demonstrations: int, seed: str) -> list[int]:
     return order
 
 
-def make_schedule(
-    demonstrations: int, batch_size: int, generations: int, seed: int, epochs: int | None, steps: int | None
-) -> Schedule:
-    """The schedule of a run over whole `epochs`, or of a number of `steps`."""
-    prompts = demonstrations * epochs if epochs is not None else batch_size * (steps or 0)
-    return Schedule(demonstrations, batch_size, generations, seed, prompts)
+def make_schedule(tasks: Sequence[TaskConfig], demonstrations: Sequence[int]) -> Schedule:
+    """The schedule of a run over its tasks, which have so many demonstrations."""
+    stages: list[StageSchedule] = []
+    for task, rows in zip(tasks, demonstrations, strict=True):
+        t = task.training
+        prompts = rows * t.epochs if t.epochs is not None else t.batch_size * (t.steps or 0)
+        before = stages[-1].last if stages else 0
+        stages.append(
+            StageSchedule(rows, t.batch_size, task.sampling.generations, task.seed, prompts, len(stages), before)
+        )
+    return Schedule(tuple(stages))
 
 
 def sample_seed(run_seed: int, sample: SampleId) -> int:

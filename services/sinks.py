@@ -6,9 +6,9 @@ from typing import Protocol
 
 import yaml
 
-from services.config import MonitoringConfig
 from services.errors import UserError
 from services.gauges import Prometheus
+from services.sections import MonitoringConfig
 
 
 class Sink(Protocol):

@@ -70,6 +70,13 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
+def read_stages(run_dir: Path) -> list[tuple[str, int]]:
+    """Name and last step of each stage, [] in a run without stages."""
+    path = run_dir / "run.json"
+    stages = json.loads(path.read_text()).get("stages", []) if path.exists() else []
+    return [(name, last) for name, last in stages if name]
+
+
 def max_staleness(config: dict[str, Any]) -> int:
     """Of the resolved configuration; 0 where it does not say."""
     return int((config.get("training") or {}).get("max_staleness") or 0)
@@ -112,7 +119,8 @@ def read_sets(run_dir: Path, config: dict[str, Any]) -> list[SetProgress]:
     """The evaluation sets in the configuration's order, then any others that have results."""
     # A run resumed in the middle of an evaluation repeats it: the later line counts.
     latest = {(r.task, r.metric, r.step): r for r in read_rows(run_dir, EvalResult)}
-    roles = {s["name"]: s["role"] for s in (config.get("evaluation") or {}).get("sets", [])}
+    named = [config.get("evaluation") or {}, *(config.get("stages") or [])]
+    roles = {s["name"]: s["role"] for section in named for s in section.get("sets", [])}
     sets = []
     for name in dict.fromkeys([*roles, *(task for task, _, _ in latest)]):
         students = sorted((r for (task, m, _), r in latest.items() if (task, m) == (name, STUDENT)), key=step_of)

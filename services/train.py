@@ -14,9 +14,10 @@ from typing import Any
 from rich.console import Console
 
 from services import checkpoint
+from services.config_files import with_absolute_paths
 from services.errors import UserError
 from services.files import write_atomically
-from services.load_config import resolved_yaml, with_absolute_paths
+from services.load_config import resolved_yaml
 from services.prepare import Prepared, check_disk, check_memory
 from services.report import write_report
 from services.run import run
@@ -54,6 +55,10 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
             "state": "running",
             "error": None,
             "total_steps": total,
+            "stages": [
+                (stage.name, schedule.last)
+                for stage, schedule in zip(prepared.stages, prepared.schedule.stages, strict=True)
+            ],
             "started": time.time(),
         }
         _write_state(run_dir, state)
@@ -82,7 +87,7 @@ def _starting_point(prepared: Prepared, run_dir: Path, resume: str, console: Con
     else:
         folder = Path(resume)
     state = checkpoint.read_state(folder)
-    if state.fingerprint != prepared.fingerprint:
+    if state.step > prepared.schedule.total_steps or state.fingerprint != prepared.at(state.step).fingerprint:
         raise UserError(
             f"{folder} belongs to a run with another configuration or other data; use the configuration in "
             f"{folder.parent.parent / 'config.yaml'}, or name another --run-dir to begin a new run"

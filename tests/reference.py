@@ -50,6 +50,12 @@ class Reference:
             total = total + (q * (q.log() - p.log())).sum() + q_tail * (q_tail.log() - p_tail.log())
         return weight * total / len(completion)
 
+    def begin_stage(self, betas: tuple[float, float]) -> None:
+        """The teacher is the student; AdamW has seen nothing."""
+        self.teacher = {n: p.clone() for n, p in self.weights().items()}
+        (group,) = self.optimizer.param_groups
+        self.optimizer = torch.optim.AdamW(group["params"], lr=0.0, weight_decay=0.0, betas=betas)
+
     def step(self, samples: Sequence[ScoredRollout], lr: float) -> float:
         """One optimizer step; returns the loss."""
         loss = torch.stack([self.sequence_loss(s) for s in samples]).mean()

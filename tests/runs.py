@@ -49,6 +49,21 @@ def write_run(folder: Path, model: Path, dtype: str, steps: int = STEPS, **learn
     return path
 
 
+def write_stages(folder: Path, model: Path, dtype: str = "float32") -> Path:
+    """Two stages of two steps each, with sets of their own and one that is to be retained."""
+    path = write_run(folder, model, dtype)
+    config = yaml.safe_load(path.read_text())
+    data, (own,) = config.pop("data"), config["evaluation"].pop("sets")
+    del config["training"]["steps"]
+    config["evaluation"]["sets"] = [own | {"name": "kept", "role": "retention"}]
+    config["stages"] = [
+        {"name": "one", "data": data, "steps": 2, "sets": [own]},
+        {"name": "two", "data": data | {"template": "paper"}, "steps": 2, "sets": [own | {"name": "again"}]},
+    ]
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
 def command(config: Path, run_dir: Path, *overrides: str) -> list[str]:
     """`sdft train`; `overrides` as for --set."""
     settings = [word for override in overrides for word in ("--set", override)]

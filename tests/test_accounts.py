@@ -13,7 +13,7 @@ from services.checkpoint import CheckpointState
 from services.config import RunConfig
 from services.ledger import Ledger, LedgerError, restore_ledger
 from services.plan import make_plan
-from services.schedule import _order, make_schedule, sample_seed
+from services.schedule import StageSchedule, _order, sample_seed
 from services.shape import ModelShape
 
 SHAPE = ModelShape(135_000_000, 30, 576, 1536, 49152)
@@ -30,8 +30,8 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 def test_epochs_train_on_every_demonstration_as_often_as_every_other() -> None:
-    schedule = make_schedule(10, batch_size=4, generations=2, seed=3, epochs=3, steps=None)
-    assert schedule.total_steps == 8  # 30 prompts in batches of 4, the last of 2
+    schedule = StageSchedule(10, batch_size=4, generations=2, seed=3, prompts=30)
+    assert schedule.last == 8  # 30 prompts in batches of 4, the last of 2
     issued = [s for step in range(1, 9) for s in schedule.batch(step)]
     assert len(issued) == len(set(issued)) == 60
     assert {(s.epoch, s.index, s.generation) for s in issued} == {
@@ -56,7 +56,7 @@ def test_an_audit_is_of_each_epoch() -> None:
 
 def test_the_order_changes_with_the_epoch_and_the_seed_and_nothing_else() -> None:
     def orders(seed: int) -> list[list[int]]:
-        schedule = make_schedule(50, 50, 1, seed, epochs=None, steps=2)
+        schedule = StageSchedule(50, 50, 1, seed, prompts=100)
         return [[s.index for s in schedule.batch(step)] for step in (1, 2)]
 
     assert orders(0) == orders(0)
@@ -66,7 +66,7 @@ def test_the_order_changes_with_the_epoch_and_the_seed_and_nothing_else() -> Non
 
 def test_a_batch_of_many_demonstrations_is_drawn_at_once() -> None:
     """The order of an epoch is made once, not for each of its samples: that took 60 ms for each of these."""
-    schedule = make_schedule(100_000, 2000, 1, 0, epochs=1, steps=None)
+    schedule = StageSchedule(100_000, 2000, 1, 0, prompts=100_000)
     _order.cache_clear()
     assert len({s.index for s in schedule.batch(1)}) == 2000
     assert _order.cache_info().misses == 1
@@ -198,7 +198,7 @@ def config(**sections: object) -> RunConfig:
 
 
 def test_the_plan_has_a_part_for_each_process() -> None:
-    plan = make_plan(config(actors={"student": {"replicas": 2}}, learner={"ranks": 2}), SHAPE, 100)
+    plan = make_plan(config(actors={"student": {"replicas": 2}}, learner={"ranks": 2}), SHAPE, [100])
     assert [p.name for p in plan.parts] == [
         "student engine 0", "student engine 1", "teacher engine 0", "learner rank 0", "learner rank 1",
     ]  # fmt: skip
@@ -207,15 +207,15 @@ def test_the_plan_has_a_part_for_each_process() -> None:
 
 
 def test_a_live_teacher_has_no_engine_and_no_average() -> None:
-    ema, live = (make_plan(config(teacher={"weights": w}), SHAPE, 100) for w in ("ema", "live"))
+    ema, live = (make_plan(config(teacher={"weights": w}), SHAPE, [100]) for w in ("ema", "live"))
     assert live.teachers == ()
     assert live.memory_gib < ema.memory_gib
     assert live.learners[0].memory_gib < ema.learners[0].memory_gib
 
 
 def test_gpus_are_asked_for_with_cuda_only() -> None:
-    assert make_plan(config(), SHAPE, 100).gpus == 0
-    assert make_plan(config(device="cuda"), SHAPE, 100).gpus == 3
+    assert make_plan(config(), SHAPE, [100]).gpus == 0
+    assert make_plan(config(device="cuda"), SHAPE, [100]).gpus == 3
 
 
 def test_memory_that_holds_cached_files_counts_as_available(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import pytest
 from actors.types import GenerateRequest, Rollout, Sampling
 from services.answers import write_answers
 from services.cli import main
-from services.config import EvaluationSet
 from services.demonstrations import Question
 from services.evaluation import Evaluator, LoadedSet
 from services.metrics import EvalResult, Sample
 from services.prompts import PromptPair
+from services.sections import EvaluationSet
 
 CONFIG = """
 model: none
@@ -95,10 +95,10 @@ def test_pass_at_k_grows_with_k_and_does_not_depend_on_the_step() -> None:
     settings = EvaluationSet(name="letters", file="f", grader="exact", pass_at=(1, 4, 16), pass_samples=64)
     questions = [Question(f"q{i}", [{"role": "user", "content": "?"}], None, None, "A", "f:1") for i in range(50)]
     loaded = LoadedSet(settings, questions, [PromptPair([1], None)] * 50)
-    evaluator = Evaluator([loaded], Letters())
+    evaluator = Evaluator(Letters())
 
     def results(step: int) -> dict[str, float]:
-        rows, _ = asyncio.run(evaluator.students(Letters(), step))
+        rows, _ = asyncio.run(evaluator.students(Letters(), [loaded], step, 0))
         assert {row.n for row in rows} == {50}
         return {row.metric: row.value for row in rows}
 

@@ -120,7 +120,12 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
     "no data": (setting("data.train", None), TRAIN, 2, ["data.train is required"]),
     "two lengths": (setting("training.epochs", 1), TRAIN, 2, ["training", "exactly one of epochs and steps"]),
     "no length": (setting("training.steps", None), TRAIN, 2, ["training", "exactly one of epochs and steps"]),
-    "limits that contradict": (setting("data.max_teacher_prompt_tokens", 50), TRAIN, 2, ["at least data.max_prompt"]),
+    "limits that contradict": (
+        setting("data.max_teacher_prompt_tokens", 50),
+        TRAIN,
+        2,
+        ["at least max_prompt_tokens"],
+    ),
     "no masters": (setting("learner.zero_stage", 0), TRAIN, 2, ["learner.zero_stage 0", "set it to 1"]),
     "adapters on nothing": (
         setting("learner.lora", {"targets": ["qproj"]}),

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from services.config import DataConfig, EvaluationSet
 from services.demonstrations import load_demonstrations, load_questions
 from services.errors import UserError
+from services.sections import DataConfig, EvaluationSet
 
 ROW = {"prompt": "What?", "demonstration": "That."}
 

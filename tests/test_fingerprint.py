@@ -23,7 +23,8 @@ OF_THE_RESULT = ["seed=5", "learner.optimizer.lr=1e-4", "loss.top_k=8", "trainin
 
 
 def fingerprint(folder: Path, model: Path, *overrides: str) -> str:
-    return prepare(load_config(write_run(folder, model, "float32"), list(overrides)), folder / "tiny.yaml").fingerprint
+    config = load_config(write_run(folder, model, "float32"), list(overrides))
+    return prepare(config, folder / "tiny.yaml").stages[0].fingerprint
 
 
 @pytest.mark.parametrize("override", ELSEWHERE)

@@ -14,9 +14,9 @@ import pytest
 import ray
 import yaml
 
-from services.config import MonitoringConfig
 from services.gauges import BY_PATH, EVAL, METRICS, PHASES, PREFIX, TIME
 from services.metrics import STUDENT, TEACHER, EvalResult, RunLog, StepMetrics
+from services.sections import MonitoringConfig
 from tests.promql import Query, parse
 from tests.readme import ROOT
 from tests.test_metrics import STEP

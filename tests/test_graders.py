@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from services.config import GRADERS as CONFIG_GRADERS
 from services.graders import GRADERS, choice, contains, exact, numeric, tool_call
+from services.sections import GRADERS as CONFIG_GRADERS
 
 PAPER_TOOL_USE = Path(__file__).parents[2] / "shared" / "data" / "tooluse_eval.jsonl"
 

@@ -11,12 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from learner.group import LearnerGroup
-from learner.optimizer import learning_rate
 from learner.saving import Saver, TensorFile
 from learner.state import Piece, StateFiles, first_difference, state_files
 from tests.reference import Reference
 from tests.rollouts import make_rollouts
-from tests.test_learner_step import ALPHA, OPTIMIZER, PROBE, STEPS, K, apart, assert_equal, settings, worst
+from tests.test_learner_step import ALPHA, BETAS, BOUNDARY, PROBE, K, apart, assert_equal, rate, settings, worst
 
 
 async def started(model: Path, stage: int, ranks: int, dtype: str = "float32") -> LearnerGroup:
@@ -33,7 +32,8 @@ def test_a_run_handed_on_between_ranks_and_zero_stages_is_the_run_of_one_process
 ) -> None:
     """By 1 rank at stage 1, 2 at 3, 2 at 2, 2 at 0: moments, step count and EMA must arrive, and on every rank.
 
-    Ranks of stage 0 that step apart show in the loss of the step after.
+    After the second step the run's second stage begins. Ranks of ZeRO stage 0 that step apart show in the loss of the
+    step after.
     """
     plain = Reference(tiny_model, ALPHA, skip=3, cap=2.0, clip=0.5)
 
@@ -47,7 +47,10 @@ def test_a_run_handed_on_between_ranks_and_zero_stages_is_the_run_of_one_process
                 assert await group.load(saved) == seed
             assert worst(await group.parameters("student"), student) == 0
             for _ in range(steps):
-                rollouts, lr = make_rollouts(tiny_model, 7, K, seed), learning_rate(seed + 1, STEPS, OPTIMIZER)
+                if seed == BOUNDARY:
+                    plain.begin_stage(BETAS)
+                    await group.begin_stage()
+                rollouts, lr = make_rollouts(tiny_model, 7, K, seed), rate(seed + 1)
                 expected = plain.step(rollouts, lr)
                 result = await group.train_step(rollouts)
                 assert result.loss == pytest.approx(expected, rel=1e-5)
@@ -55,7 +58,7 @@ def test_a_run_handed_on_between_ranks_and_zero_stages_is_the_run_of_one_process
                 seed += 1
             student, teacher = await group.parameters("student"), await group.parameters("teacher")
             assert_equal(student, teacher, plain, base)
-            assert apart(student, teacher) > 0.5 * apart(student, base)
+            assert apart(student, teacher) > 0.2 * apart(student, base)
             saved = tmp_path / str(seed)
             saved.mkdir()
             await group.save(saved)

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from services.config import RunConfig
+from services.config_files import check_files, with_absolute_paths
 from services.errors import UserError
-from services.load_config import check_files, load_config, resolved_yaml, with_absolute_paths
+from services.load_config import load_config, resolved_yaml
 
 GOOD = "model: m\ndata: {train: train.jsonl}\ntraining: {epochs: 1}\n"
 

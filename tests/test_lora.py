@@ -14,10 +14,20 @@ from actors.types import Snapshot
 from learner.config import LoraConfig
 from learner.export import merge_adapter
 from learner.group import LearnerGroup
-from learner.optimizer import learning_rate
 from tests.reference import LoraReference
 from tests.rollouts import make_rollouts
-from tests.test_learner_step import ALPHA, OPTIMIZER, PROBE, STEPS, K, assert_equal, settings, worst
+from tests.test_learner_step import (
+    ALPHA,
+    BETAS,
+    BOUNDARY,
+    OPTIMIZER,
+    PROBE,
+    K,
+    assert_equal,
+    rate,
+    settings,
+    worst,
+)
 
 LARGER = OPTIMIZER.model_copy(update={"lr": 1e-3})  # as LoRA is used; else float32's own rounding would show
 LORA = LoraConfig(rank=4, alpha=12, targets=("q_proj", "v_proj", "down_proj"))
@@ -42,7 +52,10 @@ def content(snapshot: Snapshot) -> dict[str, torch.Tensor]:
 def test_adapters_and_teacher_are_those_of_one_process_whatever_the_ranks_and_stages(
     ray_cluster: None, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """By 1 rank at stage 1, 2 at 3, 2 at 2, each continuing the one before; the teacher is the EMA of the weights."""
+    """By 1 rank at stage 1, 2 at 3, 2 at 2, each continuing the one before; the teacher is the EMA of the weights.
+
+    After the second step the run's second stage begins, with the student as teacher.
+    """
 
     async def run() -> None:
         plain, folder, seed = None, None, 0
@@ -59,7 +72,10 @@ def test_adapters_and_teacher_are_those_of_one_process_whatever_the_ranks_and_st
             else:
                 assert await group.load(folder) == seed
             for _ in range(steps):
-                rollouts, lr = make_rollouts(tiny_model, 7, K, seed), learning_rate(seed + 1, STEPS, LARGER)
+                if seed == BOUNDARY:
+                    plain.begin_stage(BETAS)
+                    await group.begin_stage()
+                rollouts, lr = make_rollouts(tiny_model, 7, K, seed), rate(seed + 1, LARGER)
                 expected = plain.step(rollouts, lr)
                 result = await group.train_step(rollouts)
                 assert result.loss == pytest.approx(expected, rel=1e-5)

@@ -11,7 +11,7 @@ from benchmarks.learner_step import COMPLETION, LOSS, PROMPT, samples
 from benchmarks.measure import resident_kib
 from learner.config import LearnerConfig, LoraConfig, TeacherConfig
 from learner.group import LearnerGroup
-from learner.types import LearnerSettings
+from learner.types import LearnerSettings, StageSettings
 from services.memory import learner_gib
 from services.shape import ModelShape
 
@@ -30,8 +30,8 @@ BASE = LearnerConfig(micro_batch_tokens=8192)
 def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(
     ray_cluster: None, smollm2: Path, dtype: str, config: LearnerConfig, sequences: int
 ) -> None:
-    teacher = TeacherConfig()
-    settings = LearnerSettings(str(smollm2), dtype, "cpu", 0, 10, config, LOSS, teacher)
+    teacher, stage = TeacherConfig(), StageSettings(0, 10, LOSS, config.optimizer)
+    settings = LearnerSettings(str(smollm2), dtype, "cpu", 0, config, (stage,), teacher)
 
     async def peak() -> float:
         group = await LearnerGroup.start(settings, np.arange(100, 148, dtype=np.int32), [{"num_cpus": 1}])

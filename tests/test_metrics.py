@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from services.config import MonitoringConfig
 from services.errors import UserError
 from services.metrics import (
     DETERMINISTIC_FIELDS,
@@ -22,6 +21,7 @@ from services.metrics import (
     read_rows,
 )
 from services.progress import Progress
+from services.sections import MonitoringConfig
 
 FILES_ONLY = MonitoringConfig(tensorboard=False)
 STEP = StepMetrics(

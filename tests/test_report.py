@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from services.config import MonitoringConfig
 from services.errors import UserError
 from services.metrics import EvalResult, RunLog, Sample, StepMetrics
 from services.report import write_report
+from services.sections import MonitoringConfig
 from services.status import status_text
 
 STEP = StepMetrics(

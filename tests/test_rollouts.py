@@ -29,7 +29,9 @@ def made(student: Any, tmp_path: Path, *, first: int = 1) -> Batch:
         students = pool(CASE, "student", 2, lambda number: student(number, CASE))
         teachers = pool(CASE, "teacher", 1, Teacher)
         await asyncio.gather(students.start(), teachers.start())
-        rollouts = Rollouts(prepared(CASE, 6), students, teachers, Ledger(tmp_path / "ledger.sqlite"), ready, 0)
+        one = prepared(CASE, 6)
+        rollouts = Rollouts(one, students, teachers, Ledger(tmp_path / "ledger.sqlite"), ready, 0)
+        rollouts.open(one.schedule.stages[0])
         rollouts.begin(0)
         assert rollouts.begun == 2
         try:

@@ -128,7 +128,7 @@ def test_off_policy_trains_on_what_the_teacher_samples(undisturbed: tuple[Path, 
     overrides = ["method=off_policy", "training.steps=2", "dtype=float32"]
     finish(config, run_dir, *overrides)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    prompts = prepare(load_config(config, overrides), config).prompts
+    prompts = prepare(load_config(config, overrides), config).stages[0].prompts
     for sample in read_batch(run_dir, 1):
         pair, completion = prompts[sample.sample.index], sample.rollout.completion_ids
         assert sample.rollout.prompt_ids.tolist() == pair.student_ids
