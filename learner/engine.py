@@ -23,7 +23,7 @@ from learner.optimizer import MASTER, TEACHER, AdamWWithTeacher, learning_rate, 
 from learner.packing import assign, group, length, pack
 from learner.publisher import Content
 from learner.saving import TensorFile
-from learner.state import Piece, StateFiles, state_files
+from learner.state import CHANGE, Piece, StateFiles, state_files
 from learner.types import LearnerSettings, StepResult
 
 
@@ -189,14 +189,25 @@ class LearnerEngine:
         link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
+        keys = [key for key in self._adam.keys if key != TEACHER or self._has_teacher(files, TEACHER)]
         for name, param in self._trained():
-            for key in self._adam.keys:
+            for key in keys:
                 self._put(param, key, files.whole(f"{key}/{name}", _numel(param)))
-        if self._lora is not None:
+        if self._lora is not None and self._lora.keeps_teacher and self._has_teacher(files, CHANGE):
             self._lora.load(files)
         self.step = files.step
         self._adam.set_steps(self.step - self.settings.moments_since(self.step))
         torch.set_rng_state(files.rng(self.settings.rank))
+
+    def _has_teacher(self, files: StateFiles, kind: str) -> bool:
+        """Whether a state holds one. A run that had none, or whose model was it, gets it with the stage that is next:
+        `base` is there already, the others are the student then. ValueError if it should be there and is not."""
+        has = any(name.startswith(f"{kind}/") for name in files.names)
+        stage = self.settings.stages[self.settings.stage_of(files.step)]
+        ends = files.step == stage.before + stage.steps
+        if not has and self.settings.teacher.weights != "base" and not ends:
+            raise ValueError(f"the state of step {files.step}, in the middle of a stage, holds no teacher")
+        return has
 
     def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return ((name, p) for name, p in self._engine.module.named_parameters() if p.requires_grad)

@@ -17,10 +17,9 @@ from transformers import PreTrainedModel
 from actors.adapters import DOWN, UP, adapted
 from learner.config import LoraConfig
 from learner.publisher import Content
-from learner.state import Piece, StateFiles
+from learner.state import CHANGE, Piece, StateFiles
 
 ADAPTER = "default"  # peft's name of a model's only adapter
-CHANGE = "teacher_change"  # kind of the EMA among the tensors of the training state
 Whole = Callable[[nn.Parameter], Tensor]  # gives a parameter as the forward uses it, whole; a collective
 
 
@@ -104,6 +103,11 @@ class Lora:
     def pieces(self) -> Iterator[Piece]:
         """This rank's of the teacher."""
         return iter(()) if self._teacher is None else self._teacher.pieces()
+
+    @property
+    def keeps_teacher(self) -> bool:
+        """Whether there is a change to keep: a teacher that is neither the base model nor the student."""
+        return self._teacher is not None
 
     def load(self, files: StateFiles) -> None:
         """The teacher. ValueError if the files do not hold it whole."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from learner.saving import TensorFile
 
 RNG = "rng"
+CHANGE = "teacher_change"  # kind of a LoRA teacher among the tensors of the training state
 FILE_BYTES = 128 << 20
 
 

@@ -46,8 +46,9 @@ def begin(run_dir: Path, step: int) -> Path:
     return folder
 
 
-def commit(part: Path, run_dir: Path, state: CheckpointState, keep: int) -> Path:
-    """Make the written folder the run's newest checkpoint and remove all but the newest `keep`."""
+def commit(part: Path, run_dir: Path, state: CheckpointState, keep: int, held: int | None = None) -> Path:
+    """Make the written folder the run's newest checkpoint and remove all but the newest `keep`, and the newest of
+    those up to step `held`, to which the retention guard may have to go back."""
     (part / STATE).write_text(json.dumps(vars(state), indent=2))
     files = sorted(p for p in part.rglob("*") if p.is_file())
     entries = {str(p.relative_to(part)): {"bytes": p.stat().st_size, "xxh3_128": _digest(p)} for p in files}
@@ -60,8 +61,11 @@ def commit(part: Path, run_dir: Path, state: CheckpointState, keep: int) -> Path
     part.rename(final)
     _sync(final.parent)
     write_atomically(final.parent / "latest", final.name.encode())
-    for old in sorted(final.parent.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    folders = sorted(final.parent.glob("step-*"))
+    good = [f for f in folders if held is not None and f.name <= folder_of(run_dir, held).name][-1:]
+    for old in folders[:-keep]:
+        if old not in good:
+            shutil.rmtree(old)
     return final
 
 

@@ -1,4 +1,7 @@
-"""The command `sdft`. Exit 0: done; 2: bad configuration or data; 3: it cannot run here; 1: a crash."""
+"""The command `sdft`.
+
+Exit 0: done; 1: a crash; 2: bad configuration or data; 3: it cannot run here; 4: the retention guard ended the run.
+"""
 
 import argparse
 import json
@@ -6,12 +9,8 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from services.errors import PreflightError, UserError
-
-if TYPE_CHECKING:
-    from services.prepare import Prepared
+from services.errors import PreflightError, RetentionLost, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments) or 0)
-    except (UserError, PreflightError) as error:
+    except (UserError, PreflightError, RetentionLost) as error:
         print(f"sdft: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -32,18 +31,23 @@ def _train(a: argparse.Namespace) -> None:
     from rich.console import Console
 
     from services.load_config import load_config, resolved_yaml
+    from services.outcome import print_outcome, stage_lines
     from services.prepare import prepare
 
     path = Path(a.config)
     config = load_config(path, a.set)
     run_dir = Path(a.run_dir or config.run_dir or Path("runs") / path.stem)
+    if a.append:
+        from services.appending import appended
+
+        config, path = appended(run_dir, a.set, Path(a.append)), run_dir / "config.yaml"
     prepared = prepare(config, path)
     console = Console()
     shape = prepared.shape
     size = f"{shape.parameters / 1e6:.1f} M parameters"
     if shape.adapters:
         size += f" (LoRA trains {shape.adapters / 1e6:.1f} M)"
-    console.print(f"{size} in {config.dtype}", *_tasks(prepared), sep="\n", markup=False, highlight=False)
+    console.print(f"{size} in {config.dtype}", *stage_lines(prepared), sep="\n", markup=False, highlight=False)
     console.print(prepared.plan.text(), markup=False, highlight=False)
     if a.dry_run:
         print(resolved_yaml(config))
@@ -51,53 +55,19 @@ def _train(a: argparse.Namespace) -> None:
     from services.train import train
 
     report = train(prepared, run_dir, a.resume, console)
-    _print_outcome(run_dir)
+    print_outcome(run_dir)
     console.print(f"report: {report}", markup=False, soft_wrap=True)
-
-
-def _tasks(prepared: "Prepared") -> list[str]:
-    """A line for each stage: what is trained on, for how long, and by what."""
-    from services.methods import on_demonstrations
-
-    lines = []
-    for stage, schedule in zip(prepared.stages, prepared.schedule.stages, strict=True):
-        c = stage.config
-        learns = f"{c.loss.divergence} divergence, {c.teacher.weights} teacher"
-        if on_demonstrations(c):
-            learns = f"{c.method} on the demonstrations' own tokens"
-        lines.append(
-            f"{f'{stage.name}: ' if stage.name else ''}{len(stage.prompts)} demonstrations, "
-            f"{schedule.last - schedule.before} steps of {c.training.batch_size} prompts, {learns}"
-        )
-    return lines
-
-
-def _print_outcome(run_dir: Path) -> None:
-    """Results and a few answers, for whoever does not open the report."""
-    from services.metrics import Sample, read_rows
-    from services.status import status_text
-
-    print(status_text(run_dir))
-    samples = read_rows(run_dir, Sample)
-    for task in dict.fromkeys(s.task for s in samples):
-        rows = [s for s in samples if s.task == task]
-        for identity in list(dict.fromkeys(s.id for s in rows))[:3]:  # the file's first, not the best
-            answers = {s.step: s for s in rows if s.id == identity}
-            print(f"\n{task}: {next(iter(answers.values())).prompt.strip().splitlines()[-1]}")
-            for step in dict.fromkeys((min(answers), max(answers))):
-                text = " / ".join(answers[step].text.strip().splitlines())
-                grade = "right" if answers[step].correct else "wrong"
-                print(f"  step {step:<4} {grade}  {text[:140]}{'…' if len(text) > 140 else ''}")
 
 
 def _check(a: argparse.Namespace) -> None:
     from services.load_config import load_config
+    from services.outcome import stage_lines
     from services.prepare import prepare
 
     path = Path(a.config)
     prepared = prepare(load_config(path, a.set), path)
     longest = max(len(p.teacher_ids or []) for stage in prepared.stages for p in stage.prompts)
-    print(f"{path}: good. The longest teacher prompt has {longest} tokens.", *_tasks(prepared), sep="\n")
+    print(f"{path}: good. The longest teacher prompt has {longest} tokens.", *stage_lines(prepared), sep="\n")
     print(f"evaluation: {', '.join(s.settings.name for s in prepared.sets) or 'none'}")
     print(prepared.plan.text())
 
@@ -248,6 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     _config(c)
     c.add_argument("--run-dir", help="where the run is kept (default: runs/<config name>)")
     c.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="where to start (default: auto)")
+    c.add_argument("--append", metavar="STAGE.yaml", help="one more stage for a run that there is already")
     c.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan, start nothing")
     _config(add("check", _check, "Check configuration, data and prompts without starting anything"))
     c = add("eval", _eval, "Run a configuration's evaluation sets on a model; trains nothing")

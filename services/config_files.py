@@ -7,7 +7,7 @@ from services.config import RunConfig
 from services.errors import UserError
 from services.files import existing_file, is_data_file, is_hub_name, resolve_path
 from services.prompts import BUILT_IN_TEMPLATES
-from services.sections import DataConfig, EvaluationSet
+from services.sections import DataConfig, EvaluationSet, StageConfig
 
 
 def with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
@@ -15,10 +15,7 @@ def with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
     model = _absolute(config.model, base)
     if Path(model).is_dir():  # resolve_model takes a folder of the working directory too
         model = str(Path(model).resolve())
-    stages = tuple(
-        s.model_copy(update={"data": _absolute_data(s.data, base), "sets": _absolute_sets(s.sets, base)})
-        for s in config.stages
-    )
+    stages = tuple(stage_with_absolute_paths(stage, base) for stage in config.stages)
     sets = _absolute_sets(config.evaluation.sets, base)
     return config.model_copy(
         update={
@@ -28,6 +25,11 @@ def with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
             "evaluation": config.evaluation.model_copy(update={"sets": sets}),
         }
     )
+
+
+def stage_with_absolute_paths(stage: StageConfig, base: Path) -> StageConfig:
+    """The same for a stage alone."""
+    return stage.model_copy(update={"data": _absolute_data(stage.data, base), "sets": _absolute_sets(stage.sets, base)})
 
 
 def _absolute(value: str, base: Path) -> str:

@@ -7,32 +7,29 @@ other, each by the weights of the step before: the strict algorithm. With more, 
 steps.
 """
 
-import asyncio
-import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from learner.group import LearnerGroup
-from learner.waiting import cancelled, within
 from services import checkpoint
-from services.checkpoint import CheckpointState
+from services.answers import write_answers
+from services.checkpoints import Checkpoints
+from services.errors import RetentionLost
 from services.evaluation import Evaluator, LoadedSet
 from services.ledger import Ledger
 from services.methods import loss_of, on_demonstrations, on_policy
-from services.metrics import RunLog, StepMetrics
+from services.metrics import EvalResult, RunLog, Sample, StepMetrics, first_of_each_set, read_rows
 from services.pools import EnginePool
 from services.prepare import Prepared
 from services.progress import Progress
 from services.recording import write_batch
+from services.retention import RetentionGuard
 from services.rollouts import Rollouts, Times, now
 from services.scaling import Scaler, Seen
 from services.schedule import StageSchedule
-from services.supervised import reason
 from services.sync import WeightSync
-
-DISK_ERRORS = (OSError, sqlite3.OperationalError)
 
 
 class Controller:
@@ -59,11 +56,12 @@ class Controller:
         self._log = log
         self._progress = progress
         self._evaluator = Evaluator(prepared.tokenizer)
+        self._guard = RetentionGuard(self._config, read_rows(run_dir, EvalResult))
         self._student_weights = self._weights("student", students)
         self._teacher_weights = None if teachers is None else self._weights("teacher", teachers)
         pools = [pool for pool in (students, teachers) if pool is not None and not pool.settings.strict]
         self._scalers = [(pool, Scaler(pool.settings.least, pool.settings.most)) for pool in pools]
-        self._saving: asyncio.Task[None] | None = None
+        self._checkpoints = Checkpoints(prepared, run_dir, learner, ledger, progress)
         self._teacher_moves = self._config.teacher.weights == "ema"
 
     def _weights(self, role: str, pool: EnginePool) -> WeightSync:
@@ -99,12 +97,12 @@ class Controller:
                     own = [*self._prepared.common, *self._prepared.stages[stage.stage].sets]
                     await self._evaluate(step, self._prepared.sets if step == stage.last else own)
                 if step == stage.last or step % self._config.checkpoint.every == 0:
-                    await self._save(step)
-            await self._saved()
+                    await self._checkpoints.save(step, self._guard.held)
+            await self._checkpoints.saved()
             await self._teachers_ready()
         finally:
             await rollouts.stop()
-            await cancelled([] if self._saving is None else [self._saving])
+            await self._checkpoints.stop()
             for weights in (student, teacher):
                 if weights is not None:
                     await weights.stop()
@@ -144,7 +142,9 @@ class Controller:
         if teacher is not None and scored and step % every.teacher_sync_every == 0:
             # The teacher is not needed before there is something to score: meanwhile the students sample.
             await times.of("sync", teacher.send(step))
-        await self._saved()  # so a step that is in the metrics has a checkpoint before it that is on the disk
+        await (
+            self._checkpoints.saved()
+        )  # so a step that is in the metrics has a checkpoint before it that is on the disk
         took = now() - began
         waited = took - sum(times.seconds.values())
         if self._config.strict:  # the batch was made within the step
@@ -205,44 +205,33 @@ class Controller:
             results += await self._evaluator.teachers(self._students, sets, step, stage)
         for result in results:
             self._log.evaluation(result)
-        for sample in samples:
+        for sample in first_of_each_set(samples):
             self._log.sample(sample)
         self._progress.evaluation(results)
+        await self._judge(step, results, samples)
         self._progress.phase("training")
 
-    async def _save(self, step: int) -> None:
-        """Write a checkpoint; it reaches the disk and its name while the next step is made."""
-        self._progress.phase(f"saving step {step}")
-        try:
-            part = checkpoint.begin(self._run_dir, step)
-            await self._learner.save(part)
-            self._ledger.copy_to(part / checkpoint.LEDGER)
-        except DISK_ERRORS as error:
-            await self._not_written(step, error)
+    async def _judge(self, step: int, results: list[EvalResult], samples: list[Sample]) -> None:
+        """What the retention guard says of an evaluation, and what the configuration has it do."""
+        breaches, retention = self._guard.judge(results), self._config.retention
+        if not breaches or retention is None:
             return
-        c = self._config
-        fingerprint = self._prepared.at(step).fingerprint
-        state = CheckpointState(step, c.learner.ranks, c.learner.zero_stage, c.dtype, fingerprint)
-        self._saving = asyncio.create_task(
-            self._commit(part, state), name=f"the checkpoint of step {step} to be on the disk"
+        fallen = {breach.now.task for breach in breaches}
+        answers = self._run_dir / f"retention-step-{step:06d}.jsonl"
+        write_answers(answers, [b.now for b in breaches], [s for s in samples if s.task in fallen])
+        text = f"retention guard: {'; '.join(map(str, breaches))}; the answers are in {answers.name}"
+        self._progress.note(text)
+        if retention.action == "warn":
+            return
+        await self._checkpoints.save(step, self._guard.held)
+        await self._checkpoints.saved()
+        if retention.action == "stop":
+            raise RetentionLost(f"{text}; stopped at a checkpoint of this step: the same command goes on from it")
+        held = self._guard.held or 0
+        checkpoint.set_aside(self._run_dir, held)
+        good, _ = checkpoint.newest(self._run_dir)
+        where = "the base model: no checkpoint was saved by then" if good is None else good.name
+        raise RetentionLost(
+            f"{text}; rolled back to {where}. It held at step {held}; later checkpoints are kept as "
+            f"checkpoints/aside-*. To go on otherwise, begin a new run from `sdft export {self._run_dir}`"
         )
-        self._progress.phase("training")
-
-    async def _commit(self, part: Path, state: CheckpointState) -> None:
-        try:
-            await self._learner.written()
-            await asyncio.to_thread(checkpoint.commit, part, self._run_dir, state, self._config.checkpoint.keep)
-        except DISK_ERRORS as error:
-            await self._not_written(state.step, error)
-
-    async def _not_written(self, step: int, error: Exception) -> None:
-        """A full disk ends a run only if its last checkpoint does not fit: room may be made until then."""
-        text = f"the checkpoint of step {step} could not be written ({reason(error)})"
-        if step == self._prepared.schedule.total_steps:
-            raise RuntimeError(f"{text}; make room: the same command resumes from the last one") from error
-        self._progress.note(f"{text}; the run goes on, and would resume from the one before it")
-
-    async def _saved(self) -> None:
-        if self._saving is not None:
-            await within(self._saving, self._config.checkpoint.timeout_s, self._saving.get_name())
-            self._saving = None

@@ -1,4 +1,4 @@
-"""The two errors a user can mend: bad input (exit 2) and a machine or cluster that cannot run the plan (exit 3)."""
+"""What ends a command but is no crash: bad input (exit 2), a machine that cannot run the plan (3), the guard (4)."""
 
 
 class UserError(Exception):
@@ -11,3 +11,9 @@ class PreflightError(Exception):
     """The plan cannot run here. The message says what is missing and what would help."""
 
     exit_code = 3
+
+
+class RetentionLost(Exception):
+    """The retention guard has ended the run. The message says what fell, and what is kept."""
+
+    exit_code = 4

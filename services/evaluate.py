@@ -34,7 +34,7 @@ async def _run(prepared: Prepared, plan: Plan, console: Console) -> tuple[list[E
             await pool.start()
             console.print(f"evaluating {prepared.model}", highlight=False, soft_wrap=True)
             evaluator = Evaluator(prepared.tokenizer)
-            results, samples = await evaluator.students(pool, prepared.sets, 0, 0, shown=None)
+            results, samples = await evaluator.students(pool, prepared.sets, 0, 0)
             return results + await evaluator.teachers(pool, prepared.sets, 0, 0), samples
         finally:
             await pool.stop()

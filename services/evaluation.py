@@ -20,8 +20,6 @@ from services.sections import EvaluationSet
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHOWN = 6  # answers of each set that are kept to be read
-
 
 @dataclass(frozen=True)
 class LoadedSet:
@@ -44,14 +42,14 @@ class Evaluator:
         self._tokenizer = tokenizer
 
     async def students(
-        self, pool: EnginePool, sets: Sequence[LoadedSet], step: int, stage: int, shown: int | None = SHOWN
+        self, pool: EnginePool, sets: Sequence[LoadedSet], step: int, stage: int
     ) -> tuple[list[EvalResult], list[Sample]]:
-        """Every set, answered without demonstrations; the first `shown` answers of each (None: all of them)."""
+        """Every set, answered without demonstrations: shares, and all answers."""
         results, samples = [], []
         for loaded in sets:
             result, answers = await self._run(pool, loaded, STUDENT, step, stage)
             results.append(result)
-            samples += answers[:shown]
+            samples += answers
             results += await self._pass_at(pool, loaded, step, stage)
         return results, samples
 

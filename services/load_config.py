@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -13,6 +14,7 @@ from pydantic.fields import FieldInfo
 from services.config import RunConfig
 from services.errors import UserError
 from services.files import read_text
+from services.sections import StageConfig
 from services.strict_yaml import YamlError, dump_yaml, parse_yaml
 
 Loc = tuple[str | int, ...]
@@ -42,17 +44,36 @@ class Problem(NamedTuple):
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration in the YAML file `path`, overrides like "training.batch_size=8" applied; or UserError."""
+    data = _mapping(path, "model, data.train and training.epochs or training.steps")
+    overridden = {_apply(data, override): override for override in overrides}
+    return _validated(path, data, overridden)
+
+
+def load_stage(path: Path) -> StageConfig:
+    """One stage, in a YAML file of its own; or UserError."""
+    # As the only stage of a run: what is wrong with it is then said by what says it of a run's.
+    data = {"model": "any", "training": {}, "stages": [_mapping(path, "name, data.train and epochs or steps")]}
+    try:
+        (stage,) = _validated(path, data, {}).stages
+    except UserError as error:
+        raise UserError(re.sub(r"stages\[0\](: |\.|(?= ))", "", str(error))) from None
+    return stage
+
+
+def _mapping(path: Path, least: str) -> dict[str, Any]:
+    """The settings in a YAML file. `least`: what there must be."""
     try:
         data = parse_yaml(read_text(path))
     except YamlError as e:
         raise UserError(f"{path}:{e.line}: {e}") from None
     if data is None:
-        raise UserError(
-            f"{path}: the file is empty; give at least model, data.train and training.epochs or training.steps"
-        )
+        raise UserError(f"{path}: the file is empty; give at least {least}")
     if not isinstance(data, dict):
         raise UserError(f"{path}: the file must be a mapping of settings (key: value), not {_given(data)}")
-    overridden = {_apply(data, override): override for override in overrides}
+    return data
+
+
+def _validated(path: Path, data: dict[str, Any], overridden: dict[Loc, str]) -> RunConfig:
     problems: list[Problem] = []
     config = None
     try:

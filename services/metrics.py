@@ -3,6 +3,8 @@
 import json
 import math
 import os
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,6 +109,20 @@ class Sample:
     answer: Any  # the gold answer, as JSON holds it
     text: str  # what the model wrote
     correct: bool
+
+
+SHOWN = 6  # answers of each set that are kept to be read
+
+
+def first_of_each_set(samples: Iterable[Sample]) -> list[Sample]:
+    """The first SHOWN answers of each set."""
+    seen: Counter[str] = Counter()
+    shown = []
+    for sample in samples:
+        seen[sample.task] += 1
+        if seen[sample.task] <= SHOWN:
+            shown.append(sample)
+    return shown
 
 
 Row = TypeVar("Row", StepMetrics, EvalResult, Sample)

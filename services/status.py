@@ -95,6 +95,8 @@ def read_state(run_dir: Path) -> RunState:
     total, error_text = run.get("total_steps"), run.get("error")
     if state == "finished":
         return RunState("finished", "finished", total, None)
+    if state == "guarded":
+        return RunState("stopped", "ended by its retention guard", total, error_text)
     if state == "failed":
         return RunState("failed", "failed", total, error_text)
     if host != socket.gethostname():

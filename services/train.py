@@ -15,7 +15,7 @@ from rich.console import Console
 
 from services import checkpoint
 from services.config_files import with_absolute_paths
-from services.errors import UserError
+from services.errors import RetentionLost, UserError
 from services.files import write_atomically
 from services.load_config import resolved_yaml
 from services.prepare import Prepared, check_disk, check_memory
@@ -67,6 +67,9 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
         except asyncio.CancelledError:
             _write_state(run_dir, state | {"state": "failed", "error": "stopped by a signal"})
             raise KeyboardInterrupt from None
+        except RetentionLost as error:
+            _write_state(run_dir, state | {"state": "guarded", "error": str(error)})
+            raise
         except BaseException as error:
             _write_state(run_dir, state | {"state": "failed", "error": f"{type(error).__name__}: {error}"})
             raise

@@ -280,6 +280,18 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         3,
         ["--address http://127.0.0.1:1: no Ray cluster takes jobs there"],
     ),
+    "nothing to append to": (
+        file("more.yaml", "{name: b, data: {train: train.jsonl}, steps: 1}"),
+        f"{TRAIN} --append more.yaml",
+        2,
+        ["--append more.yaml: there is no run in", "put the stage into the configuration's stages"],
+    ),
+    "a stage of nothing": (
+        two(file("more.yaml", "{name: b, data: {train: train.jsonl}, stepz: 1}"), file("runs/my/config.yaml", "")),
+        f"{TRAIN} --append more.yaml",
+        2,
+        ["sdft: more.yaml: stepz is not a setting; did you mean steps?"],
+    ),
     "no command": (nothing, "trian my.yaml", 2, ["invalid choice: 'trian'"]),
 }
 

@@ -20,6 +20,9 @@ GRADER_OF = {
     "facts/direct": "contains",
     "facts/indirect": "contains",
     "general/retention": "contains",
+    "continual/tools-heldout": "tool_call",
+    "continual/routing-train": "exact",
+    "continual/routing-heldout": "exact",
 }
 
 
@@ -53,7 +56,7 @@ def words(sentence: str) -> tuple[str, ...]:
     return tuple(sorted(re.findall(r"\w+", sentence.lower())))
 
 
-@pytest.mark.parametrize("example", ["tools", "facts"])
+@pytest.mark.parametrize("example", ["tools", "facts", "continual"])
 def test_make_data_writes_the_committed_files_byte_for_byte(example: str, tmp_path: Path) -> None:
     subprocess.run([sys.executable, EXAMPLES / example / "make_data.py", tmp_path], check=True, timeout=60)
     committed = {path.name: path.read_bytes() for path in (EXAMPLES / example).glob("*.jsonl")}
@@ -85,16 +88,35 @@ def test_there_are_enough_rows_to_train_on_and_to_measure_with() -> None:
         "facts/direct": 24,
         "facts/indirect": 48,
         "general/retention": 69,
+        "continual/tools-heldout": 120,
+        "continual/routing-train": 120,
+        "continual/routing-heldout": 120,
     }
 
 
-def test_held_out_tool_requests_use_the_trained_tools_in_new_words_with_new_values() -> None:
-    train, heldout = read("tools/train"), read("tools/heldout")
+@pytest.mark.parametrize("name", ["tools/heldout", "continual/tools-heldout"])
+def test_held_out_tool_requests_use_the_trained_tools_in_new_words_with_new_values(name: str) -> None:
+    train, heldout = read("tools/train"), read(name)
     assert {row["answer"][0]["Action"] for row in heldout} == {row["answer"][0]["Action"] for row in train}
     assert not {wording(row) for row in heldout} & {wording(row) for row in train}
     trained_text = "\n".join(request(row) + "\n" + row["demonstration"] for row in train)
     held_out_values = {str(value) for row in heldout for value in values(row).values()}
     assert [v for v in held_out_values if re.search(rf"\b{re.escape(v)}\b", trained_text, re.IGNORECASE)] == []
+
+
+def test_held_out_messages_go_to_the_trained_desks_in_new_words_with_new_numbers() -> None:
+    def parts(name: str) -> tuple[set[str], set[str], set[str]]:
+        """Wordings, numbers, and labels without their number."""
+        rows = [(row["prompt"], *row["answer"].strip("[]").rsplit("|", 1)) for row in read(name)]
+        assert all(re.search(rf"\b{number}\b", prompt) for prompt, _, number in rows)
+        return {re.sub(r"\d+", "", p) for p, _, _ in rows}, {n for _, _, n in rows}, {label for _, label, _ in rows}
+
+    (trained, used, labels), (wordings, numbers, others) = map(
+        parts, ("continual/routing-train", "continual/routing-heldout")
+    )
+    assert not trained & wordings
+    assert not used & numbers
+    assert labels == others == {"BILLING|P2", "SHIPPING|P3", "TECHNICAL|P1", "ACCOUNT|P4"}
 
 
 def test_facts_are_evaluated_as_trained_and_in_other_words() -> None:
@@ -114,7 +136,7 @@ def test_retention_questions_are_none_of_the_skills() -> None:
     assert not prompts("general/retention") & skills
 
 
-@pytest.mark.parametrize("config", ["tools/tools.yaml", "facts/facts.yaml"])
+@pytest.mark.parametrize("config", ["tools/tools.yaml", "facts/facts.yaml", "continual/continual.yaml"])
 def test_an_examples_configuration_is_good(smollm2: Path, config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert smollm2.is_dir()
     assert main(["check", str(EXAMPLES / config)]) == 0

@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from services.continual import read_matrix
 from services.load_config import load_config
 from services.metrics import read_jsonl
 from services.prepare import prepare
 from services.recording import read_batch, write_batch
+from services.status import status_text
 from tests.leftovers import new_since, on_machine
 from tests.rollouts import logprobs
 from tests.runs import LONG, STEPS, command, finish, replayed, wait_for_step
@@ -44,24 +47,30 @@ def test_a_run_learns_accounts_for_every_sample_and_leaves_its_files(undisturbed
 
 
 def test_rollouts_go_on_while_the_learner_steps_and_are_never_too_old(undisturbed: tuple[Path, Path]) -> None:
-    """Killed and continued: every sample is trained once all the same."""
-    config, whole = undisturbed
-    run_dir = config.parent / "ahead"
-    overrides = "training.max_staleness=2", f"training.steps={STEPS}"
-    with (config.parent / "killed.log").open("wb") as log:
-        driver = subprocess.Popen(command(config, run_dir, *overrides), stdout=log, stderr=log)
-        wait_for_step(3, run_dir, driver)
+    """Killed in its second stage and continued: every sample is trained once all the same, and none is begun before its
+    stage is."""
+    _, whole = undisturbed
+    settings = yaml.safe_load(undisturbed[0].read_text())
+    del settings["training"]["steps"]
+    settings["stages"] = [{"name": name, "data": settings["data"], "steps": 3} for name in ("one", "two")]
+    del settings["data"]
+    config, run_dir = undisturbed[0].with_name("ahead.yaml"), undisturbed[0].with_name("ahead")
+    config.write_text(yaml.safe_dump(settings))
+    with run_dir.with_suffix(".log").open("wb") as log:
+        driver = subprocess.Popen(command(config, run_dir, "training.max_staleness=2"), stdout=log, stderr=log)
+        wait_for_step(4, run_dir, driver)
         driver.kill()
         driver.wait()
-    finish(config, run_dir, *overrides)
+    finish(config, run_dir, "training.max_staleness=2")
     rows = read_jsonl(run_dir / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [(row["step"], row["stage"]) for row in rows] == [(step, int(step > 3)) for step in range(1, 7)]
     assert [row["trained"] for row in rows] == [4 * step for step in range(1, STEPS + 1)]
     assert 1 <= max(row["staleness_max"] for row in rows) <= 2
-    assert [row["in_flight"] for row in rows] == [8, 8, 8, 8, 4, 0]
+    assert [row["in_flight"] for row in rows] == [8, 4, 0, 8, 4, 0]
     assert all(row["dropped"] == 0 for row in rows)
     assert rows[0]["loss"] == read_jsonl(whole / "metrics.jsonl")[0]["loss"]
-    assert len(read_jsonl(run_dir / "eval.jsonl")) == len(read_jsonl(whole / "eval.jsonl"))
+    # Each stage's teacher begins as its student: the first loss is of no more than what the prompts differ by.
+    assert rows[3]["teacher_version"] == 3
 
 
 def test_a_number_that_is_not_what_it_was_is_found_by_a_replay(undisturbed: tuple[Path, Path]) -> None:
@@ -99,12 +108,39 @@ def test_a_live_teacher_and_two_learner_ranks_train_until_they_are_told_to_stop(
     assert set(json.loads((run_dir / "pids.json").read_text())) == {"student", "learner"}
 
 
-def test_sft_trains_on_the_demonstrations_own_tokens(undisturbed: tuple[Path, Path], tiny_model: Path) -> None:
+@pytest.fixture(scope="module")
+def stream(undisturbed: tuple[Path, Path], tiny_model: Path) -> tuple[Path, Path, subprocess.CompletedProcess[str]]:
+    """Configuration and run directory of a run of SFT that a stage of off-policy distillation was appended to, and how
+    that ended: a guarded set, which asks for what the model said before training, falls."""
+    config = undisturbed[0].with_name("stream.yaml")
+    run_dir, stage = config.with_name("stream"), config.with_name("stage.yaml")
+    settings = yaml.safe_load(undisturbed[0].read_text())
+    tokenizer, prompt = AutoTokenizer.from_pretrained(tiny_model), "What is the capital?"
+    message = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    said = tokenizer.decode(model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :])
+    config.with_name("said.jsonl").write_text(json.dumps({"prompt": prompt, "answer": said}) + "\n")
+    kept = {"name": "kept", "file": "said.jsonl", "grader": "exact", "role": "retention", "max_new_tokens": 8}
+    settings["evaluation"]["sets"].append(kept)
+    settings |= {"method": "sft", "dtype": "float32", "teacher": {"weights": "base"}, "retention": {"max_drop": 0.5}}
+    settings["training"]["steps"] = STEPS
+    settings["sampling"] = {"max_new_tokens": 40}
+    config.write_text(yaml.safe_dump(settings))
+    finish(config, run_dir)
+    second = {"name": "second", "data": settings["data"], "steps": 2, "method": "off_policy"}
+    stage.write_text(yaml.safe_dump(second | {"sampling": {"max_new_tokens": 12}, "optimizer": {"lr": 1e-3}}))
+    words = [*command(config, run_dir, "retention.action=stop"), "--append", str(stage)]
+    return config, run_dir, subprocess.run(words, capture_output=True, text=True, timeout=400, check=False)
+
+
+Stream = tuple[Path, Path, "subprocess.CompletedProcess[str]"]
+
+
+def test_sft_trains_on_the_demonstrations_own_tokens(stream: Stream, tiny_model: Path) -> None:
     """The first loss is Hugging Face's: the mean over the batch of the mean cross-entropy of a demonstration."""
-    config, _ = undisturbed
-    run_dir = config.parent / "sft"
-    finish(config, run_dir, "method=sft", f"training.steps={STEPS}", "dtype=float32", "sampling.max_new_tokens=40")
-    rows = read_jsonl(run_dir / "metrics.jsonl")
+    _, run_dir, _ = stream
+    rows = read_jsonl(run_dir / "metrics.jsonl")[:STEPS]
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     losses = []
     for sample in read_batch(run_dir, 1):
@@ -117,28 +153,51 @@ def test_sft_trains_on_the_demonstrations_own_tokens(undisturbed: tuple[Path, Pa
     assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
     assert [row["trained"] for row in rows] == [4 * step for step in range(1, STEPS + 1)]
     assert {row["mismatch_kl"] for row in rows} == {None}
-    assert set(json.loads((run_dir / "pids.json").read_text())) == {"student", "learner"}
-    assert replayed(run_dir).returncode == 0
 
 
-def test_off_policy_trains_on_what_the_teacher_samples(undisturbed: tuple[Path, Path], tiny_model: Path) -> None:
-    """Behind the student's prompt, scored in the teacher's, by the log-probs of Hugging Face."""
-    config, _ = undisturbed
-    run_dir = config.parent / "off-policy"
-    overrides = ["method=off_policy", "training.steps=2", "dtype=float32"]
-    finish(config, run_dir, *overrides)
+def test_off_policy_trains_on_what_the_teacher_samples(stream: Stream, tiny_model: Path) -> None:
+    """Behind the student's prompt, scored in the teacher's, by the log-probs that Hugging Face has for the first model:
+    `teacher.weights: base` stays that through all stages."""
+    config, run_dir, _ = stream
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    prompts = prepare(load_config(config, overrides), config).stages[0].prompts
-    for sample in read_batch(run_dir, 1):
+    prompts = prepare(load_config(config), config).stages[0].prompts
+    for sample in read_batch(run_dir, STEPS + 1):
         pair, completion = prompts[sample.sample.index], sample.rollout.completion_ids
         assert sample.rollout.prompt_ids.tolist() == pair.student_ids
         rows = logprobs(model, np.asarray(pair.teacher_ids), completion)
         own = rows.gather(1, torch.tensor(completion).long()[:, None])[:, 0]
         np.testing.assert_allclose(sample.scores.sampled, own, atol=1e-4)
-    rows = read_jsonl(run_dir / "metrics.jsonl")
-    assert [row["trained"] for row in rows] == [4, 8]
+    rows = read_jsonl(run_dir / "metrics.jsonl")[STEPS:]
     assert [row["direction"] for row in rows] == ["forward"] * 2
     assert {row["mismatch_kl"] for row in rows} == {None}
+
+
+def test_a_stage_is_appended_to_a_finished_run_and_accounted_for_by_itself(stream: Stream) -> None:
+    """What the run had written stays; its end is the next stage's beginning, to the last bit of the learner's state."""
+    _, run_dir, _ = stream
+    rows = read_jsonl(run_dir / "metrics.jsonl")
+    assert [(row["step"], row["stage"], row["trained"]) for row in rows] == [
+        (step, int(step > STEPS), 4 * step) for step in range(1, STEPS + 3)
+    ]
+    matrix = read_matrix(run_dir)
+    assert matrix.stages == ("stream", "second")
+    assert (matrix.tasks, matrix.retention) == (("stream",), ("kept",))
+    assert len(matrix.rows) == 3
+    assert "<svg" in (run_dir / "report.html").read_text()
+    result = replayed(run_dir, "--steps", f"{STEPS + 1}:")
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    assert f"step {STEPS + 2}: the same to the last bit of its state" in result.stdout
+
+
+def test_the_retention_guard_ends_a_run_that_has_lost_what_it_could(stream: Stream) -> None:
+    """The first stage, which was to be warned, only said so."""
+    _, run_dir, ended = stream
+    assert ended.returncode == 4, ended.stdout[-2000:] + ended.stderr[-4000:]
+    assert "kept fell from 100 % to 0.0 % (n 1)" in ended.stderr.splitlines()[-1]
+    assert json.loads((run_dir / "run.json").read_text())["state"] == "guarded"
+    assert "ended by its retention guard" in status_text(run_dir)
+    assert (run_dir / f"retention-step-{STEPS:06d}.jsonl").exists()
+    assert (run_dir / "checkpoints" / f"step-{STEPS + 2:06d}" / "manifest.json").exists()
 
 
 def test_nothing_is_left_behind(machine_before: set[str], undisturbed: tuple[Path, Path]) -> None:

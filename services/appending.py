@@ -1,0 +1,62 @@
+"""`sdft train CONFIG --append STAGE.yaml`: one more task for a run that is finished, or on its way.
+
+    the run's own config.yaml + STAGE.yaml ─► a configuration with one stage more ─► the run goes on from its last step
+
+The same command again, after an interruption, adds nothing.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from services.config import RunConfig
+from services.config_files import stage_with_absolute_paths
+from services.errors import UserError
+from services.load_config import load_config, load_stage
+from services.sections import StageConfig, TrainingConfig
+
+
+def appended(run_dir: Path, overrides: Sequence[str], stage_file: Path) -> RunConfig:
+    """The configuration of the run in `run_dir` with the stage in the file behind its others; or UserError."""
+    own = run_dir / "config.yaml"
+    if not own.exists():
+        raise UserError(
+            f"--append {stage_file}: there is no run in {run_dir} yet; put the stage into the configuration's stages"
+        )
+    stage = stage_with_absolute_paths(load_stage(stage_file), stage_file.parent)
+    config = as_stream(load_config(own, overrides), run_dir.resolve().name)
+    namesake = next((s for s in config.stages if s.name == stage.name), None)
+    if namesake == stage:
+        return config
+    if namesake is not None:
+        raise UserError(
+            f"{stage_file}: {run_dir} has a stage {stage.name} already, which is another; give this one another name"
+        )
+    sets = {s.name for s in config.sets}
+    taken = next((s.name for s in stage.sets if s.name in sets), None)
+    if taken is not None:
+        raise UserError(f"{stage_file}: {run_dir} has an evaluation set {taken} already; give this one another name")
+    if stage.optimizer is not None and stage.optimizer.grad_clip != config.learner.optimizer.grad_clip:
+        raise UserError(
+            f"{stage_file}: optimizer.grad_clip is {stage.optimizer.grad_clip:g}, and "
+            f"{config.learner.optimizer.grad_clip:g} in the whole run; give the same"
+        )
+    return config.model_copy(update={"stages": (*config.stages, stage)})
+
+
+def as_stream(config: RunConfig, name: str) -> RunConfig:
+    """The same run as a stream of one stage, called like the run; a stream as it is."""
+    if config.data is None:
+        return config
+    training = config.training
+    sets = config.evaluation.sets
+    first = StageConfig(
+        name=re.sub(r"[^a-z0-9_-]+", "-", name.lower()),
+        data=config.data,
+        epochs=training.epochs,
+        steps=training.steps,
+        sets=tuple(s for s in sets if s.role == "task"),
+    )
+    kept = config.evaluation.model_copy(update={"sets": tuple(s for s in sets if s.role == "retention")})
+    rest = TrainingConfig(batch_size=training.batch_size, max_staleness=training.max_staleness)
+    return config.model_copy(update={"data": None, "stages": (first,), "training": rest, "evaluation": kept})

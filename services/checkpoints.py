@@ -1,0 +1,77 @@
+"""The checkpoints of a run as they are made: begun between two steps, on the disk while the next steps go on.
+
+learner: its state, ledger: a copy ─► a hidden folder ─► checkpoint.commit: whole, flushed, renamed
+"""
+
+import asyncio
+import sqlite3
+from pathlib import Path
+
+from learner.group import LearnerGroup
+from learner.waiting import cancelled, within
+from services import checkpoint
+from services.checkpoint import CheckpointState
+from services.ledger import Ledger
+from services.prepare import Prepared
+from services.progress import Progress
+from services.supervised import reason
+
+DISK_ERRORS = (OSError, sqlite3.OperationalError)
+
+
+class Checkpoints:
+    """One after the other."""
+
+    def __init__(
+        self, prepared: Prepared, run_dir: Path, learner: LearnerGroup, ledger: Ledger, progress: Progress
+    ) -> None:
+        self._prepared, self._run_dir = prepared, run_dir
+        self._learner, self._ledger, self._progress = learner, ledger, progress
+        self._saving: asyncio.Task[None] | None = None
+
+    async def save(self, step: int, held: int | None) -> None:
+        """Write the state after `step`; it reaches the disk and its name while the next step is made.
+
+        held: the newest checkpoint up to this step is kept, however many come after it.
+        """
+        self._progress.phase(f"saving step {step}")
+        try:
+            part = checkpoint.begin(self._run_dir, step)
+            await self._learner.save(part)
+            self._ledger.copy_to(part / checkpoint.LEDGER)
+        except DISK_ERRORS as error:
+            await self._not_written(step, error)
+            return
+        c = self._prepared.config
+        fingerprint = self._prepared.at(step).fingerprint
+        state = CheckpointState(step, c.learner.ranks, c.learner.zero_stage, c.dtype, fingerprint)
+        self._saving = asyncio.create_task(
+            self._commit(part, state, held), name=f"the checkpoint of step {step} to be on the disk"
+        )
+        self._progress.phase("training")
+
+    async def saved(self) -> None:
+        """Returns when what was begun is on the disk."""
+        if self._saving is not None:
+            limit = self._prepared.config.checkpoint.timeout_s
+            await within(self._saving, limit, self._saving.get_name())
+            self._saving = None
+
+    async def stop(self) -> None:
+        """Wait for nothing more."""
+        await cancelled([] if self._saving is None else [self._saving])
+
+    async def _commit(self, part: Path, state: CheckpointState, held: int | None) -> None:
+        keep = self._prepared.config.checkpoint.keep
+        try:
+            await self._learner.written()
+            await asyncio.to_thread(checkpoint.commit, part, self._run_dir, state, keep, held)
+        except DISK_ERRORS as error:
+            await self._not_written(state.step, error)
+
+    async def _not_written(self, step: int, error: Exception) -> None:
+        """A full disk ends a run only if its last checkpoint does not fit: room may be made until then."""
+        text = f"the checkpoint of step {step} could not be written ({reason(error)})"
+        if step == self._prepared.schedule.total_steps:
+            raise RuntimeError(f"{text}; make room: the same command resumes from the last one") from error
+        self._progress.note(f"{text}; the run goes on, and would resume from the one before it")

@@ -1,0 +1,40 @@
+"""What `sdft train` and `sdft check` print of a run before it starts and after it has ended."""
+
+from pathlib import Path
+
+from services.methods import on_demonstrations
+from services.metrics import Sample, read_rows
+from services.prepare import Prepared
+from services.status import status_text
+
+
+def stage_lines(prepared: Prepared) -> list[str]:
+    """A line for each stage: what is trained on, for how long, and by what."""
+    lines = []
+    for stage, schedule in zip(prepared.stages, prepared.schedule.stages, strict=True):
+        c = stage.config
+        learns = f"{c.loss.divergence} divergence, {c.teacher.weights} teacher"
+        if on_demonstrations(c):
+            learns = f"{c.method} on the demonstrations' own tokens"
+        elif c.method == "off_policy":
+            learns = f"on the teacher's samples, {learns}"
+        lines.append(
+            f"{f'{stage.name}: ' if stage.name else ''}{len(stage.prompts)} demonstrations, "
+            f"{schedule.last - schedule.before} steps of {c.training.batch_size} prompts, {learns}"
+        )
+    return lines
+
+
+def print_outcome(run_dir: Path) -> None:
+    """Results and a few answers, for whoever does not open the report."""
+    print(status_text(run_dir))
+    samples = read_rows(run_dir, Sample)
+    for task in dict.fromkeys(s.task for s in samples):
+        rows = [s for s in samples if s.task == task]
+        for identity in list(dict.fromkeys(s.id for s in rows))[:3]:  # the file's first, not the best
+            answers = {s.step: s for s in rows if s.id == identity}
+            print(f"\n{task}: {next(iter(answers.values())).prompt.strip().splitlines()[-1]}")
+            for step in dict.fromkeys((min(answers), max(answers))):
+                text = " / ".join(answers[step].text.strip().splitlines())
+                grade = "right" if answers[step].correct else "wrong"
+                print(f"  step {step:<4} {grade}  {text[:140]}{'…' if len(text) > 140 else ''}")

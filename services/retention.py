@@ -1,0 +1,57 @@
+"""The retention guard: what the model could before training it can after it, or the run does as it was told.
+
+results of an evaluation ─► breaches: guarded sets that lost more than max_drop of their questions since step 0
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from services.config import RunConfig
+from services.metrics import STUDENT, EvalResult, percent
+
+
+@dataclass(frozen=True)
+class Breach:
+    """A guarded set that fell too far."""
+
+    before: EvalResult
+    now: EvalResult
+    allowed: float
+
+    def __str__(self) -> str:
+        drop = 100 * (self.before.value - self.now.value)
+        return (
+            f"{self.now.task} fell from {percent(self.before.value)} to {percent(self.now.value)} (n {self.now.n}) at "
+            f"step {self.now.step}: {drop:.1f} points, {100 * self.allowed:g} are allowed"
+        )
+
+
+class RetentionGuard:
+    """Judges evaluations as they come, those of a run before its interruption first."""
+
+    def __init__(self, config: RunConfig, earlier: Iterable[EvalResult]) -> None:
+        self._guarded = set(config.guarded)
+        self._allowed = config.retention.max_drop if config.retention is not None else 1.0
+        self._before: dict[str, EvalResult] = {}
+        self.held: int | None = None  # the last step at which an evaluation of guarded sets held
+        by_step: dict[int, list[EvalResult]] = {}
+        for result in earlier:
+            by_step.setdefault(result.step, []).append(result)
+        for step in sorted(by_step):
+            self.judge(by_step[step])
+
+    def judge(self, results: Iterable[EvalResult]) -> list[Breach]:
+        """The guarded sets among the results of one step that fell too far. A set's first result is what it had."""
+        seen, breaches = None, []
+        for result in results:
+            if result.metric != STUDENT or result.task not in self._guarded:
+                continue
+            seen = result.step
+            before = self._before.setdefault(result.task, result)
+            if (
+                before.value - result.value > self._allowed + 1e-9
+            ):  # shares are quotients: 0.3 may be 0.30000000000000004
+                breaches.append(Breach(before, result, self._allowed))
+        if seen is not None and not breaches:
+            self.held = seen
+        return breaches
