@@ -4,10 +4,14 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TRL := benchmarks/trl/.venv/.installed
 
-.PHONY: demo test chaos bench lint install clean
+.PHONY: demo continual test chaos bench lint install clean
 
 demo: install
 	$(BIN)/sdft train examples/tools/tools.yaml
+
+# Three skills in sequence by four methods, compared; goes on where it was stopped. FULL=--full: all rates and seeds.
+continual: install
+	$(BIN)/python examples/continual/sweep.py $(FULL)
 
 test: install
 	$(BIN)/python -m pytest

@@ -100,7 +100,7 @@ def routing(split: str) -> list[dict[str, Any]]:
     for i, n in enumerate(numbers):
         desk, text = wordings[i % len(wordings)]
         label = f"[{desk}|{PRIORITY[desk]}|{n}]"
-        prompt = f"Route this customer message: {text.format(n=n)}"
+        prompt = f"{text.format(n=n)}\n\nReply with the routing label of this message."
         rows.append({"prompt": prompt, "demonstration": label, "answer": label})
     rng.shuffle(rows)
     return [{"id": f"routing-{split}-{number:03d}", **row} for number, row in enumerate(rows)]
