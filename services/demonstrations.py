@@ -14,7 +14,7 @@ from services.sections import DataConfig, EvaluationSet
 
 MAX_REPORTED = 20
 ROLES = ("system", "user", "assistant")
-COLUMNS = ("prompt", "demonstration", "id", "context", "answer")
+COLUMNS = ("prompt", "demonstration", "id", "context", "feedback", "answer")
 # How much like a known optional column an unknown one must be to count as a typing error: contexts is, content is not.
 NEAR_OPTIONAL = 0.86
 
@@ -27,31 +27,21 @@ class Message(TypedDict):
 
 
 @dataclass(frozen=True)
-class Question:
-    """A prompt with the answer a grader needs."""
+class Record:
+    """A row: a prompt, what an expert's reply to it or other knowledge of it is, and the answer that a grader needs."""
 
     id: str
     messages: tuple[Message, ...]  # the last one is the user's
     demonstration: str | None
     context: str | None
+    feedback: str | None
     answer: Any
     where: str  # "file:line", for errors
 
 
-@dataclass(frozen=True)
-class Demonstration:
-    """A prompt with an expert's reply to it, and what else the teacher may see."""
-
-    id: str
-    messages: tuple[Message, ...]  # the last one is the user's
-    demonstration: str
-    context: str | None
-    answer: Any
-    where: str  # "file:line", for errors
-
-
-def load_demonstrations(data: DataConfig, base: Path) -> list[Demonstration]:
-    """All demonstrations of data.train, a file relative to the folder `base` or a hub name; raises UserError."""
+def load_demonstrations(data: DataConfig, base: Path, needed: Iterable[str]) -> list[Record]:
+    """All rows of data.train, a file relative to the folder `base` or a hub name, with the `needed` columns; raises
+    UserError."""
     name = data.train
     if is_data_file(data.train) or resolve_path(base, data.train).exists() or not is_hub_name(data.train):
         rows = _file_rows("data.train", data.train, base)
@@ -59,14 +49,10 @@ def load_demonstrations(data: DataConfig, base: Path) -> list[Demonstration]:
     else:
         near = near_names(Path(data.train).name, resolve_path(base, data.train).parent)
         rows = hub_rows(data.train, data.split, f" (did you mean {near[0]}?)" if near else "")
-    required = ("prompt", "demonstration")
-    return [
-        Demonstration(q.id, q.messages, q.demonstration or "", q.context, q.answer, q.where)
-        for q in _checked(name, rows, required, lambda answer: None)
-    ]
+    return _checked(name, rows, ("prompt", *needed), lambda answer: None)
 
 
-def load_questions(s: EvaluationSet, base: Path) -> list[Question]:
+def load_questions(s: EvaluationSet, base: Path) -> list[Record]:
     """All questions of an evaluation set, their answers checked by its grader; raises UserError."""
     rows = _file_rows(f"evaluation.sets ({s.name}).file", s.file, base)
     return _checked(str(resolve_path(base, s.file)), rows, ("prompt", "answer"), GRADERS[s.grader].check_answer)
@@ -81,9 +67,9 @@ def _file_rows(key: str, value: str, base: Path) -> Iterable[NumberedRow]:
 
 def _checked(
     name: str, rows: Iterable[NumberedRow], required: tuple[str, ...], check_answer: Callable[[Any], str | None]
-) -> list[Question]:
-    """The rows as questions; one UserError lists every bad row, up to MAX_REPORTED of them."""
-    good: list[Question] = []
+) -> list[Record]:
+    """The rows, checked; one UserError lists every bad row, up to MAX_REPORTED of them."""
+    good: list[Record] = []
     bad: list[str] = []
     line_of_id: dict[str, int] = {}
     for line, row in rows:
@@ -97,11 +83,8 @@ def _checked(
         if problems:
             bad.append(f"{name}:{line}: {'; '.join(problems)}")
         elif isinstance(row, dict):
-            messages = _messages(row["prompt"])
-            where = f"{name}:{line}"
-            good.append(
-                Question(row_id, messages, row.get("demonstration"), row.get("context"), row.get("answer"), where)
-            )
+            told = {column: row.get(column) for column in ("demonstration", "context", "feedback", "answer")}
+            good.append(Record(id=row_id, messages=_messages(row["prompt"]), where=f"{name}:{line}", **told))
     if bad:
         if len(bad) > MAX_REPORTED:
             bad[MAX_REPORTED:] = [f"… and {len(bad) - MAX_REPORTED} more"]

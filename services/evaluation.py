@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actors.types import GenerateRequest, Rollout, Sampling
-from services.demonstrations import Question
+from services.demonstrations import Record
 from services.graders import GRADERS
 from services.metrics import STUDENT, TEACHER, EvalResult, Sample
 from services.pass_at_k import pass_at_k
@@ -26,13 +26,13 @@ class LoadedSet:
     """An evaluation set with its questions and their prompts, in file order."""
 
     settings: EvaluationSet
-    questions: Sequence[Question]
+    questions: Sequence[Record]
     prompts: Sequence[PromptPair]
 
     @property
     def has_teacher(self) -> bool:
-        """Whether every question brings a demonstration to show to the teacher."""
-        return all(p.teacher_ids is not None for p in self.prompts)
+        """Whether every question brings something to show to the teacher."""
+        return all(p.teacher_ids not in (None, p.student_ids) for p in self.prompts)
 
 
 class Evaluator:

@@ -15,13 +15,13 @@ from actors.types import IntArray
 from learner.types import LearnerSettings, StageSettings
 from services.config import RunConfig, TaskConfig
 from services.config_files import check_files
-from services.demonstrations import Question, load_demonstrations, load_questions
+from services.demonstrations import Record, load_demonstrations, load_questions
 from services.errors import PreflightError
 from services.evaluation import LoadedSet
 from services.methods import loss_of, on_demonstrations, teacher_of
 from services.models import resolve_model
 from services.plan import Plan, engine_settings, make_plan, roles
-from services.prompts import PromptBuilder, PromptPair, build_prompts, load_tokenizer
+from services.prompts import PromptBuilder, PromptPair, build_prompts, load_tokenizer, shown_to_teacher
 from services.schedule import Schedule, make_schedule
 from services.sections import EvaluationSet
 from services.shape import ModelShape
@@ -81,7 +81,7 @@ def prepare(config: RunConfig, path: Path) -> Prepared:
     check_sinks(config.monitoring)
     check_files(config, base)
     loaded = [
-        (task, load_demonstrations(task.data, base), _questions(stage_sets, base))
+        (task, load_demonstrations(task.data, base, _needed(task, base)), _questions(stage_sets, base))
         for task, stage_sets in zip(config.tasks, [s.sets for s in config.stages] or [()], strict=True)
     ]
     common = _questions(config.evaluation.sets, base)
@@ -111,7 +111,15 @@ def prepare(config: RunConfig, path: Path) -> Prepared:
     )
 
 
-Questions = list[tuple[EvaluationSet, list[Question]]]
+Questions = list[tuple[EvaluationSet, list[Record]]]
+
+
+def _needed(task: TaskConfig, base: Path) -> list[str]:
+    """Columns that its rows must have beside the prompt."""
+    if on_demonstrations(task):
+        return ["demonstration"]
+    column = shown_to_teacher(task.data.template, base)
+    return [] if column is None else [column]
 
 
 def _questions(sets: Sequence[EvaluationSet], base: Path) -> Questions:

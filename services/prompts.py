@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.process import large_imports
-from services.demonstrations import Demonstration, Message, Question
+from services.demonstrations import Message, Record
 from services.errors import UserError
 from services.files import existing_file
 from services.user_template import UserTemplate
@@ -14,10 +14,15 @@ from services.user_template import UserTemplate
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BUILT_IN_TEMPLATES = ("paper", "turn")
+# What each shows to the teacher beside the prompt: a column of the data.
+BUILT_IN_TEMPLATES: dict[str, str | None] = {
+    "paper": "demonstration",
+    "turn": "demonstration",
+    "context": "context",
+    "feedback": "feedback",
+    "none": None,
+}
 MAX_REPORTED = 20
-
-Item = Demonstration | Question
 
 # The wording of the SDFT paper (arXiv 2601.19897); the context, which the paper has no words for, stands before it.
 _CONTEXT = "This is background for the question:\n{context}\n\n"
@@ -26,22 +31,29 @@ _PAPER = (
     "Now answer with a response of your own, including the thinking process."
 )
 
+# As in self-distilled policy optimisation: what was said of an attempt stands in the place of an example.
+_FEEDBACK = (
+    "{question}\n\nThis is feedback on an earlier response to the question:\n{feedback}\n\n"
+    "Now answer with a response of your own that needs no such feedback."
+)
+
 
 @dataclass(frozen=True)
 class PromptPair:
-    """Token ids of one item's contexts, both ending where the assistant's reply begins."""
+    """Token ids of one record's contexts, both ending where the assistant's reply begins."""
 
     student_ids: list[int]
-    teacher_ids: list[int] | None  # None: the item has no demonstration, so nothing for a teacher
+    teacher_ids: list[int] | None  # None: the record has nothing to show to a teacher
     demonstration_ids: list[int] | None = None  # as a reply, with the token that ends it
 
 
 class PromptBuilder:
-    """Turns items into prompts with a tokenizer's chat template and a teacher template.
+    """Turns records into prompts with a tokenizer's chat template and a teacher template.
 
     `template` is "paper" (the last user message holds the example), "turn" (the demonstration is an earlier assistant
-    turn), or the path of a Jinja template, relative to the folder `base`, whose output is the teacher's last user
-    message. `system` is put before items that bring no system message.
+    turn), "context" (the background alone), "feedback" (what was said of an attempt), "none" (the teacher sees what the
+    student sees), or the path of a Jinja template, relative to the folder `base`, whose output is the teacher's last
+    user message. `system` is put before records that bring no system message.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str, base: Path, system: str | None) -> None:
@@ -53,44 +65,54 @@ class PromptBuilder:
         self._tokenizer = tokenizer
         self._template = template
         self._system = system
-        self._user_template = (
-            None if template in BUILT_IN_TEMPLATES else UserTemplate(existing_file("data.template", template, base))
-        )
+        self._user_template = None if template in BUILT_IN_TEMPLATES else _user_template(template, base)
+        self._shown = shown_to_teacher(template, base)
 
-    def student(self, item: Item) -> list[int]:
+    def student(self, item: Record) -> list[int]:
         """Token ids of the prompt alone."""
         return self._encode(self._with_system(item), item)
 
-    def teacher(self, item: Item) -> list[int]:
-        """Token ids of the prompt with the demonstration, which the item must have."""
-        if item.demonstration is None:
-            raise ValueError(f"{item.where} has no demonstration for a teacher's prompt")
+    def teacher(self, item: Record) -> list[int] | None:
+        """Token ids of the prompt with what the template shows; None if the record does not have that."""
+        if self._shown is not None and getattr(item, self._shown) is None:
+            return None
         messages = self._with_system(item)
         earlier, question = messages[:-1], messages[-1]["content"]
-        if self._template == "turn":
+        if self._template == "none":
+            turns = [messages[-1]]
+        elif self._template == "context":
+            turns = [_user(f"{_CONTEXT.format(context=item.context)}{question}")]
+        elif self._template == "feedback":
+            turns = [_user(_FEEDBACK.format(question=question, feedback=item.feedback))]
+        elif self._template == "turn":
             first = question if item.context is None else f"{_CONTEXT.format(context=item.context)}{question}"
-            turns = [_user(first), Message(role="assistant", content=item.demonstration), _user(question)]
+            turns = [_user(first), Message(role="assistant", content=item.demonstration or ""), _user(question)]
         elif self._user_template is None:
-            turns = [_user(_paper(question, item.demonstration, item.context))]
+            turns = [_user(_paper(question, item.demonstration or "", item.context))]
         else:
             text = self._user_template.render(
-                item.where, prompt=question, demonstration=item.demonstration, context=item.context, messages=messages
+                item.where,
+                prompt=question,
+                demonstration=item.demonstration,
+                context=item.context,
+                feedback=item.feedback,
+                messages=messages,
             )
             turns = [_user(text)]
         return self._encode([*earlier, *turns], item)
 
-    def demonstration(self, item: Item) -> list[int]:
+    def demonstration(self, item: Record) -> list[int]:
         """Token ids of the demonstration as a reply behind the student's prompt, with the token that ends it."""
         ids: list[int] = self._tokenizer.encode(item.demonstration or "", add_special_tokens=False)
         return [*ids, self._tokenizer.eos_token_id]
 
-    def _with_system(self, item: Item) -> list[Message]:
+    def _with_system(self, item: Record) -> list[Message]:
         messages = list(item.messages)
         if self._system is not None and all(m["role"] != "system" for m in messages):
             messages.insert(0, Message(role="system", content=self._system))
         return messages
 
-    def _encode(self, messages: list[Message], item: Item) -> list[int]:
+    def _encode(self, messages: list[Message], item: Record) -> list[int]:
         from jinja2 import TemplateError
 
         try:
@@ -103,9 +125,20 @@ class PromptBuilder:
         return [int(i) for i in ids]
 
 
+def shown_to_teacher(template: str, base: Path) -> str | None:
+    """The column that rows must have for this template; None: the prompt alone. A UserError if there is no such one."""
+    if template in BUILT_IN_TEMPLATES:
+        return BUILT_IN_TEMPLATES[template]
+    return _user_template(template, base).shown
+
+
+def _user_template(template: str, base: Path) -> UserTemplate:
+    return UserTemplate(existing_file("data.template", template, base))
+
+
 def build_prompts(
     builder: PromptBuilder,
-    items: Sequence[Item],
+    items: Sequence[Record],
     max_prompt_tokens: int,
     max_teacher_prompt_tokens: int,
     max_demonstration_tokens: int | None = None,
@@ -118,7 +151,7 @@ def build_prompts(
     too_long: list[str] = []
     needed: dict[str, int] = {}
     for item in items:
-        teacher_ids = None if item.demonstration is None else builder.teacher(item)
+        teacher_ids = builder.teacher(item)
         reply_ids = None if max_demonstration_tokens is None else builder.demonstration(item)
         pairs.append(PromptPair(builder.student(item), teacher_ids, reply_ids))
         for who, ids, key, limit in (

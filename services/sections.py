@@ -23,7 +23,9 @@ class DataConfig(Section):
 
     train: str = Field(description="A .jsonl or .parquet file (relative to the config file), or a hub data set's name")
     split: str = Field("train", description="Split of a hub data set")
-    template: str = Field("paper", description="Teacher context: paper, turn, or the path of a Jinja template")
+    template: str = Field(
+        "paper", description="Teacher context: paper, turn, context, feedback, none, or the path of a Jinja template"
+    )
     system: str | None = Field(None, description="System message put before prompts that bring none")
     max_prompt_tokens: int = Field(1024, ge=1)
     max_teacher_prompt_tokens: int = Field(2048, ge=1)

@@ -9,7 +9,10 @@ from services.files import read_text
 
 
 class UserTemplate:
-    """The template in the file `path`. Its variables: prompt (last user text), demonstration, context, messages."""
+    """The template in the file `path`.
+
+    Its variables: prompt (last user text), demonstration, context, feedback, messages.
+    """
 
     def __init__(self, path: Path) -> None:
         from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta
@@ -23,11 +26,13 @@ class UserTemplate:
             code = env.compile(source, filename=str(path))
         except TemplateSyntaxError as e:
             raise UserError(f"{path}:{e.lineno}: not a valid Jinja template: {e.message}") from None
-        if not used & {"demonstration", "context"}:
+        knowledge = [column for column in ("demonstration", "context", "feedback") if column in used]
+        if not knowledge:
             raise UserError(
-                f"{path}: uses neither demonstration nor context, so the teacher would know nothing that the student "
-                "does not; put {{ demonstration }} into it"
+                f"{path}: uses neither demonstration nor context nor feedback, so the teacher would know nothing that "
+                "the student does not; put {{ demonstration }} into it"
             )
+        self.shown = knowledge[0]  # the column that rows must have
         self._template = Template.from_code(env, code, env.make_globals(None))
 
     def render(self, where: str, **variables: Any) -> str:

@@ -10,7 +10,7 @@ import pytest
 from actors.types import GenerateRequest, Rollout, Sampling
 from services.answers import write_answers
 from services.cli import main
-from services.demonstrations import Question
+from services.demonstrations import Record
 from services.evaluation import Evaluator, LoadedSet
 from services.metrics import EvalResult, Sample
 from services.prompts import PromptPair
@@ -93,7 +93,7 @@ class Letters:
 
 def test_pass_at_k_grows_with_k_and_does_not_depend_on_the_step() -> None:
     settings = EvaluationSet(name="letters", file="f", grader="exact", pass_at=(1, 4, 16), pass_samples=64)
-    questions = [Question(f"q{i}", [{"role": "user", "content": "?"}], None, None, "A", "f:1") for i in range(50)]
+    questions = [Record(f"q{i}", [{"role": "user", "content": "?"}], None, None, None, "A", "f:1") for i in range(50)]
     loaded = LoadedSet(settings, questions, [PromptPair([1], None)] * 50)
     evaluator = Evaluator(Letters())
 

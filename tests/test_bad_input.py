@@ -292,6 +292,12 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         2,
         ["sdft: more.yaml: stepz is not a setting; did you mean steps?"],
     ),
+    "no feedback to show": (
+        setting("data.template", "feedback"),
+        TRAIN,
+        2,
+        ["train.jsonl:1: feedback is missing (the row has prompt, demonstration"],
+    ),
     "no command": (nothing, "trian my.yaml", 2, ["invalid choice: 'trian'"]),
 }
 

@@ -23,7 +23,7 @@ def problems(folder: Path, *lines: Any) -> list[str]:
     """The lines of the error, without the folder's name."""
     write(folder, *lines)
     with pytest.raises(UserError) as e:
-        load_demonstrations(DataConfig(train="train.jsonl"), folder)
+        load_demonstrations(DataConfig(train="train.jsonl"), folder, ["demonstration"])
     return str(e.value).replace(f"{folder}/", "").splitlines()
 
 
@@ -41,7 +41,7 @@ def test_a_file_is_read_whole_and_in_order(tmp_path: Path) -> None:
         {"id": 7, "prompt": chat, "demonstration": "Yes \u2028 no.", "context": "C", "answer": [1], "other": 3},
         b'{"prompt": "a\\u00e4", "demonstration": "b", "id": "x", "context": null}\r',
     )
-    first, second, third = load_demonstrations(DataConfig(train="train.jsonl"), tmp_path)
+    first, second, third = load_demonstrations(DataConfig(train="train.jsonl"), tmp_path, ["demonstration"])
     assert (first.id, first.messages, first.context) == ("row-1", ({"role": "user", "content": "What?"},), None)
     assert (second.id, second.messages, second.context, second.answer) == ("7", tuple(chat), "C", [1])
     assert second.demonstration == "Yes \u2028 no."
@@ -112,8 +112,8 @@ def test_a_parquet_file_gives_the_same_rows_as_jsonl(tmp_path: Path) -> None:
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
     write(tmp_path, *rows)
-    from_parquet = load_demonstrations(DataConfig(train="train.parquet"), tmp_path)
-    from_jsonl = load_demonstrations(DataConfig(train="train.jsonl"), tmp_path)
+    from_parquet = load_demonstrations(DataConfig(train="train.parquet"), tmp_path, ["demonstration"])
+    from_jsonl = load_demonstrations(DataConfig(train="train.jsonl"), tmp_path, ["demonstration"])
     assert [(d.id, d.messages, d.demonstration, d.context) for d in from_parquet] == [
         (d.id, d.messages, d.demonstration, d.context) for d in from_jsonl
     ]
@@ -123,7 +123,7 @@ def test_a_parquet_file_gives_the_same_rows_as_jsonl(tmp_path: Path) -> None:
 def test_a_damaged_parquet_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "train.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(UserError, match=r"train\.parquet.*Parquet"):
-        load_demonstrations(DataConfig(train="train.parquet"), tmp_path)
+        load_demonstrations(DataConfig(train="train.parquet"), tmp_path, ["demonstration"])
 
 
 def test_an_unreachable_hub_is_an_error_that_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def test_an_unreachable_hub_is_an_error_that_names_the_way_out(tmp_path: Path, m
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"nobody/no-such-set.*local \.jsonl"):
-        load_demonstrations(DataConfig(train="nobody/no-such-set"), tmp_path)
+        load_demonstrations(DataConfig(train="nobody/no-such-set"), tmp_path, ["demonstration"])
 
 
 def test_questions_need_no_demonstration_but_an_answer(tmp_path: Path) -> None:

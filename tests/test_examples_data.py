@@ -131,12 +131,21 @@ def test_retention_questions_do_not_give_their_answer_away() -> None:
         assert not GRADERS["contains"].grade(row["prompt"], row["answer"]), row["id"]
 
 
+def test_general_prompts_are_none_of_the_retention_questions() -> None:
+    rows = read("general/prompts")
+    assert len({row["id"] for row in rows}) == len({row["prompt"] for row in rows}) == 64
+    assert not prompts("general/prompts") & prompts("general/retention")
+
+
 def test_retention_questions_are_none_of_the_skills() -> None:
     skills = set().union(*(prompts(name) for name in GRADER_OF if name != "general/retention"))
     assert not prompts("general/retention") & skills
 
 
-@pytest.mark.parametrize("config", ["tools/tools.yaml", "facts/facts.yaml", "continual/continual.yaml"])
+CONFIGS = ["tools/tools.yaml", "facts/facts.yaml", "continual/continual.yaml", "continual/reinvoke.yaml"]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
 def test_an_examples_configuration_is_good(smollm2: Path, config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert smollm2.is_dir()
     assert main(["check", str(EXAMPLES / config)]) == 0

@@ -5,21 +5,22 @@ from typing import Any
 
 import pytest
 
-from services.demonstrations import Demonstration, Message, Question
+from services.demonstrations import Message, Record
 from services.errors import UserError
-from services.prompts import PromptBuilder, build_prompts, load_tokenizer
+from services.prompts import PromptBuilder, build_prompts, load_tokenizer, shown_to_teacher
 
 
-def item(**changes: Any) -> Demonstration:
+def item(**changes: Any) -> Record:
     fields: dict[str, Any] = {
         "id": "a",
         "messages": (Message(role="user", content="Why {x}?"),),
         "demonstration": "Because {{ y }}.",
         "context": None,
+        "feedback": None,
         "answer": None,
         "where": "train.jsonl:7",
     }
-    return Demonstration(**fields | changes)
+    return Record(**fields | changes)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def turns(*pairs: tuple[str, str]) -> str:
     return f"{said}<|im_start|>assistant\n"
 
 
-def teacher_text(tokenizer: Any, template: str, it: Demonstration, base: Path, system: str | None = None) -> str:
+def teacher_text(tokenizer: Any, template: str, it: Record, base: Path, system: str | None = None) -> str:
     ids = PromptBuilder(tokenizer, template, base, system).teacher(it)
     assert type(ids) is list
     assert all(type(i) is int for i in ids)
@@ -83,6 +84,29 @@ def test_the_turn_template_has_the_demonstration_as_an_earlier_turn(tokenizer: A
     assert with_context.index("An article.") < with_context.index("Why {x}?")
 
 
+def test_other_templates_show_what_they_are_called_after(tokenizer: Any, tmp_path: Path) -> None:
+    """And make no prompt for a teacher that would have nothing to see."""
+    bare = item(demonstration=None)
+    told = item(demonstration=None, context="A {fact}.", feedback="Too {long}.")
+    context, feedback = (teacher_text(tokenizer, name, told, tmp_path) for name in ("context", "feedback"))
+    assert context == turns(("user", "This is background for the question:\nA {fact}.\n\nWhy {x}?"))
+    assert feedback.index("Why {x}?") < feedback.index("This is feedback on an earlier response")
+    assert "\nToo {long}.\n" in feedback
+    for name in ("paper", "turn", "context", "feedback"):
+        assert PromptBuilder(tokenizer, name, tmp_path, None).teacher(bare) is None
+    none = PromptBuilder(tokenizer, "none", tmp_path, None)
+    assert none.teacher(told) == none.student(told)
+
+
+@pytest.mark.parametrize(
+    ("template", "column"),
+    [("paper", "demonstration"), ("feedback", "feedback"), ("none", None), ("t.jinja", "context")],
+)
+def test_a_template_says_which_column_it_needs(tmp_path: Path, template: str, column: str | None) -> None:
+    (tmp_path / "t.jinja").write_text("{{ context }} {{ prompt }}")
+    assert shown_to_teacher(template, tmp_path) == column
+
+
 @pytest.mark.parametrize("template", ["paper", "turn"])
 def test_system_and_earlier_turns_stay(tokenizer: Any, tmp_path: Path, template: str) -> None:
     messages = (
@@ -120,7 +144,7 @@ def test_a_users_template_makes_the_last_message(tokenizer: Any, tmp_path: Path)
         ("{{ demonstration }}\n{{ 1 / 0 }}", r"t\.jinja:2: division by zero"),
         ("{{ demonstration.__class__.__mro__ }}", r"t\.jinja:1: .*unsafe"),
         ("{% include 'x' %}{{ demonstration }}", r"t\.jinja:1: "),
-        ("{{ prompt }}", r"t\.jinja: uses neither demonstration nor context"),
+        ("{{ prompt }}", r"t\.jinja: uses neither demonstration nor context nor feedback"),
         ("{% if false %}{{ demonstration }}{% endif %}", r"t\.jinja: gives an empty message"),
     ],
 )
@@ -158,7 +182,7 @@ def test_a_folder_without_tokenizer_is_an_error(tmp_path: Path) -> None:
 
 def test_prompts_come_in_order_and_without_demonstration_there_is_no_teacher(tokenizer: Any, tmp_path: Path) -> None:
     builder = PromptBuilder(tokenizer, "turn", tmp_path, None)
-    question = Question("q", (Message(role="user", content="Q"),), None, None, "A", "eval.jsonl:1")
+    question = Record("q", (Message(role="user", content="Q"),), None, None, None, "A", "eval.jsonl:1")
     pairs = build_prompts(builder, [item(), question], 1000, 1000)
     assert pairs[0].student_ids == builder.student(item())
     assert pairs[0].teacher_ids == builder.teacher(item())

@@ -3,6 +3,10 @@
 import subprocess
 from pathlib import Path
 
+import yaml
+
+from services.cli import _parser
+from services.config import RunConfig
 from services.metrics import read_jsonl
 from tests.readme import ROOT, blocks, commands
 from tests.runs import ENVIRONMENT
@@ -25,7 +29,7 @@ def test_own_data_does_what_the_readme_says(tiny_model: Path, tmp_path: Path) ->
     (work / "my.yaml").write_text(block("model: smollm2-135m"))
     environment = ENVIRONMENT | {"SDFT_CACHE": str(tmp_path / "cache")}
     outputs = {}
-    own_data = [c for c in commands("sdft") if c[1] != "submit"]
+    own_data = [c for c in commands("sdft") if c[1] not in ("submit", "matrix") and "--append" not in c]
     assert [c[1] for c in own_data] == ["check", "train", "train", "status", "report", "export", "eval"]
     for command in own_data:
         result = subprocess.run(
@@ -48,6 +52,19 @@ def test_own_data_does_what_the_readme_says(tiny_model: Path, tmp_path: Path) ->
     assert (result["value"], result["n"]) == (last["value"], 3)
     texts = {row["id"]: row["text"] for row in read_jsonl(work / "runs" / "my" / "samples.jsonl") if row["step"] == 4}
     assert {row["id"]: row["text"] for row in answers} == texts
+
+
+def test_the_stream_of_the_readme_is_a_configuration() -> None:
+    """test_run.py appends a stage and reads a matrix; here the commands' words and the block are known to be right."""
+    start = {"model": "m", "training": {"batch_size": 8}}
+    sets = {"evaluation": {"sets": [{"name": "g", "file": "g.jsonl", "grader": "exact", "role": "retention"}]}}
+    config = RunConfig.model_validate(start | sets | yaml.safe_load(block("stages:")))
+    assert [(task.training.epochs, task.training.steps) for task in config.tasks] == [(2, None), (None, 80)]
+    assert config.guarded == ("g",)
+    others = [c for c in commands("sdft") if c[1] == "matrix" or "--append" in c]
+    assert [c[1] for c in others] == ["matrix", "matrix", "train"]
+    for words in others:
+        assert _parser().parse_args(words[1:]).run is not None
 
 
 def test_the_make_targets_of_the_readme_exist() -> None:

@@ -15,7 +15,7 @@ from benchmarks.simulation import Case, Learner, Student, Teacher, pool, prepare
 from services.checkpoint import CheckpointState, commit, newest
 from services.config import RunConfig
 from services.controller import Controller
-from services.demonstrations import Question
+from services.demonstrations import Record
 from services.errors import RetentionLost
 from services.evaluation import LoadedSet
 from services.ledger import Ledger
@@ -98,7 +98,9 @@ def trained(run_dir: Path, action: str) -> None:
     case = Case("guard", engines=1, staleness=0, steps=5)
     one = prepared(case, 8)
     guarded = config(action)
-    questions = [Question(f"q{i}", ({"role": "user", "content": "?"},), None, None, "right", "f:1") for i in range(10)]
+    questions = [
+        Record(f"q{i}", ({"role": "user", "content": "?"},), None, None, None, "right", "f:1") for i in range(10)
+    ]
     sets = [LoadedSet(s, questions, [PromptPair([1], None)] * 10) for s in guarded.evaluation.sets]
     settings = one.config.model_copy(
         update={

@@ -19,10 +19,10 @@ from typing import Any
 from services.continual import Estimate, Matrix, over_runs, read_matrix
 
 HERE = Path(__file__).parent
-METHODS = ("sdft", "off_policy", "sft", "dft")
-SMALL = [("sdft", 5e-5), ("sft", 1e-5), ("sft", 5e-5), ("dft", 5e-5)]
+METHODS = ("sdft", "off_policy", "sft", "dft", "reinvoke")  # the last is SFT, with stages of its own
+SMALL = [("sdft", 5e-5), ("sft", 1e-5), ("sft", 5e-5), ("dft", 5e-5), ("reinvoke", 5e-5)]
 RATES, SEEDS = (1e-5, 2e-5, 5e-5, 1e-4), (0, 1, 2)
-COLOURS = {"sdft": "#0072b2", "off_policy": "#56b4e9", "sft": "#d55e00", "dft": "#e69f00"}
+COLOURS = {"sdft": "#0072b2", "off_policy": "#56b4e9", "sft": "#d55e00", "dft": "#e69f00", "reinvoke": "#009e73"}
 SKILLS, KEPT = "average accuracy", "retention general"
 
 
@@ -39,9 +39,13 @@ class Run:
         return f"{self.method}-{self.lr:.0e}-{self.seed}".replace("e-0", "e-")
 
     def command(self, run_dir: Path) -> list[str]:
-        settings = {"method": self.method, "learner.optimizer.lr": self.lr, "seed": self.seed}
+        settings: dict[str, Any] = {"learner.optimizer.lr": self.lr, "seed": self.seed}
+        config = HERE / "reinvoke.yaml"
+        if self.method != "reinvoke":
+            config = HERE / "continual.yaml"
+            settings["method"] = self.method
         words = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-        train = [sys.executable, "-m", "services.cli", "train", str(HERE / "continual.yaml"), "--run-dir", str(run_dir)]
+        train = [sys.executable, "-m", "services.cli", "train", str(config), "--run-dir", str(run_dir)]
         return train + words
 
 
