@@ -9,12 +9,11 @@ from typing import Any, Literal, TypedDict
 from services.errors import UserError
 from services.files import existing_file, is_data_file, is_hub_name, near_names, resolve_path
 from services.graders import GRADERS
-from services.rows import BadRow, NumberedRow, hub_rows, json_kind, jsonl_rows, parquet_rows
-from services.sections import DataConfig, EvaluationSet
+from services.rows import BadRow, NumberedRow, hub_rows, json_kind, jsonl_rows, parquet_rows, renamed
+from services.sections import COLUMNS, DataConfig, EvaluationSet
 
 MAX_REPORTED = 20
 ROLES = ("system", "user", "assistant")
-COLUMNS = ("prompt", "demonstration", "id", "context", "feedback", "answer")
 # How much like a known optional column an unknown one must be to count as a typing error: contexts is, content is not.
 NEAR_OPTIONAL = 0.86
 
@@ -49,13 +48,14 @@ def load_demonstrations(data: DataConfig, base: Path, needed: Iterable[str]) -> 
     else:
         near = near_names(Path(data.train).name, resolve_path(base, data.train).parent)
         rows = hub_rows(data.train, data.split, f" (did you mean {near[0]}?)" if near else "")
-    return _checked(name, rows, ("prompt", *needed), lambda answer: None)
+    return _checked(name, renamed(rows, data.columns), ("prompt", *needed), lambda answer: None)
 
 
 def load_questions(s: EvaluationSet, base: Path) -> list[Record]:
     """All questions of an evaluation set, their answers checked by its grader; raises UserError."""
     rows = _file_rows(f"evaluation.sets ({s.name}).file", s.file, base)
-    return _checked(str(resolve_path(base, s.file)), rows, ("prompt", "answer"), GRADERS[s.grader].check_answer)
+    needed, check = ("prompt", "answer"), GRADERS[s.grader].check_answer
+    return _checked(str(resolve_path(base, s.file)), renamed(rows, s.columns), needed, check)
 
 
 def _file_rows(key: str, value: str, base: Path) -> Iterable[NumberedRow]:

@@ -1,7 +1,7 @@
 """Rows of a JSONL file, a Parquet file or a hub data set, numbered from 1; a row that cannot be read says why."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,25 @@ def hub_rows(name: str, split: str, hint: str) -> Iterator[NumberedRow]:
             f"that it has, {local}"
         ) from None
     yield from enumerate(rows, start=1)
+
+
+def renamed(rows: Iterable[NumberedRow], columns: Mapping[Any, str]) -> Iterator[NumberedRow]:
+    """The rows with our names for their columns (ours -> theirs). A demonstration that is a list of lines becomes one
+    text."""
+    for number, row in rows:
+        if isinstance(row, BadRow):
+            yield number, row
+            continue
+        missing = next((theirs for theirs in columns.values() if theirs not in row), None)
+        if missing is not None:
+            yield number, BadRow(f"columns names {missing}, which the row does not have; it has {', '.join(row)}")
+            continue
+        ours = {name: value for name, value in row.items() if name not in columns.values()}
+        ours |= {name: row[theirs] for name, theirs in columns.items()}
+        lines = ours.get("demonstration")
+        if isinstance(lines, list) and lines and all(isinstance(line, str) for line in lines):
+            ours["demonstration"] = "\n".join(lines)
+        yield number, ours
 
 
 def _parse(line: bytes) -> dict[str, Any] | BadRow:

@@ -1,7 +1,7 @@
 """The sections of a configuration. Imports neither torch, ray nor vllm."""
 
 import os
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -18,11 +18,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Column = Literal["prompt", "demonstration", "id", "context", "feedback", "answer"]
+COLUMNS: tuple[str, ...] = get_args(Column)  # what a row may have
+
+
 class DataConfig(Section):
     """Demonstrations, and how the two contexts are made from them."""
 
     train: str = Field(description="A .jsonl or .parquet file (relative to the config file), or a hub data set's name")
     split: str = Field("train", description="Split of a hub data set")
+    columns: dict[Column, str] = Field({}, description="Where rows call them otherwise: {demonstration: output_text}")
     template: str = Field(
         "paper", description="Teacher context: paper, turn, context, feedback, none, or the path of a Jinja template"
     )
@@ -77,6 +82,7 @@ class EvaluationSet(Section):
     name: str = Field(pattern=r"^[a-z0-9_-]+$")
     file: str
     grader: Literal["exact", "contains", "choice", "numeric", "tool_call"]
+    columns: dict[Column, str] = Field({}, description="Where rows call them otherwise: {answer: golden_answer}")
     role: Literal["task", "retention"] = "task"
     max_new_tokens: int = Field(64, ge=1)
     pass_at: tuple[int, ...] = Field((), description="Also pass@k, for each k here, of sampled answers; at most 128")

@@ -8,8 +8,10 @@ import pytest
 
 from services.demonstrations import load_demonstrations, load_questions
 from services.errors import UserError
+from services.graders import GRADERS
 from services.sections import DataConfig, EvaluationSet
 
+PAPER = Path(__file__).parents[2] / "shared" / "data"
 ROW = {"prompt": "What?", "demonstration": "That."}
 
 
@@ -30,6 +32,35 @@ def problems(folder: Path, *lines: Any) -> list[str]:
 def questions(folder: Path, grader: Any, *rows: Any) -> list[Any]:
     write(folder, *rows)
     return load_questions(EvaluationSet(name="q", file="train.jsonl", grader=grader), folder)
+
+
+def test_columns_may_have_other_names_and_a_demonstration_may_come_in_lines(tmp_path: Path) -> None:
+    write(tmp_path, {"question": "What?", "golden_response": ["One.", "Two."], "prompt": "not this", "id": "x"})
+    columns = {"prompt": "question", "demonstration": "golden_response"}
+    (row,) = load_demonstrations(DataConfig(train="train.jsonl", columns=columns), tmp_path, ["demonstration"])
+    assert (row.messages[0]["content"], row.demonstration, row.id) == ("What?", "One.\nTwo.", "x")
+    with pytest.raises(
+        UserError, match=r"train\.jsonl:1: columns names output, which the row does not have; it has que"
+    ):
+        load_demonstrations(DataConfig(train="train.jsonl", columns={"answer": "output"}), tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "grader", "columns", "count"),
+    [("tooluse_eval", "tool_call", {"answer": "golden_answer"}, 97), ("science_eval", "choice", {}, 507)],
+)
+def test_the_papers_evaluation_files_are_read_as_they_are(
+    name: str, grader: Any, columns: dict[Any, str], count: int
+) -> None:
+    path = PAPER / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not here: the paper's evaluation data are not part of this project")
+    asked = load_questions(EvaluationSet(name="q", file=str(path), grader=grader, columns=columns), path.parent)
+    assert len(asked) == count
+    if grader == "choice":
+        replies = [f"<reasoning>\nSo.\n</reasoning>\n<answer>\n{q.answer}\n</answer>" for q in asked]
+        assert all(GRADERS[grader].grade(reply, q.answer) for reply, q in zip(replies, asked, strict=True))
+        assert sum(GRADERS[grader].grade(replies[0], q.answer) for q in asked) < 0.3 * count
 
 
 def test_a_file_is_read_whole_and_in_order(tmp_path: Path) -> None:

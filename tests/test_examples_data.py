@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from services.cli import main
 from services.graders import GRADERS
+from services.load_config import load_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 GRADER_OF = {
@@ -140,6 +142,15 @@ def test_general_prompts_are_none_of_the_retention_questions() -> None:
 def test_retention_questions_are_none_of_the_skills() -> None:
     skills = set().union(*(prompts(name) for name in GRADER_OF if name != "general/retention"))
     assert not prompts("general/retention") & skills
+
+
+def test_every_variant_of_the_sweep_is_a_configuration_and_has_a_name_of_its_own() -> None:
+    sweep = runpy.run_path(str(EXAMPLES / "continual" / "sweep.py"))
+    variants = [v for chosen in (*sweep["EXPERIMENTS"].values(), sweep["FULL"]) for v in chosen]
+    named = {v.name: v for v in variants}
+    assert all(named[v.name] == v for v in variants)
+    for v in named.values():
+        load_config(v.config, [f"{key}={json.dumps(value)}" for key, value in v.settings.items()])
 
 
 CONFIGS = ["tools/tools.yaml", "facts/facts.yaml", "continual/continual.yaml", "continual/reinvoke.yaml"]

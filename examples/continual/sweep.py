@@ -1,123 +1,157 @@
-"""`make continual`: three skills in sequence by several methods, each with its own learning rates and seeds; compared.
+"""`make continual`: the paper's questions in miniature, each as a few runs side by side, compared.
 
-    grid ─► `sdft train continual.yaml --set ...`, one run after the other ─► their matrices ─► a table and a plot
+    experiments ─► variants ─► `sdft train CONFIG --set ...`, one run after the other ─► their results ─► tables, a plot
 
-Runs are kept in runs/continual/METHOD-LR-SEED. Stopped and started again, it goes on where it was: a finished run is
-not repeated, an unfinished one resumes. Without `--full`, the whole grid, it has one seed and few rates.
+Runs are kept in runs/continual/VARIANT-SEED, and experiments share those that they have in common. Stopped and started
+again, it goes on where it was: a finished run is not repeated, an unfinished one resumes. `--full` has three seeds and
+four learning rates for each method; without it there is one seed, and few rates.
 """
 
 import argparse
 import json
+import math
 import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from services.continual import Estimate, Matrix, over_runs, read_matrix
+from services.continual import Estimate, over_runs, read_matrix
+from services.metrics import STUDENT, EvalResult, read_rows
 
 HERE = Path(__file__).parent
-METHODS = ("sdft", "off_policy", "sft", "dft", "reinvoke")  # the last is SFT, with stages of its own
-SMALL = [("sdft", 5e-5), ("sft", 1e-5), ("sft", 5e-5), ("dft", 5e-5), ("reinvoke", 5e-5)]
+STREAM, RECALL, TOOLS = HERE / "continual.yaml", HERE / "reinvoke.yaml", HERE.parent / "tools" / "tools.yaml"
 RATES, SEEDS = (1e-5, 2e-5, 5e-5, 1e-4), (0, 1, 2)
 COLOURS = {"sdft": "#0072b2", "off_policy": "#56b4e9", "sft": "#d55e00", "dft": "#e69f00", "reinvoke": "#009e73"}
 SKILLS, KEPT = "average accuracy", "retention general"
 
 
 @dataclass(frozen=True)
-class Run:
-    """One point of the grid."""
+class Variant:
+    """A configuration, and what is set otherwise in it; its runs differ by their seed alone."""
 
-    method: str
-    lr: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.method}-{self.lr:.0e}-{self.seed}".replace("e-0", "e-")
-
-    def command(self, run_dir: Path) -> list[str]:
-        settings: dict[str, Any] = {"learner.optimizer.lr": self.lr, "seed": self.seed}
-        config = HERE / "reinvoke.yaml"
-        if self.method != "reinvoke":
-            config = HERE / "continual.yaml"
-            settings["method"] = self.method
-        words = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-        train = [sys.executable, "-m", "services.cli", "train", str(config), "--run-dir", str(run_dir)]
-        return train + words
+    name: str
+    config: Path
+    settings: dict[str, Any]
 
 
-def grid(full: bool) -> Iterator[Run]:
-    points = [(method, lr) for method in METHODS for lr in RATES] if full else SMALL
-    for seed in SEEDS if full else SEEDS[:1]:
-        for method, lr in points:
-            yield Run(method, lr, seed)
+def stream(method: str, lr: float) -> Variant:
+    """Three skills in sequence."""
+    name = f"{method}-{lr:.0e}".replace("e-0", "e-")
+    if method == "reinvoke":  # SFT, with stages of its own
+        return Variant(name, RECALL, {"learner.optimizer.lr": lr})
+    return Variant(name, STREAM, {"method": method, "learner.optimizer.lr": lr})
 
 
-def finished(run_dir: Path) -> bool:
-    path = run_dir / "run.json"
-    return path.exists() and json.loads(path.read_text())["state"] == "finished"
+def skill(name: str, **settings: Any) -> Variant:
+    """Tool calls alone."""
+    changed = {key.replace("__", "."): value for key, value in settings.items()}
+    return Variant(f"tools-{name}", TOOLS, {"training.steps": 40, "checkpoint.keep": 1} | changed)
+
+
+SMALL = [stream(m, lr) for m, lr in (("sdft", 5e-5), ("sft", 1e-5), ("sft", 5e-5), ("dft", 5e-5), ("reinvoke", 5e-5))]
+FULL = [stream(method, lr) for method in ("sdft", "off_policy", "sft", "dft", "reinvoke") for lr in RATES]
+USUAL = skill("sdft")  # EMA teacher, forward KL, 64 tokens of support
+EXPERIMENTS = {
+    "sequence": SMALL,
+    "teacher": [USUAL, skill("frozen", teacher__weights="frozen"), skill("live", teacher__weights="live")],
+    "divergence": [
+        USUAL,
+        skill("reverse", loss__divergence="reverse"),
+        skill("jsd", loss__divergence="jsd"),
+        skill("sampled", loss__divergence="sampled"),
+        skill("k8", loss__top_k=8),
+    ],
+    "policy": [USUAL, skill("off-policy", method="off_policy"), skill("sft", method="sft")],
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--full", action="store_true", help="every method, four rates, three seeds")
+    parser.add_argument("--full", action="store_true", help="three seeds, and every method at four rates")
+    parser.add_argument("--only", choices=EXPERIMENTS, nargs="+", help="these experiments (default: all)")
     parser.add_argument("--runs", type=Path, default=Path("runs/continual"), help="where the runs are kept")
     given = parser.parse_args()
-    runs = list(grid(given.full))
-    for number, run in enumerate(runs, 1):
-        run_dir = given.runs / run.name
-        if finished(run_dir):
-            continue
-        print(f"run {number} of {len(runs)}: {run_dir}", flush=True)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with (run_dir / "output.log").open("ab") as log:
-            subprocess.run(run.command(run_dir), stdout=log, stderr=log, check=True)
-    matrices: dict[tuple[str, float], list[Matrix]] = defaultdict(list)
-    for run in runs:
-        matrices[run.method, run.lr].append(read_matrix(given.runs / run.name))
-    compared = {point: over_runs([m.metrics() for m in found]) for point, found in matrices.items()}
-    print(table(compared, matrices))
-    plot(compared, given.runs / "pareto.svg")
-    print(f"plot: {given.runs / 'pareto.svg'}; one run's matrix: sdft matrix {given.runs}/NAME")
+    experiments = {name: variants for name, variants in EXPERIMENTS.items() if name in (given.only or EXPERIMENTS)}
+    if given.full and "sequence" in experiments:
+        experiments["sequence"] = FULL
+    seeds = SEEDS if given.full else SEEDS[:1]
+    todo = {(v.name, seed): v for seed in seeds for variants in experiments.values() for v in variants}
+    for number, ((name, seed), variant) in enumerate(todo.items(), 1):
+        run(variant, seed, given.runs / f"{name}-{seed}", f"run {number} of {len(todo)}")
+    for name, variants in experiments.items():
+        compared = {v.name: over_runs([figures(given.runs / f"{v.name}-{seed}") for seed in seeds]) for v in variants}
+        print(f"\n{name}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, %\n\n{table(compared)}")
+        if name == "sequence":
+            plot(compared, given.runs / "sequence.svg")
+            print(f"\nplot: {given.runs / 'sequence.svg'}; one run's matrix: sdft matrix {given.runs}/NAME")
 
 
-def table(compared: dict[tuple[str, float], dict[str, Estimate]], matrices: dict[tuple[str, float], list[Any]]) -> str:
-    """In Markdown: a row for each method and rate, shares in percent with half of the 95 % interval over seeds."""
-    names = list(dict.fromkeys(name for figures in compared.values() for name in figures))
-    lines = ["| method | lr | seeds | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
-    for (method, lr), figures in compared.items():
-        cells = [text(figures[name]) if name in figures else "–" for name in names]
-        lines.append(f"| {method} | {lr:g} | {len(matrices[method, lr])} | " + " | ".join(cells) + " |")
+def run(variant: Variant, seed: int, run_dir: Path, what: str) -> None:
+    """To the end, unless it is there already. CalledProcessError if it fails; its output is in output.log."""
+    state = run_dir / "run.json"
+    if state.exists() and json.loads(state.read_text())["state"] == "finished":
+        return
+    print(f"{what}: {run_dir}", flush=True)
+    settings = variant.settings | {"seed": seed}
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    train = [sys.executable, "-m", "services.cli", "train", str(variant.config), "--run-dir", str(run_dir)]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / "output.log").open("ab") as log:
+        subprocess.run(train + words, stdout=log, stderr=log, check=True)
+
+
+def figures(run_dir: Path) -> dict[str, float]:
+    """What a run came to: of a stream its metrics, else each set's share at the end."""
+    results = [r for r in read_rows(run_dir, EvalResult) if r.metric == STUDENT]
+    if any(r.stage > 0 for r in results):
+        return read_matrix(run_dir).metrics()
+    last = max(r.step for r in results)
+    return {r.task: r.value for r in results if r.step == last}
+
+
+def table(compared: dict[str, dict[str, Estimate]]) -> str:
+    """In Markdown: a row for each variant, shares in percent with half of the 95 % interval over seeds."""
+    names = list(dict.fromkeys(name for found in compared.values() for name in found))
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    for variant, found in compared.items():
+        cells = [text(found[name]) if name in found else "–" for name in names]
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def text(e: Estimate) -> str:
-    half = "" if e.half != e.half else f" ± {100 * e.half:.1f}"
+    half = "" if math.isnan(e.half) else f" ± {100 * e.half:.1f}"
     return f"{100 * e.mean:.1f}{half}"
 
 
-def plot(compared: dict[tuple[str, float], dict[str, Estimate]], path: Path) -> None:
+def plot(compared: dict[str, dict[str, Estimate]], path: Path) -> None:
     """What was learnt against what was kept, a line of rates for each method."""
     from matplotlib.figure import Figure
 
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for variant, found in compared.items():
+        method, _, lr = variant.partition("-")
+        lines.setdefault(method, []).append((float(lr), 100 * found[KEPT].mean, 100 * found[SKILLS].mean))
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    for method in dict.fromkeys(method for method, _ in compared):
-        points = sorted((lr, figures) for (m, lr), figures in compared.items() if m == method)
-        kept = [100 * figures[KEPT].mean for _, figures in points]
-        learnt = [100 * figures[SKILLS].mean for _, figures in points]
-        axes.plot(kept, learnt, "o-", color=COLOURS[method], label=method)
-        for (lr, _), x, y in zip(points, kept, learnt, strict=True):
-            axes.annotate(f"{lr:g}", (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8, color="#6a737d")
+    for method, points in lines.items():
+        draw(axes, sorted(points), method)
     axes.set_xlabel("general questions kept, % (before training: 100)")
     axes.set_ylabel("mean accuracy on all three skills at the end, %")
     axes.grid(color="#eceff3")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, metadata={"Date": None})
+
+
+def draw(axes: Any, points: Sequence[tuple[float, float, float]], method: str) -> None:
+    """(learning rate, kept, learnt), each point named by its rate."""
+    _, kept, learnt = zip(*points, strict=True)
+    axes.plot(kept, learnt, "o-", color=COLOURS[method], label=method)
+    for lr, x, y in points:
+        axes.annotate(f"{lr:g}", (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8, color="#6a737d")
 
 
 if __name__ == "__main__":
