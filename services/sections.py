@@ -9,7 +9,7 @@ from actors.config import SamplingConfig
 from learner.config import LossConfig, OptimizerConfig
 
 Method = Literal["sdft", "off_policy", "sft", "dft"]
-GRADERS = ("exact", "contains", "choice", "numeric", "tool_call")
+GRADERS = ("exact", "contains", "choice", "numeric", "tool_call", "instruction")
 
 
 class Section(BaseModel):
@@ -81,7 +81,7 @@ class EvaluationSet(Section):
 
     name: str = Field(pattern=r"^[a-z0-9_-]+$")
     file: str
-    grader: Literal["exact", "contains", "choice", "numeric", "tool_call"]
+    grader: Literal["exact", "contains", "choice", "numeric", "tool_call", "instruction"]
     columns: dict[Column, str] = Field({}, description="Where rows call them otherwise: {answer: golden_answer}")
     role: Literal["task", "retention"] = "task"
     max_new_tokens: int = Field(64, ge=1)

@@ -22,6 +22,7 @@ GRADER_OF = {
     "facts/direct": "contains",
     "facts/indirect": "contains",
     "general/retention": "contains",
+    "general/instructions": "instruction",
     "continual/tools-heldout": "tool_call",
     "continual/routing-train": "exact",
     "continual/routing-heldout": "exact",
@@ -73,7 +74,7 @@ def test_rows_have_unique_ids_and_prompts_and_answers_that_their_grader_can_use(
     assert [GRADERS[GRADER_OF[name]].check_answer(row["answer"]) for row in rows] == [None] * len(rows)
 
 
-@pytest.mark.parametrize("name", [name for name in GRADER_OF if name != "general/retention"])
+@pytest.mark.parametrize("name", [name for name in GRADER_OF if not name.startswith("general/")])
 def test_every_demonstration_is_right_and_no_prompt_is(name: str) -> None:
     grader = GRADERS[GRADER_OF[name]]
     for row in read(name):
@@ -90,6 +91,7 @@ def test_there_are_enough_rows_to_train_on_and_to_measure_with() -> None:
         "facts/direct": 24,
         "facts/indirect": 48,
         "general/retention": 69,
+        "general/instructions": 1000,
         "continual/tools-heldout": 120,
         "continual/routing-train": 120,
         "continual/routing-heldout": 120,
@@ -128,6 +130,12 @@ def test_facts_are_evaluated_as_trained_and_in_other_words() -> None:
     assert {words(row["demonstration"]) for row in read("facts/indirect")} == trained
 
 
+def test_the_instructions_are_made_again_byte_for_byte(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, EXAMPLES / "general" / "make_instructions.py", tmp_path], check=True, timeout=60)
+    name = "instructions.jsonl"
+    assert (tmp_path / name).read_bytes() == (EXAMPLES / "general" / name).read_bytes()
+
+
 def test_retention_questions_do_not_give_their_answer_away() -> None:
     for row in read("general/retention"):
         assert not GRADERS["contains"].grade(row["prompt"], row["answer"]), row["id"]
@@ -140,8 +148,8 @@ def test_general_prompts_are_none_of_the_retention_questions() -> None:
 
 
 def test_retention_questions_are_none_of_the_skills() -> None:
-    skills = set().union(*(prompts(name) for name in GRADER_OF if name != "general/retention"))
-    assert not prompts("general/retention") & skills
+    skills = set().union(*(prompts(name) for name in GRADER_OF if not name.startswith("general/")))
+    assert not (prompts("general/retention") | prompts("general/instructions")) & skills
 
 
 def test_every_variant_of_the_sweep_is_a_configuration_and_has_a_name_of_its_own() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from services.graders import GRADERS, choice, contains, exact, numeric, tool_call
+from services.graders import GRADERS, choice, contains, exact, instruction, numeric, tool_call
 from services.sections import GRADERS as CONFIG_GRADERS
 
 PAPER_TOOL_USE = Path(__file__).parents[2] / "shared" / "data" / "tooluse_eval.jsonl"
@@ -187,6 +187,77 @@ def test_tool_call_says_what_is_wrong_with_an_answer() -> None:
     for bad_input in (5, "[]", "{", "{} {}"):
         reason = tool_call.check_answer([{**good, "Action_Input": bad_input}])
         assert reason == "Action_Input of call 1 must be a JSON object or its text"
+
+
+RULES_KEPT = [
+    ("It rains.\nIt pours.", {"rule": "lines", "n": 2}),
+    ("It rains. It pours!", {"rule": "sentences", "n": 2}),
+    ("At 3.5 degrees it snows.", {"rule": "sentences", "n": 1}),
+    ("- a\n- b", {"rule": "bullets", "n": 2}),
+    ("1. a\n2. b\n3) c", {"rule": "numbered", "n": 3}),
+    ("I like YELLOW things", {"rule": "contains", "text": "yellow"}),
+    ("Other people", {"rule": "lacks", "text": "the"}),
+    ("Sometimes it rains", {"rule": "starts_with", "text": "Sometimes"}),
+    ("Does it?", {"rule": "ends_with", "text": "?"}),
+    ("a well-known dog", {"rule": "words_at_most", "n": 3}),
+    ("one two three", {"rule": "words_at_least", "n": 3}),
+    ("RAIN, 3 TIMES", {"rule": "uppercase"}),
+    ("rain, 3 times", {"rule": "lowercase"}),
+    ('{"topic": "rain"}', {"rule": "json"}),
+]
+RULES_BROKEN = [
+    ("It rains.", {"rule": "lines", "n": 2}),
+    ("It rains", {"rule": "sentences", "n": 1}),
+    ("- a\nb", {"rule": "bullets", "n": 2}),
+    ("a 1. b", {"rule": "numbered", "n": 1}),
+    ("yellowish", {"rule": "contains", "text": "yellow"}),
+    ("Not the one", {"rule": "lacks", "text": "the"}),
+    ("sometimes", {"rule": "starts_with", "text": "Sometimes"}),
+    ("Does it? No.", {"rule": "ends_with", "text": "?"}),
+    ("one two three four", {"rule": "words_at_most", "n": 3}),
+    ("...", {"rule": "words_at_most", "n": 3}),
+    ("one two", {"rule": "words_at_least", "n": 3}),
+    ("Rain", {"rule": "uppercase"}),
+    ("123", {"rule": "uppercase"}),
+    ("Rain", {"rule": "lowercase"}),
+    ('Here it is: {"topic": "rain"}', {"rule": "json"}),
+    ("[1]", {"rule": "json"}),
+]
+
+
+@pytest.mark.parametrize(("text", "rule"), RULES_KEPT)
+def test_instruction_sees_a_rule_that_is_kept(text: str, rule: dict[str, Any]) -> None:
+    assert instruction.check_answer([rule]) is None
+    assert instruction.grade(f" {text}\n", [rule])
+
+
+@pytest.mark.parametrize(("text", "rule"), RULES_BROKEN)
+def test_instruction_sees_a_rule_that_is_broken(text: str, rule: dict[str, Any]) -> None:
+    assert not instruction.grade(text, [rule])
+    assert not instruction.grade("", [rule])
+
+
+def test_instruction_wants_every_rule_kept() -> None:
+    rules = [{"rule": "lines", "n": 1}, {"rule": "lowercase"}]
+    assert instruction.grade("rain", rules)
+    assert not instruction.grade("rain\nrain", rules)
+    assert {rule["rule"] for _, rule in (*RULES_KEPT, *RULES_BROKEN)} == set(instruction.RULES)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ([], "a list of rules"),
+        ("lines", "a list of rules"),
+        (["lines"], "rule 1 must be one of contains, lacks"),
+        ([{"rule": "rhyme"}], "rule 1 must be one of"),
+        ([{"rule": "json"}, {"rule": "lines"}], "rule 2, lines, takes n beside its name"),
+        ([{"rule": "json", "n": 1}], "rule 1, json, takes nothing beside its name"),
+        ([{"rule": "lines", "n": True}], "rule 1: n must be a whole number"),
+    ],
+)
+def test_instruction_says_what_is_wrong_with_rules(answer: Any, reason: str) -> None:
+    assert reason in str(instruction.check_answer(answer))
 
 
 def test_the_papers_own_answers_pass_the_tool_call_grader() -> None:

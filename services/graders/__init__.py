@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol
 
-from services.graders import choice, contains, exact, numeric, tool_call
+from services.graders import choice, contains, exact, instruction, numeric, tool_call
 
 
 class Grader(Protocol):
@@ -21,4 +21,5 @@ GRADERS: dict[str, Grader] = {
     "choice": choice,
     "numeric": numeric,
     "tool_call": tool_call,
+    "instruction": instruction,
 }
