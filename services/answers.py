@@ -4,16 +4,17 @@
 configuration names now, and starts no model.
 """
 
+import asyncio
 import json
 from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from services.config import RunConfig
-from services.demonstrations import load_questions
+from services.demonstrations import Record, load_questions
 from services.errors import UserError
 from services.files import read_text, write_atomically
-from services.graders import GRADERS
+from services.grading import answer_check, grade
 from services.metrics import STUDENT, EvalResult, Sample
 
 FIELDS = {f.name for f in fields(Sample)}
@@ -27,19 +28,24 @@ def write_answers(path: Path, results: list[EvalResult], samples: list[Sample]) 
 
 def regrade(config: RunConfig, base: Path, path: Path) -> tuple[list[EvalResult], list[Sample]]:
     """Results and answers, graded again. UserError if an answer is to no question of the configuration's sets."""
-    sets = {s.name: (GRADERS[s.grader], {q.id: q for q in load_questions(s, base)}) for s in config.sets}
-    samples = []
+    sets = {s.name: (s, {q.id: q for q in load_questions(s, base, answer_check(s))}) for s in config.sets}
+    by_set: dict[str, list[tuple[Sample, Record]]] = {}
     for sample in _read(path):
         if sample.task not in sets:
             raise UserError(
                 f"{path}: answers to the set {sample.task}, which the configuration does not have; it has "
                 f"{', '.join(sets)}"
             )
-        grader, questions = sets[sample.task]
+        _, questions = sets[sample.task]
         if sample.id not in questions:
             raise UserError(f"{path}: an answer to question {sample.id} of {sample.task}, which its file does not have")
-        answer = questions[sample.id].answer
-        samples.append(replace(sample, answer=answer, correct=grader.grade(sample.text, answer)))
+        by_set.setdefault(sample.task, []).append((sample, questions[sample.id]))
+    samples = []
+    for task, pairs in by_set.items():
+        right_ones = asyncio.run(grade(sets[task][0], [q for _, q in pairs], [s.text for s, _ in pairs]))
+        samples += [
+            replace(s, answer=q.answer, correct=is_right) for (s, q), is_right in zip(pairs, right_ones, strict=True)
+        ]
     counts = Counter(s.task for s in samples)
     right = Counter(s.task for s in samples if s.correct)
     step = samples[0].step

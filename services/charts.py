@@ -75,7 +75,7 @@ def matrix_chart(matrix: "Matrix") -> str:
         for i, row in enumerate(shares):
             for j, value in enumerate(row):
                 own = j < len(matrix.tasks) and i > 0 and matrix.stages[i - 1] == matrix.tasks[j]
-                text = "–" if math.isnan(value) else f"{value:.1f} %"
+                text = percent(matrix.rows[i][j])
                 colour = "white" if value > 75 else INK
                 axes.text(j, i, text, ha="center", va="center", color=colour, weight="bold" if own else "normal")
         axes.set_xticks(range(columns), [*matrix.tasks, *(f"{name} (retention)" for name in matrix.retention)])

@@ -8,7 +8,6 @@ from typing import Any, Literal, TypedDict
 
 from services.errors import UserError
 from services.files import existing_file, is_data_file, is_hub_name, near_names, resolve_path
-from services.graders import GRADERS
 from services.rows import BadRow, NumberedRow, hub_rows, json_kind, jsonl_rows, parquet_rows, renamed
 from services.sections import COLUMNS, DataConfig, EvaluationSet
 
@@ -51,11 +50,10 @@ def load_demonstrations(data: DataConfig, base: Path, needed: Iterable[str]) -> 
     return _checked(name, renamed(rows, data.columns), ("prompt", *needed), lambda answer: None)
 
 
-def load_questions(s: EvaluationSet, base: Path) -> list[Record]:
-    """All questions of an evaluation set, their answers checked by its grader; raises UserError."""
+def load_questions(s: EvaluationSet, base: Path, check: Callable[[Any], str | None]) -> list[Record]:
+    """All questions of an evaluation set; `check` says what is wrong with an answer. Raises UserError."""
     rows = _file_rows(f"evaluation.sets ({s.name}).file", s.file, base)
-    needed, check = ("prompt", "answer"), GRADERS[s.grader].check_answer
-    return _checked(str(resolve_path(base, s.file)), renamed(rows, s.columns), needed, check)
+    return _checked(str(resolve_path(base, s.file)), renamed(rows, s.columns), ("prompt", "answer"), check)
 
 
 def _file_rows(key: str, value: str, base: Path) -> Iterable[NumberedRow]:

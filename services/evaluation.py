@@ -9,7 +9,7 @@ import numpy as np
 
 from actors.types import GenerateRequest, Rollout, Sampling
 from services.demonstrations import Record
-from services.graders import GRADERS
+from services.grading import asked, grade
 from services.metrics import STUDENT, TEACHER, EvalResult, Sample
 from services.pass_at_k import pass_at_k
 from services.pools import EnginePool
@@ -71,8 +71,9 @@ class Evaluator:
             for i in range(s.sampled)
         ]
         rollouts = await pool.generate(requests, Sampling(s.max_new_tokens, s.pass_temperature))
-        grader, texts = GRADERS[s.grader], iter(map(self._text, rollouts))
-        right = [sum(grader.grade(next(texts), q.answer) for _ in range(s.sampled)) for q in loaded.questions]
+        repeated = [question for question in loaded.questions for _ in range(s.sampled)]
+        grades = iter(await grade(s, repeated, list(map(self._text, rollouts))))
+        right = [sum(next(grades) for _ in range(s.sampled)) for _ in loaded.questions]
         return [
             EvalResult(step, stage, s.name, f"pass@{k}", fmean(pass_at_k(s.sampled, c, k) for c in right), len(right))
             for k in s.pass_at
@@ -88,14 +89,11 @@ class Evaluator:
         ids = [p.student_ids if metric == STUDENT else p.teacher_ids for p in loaded.prompts]
         requests = [GenerateRequest(np.asarray(i, dtype=np.int32)) for i in ids]
         rollouts = await pool.generate(requests, Sampling(s.max_new_tokens, temperature=0.0))
-        grader = GRADERS[s.grader]
-        samples = []
-        for question, rollout in zip(loaded.questions, rollouts, strict=True):
-            text = self._text(rollout)
-            correct = grader.grade(text, question.answer)
-            prompt = "\n\n".join(f"{m['role']}: {m['content']}" for m in question.messages)
-            if len(question.messages) == 1:
-                prompt = question.messages[0]["content"]
-            samples.append(Sample(step, s.name, question.id, prompt, question.answer, text, correct))
+        texts = list(map(self._text, rollouts))
+        grades = await grade(s, loaded.questions, texts)
+        samples = [
+            Sample(step, s.name, question.id, asked(question), question.answer, text, correct)
+            for question, text, correct in zip(loaded.questions, texts, grades, strict=True)
+        ]
         share = sum(a.correct for a in samples) / len(samples)
         return EvalResult(step, stage, s.name, metric, share, len(samples)), samples

@@ -18,6 +18,8 @@ from services.config_files import check_files
 from services.demonstrations import Record, load_demonstrations, load_questions
 from services.errors import PreflightError
 from services.evaluation import LoadedSet
+from services.grading import answer_check
+from services.judge import check_judge
 from services.methods import loss_of, on_demonstrations, teacher_of
 from services.models import resolve_model
 from services.plan import Plan, engine_settings, make_plan, roles
@@ -85,6 +87,9 @@ def prepare(config: RunConfig, path: Path) -> Prepared:
         for task, stage_sets in zip(config.tasks, [s.sets for s in config.stages] or [()], strict=True)
     ]
     common = _questions(config.evaluation.sets, base)
+    for one in config.sets:
+        if one.judge is not None:
+            check_judge(one.name, one.judge)
     model = resolve_model(config.model, base)
     for role in roles(config):
         engine_settings(config, model, role)  # raises when the model or the cache is too short for the prompts
@@ -123,7 +128,7 @@ def _needed(task: TaskConfig, base: Path) -> list[str]:
 
 
 def _questions(sets: Sequence[EvaluationSet], base: Path) -> Questions:
-    return [(one, load_questions(one, base)) for one in sets]
+    return [(one, load_questions(one, base, answer_check(one))) for one in sets]
 
 
 def _builder(tokenizer: "PreTrainedTokenizerBase", task: TaskConfig, base: Path) -> PromptBuilder:

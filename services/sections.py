@@ -9,7 +9,7 @@ from actors.config import SamplingConfig
 from learner.config import LossConfig, OptimizerConfig
 
 Method = Literal["sdft", "off_policy", "sft", "dft"]
-GRADERS = ("exact", "contains", "choice", "numeric", "tool_call", "instruction")
+Grader = Literal["exact", "contains", "choice", "numeric", "tool_call", "instruction", "judge"]
 
 
 class Section(BaseModel):
@@ -76,12 +76,24 @@ class WeightsConfig(Section):
     timeout_s: float = Field(300, gt=0)
 
 
+class JudgeConfig(Section):
+    """A language model that grades, behind an endpoint that speaks OpenAI's protocol."""
+
+    url: str = Field(description="Of the API, as http://127.0.0.1:8000/v1")
+    model: str
+    api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key, if one is needed")
+    max_tokens: int = Field(16, ge=1, description="More for a model that thinks aloud before its verdict")
+    concurrency: int = Field(16, ge=1, description="Replies under judgement at once")
+    timeout_s: float = Field(120, gt=0, description="For one verdict")
+
+
 class EvaluationSet(Section):
     """One file of questions with answers."""
 
     name: str = Field(pattern=r"^[a-z0-9_-]+$")
     file: str
-    grader: Literal["exact", "contains", "choice", "numeric", "tool_call", "instruction"]
+    grader: Grader
+    judge: JudgeConfig | None = Field(None, description="Who grades, with grader: judge")
     columns: dict[Column, str] = Field({}, description="Where rows call them otherwise: {answer: golden_answer}")
     role: Literal["task", "retention"] = "task"
     max_new_tokens: int = Field(64, ge=1)
@@ -95,6 +107,12 @@ class EvaluationSet(Section):
     def sampled(self) -> int:
         """Answers to a question beside the greedy one."""
         return self.pass_samples or 2 * max(self.pass_at) if self.pass_at else 0
+
+    @model_validator(mode="after")
+    def _judge_and_grader(self) -> "EvaluationSet":
+        if (self.grader == "judge") != (self.judge is not None):
+            raise ValueError("grader: judge and the section judge (url, model) need each other; give both, or neither")
+        return self
 
     @model_validator(mode="after")
     def _enough_answers(self) -> "EvaluationSet":

@@ -31,7 +31,9 @@ def problems(folder: Path, *lines: Any) -> list[str]:
 
 def questions(folder: Path, grader: Any, *rows: Any) -> list[Any]:
     write(folder, *rows)
-    return load_questions(EvaluationSet(name="q", file="train.jsonl", grader=grader), folder)
+    return load_questions(
+        EvaluationSet(name="q", file="train.jsonl", grader=grader), folder, GRADERS[grader].check_answer
+    )
 
 
 def test_columns_may_have_other_names_and_a_demonstration_may_come_in_lines(tmp_path: Path) -> None:
@@ -53,7 +55,8 @@ def test_the_papers_evaluation_files_are_read_as_they_are(
     path = PAPER / f"{name}.jsonl"
     if not path.exists():
         pytest.skip(f"{path} is not here: the paper's evaluation data are not part of this project")
-    asked = load_questions(EvaluationSet(name="q", file=str(path), grader=grader, columns=columns), path.parent)
+    settings = EvaluationSet(name="q", file=str(path), grader=grader, columns=columns)
+    asked = load_questions(settings, path.parent, GRADERS[grader].check_answer)
     assert len(asked) == count
     if grader == "choice":
         replies = [f"<reasoning>\nSo.\n</reasoning>\n<answer>\n{q.answer}\n</answer>" for q in asked]

@@ -2,12 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from services.graders import GRADERS, choice, contains, exact, instruction, numeric, tool_call
-from services.sections import GRADERS as CONFIG_GRADERS
+from services.sections import Grader
 
 PAPER_TOOL_USE = Path(__file__).parents[2] / "shared" / "data" / "tooluse_eval.jsonl"
 
@@ -17,7 +17,7 @@ def as_text(calls: list[dict[str, Any]]) -> str:
 
 
 def test_the_graders_are_those_of_the_configuration() -> None:
-    assert tuple(GRADERS) == CONFIG_GRADERS
+    assert (*GRADERS, "judge") == get_args(Grader)
 
 
 def test_exact_compares_the_stripped_reply_with_each_accepted_string() -> None:

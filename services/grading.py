@@ -1,0 +1,33 @@
+"""Replies to an evaluation set's questions, graded: by a program, or by a judge."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from services.demonstrations import Record
+from services.graders import GRADERS
+from services.sections import EvaluationSet
+
+
+async def grade(settings: EvaluationSet, questions: Sequence[Record], replies: Sequence[str]) -> list[bool]:
+    """Whether each reply to the question in its place is right."""
+    if settings.judge is not None:
+        from services.judge import judged
+
+        items = [(asked(q), str(q.answer), reply) for q, reply in zip(questions, replies, strict=True)]
+        return await judged(settings.judge, items)
+    grader = GRADERS[settings.grader]
+    return [grader.grade(reply, q.answer) for q, reply in zip(questions, replies, strict=True)]
+
+
+def asked(question: Record) -> str:
+    """A question as people read it: the message, or all of them with who speaks."""
+    if len(question.messages) == 1:
+        return question.messages[0]["content"]
+    return "\n\n".join(f"{m['role']}: {m['content']}" for m in question.messages)
+
+
+def answer_check(settings: EvaluationSet) -> Callable[[Any], str | None]:
+    """What tells whether a row's answer can be used: None, or the reason why not."""
+    if settings.judge is not None:
+        return lambda answer: None if isinstance(answer, str) and answer.strip() else "answer must be text for a judge"
+    return GRADERS[settings.grader].check_answer

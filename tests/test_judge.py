@@ -1,0 +1,99 @@
+"""A judge behind OpenAI's protocol: what it is asked, what its words mean, and what is said when it cannot judge."""
+
+import asyncio
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from services.errors import PreflightError
+from services.judge import check_judge, judged, verdict
+from services.sections import JudgeConfig
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """A judge that says yes when the reply holds the reference answer; `says` puts other words into its mouth."""
+
+    says: str | None = None
+    asked: list[dict[str, Any]] = []  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        self._send({"object": "list", "data": [{"id": "judge", "object": "model", "created": 0, "owned_by": "us"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(body | {"key": self.headers["Authorization"]})
+        content = body["messages"][0]["content"]
+        parts = re.search(r"Reference answer:\n(.*)\n\nReply:\n(.*)\n\nIs the", content, re.DOTALL)
+        assert parts is not None
+        said = self.says or ("Yes." if parts[1] in parts[2] else "no")
+        message = {"role": "assistant", "content": said}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        self._send({"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]})
+
+    def _send(self, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def endpoint() -> Iterator[JudgeConfig]:
+    Endpoint.says, Endpoint.asked = None, []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield JudgeConfig(url=f"http://127.0.0.1:{server.server_port}/v1", model="judge", concurrency=3, timeout_s=20)
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_replies_are_judged_in_their_order(endpoint: JudgeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    items = [(f"What is number {i}?", str(i), f"It is {i if i % 3 else 'unknown'}.") for i in range(20)]
+    assert asyncio.run(judged(endpoint, items)) == [i % 3 > 0 for i in range(20)]
+    assert len(Endpoint.asked) == 20
+    assert {(body["temperature"], body["max_tokens"], body["key"]) for body in Endpoint.asked} == {
+        (0, 16, "Bearer secret")
+    }
+    assert any("Question:\nWhat is number 7?\n" in body["messages"][0]["content"] for body in Endpoint.asked)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("yes", True),
+        (" **No**, it is not", False),
+        ("<think>yes or no? no...</think>\n\nYes.", True),
+        ("Yesterday", None),
+        ("The reply is right", None),
+        ("", None),
+    ],
+)
+def test_a_verdict_is_the_first_word_after_any_thinking(text: str, expected: bool | None) -> None:
+    assert verdict(text) is expected
+
+
+def test_a_judge_that_does_not_judge_is_named(endpoint: JudgeConfig) -> None:
+    Endpoint.says = "It depends"
+    with pytest.raises(RuntimeError, match=r"the judge judge at http.* said neither yes nor no of 2 of 2 replies"):
+        asyncio.run(judged(endpoint, [("q", "a", "r")] * 2))
+
+
+def test_before_a_run_starts_its_judge_is_asked_whether_it_is_there(endpoint: JudgeConfig) -> None:
+    check_judge("q", endpoint)
+    with pytest.raises(PreflightError, match=r"evaluation set q: the judge at http.* has no model other; it has judge"):
+        check_judge("q", endpoint.model_copy(update={"model": "other"}))
+    nowhere = endpoint.model_copy(update={"url": "http://127.0.0.1:9/v1"})
+    with pytest.raises(PreflightError, match=r"evaluation set q: no judge answers at http://127\.0\.0\.1:9/v1"):
+        check_judge("q", nowhere)
