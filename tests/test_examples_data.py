@@ -110,8 +110,8 @@ def test_held_out_tool_requests_use_the_trained_tools_in_new_words_with_new_valu
 
 def test_held_out_messages_go_to_the_trained_desks_in_new_words_with_new_numbers() -> None:
     def parts(name: str) -> tuple[set[str], set[str], set[str]]:
-        """Wordings, numbers, and labels without their number."""
-        rows = [(row["prompt"], *row["answer"].strip("[]").rsplit("|", 1)) for row in read(name)]
+        """Wordings, numbers, and replies without their number."""
+        rows = [(row["prompt"], *row["answer"].rsplit(" ", 1)) for row in read(name)]
         assert all(re.search(rf"\b{number}\b", prompt) for prompt, _, number in rows)
         return {re.sub(r"\d+", "", p) for p, _, _ in rows}, {n for _, _, n in rows}, {label for _, label, _ in rows}
 
@@ -120,7 +120,8 @@ def test_held_out_messages_go_to_the_trained_desks_in_new_words_with_new_numbers
     )
     assert not trained & wordings
     assert not used & numbers
-    assert labels == others == {"BILLING|P2", "SHIPPING|P3", "TECHNICAL|P1", "ACCOUNT|P4"}
+    desks = ("billing", "shipping", "technical", "account")
+    assert labels == others == {f"Desk: {desk}, number" for desk in desks}
 
 
 def test_facts_are_evaluated_as_trained_and_in_other_words() -> None:

@@ -2,13 +2,13 @@
 
 `tools-heldout.jsonl`: 120 requests, as those of ../tools/heldout.jsonl but six to a wording instead of four.
 
-`routing-train.jsonl`, `routing-heldout.jsonl`: 120 messages of customers each, with the label that sends them to a
-desk:
+`routing-train.jsonl`, `routing-heldout.jsonl`: 120 messages of customers each, and where they go:
 
-    [DESK|PRIORITY|NUMBER]
+    Desk: billing, number 417
 
-The desk follows from what the message is about, the priority from the desk, the number is copied from the message. The
-held-out messages share neither wordings nor numbers with training. The `exact` grader wants the whole label.
+The desk follows from what the message is about, the number is copied from it. The held-out messages share neither
+wordings nor numbers with training. The `exact` grader wants the whole reply. (A first version had labels such as
+`[BILLING|P2|417]`: after 40 steps this model put brackets around the answer to every question.)
 
 `python examples/continual/make_data.py [FOLDER]` writes the three files, the same bytes each time.
 """
@@ -25,31 +25,30 @@ import yaml
 
 HERE = Path(__file__).parent
 SEED = 2026
-PRIORITY = {"BILLING": "P2", "SHIPPING": "P3", "TECHNICAL": "P1", "ACCOUNT": "P4"}
 WORDINGS = {
     "train": {
-        "BILLING": [
+        "billing": [
             "I was charged twice for order {n}.",
             "The amount on invoice {n} is wrong.",
             "Please refund the fee on bill {n}.",
             "Why is payment {n} higher than last month?",
             "I have not received the receipt for invoice {n}.",
         ],
-        "SHIPPING": [
+        "shipping": [
             "My parcel {n} has not arrived yet.",
             "Where is the package with number {n}?",
             "The courier left parcel {n} at a wrong address.",
             "Delivery {n} is three days late.",
             "The box of shipment {n} came damaged.",
         ],
-        "TECHNICAL": [
+        "technical": [
             "The app shows error {n} when it starts.",
             "My screen freezes with code {n}.",
             "The software crashes after update {n}.",
             "Nothing prints, the machine says fault {n}.",
             "The page does not load and shows error {n}.",
         ],
-        "ACCOUNT": [
+        "account": [
             "Please change the email address of customer {n}.",
             "I forgot the password of account {n}.",
             "Close my account, the customer number is {n}.",
@@ -58,22 +57,22 @@ WORDINGS = {
         ],
     },
     "heldout": {
-        "BILLING": [
+        "billing": [
             "You took the money for bill {n} two times.",
             "I do not agree with the price on invoice {n}.",
             "Can I get my money back for payment {n}?",
         ],
-        "SHIPPING": [
+        "shipping": [
             "I am still waiting for parcel {n}.",
             "Shipment {n} went to my old address.",
             "When will delivery {n} come?",
         ],
-        "TECHNICAL": [
+        "technical": [
             "The program stops and says error {n}.",
             "After the update I only see code {n} on the screen.",
             "My machine does not start any more, fault {n}.",
         ],
-        "ACCOUNT": [
+        "account": [
             "I cannot sign in to account {n} since I lost my password.",
             "Please delete profile {n}.",
             "My phone number has changed, I am customer {n}.",
@@ -99,9 +98,9 @@ def routing(split: str) -> list[dict[str, Any]]:
     rows = []
     for i, n in enumerate(numbers):
         desk, text = wordings[i % len(wordings)]
-        label = f"[{desk}|{PRIORITY[desk]}|{n}]"
-        prompt = f"{text.format(n=n)}\n\nReply with the routing label of this message."
-        rows.append({"prompt": prompt, "demonstration": label, "answer": label})
+        reply = f"Desk: {desk}, number {n}"
+        prompt = f"{text.format(n=n)}\n\nReply with the desk and number of this message."
+        rows.append({"prompt": prompt, "demonstration": reply, "answer": reply})
     rng.shuffle(rows)
     return [{"id": f"routing-{split}-{number:03d}", **row} for number, row in enumerate(rows)]
 
