@@ -16,7 +16,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from services.errors import UserError
-from services.metrics import STUDENT, Z_95, EvalResult, read_rows
+from services.metrics import STUDENT, Z_95, EvalResult, permille, read_rows
 from services.status import check_run_dir, read_config, read_stages
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; from the normal distribution's beyond.
@@ -129,7 +129,7 @@ def matrix_text(matrices: Sequence[Matrix]) -> str:
 def _share(e: Estimate, sign: bool = False) -> str:
     if math.isnan(e.mean):
         return "–"
-    text = f"{100 * e.mean:{'+' if sign else ''}.1f}".replace("-", "−")
+    text = f"{permille(e.mean) / 10:{'+' if sign else ''}.1f}".replace("-", "−")
     return f"{text} %" if math.isnan(e.half) else f"{text} ± {100 * e.half:.1f} %"
 
 

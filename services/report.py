@@ -202,7 +202,7 @@ def draw(
 def transfer(matrix: Matrix) -> str:
     """The metrics of a stream in a sentence."""
     parts = [
-        f"{name} {100 * value:{'+' if 'transfer' in name else ''}.1f} %".replace("-", "−")
+        f"{name} {permille(value) / 10:{'+' if 'transfer' in name else ''}.1f} %".replace("-", "−")
         for name, value in matrix.metrics().items()
         if not math.isnan(value) and not name.startswith("retention")
     ]

@@ -207,6 +207,9 @@ def status_text(run_dir: Path) -> str:
         lines.append(("error", state.error))
     of = f" of {state.total_steps}" if state.total_steps else ""
     lines.append(("step", f"{steps[-1].step if steps else 0}{of}{_age(run_dir) if state.kind == 'running' else ''}"))
+    stages = read_stages(run_dir)
+    if stages:
+        lines.append(("stage", _stage(stages, steps[-1].step if steps else 0)))
     if state.kind == "running":
         now = time.time()
         waits = [f"{w.what} ({now - w.since:.0f} s)" for w in read_waiting(run_dir)]
@@ -234,6 +237,14 @@ def status_text(run_dir: Path) -> str:
     lines.append(("checkpoint", str(checkpoint) if checkpoint else "none yet"))
     lines.append(("next", _next(run_dir, state, checkpoint)))
     return "\n".join(f"{label:<12}{text}" for label, text in lines)
+
+
+def _stage(stages: list[tuple[str, int]], step: int) -> str:
+    """Which stage the step after `step` is in; of a run that is at its end the last."""
+    lasts = [last for _, last in stages]
+    index = next((i for i, last in enumerate(lasts) if step < last), len(stages) - 1)
+    first = lasts[index - 1] + 1 if index else 1
+    return f"{index + 1} of {len(stages)}, {stages[index][0]}: steps {first} to {lasts[index]}"
 
 
 def spread(lengths: "Counter[int]") -> str:

@@ -14,7 +14,7 @@ import yaml
 from services.metrics import DETERMINISTIC_FIELDS, read_jsonl
 
 STEPS = 6
-LONG = 42  # steps of the run that others are compared with
+LONG, STAGE = 42, 7  # steps of the run that others are compared with, and of each of its stages
 BIN = Path(sys.executable).parent  # of sdft and ray
 ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}  # in which both are found by name
 
@@ -47,6 +47,17 @@ def write_run(folder: Path, model: Path, dtype: str, steps: int = STEPS, **learn
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+def cut_into_stages(config: Path, each: int) -> Path:
+    """The same run in stages of so many steps, the last may be shorter, on the same data."""
+    settings = yaml.safe_load(config.read_text())
+    data, steps = settings.pop("data"), settings["training"].pop("steps")
+    settings["stages"] = [
+        {"name": f"from-{first}", "data": data, "steps": min(each, steps - first)} for first in range(0, steps, each)
+    ]
+    config.write_text(yaml.safe_dump(settings))
+    return config
 
 
 def write_stages(folder: Path, model: Path, dtype: str = "float32") -> Path:

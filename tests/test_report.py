@@ -93,6 +93,24 @@ def test_the_report_of_a_finished_run_tells_the_result_and_its_uncertainty(tmp_p
     assert "model: tiny" in page.text
 
 
+def test_a_streams_stage_is_in_its_status_and_its_tasks_are_in_a_heat_map(tmp_path: Path) -> None:
+    run_dir = begin(tmp_path, SETS[1:], stages=[["tools", 4], ["facts", 9]], total_steps=9)
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config["stages"] = [{"name": "tools", "sets": SETS[:1]}, {"name": "facts", "sets": []}]
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    train(run_dir, 3)
+    assert re.search(r"^stage +1 of 2, tools: steps 1 to 4$", status_text(run_dir), re.MULTILINE)
+    train(run_dir, 4)
+    assert re.search(r"^stage +2 of 2, facts: steps 5 to 9$", status_text(run_dir), re.MULTILINE)
+    page = Page(write_report(run_dir))
+    assert "Tasks across stages" in page.text
+    assert "Bold: right after the task's own stage. average accuracy 81.3 %" in page.text
+    heat_map = page.source.partition("Accuracy of every task after each stage")[2].partition("</svg>")[0]
+    for text in ("before", "after tools", "tools", "general (retention)", "81.3 %", "98.8 %"):
+        assert f"{text}<" in heat_map, text
+    assert "after facts" not in heat_map
+
+
 def test_the_report_needs_nothing_beside_itself(tmp_path: Path) -> None:
     train(begin(tmp_path, SETS), 3)
     page = Page(write_report(tmp_path))

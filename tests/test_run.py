@@ -51,9 +51,7 @@ def test_rollouts_go_on_while_the_learner_steps_and_are_never_too_old(undisturbe
     stage is."""
     _, whole = undisturbed
     settings = yaml.safe_load(undisturbed[0].read_text())
-    del settings["training"]["steps"]
-    settings["stages"] = [{"name": name, "data": settings["data"], "steps": 3} for name in ("one", "two")]
-    del settings["data"]
+    settings["stages"] = [one | {"steps": 3} for one in settings["stages"][:2]]
     config, run_dir = undisturbed[0].with_name("ahead.yaml"), undisturbed[0].with_name("ahead")
     config.write_text(yaml.safe_dump(settings))
     with run_dir.with_suffix(".log").open("wb") as log:
@@ -123,6 +121,7 @@ def stream(undisturbed: tuple[Path, Path], tiny_model: Path) -> tuple[Path, Path
     config.with_name("said.jsonl").write_text(json.dumps({"prompt": prompt, "answer": said}) + "\n")
     kept = {"name": "kept", "file": "said.jsonl", "grader": "exact", "role": "retention", "max_new_tokens": 8}
     settings["evaluation"]["sets"].append(kept)
+    settings["data"] = settings.pop("stages")[0]["data"]
     settings |= {"method": "sft", "dtype": "float32", "teacher": {"weights": "base"}, "retention": {"max_drop": 0.5}}
     settings["training"]["steps"] = STEPS
     settings["sampling"] = {"max_new_tokens": 40}

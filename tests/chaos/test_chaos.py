@@ -1,4 +1,4 @@
-"""A strict run whose processes are killed or stopped at random, and its files spoiled, ends as if nothing had been.
+"""A strict run in stages whose processes are killed or stopped, and its files spoiled, ends as if nothing had been.
 
     make chaos    # 200 kills instead of 30
 
@@ -23,7 +23,7 @@ import yaml
 from services.metrics import read_jsonl
 from tests.chaos.processes import of_run, snapshot_of
 from tests.leftovers import new_since, on_machine
-from tests.runs import LONG, command, finish, metrics, wait_until, write_run
+from tests.runs import LONG, STAGE, command, cut_into_stages, finish, metrics, wait_until, write_run
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "30"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
@@ -142,7 +142,7 @@ def test_a_run_under_chaos_is_the_run_that_was_left_alone(
 ) -> None:
     # What is stopped while it starts is found by the limit of a start alone.
     limits = {"health_timeout_s": 4, "max_restarts": 1000, "start_timeout_s": 90}
-    config = write_run(tmp_path, tiny_model, "bfloat16", STEPS, **limits)
+    config = cut_into_stages(write_run(tmp_path, tiny_model, "bfloat16", STEPS, **limits), STAGE)
     settings = yaml.safe_load(config.read_text())
     for role in ("student", "teacher"):
         settings["actors"][role] |= limits
@@ -173,12 +173,13 @@ def test_a_run_under_chaos_is_the_run_that_was_left_alone(
         assert read_jsonl(run_dir / name) == read_jsonl(whole / name)
     assert (run_dir / STUDENT).read_bytes() == (whole / STUDENT).read_bytes()
     ledger = sqlite3.connect(run_dir / "ledger.sqlite")
-    rows = ledger.execute("SELECT epoch, idx, generation, state FROM samples").fetchall()
+    rows = ledger.execute("SELECT stage, epoch, idx, generation, state FROM samples").fetchall()
     ledger.close()
     assert {state for *_, state in rows} == {"trained"}
     assert len(rows) == 4 * STEPS
-    # Nine demonstrations in turn: each was trained once in every whole epoch.
-    epochs = 4 * STEPS // 9
-    counts = Counter(index for epoch, index, *_ in rows if epoch < epochs)
-    assert counts == dict.fromkeys(range(9), epochs)
+    # Nine demonstrations in turn: in each stage each of them was trained once in every whole epoch.
+    for stage, first in enumerate(range(0, STEPS, STAGE)):
+        epochs = 4 * min(STAGE, STEPS - first) // 9
+        counts = Counter(index for of, epoch, index, *_ in rows if of == stage and epoch < epochs)
+        assert counts == dict.fromkeys(range(9), epochs)
     assert new_since(before) == set()
