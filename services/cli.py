@@ -9,8 +9,12 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from services.errors import PreflightError, RetentionLost, UserError
+
+if TYPE_CHECKING:
+    from services.config import RunConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,10 +152,13 @@ def _eval(a: argparse.Namespace) -> None:
     # A path on the command line starts here, one in the file at the file's folder.
     overrides = a.set + ([f"model={json.dumps(str(_local(a.model)))}"] if a.model else [])
     config = load_config(path, overrides)
-    if not config.sets:
-        raise UserError(f"{path}: evaluation.sets is empty; give at least one set to evaluate")
     if a.out and not Path(a.out).absolute().parent.is_dir():
         raise UserError(f"--out {a.out}: its folder does not exist; make it first")
+    if a.harness:
+        _harness(a, config, path.parent)
+        return
+    if not config.sets:
+        raise UserError(f"{path}: evaluation.sets is empty; give at least one set to evaluate")
     from services.answers import regrade, write_answers
 
     if a.regrade:
@@ -167,6 +174,18 @@ def _eval(a: argparse.Namespace) -> None:
     if a.out:
         write_answers(Path(a.out), results, samples)
         print(f"answers: {a.out}")
+
+
+def _harness(a: argparse.Namespace, config: "RunConfig", base: Path) -> None:
+    from services.harness import run_harness
+    from services.models import resolve_model
+
+    out = Path(a.out) if a.out else None
+    model = resolve_model(config.model, base)
+    for score in run_harness(config, model, a.harness, a.harness_tasks, a.harness_limit, out):
+        print(score)
+    if out:
+        print(f"results: {out}")
 
 
 def _local(model: str) -> Path | str:
@@ -226,6 +245,9 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--model", metavar="PATH", help="a model folder (such as an exported one) instead of the config's")
     c.add_argument("--out", metavar="FILE", help="write results and all answers there, one JSON object a line")
     c.add_argument("--regrade", metavar="FILE", help="grade the answers of an earlier --out again; starts no model")
+    c.add_argument("--harness", metavar="TASK,…", help="benchmarks of EleutherAI's lm-eval instead, as hellaswag")
+    c.add_argument("--harness-tasks", metavar="DIR", help="task files of your own, in lm-eval's format")
+    c.add_argument("--harness-limit", metavar="N", type=int, help="questions of each task (default: all)")
     c = add("submit", _submit, "Run `sdft train` as a job of a Ray cluster, with the current folder as its files")
     _config(c)
     c.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, as http://HEAD:8265")
