@@ -15,6 +15,7 @@ from services.demonstrations import Record, load_questions
 from services.errors import UserError
 from services.files import read_text, write_atomically
 from services.grading import answer_check, grade
+from services.judge import check_judge
 from services.metrics import STUDENT, EvalResult, Sample
 
 FIELDS = {f.name for f in fields(Sample)}
@@ -41,6 +42,10 @@ def regrade(config: RunConfig, base: Path, path: Path) -> tuple[list[EvalResult]
             raise UserError(f"{path}: an answer to question {sample.id} of {sample.task}, which its file does not have")
         by_set.setdefault(sample.task, []).append((sample, questions[sample.id]))
     samples = []
+    for task in by_set:
+        judge = sets[task][0].judge
+        if judge is not None:
+            check_judge(task, judge)
     for task, pairs in by_set.items():
         right_ones = asyncio.run(grade(sets[task][0], [q for _, q in pairs], [s.text for s, _ in pairs]))
         samples += [

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from services.errors import PreflightError
+from services.errors import PreflightError, UserError
 from services.sections import JudgeConfig
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 
 
 async def judged(config: JudgeConfig, items: Sequence[tuple[str, str, str]]) -> list[bool]:
-    """Whether each (question, right answer, reply) is right. RuntimeError if too many verdicts are neither yes nor no;
+    """Whether each (question, right answer, reply) is right. UserError if too many verdicts are neither yes nor no;
     what the endpoint refuses or does not answer in time is openai's error."""
     client, turns = _client(config), asyncio.Semaphore(config.concurrency)
 
@@ -45,7 +45,7 @@ async def judged(config: JudgeConfig, items: Sequence[tuple[str, str, str]]) -> 
         verdicts = await asyncio.gather(*(ask(*item) for item in items))
     unclear = verdicts.count(None)
     if unclear > UNCLEAR * len(verdicts):
-        raise RuntimeError(
+        raise UserError(
             f"the judge {config.model} at {config.url} said neither yes nor no of {unclear} of {len(verdicts)} "
             f"replies; take a model that follows instructions, or raise judge.max_tokens for one that thinks aloud"
         )

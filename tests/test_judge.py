@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from services.errors import PreflightError
+from services.errors import PreflightError, UserError
 from services.judge import check_judge, judged, verdict
 from services.sections import JudgeConfig
 
@@ -86,7 +86,7 @@ def test_a_verdict_is_the_first_word_after_any_thinking(text: str, expected: boo
 
 def test_a_judge_that_does_not_judge_is_named(endpoint: JudgeConfig) -> None:
     Endpoint.says = "It depends"
-    with pytest.raises(RuntimeError, match=r"the judge judge at http.* said neither yes nor no of 2 of 2 replies"):
+    with pytest.raises(UserError, match=r"the judge judge at http.* said neither yes nor no of 2 of 2 replies"):
         asyncio.run(judged(endpoint, [("q", "a", "r")] * 2))
 
 
