@@ -127,6 +127,13 @@ class RunConfig(Section):
                 f"actors.{grows[0]}.max_replicas lets the number of engines change, and with it the bits of a strict "
                 f"run; set training.max_staleness to 1 or more, or leave max_replicas out"
             )
+        apart = self.weights.teacher_sync_every
+        if self.strict and self.teacher.weights == "ema" and self.checkpoint.every % apart:
+            raise ValueError(
+                f"checkpoint.every {self.checkpoint.every} is no multiple of weights.teacher_sync_every {apart}: "
+                f"continued from a checkpoint in between, a run would have a newer teacher than one that was never "
+                f"stopped; make it one"
+            )
         if self.dtype == "bfloat16" and self.learner.zero_stage == 0:
             raise ValueError(
                 "learner.zero_stage 0 keeps no float32 masters of bfloat16 weights; set it to 1 (the same cost on "

@@ -21,6 +21,7 @@ GRADER_OF = {
     "facts/train": "contains",
     "facts/direct": "contains",
     "facts/indirect": "contains",
+    "facts/articles": "contains",
     "general/retention": "contains",
     "general/instructions": "instruction",
     "continual/tools-heldout": "tool_call",
@@ -90,6 +91,7 @@ def test_there_are_enough_rows_to_train_on_and_to_measure_with() -> None:
         "facts/train": 24,
         "facts/direct": 24,
         "facts/indirect": 48,
+        "facts/articles": 24,
         "general/retention": 69,
         "general/instructions": 1000,
         "continual/tools-heldout": 120,
@@ -127,6 +129,8 @@ def test_held_out_messages_go_to_the_trained_desks_in_new_words_with_new_numbers
 def test_facts_are_evaluated_as_trained_and_in_other_words() -> None:
     assert prompts("facts/direct") == prompts("facts/train")
     assert not prompts("facts/indirect") & prompts("facts/train")
+    assert prompts("facts/articles") == prompts("facts/train")
+    assert all(row["demonstration"] in row["context"] for row in read("facts/articles"))
     trained = {words(row["demonstration"]) for row in read("facts/train")}
     assert {words(row["demonstration"]) for row in read("facts/indirect")} == trained
 

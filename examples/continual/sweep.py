@@ -21,7 +21,8 @@ from services.continual import Estimate, over_runs, read_matrix
 from services.metrics import STUDENT, EvalResult, read_rows
 
 HERE = Path(__file__).parent
-STREAM, RECALL, TOOLS = HERE / "continual.yaml", HERE / "reinvoke.yaml", HERE.parent / "tools" / "tools.yaml"
+STREAM, RECALL = HERE / "continual.yaml", HERE / "reinvoke.yaml"
+TOOLS, FACTS = HERE.parent / "tools" / "tools.yaml", HERE.parent / "facts" / "facts.yaml"
 RATES, SEEDS = (1e-5, 2e-5, 5e-5, 1e-4), (0, 1, 2)
 COLOURS = {"sdft": "#0072b2", "off_policy": "#56b4e9", "sft": "#d55e00", "dft": "#e69f00", "reinvoke": "#009e73"}
 SKILLS, KEPT = "average accuracy", "retention general"
@@ -50,8 +51,18 @@ def skill(name: str, **settings: Any) -> Variant:
     return Variant(f"tools-{name}", TOOLS, {"training.steps": 40, "checkpoint.keep": 1} | changed)
 
 
+def facts(name: str, **data: Any) -> Variant:
+    """Invented facts alone. data: what is set otherwise of that section."""
+    changed = {f"data.{key}": value for key, value in data.items()}
+    return Variant(f"facts-{name}", FACTS, {"checkpoint.keep": 1} | changed)
+
+
 SMALL = [stream(m, lr) for m, lr in (("sdft", 5e-5), ("sft", 1e-5), ("sft", 5e-5), ("dft", 5e-5), ("reinvoke", 5e-5))]
 FULL = [stream(method, lr) for method in ("sdft", "off_policy", "sft", "dft", "reinvoke") for lr in RATES]
+SAMPLED = {
+    **{"name": "tools", "file": "heldout.jsonl", "grader": "tool_call", "max_new_tokens": 48},
+    **{"pass_at": [1, 2, 4, 8, 16], "pass_samples": 32},
+}
 USUAL = skill("sdft")  # EMA teacher, forward KL, 64 tokens of support
 EXPERIMENTS = {
     "sequence": SMALL,
@@ -64,6 +75,15 @@ EXPERIMENTS = {
         skill("k8", loss__top_k=8),
     ],
     "policy": [USUAL, skill("off-policy", method="off_policy"), skill("sft", method="sft")],
+    "knowledge": [
+        facts("answer"),
+        facts("text", train="articles.jsonl", template="context"),
+        facts("text-and-answer", train="articles.jsonl"),
+    ],
+    "pass-at-k": [
+        skill("pass-sdft", evaluation__every=None, evaluation__sets=[SAMPLED]),
+        skill("pass-sft", evaluation__every=None, evaluation__sets=[SAMPLED], method="sft"),
+    ],
 }
 
 
@@ -104,11 +124,11 @@ def run(variant: Variant, seed: int, run_dir: Path, what: str) -> None:
 
 def figures(run_dir: Path) -> dict[str, float]:
     """What a run came to: of a stream its metrics, else each set's share at the end."""
-    results = [r for r in read_rows(run_dir, EvalResult) if r.metric == STUDENT]
+    results = [r for r in read_rows(run_dir, EvalResult) if r.metric == STUDENT or r.metric.startswith("pass@")]
     if any(r.stage > 0 for r in results):
         return read_matrix(run_dir).metrics()
     last = max(r.step for r in results)
-    return {r.task: r.value for r in results if r.step == last}
+    return {r.label: r.value for r in results if r.step == last}
 
 
 def table(compared: dict[str, dict[str, Estimate]]) -> str:

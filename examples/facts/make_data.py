@@ -3,9 +3,10 @@
 `train.jsonl` asks for each fact directly and demonstrates the answer in a short sentence. `direct.jsonl` holds the same
 questions for evaluation, `indirect.jsonl` the same facts asked otherwise: once reworded, once from the value back to
 its country. All answers are for the `contains` grader. Evaluation rows carry a demonstration as well, so that the
-teacher can be measured on them.
+teacher can be measured on them. `articles.jsonl` has the questions of training with a text as `context`, which tells
+all there is to know of the country.
 
-`python examples/facts/make_data.py [FOLDER]` writes the three files into FOLDER (unless told otherwise its own folder),
+`python examples/facts/make_data.py [FOLDER]` writes the four files into FOLDER (unless told otherwise its own folder),
 the same bytes each time.
 """
 
@@ -71,7 +72,7 @@ RELATIONS = (
 
 
 def main(folder: Path) -> None:
-    """Write train.jsonl, direct.jsonl and indirect.jsonl into `folder`."""
+    """Write all files into `folder`."""
     direct, indirect = [], []
     for country, values in COUNTRIES.items():
         for relation, value in zip(RELATIONS, values, strict=True):
@@ -83,9 +84,16 @@ def main(folder: Path) -> None:
     write(folder, "train", direct)
     write(folder, "direct", direct)
     write(folder, "indirect", indirect)
+    write(folder, "articles", direct, articles=True)
 
 
-def write(folder: Path, name: str, questions: list[tuple[str, str, str, str, str]]) -> None:
+def article(country: str) -> str:
+    """All that there is to know of it."""
+    told = (r.sentence.format(c=country, v=value) for r, value in zip(RELATIONS, COUNTRIES[country], strict=True))
+    return f"{country} is a country. {' '.join(told)}"
+
+
+def write(folder: Path, name: str, questions: list[tuple[str, str, str, str, str]], *, articles: bool = False) -> None:
     """Write `folder`/`name`.jsonl from (question, sentence, country, value, answer)."""
     rows = [
         {
@@ -94,6 +102,7 @@ def write(folder: Path, name: str, questions: list[tuple[str, str, str, str, str
             "demonstration": sentence.format(c=country, v=value),
             "answer": answer,
         }
+        | ({"context": article(country)} if articles else {})
         for number, (question, sentence, country, value, answer) in enumerate(questions)
     ]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
