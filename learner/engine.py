@@ -4,6 +4,7 @@ The only file that touches DeepSpeed's API. Every rank runs the same calls in th
 so.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -50,7 +51,9 @@ class LearnerEngine:
             self._lora = Lora(model.model, settings.config.lora, Path(settings.model), self.dtype)
         trained = [p for p in model.parameters() if p.requires_grad]
         alpha = teacher_alpha(settings.teacher)
-        optimizer = AdamWWithTeacher(trained, None if self._lora else alpha)
+        # At ZeRO stage 0 DeepSpeed tells no norm, and steps on whatever the gradient is.
+        clip = settings.config.optimizer.grad_clip if settings.config.zero_stage == 0 else None
+        optimizer = AdamWWithTeacher(trained, None if self._lora else alpha, clip)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._deepspeed_config()
         )
@@ -63,11 +66,11 @@ class LearnerEngine:
             deepspeed.zero.register_external_parameter(self._engine.module, self._engine.module.head.weight)
 
     def _deepspeed_config(self) -> dict[str, object]:
-        bf16 = self.settings.dtype == "bfloat16"
+        bf16, clip = self.settings.dtype == "bfloat16", self.settings.config.optimizer.grad_clip
         config: dict[str, object] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,  # boundaries are set by hand: their number changes from step to step
-            "gradient_clipping": self.settings.config.optimizer.grad_clip,
+            "gradient_clipping": clip if self.settings.config.zero_stage > 0 else 0.0,
             "zero_optimization": {"stage": self.settings.config.zero_stage, "overlap_comm": False},
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": bf16},
@@ -126,14 +129,14 @@ class LearnerEngine:
             sums += torch.stack([loss.detach(), *rest]).double().cpu()
         torch.distributed.all_reduce(sums)
         self.step += 1
-        if self._lora is not None:
+        norm = self._adam.norm if self._adam.clip is not None else float(self._engine.get_global_grad_norm())
+        applied = math.isfinite(norm)  # else DeepSpeed's optimizers and ours take no step
+        if self._lora is not None and applied:
             self._lora.follow(self._forward)
         tokens = sum(max(0, len(sample.rollout.completion_ids) - stage.loss.skip_first) for sample in samples)
         loss, divergence, mismatch, tail = sums.tolist()
-        norm = self._engine.get_global_grad_norm()
-        return StepResult(
-            loss, divergence, mismatch / max(1, tokens), tail / max(1, tokens), float(norm or 0.0), lr, tokens
-        )
+        means = mismatch / max(1, tokens), tail / max(1, tokens)
+        return StepResult(loss, divergence, *means, norm, lr, tokens, applied)
 
     def weights(self, role: str, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter whole, by its Hugging Face name, one at a time. Collective.
@@ -177,7 +180,7 @@ class LearnerEngine:
 
         They hold the live tensors, so they are to be written before the next step, or copied.
         """
-        return state_files(folder, self.settings.rank, self.step, self._pieces())
+        return state_files(folder, self.settings.rank, self.step, self._adam.steps, self._pieces())
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -196,7 +199,7 @@ class LearnerEngine:
         if self._lora is not None and self._lora.keeps_teacher and self._has_teacher(files, CHANGE):
             self._lora.load(files)
         self.step = files.step
-        self._adam.set_steps(self.step - self.settings.moments_since(self.step))
+        self._adam.set_steps(files.adam_steps)
         torch.set_rng_state(files.rng(self.settings.rank))
 
     def _has_teacher(self, files: StateFiles, kind: str) -> bool:

@@ -23,14 +23,22 @@ class AdamWWithTeacher(torch.optim.AdamW):
     alpha None: no teacher is kept (live weights). alpha 0: it stays as it began, at no cost per step.
     """
 
-    def __init__(self, params: Iterable[Any], alpha: float | None) -> None:
+    def __init__(self, params: Iterable[Any], alpha: float | None, clip: float | None = None) -> None:
+        """clip: the gradient's norm is cut to it, and a step whose gradient is not finite is not taken; None: somebody
+        else sees to both."""
         # lr 0 until the stage's settings speak: an optimizer step of DeepSpeed's own set-up must not move a weight.
         super().__init__(params, lr=0.0, weight_decay=0.0, fused=True)
         self.alpha = alpha
+        self.clip = clip
+        self.norm = 0.0  # of the last gradient before it was clipped, where that is done here
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.clip is not None:
+            self.norm = float(torch.nn.utils.clip_grad_norm_(params, self.clip))
+            if not math.isfinite(self.norm):
+                return None
         for p in params:
             self.begin(p)
         result = super().step(closure)
@@ -67,8 +75,12 @@ class AdamWWithTeacher(torch.optim.AdamW):
         if not moments:
             self.set_steps(0)
 
-    def set_steps(self, steps: int) -> None:
+    @property
+    def steps(self) -> int:
         """How many steps AdamW's bias correction counts."""
+        return next((int(state["step"]) for state in self.state.values() if state), 0)
+
+    def set_steps(self, steps: int) -> None:
         for state in self.state.values():
             state["step"].fill_(float(steps))
 

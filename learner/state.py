@@ -30,8 +30,8 @@ class Piece:
     values: Tensor  # [n]
 
 
-def state_files(folder: Path, rank: int, step: int, pieces: Iterable[Piece]) -> list[TensorFile]:
-    """One rank's files, of about FILE_BYTES each."""
+def state_files(folder: Path, rank: int, step: int, adam_steps: int, pieces: Iterable[Piece]) -> list[TensorFile]:
+    """One rank's files, of about FILE_BYTES each. adam_steps: what AdamW's bias correction counts."""
     files: list[TensorFile] = []
     held: list[Piece] = []
 
@@ -41,7 +41,7 @@ def state_files(folder: Path, rank: int, step: int, pieces: Iterable[Piece]) -> 
             tensors[RNG] = torch.get_rng_state()
         starts = json.dumps({piece.name: piece.start for piece in held})
         path = folder / f"rank-{rank:05d}-{len(files):05d}.safetensors"
-        files.append(TensorFile(path, tensors, {"step": str(step), "starts": starts}))
+        files.append(TensorFile(path, tensors, {"step": str(step), "adam_steps": str(adam_steps), "starts": starts}))
         held.clear()
 
     for piece in pieces:
@@ -62,7 +62,8 @@ class StateFiles:
             raise ValueError(f"{folder}: no learner state (rank-*.safetensors) in it")
         self._folder = folder
         self._files = [safe_open(path, framework="pt") for path in paths]
-        self.step = int(self._files[0].metadata()["step"])
+        metadata = self._files[0].metadata()
+        self.step, self.adam_steps = int(metadata["step"]), int(metadata["adam_steps"])
         self._places: dict[str, list[tuple[int, int]]] = {}  # name -> (file, start)
         for i, file in enumerate(self._files):
             for name, start in json.loads(file.metadata()["starts"]).items():

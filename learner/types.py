@@ -33,13 +33,6 @@ class LearnerSettings:
         """Which stage optimizer step `step` is in; what comes after the last is in the last."""
         return max(i for i, stage in enumerate(self.stages) if i == 0 or step > stage.before)
 
-    def moments_since(self, step: int) -> int:
-        """The step after which AdamW's moments were last zero, as they are after `step`."""
-        stage = self.stage_of(step)
-        while self.stages[stage].keep_moments and stage > 0:
-            stage -= 1
-        return self.stages[stage].before
-
 
 @dataclass(frozen=True)
 class StepResult:
@@ -49,6 +42,7 @@ class StepResult:
     divergence: float  # the same without importance weights
     mismatch_kl: float  # mean over loss tokens, k3 estimate of KL(sampler || trainer)
     tail_mass: float  # mean over loss tokens of the teacher's mass outside its top K
-    grad_norm: float  # before clipping
+    grad_norm: float  # before clipping; not finite: see applied
     lr: float
     loss_tokens: int
+    applied: bool = True  # False: the gradient was not finite, and no weight was changed

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from actors.types import SampleId
 from learner.group import LearnerGroup
 from services import checkpoint
 from services.answers import write_answers
@@ -30,6 +31,8 @@ from services.rollouts import Rollouts, Times, now
 from services.scaling import Scaler, Seen
 from services.schedule import StageSchedule
 from services.sync import WeightSync
+
+MOST_NOT_FINITE = 8  # steps in a row
 
 
 class Controller:
@@ -62,6 +65,7 @@ class Controller:
         pools = [pool for pool in (students, teachers) if pool is not None and not pool.settings.strict]
         self._scalers = [(pool, Scaler(pool.settings.least, pool.settings.most)) for pool in pools]
         self._checkpoints = Checkpoints(prepared, run_dir, learner, ledger, progress)
+        self._not_finite = 0  # steps in a row without a finite gradient
         self._teacher_moves = self._config.teacher.weights == "ema"
 
     def _weights(self, role: str, pool: EnginePool) -> WeightSync:
@@ -133,7 +137,7 @@ class Controller:
             write_batch(self._run_dir, step, samples)
         learned_by = max(v for s in samples for v, _, _ in s.rollout.versions)
         result = await times.of("learn", self._learner.train_step(samples))
-        self._ledger.advance(ids, "trained")
+        self._account(step, ids, result.applied)
         await times.of("sync", student.done())
         trained, dropped, in_flight = self._ledger.audit(self._prepared.schedule.issued_through(rollouts.begun))
         if step % every.sync_every == 0 and on_policy(config):
@@ -182,6 +186,24 @@ class Controller:
         self._log.step(metrics)
         self._progress.step(metrics)
         self._scale(metrics)
+
+    def _account(self, step: int, ids: list[SampleId], applied: bool) -> None:
+        """Samples whose gradient was not finite have changed no weight: they are dropped. RuntimeError after a few such
+        steps in a row."""
+        if applied:
+            self._not_finite = 0
+            self._ledger.advance(ids, "trained")
+            return
+        for sample in ids:
+            self._ledger.drop(sample, "the step's gradient was not finite")
+        self._not_finite += 1
+        text = f"step {step}: the gradient is not finite; no weight was changed, its {len(ids)} samples are dropped"
+        self._progress.note(text)
+        if self._not_finite == MOST_NOT_FINITE:
+            raise RuntimeError(
+                f"{text}, the {MOST_NOT_FINITE}th step of that kind in a row; begin a new run from the last checkpoint "
+                f"that `sdft export` takes, with a lower learner.optimizer.lr or dtype: float32"
+            )
 
     def _scale(self, metrics: StepMetrics) -> None:
         """Let engines join that the learner waited for, and leave that had nothing to do."""

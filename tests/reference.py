@@ -19,6 +19,7 @@ class Reference:
         self.student = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         self.teacher = {n: p.clone() for n, p in self.weights().items()}
         self.alpha, self.skip, self.cap, self.clip = alpha, skip, cap, clip
+        self.norm = 0.0  # of the last step's gradient, before it was clipped
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=0.0, weight_decay=0.0)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -61,7 +62,7 @@ class Reference:
         loss = torch.stack([self.sequence_loss(s) for s in samples]).mean()
         loss.backward()
         for group in self.optimizer.param_groups:
-            torch.nn.utils.clip_grad_norm_(group["params"], self.clip)
+            self.norm = float(torch.nn.utils.clip_grad_norm_(group["params"], self.clip))
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()

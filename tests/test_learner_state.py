@@ -15,7 +15,19 @@ from learner.saving import Saver, TensorFile
 from learner.state import Piece, StateFiles, first_difference, state_files
 from tests.reference import Reference
 from tests.rollouts import make_rollouts
-from tests.test_learner_step import ALPHA, BETAS, BOUNDARY, PROBE, K, apart, assert_equal, rate, settings, worst
+from tests.test_learner_step import (
+    ALPHA,
+    BETAS,
+    BOUNDARY,
+    PROBE,
+    K,
+    apart,
+    assert_equal,
+    rate,
+    settings,
+    spoiled,
+    worst,
+)
 
 
 async def started(model: Path, stage: int, ranks: int, dtype: str = "float32") -> LearnerGroup:
@@ -74,13 +86,15 @@ def test_bfloat16_weights_and_their_float32_masters_are_handed_on(
     async def run() -> None:
         group = await started(tiny_model, 1, 1, "bfloat16")
         await group.train_step(make_rollouts(tiny_model, 7, K, 0))
+        await group.train_step(spoiled(make_rollouts(tiny_model, 7, K, 2)))  # a step that AdamW does not count
         expected = {role: await group.parameters(role) for role in ("student", "teacher")}
         await group.save(tmp_path)  # the next step may begin before all is written
         following = await group.train_step(make_rollouts(tiny_model, 7, K, 1))
         await group.written()
         stop(group)
         other = await started(tiny_model, 3, 2, "bfloat16")
-        assert await other.load(tmp_path) == 1
+        assert await other.load(tmp_path) == 2
+        assert StateFiles(tmp_path).adam_steps == 1
         for role, parameters in expected.items():
             assert worst(await other.parameters(role), parameters) == 0
         result = await other.train_step(make_rollouts(tiny_model, 7, K, 1))
@@ -110,7 +124,7 @@ def test_after_fifty_steps_the_teacher_is_the_float64_average(ray_cluster: None,
 
 
 def write(folder: Path, rank: int, step: int, pieces: list[Piece]) -> None:
-    for file in state_files(folder, rank, step, pieces):
+    for file in state_files(folder, rank, step, step, pieces):
         file.write()
 
 

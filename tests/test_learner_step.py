@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.types import ScoredRollout
 from learner.config import LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
 from learner.group import LearnerGroup
 from learner.types import LearnerSettings, StageSettings
@@ -48,6 +49,12 @@ def settings(model: Path, stage: int, ranks: int, dtype: str = "float32", **chan
     )
 
 
+def spoiled(samples: list[ScoredRollout]) -> list[ScoredRollout]:
+    """With a log-prob of the teacher's that is no number."""
+    samples[2].scores.logprobs[-1, 0] = np.nan
+    return samples
+
+
 def apart(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
     """Euclidean distance over all parameters."""
     return float(np.sqrt(sum(np.square(ours[n].astype(np.float64) - theirs[n]).sum() for n in ours)))
@@ -71,21 +78,24 @@ def assert_equal(
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_model: Path) -> tuple[Reference, list[float]]:
+def reference(tiny_model: Path) -> tuple[Reference, list[tuple[float, float]]]:
+    """And the loss and the gradient's norm of each step."""
     plain = Reference(tiny_model, ALPHA, skip=3, cap=2.0, clip=0.5)
     losses = []
     for seed in range(STEPS):
         if seed == BOUNDARY:
             plain.begin_stage(BETAS)
-        losses.append(plain.step(make_rollouts(tiny_model, 7, K, seed), rate(seed + 1)))
+        losses.append((plain.step(make_rollouts(tiny_model, 7, K, seed), rate(seed + 1)), plain.norm))
     return plain, losses
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (2, 1), (3, 1), (1, 2)])
 def test_three_steps_equal_plain_torch(
-    ray_cluster: None, tiny_model: Path, reference: tuple[Reference, list[float]], stage: int, ranks: int
+    ray_cluster: None, tiny_model: Path, reference: tuple[Reference, list[tuple[float, float]]], stage: int, ranks: int
 ) -> None:
     """Losses, parameters and EMA teacher, over several micro-batches; one sequence is shorter than the skipped part.
+
+    A batch whose gradient is not finite changes nothing.
 
     The last step is a second stage's first: the teacher is the student again, and AdamW begins anew, otherwise set.
     The other stages and ranks are compared with the same reference by test_learner_state.
@@ -95,16 +105,23 @@ def test_three_steps_equal_plain_torch(
     async def run() -> None:
         group = await LearnerGroup.start(settings(tiny_model, stage, ranks), PROBE, [{"num_cpus": 0.5}] * ranks)
         before = await group.parameters("student")
-        for seed, expected in enumerate(losses):
+        for seed, (expected, norm) in enumerate(losses):
             if seed == BOUNDARY:
                 for _ in range(2):  # as after a restart in between: the same as once
                     await group.begin_stage()
             result = await group.train_step(make_rollouts(tiny_model, 7, K, seed))
             assert result.loss == pytest.approx(expected, rel=1e-5)
             assert result.lr == rate(seed + 1)
+            assert result.applied
+            assert result.grad_norm == pytest.approx(norm, rel=1e-4)
         student, teacher = await group.parameters("student"), await group.parameters("teacher")
         assert_equal(student, teacher, plain, before)
         assert apart(student, teacher) > 0.2 * apart(student, before)
+        result = await group.train_step(spoiled(make_rollouts(tiny_model, 7, K, STEPS)))
+        assert not result.applied
+        assert not np.isfinite(result.grad_norm)
+        assert worst(await group.parameters("student"), student) == 0
+        assert worst(await group.parameters("teacher"), teacher) == 0
         for worker in group.workers:
             worker.__ray_terminate__.remote()
 

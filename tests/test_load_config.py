@@ -108,8 +108,8 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
         ("seed: -1\nray: {wait_s: 0}", "my.yaml: seed must be at least 0, not -1 (and 1 more)"),
         (
             "weights: {teacher_sync_every: 20}",
-            "my.yaml: checkpoint.every 50 is no multiple of weights.teacher_sync_every 20: continued from a checkpoint in "
-            "between, a run would have a newer teacher than one that was never stopped; make it one",
+            "my.yaml: checkpoint.every 50 is no multiple of weights.teacher_sync_every 20: continued from a checkpoint "
+            "in between, a run would have a newer teacher than one that was never stopped; make it one",
         ),
         (
             "actors: {teacher: {max_replicas: 3}}",

@@ -153,16 +153,16 @@ def test_a_stage_that_is_appended_leaves_what_was_before_it_as_it_was(tiny_model
     assert {s.fingerprint for s in other.stages}.isdisjoint(s.fingerprint for s in after.stages)
 
 
-def test_the_learner_knows_when_its_moments_were_last_zero(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_learner_knows_its_stages(tiny_model: Path, tmp_path: Path) -> None:
     path = write_stages(tmp_path, tiny_model)
     config = load_config(path)
     first, second = config.stages
     kept = second.model_copy(update={"keep_moments": True})
-    for stage, since in ((second, 2), (kept, 0)):
+    for stage in (second, kept):
         settings = learner_settings(prepare(config.model_copy(update={"stages": (first, stage)}), path))
         assert [(s.before, s.steps) for s in settings.stages] == [(0, 2), (2, 2)]
         assert [settings.stage_of(step) for step in (0, 1, 2, 3, 4, 5)] == [0, 0, 0, 1, 1, 1]
-        assert [settings.moments_since(step) for step in (1, 2, 3, 4)] == [0, 0, since, since]
+        assert [s.keep_moments for s in settings.stages] == [False, stage is kept]
 
 
 SETS = {
