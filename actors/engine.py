@@ -151,14 +151,12 @@ class Engine:
             await self._llm.update_weights(WeightTransferUpdateRequest(update))
             await self._llm.finish_weight_update(weight_version=str(snapshot.version))
         pause_s = time.monotonic() - since
-        ours = await self.probe(snapshot.probe_ids)
-        # The mean: in bf16 one unlikely token differs by 0.4 between two correct implementations.
-        gap = float(np.abs(ours - snapshot.probe_logprobs).mean())
+        gap = snapshot.gap(await self.probe(snapshot.probe_ids))
         if not gap <= self.settings.max_probe_gap:  # written so that NaN fails too
             raise WeightMismatch(
                 f"{snapshot.role} weights v{snapshot.version}: the engine's log-probs of the probe sequence differ "
-                f"from the learner's by {gap:.4f} on average (allowed: {self.settings.max_probe_gap}): these are not "
-                f"the weights it was sent"
+                f"from the learner's by {gap:.4f} of their size on average (allowed: {self.settings.max_probe_gap}): "
+                f"these are not the weights it was sent"
             )
         return UpdateReport(snapshot.version, gap, pause_s)
 

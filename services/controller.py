@@ -82,7 +82,8 @@ class Controller:
             gap = await student.now(first_step)
             if gap is not None:
                 self._progress.note(
-                    f"student weights v{first_step} verified: engine and learner differ by {gap:.4f} on average"
+                    f"student weights v{first_step} verified: log-probs of engine and learner differ by {gap:.4f} of "
+                    f"their size on average"
                 )
             if teacher is not None:
                 await teacher.now(first_step)

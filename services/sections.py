@@ -71,7 +71,7 @@ class WeightsConfig(Section):
         "together", description="Whether a role's engines pause for an update at the same time or in turn"
     )
     max_probe_gap: float | None = Field(
-        None, gt=0, description="Mean |log-prob| gap allowed; null: 0.001 float32, 0.15 bf16"
+        None, gt=0, description="Gap of log-probs allowed, relative to their size; null: 0.001 float32, 0.08 bfloat16"
     )
     timeout_s: float = Field(300, gt=0)
 

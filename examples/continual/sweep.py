@@ -57,7 +57,8 @@ def facts(name: str, **data: Any) -> Variant:
     return Variant(f"facts-{name}", FACTS, {"checkpoint.keep": 1} | changed)
 
 
-SMALL = [stream(m, lr) for m, lr in (("sdft", 5e-5), ("sft", 1e-5), ("sft", 5e-5), ("dft", 5e-5), ("reinvoke", 5e-5))]
+TRIED = (("sdft", 5e-5), ("sft", 1e-5), ("sft", 5e-5), ("sdft", 2e-5), ("dft", 5e-5), ("reinvoke", 5e-5))
+SMALL = [stream(method, lr) for method, lr in TRIED]
 FULL = [stream(method, lr) for method in ("sdft", "off_policy", "sft", "dft", "reinvoke") for lr in RATES]
 SAMPLED = {
     **{"name": "tools", "file": "heldout.jsonl", "grader": "tool_call", "max_new_tokens": 48},
