@@ -37,6 +37,8 @@ def accuracy_chart(results: Sequence[EvalResult], roles: dict[str, str], stages:
     with _chart(WIDE, "Accuracy over steps, by evaluation set") as (figure, done):
         reached = max(r.step for r in results)
         axes = _axes(figure, "accuracy, %", reached)
+        if stages:
+            axes.set_title("accuracy, %", loc="left", pad=18)  # above the stages' names
         first = 0
         for name, last in stages:
             if first < reached:
