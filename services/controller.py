@@ -89,13 +89,13 @@ class Controller:
                 await teacher.now(first_step)
             if first_step == 0:
                 await self._evaluate(0, self._prepared.sets)
-            rollouts.open(schedule.at(first_step + 1))
             if not self._config.strict:
                 student.arrived = rollouts.begin
             for step in range(first_step + 1, schedule.total_steps + 1):
                 stage = schedule.at(step)
                 if step == stage.before + 1 and step > 1:
-                    await self._begin_stage(stage, rollouts)
+                    await self._begin_stage(stage)
+                rollouts.open(stage)
                 await self._step(step, rollouts)
                 if step == stage.last or (every and step % every == 0):
                     await student.until(step, step)
@@ -112,8 +112,8 @@ class Controller:
                 if weights is not None:
                     await weights.stop()
 
-    async def _begin_stage(self, stage: StageSchedule, rollouts: Rollouts) -> None:
-        """Learner and engines as its first batch is to find them. Nothing of it is begun before."""
+    async def _begin_stage(self, stage: StageSchedule) -> None:
+        """Learner and engines as its first batch is to find them."""
         step, config = stage.before, self._prepared.stages[stage.stage].config
         self._progress.note(f"stage {stage.stage + 1}, {self._prepared.stages[stage.stage].name}: from step {step + 1}")
         await self._learner.begin_stage()
@@ -121,7 +121,6 @@ class Controller:
             await self._student_weights.until(step, step)
         if self._teacher_weights is not None and not on_demonstrations(config):
             await self._teacher_weights.now(step)
-        rollouts.open(stage)
 
     async def _step(self, step: int, rollouts: Rollouts) -> None:
         times = Times()
@@ -147,9 +146,8 @@ class Controller:
         if teacher is not None and scored and step % every.teacher_sync_every == 0:
             # The teacher is not needed before there is something to score: meanwhile the students sample.
             await times.of("sync", teacher.send(step))
-        await (
-            self._checkpoints.saved()
-        )  # so a step that is in the metrics has a checkpoint before it that is on the disk
+        # So a step that is in the metrics has a checkpoint before it that is on the disk.
+        await self._checkpoints.saved()
         took = now() - began
         waited = took - sum(times.seconds.values())
         if self._config.strict:  # the batch was made within the step
