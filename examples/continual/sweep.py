@@ -149,6 +149,7 @@ def text(e: Estimate) -> str:
 
 def plot(compared: dict[str, dict[str, Estimate]], path: Path) -> None:
     """What was learnt against what was kept, a line of rates for each method."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     lines: dict[str, list[tuple[float, float, float]]] = {}
@@ -164,7 +165,8 @@ def plot(compared: dict[str, dict[str, Estimate]], path: Path) -> None:
     axes.grid(color="#eceff3")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
+        figure.savefig(path, metadata={"Date": None})
 
 
 def draw(axes: Any, points: Sequence[tuple[float, float, float]], method: str) -> None:
