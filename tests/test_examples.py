@@ -1,4 +1,7 @@
-"""The examples' own configurations train: a real step each, in bfloat16 as they are shipped."""
+"""The example of `make demo` trains: a real step of it, in bfloat16 as it is shipped.
+
+The other examples differ by data and lengths alone: test_examples_data checks each of them as `sdft check` does.
+"""
 
 from pathlib import Path
 
@@ -19,11 +22,3 @@ def test_the_tool_example_trains(smollm2: Path, tmp_path: Path) -> None:
     assert row["trained"] == 8
     # The teacher has been shown the call: on the student's first answers it is far from the student.
     assert 0.1 < row["divergence"] < 10
-
-
-def test_the_fact_example_trains(tiny_model: Path, tmp_path: Path) -> None:
-    """On a tiny model, whose tokens are shorter: it is the configuration that is tried, and starts twice as fast."""
-    limits = ("data.max_prompt_tokens=400", "data.max_teacher_prompt_tokens=800", f"model={tiny_model}")
-    finish(EXAMPLES / "facts" / "facts.yaml", tmp_path / "run", *limits, *SHORT)
-    (row,) = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    assert row["trained"] == 8
