@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from services.config import RunConfig
 from services.config_files import stage_with_absolute_paths
 from services.errors import UserError
@@ -23,8 +25,8 @@ def appended(run_dir: Path, overrides: Sequence[str], stage_file: Path) -> RunCo
         raise UserError(
             f"--append {stage_file}: there is no run in {run_dir} yet; put the stage into the configuration's stages"
         )
-    stage = stage_with_absolute_paths(load_stage(stage_file), stage_file.parent)
     config = as_stream(load_config(own, overrides), run_dir.resolve().name)
+    stage = stage_with_absolute_paths(load_stage(stage_file, config), stage_file.parent)
     namesake = next((s for s in config.stages if s.name == stage.name), None)
     if namesake == stage:
         return config
@@ -32,16 +34,10 @@ def appended(run_dir: Path, overrides: Sequence[str], stage_file: Path) -> RunCo
         raise UserError(
             f"{stage_file}: {run_dir} has a stage {stage.name} already, which is another; give this one another name"
         )
-    sets = {s.name for s in config.sets}
-    taken = next((s.name for s in stage.sets if s.name in sets), None)
-    if taken is not None:
-        raise UserError(f"{stage_file}: {run_dir} has an evaluation set {taken} already; give this one another name")
-    if stage.optimizer is not None and stage.optimizer.grad_clip != config.learner.optimizer.grad_clip:
-        raise UserError(
-            f"{stage_file}: optimizer.grad_clip is {stage.optimizer.grad_clip:g}, and "
-            f"{config.learner.optimizer.grad_clip:g} in the whole run; give the same"
-        )
-    return config.model_copy(update={"stages": (*config.stages, stage)})
+    try:
+        return RunConfig.model_validate(config.model_dump() | {"stages": (*config.stages, stage)})
+    except ValidationError as error:  # a stage that is good alone, and not behind these
+        raise UserError(f"{stage_file}: {error.errors()[0]['ctx']['error']}") from None
 
 
 def as_stream(config: RunConfig, name: str) -> RunConfig:

@@ -120,10 +120,15 @@ def matrix_text(matrices: Sequence[Matrix]) -> str:
         lines.append("".join([f"{name:<{names}}", *(f"{_share(row[str(j)]):>{width}}" for j in range(len(row)))]))
     metrics = over_runs([m.metrics() for m in matrices])
     known = {name: e for name, e in metrics.items() if not math.isnan(e.mean)}
-    lines += ["", *(f"{name:<24}{_share(e, sign='transfer' in name)}" for name, e in known.items())]
+    lines += ["", *(f"{name:<24}{figure_text(name, e)}" for name, e in known.items())]
     if len(matrices) > 1:
         lines.append(f"\n{len(matrices)} runs; ± is half of the 95 % interval over them (Student's t)")
     return "\n".join(lines)
+
+
+def figure_text(name: str, e: Estimate) -> str:
+    """A metric's figure in percent; a transfer has its sign."""
+    return _share(e, sign="transfer" in name)
 
 
 def _share(e: Estimate, sign: bool = False) -> str:

@@ -5,14 +5,13 @@ from typing import Any
 
 from services.demonstrations import Record
 from services.graders import GRADERS
+from services.judge import judged
 from services.sections import EvaluationSet
 
 
 async def grade(settings: EvaluationSet, questions: Sequence[Record], replies: Sequence[str]) -> list[bool]:
     """Whether each reply to the question in its place is right."""
     if settings.judge is not None:
-        from services.judge import judged
-
         items = [(asked(q), str(q.answer), reply) for q, reply in zip(questions, replies, strict=True)]
         return await judged(settings.judge, items)
     grader = GRADERS[settings.grader]

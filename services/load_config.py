@@ -49,10 +49,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return _validated(path, data, overridden)
 
 
-def load_stage(path: Path) -> StageConfig:
-    """One stage, in a YAML file of its own; or UserError."""
+def load_stage(path: Path, run: RunConfig) -> StageConfig:
+    """One stage for this run, in a YAML file of its own; or UserError."""
     # As the only stage of a run: what is wrong with it is then said by what says it of a run's.
-    data = {"model": "any", "training": {}, "stages": [_mapping(path, "name, data.train and epochs or steps")]}
+    given, learner = _mapping(path, "name, data.train and epochs or steps"), run.learner.model_dump(mode="json")
+    data = {"model": "any", "training": {}, "learner": learner, "stages": [given]}
     try:
         (stage,) = _validated(path, data, {}).stages
     except UserError as error:

@@ -66,7 +66,7 @@ class PromptBuilder:
         self._template = template
         self._system = system
         self._user_template = None if template in BUILT_IN_TEMPLATES else _user_template(template, base)
-        self._shown = shown_to_teacher(template, base)
+        self._shown = self._user_template.shown if self._user_template else BUILT_IN_TEMPLATES[template]
 
     def student(self, item: Record) -> list[int]:
         """Token ids of the prompt alone."""

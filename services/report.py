@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from services import charts
-from services.continual import Matrix, make_matrix
+from services.continual import Estimate, Matrix, figure_text, make_matrix
 from services.files import write_atomically
 from services.metrics import EvalResult, Sample, StepMetrics, percent, permille, read_rows
 from services.status import (
@@ -202,7 +202,7 @@ def draw(
 def transfer(matrix: Matrix) -> str:
     """The metrics of a stream in a sentence."""
     parts = [
-        f"{name} {permille(value) / 10:{'+' if 'transfer' in name else ''}.1f} %".replace("-", "−")
+        f"{name} {figure_text(name, Estimate(value, math.nan))}"
         for name, value in matrix.metrics().items()
         if not math.isnan(value) and not name.startswith("retention")
     ]

@@ -61,6 +61,11 @@ class Work:
             self.write("my.yaml", yaml.safe_dump(self.config))
 
 
+def as_run(work: Work) -> None:
+    """The configuration is that of a run there is."""
+    work.write("runs/my/config.yaml", yaml.safe_dump(work.config))
+
+
 def setting(key: str, value: Any) -> Callable[[Work], None]:
     return lambda work: work.set(key, value)
 
@@ -287,7 +292,10 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         ["--append more.yaml: there is no run in", "put the stage into the configuration's stages"],
     ),
     "a stage of nothing": (
-        two(file("more.yaml", "{name: b, data: {train: train.jsonl}, stepz: 1}"), file("runs/my/config.yaml", "")),
+        two(
+            file("more.yaml", "{name: b, data: {train: train.jsonl}, stepz: 1}"),
+            as_run,
+        ),
         f"{TRAIN} --append more.yaml",
         2,
         ["sdft: more.yaml: stepz is not a setting; did you mean steps?"],

@@ -11,6 +11,7 @@ import yaml
 
 from benchmarks import virtual_time
 from benchmarks.simulation import Case, Student, Teacher, pool, prepared
+from services.appending import appended
 from services.config import RunConfig
 from services.continual import make_matrix, matrix_text, over_runs
 from services.errors import UserError
@@ -151,6 +152,26 @@ def test_a_stage_that_is_appended_leaves_what_was_before_it_as_it_was(tiny_model
     changed = first.model_copy(update={"steps": 9})
     other = prepare(whole.model_copy(update={"stages": (changed, second)}), path)
     assert {s.fingerprint for s in other.stages}.isdisjoint(s.fingerprint for s in after.stages)
+
+
+def test_a_stage_that_does_not_fit_behind_the_others_is_refused(tmp_path: Path) -> None:
+    """By what would refuse it in the run's own configuration."""
+    sets = [{"name": "x", "file": "x.jsonl", "grader": "exact"}]
+    run_dir, more = tmp_path / "run", tmp_path / "more.yaml"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(resolved_yaml(config(stages=[A | {"sets": sets}])))
+    for changes, expected in (
+        ({"sets": sets}, "more.yaml: two evaluation sets have the same name, x; rename one"),
+        ({"optimizer": {"grad_clip": 5}}, "more.yaml: optimizer.grad_clip is 5 and learner.optimizer"),
+        ({"name": "a"}, "more.yaml: .*run has a stage a already, which is another"),
+    ):
+        more.write_text(yaml.safe_dump(B | changes))
+        with pytest.raises(UserError, match=expected):
+            appended(run_dir, [], more)
+    for clip in (1, 5):  # the run's, whatever that is: it was compared with the default
+        more.write_text(yaml.safe_dump(B | {"optimizer": {"grad_clip": clip}}))
+        stages = appended(run_dir, [f"learner.optimizer.grad_clip={clip}"], more).stages
+        assert [stage.name for stage in stages] == ["a", "b"]
 
 
 def test_the_learner_knows_its_stages(tiny_model: Path, tmp_path: Path) -> None:
