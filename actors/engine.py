@@ -4,6 +4,7 @@
     rollouts = await engine.generate(requests, sampling)       # token ids in, token ids and log-probs out
     scores = await engine.score([(teacher_ids, completion_ids)], k)
     report = await engine.update_weights(snapshot)              # raises WeightMismatch if the engine disagrees
+    report = await engine.receive_weights(snapshot, seconds)    # the same, by broadcast
 
 With settings.hold a batch is held, enqueued whole, then released: the scheduler then sees the same batch in every run,
 so tokens and log-probs are the same bit for bit, however slowly the requests arrive. Without it many calls share the
@@ -46,11 +47,14 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.outputs import LogprobsTensors
 
 from actors.adapters import merged
+from actors.collective import Group, bucket, cut, visit, whole
 from actors.config import EngineSettings
 from actors.types import (
+    BroadcastFailed,
     FloatArray,
     GenerateRequest,
     IntArray,
+    Rendezvous,
     Rollout,
     Sampling,
     Snapshot,
@@ -61,7 +65,8 @@ from actors.types import (
 )
 
 PR_SET_PDEATHSIG = 1
-SHARED_MEMORY_BACKEND = "sdft-shm"
+BACKEND = "sdft"
+Entry = tuple[str, str, list[int], int, int]  # name, dtype, shape, offset, bytes
 FIRST_ROW = "sdft_first_row"  # extra argument of a scoring request: the prompt position that predicts its first token
 
 
@@ -72,6 +77,7 @@ class Engine:
         self.settings = settings
         self._turn = asyncio.Lock()  # one batch at a time: a batch's neighbours must not depend on timing
         self._pausing = asyncio.Lock()  # who pauses the engine is the one to resume it
+        self._incomplete = False  # a broadcast broke off: until whole weights are loaded nothing may be computed
 
     async def start(self) -> None:
         """Load the model. Takes 15 to 30 s, mostly imports."""
@@ -93,7 +99,7 @@ class Engine:
                 logprobs_mode="processed_logprobs",  # of the distribution that was sampled from, temperature included
                 gpu_memory_utilization=s.gpu_memory_utilization,
                 kv_cache_memory_bytes=None if s.kv_cache_gib is None else int(s.kv_cache_gib * 2**30),
-                weight_transfer_config=WeightTransferConfig(backend=SHARED_MEMORY_BACKEND),
+                weight_transfer_config=WeightTransferConfig(backend=BACKEND),
                 worker_extension_cls=s.extension,
                 distributed_executor_backend="uni",
                 disable_log_stats=True,
@@ -144,12 +150,41 @@ class Engine:
         """
         # Generation goes on meanwhile.
         await asyncio.to_thread(_check_digests, snapshot)
-        entries = [(t.name, t.dtype, list(t.shape), t.offset, t.nbytes) for t in snapshot.tensors]
-        update = {"path": snapshot.path, "entries": entries, "scale": snapshot.scale}
         async with self._paused() as since:
-            await self._llm.start_weight_update()
-            await self._llm.update_weights(WeightTransferUpdateRequest(update))
-            await self._llm.finish_weight_update(weight_version=str(snapshot.version))
+            await self._load(snapshot, path=snapshot.path)
+            self._incomplete = False
+        return await self._verified(snapshot, since)
+
+    async def join(self, where: Rendezvous, own_address: str) -> None:
+        """Meet the others of a group for broadcasts; the group before is left. own_address: of this machine."""
+        place = {"address": where.address, "port": where.port, "rank": where.rank, "size": where.size}
+        more = {"own_address": own_address, "timeout_s": where.timeout_s}
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(place | more))
+
+    async def receive_weights(self, snapshot: Snapshot, timeout_s: float) -> UpdateReport:
+        """As update_weights, while the learner broadcasts the snapshot to the group that this engine has joined.
+
+        Verified by a sum of each bucket that arrives, and by the probe. BroadcastFailed if it does not arrive whole:
+        then nothing is computed any more before update_weights has loaded it.
+        """
+        async with self._paused() as since:
+            self._incomplete = True
+            try:
+                await self._load(snapshot, within_s=timeout_s)
+            except Exception as error:  # vLLM passes on the text of what its process raised, and no type
+                raise BroadcastFailed(f"{snapshot.role} weights v{snapshot.version}: {error}") from error
+            self._incomplete = False
+        return await self._verified(snapshot, since)
+
+    async def _load(self, snapshot: Snapshot, **how: object) -> None:
+        entries = [(t.name, t.dtype, list(t.shape), t.offset, t.nbytes) for t in snapshot.tensors]
+        await self._llm.start_weight_update()
+        update = {"entries": entries, "scale": snapshot.scale} | how
+        await self._llm.update_weights(WeightTransferUpdateRequest(update))
+        await self._llm.finish_weight_update(weight_version=str(snapshot.version))
+
+    async def _verified(self, snapshot: Snapshot, since: float) -> UpdateReport:
+        """Of an update that began then. WeightMismatch if the engine disagrees with the learner."""
         pause_s = time.monotonic() - since
         gap = snapshot.gap(await self.probe(snapshot.probe_ids))
         if not gap <= self.settings.max_probe_gap:  # written so that NaN fails too
@@ -180,7 +215,8 @@ class Engine:
             since = time.monotonic()
             await self._llm.pause_generation(mode="keep")
             yield since
-            await self._llm.resume_generation()
+            if not self._incomplete:
+                await self._llm.resume_generation()
 
     async def _run(self, prompts: Sequence[IntArray], params: Sequence[SamplingParams]) -> list[RequestOutput]:
         """Run one batch, when its turn has come if batches are held. Outputs in the order of the prompts."""
@@ -263,23 +299,39 @@ def _versions(output: RequestOutput) -> tuple[tuple[int, int, int], ...]:
 
 @dataclass
 class _InitInfo(WeightTransferInitInfo):
-    pass
+    """Of a group for broadcasts; port 0: of none."""
+
+    address: str = ""
+    port: int = 0
+    rank: int = 0
+    size: int = 0
+    own_address: str = ""
+    timeout_s: float = 0.0
 
 
 @dataclass
 class _UpdateInfo(WeightTransferUpdateInfo):
-    path: str = ""
-    entries: list[tuple[str, str, list[int], int, int]] = field(default_factory=list)
+    path: str = ""  # in shared memory; "": by broadcast
+    within_s: float = 0.0
+    entries: list[Entry] = field(default_factory=list)
     scale: float | None = None  # of adapters
 
 
-class SharedMemoryTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
-    """Reads snapshots out of shared memory, in the engine's worker process."""
+class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
+    """Reads snapshots out of shared memory, or receives them, in the engine's worker process."""
+
+    _group: Group | None = None
 
     init_info_cls = _InitInfo
     update_info_cls = _UpdateInfo
 
     def init_transfer_engine(self, init_info: _InitInfo) -> None:
+        if init_info.port:
+            self.shutdown()
+            i = init_info
+            store = visit(i.address, i.port, i.timeout_s)
+            self._group = Group(store, i.rank, i.size, self.device, i.own_address, i.timeout_s)
+            return
         # The worker must not outlive the actor that started it, also when that one is killed.
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         _forget_names()
@@ -288,11 +340,33 @@ class SharedMemoryTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: _UpdateInfo) -> None:
-        tensors = _tensors(_mapped(update_info.path), update_info.entries)
+        if update_info.path:
+            tensors = _tensors(_mapped(update_info.path), update_info.entries)
+        else:
+            tensors = self._received(update_info.entries, time.monotonic() + update_info.within_s)
         if update_info.scale is not None:
             base, dtype = Path(self.model_config.model), self.model_config.dtype
             tensors = merged(base, dict(tensors), update_info.scale, dtype)
-        self.model.load_weights(tensors)
+        try:
+            self.model.load_weights(tensors)
+        except BroadcastFailed:
+            self.shutdown()
+            finalize_layerwise_reload(self.model, self.model_config)  # or the next update could not begin
+            raise
+
+    def _received(self, entries: Sequence[Entry], deadline: float) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors as they come, bucket by bucket. BroadcastFailed if one does not, or is damaged."""
+        if self._group is None:
+            raise BroadcastFailed("this engine is in no group")
+        for part in cut([nbytes for *_, nbytes in entries]):
+            here = [entries[i] for i in part]
+            start = here[0][3]
+            full = bucket(here[-1][3] + here[-1][4] - start, self.device)  # vLLM keeps what is made of it for a while
+            self._group.broadcast(full, deadline)
+            if not whole(full):
+                raise BroadcastFailed(f"{here[0][0]} or one of the {len(here) - 1} tensors after it arrived damaged")
+            for name, dtype, shape, offset, nbytes in here:
+                yield name, full[offset - start :][:nbytes].view(getattr(torch, dtype)).view(shape)
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -306,7 +380,10 @@ class SharedMemoryTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
             head.quant_method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:
-        """Nothing is held between updates."""
+        """Leave the group. Nothing else is held between updates."""
+        if self._group is not None:
+            self._group.close()
+            self._group = None
 
 
 def _forget_names() -> None:
@@ -337,15 +414,13 @@ def _check_digests(snapshot: Snapshot) -> None:
             raise SnapshotDamaged(f"{what} arrived damaged: its digest is not the learner's")
 
 
-def _tensors(
-    payload: memoryview, entries: Sequence[tuple[str, str, list[int], int, int]]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(payload: memoryview, entries: Sequence[Entry]) -> Iterator[tuple[str, torch.Tensor]]:
     for name, dtype, shape, offset, _ in entries:
         count = int(np.prod(shape))
         yield name, torch.frombuffer(payload, dtype=getattr(torch, dtype), count=count, offset=offset).view(shape)
 
 
-WeightTransferEngineFactory.register_engine(SHARED_MEMORY_BACKEND, SharedMemoryTransfer)
+WeightTransferEngineFactory.register_engine(BACKEND, SnapshotTransfer)
 
 
 class WorkerExtension:

@@ -31,6 +31,17 @@ class Process:
 
 
 @dataclass(frozen=True)
+class Rendezvous:
+    """Where a group for broadcasts meets (collective.py), and as what somebody comes. Rank 0 is the learner."""
+
+    address: str
+    port: int
+    rank: int
+    size: int
+    timeout_s: float
+
+
+@dataclass(frozen=True)
 class GenerateRequest:
     """One prompt to complete."""
 
@@ -121,6 +132,10 @@ class Snapshot:
 
 class SnapshotDamaged(Exception):
     """A snapshot's bytes are not those the learner packed. The engine has loaded nothing and serves what it had."""
+
+
+class BroadcastFailed(Exception):
+    """Weights did not come by broadcast, or not whole. An engine computes nothing before it has loaded others whole."""
 
 
 class WeightMismatch(Exception):

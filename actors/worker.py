@@ -14,6 +14,7 @@ from actors.types import (
     GenerateRequest,
     IntArray,
     Process,
+    Rendezvous,
     Rollout,
     Sampling,
     Snapshot,
@@ -81,6 +82,14 @@ class EngineWorker:
 
     async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
         return await self._alive(self._engine.update_weights(snapshot))
+
+    async def join(self, where: Rendezvous) -> None:
+        """Meet the others of a group for broadcasts."""
+        await self._alive(self._engine.join(where, ray.util.get_node_ip_address()))
+
+    async def receive_weights(self, snapshot: Snapshot, timeout_s: float) -> UpdateReport:
+        """Take a snapshot while it is broadcast to that group."""
+        return await self._alive(self._engine.receive_weights(snapshot, timeout_s))
 
     async def _alive(self, work: Awaitable[T]) -> T:
         """If the engine's own process has died this one follows, so that there is one kind of death to see.

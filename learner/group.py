@@ -140,6 +140,19 @@ class LearnerGroup:
         )
         return refs
 
+    async def meet(self, role: str) -> tuple[str, int]:
+        """Address and port at which the next group for broadcasts to the role's engines meets."""
+        place: tuple[str, int] = await self._first("meet", 60, "the learner to find a port", role)
+        return place
+
+    async def join(self, role: str, size: int, timeout_s: float) -> None:
+        """Returns when all members of that group are there, `size` with the learner."""
+        await self._first("join", 2 * timeout_s, f"{size - 1} {role} engines to meet", role, size, timeout_s)
+
+    async def send(self, role: str, timeout_s: float) -> None:
+        """Broadcast the role's last snapshot to them."""
+        await self._first("send", 2 * timeout_s, f"the learner to broadcast {role} weights", role, timeout_s)
+
     async def save(self, folder: Path) -> None:
         """Begin to write the training state and the student into an existing folder; steps may go on meanwhile."""
         await self._all("save", f"the learner to begin saving into {folder}", str(folder))

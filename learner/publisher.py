@@ -35,6 +35,7 @@ class _Buffer:
     fd: int
     memory: mmap.mmap
     in_use: bool = False
+    entries: tuple[TensorEntry, ...] = ()
 
 
 class Publisher:
@@ -57,7 +58,7 @@ class Publisher:
             raise RuntimeError(f"{role} weights v{version}: the snapshot before it was not released")
         if buffer is None:
             buffer = self._buffers[role] = _allocate(role, content.nbytes)
-        entries = pack(content.weights, buffer.memory)
+        entries = buffer.entries = pack(content.weights, buffer.memory)
         buffer.in_use = True
         return Snapshot(
             role=role,
@@ -88,6 +89,10 @@ class Publisher:
     def payload(self, role: str) -> NDArray[np.uint8]:
         """The bytes of the role's last snapshot, not copied; they stay what they are until the next is published."""
         return np.frombuffer(self._buffers[role].memory, np.uint8)
+
+    def entries(self, role: str) -> Sequence[TensorEntry]:
+        """What lies where in them."""
+        return self._buffers[role].entries
 
     def release(self, role: str) -> None:
         """Every engine has loaded and verified the role's snapshot: its memory may be used again."""

@@ -37,6 +37,7 @@ class LearnerWorker:
         with large_imports():
             import torch
 
+            from learner.broadcaster import Broadcaster
             from learner.engine import LearnerEngine
             from learner.publisher import Publisher
             from learner.saving import Saver
@@ -48,6 +49,7 @@ class LearnerWorker:
         if settings.rank == 0:
             node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
             self._publisher = Publisher(Path(settings.model), self._engine.dtype, probe_ids, node)
+            self._broadcaster = Broadcaster(settings.device, _own_address())
 
     def train_step(self, samples: Sequence[ScoredRollout]) -> StepResult:
         self._saver.detach()
@@ -77,6 +79,22 @@ class LearnerWorker:
         gets the reference and not the bytes."""
         assert self._publisher is not None
         return [ray.put(self._publisher.payload(role))]
+
+    @ray.method(concurrency_group=SENDING)
+    def meet(self, role: str) -> tuple[str, int]:
+        """Where the next group for broadcasts to the role's engines meets."""
+        return self._broadcaster.meet(role)
+
+    @ray.method(concurrency_group=SENDING)
+    def join(self, role: str, size: int, timeout_s: float) -> None:
+        """Returns when all members are there."""
+        self._broadcaster.join(role, size, timeout_s)
+
+    @ray.method(concurrency_group=SENDING)
+    def send(self, role: str, timeout_s: float) -> None:
+        """The role's last snapshot, to all members."""
+        assert self._publisher is not None
+        self._broadcaster.send(role, self._publisher.payload(role), self._publisher.entries(role), timeout_s)
 
     def save(self, folder: str) -> None:
         """Begin to write the training state, and the student as a Hugging Face or peft folder beside it. Collective.
@@ -117,7 +135,7 @@ class LearnerWorker:
 
 def learner_actor() -> Any:
     """The Ray actor class of a rank."""
-    return ray.remote(concurrency_groups={SAVING: 1, SENDING: 1, HEALTH: 1})(LearnerWorker)
+    return ray.remote(concurrency_groups={SAVING: 1, SENDING: 2, HEALTH: 1})(LearnerWorker)
 
 
 def _environment(settings: LearnerSettings, ranks: int, address: str, port: int) -> dict[str, str]:

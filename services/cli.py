@@ -35,7 +35,7 @@ def _train(a: argparse.Namespace) -> None:
     from rich.console import Console
 
     from services.load_config import load_config, resolved_yaml
-    from services.outcome import print_outcome, stage_lines
+    from services.outcome import dtype_lines, print_outcome, stage_lines
     from services.prepare import prepare
 
     path = Path(a.config)
@@ -51,7 +51,8 @@ def _train(a: argparse.Namespace) -> None:
     size = f"{shape.parameters / 1e6:.1f} M parameters"
     if shape.adapters:
         size += f" (LoRA trains {shape.adapters / 1e6:.1f} M)"
-    console.print(f"{size} in {config.dtype}", *stage_lines(prepared), sep="\n", markup=False, highlight=False)
+    lines = [f"{size} in {config.dtype}", *dtype_lines(config), *stage_lines(prepared)]
+    console.print(*lines, sep="\n", markup=False, highlight=False)
     console.print(prepared.plan.text(), markup=False, highlight=False)
     if a.dry_run:
         print(resolved_yaml(config))
@@ -65,13 +66,14 @@ def _train(a: argparse.Namespace) -> None:
 
 def _check(a: argparse.Namespace) -> None:
     from services.load_config import load_config
-    from services.outcome import stage_lines
+    from services.outcome import dtype_lines, stage_lines
     from services.prepare import prepare
 
     path = Path(a.config)
     prepared = prepare(load_config(path, a.set), path)
     longest = max(len(p.teacher_ids or []) for stage in prepared.stages for p in stage.prompts)
-    print(f"{path}: good. The longest teacher prompt has {longest} tokens.", *stage_lines(prepared), sep="\n")
+    print(f"{path}: good. The longest teacher prompt has {longest} tokens.", sep="\n")
+    print(*dtype_lines(prepared.config), *stage_lines(prepared), sep="\n")
     print(f"evaluation: {', '.join(s.settings.name for s in prepared.sets) or 'none'}")
     print(prepared.plan.text())
 

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from actors.config import ActorsConfig, Dtype, SamplingConfig
 from learner.config import LearnerConfig, LossConfig, TeacherConfig
+from services.processor import native_dtype
 from services.sections import (
     CheckpointConfig,
     DataConfig,
@@ -30,8 +31,12 @@ class RunConfig(Section):
         "sdft",
         description="To compare with: off_policy, the teacher's samples; sft, dft, the demonstrations' own tokens",
     )
-    dtype: Dtype = "bfloat16"
     device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Dtype = Field(
+        # Here and not later: what is computed from a configuration, and kept of it, has the one that is used.
+        default_factory=lambda data: native_dtype(data.get("device", "cpu")),
+        description="auto, the default: float32 on a processor without instructions for bfloat16, else bfloat16",
+    )
     seed: int = Field(0, ge=0, lt=2**31)
     run_dir: str | None = Field(None, description="null: runs/<name of the config file>")
     data: DataConfig | None = Field(None, description="The demonstrations; null: each of `stages` has its own")

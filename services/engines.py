@@ -7,6 +7,7 @@ from typing import Any
 import ray
 
 from actors.worker import EngineWorker
+from services.broadcast import Broadcast, Sender
 from services.cluster import free, labelled, needs
 from services.config import RunConfig
 from services.plan import engine_settings
@@ -23,11 +24,12 @@ def engine_pool(
     options: Sequence[dict[str, Any]],
     notice: Callable[[str], None],
     payload: Payload,
+    learner: Callable[[], Sender] | None = None,
 ) -> EnginePool:
     """A pool, not started yet.
 
     options: Ray's for the first engines, whose places are reserved; those that join later ask for as much, anywhere.
-    payload: gives a snapshot's bytes to other nodes than the learner's.
+    payload: gives a snapshot's bytes to other nodes than the learner's. learner: that broadcasts, if there is one.
     """
     e = config.actors.of(role)
     settings = engine_settings(config, model, role)
@@ -61,4 +63,5 @@ def engine_pool(
         Published(payload),
         notice,
         lambda: f"it needs one node{where} with {needs(e.cpus, gpus)} free; free in the cluster now: {free()}",
+        Broadcast(role, learner, notice) if learner and config.weights.transport == "broadcast" else None,
     )

@@ -75,6 +75,8 @@ def _mapping(path: Path, least: str) -> dict[str, Any]:
 
 
 def _validated(path: Path, data: dict[str, Any], overridden: dict[Loc, str]) -> RunConfig:
+    if data.get("dtype") == "auto":
+        data = {key: value for key, value in data.items() if key != "dtype"}
     problems: list[Problem] = []
     config = None
     try:

@@ -2,10 +2,22 @@
 
 from pathlib import Path
 
+from services.config import RunConfig
 from services.methods import on_demonstrations
 from services.metrics import Sample, read_rows
 from services.prepare import Prepared
+from services.processor import has_bfloat16
 from services.status import status_text
+
+
+def dtype_lines(config: RunConfig) -> list[str]:
+    """A warning, if the run is in a dtype that this processor has no instructions for."""
+    if config.device != "cpu" or config.dtype != "bfloat16" or has_bfloat16():
+        return []
+    return [
+        "this processor has no instructions for bfloat16, which can take a hundred times as long here; "
+        "set dtype: float32 (or auto)"
+    ]
 
 
 def stage_lines(prepared: Prepared) -> list[str]:

@@ -8,6 +8,7 @@ Joining: start, load the newest weights, verified, serve. Leaving: take no more,
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,11 @@ from ray.exceptions import RayError
 
 from actors.types import GenerateRequest, IntArray, Rollout, Sampling, Snapshot, TeacherScores, UpdateReport
 from learner.waiting import all_of, cancelled, within
+from services.broadcast import Broadcast
 from services.published import Published
 from services.remote import Remote
 from services.slots import Slots
-from services.supervised import EngineLost, Losses, Patience, SupervisedEngine, reason
+from services.supervised import EngineLost, Group, Losses, Patience, SupervisedEngine, reason
 
 SOONEST_S = 1.0  # between two tries to bring a pool to its least
 PLACED_S = 60.0  # an engine that has no place by then says so; a node may take as long to come
@@ -49,13 +51,16 @@ class EnginePool:
         published: Published,
         notice: Callable[[str], None],
         wanting: Callable[[], str],
+        broadcast: Broadcast | None = None,
     ) -> None:
         """create: starts the process of the engine of that number. notice: is told who is lost, joins and leaves.
 
-        wanting: says what an engine needs, and what the cluster has.
+        wanting: says what an engine needs, and what the cluster has. broadcast: how weights go to all at once; None:
+        each loads them from memory.
         """
         self.settings, self.published = settings, published
         self._create, self._notice, self._wanting = create, notice, wanting
+        self._broadcast = broadcast
         self._engines: list[SupervisedEngine] = []  # those that leave are no longer among them
         self._slots: Slots[SupervisedEngine] = Slots(settings.room, lambda: asyncio.get_running_loop().time())
         self._moving: set[asyncio.Task[None]] = set()  # engines that join or leave
@@ -115,17 +120,22 @@ class EnginePool:
         from engines that are being replaced; their successors load it before they do anything.
         """
         self.published.new(snapshot, timeout_s)
-        turns = asyncio.Semaphore(1 if self.settings.one_by_one else len(self._engines))
-
-        async def update(engine: SupervisedEngine) -> UpdateReport | None:
-            async with turns:
-                return await engine.update_weights()
-
-        outcomes = await asyncio.gather(*map(update, self._engines), return_exceptions=True)
+        serving = [engine for engine in self._engines if engine.up]
+        async with nullcontext() if self._broadcast is None else self._broadcast.to(serving, timeout_s) as group:
+            outcomes = await self._update(group)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
         return [report for report in outcomes if isinstance(report, UpdateReport)]
+
+    async def _update(self, group: Group | None) -> list[UpdateReport | BaseException | None]:
+        turns = asyncio.Semaphore(1 if self.settings.one_by_one else len(self._engines))
+
+        async def update(engine: SupervisedEngine) -> UpdateReport | None:
+            async with turns:
+                return await engine.update_weights(group)
+
+        return await asyncio.gather(*map(update, self._engines), return_exceptions=True)
 
     def resize(self, wanted: int) -> None:
         """Let engines join, or leave, the newest first, until there are so many. They do so beside the work."""

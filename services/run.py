@@ -147,14 +147,23 @@ class _Run:
 
     async def _start_pool(self, role: str) -> None:
         pool = engine_pool(
-            self._prepared.config, self._prepared.model, role, self._options[role], self._notice, self._payload
+            self._prepared.config,
+            self._prepared.model,
+            role,
+            self._options[role],
+            self._notice,
+            self._payload,
+            self._current,
         )
         self._pools[role] = pool
         await pool.start()
 
     async def _payload(self, role: str) -> list[ray.ObjectRef]:
+        return await self._current().payload(role)
+
+    def _current(self) -> LearnerGroup:
         assert self._learner is not None
-        return await self._learner.payload(role)
+        return self._learner
 
     async def _start_learner(self) -> None:
         self._learner = await LearnerGroup.start(

@@ -70,10 +70,22 @@ class WeightsConfig(Section):
     swap: Literal["together", "one_by_one"] = Field(
         "together", description="Whether a role's engines pause for an update at the same time or in turn"
     )
+    transport: Literal["memory", "broadcast"] = Field(
+        "memory",
+        description="How they travel: each engine maps them, or one broadcast reaches a role's engines (NCCL, or gloo)",
+    )
     max_probe_gap: float | None = Field(
         None, gt=0, description="Gap of log-probs allowed, relative to their size; null: 0.001 float32, 0.08 bfloat16"
     )
     timeout_s: float = Field(300, gt=0)
+
+    @model_validator(mode="after")
+    def _all_at_once(self) -> "WeightsConfig":
+        if self.transport == "broadcast" and self.swap == "one_by_one":
+            raise ValueError(
+                "transport: broadcast reaches all engines at once; set swap: together, or transport: memory"
+            )
+        return self
 
 
 class JudgeConfig(Section):

@@ -18,7 +18,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError, RayError
 
-from actors.types import Process, SnapshotDamaged, UpdateReport, WeightMismatch
+from actors.types import BroadcastFailed, Process, SnapshotDamaged, UpdateReport, WeightMismatch
 from learner.waiting import cancelled, silent_for, within
 from services.published import Published
 from services.remote import Remote
@@ -63,6 +63,15 @@ class Losses:
     def back_off_s(self) -> float:
         """None after the first in a row, then 1 s, 3 s, 7 s and so on."""
         return min(2.0 ** (self._in_a_row - 1) - 1, LONGEST_BACK_OFF_S)
+
+
+@dataclass
+class Group:
+    """Who receives weights by broadcast (broadcast.py), beside the learner that sends them."""
+
+    sender: object
+    members: tuple[Process, ...]
+    broken: bool = False  # it did not reach all of them
 
 
 class EngineLost(Exception):
@@ -132,8 +141,10 @@ class SupervisedEngine:
             self._replace(actor, DIED)
             raise EngineLost(self.name) from error
 
-    async def update_weights(self) -> UpdateReport | None:
+    async def update_weights(self, group: Group | None = None) -> UpdateReport | None:
         """Load what was published; the caller holds its lock. None: it is being replaced, its successor will load it.
+
+        group: by which it is being broadcast.
 
         Raises SnapshotDamaged, and WeightMismatch if it was the engine's first.
         """
@@ -141,7 +152,7 @@ class SupervisedEngine:
             return None
         actor = self._actor
         try:
-            report = await self._take_weights(actor)
+            report = await self._receive_weights(actor, group)
         except RayActorError:
             self._replace(actor, DIED)
         except TimeoutError as error:
@@ -182,6 +193,19 @@ class SupervisedEngine:
         self.placed = True
         await within(actor.call("start"), limit, f"{self.name} to load its model")
         self._watching = asyncio.create_task(self._watch(actor))
+
+    async def _receive_weights(self, actor: Remote, group: Group | None) -> UpdateReport:
+        snapshot = self._published.newest
+        if group is None or snapshot is None or self.process not in group.members:
+            return await self._take_weights(actor)
+        what = f"{self.name} to receive {snapshot.role} weights v{snapshot.version}"
+        try:
+            work = actor.call("receive_weights", snapshot, self._published.timeout_s / 2)
+            report: UpdateReport = await within(work, self._published.timeout_s, what)
+        except BroadcastFailed:
+            group.broken = True
+            return await self._take_weights(actor)
+        return report
 
     async def _take_weights(self, actor: Remote) -> UpdateReport:
         published = self._published

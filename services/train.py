@@ -90,6 +90,11 @@ def _starting_point(prepared: Prepared, run_dir: Path, resume: str, console: Con
     else:
         folder = Path(resume)
     state = checkpoint.read_state(folder)
+    if state.dtype != prepared.config.dtype:
+        raise UserError(
+            f"{folder} belongs to a run in {state.dtype}, and this one is in {prepared.config.dtype}; set "
+            f"dtype: {state.dtype} to continue it, or name another --run-dir to begin a new run"
+        )
     if state.step > prepared.schedule.total_steps or state.fingerprint != prepared.at(state.step).fingerprint:
         raise UserError(
             f"{folder} belongs to a run with another configuration or other data; use the configuration in "

@@ -2,10 +2,10 @@
 
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from actors.engine import SHARED_MEMORY_BACKEND, SharedMemoryTransfer, WorkerExtension
+from actors.engine import BACKEND, SnapshotTransfer, WorkerExtension
 
 
-class WithoutRefresh(SharedMemoryTransfer):
+class WithoutRefresh(SnapshotTransfer):
     """Everything but the repacking."""
 
     def refresh_head(self) -> None:
@@ -16,4 +16,4 @@ class Extension(WorkerExtension):
     """Loaded into the worker process in place of actors.engine.WorkerExtension."""
 
 
-WeightTransferEngineFactory._registry[SHARED_MEMORY_BACKEND] = lambda: WithoutRefresh
+WeightTransferEngineFactory._registry[BACKEND] = lambda: WithoutRefresh

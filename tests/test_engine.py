@@ -11,8 +11,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.config import EngineSettings
-from actors.types import GenerateRequest, Sampling, Snapshot, SnapshotDamaged, WeightMismatch
+from actors.types import (
+    BroadcastFailed,
+    GenerateRequest,
+    Rendezvous,
+    Sampling,
+    Snapshot,
+    SnapshotDamaged,
+    WeightMismatch,
+)
 from actors.worker import EngineWorker
+from learner.broadcaster import Broadcaster
 from learner.publisher import Content, Publisher
 from tests.rollouts import logprobs
 
@@ -80,9 +89,9 @@ def compare(engine: object, model: torch.nn.Module, version: int) -> None:
     np.testing.assert_allclose(scores.sampled, teacher.gather(1, own)[:, 0], atol=1e-4)
 
 
-def changed(tiny_model: Path) -> torch.nn.Module:
+def changed(tiny_model: Path, seed: int = 1) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.02)
@@ -162,6 +171,56 @@ def test_a_damaged_snapshot_is_refused_by_the_name_of_the_tensor(engines: list, 
     before = ray.get(engines[0].generate.remote([GenerateRequest(PROMPT, 1)], Sampling(4)), timeout=60)[0].versions
     assert before[0][0] != 4
     assert ray.get(engines[0].update_weights.remote(snapshot), timeout=60).version == 4
+
+
+@pytest.fixture
+def broadcaster(engines: list) -> Iterator[Broadcaster]:
+    """In a group with the sound engine."""
+    broadcaster = Broadcaster("cpu", "127.0.0.1")
+    joining = engines[0].join.remote(Rendezvous(*broadcaster.meet("student"), rank=1, size=2, timeout_s=30))
+    broadcaster.join("student", 2, 30)
+    ray.get(joining, timeout=60)
+    yield broadcaster
+    broadcaster.close("student")
+
+
+def send(broadcaster: Broadcaster, publisher: Publisher) -> None:
+    broadcaster.send("student", publisher.payload("student"), publisher.entries("student"), 30)
+
+
+def test_weights_by_broadcast_are_the_learners(engines: list, broadcaster: Broadcaster, tiny_model: Path) -> None:
+    publisher = publisher_of(tiny_model)
+    for version in (11, 12):  # a group serves for more than one
+        model = changed(tiny_model, seed=version)
+        snapshot = publisher.publish("student", version, content(model))
+        receiving = engines[0].receive_weights.remote(dataclasses.replace(snapshot, path=""), 30)
+        send(broadcaster, publisher)
+        publisher.release("student")
+        report = ray.get(receiving, timeout=60)
+        assert (report.version, report.probe_gap < 1e-4) == (version, True)
+        compare(engines[0], model, version)
+
+
+@pytest.mark.parametrize("how", ["damaged on the way", "broken off"])
+def test_after_a_broadcast_that_failed_nothing_is_computed_before_whole_weights_are_there(
+    how: str, engines: list, broadcaster: Broadcaster, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = changed(tiny_model, seed=13)
+    publisher = publisher_of(tiny_model)
+    snapshot = publisher.publish("student", 13, content(model))
+    receiving = engines[0].receive_weights.remote(snapshot, 30)
+    if how == "broken off":
+        broadcaster.close("student")
+    else:
+        monkeypatch.setattr("learner.broadcaster.seal", lambda full: full[-8:].fill_(1))
+        send(broadcaster, publisher)
+    with pytest.raises(BroadcastFailed, match=r"student weights v13: .*(arrived damaged|onnection closed)"):
+        ray.get(receiving, timeout=20)
+    asked = engines[0].generate.remote([GenerateRequest(PROMPT, 1)], Sampling(4))
+    assert ray.wait([asked], timeout=2)[0] == []
+    assert ray.get(engines[0].update_weights.remote(snapshot), timeout=60).version == 13
+    assert ray.get(asked, timeout=60)[0].versions[0][0] == 13
+    compare(engines[0], model, 13)
 
 
 def test_a_sample_does_not_depend_on_its_neighbours_or_the_run(engines: list) -> None:

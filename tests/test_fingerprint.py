@@ -17,6 +17,7 @@ ELSEWHERE = [
     "checkpoint.every=7",
     "ray.autoscaling=true",
     "weights.swap=one_by_one",
+    "weights.transport=broadcast",
 ]
 OF_THE_POOLS = ["actors.student.replicas=3", "actors.teacher.max_num_seqs=8"]
 OF_THE_RESULT = ["seed=5", "learner.optimizer.lr=1e-4", "loss.top_k=8", "training.batch_size=2", "sampling.top_p=0.9"]

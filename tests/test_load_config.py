@@ -4,11 +4,16 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
+import services.outcome
+import services.processor
 from services.config import RunConfig
 from services.config_files import check_files, with_absolute_paths
 from services.errors import UserError
 from services.load_config import load_config, resolved_yaml
+from services.outcome import dtype_lines
+from services.processor import has_bfloat16
 
 GOOD = "model: m\ndata: {train: train.jsonl}\ntraining: {epochs: 1}\n"
 
@@ -238,8 +243,33 @@ def test_zero_stage_0_with_bfloat16_is_refused_for_it_would_lose_the_masters(tmp
     path = tmp_path / "my.yaml"
     path.write_text("model: m\ndata: {train: t.jsonl}\ntraining: {steps: 1}\nlearner: {zero_stage: 0}\n")
     with pytest.raises(UserError, match="zero_stage 0 keeps no float32 masters"):
-        load_config(path)
+        load_config(path, ["dtype=bfloat16"])
     assert load_config(path, ["dtype=float32"]).learner.zero_stage == 0
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_dtype_is_one_that_the_processor_has_instructions_for_unless_it_is_given(
+    native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in (services.processor, services.outcome):
+        monkeypatch.setattr(module, "has_bfloat16", lambda: native)
+    usual = "bfloat16" if native else "float32"
+    assert load(tmp_path, GOOD).dtype == load(tmp_path, GOOD, "dtype=auto").dtype == usual
+    assert load(tmp_path, GOOD, "device=cuda").dtype == "bfloat16"
+    assert dtype_lines(load(tmp_path, GOOD, "device=cuda")) == dtype_lines(load(tmp_path, GOOD)) == []
+    given = load(tmp_path, GOOD, "dtype=bfloat16")
+    assert given.dtype == "bfloat16"
+    assert [line[:34] for line in dtype_lines(given)] == ([] if native else ["this processor has no instructions"])
+    # What is kept of a run has the dtype that it was in, wherever it is read again.
+    assert f"dtype: {usual}\n" in resolved_yaml(load(tmp_path, GOOD))
+
+
+def test_the_processors_flags_say_what_torch_finds(tmp_path: Path) -> None:
+    assert has_bfloat16() == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    for flags, has in {"flags : fpu avx2": False, "flags : fpu avx512bw": True, "Features : asimd bf16": True}.items():
+        (tmp_path / "cpuinfo").write_text(f"model name : bf16\n{flags}\n")
+        assert has_bfloat16(tmp_path / "cpuinfo") == has
+    assert not has_bfloat16(tmp_path / "nothing")
 
 
 def test_a_configuration_with_absolute_paths_means_the_same_anywhere(

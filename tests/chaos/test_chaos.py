@@ -45,8 +45,11 @@ class Monkey:
         self.driver = self.start()
 
     def start(self) -> subprocess.Popen[bytes]:
+        """Each driver sends weights another way than the one before."""
+        transport = "memory" if self.killed["driver killed"] % 2 else "broadcast"
+        words = [*command(self.config, self.run_dir), "--set", f"weights.transport={transport}"]
         with self.log.open("ab") as log:
-            return subprocess.Popen(command(self.config, self.run_dir), stdout=log, stderr=log)
+            return subprocess.Popen(words, stdout=log, stderr=log)
 
     def rows(self) -> int:
         path = self.run_dir / "metrics.jsonl"
