@@ -67,6 +67,22 @@ def accuracy_chart(results: Sequence[EvalResult], roles: dict[str, str], stages:
         return done()
 
 
+def perplexity_chart(results: Sequence[EvalResult]) -> str:
+    """Perplexity of each set of texts over steps."""
+    with _chart(HALF, "Perplexity over steps") as (figure, done):
+        axes = _axes(figure, "", max(r.step for r in results))
+        labels = []
+        for task, colour in zip(dict.fromkeys(r.task for r in results), COLOURS, strict=False):
+            latest = {r.step: r.value for r in results if r.task == task}
+            rows = sorted(latest.items())
+            axes.plot(*zip(*rows, strict=True), color=colour, marker="o", markersize=4)
+            labels.append((rows[-1][1], f"{task} {rows[-1][1]:.2f}", colour))
+        low, high = axes.get_ylim()
+        axes.set_ylim(low - 0.5 * (high - low), high + 0.5 * (high - low))
+        _label_ends(axes, labels)
+        return done()
+
+
 def matrix_chart(matrix: "Matrix") -> str:
     """Heat map: accuracy of each task and retention set (columns) before training and after each stage (rows)."""
     rows, columns = len(matrix.rows), len(matrix.columns)

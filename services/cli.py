@@ -145,7 +145,7 @@ def _eval(a: argparse.Namespace) -> None:
     from rich.console import Console
 
     from services.load_config import load_config
-    from services.metrics import percent
+    from services.metrics import PERPLEXITY, percent
     from services.prepare import prepare
 
     path = Path(a.config)
@@ -171,6 +171,9 @@ def _eval(a: argparse.Namespace) -> None:
 
         results, samples = evaluate(prepared, Console())
     for r in results:
+        if r.metric == PERPLEXITY:
+            print(f"{r.label:<24}{r.text}  n {r.n} tokens")
+            continue
         low, high = r.interval
         print(f"{r.label:<24}{percent(r.value):>8}  n {r.n:<5} 95 % interval {percent(low)} to {percent(high)}")
     if a.out:

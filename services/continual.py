@@ -16,7 +16,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from services.errors import UserError
-from services.metrics import STUDENT, Z_95, EvalResult, permille, read_rows
+from services.metrics import PERPLEXITY, STUDENT, Z_95, EvalResult, permille, read_rows
 from services.status import check_run_dir, read_config, read_stages
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; from the normal distribution's beyond.
@@ -80,11 +80,12 @@ def read_matrix(run_dir: Path) -> Matrix:
 def make_matrix(config: dict[str, Any], stages: Sequence[tuple[str, int]], results: Sequence[EvalResult]) -> Matrix:
     """config: the resolved one. stages: (name, last step) in order."""
     of_task = {
-        s["name"]: [one["name"] for one in s["sets"] if one["role"] == "task"] for s in config["stages"] if s["sets"]
+        s["name"]: [one["name"] for one in s["sets"] if one["role"] == "task" and one.get("grader") != PERPLEXITY]
+        for s in config["stages"]
     }
     of_task = {name: sets for name, sets in of_task.items() if sets}
     everywhere = [*config["evaluation"]["sets"], *(one for s in config["stages"] for one in s["sets"])]
-    retention = [one["name"] for one in everywhere if one["role"] == "retention"]
+    retention = [one["name"] for one in everywhere if one["role"] == "retention" and one.get("grader") != PERPLEXITY]
     values = {(r.step, r.task): r.value for r in results if r.metric == STUDENT}
     rows = []
     for step in [0, *(last for _, last in stages)]:

@@ -26,15 +26,17 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Record:
-    """A row: a prompt, what an expert's reply to it or other knowledge of it is, and the answer that a grader needs."""
+    """A row: a prompt, what an expert's reply to it or other knowledge of it is, and the answer that a grader needs;
+    or a text."""
 
     id: str
-    messages: tuple[Message, ...]  # the last one is the user's
+    messages: tuple[Message, ...]  # the last one is the user's; none of a text
     demonstration: str | None
     context: str | None
     feedback: str | None
     answer: Any
     where: str  # "file:line", for errors
+    text: str | None = None  # instead of a prompt: to be scored as it is
 
 
 def load_demonstrations(data: DataConfig, base: Path, needed: Iterable[str]) -> list[Record]:
@@ -51,9 +53,10 @@ def load_demonstrations(data: DataConfig, base: Path, needed: Iterable[str]) -> 
 
 
 def load_questions(s: EvaluationSet, base: Path, check: Callable[[Any], str | None]) -> list[Record]:
-    """All questions of an evaluation set; `check` says what is wrong with an answer. Raises UserError."""
+    """All questions or texts of an evaluation set; `check` says what is wrong with an answer. Raises UserError."""
     rows = _file_rows(f"evaluation.sets ({s.name}).file", s.file, base)
-    return _checked(str(resolve_path(base, s.file)), renamed(rows, s.columns), ("prompt", "answer"), check)
+    needed = ("text",) if s.is_text else ("prompt", "answer")
+    return _checked(str(resolve_path(base, s.file)), renamed(rows, s.columns), needed, check)
 
 
 def _file_rows(key: str, value: str, base: Path) -> Iterable[NumberedRow]:
@@ -81,8 +84,9 @@ def _checked(
         if problems:
             bad.append(f"{name}:{line}: {'; '.join(problems)}")
         elif isinstance(row, dict):
-            told = {column: row.get(column) for column in ("demonstration", "context", "feedback", "answer")}
-            good.append(Record(id=row_id, messages=_messages(row["prompt"]), where=f"{name}:{line}", **told))
+            told = {column: row.get(column) for column in ("demonstration", "context", "feedback", "answer", "text")}
+            messages = _messages(row["prompt"]) if "prompt" in required else ()
+            good.append(Record(id=row_id, messages=messages, where=f"{name}:{line}", **told))
     if bad:
         if len(bad) > MAX_REPORTED:
             bad[MAX_REPORTED:] = [f"… and {len(bad) - MAX_REPORTED} more"]
@@ -97,6 +101,8 @@ def _problems(
 ) -> Iterable[str]:
     """Everything that is wrong with a row, each problem beginning with the column's name."""
     for column in COLUMNS:
+        if column == "text" and column not in required:
+            continue  # a common name, for what has no part in this
         value = row.get(column)
         if value is None:
             near = _near_column(column, row, column in required)

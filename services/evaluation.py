@@ -1,4 +1,7 @@
-"""Evaluation on the student engines: questions in, graded answers and shares out. Greedy, but for pass@k."""
+"""Evaluation on the student engines: questions in, graded answers and shares out. Greedy, but for pass@k.
+
+Of texts the perplexity: exp of the mean of -log p over all their tokens but the first of each.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +13,7 @@ import numpy as np
 from actors.types import GenerateRequest, Rollout, Sampling
 from services.demonstrations import Record
 from services.grading import asked, grade
-from services.metrics import STUDENT, TEACHER, EvalResult, Sample
+from services.metrics import PERPLEXITY, STUDENT, TEACHER, EvalResult, Sample
 from services.pass_at_k import pass_at_k
 from services.pools import EnginePool
 from services.prompts import PromptPair
@@ -47,6 +50,9 @@ class Evaluator:
         """Every set, answered without demonstrations: shares, and all answers."""
         results, samples = [], []
         for loaded in sets:
+            if loaded.settings.is_text:
+                results.append(await self._perplexity(pool, loaded, step, stage))
+                continue
             result, answers = await self._run(pool, loaded, STUDENT, step, stage)
             results.append(result)
             samples += answers
@@ -78,6 +84,12 @@ class Evaluator:
             EvalResult(step, stage, s.name, f"pass@{k}", fmean(pass_at_k(s.sampled, c, k) for c in right), len(right))
             for k in s.pass_at
         ]
+
+    async def _perplexity(self, pool: EnginePool, loaded: LoadedSet, step: int, stage: int) -> EvalResult:
+        texts = [np.asarray(p.student_ids, dtype=np.int32) for p in loaded.prompts]
+        scores = await pool.score([(ids[:1], ids[1:]) for ids in texts], 1)
+        logprobs = np.concatenate([s.sampled for s in scores]).astype(np.float64)
+        return EvalResult(step, stage, loaded.settings.name, PERPLEXITY, float(np.exp(-logprobs.mean())), len(logprobs))
 
     def _text(self, rollout: Rollout) -> str:
         return self._tokenizer.decode(rollout.completion_ids.tolist(), skip_special_tokens=True)

@@ -27,6 +27,8 @@ def asked(question: Record) -> str:
 
 def answer_check(settings: EvaluationSet) -> Callable[[Any], str | None]:
     """What tells whether a row's answer can be used: None, or the reason why not."""
+    if settings.is_text:
+        return lambda answer: None
     if settings.judge is not None:
         return lambda answer: None if isinstance(answer, str) and answer.strip() else "answer must be text for a judge"
     return GRADERS[settings.grader].check_answer

@@ -23,6 +23,7 @@ DIVERGENCE_NAMES = {
     "dft": "NLL",
 }
 STUDENT, TEACHER = "accuracy", "teacher_accuracy"  # metrics of eval.jsonl; the teacher is shown the demonstration
+PERPLEXITY = "perplexity"
 Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
 
 
@@ -73,19 +74,31 @@ DETERMINISTIC_FIELDS = tuple(
 
 @dataclass(frozen=True)
 class EvalResult:
-    """One evaluation set at one step: `value` is a share (0 to 1) of `n` questions."""
+    """One evaluation set at one step: `value` is a share (0 to 1) of `n` questions, or the perplexity of `n` tokens."""
 
     step: int
     stage: int
     task: str  # the evaluation set's name
-    metric: str  # STUDENT or TEACHER
+    metric: str  # STUDENT, TEACHER, PERPLEXITY or pass@k
     value: float
     n: int
 
     @property
     def label(self) -> str:
         """The set's name, and whether it is the teacher that answered, or how often was asked."""
-        return {STUDENT: self.task, TEACHER: f"{self.task} (teacher)"}.get(self.metric, f"{self.task} {self.metric}")
+        names = {STUDENT: self.task, PERPLEXITY: self.task, TEACHER: f"{self.task} (teacher)"}
+        return names.get(self.metric, f"{self.task} {self.metric}")
+
+    @property
+    def text(self) -> str:
+        """The value as people read it."""
+        return f"perplexity {self.value:.2f}" if self.metric == PERPLEXITY else percent(self.value)
+
+    def loss_since(self, before: "EvalResult") -> float:
+        """What was lost since then: questions as a share of all of them; of a perplexity its relative rise."""
+        if self.metric == PERPLEXITY:
+            return self.value / before.value - 1
+        return before.value - self.value
 
     @property
     def interval(self) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from services.judge import check_judge
 from services.methods import loss_of, on_demonstrations, teacher_of
 from services.models import resolve_model
 from services.plan import Plan, engine_settings, make_plan, roles
-from services.prompts import PromptBuilder, PromptPair, build_prompts, load_tokenizer, shown_to_teacher
+from services.prompts import PromptBuilder, PromptPair, build_prompts, load_tokenizer, shown_to_teacher, text_prompts
 from services.schedule import Schedule, make_schedule
 from services.sections import EvaluationSet
 from services.shape import ModelShape
@@ -141,8 +141,15 @@ def _limits(task: TaskConfig) -> tuple[int, int]:
 
 def _sets(questions: Questions, tokenizer: "PreTrainedTokenizerBase", task: TaskConfig, base: Path) -> list[LoadedSet]:
     """With prompts as the task's are made."""
-    builder = _builder(tokenizer, task, base)
-    return [LoadedSet(one, items, build_prompts(builder, items, *_limits(task))) for one, items in questions]
+    builder, (_, longest) = _builder(tokenizer, task, base), _limits(task)
+    return [
+        LoadedSet(
+            one,
+            items,
+            text_prompts(tokenizer, items, longest) if one.is_text else build_prompts(builder, items, *_limits(task)),
+        )
+        for one, items in questions
+    ]
 
 
 def learner_settings(prepared: Prepared) -> LearnerSettings:

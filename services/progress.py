@@ -11,7 +11,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from services.metrics import TEACHER, EvalResult, StepMetrics, percent
+from services.metrics import TEACHER, EvalResult, StepMetrics
 
 PHASES = {"rollout": "blue", "score": "magenta", "learn": "green", "sync": "yellow", "wait": "bright_black"}
 # Evaluations shown on a terminal: the first, and the last few, so that the panel fits the screen.
@@ -75,7 +75,7 @@ class Progress:
         """The results of one evaluation, all of the same step."""
         self._results += results
         if results and not self._live:
-            cells = [f"{r.label} {percent(r.value)} (n {r.n})" for r in results]
+            cells = [f"{r.label} {r.text} (n {r.n})" for r in results]
             self._line(f"evaluation at step {results[0].step}  {'  '.join(cells)}")
 
     def note(self, text: str) -> None:
@@ -130,7 +130,7 @@ class Progress:
         rows: dict[str, dict[str, str]] = {}  # "teacher" or the step -> set -> share
         for result in self._results:
             label = "teacher" if result.metric == TEACHER else f"step {result.step}"
-            rows.setdefault(label, {})[result.task] = percent(result.value)
+            rows.setdefault(label, {})[result.task] = result.text
         table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim", pad_edge=False)
         table.add_column("evaluation")
         for task, n in sizes.items():

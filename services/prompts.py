@@ -170,6 +170,20 @@ def build_prompts(
     return pairs
 
 
+def text_prompts(tokenizer: "PreTrainedTokenizerBase", items: Sequence[Record], limit: int) -> list[PromptPair]:
+    """The ids of each text as it is, outside of any chat; a UserError if one is longer than the engines take."""
+    pairs = []
+    for item in items:
+        ids: list[int] = tokenizer(item.text).input_ids
+        if not 2 <= len(ids) <= limit:
+            raise UserError(
+                f"{item.where}: the text has {len(ids)} tokens; from 2 to data.max_teacher_prompt_tokens, {limit}, can "
+                f"be scored; cut it into shorter ones, or join it with others"
+            )
+        pairs.append(PromptPair(ids, None))
+    return pairs
+
+
 def load_tokenizer(model_path: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer in a local model folder; nothing is downloaded."""
     with large_imports():

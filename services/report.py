@@ -14,7 +14,7 @@ import yaml
 from services import charts
 from services.continual import Estimate, Matrix, figure_text, make_matrix
 from services.files import write_atomically
-from services.metrics import EvalResult, Sample, StepMetrics, percent, permille, read_rows
+from services.metrics import PERPLEXITY, EvalResult, Sample, StepMetrics, percent, permille, read_rows
 from services.status import (
     RunState,
     SetProgress,
@@ -124,13 +124,18 @@ def duration(seconds: float) -> str:
 
 
 def points(one: SetProgress) -> str:
-    """Change in percentage points, with its sign: the difference of the two shares as they are shown."""
+    """Change in percentage points, with its sign: the difference of the two shares as they are shown. Of a perplexity
+    its relative change."""
     if one.before is None or one.after is None or math.isnan(one.after.value - one.before.value):
         return "–"
+    if one.after.metric == PERPLEXITY:
+        return f"{100 * one.after.loss_since(one.before):+.1f} %".replace("-", "−")
     return f"{(permille(one.after.value) - permille(one.before.value)) / 10:+.1f}".replace("-", "−")
 
 
 def interval(result: EvalResult) -> str:
+    if result.metric == PERPLEXITY:
+        return ""
     low, high = result.interval
     return f"{100 * low:.1f} – {100 * high:.1f}"
 
@@ -174,10 +179,14 @@ def draw(
     drawn = []
     if matrix is not None and matrix.rows and matrix.columns:
         drawn.append(Chart("Tasks across stages", charts.matrix_chart(matrix), transfer(matrix)))
-    if results:
+    if any(r.metric != PERPLEXITY for r in results):
         note = "Bands: 95 % Wilson intervals. Dashed: retention. Dotted: the teacher, shown the demonstration."
         roles = {one.name: one.role for one in sets}
         drawn.append(Chart("Accuracy and retention", charts.accuracy_chart(results, roles, stages), note))
+    texts = [r for r in results if r.metric == PERPLEXITY]
+    if texts:
+        note = "Of texts as they are, outside of any chat: lower is better."
+        drawn.append(Chart("Perplexity", charts.perplexity_chart(texts), note, wide=False))
     if steps:
         name = steps[-1].divergence_name
         note = f"The {name} of teacher and student on the student's tokens; the loss adds the importance weights."

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from services.config import RunConfig
-from services.metrics import STUDENT, EvalResult, percent
+from services.metrics import PERPLEXITY, STUDENT, EvalResult
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,10 @@ class Breach:
     allowed: float
 
     def __str__(self) -> str:
-        drop = 100 * (self.before.value - self.now.value)
-        return (
-            f"{self.now.task} fell from {percent(self.before.value)} to {percent(self.now.value)} (n {self.now.n}) at "
-            f"step {self.now.step}: {drop:.1f} points, {100 * self.allowed:g} are allowed"
-        )
+        moved, unit = ("rose", "%") if self.now.metric == PERPLEXITY else ("fell", "points")
+        lost = f"{100 * self.now.loss_since(self.before):.1f} {unit}, {100 * self.allowed:g} are allowed"
+        before, now = self.before.text, self.now.text.removeprefix("perplexity ")
+        return f"{self.now.task} {moved} from {before} to {now} (n {self.now.n}) at step {self.now.step}: {lost}"
 
 
 class RetentionGuard:
@@ -44,13 +43,11 @@ class RetentionGuard:
         """The guarded sets among the results of one step that fell too far. A set's first result is what it had."""
         seen, breaches = None, []
         for result in results:
-            if result.metric != STUDENT or result.task not in self._guarded:
+            if result.metric not in (STUDENT, PERPLEXITY) or result.task not in self._guarded:
                 continue
             seen = result.step
             before = self._before.setdefault(result.task, result)
-            if (
-                before.value - result.value > self._allowed + 1e-9
-            ):  # shares are quotients: 0.3 may be 0.30000000000000004
+            if result.loss_since(before) > self._allowed + 1e-9:  # shares are quotients: 0.3 may be 0.30000000000000004
                 breaches.append(Breach(before, result, self._allowed))
         if seen is not None and not breaches:
             self.held = seen

@@ -9,7 +9,7 @@ from actors.config import SamplingConfig
 from learner.config import LossConfig, OptimizerConfig
 
 Method = Literal["sdft", "off_policy", "sft", "dft"]
-Grader = Literal["exact", "contains", "choice", "numeric", "tool_call", "instruction", "judge"]
+Grader = Literal["exact", "contains", "choice", "numeric", "tool_call", "instruction", "judge", "perplexity"]
 
 
 class Section(BaseModel):
@@ -18,7 +18,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-Column = Literal["prompt", "demonstration", "id", "context", "feedback", "answer"]
+Column = Literal["prompt", "demonstration", "id", "context", "feedback", "answer", "text"]
 COLUMNS: tuple[str, ...] = get_args(Column)  # what a row may have
 
 
@@ -100,7 +100,7 @@ class JudgeConfig(Section):
 
 
 class EvaluationSet(Section):
-    """One file of questions with answers."""
+    """One file of questions with answers; with grader: perplexity one of texts, which the model is to find likely."""
 
     name: str = Field(pattern=r"^[a-z0-9_-]+$")
     file: str
@@ -119,6 +119,17 @@ class EvaluationSet(Section):
     def sampled(self) -> int:
         """Answers to a question beside the greedy one."""
         return self.pass_samples or 2 * max(self.pass_at) if self.pass_at else 0
+
+    @property
+    def is_text(self) -> bool:
+        """Nothing is asked: texts are scored."""
+        return self.grader == "perplexity"
+
+    @model_validator(mode="after")
+    def _texts_have_no_answers(self) -> "EvaluationSet":
+        if self.is_text and self.pass_at:
+            raise ValueError("pass_at is of answers, and grader: perplexity asks for none; remove pass_at")
+        return self
 
     @model_validator(mode="after")
     def _judge_and_grader(self) -> "EvaluationSet":
@@ -170,7 +181,11 @@ class RetentionConfig(Section):
     """A guard over what the model could before: accuracy of retention sets against that before training."""
 
     sets: tuple[str, ...] = Field((), description="Names of evaluation sets; empty: all with role: retention")
-    max_drop: float = Field(gt=0, lt=1, description="Share of a set's questions that may be lost: 0.05 is 5 points")
+    max_drop: float = Field(
+        gt=0,
+        lt=1,
+        description="Share of a set's questions that may be lost: 0.05 is 5 points; a perplexity's rise, 5 %",
+    )
     action: Literal["warn", "stop", "rollback"] = Field(
         "warn", description="stop ends the run; rollback also makes the last checkpoint that held its newest"
     )

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from services.errors import UserError
-from services.metrics import STUDENT, TEACHER, EvalResult, StepMetrics, percent, read_rows
+from services.metrics import PERPLEXITY, STUDENT, TEACHER, EvalResult, StepMetrics, percent, read_rows
 from services.verdict import verdict
 from services.watchdog import read_waiting
 
@@ -48,8 +48,8 @@ class SetProgress:
         if self.before is None:
             return "not evaluated yet"
         if self.after is None:
-            return f"{percent(self.before.value)} (n {self.before.n})"
-        return f"{percent(self.before.value)} → {percent(self.after.value)} (n {self.after.n})"
+            return f"{self.before.text} (n {self.before.n})"
+        return f"{self.before.text} → {self.after.text.removeprefix('perplexity ')} (n {self.after.n})"
 
 
 def check_run_dir(run_dir: Path) -> None:
@@ -125,7 +125,7 @@ def read_sets(run_dir: Path, config: dict[str, Any]) -> list[SetProgress]:
     roles = {s["name"]: s["role"] for section in named for s in section.get("sets", [])}
     sets = []
     for name in dict.fromkeys([*roles, *(task for task, _, _ in latest)]):
-        students = sorted((r for (task, m, _), r in latest.items() if (task, m) == (name, STUDENT)), key=step_of)
+        students = sorted((r for (task, m, _), r in latest.items() if task == name and m in OWN), key=step_of)
         teachers = sorted((r for (task, m, _), r in latest.items() if (task, m) == (name, TEACHER)), key=step_of)
         sets.append(
             SetProgress(
@@ -137,6 +137,9 @@ def read_sets(run_dir: Path, config: dict[str, Any]) -> list[SetProgress]:
             )
         )
     return sets
+
+
+OWN = (STUDENT, PERPLEXITY)  # metrics of the model as it stands
 
 
 def step_of(row: EvalResult) -> int:

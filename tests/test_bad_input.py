@@ -212,6 +212,30 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         ["same name"],
     ),
     "no answer": (rows("eval.jsonl", {"prompt": "x"}), TRAIN, 2, ["eval.jsonl:1: answer is missing"]),
+    "no text": (
+        two(
+            setting("evaluation.sets", [{"name": "a", "file": "eval.jsonl", "grader": "perplexity"}]),
+            rows("eval.jsonl", QUESTION),
+        ),
+        TRAIN,
+        2,
+        ["eval.jsonl:1: text is missing"],
+    ),
+    "a text that is too long": (
+        two(
+            setting("evaluation.sets", [{"name": "a", "file": "eval.jsonl", "grader": "perplexity"}]),
+            rows("eval.jsonl", {"text": "word " * 5000}),
+        ),
+        TRAIN,
+        2,
+        ["eval.jsonl:1: the text has", "data.max_teacher_prompt_tokens", "cut it"],
+    ),
+    "pass@k of texts": (
+        setting("evaluation.sets", [{"name": "a", "file": "eval.jsonl", "grader": "perplexity", "pass_at": [1]}]),
+        TRAIN,
+        2,
+        ["pass_at is of answers", "remove pass_at"],
+    ),
     "an answer that is no number": (rows("eval.jsonl", b'{"prompt": "x", "answer": NaN}'), TRAIN, 2, ["NaN"]),
     "an answer that the grader cannot use": (
         two(

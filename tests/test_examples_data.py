@@ -13,6 +13,7 @@ import pytest
 from services.cli import main
 from services.graders import GRADERS
 from services.load_config import load_config
+from services.prompts import load_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 GRADER_OF = {
@@ -144,6 +145,14 @@ def test_the_instructions_are_made_again_byte_for_byte(tmp_path: Path) -> None:
 def test_retention_questions_do_not_give_their_answer_away() -> None:
     for row in read("general/retention"):
         assert not GRADERS["contains"].grade(row["prompt"], row["answer"]), row["id"]
+
+
+def test_the_passages_differ_and_are_short_enough_for_any_examples_prompts(smollm2: Path) -> None:
+    rows = read("general/prose")
+    assert len({row["id"] for row in rows}) == len({row["text"] for row in rows}) == 120
+    tokens = [len(ids) for ids in load_tokenizer(smollm2)([row["text"] for row in rows]).input_ids]
+    assert sum(tokens) > 10_000
+    assert max(tokens) <= 320
 
 
 def test_general_prompts_are_none_of_the_retention_questions() -> None:

@@ -23,7 +23,11 @@ STEP = StepMetrics(
     mismatch_kl=1e-4, tail_mass=0.01, time_rollout_s=2.0, time_score_s=1.0, time_learn_s=4.0, time_sync_s=1.0,
     time_wait_s=0.5, time_step_s=8.5, tokens_per_s=28.2, trained=8, dropped=0, in_flight=0,
 )  # fmt: skip
-SETS = [{"name": "tools", "role": "task"}, {"name": "general", "role": "retention"}]
+SETS = [
+    {"name": "tools", "role": "task"},
+    {"name": "general", "role": "retention"},
+    {"name": "prose", "role": "retention", "grader": "perplexity"},
+]
 
 
 def begin(run_dir: Path, sets: list[dict[str, str]] | None = None, **run: object) -> Path:
@@ -45,6 +49,7 @@ def train(run_dir: Path, steps: int, prompt: str = "2 + 2?") -> None:
         if step in (0, steps):
             log.evaluation(EvalResult(step, 0, "tools", "accuracy", 0.8125 if step else 0.0, 80))
             log.evaluation(EvalResult(step, 0, "general", "accuracy", 0.9875 if step else 1.0, 80))
+            log.evaluation(EvalResult(step, 0, "prose", "perplexity", 21.0 if step else 20.0, 900))
             log.sample(Sample(step, "tools", "q<1>", prompt, {"n": 4}, f"<b>{step}</b>", step > 0))
     log.close()
 
@@ -82,14 +87,28 @@ def test_the_report_of_a_finished_run_tells_the_result_and_its_uncertainty(tmp_p
     train(begin(tmp_path, SETS, state="finished"), 4)
     page = Page(write_report(tmp_path))
     assert "tools: 0.0 % → 81.3 % (n 80); retention general: 100 % → 98.8 % (n 80)" in page.text
+    assert "retention prose: perplexity 20.00 → 21.00 (n 900)" in page.text
     assert "Finished at step 4 of 4" in page.text
-    row = re.search(r"<tr><td>tools.*?</tr>", page.source, re.DOTALL)
-    assert row is not None
-    cells = [" ".join(re.sub("<[^>]+>", " ", c).split()) for c in re.findall(r"<td>(.*?)</td>", row[0], re.DOTALL)]
-    assert cells == ["tools", "task", "0.0 % 0.0 – 4.6", "81.3 % 71.3 – 88.3", "+81.3", "90.0 % 81.5 – 94.8", "80"]
+
+    def cells(name: str) -> list[str]:
+        row = re.search(rf"<tr><td>{name}.*?</tr>", page.source, re.DOTALL)
+        assert row is not None
+        return [" ".join(re.sub("<[^>]+>", " ", c).split()) for c in re.findall(r"<td>(.*?)</td>", row[0], re.DOTALL)]
+
+    assert cells("tools") == [
+        "tools",
+        "task",
+        "0.0 % 0.0 – 4.6",
+        "81.3 % 71.3 – 88.3",
+        "+81.3",
+        "90.0 % 81.5 – 94.8",
+        "80",
+    ]
+    prose = ["prose", "retention", "perplexity 20.00", "perplexity 21.00", "+5.0 %", "–", "900"]
+    assert cells("prose") == prose
     assert "32 samples trained, 0 dropped, 0 in flight after step 4." in page.text
     assert "Loss and divergence (reverse KL)" in page.text
-    assert page.source.count("<svg") == 7
+    assert page.source.count("<svg") == 8
     assert "model: tiny" in page.text
 
 
@@ -203,6 +222,7 @@ def test_status_says_how_far_a_running_run_is(tmp_path: Path) -> None:
         "loss        0.5000, 0.2500  (reverse KL 0.2500, 28 tok/s)",
         "evaluation  tools (task): 0.0 % → 81.3 % (n 80) at step 2; teacher 90.0 %",
         "            general (retention): 100 % → 98.8 % (n 80) at step 2",
+        "            prose (retention): perplexity 20.00 → 21.00 (n 900) at step 2",
         "samples     1 issued, 2 trained, 2 dropped",
         "            trained: 7 to 30 tokens, median 30",
         "            dropped: 99 to 99 tokens, median 99",

@@ -23,6 +23,7 @@ from services.metrics import EvalResult, RunLog
 from services.progress import Progress
 from services.prompts import PromptPair
 from services.retention import RetentionGuard
+from services.sections import EvaluationConfig
 
 GENERAL = {"name": "general", "file": "g.jsonl", "grader": "exact", "role": "retention", "max_new_tokens": 4}
 LOST_FROM = 3  # the version from which on the simulated student has forgotten
@@ -54,6 +55,17 @@ def test_a_set_may_lose_what_is_allowed_of_what_it_had_first_and_no_more() -> No
     assert guard.held == 2
     assert guard.judge([result(6, 0.75)]) == []
     assert guard.held == 6
+
+
+def test_a_perplexity_may_rise_by_what_is_allowed() -> None:
+    texts = {"name": "prose", "file": "p.jsonl", "grader": "perplexity", "role": "retention"}
+    guard = RetentionGuard(config().model_copy(update={"evaluation": EvaluationConfig(sets=(texts,))}), [])
+    first, fine, worse = (result(step, ppl, "prose", "perplexity") for step, ppl in ((0, 20.0), (1, 21.9), (2, 22.5)))
+    assert guard.judge([first]) == guard.judge([fine]) == []
+    assert list(map(str, guard.judge([worse]))) == [
+        "prose rose from perplexity 20.00 to 22.50 (n 10) at step 2: 12.5 %, 10 are allowed"
+    ]
+    assert guard.held == 1
 
 
 def test_after_an_interruption_it_knows_what_there_was_before_training() -> None:

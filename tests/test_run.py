@@ -120,7 +120,9 @@ def stream(undisturbed: tuple[Path, Path], tiny_model: Path) -> tuple[Path, Path
     said = tokenizer.decode(model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :])
     config.with_name("said.jsonl").write_text(json.dumps({"prompt": prompt, "answer": said}) + "\n")
     kept = {"name": "kept", "file": "said.jsonl", "grader": "exact", "role": "retention", "max_new_tokens": 8}
-    settings["evaluation"]["sets"].append(kept)
+    texts = [{"text": "Say number 1. The number is 1."}, {"text": "The capital is a number."}]
+    config.with_name("prose.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    settings["evaluation"]["sets"] += [kept, {"name": "prose", "file": "prose.jsonl", "grader": "perplexity"}]
     settings["data"] = settings.pop("stages")[0]["data"]
     settings |= {"method": "sft", "dtype": "float32", "teacher": {"weights": "base"}, "retention": {"max_drop": 0.5}}
     settings["training"]["steps"] = STEPS
@@ -186,6 +188,21 @@ def test_a_stage_is_appended_to_a_finished_run_and_accounted_for_by_itself(strea
     result = replayed(run_dir, "--steps", f"{STEPS + 1}:")
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     assert f"step {STEPS + 2}: the same to the last bit of its state" in result.stdout
+
+
+def test_the_perplexity_of_texts_is_hugging_faces(stream: Stream, tiny_model: Path) -> None:
+    config, run_dir, _ = stream
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    texts = [
+        np.asarray(tokenizer(row["text"]).input_ids) for row in map(json.loads, config.with_name("prose.jsonl").open())
+    ]
+    own = [logprobs(model, ids[:1], ids[1:]).gather(1, torch.tensor(ids[1:])[:, None]) for ids in texts]
+    rows = [row for row in read_jsonl(run_dir / "eval.jsonl") if row["metric"] == "perplexity"]
+    assert [(row["step"], row["task"]) for row in rows] == [(step, "prose") for step in (0, STEPS, STEPS + 2)]
+    assert {row["n"] for row in rows} == {sum(map(len, own))}
+    assert rows[0]["value"] == pytest.approx(float(torch.cat(own).mean().neg().exp()), rel=1e-4)
+    assert rows[1]["value"] != rows[0]["value"]
 
 
 def test_the_retention_guard_ends_a_run_that_has_lost_what_it_could(stream: Stream) -> None:
