@@ -6,6 +6,7 @@ NCCL on GPUs, gloo on CPUs, through the same calls. A group in which somebody ha
 finds out closes it, the others hear of that or reach their deadline, and the next broadcast has another group.
 """
 
+import re
 import socket
 import time
 from collections.abc import Sequence
@@ -73,11 +74,13 @@ class Group:
                 time.sleep(LOOK_S)
             work.wait()
         except RuntimeError as error:
-            raise BroadcastFailed(str(error).split(". ")[0]) from error
+            # gloo begins with its source file, and ends with advice.
+            raise BroadcastFailed(re.sub(r"^\[\S+\] ", "", str(error)).split(". ")[0]) from error
 
     def close(self) -> None:
         """Leave; the others find out."""
         self._group.abort()
+        del self._group  # gloo closes its connections with it
 
 
 def cut(sizes: Sequence[int]) -> list[range]:

@@ -7,6 +7,7 @@ A broadcast only makes it faster: whom it does not reach, or not whole, takes th
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
@@ -19,7 +20,8 @@ from learner.waiting import all_of, within
 from services.supervised import EngineLost, Group, SupervisedEngine, reason
 
 JOIN_S = 30.0  # at most for all members to meet
-TRIES = 3  # failures in a row before no more is tried
+SLOW_S = 5.0  # a failure that took so long was waited for in vain
+TRIES = 3  # such failures in a row before no more is tried; quick ones cost nothing, as when an engine has died
 Failure = (RayError, TimeoutError, EngineLost, LearnerLost)
 
 
@@ -43,7 +45,7 @@ class Broadcast:
         """learner: whoever it is at the time."""
         self._role, self._learner, self._notice = role, learner, notice
         self._group: Group | None = None
-        self._failures = 0  # in a row
+        self._slow_failures = 0  # in a row
 
     @asynccontextmanager
     async def to(self, engines: Sequence[SupervisedEngine], timeout_s: float) -> AsyncIterator[Group | None]:
@@ -51,10 +53,13 @@ class Broadcast:
 
         Yields the group; None if there is none, and they have to load it from memory.
         """
-        group = await self._formed(engines, min(JOIN_S, timeout_s / 2)) if engines and self._failures < TRIES else None
+        group = None
+        if engines and self._slow_failures < TRIES:
+            group = await self._formed(engines, min(JOIN_S, timeout_s / 2))
         if group is None:
             yield None
             return
+        since = time.monotonic()
         # Half: those who wait in vain still have time to load it another way.
         work = self._learner().send(self._role, timeout_s / 2)
         sending = asyncio.ensure_future(within(work, timeout_s, f"the learner to broadcast {self._role} weights"))
@@ -65,18 +70,18 @@ class Broadcast:
                 await sending
             except Failure as error:
                 group.broken = True
-                self._failed(f"was broken off: {reason(error)}")
+                self._failed(f"was broken off: {reason(error)}", since)
         if group.broken:
             self._group = None
         else:
-            self._failures = 0
+            self._slow_failures = 0
 
     async def _formed(self, engines: Sequence[SupervisedEngine], limit_s: float) -> Group | None:
         sender, members = self._learner(), tuple(engine.process for engine in engines)
         group = self._group
         if group is not None and group.sender is sender and group.members == members:
             return group
-        self._group, size = None, len(members) + 1
+        self._group, size, since = None, len(members) + 1, time.monotonic()
         what = f"the learner and {len(members)} {self._role} engines to meet for broadcasts"
         try:
             address, port = await sender.meet(self._role)
@@ -85,12 +90,14 @@ class Broadcast:
             await within(all_of([sender.join(self._role, size, limit_s), *joining]), 2 * limit_s, what)
         except Failure as error:
             why = f"{error} is lost" if isinstance(error, EngineLost) else reason(error)
-            self._failed(f"has no group: {why}")
+            self._failed(f"has no group: {why}", since)
             return None
         self._group = Group(sender, members)
         return self._group
 
-    def _failed(self, how: str) -> None:
-        self._failures += 1
-        then = "; no more is tried" if self._failures == TRIES else ""
+    def _failed(self, how: str, since: float) -> None:
+        then = ""
+        if time.monotonic() - since > SLOW_S:
+            self._slow_failures += 1
+            then = "; no more is tried" if self._slow_failures == TRIES else ""
         self._notice(f"the broadcast of {self._role} weights {how}; they are loaded from memory{then}")
