@@ -163,15 +163,15 @@ def prepared(case: Case, batch: int) -> Prepared:
     )
     prompts = [PromptPair([1] * PROMPT, [1] * TEACHER_PROMPT)] * 1000
     (task,) = config.tasks
+    (schedule,) = make_schedule([task], [len(prompts)]).stages
     return Prepared(
         config=config,
         path=Path("simulated.yaml"),
         model=Path("simulated"),
         shape=ModelShape(0, 0, 0, 0, 0),
         tokenizer=None,
-        stages=(Stage("", task, prompts, [], fingerprint=""),),
+        stages=(Stage("", task, prompts, [], schedule, fingerprint=""),),
         common=[],
-        schedule=make_schedule([task], [len(prompts)]),
         plan=Plan((), (), ()),
     )
 

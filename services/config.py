@@ -133,12 +133,15 @@ class RunConfig(Section):
                 f"run; set training.max_staleness to 1 or more, or leave max_replicas out"
             )
         apart = self.weights.teacher_sync_every
-        if self.strict and self.teacher.weights == "ema" and self.checkpoint.every % apart:
-            raise ValueError(
-                f"checkpoint.every {self.checkpoint.every} is no multiple of weights.teacher_sync_every {apart}: "
-                f"continued from a checkpoint in between, a run would have a newer teacher than one that was never "
-                f"stopped; make it one"
-            )
+        saved = {"checkpoint.every": self.checkpoint.every}
+        if self.retention is not None and self.retention.action == "stop" and self.evaluation.every:
+            saved["evaluation.every"] = self.evaluation.every  # the guard saves where it stops
+        for key, every in saved.items():
+            if self.strict and self.teacher.weights == "ema" and every % apart:
+                raise ValueError(
+                    f"{key} {every} is no multiple of weights.teacher_sync_every {apart}: continued from a checkpoint "
+                    f"in between, a run would have a newer teacher than one that was never stopped; make it one"
+                )
         if self.dtype == "bfloat16" and self.learner.zero_stage == 0:
             raise ValueError(
                 "learner.zero_stage 0 keeps no float32 masters of bfloat16 weights; set it to 1 (the same cost on "

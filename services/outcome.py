@@ -23,8 +23,8 @@ def dtype_lines(config: RunConfig) -> list[str]:
 def stage_lines(prepared: Prepared) -> list[str]:
     """A line for each stage: what is trained on, for how long, and by what."""
     lines = []
-    for stage, schedule in zip(prepared.stages, prepared.schedule.stages, strict=True):
-        c = stage.config
+    for stage in prepared.stages:
+        c, schedule = stage.config, stage.schedule
         learns = f"{c.loss.divergence} divergence, {c.teacher.weights} teacher"
         if on_demonstrations(c):
             learns = f"{c.method} on the demonstrations' own tokens"

@@ -24,7 +24,7 @@ from services.methods import loss_of, on_demonstrations, teacher_of
 from services.models import resolve_model
 from services.plan import Plan, engine_settings, make_plan, roles
 from services.prompts import PromptBuilder, PromptPair, build_prompts, load_tokenizer, shown_to_teacher, text_prompts
-from services.schedule import Schedule, make_schedule
+from services.schedule import Schedule, StageSchedule, make_schedule
 from services.sections import EvaluationSet
 from services.shape import ModelShape
 from services.sinks import check_sinks
@@ -44,6 +44,7 @@ class Stage:
     config: TaskConfig
     prompts: list[PromptPair]  # of the demonstrations, in file order
     sets: list[LoadedSet]  # its own
+    schedule: StageSchedule
     fingerprint: str  # of whatever must not change between a run, up to this stage's end, and its continuation
 
 
@@ -58,8 +59,12 @@ class Prepared:
     tokenizer: "PreTrainedTokenizerBase"
     stages: tuple[Stage, ...]
     common: list[LoadedSet]  # evaluation sets of no stage
-    schedule: Schedule
     plan: Plan
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of all stages."""
+        return Schedule(tuple(stage.schedule for stage in self.stages))
 
     @property
     def sets(self) -> list[LoadedSet]:
@@ -96,11 +101,12 @@ def prepare(config: RunConfig, path: Path) -> Prepared:
     tokenizer = load_tokenizer(model)
     names = [s.name for s in config.stages] or [""]
     stages: list[Stage] = []
-    for name, (task, demonstrations, questions) in zip(names, loaded, strict=True):
+    schedules = make_schedule(config.tasks, [len(demonstrations) for _, demonstrations, _ in loaded]).stages
+    for name, (task, demonstrations, questions), schedule in zip(names, loaded, schedules, strict=True):
         reply = task.sampling.max_new_tokens if on_demonstrations(task) else None
         prompts = build_prompts(_builder(tokenizer, task, base), demonstrations, *_limits(task), reply)
         fingerprint = _fingerprint(stages[-1].fingerprint if stages else "", task, model, prompts)
-        stages.append(Stage(name, task, prompts, _sets(questions, tokenizer, task, base), fingerprint))
+        stages.append(Stage(name, task, prompts, _sets(questions, tokenizer, task, base), schedule, fingerprint))
     shape = ModelShape.of(model, config.learner.lora)
     longest = [max(len(p.student_ids) for p in stage.prompts) for stage in stages]
     return Prepared(
@@ -111,7 +117,6 @@ def prepare(config: RunConfig, path: Path) -> Prepared:
         tokenizer=tokenizer,
         stages=tuple(stages),
         common=_sets(common, tokenizer, stages[0].config, base),
-        schedule=make_schedule(config.tasks, [len(stage.prompts) for stage in stages]),
         plan=make_plan(config, shape, longest),
     )
 
@@ -157,13 +162,13 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
     c = prepared.config
     stages = tuple(
         StageSettings(
-            before=schedule.before,
-            steps=schedule.last - schedule.before,
+            before=stage.schedule.before,
+            steps=stage.schedule.last - stage.schedule.before,
             loss=loss_of(stage.config),
             optimizer=stage.config.learner.optimizer,
             keep_moments=stage.config.keep_moments,
         )
-        for stage, schedule in zip(prepared.stages, prepared.schedule.stages, strict=True)
+        for stage in prepared.stages
     )
     return LearnerSettings(
         model=str(prepared.model),

@@ -55,10 +55,7 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
             "state": "running",
             "error": None,
             "total_steps": total,
-            "stages": [
-                (stage.name, schedule.last)
-                for stage, schedule in zip(prepared.stages, prepared.schedule.stages, strict=True)
-            ],
+            "stages": [(stage.name, stage.schedule.last) for stage in prepared.stages],
             "started": time.time(),
         }
         _write_state(run_dir, state)

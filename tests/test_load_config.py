@@ -112,6 +112,12 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
         ("learner: {optimizer: {betas: [0.9]}}", "my.yaml: learner.optimizer.betas[1] is missing from the list"),
         ("seed: -1\nray: {wait_s: 0}", "my.yaml: seed must be at least 0, not -1 (and 1 more)"),
         (
+            "weights: {teacher_sync_every: 10}\nevaluation: {every: 5, sets: [{name: a, file: f, grader: exact}]}\n"
+            "retention: {max_drop: 0.1, sets: [a], action: stop}",
+            "my.yaml: evaluation.every 5 is no multiple of weights.teacher_sync_every 10: continued from a checkpoint "
+            "in between, a run would have a newer teacher than one that was never stopped; make it one",
+        ),
+        (
             "weights: {teacher_sync_every: 20}",
             "my.yaml: checkpoint.every 50 is no multiple of weights.teacher_sync_every 20: continued from a checkpoint "
             "in between, a run would have a newer teacher than one that was never stopped; make it one",

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def test_nothing_of_a_stage_is_begun_before_it_is_open(tmp_path: Path) -> None:
     one = prepared(case, 4)
     stage = one.stages[0]
     schedule = make_schedule([stage.config] * 2, [len(stage.prompts)] * 2)
-    both = type(one)(**vars(one) | {"stages": (stage, stage), "schedule": schedule})
+    both = replace(one, stages=tuple(replace(stage, schedule=s) for s in schedule.stages))
 
     async def run() -> list[int]:
         students, teachers = pool(case, "student", 1, lambda n: Student(n, case)), pool(case, "teacher", 1, Teacher)
