@@ -3,8 +3,9 @@
     experiments ─► variants ─► `sdft train CONFIG --set ...`, one run after the other ─► their results ─► tables, a plot
 
 Runs are kept in runs/continual/VARIANT-SEED, and experiments share those that they have in common. Stopped and started
-again, it goes on where it was: a finished run is not repeated, an unfinished one resumes. `--full` has three seeds and
-four learning rates for each method; without it there is one seed, and few rates.
+again, it goes on where it was: a finished run is not repeated, an unfinished one resumes. By itself it does the
+experiment `sequence` with few rates and one seed; `--only` names others, and `--full` does all, with four learning rates
+for each method and three seeds.
 """
 
 import argparse
@@ -90,11 +91,12 @@ EXPERIMENTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--full", action="store_true", help="three seeds, and every method at four rates")
-    parser.add_argument("--only", choices=EXPERIMENTS, nargs="+", help="these experiments (default: all)")
+    parser.add_argument("--full", action="store_true", help="all experiments, three seeds, every method at four rates")
+    parser.add_argument("--only", choices=EXPERIMENTS, nargs="+", help="these experiments")
     parser.add_argument("--runs", type=Path, default=Path("runs/continual"), help="where the runs are kept")
     given = parser.parse_args()
-    experiments = {name: variants for name, variants in EXPERIMENTS.items() if name in (given.only or EXPERIMENTS)}
+    chosen = given.only or (EXPERIMENTS if given.full else ["sequence"])
+    experiments = {name: variants for name, variants in EXPERIMENTS.items() if name in chosen}
     if given.full and "sequence" in experiments:
         experiments["sequence"] = FULL
     seeds = SEEDS if given.full else SEEDS[:1]
