@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 
 from actors.types import Rendezvous
 from learner.group import LearnerLost
-from learner.waiting import all_of, within
+from learner.waiting import all_of, cancelled, within
 from services.supervised import EngineLost, Group, SupervisedEngine, reason
 
 JOIN_S = 30.0  # at most for all members to meet
@@ -65,12 +65,13 @@ class Broadcast:
         sending = asyncio.ensure_future(within(work, timeout_s, f"the learner to broadcast {self._role} weights"))
         try:
             yield group
-        finally:
             try:
                 await sending
             except Failure as error:
                 group.broken = True
                 self._failed(f"was broken off: {reason(error)}", since)
+        finally:
+            await cancelled([sending])  # if the run ends meanwhile
         if group.broken:
             self._group = None
         else:

@@ -7,6 +7,7 @@ import pytest
 
 from actors.types import BroadcastFailed, Rendezvous, Snapshot, UpdateReport
 from learner.group import LearnerLost
+from learner.waiting import cancelled
 from services.broadcast import TRIES, Broadcast
 from tests.simulated import SimulatedEngine
 from tests.test_pools import Bench
@@ -130,6 +131,24 @@ def test_one_that_is_lost_while_a_group_forms_is_replaced_and_the_others_load_fr
         await it.publish(2)
         assert [engine.version for engine in it.started] == [2, 2, 0, 2]
         assert learner.met[-1] == 4
+        await it.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_a_run_that_ends_meanwhile_does_not_wait_for_it() -> None:
+    async def run() -> None:
+        class Slow(Learner):
+            async def send(self, role: str, timeout_s: float) -> None:
+                await asyncio.sleep(60)
+
+        it = bench(Slow())
+        await it.pool.start()
+        publishing = asyncio.create_task(it.publish(1))
+        await asyncio.sleep(0.05)
+        assert came(it) == [["broadcast"]] * 3
+        async with asyncio.timeout(1):
+            await cancelled([publishing])
         await it.pool.stop()
 
     asyncio.run(run())
