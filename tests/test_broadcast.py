@@ -37,6 +37,7 @@ class Member(SimulatedEngine):
     """Knows how its weights came."""
 
     misses = False  # the next broadcast
+    takes_s = 0.0
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -52,7 +53,7 @@ class Member(SimulatedEngine):
             self.misses = False
             raise BroadcastFailed("arrived damaged")
         self.came.append("broadcast")
-        return super().update_weights(snapshot)
+        return self.takes_s, super().update_weights(snapshot)[1]
 
     def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
         self.came.append("memory")
@@ -144,6 +145,8 @@ def test_a_run_that_ends_meanwhile_does_not_wait_for_it() -> None:
 
         it = bench(Slow())
         await it.pool.start()
+        for engine in it.started:
+            engine.takes_s = 60
         publishing = asyncio.create_task(it.publish(1))
         await asyncio.sleep(0.05)
         assert came(it) == [["broadcast"]] * 3

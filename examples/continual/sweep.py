@@ -4,8 +4,8 @@
 
 Runs are kept in runs/continual/VARIANT-SEED, and experiments share those that they have in common. Stopped and started
 again, it goes on where it was: a finished run is not repeated, an unfinished one resumes. By itself it does the
-experiment `sequence` with few rates and one seed; `--only` names others, and `--full` does all, with four learning rates
-for each method and three seeds.
+experiment `sequence` with few rates and one seed; `--only` names others, and `--full` does all, with four learning
+rates for each method and three seeds.
 """
 
 import argparse
