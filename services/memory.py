@@ -15,13 +15,20 @@ PEFT_GIB = 0.1
 
 
 def learner_gib(
-    config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, tokens: int, rows: int
+    config: LearnerConfig,
+    teacher: TeacherConfig,
+    dtype: str,
+    shape: ModelShape,
+    tokens: int,
+    rows: int,
+    stages: int = 1,
 ) -> float:
     """Peak of the first rank, which also holds the snapshots, for forwards of `tokens`, `rows` of them in the loss."""
-    process, state_bytes = PROCESS_GIB, _state_bytes
-    if config.lora is not None:
-        process, state_bytes = PROCESS_GIB + PEFT_GIB, _lora_state_bytes
-    total = state_bytes(config, teacher, dtype, shape) + _activation_bytes(config, dtype, shape, tokens)
+    if config.lora is None:
+        process, total = PROCESS_GIB, _state_bytes(config, teacher, dtype, shape)
+    else:
+        process, total = PROCESS_GIB + PEFT_GIB, _lora_state_bytes(config, teacher, dtype, shape, stages)
+    total += _activation_bytes(config, dtype, shape, tokens)
     return process + (total + _loss_bytes(config, dtype, shape, rows)) / GIB
 
 
@@ -36,11 +43,15 @@ def _state_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shap
     return shape.parameters * (optimizer + accumulated + weights + snapshots)
 
 
-def _lora_state_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape) -> float:
-    """The model, frozen; the teacher's change of it in float32, and its snapshot. While a student's snapshot is
-    verified, the model merged and the file that it is merged from."""
+def _lora_state_bytes(
+    config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, stages: int
+) -> float:
+    """The model, frozen; the teacher's change of it in float32, if it ever changes, and its snapshot. While a student's
+    snapshot is verified, the model merged and the file that it is merged from."""
     width = WIDTH[dtype]
-    change = 4 * shape.adapted / config.ranks if teacher.weights == "ema" and teacher.alpha > 0 else 0
+    becomes_student = stages > 1 and teacher.weights in ("ema", "frozen")
+    moves = teacher.weights == "ema" and teacher.alpha > 0
+    change = 4 * shape.adapted / config.ranks if moves or becomes_student else 0
     model = width * shape.parameters
     snapshots = model * (1 if teacher.weights == "live" else 2) + width * shape.adapters + FILE_BYTES * shape.parameters
     frozen = model / (config.ranks if config.zero_stage > 2 else 1)

@@ -84,7 +84,8 @@ def make_plan(config: RunConfig, shape: ModelShape, longest_prompts: Sequence[in
     one = config.learner
     tasks = zip(config.tasks, longest_prompts, strict=True)
     forwards = [_largest_forward(task, longest) for task, longest in tasks]
-    memory = max(learner_gib(one, teacher_of(config), config.dtype, shape, *forward) for forward in forwards)
+    teacher, stages = teacher_of(config), len(forwards)
+    memory = max(learner_gib(one, teacher, config.dtype, shape, *forward, stages) for forward in forwards)
     gpus = one.gpus if cuda else 0
     learners = tuple(Part(f"learner rank {i}", one.cpus, gpus, memory, one.labels) for i in range(one.ranks))
     pools = [(role, config.actors.of(role)) for role in roles(config)]

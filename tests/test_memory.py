@@ -13,18 +13,20 @@ from learner.config import LearnerConfig, LoraConfig, TeacherConfig
 from learner.group import LearnerGroup
 from learner.types import LearnerSettings, StageSettings
 from services.memory import learner_gib
+from services.processor import native_dtype
 from services.shape import ModelShape
 
 BASE = LearnerConfig(micro_batch_tokens=8192)
+NATIVE = native_dtype("cpu")  # the other one may take minutes here
 
 
 @pytest.mark.parametrize(
     ("dtype", "config", "sequences"),
     [
-        ("bfloat16", BASE, 6),
+        (NATIVE, BASE, 6),
         ("float32", BASE.model_copy(update={"zero_stage": 2}), 4),
-        ("bfloat16", BASE.model_copy(update={"gradient_checkpointing": True}), 12),
-        ("bfloat16", BASE.model_copy(update={"lora": LoraConfig()}), 6),
+        (NATIVE, BASE.model_copy(update={"gradient_checkpointing": True}), 12),
+        (NATIVE, BASE.model_copy(update={"lora": LoraConfig()}), 6),
     ],
 )
 def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(
@@ -47,3 +49,15 @@ def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(
     shape = ModelShape.of(smollm2, config.lora)
     predicted = learner_gib(config, teacher, dtype, shape, sequences * (PROMPT + COMPLETION), sequences * COMPLETION)
     assert predicted == pytest.approx(asyncio.run(peak()), rel=0.15)
+
+
+def test_a_lora_teacher_that_becomes_the_student_at_each_stage_keeps_its_change_in_float32() -> None:
+    shape = ModelShape(parameters=0, layers=1, hidden=8, intermediate=8, vocabulary=8, adapted=2**30)
+    lora = BASE.model_copy(update={"lora": LoraConfig()})
+
+    def gib(weights: str, stages: int) -> float:
+        return learner_gib(lora, TeacherConfig(weights=weights), NATIVE, shape, 1, 1, stages)
+
+    assert gib("frozen", 2) - gib("frozen", 1) == pytest.approx(4)
+    assert gib("base", 2) == gib("base", 1)
+    assert gib("ema", 2) == gib("ema", 1)
