@@ -52,7 +52,7 @@ def _train(a: argparse.Namespace) -> None:
     if shape.adapters:
         size += f" (LoRA trains {shape.adapters / 1e6:.1f} M)"
     lines = [f"{size} in {config.dtype}", *dtype_lines(config), *stage_lines(prepared)]
-    console.print(*lines, sep="\n", markup=False, highlight=False)
+    console.print(*lines, sep="\n", markup=False, highlight=False, soft_wrap=True)
     console.print(prepared.plan.text(), markup=False, highlight=False)
     if a.dry_run:
         print(resolved_yaml(config))

@@ -135,6 +135,9 @@ class Monkey:
             if self.killed.total() >= BETWEEN_DRIVERS * (1 + self.killed["driver killed"]):
                 self.step("a step before the driver is killed")
                 self.kill_driver()
+            # Spread over the run, so that its stages begin under fire too.
+            while self.rows() < (STEPS - 6) * self.killed.total() / KILLS:
+                self.step("a step between two rounds")
             self.take()
         assert self.driver.wait(timeout=500) == 0, self.log.read_text()[-3000:]
 
