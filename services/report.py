@@ -183,10 +183,6 @@ def draw(
         note = "Bands: 95 % Wilson intervals. Dashed: retention. Dotted: the teacher, shown the demonstration."
         roles = {one.name: one.role for one in sets}
         drawn.append(Chart("Accuracy and retention", charts.accuracy_chart(results, roles, stages), note))
-    texts = [r for r in results if r.metric == PERPLEXITY]
-    if texts:
-        note = "Of texts as they are, outside of any chat: lower is better."
-        drawn.append(Chart("Perplexity", charts.perplexity_chart(texts), note, wide=False))
     if steps:
         name = steps[-1].divergence_name
         note = f"The {name} of teacher and student on the student's tokens; the loss adds the importance weights."
@@ -202,6 +198,10 @@ def draw(
             ("Tail mass", charts.tail_chart, "What the top-K of the teacher leaves to the tail bucket."),
         ]
         drawn += [Chart(title, chart(steps), note, wide=False) for title, chart, note in small]
+    texts = [r for r in results if r.metric == PERPLEXITY]
+    if texts:
+        note = "Of texts as they are, outside of any chat: lower is better."
+        drawn.append(Chart("Perplexity", charts.perplexity_chart(texts), note, wide=False))
     if lengths:
         note = "; ".join(f"{state}: {spread(counts)}" for state, counts in lengths.items())
         drawn.append(Chart("Lengths", charts.length_chart(lengths), f"{note[0].upper()}{note[1:]}.", wide=False))
