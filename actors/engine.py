@@ -344,10 +344,10 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
             tensors = _tensors(_mapped(update_info.path), update_info.entries)
         else:
             tensors = self._received(update_info.entries, time.monotonic() + update_info.within_s)
-        if update_info.scale is not None:
-            base, dtype = Path(self.model_config.model), self.model_config.dtype
-            tensors = merged(base, dict(tensors), update_info.scale, dtype)
         try:
+            if update_info.scale is not None:
+                base, dtype = Path(self.model_config.model), self.model_config.dtype
+                tensors = merged(base, dict(tensors), update_info.scale, dtype)
             self.model.load_weights(tensors)
         except BroadcastFailed:
             self.shutdown()

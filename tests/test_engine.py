@@ -106,6 +106,21 @@ def publisher_of(model: Path) -> Publisher:
     return Publisher(model, torch.float32, PROBE, "")
 
 
+@pytest.fixture
+def broadcaster(engines: list) -> Iterator[Broadcaster]:
+    """In a group with the sound engine."""
+    broadcaster = Broadcaster("cpu", "127.0.0.1")
+    joining = engines[0].join.remote(Rendezvous(*broadcaster.meet("student"), rank=1, size=2, timeout_s=30))
+    broadcaster.join("student", 2, 30)
+    ray.get(joining, timeout=60)
+    yield broadcaster
+    broadcaster.close("student")
+
+
+def send(broadcaster: Broadcaster, publisher: Publisher) -> None:
+    broadcaster.send("student", publisher.payload("student"), publisher.entries("student"), 30)
+
+
 def test_log_probs_are_hugging_faces_before_and_after_a_weight_update(engines: list, tiny_model: Path) -> None:
     compare(engines[0], AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), 0)
     model = changed(tiny_model)
@@ -117,7 +132,10 @@ def test_log_probs_are_hugging_faces_before_and_after_a_weight_update(engines: l
     compare(engines[0], model, 3)
 
 
-def test_adapters_are_merged_into_the_base_model(engines: list, tiny_model: Path) -> None:
+@pytest.mark.parametrize("transport", ["memory", "broadcast"])
+def test_adapters_are_merged_into_the_base_model(
+    transport: str, engines: list, broadcaster: Broadcaster, tiny_model: Path
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     torch.manual_seed(2)
     adapters, scale = {}, 0.5
@@ -127,8 +145,14 @@ def test_adapters_are_merged_into_the_base_model(engines: list, tiny_model: Path
             module.weight.data += scale * up @ down
             adapters |= {f"model.layers.{name}.lora_A.weight": down, f"model.layers.{name}.lora_B.weight": up}
     sent = Content(adapters.items(), sum(a.nbytes for a in adapters.values()), scale)
-    snapshot = publisher_of(tiny_model).publish("student", 4, sent)
-    report = ray.get(engines[0].update_weights.remote(snapshot), timeout=60)
+    publisher = publisher_of(tiny_model)
+    snapshot = publisher.publish("student", 4, sent)
+    if transport == "memory":
+        report = ray.get(engines[0].update_weights.remote(snapshot), timeout=60)
+    else:
+        receiving = engines[0].receive_weights.remote(snapshot, 30)
+        send(broadcaster, publisher)
+        report = ray.get(receiving, timeout=60)
     assert report.probe_gap < 1e-4
     compare(engines[0], model, 4)
 
@@ -171,21 +195,6 @@ def test_a_damaged_snapshot_is_refused_by_the_name_of_the_tensor(engines: list, 
     before = ray.get(engines[0].generate.remote([GenerateRequest(PROMPT, 1)], Sampling(4)), timeout=60)[0].versions
     assert before[0][0] != 4
     assert ray.get(engines[0].update_weights.remote(snapshot), timeout=60).version == 4
-
-
-@pytest.fixture
-def broadcaster(engines: list) -> Iterator[Broadcaster]:
-    """In a group with the sound engine."""
-    broadcaster = Broadcaster("cpu", "127.0.0.1")
-    joining = engines[0].join.remote(Rendezvous(*broadcaster.meet("student"), rank=1, size=2, timeout_s=30))
-    broadcaster.join("student", 2, 30)
-    ray.get(joining, timeout=60)
-    yield broadcaster
-    broadcaster.close("student")
-
-
-def send(broadcaster: Broadcaster, publisher: Publisher) -> None:
-    broadcaster.send("student", publisher.payload("student"), publisher.entries("student"), 30)
 
 
 def test_weights_by_broadcast_are_the_learners(engines: list, broadcaster: Broadcaster, tiny_model: Path) -> None:
