@@ -70,6 +70,9 @@ class Broadcast:
             except Failure as error:
                 group.broken = True
                 self._failed(f"was broken off: {reason(error)}", since)
+            else:
+                if group.broken:
+                    self._failed("did not reach all engines whole", since)
         finally:
             await cancelled([sending])  # if the run ends meanwhile
         if group.broken:

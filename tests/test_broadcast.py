@@ -107,6 +107,8 @@ def test_whom_a_broadcast_did_not_reach_loads_from_memory_and_the_next_has_a_new
         await it.publish(2)
         assert came(it) == [["broadcast"], ["memory"], ["broadcast"]]
         assert [engine.version for engine in it.started] == [2, 2, 2]
+        how = "did not reach all engines whole; they are loaded from memory"
+        assert it.notices == [f"the broadcast of student weights {how}"]
         await it.publish(3)
         assert came(it) == [["broadcast"]] * 3
         assert learner.met == [4, 4]
