@@ -86,6 +86,7 @@ class EngineSettings:
     max_logprobs: int
     max_num_seqs: int
     hold: bool  # batches are held until they are whole, one at a time; else what comes is computed as it comes
+    share_prompts: bool  # sequences that begin with the same prompt compute it once
     gpu_memory_utilization: float
     enforce_eager: bool
     max_probe_gap: float

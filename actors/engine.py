@@ -9,6 +9,9 @@
 With settings.hold a batch is held, enqueued whole, then released: the scheduler then sees the same batch in every run,
 so tokens and log-probs are the same bit for bit, however slowly the requests arrive. Without it many calls share the
 engine, each with a sequence or a few, and join what is being computed as they come.
+
+With settings.share_prompts a prompt that several sequences begin with is computed once, and kept until the next held
+batch or the next weights: a pause empties vLLM's cache.
 """
 
 import asyncio
@@ -19,12 +22,12 @@ import multiprocessing.util
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing.synchronize import SemLock
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -43,8 +46,10 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.request import Request
 
 from actors.adapters import merged
 from actors.collective import Group, bucket, cut, visit, whole
@@ -64,6 +69,7 @@ from actors.types import (
     WeightMismatch,
 )
 
+T = TypeVar("T")
 PR_SET_PDEATHSIG = 1
 BACKEND = "sdft"
 Entry = tuple[str, str, list[int], int, int]  # name, dtype, shape, offset, bytes
@@ -93,8 +99,10 @@ class Engine:
                 # Prompts are not cut in two: CPU generators cannot skip ahead, a cut seeded prompt kills the engine.
                 enable_chunked_prefill=False,
                 max_num_batched_tokens=max(s.max_model_len, 2048),
-                # A cache hit changes the shapes of a prefill and with them the last bits of a log-prob.
-                enable_prefix_caching=False,
+                # A hit changes the shapes of a prefill and with them the last bits of a log-prob, in each run the same.
+                enable_prefix_caching=s.share_prompts,
+                scheduler_cls=SharedPrompts if s.share_prompts else None,
+                block_size=64 if s.share_prompts and s.device == "cpu" else None,  # only whole blocks are shared
                 max_logprobs=s.max_logprobs,
                 logprobs_mode="processed_logprobs",  # of the distribution that was sampled from, temperature included
                 gpu_memory_utilization=s.gpu_memory_utilization,
@@ -270,7 +278,7 @@ def _scoring(prompt: int, k: int) -> SamplingParams:
         extra_args={FIRST_ROW: prompt - 1},
         flat_logprobs=True,
         detokenize=False,
-        skip_reading_prefix_cache=True,
+        skip_reading_prefix_cache=False,  # the default of requests like this one; see SharedPrompts
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
@@ -423,6 +431,33 @@ def _tensors(payload: memoryview, entries: Sequence[Entry]) -> Iterator[tuple[st
 WeightTransferEngineFactory.register_engine(BACKEND, SnapshotTransfer)
 
 
+class SharedPrompts(AsyncScheduler):
+    """Of a sequence to be scored only what lies before its first row comes from the cache: what does has no log-probs.
+
+    vLLM would take as much as there is, the beginnings of completions included, or nothing.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        manager = self.kv_cache_manager
+        manager.get_computed_blocks = functools.partial(
+            _cached_before_scores, manager.get_computed_blocks, self.hash_block_size
+        )
+
+
+def _cached_before_scores(find: Callable[[Request], T], block: int, request: Request) -> T:
+    """What `find` finds, had the request no more whole blocks than lie before its row FIRST_ROW."""
+    extra = request.sampling_params.extra_args if request.sampling_params else None
+    if not extra:
+        return find(request)
+    hashes = request.block_hashes
+    request.block_hashes = hashes[: extra[FIRST_ROW] // block]
+    try:
+        return find(request)
+    finally:
+        request.block_hashes = hashes
+
+
 class WorkerExtension:
     """Named in the engine's settings so that its worker processes import this file and know the transfer above."""
 
@@ -437,13 +472,14 @@ class WorkerExtension:
 def _completion_scores(
     runner: Any, hidden_states: torch.Tensor, scheduled: dict[str, int]
 ) -> dict[str, LogprobsTensors | None]:
-    """The runner's `_get_prompt_logprobs_dict` from row FIRST_ROW on. Prompts come whole: they are never cut."""
+    """The runner's `_get_prompt_logprobs_dict` from FIRST_ROW on. Prompts are not cut, but may begin in the cache."""
     scores: dict[str, LogprobsTensors | None] = {}
     for request_id in [r for r in runner.num_prompt_logprobs if r in scheduled]:
         k = runner.num_prompt_logprobs.pop(request_id)
         request = runner.requests[request_id]
         ids, first = request.prompt_token_ids, request.sampling_params.extra_args[FIRST_ROW]
-        offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
+        begin = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
+        offset = begin - request.num_computed_tokens
         logits = runner.model.compute_logits(hidden_states[offset + first : offset + len(ids) - 1])
         targets = torch.tensor(ids[first + 1 :], device=logits.device)
         top = runner.sampler.gather_logprobs(runner.sampler.compute_logprobs(logits), k, targets)

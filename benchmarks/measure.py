@@ -9,16 +9,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+Case = TypeVar("Case")
 RESULTS = Path(__file__).parent / "results"
 
 
-def seconds_in_turn(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def seconds_in_turn(cases: dict[Case, Callable[[], object]], rounds: int) -> dict[Case, float]:
     """Median seconds of each case. A round runs every case once, so a slow minute of the machine meets all of them."""
-    times: dict[str, list[float]] = {name: [] for name in cases}
+    times: dict[Case, list[float]] = {name: [] for name in cases}
     for i in range(rounds + 1):
         for name, run in cases.items():
             seconds = _timed(run)

@@ -1,9 +1,10 @@
-"""Teacher scoring in a real engine on SmolLM2-135M: head and log-probs of all rows, as vLLM does, against only those
-of the completion.
+"""Teacher scoring in a real engine on SmolLM2-135M, three ways: head and log-probs of all rows, as vLLM does; of the
+completion's rows only; and with a prompt computed once for all of its rollouts.
 
     python -m benchmarks.scoring
 
-Eight sequences of 150 prompt and 32 completion tokens, the shape of a step of the tool example, K = 64, bfloat16.
+Eight sequences of 150 prompt and 32 completion tokens, the shape of a step of the tool example, K = 64, in the dtype of
+this processor: of eight prompts, and four rollouts each of two.
 """
 
 import os
@@ -18,19 +19,24 @@ from actors.config import EngineSettings
 from actors.worker import EngineWorker
 from benchmarks.measure import report, seconds_in_turn
 from services.models import resolve_model
+from services.processor import native_dtype
 
 SEQUENCES, PROMPT, COMPLETION, K, ROUNDS = 8, 150, 32, 64, 7
+DTYPE = native_dtype("cpu")
+ALL_ROWS, ALONE, SHARED = "all rows", "completion rows", "completion rows, prompts shared"
+EXTENSION = "actors.engine.WorkerExtension"
 
 
-def settings(extension: str) -> EngineSettings:
+def settings(extension: str, share_prompts: bool) -> EngineSettings:
     return EngineSettings(
         model=str(resolve_model("smollm2-135m", Path.cwd())),
-        dtype="bfloat16",
+        dtype=DTYPE,
         device="cpu",
         max_model_len=512,
         max_logprobs=K,
         max_num_seqs=SEQUENCES,
         hold=True,
+        share_prompts=share_prompts,
         gpu_memory_utilization=0.1,
         enforce_eager=True,
         max_probe_gap=1.0,
@@ -40,18 +46,25 @@ def settings(extension: str) -> EngineSettings:
     )
 
 
-def measure() -> dict[str, float]:
-    """Median seconds of scoring a batch, as actors as in a run, in turn: the other engine is idle."""
+def sequences(prompts: int) -> list[Any]:
+    """(prompt, completion) pairs, as many to each of so many prompts."""
     rng = np.random.default_rng(0)
-    pairs = [
-        tuple(rng.integers(100, 40000, n).astype(np.int32) for n in (PROMPT, COMPLETION)) for _ in range(SEQUENCES)
+    tokens = [rng.integers(100, 40000, PROMPT).astype(np.int32) for _ in range(prompts)]
+    return [
+        (tokens[i * prompts // SEQUENCES], rng.integers(100, 40000, COMPLETION).astype(np.int32))
+        for i in range(SEQUENCES)
     ]
-    extensions = {"all rows": "benchmarks.all_rows.Extension", "completion rows": "actors.engine.WorkerExtension"}
-    ray.init(address="local", num_cpus=len(extensions), include_dashboard=False, log_to_driver=False)
+
+
+def measure() -> dict[tuple[int, str], float]:
+    """Median seconds of scoring a batch, by prompts in it and case, as actors as in a run, in turn: the others idle."""
+    batches = {prompts: sequences(prompts) for prompts in (SEQUENCES, 2)}
+    of = {ALL_ROWS: ("benchmarks.all_rows.Extension", False), ALONE: (EXTENSION, False), SHARED: (EXTENSION, True)}
+    ray.init(address="local", num_cpus=len(of), include_dashboard=False, log_to_driver=False)
     try:
-        engines = {name: ray.remote(EngineWorker).remote(settings(e)) for name, e in extensions.items()}
+        engines = {name: ray.remote(EngineWorker).remote(settings(*given)) for name, given in of.items()}
         ray.get([engine.start.remote() for engine in engines.values()], timeout=300)
-        cases = {name: partial(score, engine, pairs) for name, engine in engines.items()}
+        cases = {(p, n): partial(score, engine, pairs) for p, pairs in batches.items() for n, engine in engines.items()}
         seconds = seconds_in_turn(cases, ROUNDS)
         ray.get([engine.stop.remote() for engine in engines.values()], timeout=60)
     finally:
@@ -65,8 +78,11 @@ def score(engine: Any, pairs: list[Any]) -> None:
 
 def main() -> None:
     seconds = measure()
-    rows = [{"case": name, "s": s, "of all rows": s / seconds["all rows"]} for name, s in seconds.items()]
-    report("scoring", f"Scoring {SEQUENCES} x ({PROMPT} + {COMPLETION}) tokens, K = {K}", rows)
+    rows = [
+        {"prompts": prompts, "case": case, "s": s, "of all rows": s / seconds[prompts, ALL_ROWS]}
+        for (prompts, case), s in seconds.items()
+    ]
+    report("scoring", f"Scoring {SEQUENCES} x ({PROMPT} + {COMPLETION}) tokens, K = {K}, {DTYPE}", rows)
 
 
 if __name__ == "__main__":

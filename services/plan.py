@@ -134,6 +134,7 @@ def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings
         max_logprobs=max(task.loss.top_k for task in config.tasks),
         max_num_seqs=e.max_num_seqs,
         hold=config.strict,
+        share_prompts=any(task.sampling.generations > 1 for task in config.tasks),
         gpu_memory_utilization=0.1 if config.device == "cpu" else e.gpu_memory_utilization,
         enforce_eager=e.enforce_eager,
         max_probe_gap=config.weights.max_probe_gap or default_gap,

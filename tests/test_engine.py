@@ -39,6 +39,7 @@ def engine_settings(model: Path, extension: str = "actors.engine.WorkerExtension
         max_logprobs=32,
         max_num_seqs=16,
         hold=True,
+        share_prompts=True,  # what engines do without it, and more
         gpu_memory_utilization=0.1,
         enforce_eager=True,
         max_probe_gap=0.001,
@@ -48,10 +49,25 @@ def engine_settings(model: Path, extension: str = "actors.engine.WorkerExtension
     )
 
 
+def watched() -> type:
+    """An engine's actor that can say what came from the cache. Made in a function it travels to Ray's workers whole."""
+
+    class Watched(EngineWorker):
+        async def cached(self, pairs: list, k: int) -> list[int]:
+            """Score the pairs; how many tokens of each came from the cache."""
+            from actors.engine import _scoring
+
+            params = [_scoring(len(prompt), k) for prompt, _ in pairs]
+            outputs = await self._engine._run([np.concatenate(pair) for pair in pairs], params)
+            return [output.num_cached_tokens for output in outputs]
+
+    return Watched
+
+
 @pytest.fixture(scope="module")
 def engines(ray_cluster: None, tiny_model: Path) -> Iterator[list]:
     """A sound engine, and one that leaves the head's refresh out."""
-    actor = ray.remote(EngineWorker).options(num_cpus=0.5)
+    actor = ray.remote(watched()).options(num_cpus=0.5)
     both = [
         actor.remote(engine_settings(tiny_model, e))
         for e in ("actors.engine.WorkerExtension", "tests.no_refresh.Extension")
@@ -155,6 +171,30 @@ def test_adapters_are_merged_into_the_base_model(
         report = ray.get(receiving, timeout=60)
     assert report.probe_gap < 1e-4
     compare(engines[0], model, 4)
+
+
+def test_rollouts_of_a_prompt_share_it_and_are_scored_from_their_first_token(engines: list, tiny_model: Path) -> None:
+    """Also those that begin alike, or are the same: a token from the cache would have no log-prob."""
+    rng = np.random.default_rng(0)
+    alike = rng.integers(1, 200, 90).astype(np.int32)
+    completions = [alike, alike, alike[:80], np.concatenate([alike[:60], alike[:20]]), alike[::-1].copy()]
+    long = rng.integers(1, 200, 70).astype(np.int32)
+    pairs = [(long, c) for c in completions] + [(PROMPT, alike)]
+    model = changed(tiny_model, seed=21)
+    snapshot = publisher_of(tiny_model).publish("student", 21, content(model))
+    before = ray.get(engines[0].score.remote(pairs, 16), timeout=60)  # by weights that are not to be found again
+    ray.get(engines[0].update_weights.remote(snapshot), timeout=60)
+    for _ in range(2):
+        scored = ray.get(engines[0].score.remote(pairs, 16), timeout=60)
+        for (prompt, completion), scores, old in zip(pairs, scored, before, strict=True):
+            teacher = logprobs(model, prompt, completion)
+            np.testing.assert_allclose(scores.logprobs, teacher.topk(16, -1).values, atol=1e-4)
+            np.testing.assert_allclose(
+                scores.sampled, teacher.gather(1, torch.tensor(completion).long()[:, None])[:, 0], atol=1e-4
+            )
+            assert np.abs(scores.sampled - old.sampled).mean() > 0.01
+    # Blocks of 64: one lies before the first row of the long prompt's, and none before that of the other.
+    assert ray.get(engines[0].cached.remote(pairs, 16), timeout=60) == [0, 64, 64, 64, 64, 0]
 
 
 def test_an_update_in_the_middle_of_a_rollout_keeps_it(engines: list, tiny_model: Path) -> None:
