@@ -120,7 +120,7 @@ def placement(config: RayConfig, plan: Plan) -> Iterator[dict[str, list[dict[str
     """
     if not config.autoscaling:
         _check_capacity(plan)
-    bundles = [_bundle(part) for part in plan.parts]
+    bundles = [part.bundle for part in plan.parts]
     labels = [dict(part.labels) for part in plan.parts]
     group = placement_group(bundles, strategy="PACK", bundle_label_selector=labels if any(labels) else None)
     try:
@@ -179,10 +179,6 @@ def free() -> str:
     """What nobody has reserved, on all nodes together."""
     resources = ray.available_resources()
     return needs(resources.get("CPU", 0), resources.get("GPU", 0))
-
-
-def _bundle(part: Part) -> dict[str, float]:
-    return {"CPU": part.cpus} | ({"GPU": part.gpus} if part.gpus else {})
 
 
 def _options(group: PlacementGroup, index: int, part: Part) -> dict[str, Any]:

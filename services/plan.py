@@ -30,6 +30,11 @@ class Part:
     memory_gib: float  # main memory with device: cpu
     labels: Mapping[str, str] = field(default_factory=dict)  # of the nodes that may hold it
 
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What it takes of a node, in Ray's words."""
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -9,6 +9,7 @@ Engines that are lost come back by themselves (supervised.py); the driver's deat
 
 import asyncio
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from services.engines import engine_pool
 from services.files import write_atomically
 from services.ledger import Ledger, restore_ledger
 from services.metrics import RunLog
-from services.nodes import EVERY_S, draining
+from services.nodes import EVERY_S, NodeRequest, draining, requested
 from services.pools import EnginePool
 from services.prepare import Prepared, learner_settings
 from services.progress import Progress
@@ -40,10 +41,11 @@ async def run(prepared: Prepared, run_dir: Path, start: Path | None, console: Co
     with (
         Progress(console, prepared.schedule.total_steps, prepared.path.stem) as progress,
         cluster(c.ray, prepared.plan, run_dir / "logs"),
+        requested(f"sdft {run_dir}", prepared.plan, c.ray.wait_s) if c.ray.autoscaling else nullcontext() as request,
         placement(c.ray, prepared.plan) as options,
     ):
         watching = asyncio.create_task(Watchdog(run_dir, c.monitoring.stall_s, progress.note).run())
-        one = _Run(prepared, run_dir, options, progress)
+        one = _Run(prepared, run_dir, options, progress, request)
         try:
             await one.start()
             await one.train(start)
@@ -56,11 +58,17 @@ class _Run:
     """Engines and learner of a run. A learner that is lost is started again, and goes on from the last checkpoint."""
 
     def __init__(
-        self, prepared: Prepared, run_dir: Path, options: dict[str, list[dict[str, Any]]], progress: Progress
+        self,
+        prepared: Prepared,
+        run_dir: Path,
+        options: dict[str, list[dict[str, Any]]],
+        progress: Progress,
+        request: NodeRequest | None,
     ) -> None:
-        """options: Ray's, for each process of each role."""
+        """options: Ray's, for each process of each role. request: to an autoscaler, if there is one."""
         self._prepared, self._run_dir = prepared, run_dir
         self._options, self._progress = options, progress
+        self._request = request
         self._pools: dict[str, EnginePool] = {}
         self._learner: LearnerGroup | None = None
 
@@ -112,19 +120,20 @@ class _Run:
             controller = Controller(
                 self._prepared, run_dir, students, teachers, self._learner, ledger, log, self._progress
             )
-            failures = all_of([self._learner.until_lost(), self._vacate_draining_nodes()])
+            failures = all_of([self._learner.until_lost(), self._watch_nodes()])
             await unless(failures, controller.run(first))
         finally:
             log.close()
             ledger.close()
 
-    async def _vacate_draining_nodes(self) -> None:
-        """Goes on until it is cancelled, unless the pools are strict and nobody may leave."""
-        while not self._prepared.config.strict:
-            nodes = await asyncio.to_thread(draining)
-            if nodes:
+    async def _watch_nodes(self) -> None:
+        """Leave those that are being drained, and ask for those that the pools want; until it is cancelled."""
+        while True:
+            if not self._prepared.config.strict and (nodes := await asyncio.to_thread(draining)):
                 for pool in self._pools.values():
                     pool.vacate(nodes)
+            if self._request is not None:
+                self._request.renew({role: pool.size for role, pool in self._pools.items()})
             await asyncio.sleep(EVERY_S)
 
     async def _restart_learner(self, error: LearnerLost, after_s: float) -> Path | None:

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL as CHANNEL
 
 from services.metrics import read_jsonl
 from tests.leftovers import new_since, on_machine
@@ -60,15 +62,23 @@ class Growing:
 
     def nodes(self) -> list[str]:
         """Ids of those that live, the head left out."""
+        rows = self._ask("[[n['NodeID'], n['Alive']] for n in ray.nodes()]")
+        return [node for node, alive in rows if alive and node != HEAD_ID]
+
+    def requested(self) -> list[dict[str, float]]:
+        """What the autoscaler was asked for through its SDK."""
+        told = self._ask(f"str(ray.experimental.internal_kv._internal_kv_get({CHANNEL!r}) or b'[]', 'ascii')")
+        return json.loads(told)
+
+    def _ask(self, expression: str) -> Any:
         code = (
-            "import json, ray; ray.init(address='auto', log_to_driver=False, logging_level='ERROR'); "
-            "print(json.dumps([[n['NodeID'], n['Alive']] for n in ray.nodes()]))"
+            "import json, ray, ray.experimental.internal_kv; "
+            f"ray.init(address='auto', log_to_driver=False, logging_level='ERROR'); print(json.dumps({expression}))"
         )
         result = subprocess.run(
             [BIN / "python", "-c", code], env=self.environment, capture_output=True, text=True, timeout=60, check=True
         )
-        rows = json.loads(result.stdout.strip().splitlines()[-1])
-        return [node for node, alive in rows if alive and node != HEAD_ID]
+        return json.loads(result.stdout.strip().splitlines()[-1])
 
 
 @pytest.fixture
@@ -162,6 +172,8 @@ def test_a_pool_grows_leaves_a_drained_node_and_loses_a_killed_one_without_losin
 
     try:
         until_said("student engine 1 has joined")  # with the weights of another node's learner, verified
+        engine, other = {"CPU": 1}, {"CPU": 0.5}
+        assert sorted(growing.requested(), key=str) == [other, other, engine, engine]
         (first,) = growing.nodes()
         until_more(3)
         growing.drain(first)
@@ -185,4 +197,5 @@ def test_a_pool_grows_leaves_a_drained_node_and_loses_a_killed_one_without_losin
     trained = ledger.execute("SELECT step, COUNT(*) FROM samples WHERE state = 'trained' GROUP BY step").fetchall()
     ledger.close()
     assert trained == [(row["step"], 16) for row in rows]
+    assert growing.requested() == []
     wait_until(lambda: growing.nodes() == [], "the nodes that nobody needs were gone")

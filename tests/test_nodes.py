@@ -1,0 +1,38 @@
+"""What Ray's autoscaler is told of a run's needs, read where the autoscaler reads it."""
+
+import json
+
+import pytest
+import ray
+from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+from ray.experimental.internal_kv import _internal_kv_get
+
+from services.nodes import NodeRequest, requested
+from services.plan import Part, Plan
+from tests.runs import wait_until
+
+STUDENT, TEACHER = Part("student engine 0", 0.5, 0, 1.0), Part("teacher engine 0", 1, 1, 1.0)
+PLAN = Plan((STUDENT,), (TEACHER,), (Part("learner rank 0", 0.5, 0, 1.0), Part("learner rank 1", 0.5, 0, 1.0)))
+
+
+def told() -> list[dict[str, float]]:
+    return json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or "[]")
+
+
+def until_told(*bundles: dict[str, float]) -> None:
+    wait_until(lambda: sorted(told(), key=str) == sorted(bundles, key=str), f"the autoscaler was told {bundles}")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_requests_of_runs_add_up_and_are_withdrawn_or_forgotten_if_nobody_renews_them() -> None:
+    half, whole = {"CPU": 0.5}, {"CPU": 1, "GPU": 1}
+    with requested("run one", PLAN, wait_s=60) as one:
+        until_told(half, half, half, whole)
+        one.renew({"student": 3, "teacher": 1})
+        until_told(half, half, half, half, half, whole)
+        killed = NodeRequest("run two, whose driver is killed", PLAN)
+        killed.renew({"student": 0, "teacher": 1}, lasts_s=2)
+        until_told(half, half, half, half, half, whole, half, half, whole)
+        until_told(half, half, half, half, half, whole)
+    assert told() == []
+    ray.kill(killed._coordinator)
