@@ -1,11 +1,14 @@
 """The control plane with 1 to 1000 student engines: real controller, ledger, pools and policies, simulated engines.
 
-    python -m benchmarks.scale            # about five minutes, one core; a table, and benchmarks/scale.svg
+    python -m benchmarks.scale            # about eight minutes, one core; tables, and benchmarks/scale.svg
 
-What is simulated and how: simulation.py. An argument chooses the cases whose name it is in.
+What is simulated and how: simulation.py. An argument chooses the cases whose name it is in. Function calls a sample,
+simulation included, tell what a processor's caches hide: whether there is more to do for a sample of a larger fleet.
 """
 
+import cProfile
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,6 +34,17 @@ CASES = [
 ]
 
 
+COUNTED = [Case(f"{n} engines", n, steps=max(4, 10000 // (32 * n))) for n in (10, 100, 1000)]
+
+
+def calls(case: Case) -> dict[str, Any]:
+    """Function calls of the whole case."""
+    profile = cProfile.Profile()
+    samples = profile.runcall(simulate, case)["samples"]
+    made = sum(entry.callcount for entry in profile.getstats())
+    return {"case": case.name, "samples": samples, "calls a sample": made / samples}
+
+
 def draw(rows: list[dict[str, Any]]) -> None:
     """Cost of a sample over the number of engines, and how busy the learner is in each case."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
@@ -52,14 +66,17 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     chosen = [case for case in CASES if len(sys.argv) < 2 or sys.argv[1] in case.name]
-    rows = []
-    for case in chosen:
-        # A process each: memory that one has freed would be the next one's.
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:
-            rows.append(own.submit(simulate, case).result(timeout=3600))
+    rows = [alone(simulate, case) for case in chosen]
     report("scale", "The control plane with simulated engines", rows)
     if chosen == CASES:
         draw(rows)
+        report("scale_calls", "Function calls", [alone(calls, case) for case in COUNTED])
+
+
+def alone(measure: Callable[[Case], dict[str, Any]], case: Case) -> dict[str, Any]:
+    """In a process of its own: memory that one case has freed would be the next one's."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:
+        return own.submit(measure, case).result(timeout=3600)
 
 
 if __name__ == "__main__":
