@@ -18,12 +18,13 @@ import asyncio
 import ctypes
 import functools
 import mmap
+import multiprocessing.context
 import multiprocessing.util
 import signal
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing.synchronize import SemLock
 from pathlib import Path
@@ -31,6 +32,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import vllm.v1.engine.utils
 import xxhash
 from vllm import SamplingParams
 from vllm.config import WeightTransferConfig
@@ -86,33 +88,33 @@ class Engine:
         self._incomplete = False  # a broadcast broke off: until whole weights are loaded nothing may be computed
 
     async def start(self) -> None:
-        """Load the model. Takes 15 to 30 s, mostly imports."""
+        """Load the model, in a process that vLLM starts."""
         s = self.settings
-        self._llm = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                model=s.model,
-                dtype=s.dtype,
-                enforce_eager=s.enforce_eager,
-                max_model_len=s.max_model_len,
-                # The probe of an update finds a place beside all that is being computed.
-                max_num_seqs=s.max_num_seqs if s.hold else s.max_num_seqs + 1,
-                # Prompts are not cut in two: CPU generators cannot skip ahead, a cut seeded prompt kills the engine.
-                enable_chunked_prefill=False,
-                max_num_batched_tokens=max(s.max_model_len, 2048),
-                # A hit changes the shapes of a prefill and with them the last bits of a log-prob, in each run the same.
-                enable_prefix_caching=s.share_prompts,
-                scheduler_cls=SharedPrompts if s.share_prompts else None,
-                block_size=64 if s.share_prompts and s.device == "cpu" else None,  # only whole blocks are shared
-                max_logprobs=s.max_logprobs,
-                logprobs_mode="processed_logprobs",  # of the distribution that was sampled from, temperature included
-                gpu_memory_utilization=s.gpu_memory_utilization,
-                kv_cache_memory_bytes=None if s.kv_cache_gib is None else int(s.kv_cache_gib * 2**30),
-                weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-                worker_extension_cls=s.extension,
-                distributed_executor_backend="uni",
-                disable_log_stats=True,
-            )
+        arguments = AsyncEngineArgs(
+            model=s.model,
+            dtype=s.dtype,
+            enforce_eager=s.enforce_eager,
+            max_model_len=s.max_model_len,
+            # The probe of an update finds a place beside all that is being computed.
+            max_num_seqs=s.max_num_seqs if s.hold else s.max_num_seqs + 1,
+            # Prompts are not cut in two: CPU generators cannot skip ahead, a cut seeded prompt kills the engine.
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=max(s.max_model_len, 2048),
+            # A hit changes the shapes of a prefill and with them the last bits of a log-prob, in each run the same.
+            enable_prefix_caching=s.share_prompts,
+            scheduler_cls=SharedPrompts if s.share_prompts else None,
+            block_size=64 if s.share_prompts and s.device == "cpu" else None,  # only whole blocks are shared
+            max_logprobs=s.max_logprobs,
+            logprobs_mode="processed_logprobs",  # of the distribution that was sampled from, temperature included
+            gpu_memory_utilization=s.gpu_memory_utilization,
+            kv_cache_memory_bytes=None if s.kv_cache_gib is None else int(s.kv_cache_gib * 2**30),
+            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+            worker_extension_cls=s.extension,
+            distributed_executor_backend="uni",
+            disable_log_stats=True,
         )
+        with _forked() if s.device == "cpu" else nullcontext():
+            self._llm = AsyncLLM.from_engine_args(arguments)
         await self._llm.collective_rpc("score_completions_only")
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest({}))
         await self._llm.update_weight_version("0")
@@ -340,8 +342,7 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
             store = visit(i.address, i.port, i.timeout_s)
             self._group = Group(store, i.rank, i.size, self.device, i.own_address, i.timeout_s)
             return
-        # The worker must not outlive the actor that started it, also when that one is killed.
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        _die_with_parent()
         _forget_names()
 
     def start_weight_update(self) -> None:
@@ -392,6 +393,37 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         if self._group is not None:
             self._group.close()
             self._group = None
+
+
+class _EngineProcess(multiprocessing.context.ForkProcess):
+    """vLLM's process for the engine, as a fork of the actor's."""
+
+    def run(self) -> None:
+        _die_with_parent()
+        super().run()
+
+
+class _ForkContext(multiprocessing.context.ForkContext):
+    Process = _EngineProcess
+
+
+@contextmanager
+def _forked() -> Iterator[None]:
+    """vLLM forks the engines that are made in it: on a CPU it would spawn them, and each import all of it once more.
+
+    That is as long as all the rest of a start. The fork has none of the actor's threads, and uses nothing of Ray's.
+    """
+    spawning = vllm.v1.engine.utils.get_mp_context
+    vllm.v1.engine.utils.get_mp_context = _ForkContext
+    try:
+        yield
+    finally:
+        vllm.v1.engine.utils.get_mp_context = spawning
+
+
+def _die_with_parent() -> None:
+    """This process is killed when the one that started it ends, also when that one is killed."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _forget_names() -> None:
