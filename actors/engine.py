@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import ray
 import torch
 import vllm.v1.engine.utils
 import xxhash
@@ -400,6 +401,8 @@ class _EngineProcess(multiprocessing.context.ForkProcess):
 
     def run(self) -> None:
         _die_with_parent()
+        # As vLLM would, but in a fork of a process that Ray has renamed its way of doing so has no effect.
+        ray._raylet.setproctitle("VLLM::EngineCore")
         super().run()
 
 

@@ -70,7 +70,7 @@ class EnginePool:
         self._not_before = 0.0  # nobody is to join, on the loop's clock
 
     async def start(self) -> None:
-        """Start the first engines, at once. Takes 15 to 40 s."""
+        """Start the first engines, at once."""
         engines = [self._new() for _ in range(self.settings.least)]
         self._engines += engines
         await all_of([engine.start() for engine in engines])

@@ -113,7 +113,7 @@ class SupervisedEngine:
         return self._started and self._replacing is None
 
     async def start(self) -> None:
-        """Load the model, in 15 to 40 s, and the newest weights if there are any."""
+        """Load the model, which is mostly imports, and the newest weights if there are any."""
         await self._start()
         await self._load()
         self._started = True

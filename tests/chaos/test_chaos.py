@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from services.metrics import read_jsonl
-from tests.chaos.processes import of_run, snapshot_of
+from tests.chaos.processes import KINDS, of_run, snapshot_of
 from tests.leftovers import new_since, on_machine
 from tests.runs import LONG, STAGE, command, cut_into_stages, finish, metrics, wait_until, write_run
 
@@ -173,6 +173,7 @@ def test_a_run_under_chaos_is_the_run_that_was_left_alone(
             f"{max(monkey.recoveries):.0f} s (longest)"
         )
 
+    assert {f"{kind} killed" for kind in (*KINDS.values(), "driver")} <= monkey.killed.keys()
     run_dir = tmp_path / "disturbed"
     assert metrics(run_dir) == metrics(whole)
     for name in ("eval.jsonl", "samples.jsonl"):
