@@ -102,11 +102,13 @@ def prepare(config: RunConfig, path: Path) -> Prepared:
     names = [s.name for s in config.stages] or [""]
     stages: list[Stage] = []
     schedules = make_schedule(config.tasks, [len(demonstrations) for _, demonstrations, _ in loaded]).stages
-    for name, (task, demonstrations, questions), schedule in zip(names, loaded, schedules, strict=True):
+    builders = [PromptBuilder(tokenizer, task.data.template, base, task.data.system) for task in config.tasks]
+    each = zip(names, builders, loaded, schedules, strict=True)
+    for name, builder, (task, demonstrations, questions), schedule in each:
         reply = task.sampling.max_new_tokens if on_demonstrations(task) else None
-        prompts = build_prompts(_builder(tokenizer, task, base), demonstrations, *_limits(task), reply)
+        prompts = build_prompts(builder, demonstrations, *_limits(task), reply)
         fingerprint = _fingerprint(stages[-1].fingerprint if stages else "", task, model, prompts)
-        stages.append(Stage(name, task, prompts, _sets(questions, tokenizer, task, base), schedule, fingerprint))
+        stages.append(Stage(name, task, prompts, _sets(questions, tokenizer, builder, task), schedule, fingerprint))
     shape = ModelShape.of(model, config.learner.lora)
     longest = [max(len(p.student_ids) for p in stage.prompts) for stage in stages]
     return Prepared(
@@ -116,7 +118,7 @@ def prepare(config: RunConfig, path: Path) -> Prepared:
         shape=shape,
         tokenizer=tokenizer,
         stages=tuple(stages),
-        common=_sets(common, tokenizer, stages[0].config, base),
+        common=_sets(common, tokenizer, builders[0], stages[0].config),
         plan=make_plan(config, shape, longest),
     )
 
@@ -136,22 +138,20 @@ def _questions(sets: Sequence[EvaluationSet], base: Path) -> Questions:
     return [(one, load_questions(one, base, answer_check(one))) for one in sets]
 
 
-def _builder(tokenizer: "PreTrainedTokenizerBase", task: TaskConfig, base: Path) -> PromptBuilder:
-    return PromptBuilder(tokenizer, task.data.template, base, task.data.system)
-
-
 def _limits(task: TaskConfig) -> tuple[int, int]:
     return task.data.max_prompt_tokens, task.data.max_teacher_prompt_tokens
 
 
-def _sets(questions: Questions, tokenizer: "PreTrainedTokenizerBase", task: TaskConfig, base: Path) -> list[LoadedSet]:
+def _sets(
+    questions: Questions, tokenizer: "PreTrainedTokenizerBase", builder: PromptBuilder, task: TaskConfig
+) -> list[LoadedSet]:
     """With prompts as the task's are made."""
-    builder, (_, longest) = _builder(tokenizer, task, base), _limits(task)
+    limits = _limits(task)
     return [
         LoadedSet(
             one,
             items,
-            text_prompts(tokenizer, items, longest) if one.is_text else build_prompts(builder, items, *_limits(task)),
+            text_prompts(tokenizer, items, limits[1]) if one.is_text else build_prompts(builder, items, *limits),
         )
         for one, items in questions
     ]
