@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import LONG, STAGE, cut_into_stages, finish, write_run
+from tests.runs import LONG, STAGE, finish, in_stages_of_pairs, write_run
 from tests.tiny import make_tiny_model
 
 # No hub is asked, whatever the machine's connection. Read once, when the hub's client is imported: so here.
@@ -23,7 +23,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Configuration and run directory of a strict run in stages that nobody disturbs, in bfloat16."""
     folder = tmp_path_factory.mktemp("run")
-    config = cut_into_stages(write_run(folder, tiny_model, "bfloat16", steps=LONG), STAGE)
+    config = in_stages_of_pairs(write_run(folder, tiny_model, "bfloat16", steps=LONG), STAGE)
     finish(config, folder / "whole")
     return config, folder / "whole"
 

@@ -49,10 +49,16 @@ def write_run(folder: Path, model: Path, dtype: str, steps: int = STEPS, **learn
     return path
 
 
-def cut_into_stages(config: Path, each: int) -> Path:
-    """The same run in stages of so many steps, the last may be shorter, on the same data."""
+def in_stages_of_pairs(config: Path, each: int) -> Path:
+    """The same run in stages of so many steps, the last may be shorter, on the same data.
+
+    Its batches are of half as many prompts with two rollouts each, which share a prompt that is longer than a block.
+    """
     settings = yaml.safe_load(config.read_text())
     data, steps = settings.pop("data"), settings["training"].pop("steps")
+    data["system"] = "Say the number that you are asked for. " * 2
+    settings["training"]["batch_size"] //= 2
+    settings["sampling"]["generations"] = 2
     settings["stages"] = [
         {"name": f"from-{first}", "data": data, "steps": min(each, steps - first)} for first in range(0, steps, each)
     ]

@@ -6,6 +6,7 @@ Every demonstration is trained exactly as often as it should be, the figures and
 that nobody disturbed, and nothing is left on the machine. CHAOS_KILLS and CHAOS_SEED set how many, and which.
 """
 
+import itertools
 import os
 import random
 import resource
@@ -23,7 +24,7 @@ import yaml
 from services.metrics import read_jsonl
 from tests.chaos.processes import KINDS, of_run, snapshot_of
 from tests.leftovers import new_since, on_machine
-from tests.runs import LONG, STAGE, command, cut_into_stages, finish, metrics, wait_until, write_run
+from tests.runs import LONG, STAGE, command, finish, in_stages_of_pairs, metrics, wait_until, write_run
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "30"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
@@ -148,7 +149,7 @@ def test_a_run_under_chaos_is_the_run_that_was_left_alone(
 ) -> None:
     # What is stopped while it starts is found by the limit of a start alone.
     limits = {"health_timeout_s": 4, "max_restarts": 1000, "start_timeout_s": 90}
-    config = cut_into_stages(write_run(tmp_path, tiny_model, "bfloat16", STEPS, **limits), STAGE)
+    config = in_stages_of_pairs(write_run(tmp_path, tiny_model, "bfloat16", STEPS, **limits), STAGE)
     settings = yaml.safe_load(config.read_text())
     for role in ("student", "teacher"):
         settings["actors"][role] |= limits
@@ -184,9 +185,9 @@ def test_a_run_under_chaos_is_the_run_that_was_left_alone(
     ledger.close()
     assert {state for *_, state in rows} == {"trained"}
     assert len(rows) == 4 * STEPS
-    # Nine demonstrations in turn: in each stage each of them was trained once in every whole epoch.
+    # Nine demonstrations in turn: in each stage each of them was trained in every whole epoch, by both its rollouts.
     for stage, first in enumerate(range(0, STEPS, STAGE)):
-        epochs = 4 * min(STAGE, STEPS - first) // 9
-        counts = Counter(index for of, epoch, index, *_ in rows if of == stage and epoch < epochs)
-        assert counts == dict.fromkeys(range(9), epochs)
+        epochs = 2 * min(STAGE, STEPS - first) // 9
+        counts = Counter((index, rollout) for of, epoch, index, rollout, _ in rows if of == stage and epoch < epochs)
+        assert counts == dict.fromkeys(itertools.product(range(9), range(2)), epochs)
     assert new_since(before) == set()
