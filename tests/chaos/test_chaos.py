@@ -189,5 +189,5 @@ def test_a_run_under_chaos_is_the_run_that_was_left_alone(
     for stage, first in enumerate(range(0, STEPS, STAGE)):
         epochs = 2 * min(STAGE, STEPS - first) // 9
         counts = Counter((index, rollout) for of, epoch, index, rollout, _ in rows if of == stage and epoch < epochs)
-        assert counts == dict.fromkeys(itertools.product(range(9), range(2)), epochs)
+        assert counts == Counter(dict.fromkeys(itertools.product(range(9), range(2)), epochs))
     assert new_since(before) == set()
