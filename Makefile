@@ -16,7 +16,7 @@ continual: install
 test: install
 	$(BIN)/python -m pytest
 
-# The test in tests/chaos with 200 kills instead of 30: about 20 minutes.
+# The test in tests/chaos with 200 kills instead of 30: half an hour.
 chaos: install
 	CHAOS_KILLS=200 $(BIN)/python -m pytest tests/chaos
 
