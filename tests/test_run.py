@@ -125,7 +125,7 @@ def stream(undisturbed: tuple[Path, Path], tiny_model: Path) -> tuple[Path, Path
     settings["evaluation"]["sets"] += [kept, {"name": "prose", "file": "prose.jsonl", "grader": "perplexity"}]
     settings["data"] = settings.pop("stages")[0]["data"]
     settings |= {"method": "sft", "dtype": "float32", "teacher": {"weights": "base"}, "retention": {"max_drop": 0.5}}
-    settings["training"]["steps"] = STEPS
+    settings["training"] = {"batch_size": 4, "steps": STEPS}
     settings["sampling"] = {"max_new_tokens": 40}
     config.write_text(yaml.safe_dump(settings))
     finish(config, run_dir)
