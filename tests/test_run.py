@@ -124,6 +124,7 @@ def stream(undisturbed: tuple[Path, Path], tiny_model: Path) -> tuple[Path, Path
     config.with_name("prose.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     settings["evaluation"]["sets"] += [kept, {"name": "prose", "file": "prose.jsonl", "grader": "perplexity"}]
     settings["data"] = settings.pop("stages")[0]["data"]
+    del settings["data"]["system"]
     settings |= {"method": "sft", "dtype": "float32", "teacher": {"weights": "base"}, "retention": {"max_drop": 0.5}}
     settings["training"] = {"batch_size": 4, "steps": STEPS}
     settings["sampling"] = {"max_new_tokens": 40}
