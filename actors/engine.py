@@ -343,7 +343,7 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
             store = visit(i.address, i.port, i.timeout_s)
             self._group = Group(store, i.rank, i.size, self.device, i.own_address, i.timeout_s)
             return
-        _die_with_parent()
+        _die_with_parent()  # a fork does so from its first moment, a spawned one (on GPUs) from here on
         _forget_names()
 
     def start_weight_update(self) -> None:

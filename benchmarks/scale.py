@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.measure import report
-from benchmarks.simulation import Case, simulate
+from benchmarks.simulation import ROOM, ROUNDS, Case, simulate
 
 SIZES = (1, 10, 30, 100, 300, 1000)
 CASES = [
@@ -32,9 +32,7 @@ CASES = [
     Case("20 % take 8 s to load weights", 100, links=0.2, steps=20),
     Case("begins with a tenth of the engines", 100, begin_with=0.1, steps=60),
 ]
-
-
-COUNTED = [Case(f"{n} engines", n, steps=max(4, 10000 // (32 * n))) for n in (10, 100, 1000)]
+COUNTED = [Case(f"{n} engines", n, steps=max(4, 10000 // (ROUNDS * ROOM * n))) for n in (10, 100, 1000)]
 
 
 def calls(case: Case) -> dict[str, Any]:

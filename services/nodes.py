@@ -30,6 +30,7 @@ class NodeRequest:
 
     def __init__(self, requester: str, plan: Plan) -> None:
         """requester: the same one replaces what it asked for before."""
+        # Here: a second of imports that no other run needs.
         from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
 
         self._requester, self._plan = requester, plan

@@ -41,7 +41,9 @@ async def run(prepared: Prepared, run_dir: Path, start: Path | None, console: Co
     with (
         Progress(console, prepared.schedule.total_steps, prepared.path.stem) as progress,
         cluster(c.ray, prepared.plan, run_dir / "logs"),
-        requested(f"sdft {run_dir}", prepared.plan, c.ray.wait_s) if c.ray.autoscaling else nullcontext() as request,
+        requested(f"sdft {run_dir.resolve()}", prepared.plan, c.ray.wait_s)
+        if c.ray.autoscaling
+        else nullcontext() as request,
         placement(c.ray, prepared.plan) as options,
     ):
         watching = asyncio.create_task(Watchdog(run_dir, c.monitoring.stall_s, progress.note).run())
