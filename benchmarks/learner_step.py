@@ -1,12 +1,13 @@
 """One learner step on SmolLM2-135M against the floating-point bound of its work, and where the time goes.
 
-    python -m benchmarks.learner_step
+    python -m benchmarks.learner_step [--device cuda]
 
-4096 packed tokens in bfloat16: 32 sequences of 96 prompt and 32 completion tokens, every completion token in the loss.
-The bound counts 6 operations a token and parameter for the body, 6 for the head on loss tokens only, and causal
-attention, at the rate of a large bfloat16 matrix product measured in the same run.
+4096 packed tokens in the dtype of the device: 32 sequences of 96 prompt and 32 completion tokens, every completion
+token in the loss. The bound counts 6 operations a token and parameter for the body, 6 for the head on loss tokens only,
+and causal attention, at the rate of a large matrix product in that dtype measured in the same run.
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from learner.packing import pack
 from learner.types import LearnerSettings, StageSettings
 from learner.worker import LearnerWorker
 from services.models import resolve_model
+from services.processor import native_dtype
 
 SEQUENCES, PROMPT, COMPLETION, K = 32, 96, 32, 64
 LOSS = LossConfig(top_k=K, skip_first=0)
@@ -42,11 +44,11 @@ def samples() -> list[ScoredRollout]:
     return made
 
 
-def settings() -> LearnerSettings:
+def settings(device: str = "cpu") -> LearnerSettings:
     return LearnerSettings(
         model=str(resolve_model("smollm2-135m", Path.cwd())),
-        dtype="bfloat16",
-        device="cpu",
+        dtype=native_dtype(device),
+        device=device,
         seed=0,
         config=LearnerConfig(micro_batch_tokens=4096),
         stages=(StageSettings(0, 1000, LOSS, OPTIMIZER),),
@@ -55,15 +57,19 @@ def settings() -> LearnerSettings:
 
 
 def main() -> None:
-    path = Path(settings().model)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    device = parser.parse_args().device
+    dtype = getattr(torch, native_dtype(device))
+    path = Path(settings(device).model)
     learner = LearnerWorker()  # in this process, set up as in a run
-    learner.start(settings(), 1, *learner.rendezvous(), np.arange(100, 132, dtype=np.int32))
+    learner.start(settings(device), 1, *learner.rendezvous(), np.arange(100, 132, dtype=np.int32))
     rollouts = samples()
-    batch = pack(rollouts, 0, SEQUENCES, K)
-    model = SelfDistillation(load_student(path, torch.bfloat16), LOSS)
+    batch = pack(rollouts, 0, SEQUENCES, K).to(device)
+    model = SelfDistillation(load_student(path, dtype), LOSS).to(device)
     states = hidden_states(model.model, batch.input_ids, batch.position_ids, batch.lengths)[batch.predicting]
     fixed = states.detach().requires_grad_()
-    flat = torch.nn.Parameter(torch.randn(sum(p.numel() for p in model.parameters())))
+    flat = torch.nn.Parameter(torch.randn(sum(p.numel() for p in model.parameters()), device=device))
     flat.grad = torch.randn_like(flat)  # zeros would be one page of the kernel's, read from the cache
     adam = AdamWWithTeacher([flat], 0.01)
 
@@ -77,7 +83,7 @@ def main() -> None:
     seconds = seconds_in_turn(
         {"step": lambda: learner.train_step(rollouts), "body": body, "loss": loss, "adamw": adam.step}, rounds=5
     )
-    rate = matrix_rate(torch.bfloat16)
+    rate = matrix_rate(dtype, device)
     tokens, length = SEQUENCES * (PROMPT + COMPLETION), PROMPT + COMPLETION
     bound = Operations.of(path).train(tokens, length, SEQUENCES * COMPLETION) / rate
     step = seconds["step"]
@@ -89,7 +95,8 @@ def main() -> None:
         "rest: DeepSpeed, packing": rest,
     }
     rows = [{"part": name, "s": s, "of the step": s / step, "x bound": s / bound} for name, s in parts.items()]
-    report("learner_step", f"Learner step, 4096 packed tokens, bfloat16, {rate / 1e9:.0f} GFLOP/s", rows)
+    what = f"4096 packed tokens, {native_dtype(device)} on {device}, {rate / 1e9:.0f} GFLOP/s"
+    report("learner_step", f"Learner step, {what}, {tokens / step:.0f} tokens/s", rows)
     torch.distributed.destroy_process_group()
 
 

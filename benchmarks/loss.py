@@ -1,10 +1,11 @@
 """The divergence: chunk by chunk against the plain formula on whole logits. Peak extra memory and time.
 
-    python -m benchmarks.loss
+    python -m benchmarks.loss [--device cuda]
 
-SmolLM2's head (49152 x 576), bfloat16, K = 64, forward KL, sequences of 64 loss tokens.
+SmolLM2's head (49152 x 576) in the dtype of the device, K = 64, forward KL, sequences of 64 loss tokens.
 """
 
+import argparse
 from collections.abc import Callable
 
 import torch
@@ -13,17 +14,18 @@ from torch import Tensor
 from benchmarks.measure import peak_mib, report, seconds_in_turn
 from learner.config import LossConfig
 from learner.loss import Targets, divergence_loss, importance_weights, token_objective
+from services.processor import native_dtype
 
 VOCABULARY, HIDDEN, K, SEQUENCE = 49152, 576, 64, 64
 CONFIG = LossConfig(top_k=K)
 TOKENS = (256, 1024, 2048, 4096)
 
 
-def inputs(tokens: int) -> tuple[Tensor, Tensor, Targets]:
+def inputs(tokens: int, device: str) -> tuple[Tensor, Tensor, Targets]:
     """Random states, head and teacher: values do not matter for memory and time."""
-    g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, HIDDEN, generator=g).bfloat16().requires_grad_()
-    head = (torch.randn(VOCABULARY, HIDDEN, generator=g) * 0.05).bfloat16().requires_grad_()
+    g, dtype = torch.Generator().manual_seed(0), getattr(torch, native_dtype(device))
+    hidden = torch.randn(tokens, HIDDEN, generator=g).to(device, dtype).requires_grad_()
+    head = (torch.randn(VOCABULARY, HIDDEN, generator=g) * 0.05).to(device, dtype).requires_grad_()
     ids = (torch.arange(tokens)[:, None] * 31 + torch.arange(K) * (VOCABULARY // K)) % VOCABULARY  # distinct in a row
     logprobs = torch.log_softmax(torch.randn(tokens, K, generator=g) * 2, -1) - 0.1
     targets = Targets(
@@ -35,11 +37,11 @@ def inputs(tokens: int) -> tuple[Tensor, Tensor, Targets]:
         sequence=torch.arange(tokens) // SEQUENCE,
         share=torch.full((tokens,), 1 / tokens),
     )
-    return hidden, head, targets
+    return hidden, head, targets.to(device)
 
 
-def chunked(tokens: int) -> Callable[[], object]:
-    hidden, head, targets = inputs(tokens)
+def chunked(tokens: int, device: str) -> Callable[[], object]:
+    hidden, head, targets = inputs(tokens, device)
 
     def run() -> None:
         hidden.grad = head.grad = None
@@ -48,9 +50,9 @@ def chunked(tokens: int) -> Callable[[], object]:
     return run
 
 
-def plain(tokens: int) -> Callable[[], object]:
+def plain(tokens: int, device: str) -> Callable[[], object]:
     """The same loss as one would write it: all logits, autograd."""
-    hidden, head, targets = inputs(tokens)
+    hidden, head, targets = inputs(tokens, device)
 
     def run() -> None:
         hidden.grad = head.grad = None
@@ -64,10 +66,13 @@ def plain(tokens: int) -> Callable[[], object]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    device = parser.parse_args().device
     rows = []
     for tokens in TOKENS:
-        memory = {case.__name__: peak_mib(case, tokens) for case in (plain, chunked)}
-        seconds = seconds_in_turn({"plain": plain(tokens), "chunked": chunked(tokens)}, rounds=3)
+        memory = {case.__name__: peak_mib(case, tokens, device) for case in (plain, chunked)}
+        seconds = seconds_in_turn({"plain": plain(tokens, device), "chunked": chunked(tokens, device)}, rounds=3)
         rows.append(
             {
                 "tokens": tokens,
@@ -79,7 +84,8 @@ def main() -> None:
                 "time ratio": seconds["chunked"] / seconds["plain"],
             }
         )
-    report("loss", "Divergence, value and gradients: chunked against the plain formula", rows)
+    title = f"Divergence, value and gradients: chunked against the plain formula, {native_dtype(device)} on {device}"
+    report("loss", title, rows)
 
 
 if __name__ == "__main__":

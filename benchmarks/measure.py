@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -17,7 +17,7 @@ Case = TypeVar("Case")
 RESULTS = Path(__file__).parent / "results"
 
 
-def seconds_in_turn(cases: dict[Case, Callable[[], object]], rounds: int) -> dict[Case, float]:
+def seconds_in_turn(cases: Mapping[Case, Callable[[], object]], rounds: int) -> dict[Case, float]:
     """Median seconds of each case. A round runs every case once, so a slow minute of the machine meets all of them."""
     times: dict[Case, list[float]] = {name: [] for name in cases}
     for i in range(rounds + 1):
@@ -28,21 +28,24 @@ def seconds_in_turn(cases: dict[Case, Callable[[], object]], rounds: int) -> dic
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def matrix_rate(dtype: torch.dtype, rounds: int = 5) -> float:
-    """Floating-point operations per second of a square matrix product of 2048, the best of `rounds`."""
-    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+def matrix_rate(dtype: torch.dtype, device: str = "cpu", rounds: int = 5) -> float:
+    """Floating-point operations per second of a large square matrix product, the best of `rounds`."""
+    size = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = min(_timed(lambda: a @ b) for _ in range(rounds + 1))
-    return 2 * 2048**3 / best
+    return 2 * size**3 / best
 
 
 def _timed(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 def peak_mib(case: Callable[..., Callable[[], object]], *args: Any) -> float:
-    """Growth of the peak resident memory, MiB, while `case(*args)()` runs, in a fresh process.
+    """Growth of the peak memory, MiB, while `case(*args)()` runs, in a fresh process: resident, or a GPU's.
 
     `case` makes what is there before and returns what is measured.
     """
@@ -52,12 +55,17 @@ def peak_mib(case: Callable[..., Callable[[], object]], *args: Any) -> float:
 
 def _peak(case: Callable[..., Callable[[], object]], args: Sequence[Any]) -> float:
     run = case(*args)
+    if torch.cuda.is_initialized():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     # What the preparation has freed goes back to the kernel: reused, it would hide what the case needs.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is resident now
-    before = resident_kib("VmRSS")
+    resident = resident_kib("VmRSS")
     run()
-    return (resident_kib("VmHWM") - before) / 1024
+    return (resident_kib("VmHWM") - resident) / 1024
 
 
 def resident_kib(field: str, pid: int | str = "self") -> int:

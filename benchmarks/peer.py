@@ -28,6 +28,7 @@ from services.load_config import load_config
 from services.metrics import read_jsonl
 from services.models import resolve_model
 from services.prepare import prepare
+from services.processor import native_dtype
 
 HERE = Path(__file__).parent
 TRL = HERE / "trl" / ".venv" / "bin" / "python"
@@ -73,7 +74,7 @@ def ours(folder: Path, model: Path, dtype: str) -> list[dict[str, float]]:
     steps = []
     for r in read_jsonl(run_dir / "metrics.jsonl"):
         members = [prepared.stages[0].prompts[s.index] for s in prepared.schedule.batch(r["step"])]
-        scored = sum(len(p.teacher_ids) for p in members) + r["completion_tokens"]
+        scored = sum(len(p.teacher_ids or ()) for p in members) + r["completion_tokens"]
         work = operations(model, r["prompt_tokens"] + r["completion_tokens"], scored, r["completion_tokens"])
         new_tokens = r["completion_tokens"] / r["samples"]
         steps.append({"seconds": r["time_step_s"], "new_tokens": new_tokens, "loss": r["loss"], "bound": work / rate})
@@ -114,7 +115,8 @@ def same_loss(folder: Path, model: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    default = list(dict.fromkeys(["float32", native_dtype("cpu")]))  # the other may take hours
+    parser.add_argument("--dtype", nargs="+", default=default)
     dtypes = parser.parse_args().dtype
     model = resolve_model("smollm2-135m", Path.cwd())
     table = []

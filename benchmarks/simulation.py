@@ -14,7 +14,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from rich.console import Console
@@ -22,6 +22,7 @@ from rich.console import Console
 from actors.process import collect_rarely
 from actors.types import GenerateRequest, Rollout, Sampling, ScoredRollout, Snapshot, TeacherScores, UpdateReport
 from benchmarks import virtual_time
+from learner.group import LearnerGroup
 from learner.types import StepResult
 from services.config import RunConfig
 from services.controller import Controller
@@ -184,7 +185,7 @@ def students_alive(case: Case, engines: EnginePool) -> Any:
         while case.lifetime_s is not None:
             await asyncio.sleep(chance.expovariate(len(engines.engines) / case.lifetime_s))
             victim = chance.choice([e for e in engines.engines if e.up] or list(engines.engines))
-            victim._actor.die()
+            victim._actor.die()  # type: ignore[attr-defined]
 
     return asyncio.create_task(go_on())
 
@@ -192,7 +193,7 @@ def students_alive(case: Case, engines: EnginePool) -> Any:
 def simulate(case: Case) -> dict[str, Any]:
     """One case, in a process of its own."""
     batch = ROUNDS * case.engines * ROOM
-    made_s = np.mean([tokens(seed) for seed in range(2000)]) * TOKEN_S  # by one place of an engine
+    made_s = float(np.mean([tokens(seed) for seed in range(2000)])) * TOKEN_S  # by one place of an engine
     learner = Learner(case.learner * made_s / (case.engines * ROOM))
     # As many teachers as it takes, and a third more.
     teachers_needed = max(1, round(1.33 * SCORE_S * batch / (case.learner * ROUNDS * made_s)))
@@ -209,7 +210,9 @@ def simulate(case: Case) -> dict[str, Any]:
             teachers = pool(case, "teacher", teachers_needed, Teacher)
             await asyncio.gather(students.start(), teachers.start())
             with Progress(Console(file=nowhere), case.steps, case.name) as progress:
-                controller = Controller(ready, run_dir, students, teachers, learner, ledger, log, progress)
+                controller = Controller(
+                    ready, run_dir, students, teachers, cast(LearnerGroup, learner), ledger, log, progress
+                )
                 deaths = students_alive(case, students)
                 used = -time.process_time()
                 await controller.run(0)

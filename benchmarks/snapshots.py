@@ -2,10 +2,10 @@
 
     python -m benchmarks.snapshots
 
-SmolLM2-135M in bfloat16, learner and engine as actors, as in a run. Packing puts every tensor (the teacher's rounded
-from float32) into shared memory with a digest; publishing adds the log-probs of the probe and the call of the actor.
-Loading reads every digest again and has vLLM lay the weights out for its kernels; the pause is how long generation
-stands still. A copy is one of memory to memory that has been written before.
+SmolLM2-135M in the dtype of this processor, learner and engine as actors, as in a run. Packing puts every tensor (the
+teacher's rounded from float32 if it must be) into shared memory with a digest; publishing adds the log-probs of the
+probe and the call of the actor. Loading reads every digest again and has vLLM lay the weights out for its kernels; the
+pause is how long generation stands still. A copy is one of memory to memory that has been written before.
 """
 
 import mmap
@@ -23,6 +23,7 @@ import ray
 from actors.worker import EngineWorker
 from benchmarks.learner_step import samples, settings
 from benchmarks.measure import report
+from benchmarks.scoring import DTYPE
 from benchmarks.scoring import settings as engine_settings
 from learner.worker import LearnerWorker, learner_actor
 
@@ -70,7 +71,7 @@ def measure(scratch: Path) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of each kind of transfer in every round, and its bytes."""
     probe = np.arange(100, 148, dtype=np.int32)
     learner = learner_actor().remote()
-    engine = ray.remote(EngineWorker).remote(engine_settings("actors.engine.WorkerExtension"))
+    engine = ray.remote(EngineWorker).remote(engine_settings("actors.engine.WorkerExtension", share_prompts=False))
     address, port = ray.get(learner.rendezvous.remote(), timeout=WAIT_S)
     ray.get([learner.start.remote(settings(), 1, address, port, probe), engine.start.remote()], timeout=WAIT_S)
     ray.get(learner.train_step.remote(samples()[:8]), timeout=WAIT_S)
@@ -118,7 +119,7 @@ def main() -> None:
         median = float(np.median(times[1:]))  # the first round maps memory
         copy = copy_seconds(nbytes[name])
         rows.append({"what": name, "MB": nbytes[name] / 1e6, "s": median, "copy s": copy, "of a copy": copy / median})
-    report("snapshots", "Weights and checkpoints against a copy in memory, SmolLM2-135M, bfloat16", rows)
+    report("snapshots", f"Weights and checkpoints against a copy in memory, SmolLM2-135M, {DTYPE}", rows)
 
 
 if __name__ == "__main__":

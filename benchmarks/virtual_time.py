@@ -3,7 +3,7 @@ processor time they take is that of the control plane alone."""
 
 import asyncio
 import selectors
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 
@@ -37,7 +37,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return done
 
 
-def run(work: Awaitable[Any]) -> Any:
+def run(work: Coroutine[Any, Any, Any]) -> Any:
     """The result of `work`, in virtual time."""
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         return runner.run(work)

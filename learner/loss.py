@@ -33,6 +33,10 @@ class Targets:
     sequence: Tensor  # [N] int64, which sequence of the micro-batch a row belongs to, ascending
     share: Tensor  # [N] float32, 1 / (loss tokens of the sequence * sequences of the global batch)
 
+    def to(self, device: torch.device | str) -> "Targets":
+        """The same on another device."""
+        return Targets(**{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})
+
 
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 - exp(x)) for x < 0 (Maechler 2012: expm1 near zero, log1p elsewhere)."""

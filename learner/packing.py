@@ -31,7 +31,7 @@ class MicroBatch:
             self.position_ids.to(device),
             self.lengths,
             self.predicting.to(device),
-            Targets(**{name: getattr(self.targets, name).to(device) for name in Targets.__dataclass_fields__}),
+            self.targets.to(device),
         )
 
 

@@ -29,7 +29,12 @@ class SimulatedEngine:
             return result
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
-        timer = loop.call_later(seconds, lambda: answer.done() or answer.set_result(result))
+
+        def ready() -> None:
+            if not answer.done():
+                answer.set_result(result)
+
+        timer = loop.call_later(seconds, ready)
         self._open.add(answer)
         try:
             return await answer
