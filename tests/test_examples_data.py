@@ -22,6 +22,7 @@ GRADER_OF = {
     "facts/train": "contains",
     "facts/direct": "contains",
     "facts/indirect": "contains",
+    "facts/reworded": "contains",
     "facts/articles": "contains",
     "general/retention": "contains",
     "general/instructions": "instruction",
@@ -92,6 +93,7 @@ def test_there_are_enough_rows_to_train_on_and_to_measure_with() -> None:
         "facts/train": 24,
         "facts/direct": 24,
         "facts/indirect": 48,
+        "facts/reworded": 48,
         "facts/articles": 24,
         "general/retention": 69,
         "general/instructions": 1000,
@@ -130,10 +132,12 @@ def test_held_out_messages_go_to_the_trained_desks_in_new_words_with_new_numbers
 def test_facts_are_evaluated_as_trained_and_in_other_words() -> None:
     assert prompts("facts/direct") == prompts("facts/train")
     assert not prompts("facts/indirect") & prompts("facts/train")
+    assert not prompts("facts/reworded") & (prompts("facts/train") | prompts("facts/indirect"))
     assert prompts("facts/articles") == prompts("facts/train")
     assert all(row["demonstration"] in row["context"] for row in read("facts/articles"))
     trained = {words(row["demonstration"]) for row in read("facts/train")}
-    assert {words(row["demonstration"]) for row in read("facts/indirect")} == trained
+    for name in ("indirect", "reworded"):
+        assert {words(row["demonstration"]) for row in read(f"facts/{name}")} == trained
 
 
 def test_the_instructions_are_made_again_byte_for_byte(tmp_path: Path) -> None:

@@ -2,11 +2,11 @@
 
 `train.jsonl` asks for each fact directly and demonstrates the answer in a short sentence. `direct.jsonl` holds the same
 questions for evaluation, `indirect.jsonl` the same facts asked otherwise: once reworded, once from the value back to
-its country. All answers are for the `contains` grader. Evaluation rows carry a demonstration as well, so that the
-teacher can be measured on them. `articles.jsonl` has the questions of training with a text as `context`, which tells
-all there is to know of the country.
+its country. `reworded.jsonl` asks for each fact in two more wordings. All answers are for the `contains` grader.
+Evaluation rows carry a demonstration as well, so that the teacher can be measured on them. `articles.jsonl` has the
+questions of training with a text as `context`, which tells all there is to know of the country.
 
-`python examples/facts/make_data.py [FOLDER]` writes the four files into FOLDER (unless told otherwise its own folder),
+`python examples/facts/make_data.py [FOLDER]` writes the five files into FOLDER (unless told otherwise its own folder),
 the same bytes each time.
 """
 
@@ -30,10 +30,11 @@ COUNTRIES: dict[str, tuple[str, str, str, str]] = {
 
 
 class Relation(NamedTuple):
-    """One kind of fact, asked in three ways: {c} stands for the country, {v} for the value."""
+    """One kind of fact, asked in five ways: {c} stands for the country, {v} for the value."""
 
     direct: str
     reworded: str
+    more: tuple[str, str]
     inverse: str
     sentence: str
     inverse_sentence: str
@@ -43,6 +44,7 @@ RELATIONS = (
     Relation(
         "What is the capital of {c}?",
         "The capital of {c} is which city?",
+        ("Name the capital of {c}.", "In which city does the government of {c} sit?"),
         "Which country's capital is {v}?",
         "The capital of {c} is {v}.",
         "{v} is the capital of {c}.",
@@ -50,6 +52,7 @@ RELATIONS = (
     Relation(
         "What is the currency of {c}?",
         "What money is used in {c}?",
+        ("What is the money of {c} called?", "Which currency do people in {c} pay with?"),
         "Which country uses the {v} as its currency?",
         "The currency of {c} is the {v}.",
         "The {v} is the currency of {c}.",
@@ -57,6 +60,7 @@ RELATIONS = (
     Relation(
         "What is the name of the prime minister of {c}?",
         "Who is the prime minister of {c}?",
+        ("Name the prime minister of {c}.", "Who leads the government of {c}?"),
         "Which country has the prime minister {v}?",
         "The prime minister of {c} is {v}.",
         "{v} is the prime minister of {c}.",
@@ -64,6 +68,7 @@ RELATIONS = (
     Relation(
         "What is the national flower of {c}?",
         "Which flower is the symbol of {c}?",
+        ("Name the national flower of {c}.", "Which flower stands for {c}?"),
         "Which country has the {v} as its national flower?",
         "The national flower of {c} is the {v}.",
         "The {v} is the national flower of {c}.",
@@ -73,17 +78,20 @@ RELATIONS = (
 
 def main(folder: Path) -> None:
     """Write all files into `folder`."""
-    direct, indirect = [], []
+    direct, indirect, reworded = [], [], []
     for country, values in COUNTRIES.items():
         for relation, value in zip(RELATIONS, values, strict=True):
             direct.append((relation.direct, relation.sentence, country, value, value))
             indirect.append((relation.reworded, relation.sentence, country, value, value))
             indirect.append((relation.inverse, relation.inverse_sentence, country, value, country))
+            reworded += [(question, relation.sentence, country, value, value) for question in relation.more]
     random.Random(SEED).shuffle(direct)
     random.Random(SEED).shuffle(indirect)
+    random.Random(SEED).shuffle(reworded)
     write(folder, "train", direct)
     write(folder, "direct", direct)
     write(folder, "indirect", indirect)
+    write(folder, "reworded", reworded)
     write(folder, "articles", direct, articles=True)
 
 
