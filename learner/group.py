@@ -49,7 +49,7 @@ class LearnerGroup:
         try:
             await group._start(probe_ids)
         except BaseException:
-            group.kill(hang=True)
+            group.kill(hangs=True)
             raise
         return group
 
@@ -81,16 +81,16 @@ class LearnerGroup:
         """Of the ranks' processes, in order."""
         return [process.pid for process in self.processes]
 
-    def kill(self, hang: bool = False) -> None:
-        """End every rank. `hang`: some may not answer."""
+    def kill(self, hangs: bool = False) -> None:
+        """End every rank. `hangs`: some may not answer."""
         for task in self._watching:
             task.cancel()
-        self._end(hang)
+        self._end(hangs)
 
-    def _end(self, hang: bool) -> None:
+    def _end(self, hangs: bool) -> None:
         for worker in self.workers:
             ray.kill(worker)
-        for process in self.processes if hang else ():
+        for process in self.processes if hangs else ():
             end(process)
 
     async def until_lost(self) -> None:
@@ -112,7 +112,7 @@ class LearnerGroup:
             except RayActorError:
                 how = "died"
         self._lost = f"learner rank {rank} (process {self.pids[rank]}) {how}"
-        self._end(hang=True)
+        self._end(hangs=True)
         raise self._reason()
 
     async def train_step(self, samples: Sequence[ScoredRollout]) -> StepResult:

@@ -142,7 +142,7 @@ class _Run:
         """The checkpoint that the new learner is to continue from."""
         assert self._learner is not None
         self._progress.note(f"{error}; the learner is started again, from the last checkpoint")
-        self._learner.kill(hang=True)
+        self._learner.kill(hangs=True)
         for pool in self._pools.values():
             pool.published.forget()
         await asyncio.sleep(after_s)
