@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.measure import report
 from services.metrics import read_jsonl
+from services.processor import native_dtype
 
 TOOLS = Path(__file__).parent.parent / "examples" / "tools" / "tools.yaml"
 STEPS, WARM, ROUNDS = 14, 3, 2
@@ -41,7 +42,7 @@ def main() -> None:
         times = {f"{n.split('_')[1]} s": statistics.median(row[n] for row in found) for n in FIELDS}
         mean = statistics.mean(row["staleness_mean"] for row in found)
         rows.append({"max_staleness": staleness, **times, "of strict": times["step s"] / strict, "staleness": mean})
-    report("ahead", "Rollouts made ahead of the learner, tool example, bfloat16", rows)
+    report("ahead", f"Rollouts made ahead of the learner, tool example, {native_dtype('cpu')}", rows)
 
 
 if __name__ == "__main__":

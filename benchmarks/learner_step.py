@@ -7,14 +7,13 @@ token in the loss. The bound counts 6 operations a token and parameter for the b
 and causal attention, at the rate of a large matrix product in that dtype measured in the same run.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
-from benchmarks.measure import matrix_rate, report, seconds_in_turn
+from benchmarks.measure import chosen_device, matrix_rate, report, seconds_in_turn
 from benchmarks.operations import Operations
 from learner.config import LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
 from learner.loss import divergence_loss
@@ -57,13 +56,11 @@ def settings(device: str = "cpu") -> LearnerSettings:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    device = parser.parse_args().device
-    dtype = getattr(torch, native_dtype(device))
-    path = Path(settings(device).model)
+    device = chosen_device()
+    given = settings(device)
+    path, dtype = Path(given.model), getattr(torch, given.dtype)
     learner = LearnerWorker()  # in this process, set up as in a run
-    learner.start(settings(device), 1, *learner.rendezvous(), np.arange(100, 132, dtype=np.int32))
+    learner.start(given, 1, *learner.rendezvous(), np.arange(100, 132, dtype=np.int32))
     rollouts = samples()
     batch = pack(rollouts, 0, SEQUENCES, K).to(device)
     model = SelfDistillation(load_student(path, dtype), LOSS).to(device)
@@ -95,7 +92,7 @@ def main() -> None:
         "rest: DeepSpeed, packing": rest,
     }
     rows = [{"part": name, "s": s, "of the step": s / step, "x bound": s / bound} for name, s in parts.items()]
-    what = f"4096 packed tokens, {native_dtype(device)} on {device}, {rate / 1e9:.0f} GFLOP/s"
+    what = f"4096 packed tokens, {given.dtype} on {device}, {rate / 1e9:.0f} GFLOP/s"
     report("learner_step", f"Learner step, {what}, {tokens / step:.0f} tokens/s", rows)
     torch.distributed.destroy_process_group()
 

@@ -5,13 +5,12 @@
 SmolLM2's head (49152 x 576) in the dtype of the device, K = 64, forward KL, sequences of 64 loss tokens.
 """
 
-import argparse
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import peak_mib, report, seconds_in_turn
+from benchmarks.measure import chosen_device, peak_mib, report, seconds_in_turn
 from learner.config import LossConfig
 from learner.loss import Targets, divergence_loss, importance_weights, token_objective
 from services.processor import native_dtype
@@ -66,9 +65,7 @@ def plain(tokens: int, device: str) -> Callable[[], object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    device = parser.parse_args().device
+    device = chosen_device()
     rows = []
     for tokens in TOKENS:
         memory = {case.__name__: peak_mib(case, tokens, device) for case in (plain, chunked)}

@@ -1,5 +1,6 @@
 """How things are measured here: cases in turn within one run, medians, peak memory in a process of its own."""
 
+import argparse
 import ctypes
 import json
 import multiprocessing
@@ -15,6 +16,13 @@ import torch
 
 Case = TypeVar("Case")
 RESULTS = Path(__file__).parent / "results"
+
+
+def chosen_device() -> str:
+    """What the command line says: --device cpu or cuda."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    return str(parser.parse_args().device)
 
 
 def seconds_in_turn(cases: Mapping[Case, Callable[[], object]], rounds: int) -> dict[Case, float]:

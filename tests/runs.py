@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -93,6 +94,13 @@ def finish(config: Path, run_dir: Path, *overrides: str) -> None:
         command(config, run_dir, *overrides), capture_output=True, text=True, timeout=400, check=False
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+
+
+def free_port() -> int:
+    """One of this machine's loopback that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], bool], what: str, driver: subprocess.Popen | None = None) -> None:

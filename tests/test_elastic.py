@@ -19,8 +19,7 @@ from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNE
 
 from services.metrics import read_jsonl
 from tests.leftovers import new_since, on_machine
-from tests.runs import BIN, ENVIRONMENT, command, wait_for_step, wait_until, write_run
-from tests.test_job import free_port
+from tests.runs import BIN, ENVIRONMENT, command, free_port, wait_for_step, wait_until, write_run
 
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"

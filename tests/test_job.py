@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -22,7 +21,7 @@ from services.recording import read_batch
 from tests.leftovers import new_since, on_machine
 from tests.readme import commands
 from tests.rollouts import logprobs
-from tests.runs import BIN, ENVIRONMENT, command, finish, metrics, replayed, wait_for_step, write_run
+from tests.runs import BIN, ENVIRONMENT, command, finish, free_port, metrics, replayed, wait_for_step, write_run
 
 # A rate that moves the adapters, which begin at no change, in four steps.
 LORA = {"lora": {"rank": 4}, "optimizer": {"lr": 0.02, "warmup_steps": 2}}
@@ -35,12 +34,6 @@ class Head:
     address: str  # of the cluster, for drivers
     dashboard: str  # for job submission
     environment: dict[str, str]  # of whoever wants to use it: its token among others
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

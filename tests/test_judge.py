@@ -19,9 +19,8 @@ from services.errors import PreflightError, UserError
 from services.judge import check_judge, judged, verdict
 from services.sections import JudgeConfig
 from tests.leftovers import new_since, on_machine
-from tests.runs import ENVIRONMENT, wait_until
+from tests.runs import ENVIRONMENT, free_port, wait_until
 from tests.test_engine import engine_settings
-from tests.test_job import free_port
 from tests.tiny_judge import make_tiny_judge
 
 
