@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,6 +34,20 @@ def with_environment(entry: str) -> list[int]:
             if entry.encode() in path.read_bytes().split(b"\0"):
                 found.append(int(path.parent.name))
     return found
+
+
+def with_open_files(folder: Path) -> list[int]:
+    """Processes that hold a file in this folder open: of a Ray cluster that has it as --temp-dir, every one.
+
+    Ray's agents write their titles over their environment, and outlive their raylet for as long as they
+    try to tell a controller that is gone as well, a minute and more: nothing else finds all of them.
+    """
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            if any(file.readlink().is_relative_to(folder) for file in (process / "fd").iterdir()):
+                found.append(int(process.name))
+    return [pid for pid in found if pid != os.getpid()]
 
 
 def is_raylet(pid: int) -> bool:
@@ -135,10 +150,13 @@ def growing() -> Iterator[Growing]:
         yield Growing(f"127.0.0.1:{port}", environment)
     finally:
         # The head, and nodes that the autoscaler had started. Asked to end, Ray takes half a minute.
-        for pid in with_environment(f"RAY_ADDRESS=127.0.0.1:{port}"):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        head.kill()
         head.wait(timeout=60)
+        deadline = time.monotonic() + 60
+        while (pids := with_open_files(scratch)) and time.monotonic() < deadline:
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         left = new_since(before)
         shutil.rmtree(scratch)
         assert left == set()
