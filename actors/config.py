@@ -17,12 +17,14 @@ class EngineConfig(BaseModel):
     )
     # Half a Ray CPU: in strict mode the roles take turns, so three of them fit a two-core laptop.
     cpus: float = Field(0.5, gt=0, description="Ray CPUs reserved by each engine")
-    gpus: float = Field(1, ge=0, description="GPUs of each engine; used with device: cuda only")
+    gpus: float = Field(1, ge=0, description="GPUs of each engine, or a part of one; used with device: cuda only")
     labels: dict[str, str] = Field(
         {}, description="Only on nodes of a running cluster that have these labels (ray start --labels)"
     )
     threads: int | None = Field(None, ge=1, description="OpenMP threads of a CPU engine; null: every core of the node")
-    kv_cache_gib: float = Field(1, gt=0, description="GiB of KV cache of a CPU engine")
+    kv_cache_gib: float | None = Field(
+        None, gt=0, description="GiB of KV cache; null: 1 on a CPU, on a GPU what gpu_memory_utilization leaves for it"
+    )
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1, description="Share of a GPU's memory an engine may use")
     max_num_seqs: int = Field(64, ge=1, description="Sequences decoded at once")
     enforce_eager: bool = Field(True, description="false compiles the model: faster steps, a longer start")
@@ -41,6 +43,11 @@ class EngineConfig(BaseModel):
                 f"raise it, or leave it out for a pool of one size"
             )
         return self
+
+    @property
+    def cpu_cache_gib(self) -> float:
+        """GiB of KV cache of a CPU engine."""
+        return self.kv_cache_gib or 1
 
     @property
     def most(self) -> int:
@@ -91,5 +98,5 @@ class EngineSettings:
     enforce_eager: bool
     max_probe_gap: float
     threads: int | None  # OpenMP threads on the CPU; None: every core
-    kv_cache_gib: float | None  # None on GPUs, where gpu_memory_utilization says it
+    kv_cache_gib: float | None  # None, on GPUs: what gpu_memory_utilization leaves for it
     extension: str = "actors.engine.WorkerExtension"  # loaded in the engine's worker processes

@@ -1,19 +1,20 @@
 """One learner step on SmolLM2-135M against the floating-point bound of its work, and where the time goes.
 
-    python -m benchmarks.learner_step [--device cuda]
+    python -m benchmarks.learner_step [--device cuda] [--tokens 4096]
 
-4096 packed tokens in the dtype of the device: 32 sequences of 96 prompt and 32 completion tokens, every completion
-token in the loss. The bound counts 6 operations a token and parameter for the body, 6 for the head on loss tokens only,
+Packed tokens in the dtype of the device: sequences of 96 prompt and 32 completion tokens, every completion token in the
+loss. The bound counts 6 operations a token and parameter for the body, 6 for the head on loss tokens only,
 and causal attention, at the rate of a large matrix product in that dtype measured in the same run.
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
-from benchmarks.measure import chosen_device, matrix_rate, report, seconds_in_turn
+from benchmarks.measure import device_option, matrix_rate, report, seconds_in_turn
 from benchmarks.operations import Operations
 from learner.config import LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
 from learner.loss import divergence_loss
@@ -25,16 +26,16 @@ from learner.worker import LearnerWorker
 from services.models import resolve_model
 from services.processor import native_dtype
 
-SEQUENCES, PROMPT, COMPLETION, K = 32, 96, 32, 64
+PROMPT, COMPLETION, K = 96, 32, 64
 LOSS = LossConfig(top_k=K, skip_first=0)
 OPTIMIZER = OptimizerConfig(lr=1e-5, warmup_steps=0, schedule="constant")
 
 
-def samples() -> list[ScoredRollout]:
+def samples(sequences: int) -> list[ScoredRollout]:
     """Random tokens and a random teacher: the values do not matter for the time."""
     rng = np.random.default_rng(0)
     made = []
-    for i in range(SEQUENCES):
+    for i in range(sequences):
         prompt, completion = (rng.integers(100, 40000, n).astype(np.int32) for n in (PROMPT, COMPLETION))
         ids = rng.integers(100, 40000, (COMPLETION, K)).astype(np.int32)
         logprobs = np.full((COMPLETION, K), np.log(0.9 / K), dtype=np.float32)
@@ -43,26 +44,31 @@ def samples() -> list[ScoredRollout]:
     return made
 
 
-def settings(device: str = "cpu") -> LearnerSettings:
+def settings(device: str = "cpu", tokens: int = 4096) -> LearnerSettings:
     return LearnerSettings(
         model=str(resolve_model("smollm2-135m", Path.cwd())),
         dtype=native_dtype(device),
         device=device,
         seed=0,
-        config=LearnerConfig(micro_batch_tokens=4096),
+        config=LearnerConfig(micro_batch_tokens=tokens),
         stages=(StageSettings(0, 1000, LOSS, OPTIMIZER),),
         teacher=TeacherConfig(alpha=0.01),
     )
 
 
 def main() -> None:
-    device = chosen_device()
-    given = settings(device)
+    parser = argparse.ArgumentParser(parents=[device_option()])
+    parser.add_argument("--tokens", type=int, default=4096, help="in one micro-batch, a multiple of 128")
+    arguments = parser.parse_args()
+    device, length = arguments.device, PROMPT + COMPLETION
+    sequences = arguments.tokens // length
+    tokens = sequences * length
+    given = settings(device, tokens)
     path, dtype = Path(given.model), getattr(torch, given.dtype)
     learner = LearnerWorker()  # in this process, set up as in a run
     learner.start(given, 1, *learner.rendezvous(), np.arange(100, 132, dtype=np.int32))
-    rollouts = samples()
-    batch = pack(rollouts, 0, SEQUENCES, K).to(device)
+    rollouts = samples(sequences)
+    batch = pack(rollouts, 0, sequences, K).to(device)
     model = SelfDistillation(load_student(path, dtype), LOSS).to(device)
     states = hidden_states(model.model, batch.input_ids, batch.position_ids, batch.lengths)[batch.predicting]
     fixed = states.detach().requires_grad_()
@@ -81,8 +87,7 @@ def main() -> None:
         {"step": lambda: learner.train_step(rollouts), "body": body, "loss": loss, "adamw": adam.step}, rounds=5
     )
     rate = matrix_rate(dtype, device)
-    tokens, length = SEQUENCES * (PROMPT + COMPLETION), PROMPT + COMPLETION
-    bound = Operations.of(path).train(tokens, length, SEQUENCES * COMPLETION) / rate
+    bound = Operations.of(path).train(tokens, length, sequences * COMPLETION) / rate
     step = seconds["step"]
     rest = step - seconds["body"] - seconds["loss"] - seconds["adamw"]
     parts = {"bound": bound, "whole step": step} | {
@@ -92,7 +97,7 @@ def main() -> None:
         "rest: DeepSpeed, packing": rest,
     }
     rows = [{"part": name, "s": s, "of the step": s / step, "x bound": s / bound} for name, s in parts.items()]
-    what = f"4096 packed tokens, {given.dtype} on {device}, {rate / 1e9:.0f} GFLOP/s"
+    what = f"{tokens} packed tokens, {given.dtype} on {device}, {rate / 1e9:.0f} GFLOP/s"
     report("learner_step", f"Learner step, {what}, {tokens / step:.0f} tokens/s", rows)
     torch.distributed.destroy_process_group()
 

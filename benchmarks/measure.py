@@ -18,11 +18,11 @@ Case = TypeVar("Case")
 RESULTS = Path(__file__).parent / "results"
 
 
-def chosen_device() -> str:
-    """What the command line says: --device cpu or cuda."""
-    parser = argparse.ArgumentParser()
+def device_option() -> argparse.ArgumentParser:
+    """The command line's --device, cpu or cuda; a parent of other parsers, too."""
+    parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    return str(parser.parse_args().device)
+    return parser
 
 
 def seconds_in_turn(cases: Mapping[Case, Callable[[], object]], rounds: int) -> dict[Case, float]:

@@ -15,7 +15,7 @@ import torch
 
 from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
 from benchmarks.measure import report
-from learner.model import SHORT, _Group
+from learner.attention import SHORT, _Group
 from learner.packing import group, length, pack
 from services.models import resolve_model
 from services.prompts import load_tokenizer

@@ -54,7 +54,7 @@ def packing() -> dict[str, list[float]]:
 
     learner = LearnerWorker()
     learner.start(settings(), 1, *learner.rendezvous(), np.arange(100, 148, dtype=np.int32))
-    learner.train_step(samples()[:8])
+    learner.train_step(samples(8))
     seconds: dict[str, list[float]] = {}
     memories: dict[str, mmap.mmap] = {}
     for _ in range(ROUNDS + 1):
@@ -74,7 +74,7 @@ def measure(scratch: Path) -> tuple[dict[str, list[float]], dict[str, int]]:
     engine = ray.remote(EngineWorker).remote(engine_settings("actors.engine.WorkerExtension", share_prompts=False))
     address, port = ray.get(learner.rendezvous.remote(), timeout=WAIT_S)
     ray.get([learner.start.remote(settings(), 1, address, port, probe), engine.start.remote()], timeout=WAIT_S)
-    ray.get(learner.train_step.remote(samples()[:8]), timeout=WAIT_S)
+    ray.get(learner.train_step.remote(samples(8)), timeout=WAIT_S)
     seconds: dict[str, list[float]] = {}
     nbytes: dict[str, int] = {}
 

@@ -81,7 +81,7 @@ class LearnerConfig(BaseModel):
     ranks: int = Field(1, ge=1, description="Learner processes; each takes a share of every batch")
     zero_stage: Literal[0, 1, 2, 3] = 1
     cpus: float = Field(0.5, gt=0, description="Ray CPUs reserved by each rank")
-    gpus: float = Field(1, ge=0, description="GPUs of each rank; used with device: cuda only")
+    gpus: float = Field(1, ge=0, description="GPUs of each rank, or a part of one; used with device: cuda only")
     labels: dict[str, str] = Field(
         {}, description="Only on nodes of a running cluster that have these labels (ray start --labels)"
     )

@@ -116,7 +116,7 @@ class LearnerEngine:
         lr = learning_rate(self.step + 1 - stage.before, stage.steps, one)
         for param_group in self._optimizer.param_groups:
             param_group |= {"lr": lr, "betas": one.betas, "eps": one.eps, "weight_decay": one.weight_decay}
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64, device=self._engine.device)  # NCCL adds up what lies on GPUs
         count = max(len(p) for p in packs)  # the same on every rank: each micro-batch is a collective
         for i in range(count):
             members = [samples[mine[j]] for j in my_packs[i]] if i < len(my_packs) else []
@@ -126,7 +126,7 @@ class LearnerEngine:
             # DeepSpeed averages gradients over ranks; shares of the batch are to be added.
             self._engine.backward(loss * self.ranks, scale_wrt_gas=False)
             self._engine.step()
-            sums += torch.stack([loss.detach(), *rest]).double().cpu()
+            sums += torch.stack([loss.detach(), *rest])
         torch.distributed.all_reduce(sums)
         self.step += 1
         norm = self._adam.norm if self._adam.clip is not None else float(self._engine.get_global_grad_norm())

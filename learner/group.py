@@ -75,6 +75,8 @@ class LearnerGroup:
         except RayActorError as error:
             raise LearnerLost("a learner process died while it started") from error
         self._watching = [asyncio.create_task(self._watch(rank)) for rank in range(len(self.workers))]
+        for task in self._watching:  # its words are in `_lost` too: nobody has to wait for them
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     @property
     def pids(self) -> list[int]:

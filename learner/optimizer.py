@@ -56,7 +56,8 @@ class AdamWWithTeacher(torch.optim.AdamW):
         """Give a parameter its state, unless it has one: AdamW's, which takes any state for its own, and the EMA."""
         if not self.state[p]:
             p0 = p.detach()
-            self.state[p].update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p0), exp_avg_sq=torch.zeros_like(p0))
+            steps = torch.zeros((), device=p.device)  # where the fused kernel of a GPU wants it
+            self.state[p].update(step=steps, exp_avg=torch.zeros_like(p0), exp_avg_sq=torch.zeros_like(p0))
         if self.alpha is not None and TEACHER not in self.state[p]:
             self.state[p][TEACHER] = p.detach().clone()
 

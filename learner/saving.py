@@ -58,7 +58,8 @@ class Saver:
             wait([done])
         with self._lock:
             for i, file in enumerate(self._waiting):
-                self._waiting[i] = replace(file, tensors={name: t.clone() for name, t in file.tensors.items()})
+                copies = {name: t.to("cpu", copy=True) for name, t in file.tensors.items()}
+                self._waiting[i] = replace(file, tensors=copies)
         with self._writing:
             pass
 

@@ -130,7 +130,7 @@ class LearnerWorker:
         """All parameters as float32 numpy arrays, for comparisons on small models. Collective."""
         import torch
 
-        return {name: tensor.numpy().copy() for name, tensor in self._engine.weights(role, torch.float32)}
+        return {name: tensor.cpu().numpy().copy() for name, tensor in self._engine.weights(role, torch.float32)}
 
 
 def learner_actor() -> Any:
@@ -148,6 +148,8 @@ def _environment(settings: LearnerSettings, ranks: int, address: str, port: int)
         "HF_HUB_OFFLINE": "1",
         "DS_ACCELERATOR": settings.device,
     }
+    if settings.device == "cuda":
+        environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it matrix products differ from run to run
     cores = len(os.sched_getaffinity(0))
     environment["OMP_NUM_THREADS"] = str(settings.config.threads or max(1, cores // ranks))
     return environment

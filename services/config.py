@@ -147,6 +147,12 @@ class RunConfig(Section):
                 "learner.zero_stage 0 keeps no float32 masters of bfloat16 weights; set it to 1 (the same cost on "
                 "one rank) or dtype to float32"
             )
+        for role in ("student", "teacher") if self.device == "cuda" else ():
+            if self.actors.of(role).gpus % 1 and self.actors.of(role).kv_cache_gib is None:
+                raise ValueError(
+                    f"actors.{role}.gpus {self.actors.of(role).gpus:g} lets the engine share a GPU, whose free memory "
+                    f"it then cannot measure while others take of it; set actors.{role}.kv_cache_gib"
+                )
         if self.device == "cpu" and self.learner.ranks > self.training.batch_size:
             raise ValueError("learner.ranks must not exceed training.batch_size: some ranks would never have work")
         return self

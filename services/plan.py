@@ -83,7 +83,7 @@ def make_plan(config: RunConfig, shape: ModelShape, longest_prompts: Sequence[in
     def engines(role: str) -> tuple[Part, ...]:
         e = config.actors.of(role)
         # Weights twice for a moment while they are replaced (the snapshot is mapped), the KV cache, logits of a batch.
-        memory = ENGINE_BASE_GIB + 2 * weights + (0 if cuda else e.kv_cache_gib)
+        memory = ENGINE_BASE_GIB + 2 * weights + (0 if cuda else e.cpu_cache_gib)
         gpus = e.gpus if cuda else 0
         return tuple(Part(f"{role} engine {i}", e.cpus, gpus, memory, e.labels) for i in range(e.replicas))
 
@@ -125,9 +125,9 @@ def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings
             f"{model} has {limit} positions; lower data.max_teacher_prompt_tokens or max_new_tokens"
         )
     cache = _cache_bytes_per_token(shape, WIDTH[config.dtype]) * max_model_len / GIB
-    if config.device == "cpu" and cache > e.kv_cache_gib:
+    if config.device == "cpu" and cache > e.cpu_cache_gib:
         raise UserError(
-            f"actors.{role}.kv_cache_gib is {e.kv_cache_gib:g}, but one sequence of {max_model_len} tokens "
+            f"actors.{role}.kv_cache_gib is {e.cpu_cache_gib:g}, but one sequence of {max_model_len} tokens "
             f"(data.max_teacher_prompt_tokens and the longest answer) needs {cache:.2g} GiB; raise it"
         )
     # Correct engines: up to 1e-5 and, of models that were trained for long, 0.04; other weights: 0.4 and more.
@@ -145,7 +145,7 @@ def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings
         enforce_eager=e.enforce_eager,
         max_probe_gap=config.weights.max_probe_gap or default_gap,
         threads=e.threads,
-        kv_cache_gib=e.kv_cache_gib if config.device == "cpu" else None,
+        kv_cache_gib=e.cpu_cache_gib if config.device == "cpu" else e.kv_cache_gib,
     )
 
 

@@ -269,6 +269,12 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         2,
         ["actors.teacher.kv_cache_gib is 1e-05"],
     ),
+    "a shared GPU without a size": (
+        two(setting("device", "cuda"), setting("actors.student.gpus", 0.5)),
+        TRAIN,
+        2,
+        ["actors.student.gpus 0.5", "set actors.student.kv_cache_gib"],
+    ),
     "no cluster there": (setting("ray.address", "127.0.0.1:1"), TRAIN, 3, ["no Ray cluster answers at 127.0.0.1:1"]),
     "check reads the data too": (rows("train.jsonl", b"{"), "check my.yaml", 2, ["train.jsonl:1"]),
     "status of no folder": (nothing, "status nowhere", 2, ["nowhere: there is no such folder"]),

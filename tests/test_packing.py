@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
+from learner.attention import packed_attention
 from learner.config import LossConfig
-from learner.model import SelfDistillation, load_student, packed_attention
+from learner.model import SelfDistillation, load_student
 from learner.packing import assign, group, length, pack
 from tests.rollouts import make_rollouts
 
@@ -102,7 +103,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradient(tiny_model: Pa
 def test_attention_of_packed_sequences_is_that_of_each_alone(
     lengths: tuple[int, ...], dtype: torch.dtype, cached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("learner.model.CACHED_SCORES", cached)
+    monkeypatch.setattr("learner.attention.CACHED_SCORES", cached)
     torch.manual_seed(0)
     tokens = sum(lengths)
     query = torch.randn(1, 6, tokens, 8, dtype=dtype, requires_grad=True)

@@ -14,6 +14,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,9 @@ EXPERIMENTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--full", action="store_true", help="all experiments, three seeds, every method at four rates")
+    parser.add_argument("--seeds", type=int, choices=range(1, len(SEEDS) + 1), help="how many; 1, and 3 with --full")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; 1, unless the machine has room")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="in all runs, as of sdft train")
     parser.add_argument("--only", choices=EXPERIMENTS, nargs="+", help="these experiments")
     parser.add_argument("--runs", type=Path, default=Path("runs/continual"), help="where the runs are kept")
     given = parser.parse_args()
@@ -99,10 +103,18 @@ def main() -> None:
     experiments = {name: variants for name, variants in EXPERIMENTS.items() if name in chosen}
     if given.full and "sequence" in experiments:
         experiments["sequence"] = FULL
-    seeds = SEEDS if given.full else SEEDS[:1]
+    seeds = SEEDS[: given.seeds or (len(SEEDS) if given.full else 1)]
     todo = {(v.name, seed): v for seed in seeds for variants in experiments.values() for v in variants}
-    for number, ((name, seed), variant) in enumerate(todo.items(), 1):
-        run(variant, seed, given.runs / f"{name}-{seed}", f"run {number} of {len(todo)}")
+    with ThreadPoolExecutor(given.jobs) as pool:
+        started = [
+            pool.submit(run, variant, seed, given.runs / f"{name}-{seed}", f"run {number} of {len(todo)}", given.set)
+            for number, ((name, seed), variant) in enumerate(todo.items(), 1)
+        ]
+        try:
+            for done in as_completed(started):
+                done.result()
+        finally:  # after a failure those that run come to their end, and no other begins
+            pool.shutdown(cancel_futures=True)
     for name, variants in experiments.items():
         compared = {v.name: over_runs([figures(given.runs / f"{v.name}-{seed}") for seed in seeds]) for v in variants}
         print(f"\n{name}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, %\n\n{table(compared)}")
@@ -111,14 +123,15 @@ def main() -> None:
             print(f"\nplot: {given.runs / 'sequence.svg'}; one run's matrix: sdft matrix {given.runs}/NAME")
 
 
-def run(variant: Variant, seed: int, run_dir: Path, what: str) -> None:
+def run(variant: Variant, seed: int, run_dir: Path, what: str, more: Sequence[str] = ()) -> None:
     """To the end, unless it is there already. CalledProcessError if it fails; its output is in output.log."""
     state = run_dir / "run.json"
     if state.exists() and json.loads(state.read_text())["state"] == "finished":
         return
     print(f"{what}: {run_dir}", flush=True)
     settings = variant.settings | {"seed": seed}
-    words = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    chosen = [*(f"{key}={json.dumps(value)}" for key, value in settings.items()), *more]
+    words = [word for setting in chosen for word in ("--set", setting)]
     train = [sys.executable, "-m", "services.cli", "train", str(variant.config), "--run-dir", str(run_dir)]
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / "output.log").open("ab") as log:
