@@ -12,7 +12,7 @@ from services import checkpoint
 from services.checkpoint import CheckpointState
 from services.config import RunConfig
 from services.ledger import Ledger, LedgerError, restore_ledger
-from services.plan import make_plan
+from services.plan import engine_settings, make_plan
 from services.schedule import StageSchedule, _order, sample_seed
 from services.shape import ModelShape
 
@@ -216,6 +216,16 @@ def test_a_live_teacher_has_no_engine_and_no_average() -> None:
 def test_gpus_are_asked_for_with_cuda_only() -> None:
     assert make_plan(config(), SHAPE, [100]).gpus == 0
     assert make_plan(config(device="cuda"), SHAPE, [100]).gpus == 3
+
+
+def test_an_engine_on_a_gpu_measures_its_cache_unless_its_size_is_given(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    def gib(**changes: object) -> float | None:
+        return engine_settings(config(**changes), tmp_path, "student").kv_cache_gib
+
+    shared = {"student": {"gpus": 0.3, "kv_cache_gib": 2}, "teacher": {"gpus": 0.3, "kv_cache_gib": 2}}
+    assert (gib(), gib(device="cuda"), gib(device="cuda", actors=shared)) == (1, None, 2)
 
 
 def test_memory_that_holds_cached_files_counts_as_available(tmp_path: Path) -> None:

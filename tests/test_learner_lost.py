@@ -1,6 +1,7 @@
 """A learner rank that answers no more takes the others with it, and nothing of it stays."""
 
 import asyncio
+import gc
 import os
 import signal
 import time
@@ -33,6 +34,26 @@ def test_a_rank_that_was_stopped_is_found_and_ended_with_the_others(ray_cluster:
             await asyncio.sleep(0.1)
 
     asyncio.run(run())
+
+
+def test_a_rank_that_dies_while_nobody_waits_for_it_is_not_asyncios_to_complain_of(
+    ray_cluster: None, tiny_model: Path
+) -> None:
+    async def run() -> list[str]:
+        said: list[str] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context["message"]))
+        one = settings(tiny_model, 1, 1)
+        impatient = replace(one, config=one.config.model_copy(update={"health_timeout_s": 2}))
+        group = await LearnerGroup.start(impatient, PROBE, [{"num_cpus": 0.5}])
+        os.kill(group.pids[0], signal.SIGKILL)
+        await asyncio.wait(group._watching, timeout=60)
+        with pytest.raises(LearnerLost, match="learner rank 0 .* died"):
+            await group.release("student")
+        del group
+        gc.collect()
+        return said
+
+    assert asyncio.run(run()) == []
 
 
 def test_a_learner_starts_beside_a_build_that_was_killed(ray_cluster: None, tiny_model: Path, tmp_path: Path) -> None:
