@@ -47,7 +47,7 @@ def test_a_rank_that_dies_while_nobody_waits_for_it_is_not_asyncios_to_complain_
         group = await LearnerGroup.start(impatient, PROBE, [{"num_cpus": 0.5}])
         os.kill(group.pids[0], signal.SIGKILL)
         await asyncio.wait(group._watching, timeout=60)
-        with pytest.raises(LearnerLost, match="learner rank 0 .* died"):
+        with pytest.raises(LearnerLost, match=r"learner rank 0 .* died"):
             await group.release("student")
         del group
         gc.collect()
