@@ -67,6 +67,14 @@ def test_the_stream_of_the_readme_is_a_configuration() -> None:
         assert _parser().parse_args(words[1:]).run is not None
 
 
+def test_what_the_readme_says_of_clusters_are_configurations() -> None:
+    run = {"model": "m", "data": {"train": "t"}, "training": {"steps": 1}}
+    shared = RunConfig.model_validate(run | yaml.safe_load(block("device: cuda")))
+    assert shared.learner.gpus + shared.actors.student.gpus + shared.actors.teacher.gpus == 1
+    elastic = yaml.safe_load(block("training: {max_staleness"))
+    assert RunConfig.model_validate(run | elastic | {"training": elastic["training"] | {"steps": 1}}).ray.autoscaling
+
+
 def test_the_make_targets_of_the_readme_exist() -> None:
     assert {c[1] for c in commands("make")} == {"demo", "test", "chaos", "bench"}
     for command in commands("make"):
