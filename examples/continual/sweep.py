@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from services.continual import Estimate, over_runs, read_matrix
@@ -116,10 +117,11 @@ def main() -> None:
         finally:  # after a failure those that run come to their end, and no other begins
             pool.shutdown(cancel_futures=True)
     for name, variants in experiments.items():
-        compared = {v.name: over_runs([figures(given.runs / f"{v.name}-{seed}") for seed in seeds]) for v in variants}
+        found = {v.name: [figures(given.runs / f"{v.name}-{seed}") for seed in seeds] for v in variants}
+        compared = {variant: over_runs(runs) for variant, runs in found.items()}
         print(f"\n{name}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, %\n\n{table(compared)}")
         if name == "sequence":
-            plot(compared, given.runs / "sequence.svg")
+            plot(found, given.runs / "sequence.svg")
             print(f"\nplot: {given.runs / 'sequence.svg'}; one run's matrix: sdft matrix {given.runs}/NAME")
 
 
@@ -162,17 +164,20 @@ def text(e: Estimate) -> str:
     return f"{100 * e.mean:.1f}{half}"
 
 
-def plot(compared: dict[str, dict[str, Estimate]], path: Path) -> None:
-    """What was learnt against what was kept, a line of rates for each method."""
+def plot(found: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """What was learnt against what was kept: a line of rates for each method, its seeds faintly beside it."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    lines: dict[str, list[tuple[float, float, float]]] = {}
-    for variant, found in compared.items():
-        method, _, lr = variant.partition("-")
-        lines.setdefault(method, []).append((float(lr), 100 * found[KEPT].mean, 100 * found[SKILLS].mean))
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for variant, runs in found.items():
+        method, _, lr = variant.partition("-")
+        kept, learnt = ([100 * run[key] for run in runs] for key in (KEPT, SKILLS))
+        lines.setdefault(method, []).append((float(lr), fmean(kept), fmean(learnt)))
+        if len(runs) > 1:
+            axes.plot(kept, learnt, "o", color=COLOURS[method], alpha=0.35, markersize=4)
     for method, points in lines.items():
         draw(axes, sorted(points), method)
     axes.set_xlabel("general questions kept, % (before training: 100)")
