@@ -7,14 +7,13 @@ loss. The bound counts 6 operations a token and parameter for the body, 6 for th
 and causal attention, at the rate of a large matrix product in that dtype measured in the same run.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
-from benchmarks.measure import device_option, matrix_rate, report, seconds_in_turn
+from benchmarks.measure import device_parser, matrix_rate, report, seconds_in_turn
 from benchmarks.operations import Operations
 from learner.config import LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
 from learner.loss import divergence_loss
@@ -57,7 +56,7 @@ def settings(device: str = "cpu", tokens: int = 4096) -> LearnerSettings:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(parents=[device_option()])
+    parser = device_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=4096, help="in one micro-batch, a multiple of 128")
     arguments = parser.parse_args()
     device, length = arguments.device, PROMPT + COMPLETION

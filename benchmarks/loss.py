@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.measure import device_option, peak_mib, report, seconds_in_turn
+from benchmarks.measure import device_parser, peak_mib, report, seconds_in_turn
 from learner.config import LossConfig
 from learner.loss import Targets, divergence_loss, importance_weights, token_objective
 from services.processor import native_dtype
@@ -65,7 +65,7 @@ def plain(tokens: int, device: str) -> Callable[[], object]:
 
 
 def main() -> None:
-    device = device_option().parse_args().device
+    device = device_parser(__doc__).parse_args().device
     rows = []
     for tokens in TOKENS:
         memory = {case.__name__: peak_mib(case, tokens, device) for case in (plain, chunked)}

@@ -18,9 +18,9 @@ Case = TypeVar("Case")
 RESULTS = Path(__file__).parent / "results"
 
 
-def device_option() -> argparse.ArgumentParser:
-    """The command line's --device, cpu or cuda; a parent of other parsers, too."""
-    parser = argparse.ArgumentParser(add_help=False)
+def device_parser(doc: str) -> argparse.ArgumentParser:
+    """A command line with --device, cpu or cuda. doc: the benchmark's, of which --help has the first line."""
+    parser = argparse.ArgumentParser(description=doc.split("\n", 1)[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     return parser
 

@@ -55,7 +55,7 @@ def packed_attention(
 
 def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
     """The same for a GPU in half precision: [1, heads, T, D] each -> [T, heads, D]."""
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention.varlen import varlen_attn  # seconds to import, and of no use on a CPU
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     bounds, longest = _bounds(lengths, query.device), max(lengths)

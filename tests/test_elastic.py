@@ -42,12 +42,14 @@ def with_open_files(folder: Path) -> list[int]:
     Ray's agents write their titles over their environment, and outlive their raylet for as long as they
     try to tell a controller that is gone as well, a minute and more: nothing else finds all of them.
     """
-    found = []
+    found = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            if any(file.readlink().is_relative_to(folder) for file in (process / "fd").iterdir()):
-                found.append(int(process.name))
-    return [pid for pid in found if pid != os.getpid()]
+            for file in (process / "fd").iterdir():
+                with suppress(FileNotFoundError):  # one that it has just closed hides none of the others
+                    if file.readlink().is_relative_to(folder):
+                        found.add(int(process.name))
+    return sorted(found - {os.getpid()})
 
 
 def is_raylet(pid: int) -> bool:

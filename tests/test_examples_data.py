@@ -187,3 +187,11 @@ def test_an_examples_configuration_is_good(smollm2: Path, config: str, capsys: p
     assert smollm2.is_dir()
     assert main(["check", str(EXAMPLES / config)]) == 0
     assert "good. The longest teacher prompt has" in capsys.readouterr().out
+
+
+def test_after_a_run_of_the_sweep_has_failed_no_other_begins(tmp_path: Path) -> None:
+    sweep = [sys.executable, str(EXAMPLES / "continual" / "sweep.py"), "--runs", str(tmp_path), "--set", "nonsense=1"]
+    result = subprocess.run(sweep, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    (begun,) = tmp_path.iterdir()
+    assert "nonsense is not a setting" in (begun / "output.log").read_text()

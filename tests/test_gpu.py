@@ -69,7 +69,7 @@ def test_the_loss_and_both_gradients_are_those_of_a_cpu() -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_three_steps_are_those_of_a_cpu(ray_cluster: None, tiny_model: Path, stage: int) -> None:
+def test_two_steps_are_those_of_a_cpu(ray_cluster: None, tiny_model: Path, stage: int) -> None:
     """In float32, with the EMA teacher; what differs is small beside what moved. Again, they are the same bits."""
 
     async def run(device: str) -> list[dict]:

@@ -14,10 +14,11 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from threading import Event
 from typing import Any
 
 from services.continual import Estimate, over_runs, read_matrix
@@ -106,16 +107,20 @@ def main() -> None:
         experiments["sequence"] = FULL
     seeds = SEEDS[: given.seeds or (len(SEEDS) if given.full else 1)]
     todo = {(v.name, seed): v for seed in seeds for variants in experiments.values() for v in variants}
-    with ThreadPoolExecutor(given.jobs) as pool:
-        started = [
-            pool.submit(run, variant, seed, given.runs / f"{name}-{seed}", f"run {number} of {len(todo)}", given.set)
-            for number, ((name, seed), variant) in enumerate(todo.items(), 1)
-        ]
+    failed = Event()  # after a failure those that run come to their end, and no other begins
+
+    def in_turn(number: int, name: str, seed: int) -> None:
+        if failed.is_set():
+            return
         try:
-            for done in as_completed(started):
-                done.result()
-        finally:  # after a failure those that run come to their end, and no other begins
-            pool.shutdown(cancel_futures=True)
+            what = f"run {number} of {len(todo)}"
+            run(todo[name, seed], seed, given.runs / f"{name}-{seed}", what, given.set)
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(in_turn, range(1, len(todo) + 1), *zip(*todo, strict=True)))
     for name, variants in experiments.items():
         found = {v.name: [figures(given.runs / f"{v.name}-{seed}") for seed in seeds] for v in variants}
         compared = {variant: over_runs(runs) for variant, runs in found.items()}
@@ -125,8 +130,11 @@ def main() -> None:
             print(f"\nplot: {given.runs / 'sequence.svg'}; one run's matrix: sdft matrix {given.runs}/NAME")
 
 
-def run(variant: Variant, seed: int, run_dir: Path, what: str, more: Sequence[str] = ()) -> None:
-    """To the end, unless it is there already. CalledProcessError if it fails; its output is in output.log."""
+def run(variant: Variant, seed: int, run_dir: Path, what: str, more: Sequence[str]) -> None:
+    """To the end, unless it is there already. CalledProcessError if it fails; its output is in output.log.
+
+    more: settings of all runs, KEY=VALUE each.
+    """
     state = run_dir / "run.json"
     if state.exists() and json.loads(state.read_text())["state"] == "finished":
         return
