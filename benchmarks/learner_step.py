@@ -7,6 +7,7 @@ loss. The bound counts 6 operations a token and parameter for the body, 6 for th
 and causal attention, at the rate of a large matrix product in that dtype measured in the same run.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,15 @@ def settings(device: str = "cpu", tokens: int = 4096) -> LearnerSettings:
     )
 
 
+def launched(run: Callable[[], object]) -> tuple[int, float]:
+    """How many kernels a call puts on the GPU, and the seconds that it is at work on them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return len(kernels), sum(e.device_time for e in kernels) / 1e6
+
+
 def main() -> None:
     parser = device_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=4096, help="in one micro-batch, a multiple of 128")
@@ -98,6 +108,9 @@ def main() -> None:
     rows = [{"part": name, "s": s, "of the step": s / step, "x bound": s / bound} for name, s in parts.items()]
     what = f"{tokens} packed tokens, {given.dtype} on {device}, {rate / 1e9:.0f} GFLOP/s"
     report("learner_step", f"Learner step, {what}, {tokens / step:.0f} tokens/s", rows)
+    if device == "cuda":
+        kernels, busy = launched(lambda: learner.train_step(rollouts))
+        print(f"  a step is {kernels} kernels, which take {busy:.3f} s; {torch.cuda.max_memory_allocated() >> 20} MiB")
     torch.distributed.destroy_process_group()
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-CHUNK_LOGITS = 48 << 20  # logits that exist at once: 1024 positions of a vocabulary of 49152, 100 MB in bfloat16
+CHUNK_BYTES = 96 << 20  # of logits exist at once: of a vocabulary of 49152 1024 positions in bfloat16, 512 in float32
 
 
 class TeacherConfig(BaseModel):

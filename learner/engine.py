@@ -35,7 +35,7 @@ class LearnerEngine:
         self.settings = settings
         self.step = 0
         torch.manual_seed(settings.seed)
-        torch.use_deterministic_algorithms(True, warn_only=settings.device == "cuda")
+        torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: 8 % of a step
         _compile_nothing()
         deepspeed.init_distributed(dist_backend="gloo" if settings.device == "cpu" else "nccl")

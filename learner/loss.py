@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.config import CHUNK_LOGITS, LossConfig
+from learner.config import CHUNK_BYTES, LossConfig
 
-CACHED_ROWS = 16  # of a chunk are worked on in float32 at once, on a CPU: 3 MB at that vocabulary
+# Rows of a chunk that are worked on in float32 at once: on a CPU 3 MB at that vocabulary, which stay in its cache; on a
+# GPU enough for its kernels, 50 MB beside the chunk's 100.
+ROWS_AT_ONCE = {"cpu": 16, "cuda": 256}
 OF_ONE_TOKEN = ("sampled", "nll", "dft")  # divergences that look at the sequence's own tokens alone
 VOCABULARY_ROWS = 8192  # of the head's gradient are added up at once
 
@@ -129,7 +131,7 @@ class _Chunked(torch.autograd.Function):
         config: LossConfig,
     ) -> tuple[Tensor, ...]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        rows_at_once = max(1, CHUNK_LOGITS // len(head))
+        rows_at_once = max(1, CHUNK_BYTES // (len(head) * head.element_size()))
         chunks = _chunks(targets.sequence, config.importance.level, rows_at_once)
         longest = max((rows.stop - rows.start for rows, _ in chunks), default=0)
         buffer = hidden.new_empty(longest, len(head))  # logits of a chunk, then their gradient: fresh pages cost time
@@ -137,8 +139,7 @@ class _Chunked(torch.autograd.Function):
         for rows, known in chunks:
             if not known:
                 logits = _logits(hidden[rows], head, bias, buffer)
-                own = _log_probs(logits, _log_normalizer(logits), targets.sampled_ids[rows, None])
-                trainer[rows] = own[:, 0]
+                trainer[rows] = _log_probs(logits, targets.sampled_ids[rows, None], wide)[:, 0]
         scale = importance_weights(trainer, targets, config) * targets.share
         grad_hidden = torch.empty_like(hidden)
         trained = head.requires_grad  # it is not with LoRA, and then its gradient is not computed
@@ -149,16 +150,16 @@ class _Chunked(torch.autograd.Function):
         for rows, known in chunks:
             here = _rows(targets, rows)
             logits = _logits(hidden[rows], head, bias, buffer)
-            log_z = _log_normalizer(logits)
-            if known:
-                trainer[rows] = _log_probs(logits, log_z, here.sampled_ids[:, None])[:, 0]
-                scale[rows] = importance_weights(trainer[rows], here, config) * here.share
             ids = support(here, config)
+            known_log_p = _log_probs(logits, torch.cat([here.sampled_ids[:, None], ids], -1), wide)
+            if known:
+                trainer[rows] = known_log_p[:, 0]
+                scale[rows] = importance_weights(trainer[rows], here, config) * here.share
             with torch.enable_grad():
-                log_p = _log_probs(logits, log_z, ids).requires_grad_()
+                log_p = known_log_p[:, 1:].requires_grad_()
                 objective, values[rows] = support_objective(log_p, here, len(head), config)
                 (grad_log_p,) = torch.autograd.grad((objective * scale[rows]).sum(), log_p)
-            _to_gradient(logits, log_z, ids, grad_log_p)
+            _to_gradient(logits, ids, grad_log_p)
             torch.mm(logits, head, out=grad_hidden[rows])
             if trained:
                 _add_product(grad_head, logits, hidden[rows])
@@ -199,31 +200,24 @@ def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, buffer: Tensor) -
     return torch.mm(hidden, head.T, out=out) if bias is None else torch.addmm(bias, hidden, head.T, out=out)
 
 
-def _blocks(logits: Tensor) -> Sequence[Tensor]:
-    """Views of a few rows each: on a CPU what is done to them in float32 then stays in its cache."""
-    return logits.split(CACHED_ROWS) if logits.device.type == "cpu" else [logits]
+def _blocks(x: Tensor) -> Sequence[Tensor]:
+    """Views of a few rows each."""
+    return x.split(ROWS_AT_ONCE[x.device.type])
 
 
-def _log_normalizer(logits: Tensor) -> Tensor:
-    """logsumexp of every row, [n, V] -> [n, 1], in float32 or wider."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    result = logits.new_empty(len(logits), 1, dtype=wide)  # at once: small blocks among large ones fragment the heap
-    for block, its_result in zip(_blocks(logits), _blocks(result), strict=True):
-        torch.logsumexp(block.to(wide), -1, keepdim=True, out=its_result)
+def _log_probs(logits: Tensor, ids: Tensor, wide: torch.dtype) -> Tensor:
+    """Of the tokens `ids`, [n, V] and [n, S] -> [n, S] of dtype `wide`."""
+    result = logits.new_empty(ids.shape, dtype=wide)  # at once: small blocks among large ones fragment the heap
+    for block, its_ids, its_result in zip(_blocks(logits), _blocks(ids), _blocks(result), strict=True):
+        torch.gather(torch.log_softmax(block, -1, dtype=wide), -1, its_ids, out=its_result)
     return result
 
 
-def _log_probs(logits: Tensor, log_z: Tensor, ids: Tensor) -> Tensor:
-    """Of the tokens `ids` [n, S], in the precision of `log_z`."""
-    return logits.gather(-1, ids).to(log_z.dtype) - log_z
-
-
-def _to_gradient(logits: Tensor, log_z: Tensor, ids: Tensor, grad_log_p: Tensor) -> None:
+def _to_gradient(logits: Tensor, ids: Tensor, grad_log_p: Tensor) -> None:
     """Put scatter(grad_log_p) - softmax * sum(grad_log_p) in the place of the logits, [n, V]."""
     total = -grad_log_p.sum(-1, keepdim=True)
-    blocks = (_blocks(x) for x in (logits, log_z, ids, grad_log_p, total))
-    for block, its_log_z, its_ids, its_grad, its_total in zip(*blocks, strict=True):
-        grad = block.to(log_z.dtype, copy=True).sub_(its_log_z).exp_().mul_(its_total)
+    for block, its_ids, its_grad, its_total in zip(*map(_blocks, (logits, ids, grad_log_p, total)), strict=True):
+        grad = torch.softmax(block, -1, dtype=grad_log_p.dtype).mul_(its_total)
         block.copy_(grad.scatter_add_(-1, its_ids, its_grad))
 
 

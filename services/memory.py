@@ -5,7 +5,7 @@ with and without gradient checkpointing, with and without LoRA; within 7 %). tes
 """
 
 from actors.process import GIB
-from learner.config import CHUNK_LOGITS, LearnerConfig, TeacherConfig
+from learner.config import CHUNK_BYTES, LearnerConfig, TeacherConfig
 from services.shape import ModelShape
 
 WIDTH = {"bfloat16": 2, "float32": 4}  # bytes of a number
@@ -70,6 +70,6 @@ def _activation_bytes(config: LearnerConfig, dtype: str, shape: ModelShape, toke
 
 
 def _loss_bytes(config: LearnerConfig, dtype: str, shape: ModelShape, rows: int) -> float:
-    width, chunk = WIDTH[dtype], CHUNK_LOGITS // max(1, shape.vocabulary)
+    width, chunk = WIDTH[dtype], CHUNK_BYTES // max(1, WIDTH[dtype] * shape.vocabulary)
     gradient = 0 if config.lora is not None else width + (4 if rows > chunk else 0)  # of the head
     return shape.vocabulary * (min(rows, chunk) * width + shape.hidden * gradient)

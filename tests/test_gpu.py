@@ -56,6 +56,26 @@ def test_attention_of_packed_sequences_is_that_of_each_alone(
     assert max(relative(ours, theirs) for ours, theirs in zip(*found, strict=True)) < bound
 
 
+def test_gradients_of_long_sequences_are_the_same_bits_each_time() -> None:
+    """Many blocks add to one gradient: in any order, unless the kernel is told otherwise, as the learner tells it."""
+    g = torch.Generator().manual_seed(0)
+    lengths = (3000, 1, 5191)
+    shapes = ((1, 9, sum(lengths), 64), (1, 3, sum(lengths), 64), (1, 3, sum(lengths), 64))
+    given = [torch.randn(shape, generator=g).to("cuda", torch.bfloat16).requires_grad_() for shape in shapes]
+    direction = torch.randn(1, sum(lengths), 9, 64, generator=g).to("cuda", torch.bfloat16)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = [torch.autograd.grad(attention_of(given, lengths), given, direction) for _ in range(5)]
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert all(torch.equal(first, again) for other in found[1:] for first, again in zip(found[0], other, strict=True))
+
+
+def attention_of(given: list[torch.Tensor], lengths: tuple[int, ...]) -> torch.Tensor:
+    return packed_attention(torch.nn.Module(), *given, None, lengths=lengths)[0]
+
+
 def test_the_loss_and_both_gradients_are_those_of_a_cpu() -> None:
     """In float32, over several chunks."""
     found = []

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from learner.config import ImportanceConfig, LossConfig, TokenLoss
-from learner.loss import Targets, divergence, divergence_loss, log1mexp, token_objective, with_tail
+from learner.loss import ROWS_AT_ONCE, Targets, divergence, divergence_loss, log1mexp, token_objective, with_tail
 
 V, H, N = 50, 16, 12
 OFF = ImportanceConfig(level="off")
@@ -132,8 +132,8 @@ def test_dft_weights_each_tokens_cross_entropy_by_its_probability_without_gradie
 def test_chunked_loss_equals_the_formula_on_whole_logits_in_value_and_both_gradients(
     name: str, level: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("learner.loss.CHUNK_LOGITS", chunk * V)
-    monkeypatch.setattr("learner.loss.CACHED_ROWS", 2)
+    monkeypatch.setattr("learner.loss.CHUNK_BYTES", chunk * V * 8)  # rows of float64
+    monkeypatch.setitem(ROWS_AT_ONCE, "cpu", 2)
     monkeypatch.setattr("learner.loss.VOCABULARY_ROWS", 16)
     g = torch.Generator().manual_seed(5)
     hidden = torch.randn(N, H, generator=g, dtype=torch.float64)
