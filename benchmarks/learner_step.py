@@ -110,7 +110,7 @@ def main() -> None:
     report("learner_step", f"Learner step, {what}, {tokens / step:.0f} tokens/s", rows)
     if device == "cuda":
         kernels, busy = launched(lambda: learner.train_step(rollouts))
-        print(f"  a step is {kernels} kernels, which take {busy:.3f} s; {torch.cuda.max_memory_allocated() >> 20} MiB")
+        print(f"  a step is {kernels} kernels, on which the GPU is at work for {busy:.3f} s")
     torch.distributed.destroy_process_group()
 
 

@@ -79,7 +79,7 @@ class LearnerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     ranks: int = Field(1, ge=1, description="Learner processes; each takes a share of every batch")
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal[0, 1, 2, 3] | None = Field(None, description="null: 0 for one rank in float32, else 1")
     cpus: float = Field(0.5, gt=0, description="Ray CPUs reserved by each rank")
     gpus: float = Field(1, ge=0, description="GPUs of each rank, or a part of one; used with device: cuda only")
     labels: dict[str, str] = Field(
@@ -94,3 +94,10 @@ class LearnerConfig(BaseModel):
     step_timeout_s: float = Field(3600, gt=0)
     health_timeout_s: float = Field(120, gt=0, description="A rank that answers nothing for so long is lost")
     max_restarts: int = Field(3, ge=0, description="Losses of the learner within an hour before the run gives up")
+
+    def zero_stage_for(self, dtype: str) -> int:
+        """Of weights in this dtype. Where there is nothing to divide, and the weights are their own masters, the other
+        stages would only copy every gradient twice (a fifth of a small step)."""
+        if self.zero_stage is not None:
+            return self.zero_stage
+        return 0 if self.ranks == 1 and dtype == "float32" else 1

@@ -40,6 +40,7 @@ class LearnerEngine:
         _compile_nothing()
         deepspeed.init_distributed(dist_backend="gloo" if settings.device == "cpu" else "nccl")
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        self._zero_stage = settings.config.zero_stage_for(settings.dtype)
         # In float32 the parameters are their own masters; in bf16 DeepSpeed makes the float32 copies from these.
         model = SelfDistillation(load_student(Path(settings.model), self.dtype), settings.stages[0].loss)
         if settings.config.gradient_checkpointing:
@@ -52,7 +53,7 @@ class LearnerEngine:
         trained = [p for p in model.parameters() if p.requires_grad]
         alpha = teacher_alpha(settings.teacher)
         # At ZeRO stage 0 DeepSpeed tells no norm, and steps on whatever the gradient is.
-        clip = settings.config.optimizer.grad_clip if settings.config.zero_stage == 0 else None
+        clip = settings.config.optimizer.grad_clip if self._zero_stage == 0 else None
         optimizer = AdamWWithTeacher(trained, None if self._lora else alpha, clip)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._deepspeed_config()
@@ -62,7 +63,7 @@ class LearnerEngine:
         self.ranks = torch.distributed.get_world_size()
         if self._lora is not None:
             self._lora.keep_teacher(alpha, self._resets, settings.rank, self.ranks, self._engine.device)
-        if settings.config.zero_stage == 3:
+        if self._zero_stage == 3:
             deepspeed.zero.register_external_parameter(self._engine.module, self._engine.module.head.weight)
 
     def _deepspeed_config(self) -> dict[str, object]:
@@ -70,8 +71,8 @@ class LearnerEngine:
         config: dict[str, object] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,  # boundaries are set by hand: their number changes from step to step
-            "gradient_clipping": clip if self.settings.config.zero_stage > 0 else 0.0,
-            "zero_optimization": {"stage": self.settings.config.zero_stage, "overlap_comm": False},
+            "gradient_clipping": clip if self._zero_stage > 0 else 0.0,
+            "zero_optimization": {"stage": self._zero_stage, "overlap_comm": False},
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": bf16},
             "steps_per_print": 10**9,
@@ -98,7 +99,7 @@ class LearnerEngine:
     @property
     def _masters(self) -> list[torch.Tensor]:
         """What the optimizer steps on: this rank's part of the float32 weights."""
-        if self.settings.config.zero_stage == 3:  # puts them into the optimizer for the time of a step only
+        if self._zero_stage == 3:  # puts them into the optimizer for the time of a step only
             parts: list[torch.Tensor] = self._optimizer.fp32_partitioned_groups_flat
             return parts
         return [p for param_group in self._adam.param_groups for p in param_group["params"]]
@@ -159,7 +160,7 @@ class LearnerEngine:
 
     def _whole(self, param: torch.nn.Parameter, role: str, dtype: torch.dtype) -> torch.Tensor:
         """In float32, or in the engines' dtype where it lies ready: the model's weights are the masters rounded."""
-        stage = self.settings.config.zero_stage
+        stage = self._zero_stage
         if role == "teacher" and self.step > 0 and self._adam.alpha is not None:
             if stage == 0:
                 return self._adam.state[param][TEACHER]
@@ -170,7 +171,7 @@ class LearnerEngine:
 
     def _forward(self, param: torch.nn.Parameter) -> torch.Tensor:
         """A parameter as the forward uses it, whole. Collective."""
-        if self.settings.config.zero_stage < 3:
+        if self._zero_stage < 3:
             return param.detach()
         with deepspeed.zero.GatheredParameters([param]):
             return param.detach().clone()
@@ -218,7 +219,7 @@ class LearnerEngine:
     def _pieces(self) -> Iterator[Piece]:
         if self._lora is not None:
             yield from self._lora.pieces()
-        if self.settings.config.zero_stage == 0 and self.settings.rank > 0:
+        if self._zero_stage == 0 and self.settings.rank > 0:
             return  # every rank has all of it
         for name, param in self._trained():
             for key in self._adam.keys:
@@ -228,7 +229,7 @@ class LearnerEngine:
 
     def _piece(self, param: torch.nn.Parameter, key: str) -> tuple[int, torch.Tensor] | None:
         """Where this rank's part of a parameter's state begins, and the part; None if it has none."""
-        stage, state = self.settings.config.zero_stage, None if key == MASTER else key
+        stage, state = self._zero_stage, None if key == MASTER else key
         if stage == 0:
             return 0, (param.detach() if state is None else self._adam.state[param][state]).view(-1)
         if stage == 3:

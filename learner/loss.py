@@ -17,8 +17,8 @@ from torch import Tensor
 from learner.config import CHUNK_BYTES, LossConfig
 
 # Rows of a chunk that are worked on in float32 at once: on a CPU 3 MB at that vocabulary, which stay in its cache; on a
-# GPU enough for its kernels, 50 MB beside the chunk's 100.
-ROWS_AT_ONCE = {"cpu": 16, "cuda": 256}
+# GPU enough for its kernels, two arrays of 25 MB beside the chunk's 100.
+ROWS_AT_ONCE = {"cpu": 16, "cuda": 128}
 OF_ONE_TOKEN = ("sampled", "nll", "dft")  # divergences that look at the sequence's own tokens alone
 VOCABULARY_ROWS = 8192  # of the head's gradient are added up at once
 
@@ -217,8 +217,8 @@ def _to_gradient(logits: Tensor, ids: Tensor, grad_log_p: Tensor) -> None:
     """Put scatter(grad_log_p) - softmax * sum(grad_log_p) in the place of the logits, [n, V]."""
     total = -grad_log_p.sum(-1, keepdim=True)
     for block, its_ids, its_grad, its_total in zip(*map(_blocks, (logits, ids, grad_log_p, total)), strict=True):
-        grad = torch.softmax(block, -1, dtype=grad_log_p.dtype).mul_(its_total)
-        block.copy_(grad.scatter_add_(-1, its_ids, its_grad))
+        # Without a name it is given back before the next block needs as much.
+        block.copy_(torch.softmax(block, -1, dtype=its_grad.dtype).mul_(its_total).scatter_add_(-1, its_ids, its_grad))
 
 
 def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:

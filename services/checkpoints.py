@@ -44,7 +44,7 @@ class Checkpoints:
             return
         c = self._prepared.config
         fingerprint = self._prepared.at(step).fingerprint
-        state = CheckpointState(step, c.learner.ranks, c.learner.zero_stage, c.dtype, fingerprint)
+        state = CheckpointState(step, c.learner.ranks, c.learner.zero_stage_for(c.dtype), c.dtype, fingerprint)
         self._saving = asyncio.create_task(
             self._commit(part, state, held), name=f"the checkpoint of step {step} to be on the disk"
         )

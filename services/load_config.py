@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -107,26 +107,35 @@ def resolved_yaml(config: RunConfig) -> str:
 
 
 def _apply(data: dict[str, Any], override: str) -> Loc:
-    """Set one "a.b=v" in `data`; returns its key."""
+    """Set one "a.b=v" in `data`; returns its key. An item of a list goes by its name: stages.NAME.steps=20."""
     key, equals, text = override.partition("=")
-    loc = tuple(part.strip() for part in key.split("."))
+    parts = [part.strip() for part in key.split(".")]
     if not equals:
         raise UserError(f"--set {override}: there is no =; write it as --set {override}=VALUE")
-    if not all(loc):
+    if not all(parts):
         raise UserError(f"--set {override}: the key before = is not complete; write it as --set section.key=VALUE")
     try:
         value = parse_yaml(text)
     except YamlError as e:
         raise UserError(f"--set {override}: the value is not valid YAML: {e}; put text in quotes") from None
-    section = data
-    for i, part in enumerate(loc[:-1]):
-        if section.get(part) is None:
-            section[part] = {}
-        section = section[part]
-        if not isinstance(section, dict):
-            raise UserError(f"--set {override}: {_dotted(loc[: i + 1])} is no mapping; set it as a whole")
-    section[loc[-1]] = value
-    return loc
+    section: Any = data
+    loc: Loc = ()
+    for part in parts[:-1]:
+        if isinstance(section, list):
+            names = [str(item.get("name")) for item in section if isinstance(item, dict)]
+            if part not in names:
+                there = f"there are {', '.join(names)}" if names else "its items have no names; set it as a whole"
+                raise UserError(f"--set {override}: {_dotted(loc)} has no item {part}; {there}")
+            loc += (next(i for i, item in enumerate(section) if isinstance(item, dict) and item.get("name") == part),)
+        else:
+            if section.get(part) is None:
+                section[part] = {}
+            loc += (part,)
+        section = section[loc[-1]]
+        if not isinstance(section, dict) and (not isinstance(section, list) or len(loc) == len(parts) - 1):
+            raise UserError(f"--set {override}: {_dotted(loc)} is no mapping; set it as a whole")
+    section[parts[-1]] = value
+    return (*loc, parts[-1])
 
 
 def _explain(error: ValidationError) -> list[Problem]:
@@ -201,7 +210,8 @@ def _loose_values(value: Any, loc: Loc) -> Iterator[Problem]:
     elif isinstance(value, float) and not math.isfinite(value):
         yield Problem(loc, f"must be a finite number, not {value}")
     elif isinstance(value, bool) and isinstance(loc[-1], str) and loc[-1] in _fields(loc[:-1]):
-        options = get_args(_field(loc).annotation)
+        annotation = _field(loc).annotation
+        options = next((get_args(a) for a in (annotation, *get_args(annotation)) if get_origin(a) is Literal), ())
         if options and all(type(o) is int for o in options):
             yield Problem(loc, f"must be {' or '.join(map(str, options))}, not {_given(value)}")
 

@@ -33,7 +33,7 @@ def learner_gib(
 
 
 def _state_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape) -> float:
-    width, stage = WIDTH[dtype], config.zero_stage
+    width, stage = WIDTH[dtype], config.zero_stage_for(dtype)
     ema = 0 if teacher.weights == "live" else 4
     masters = 4 if stage > 0 else 0  # at stage 0 the weights are their own
     optimizer = (masters + 8 + ema) / (config.ranks if stage > 0 else 1)
@@ -54,7 +54,7 @@ def _lora_state_bytes(
     change = 4 * shape.adapted / config.ranks if moves or becomes_student else 0
     model = width * shape.parameters
     snapshots = model * (1 if teacher.weights == "live" else 2) + width * shape.adapters + FILE_BYTES * shape.parameters
-    frozen = model / (config.ranks if config.zero_stage > 2 else 1)
+    frozen = model / (config.ranks if config.zero_stage_for(dtype) > 2 else 1)
     return frozen + change + snapshots + 16 * shape.adapters
 
 

@@ -98,10 +98,11 @@ def _starting_point(prepared: Prepared, run_dir: Path, resume: str, console: Con
             f"{folder.parent.parent / 'config.yaml'}, or name another --run-dir to begin a new run"
         )
     one = prepared.config.learner
-    if (state.ranks, state.zero_stage) != (one.ranks, one.zero_stage):
+    zero_stage = one.zero_stage_for(state.dtype)
+    if (state.ranks, state.zero_stage) != (one.ranks, zero_stage):
         console.print(
             f"{folder} was saved by {state.ranks} learner rank(s) at ZeRO stage {state.zero_stage}; it is continued by "
-            f"{one.ranks} at stage {one.zero_stage}: the same up to rounding",
+            f"{one.ranks} at stage {zero_stage}: the same up to rounding",
             soft_wrap=True,
         )
     return folder

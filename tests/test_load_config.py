@@ -183,6 +183,32 @@ def test_a_wrong_override_is_named_as_such(tmp_path: Path, override: str, expect
     assert message(tmp_path, GOOD, override) == expected
 
 
+STAGES = """model: m
+training: {}
+stages:
+  - {name: tools, data: {train: tools.jsonl}, steps: 40}
+  - {name: facts, data: {train: facts.jsonl}, steps: 80}
+"""
+
+
+def test_an_item_of_a_list_is_set_by_its_name(tmp_path: Path) -> None:
+    config = load(tmp_path, STAGES, "stages.facts.steps=20", "stages.tools.optimizer.lr=1e-4")
+    assert [(s.name, s.steps) for s in config.stages] == [("tools", 40), ("facts", 20)]
+    assert [s.optimizer and s.optimizer.lr for s in config.stages] == [1e-4, None]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("stages.tool.steps=2", "--set stages.tool.steps=2: stages has no item tool; there are tools, facts"),
+        ("stages.facts=2", "--set stages.facts=2: stages is no mapping; set it as a whole"),
+        ("stages.facts.steps=0", "--set stages.facts.steps=0: stages[1].steps must be at least 1, not 0"),
+    ],
+)
+def test_a_wrong_override_in_a_list_is_named_as_such(tmp_path: Path, override: str, expected: str) -> None:
+    assert message(tmp_path, STAGES, override) == expected
+
+
 def test_an_override_that_is_not_yaml_is_an_error(tmp_path: Path) -> None:
     assert message(tmp_path, GOOD, "data.system=[a").startswith("--set data.system=[a: the value is not valid YAML")
 
@@ -251,6 +277,16 @@ def test_zero_stage_0_with_bfloat16_is_refused_for_it_would_lose_the_masters(tmp
     with pytest.raises(UserError, match="zero_stage 0 keeps no float32 masters"):
         load_config(path, ["dtype=bfloat16"])
     assert load_config(path, ["dtype=float32"]).learner.zero_stage == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype", "expected"), [("", "float32", 0), ("", "bfloat16", 1), ("ranks: 2", "float32", 1)]
+)
+def test_the_zero_stage_is_0_where_nothing_is_divided(tmp_path: Path, given: str, dtype: str, expected: int) -> None:
+    config = load(tmp_path, f"{GOOD}learner: {{{given}}}\n", f"dtype={dtype}", "training.batch_size=2")
+    assert config.learner.zero_stage_for(config.dtype) == expected
+    chosen = config.learner.model_copy(update={"zero_stage": 2})
+    assert chosen.zero_stage_for(config.dtype) == 2
 
 
 @pytest.mark.parametrize("native", [True, False])
