@@ -53,10 +53,12 @@ def load_demonstrations(data: DataConfig, base: Path, needed: Iterable[str]) -> 
 
 
 def load_questions(s: EvaluationSet, base: Path, check: Callable[[Any], str | None]) -> list[Record]:
-    """All questions or texts of an evaluation set; `check` says what is wrong with an answer. Raises UserError."""
+    """The questions or texts of an evaluation set; `check` says what is wrong with an answer. Raises UserError."""
     rows = _file_rows(f"evaluation.sets ({s.name}).file", s.file, base)
     needed = ("text",) if s.is_text else ("prompt", "answer")
-    return _checked(str(resolve_path(base, s.file)), renamed(rows, s.columns), needed, check)
+    all_of_them = _checked(str(resolve_path(base, s.file)), renamed(rows, s.columns), needed, check)
+    count = len(all_of_them)
+    return [all_of_them[i * count // s.rows] for i in range(s.rows)] if s.rows and s.rows < count else all_of_them
 
 
 def _file_rows(key: str, value: str, base: Path) -> Iterable[NumberedRow]:

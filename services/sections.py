@@ -108,6 +108,7 @@ class EvaluationSet(Section):
     judge: JudgeConfig | None = Field(None, description="Who grades, with grader: judge")
     columns: dict[Column, str] = Field({}, description="Where rows call them otherwise: {answer: golden_answer}")
     role: Literal["task", "retention"] = "task"
+    rows: int | None = Field(None, ge=1, description="Only so many, spread evenly over the file; null: all of them")
     max_new_tokens: int = Field(64, ge=1)
     pass_at: tuple[int, ...] = Field((), description="Also pass@k, for each k here, of sampled answers; at most 128")
     pass_samples: int | None = Field(

@@ -64,6 +64,17 @@ def test_the_papers_evaluation_files_are_read_as_they_are(
         assert sum(GRADERS[grader].grade(replies[0], q.answer) for q in asked) < 0.3 * count
 
 
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(None, "0123456789"), (4, "0257"), (10, "0123456789"), (99, "0123456789")]
+)
+def test_of_an_evaluation_set_so_many_rows_are_asked_spread_over_it(
+    tmp_path: Path, rows: int | None, expected: str
+) -> None:
+    write(tmp_path, *({"prompt": "p", "answer": str(i)} for i in range(10)))
+    settings = EvaluationSet(name="q", file="train.jsonl", grader="exact", rows=rows)
+    assert "".join(q.answer for q in load_questions(settings, tmp_path, GRADERS["exact"].check_answer)) == expected
+
+
 def test_a_file_is_read_whole_and_in_order(tmp_path: Path) -> None:
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     write(
