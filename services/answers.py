@@ -29,9 +29,8 @@ def write_answers(path: Path, results: list[EvalResult], samples: list[Sample]) 
 
 def regrade(config: RunConfig, base: Path, path: Path) -> tuple[list[EvalResult], list[Sample]]:
     """Results and answers, graded again. UserError if an answer is to no question of the configuration's sets."""
-    sets = {
-        s.name: (s, {q.id: q for q in load_questions(s, base, answer_check(s))}) for s in config.sets if not s.is_text
-    }
+    whole = [s.model_copy(update={"rows": None}) for s in config.sets if not s.is_text]  # others may have been asked
+    sets = {s.name: (s, {q.id: q for q in load_questions(s, base, answer_check(s))}) for s in whole}
     by_set: dict[str, list[tuple[Sample, Record]]] = {}
     for sample in _read(path):
         if sample.task not in sets:

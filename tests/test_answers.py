@@ -46,6 +46,8 @@ def evaluate(grader: str, *more: str) -> int:
 def test_answers_are_graded_again_by_another_grader(answers: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("exact") == 0
     assert "50.0 %  n 2" in capsys.readouterr().out
+    assert evaluate("exact, rows: 1") == 0  # of the answers there are, whatever is asked of the set today
+    assert "50.0 %  n 2" in capsys.readouterr().out
     assert evaluate("numeric", "--out", "again.jsonl") == 0
     assert "100 %  n 2" in capsys.readouterr().out
     result, *samples = [json.loads(line) for line in Path("again.jsonl").read_text().splitlines()]
