@@ -122,20 +122,25 @@ def _apply(data: dict[str, Any], override: str) -> Loc:
     loc: Loc = ()
     for part in parts[:-1]:
         if isinstance(section, list):
-            names = [str(item.get("name")) for item in section if isinstance(item, dict)]
-            if part not in names:
-                there = f"there are {', '.join(names)}" if names else "its items have no names; set it as a whole"
-                raise UserError(f"--set {override}: {_dotted(loc)} has no item {part}; {there}")
-            loc += (next(i for i, item in enumerate(section) if isinstance(item, dict) and item.get("name") == part),)
+            loc += (_item(section, part, f"--set {override}: {_dotted(loc)}"),)
         else:
             if section.get(part) is None:
                 section[part] = {}
             loc += (part,)
         section = section[loc[-1]]
-        if not isinstance(section, dict) and (not isinstance(section, list) or len(loc) == len(parts) - 1):
+        if not isinstance(section, (dict, list) if len(loc) < len(parts) - 1 else dict):
             raise UserError(f"--set {override}: {_dotted(loc)} is no mapping; set it as a whole")
     section[parts[-1]] = value
     return (*loc, parts[-1])
+
+
+def _item(items: list[Any], name: str, what: str) -> int:
+    """Place of the item with this name. what: beginning of the sentence if there is none."""
+    places = {str(item["name"]): i for i, item in enumerate(items) if isinstance(item, dict) and "name" in item}
+    if name not in places:
+        there = f"there are {', '.join(places)}" if places else "its items have no names; set it as a whole"
+        raise UserError(f"{what} has no item {name}; {there}")
+    return places[name]
 
 
 def _explain(error: ValidationError) -> list[Problem]:

@@ -209,6 +209,10 @@ def test_a_wrong_override_in_a_list_is_named_as_such(tmp_path: Path, override: s
     assert message(tmp_path, STAGES, override) == expected
 
 
+def test_an_item_whose_name_is_a_number_is_found_and_then_refused(tmp_path: Path) -> None:
+    assert "stages[1].name must be text, not 5" in message(tmp_path, STAGES.replace("facts,", "5,"), "stages.5.steps=2")
+
+
 def test_an_override_that_is_not_yaml_is_an_error(tmp_path: Path) -> None:
     assert message(tmp_path, GOOD, "data.system=[a").startswith("--set data.system=[a: the value is not valid YAML")
 

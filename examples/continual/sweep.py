@@ -5,7 +5,7 @@
 Runs are kept in runs/continual/VARIANT-SEED, and experiments share those that they have in common. Stopped and started
 again, it goes on where it was: a finished run is not repeated, an unfinished one resumes. By itself it does the
 experiment `small`, SDFT and SFT once with fewer steps, in under an hour on two cores; `--only` names others, and
-`--full` does all, with four learning rates for each method and three seeds.
+`--full` does all of those, with four learning rates for each method and three seeds.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def stream(method: str, lr: float) -> Variant:
 
 
 def short(variant: Variant) -> Variant:
-    """Of a stream 55 steps instead of 180, with half of the questions on its skills."""
+    """Of a stream 55 steps instead of 180, with about half of the questions on its skills."""
     steps = {"stages.tools.steps": 15, "stages.routing.steps": 20, "stages.facts.steps": 20}
     sets = {"tools.sets.tools": 60, "routing.sets.routing": 60, "facts.sets.indirect": 24, "facts.sets.reworded": 24}
     fewer = {f"stages.{name}.rows": rows for name, rows in sets.items()}
@@ -70,7 +70,6 @@ def facts(name: str, **data: Any) -> Variant:
 
 
 TRIED = (("sdft", 5e-5), ("sft", 1e-5), ("sft", 5e-5), ("sdft", 2e-5), ("dft", 5e-5), ("reinvoke", 5e-5))
-SEQUENCE = [stream(method, lr) for method, lr in TRIED]
 FULL = [stream(method, lr) for method in ("sdft", "off_policy", "sft", "dft", "reinvoke") for lr in RATES]
 SAMPLED = {
     **{"name": "tools", "file": "heldout.jsonl", "grader": "tool_call", "max_new_tokens": 48},
@@ -79,7 +78,7 @@ SAMPLED = {
 USUAL = skill("sdft")  # EMA teacher, forward KL, 64 tokens of support
 EXPERIMENTS = {
     "small": [short(stream("sdft", 5e-5)), short(stream("sft", 1e-5))],
-    "sequence": SEQUENCE,
+    "sequence": [stream(method, lr) for method, lr in TRIED],
     "teacher": [USUAL, skill("frozen", teacher__weights="frozen"), skill("live", teacher__weights="live")],
     "divergence": [
         USUAL,
@@ -103,14 +102,16 @@ EXPERIMENTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--full", action="store_true", help="all experiments, three seeds, every method at four rates")
+    parser.add_argument(
+        "--full", action="store_true", help="all experiments but small, three seeds, every method at four rates"
+    )
     parser.add_argument("--seeds", type=int, choices=range(1, len(SEEDS) + 1), help="how many; 1, and 3 with --full")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; 1, unless the machine has room")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="in all runs, as of sdft train")
     parser.add_argument("--only", choices=EXPERIMENTS, nargs="+", help="these experiments")
     parser.add_argument("--runs", type=Path, default=Path("runs/continual"), help="where the runs are kept")
     given = parser.parse_args()
-    chosen = given.only or (EXPERIMENTS if given.full else ["small"])
+    chosen = given.only or ([name for name in EXPERIMENTS if name != "small"] if given.full else ["small"])
     experiments = {name: variants for name, variants in EXPERIMENTS.items() if name in chosen}
     if given.full and "sequence" in experiments:
         experiments["sequence"] = FULL
