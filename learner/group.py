@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError
 from actors.reaper import end
 from actors.types import IntArray, Process, ScoredRollout, Snapshot
 from learner.types import LearnerSettings, StepResult
-from learner.waiting import all_of, all_within, silent_for, within
+from learner.waiting import all_within, silent_for, within
 from learner.worker import learner_actor
 
 HEALTH_EVERY_S = 10  # at most
@@ -96,8 +96,9 @@ class LearnerGroup:
             end(process)
 
     async def until_lost(self) -> None:
-        """Raises LearnerLost once a rank has died or hangs, also while nobody waits for its work."""
-        await all_of(self._watching)
+        """Raises LearnerLost once a rank has died, hangs or was ended, also while nobody waits for its work."""
+        await asyncio.wait(self._watching, return_when=asyncio.FIRST_COMPLETED)  # a watch ends when a rank is lost
+        raise self._reason()
 
     async def _watch(self, rank: int) -> None:
         """When this rank is lost, end all of them, so that those who wait for them hear of it.

@@ -56,6 +56,18 @@ def test_a_rank_that_dies_while_nobody_waits_for_it_is_not_asyncios_to_complain_
     assert asyncio.run(run()) == []
 
 
+def test_a_group_that_was_ended_is_lost_and_cancels_nobody(ray_cluster: None, tiny_model: Path) -> None:
+    """A run whose new learner did not start still holds the old one; its end looked like a signal to stop."""
+
+    async def run() -> None:
+        group = await LearnerGroup.start(settings(tiny_model, 1, 1), PROBE, [{"num_cpus": 0.5}])
+        group.kill(hangs=True)
+        with pytest.raises(LearnerLost, match=rf"a learner process \(of {group.pids[0]}\) died"):
+            await group.until_lost()
+
+    asyncio.run(run())
+
+
 def test_a_learner_starts_beside_a_build_that_was_killed(ray_cluster: None, tiny_model: Path, tmp_path: Path) -> None:
     """It builds nothing: torch would wait for the end of that build without a limit."""
     lock = tmp_path / "deepspeed_shm_comm" / "lock"
