@@ -5,7 +5,8 @@
 SmolLM2-135M in the dtype of this processor, learner and engine as actors, as in a run. Packing puts every tensor (the
 teacher's rounded from float32 if it must be) into shared memory with a digest; publishing adds the log-probs of the
 probe and the call of the actor. Loading reads every digest again and has vLLM lay the weights out for its kernels; the
-pause is how long generation stands still. A copy is one of memory to memory that has been written before.
+pause is how long generation stands still. Laying out alone, by oneDNN, is what no loading can be faster than while the
+kernels ask for it. A copy is one of memory to memory that has been written before.
 """
 
 import mmap
@@ -28,6 +29,7 @@ from benchmarks.scoring import settings as engine_settings
 from learner.worker import LearnerWorker, learner_actor
 
 ROUNDS, WAIT_S = 5, 300
+LAYOUT = "lay weights out by oneDNN, alone"
 
 
 def copy_seconds(nbytes: int) -> float:
@@ -65,6 +67,23 @@ def packing() -> dict[str, list[float]]:
             pack(learner._engine.weights(role), memory)
             seconds.setdefault(f"pack {role}", []).append(time.perf_counter() - start)
     return seconds
+
+
+def laying_out() -> tuple[list[float], int]:
+    """Seconds of laying out every matrix of the model by oneDNN, in every round, and their bytes."""
+    import torch
+    from safetensors.torch import load_file
+    from vllm import _custom_ops as ops
+
+    stored = load_file(Path(settings().model) / "model.safetensors").values()
+    matrices = [tensor.to(getattr(torch, DTYPE)) for tensor in stored if tensor.ndim == 2]
+    seconds = []
+    for _ in range(ROUNDS + 1):
+        start = time.perf_counter()
+        laid_out = [ops.create_onednn_mm(matrix.t()) for matrix in matrices]
+        seconds.append(time.perf_counter() - start)
+        del laid_out
+    return seconds, sum(matrix.nbytes for matrix in matrices)
 
 
 def measure(scratch: Path) -> tuple[dict[str, list[float]], dict[str, int]]:
@@ -114,6 +133,8 @@ def main() -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         packed = pool.submit(packing).result(timeout=WAIT_S)
     nbytes |= {name: nbytes[name.replace("pack", "publish")] for name in packed}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        seconds[LAYOUT], nbytes[LAYOUT] = pool.submit(laying_out).result(timeout=WAIT_S)
     rows = []
     for name, times in (packed | seconds).items():
         median = float(np.median(times[1:]))  # the first round maps memory

@@ -1,10 +1,8 @@
 """The Ray cluster of a run: a running one if there is an address, else one of our own that ends with us."""
 
-import asyncio
 import fcntl
 import os
 import shutil
-import signal
 import socket
 import tempfile
 import time
@@ -20,6 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from services.errors import PreflightError
 from services.plan import Part, Plan
 from services.sections import RayConfig
+from services.signals import stop_on_signals
 
 CONNECT_TIMEOUT_S = 10
 SCRATCH = "sdft-ray-"
@@ -42,7 +41,7 @@ def cluster(config: RayConfig, plan: Plan, logs: Path | None) -> Iterator[None]:
                 f"no Ray cluster answers at {address} ({error}); start one, or unset ray.address and RAY_ADDRESS"
             ) from None
         try:
-            _stop_on_signals()
+            stop_on_signals()
             yield
         finally:
             ray.shutdown()
@@ -60,7 +59,7 @@ def cluster(config: RayConfig, plan: Plan, logs: Path | None) -> Iterator[None]:
             runtime_env={"env_vars": {"SDFT_SCRATCH": str(scratch)}},
         )
         try:
-            _stop_on_signals()
+            stop_on_signals()
             yield
         finally:
             ray.shutdown()
@@ -94,14 +93,6 @@ def _check_answers(address: str) -> None:
     host, _, port = address.rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-
-
-def _stop_on_signals() -> None:
-    """Called after ray.init, which puts its own handler in the place of any before it."""
-    task, loop = asyncio.current_task(), asyncio.get_running_loop()
-    assert task is not None
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, task.cancel)
 
 
 def _keep_logs(scratch: Path, logs: Path) -> None:

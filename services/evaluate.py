@@ -1,7 +1,5 @@
 """`sdft eval`: the evaluation sets of a configuration on a model as it stands; nothing is trained."""
 
-import asyncio
-
 import ray
 from rich.console import Console
 
@@ -11,16 +9,14 @@ from services.evaluation import Evaluator
 from services.metrics import EvalResult, Sample
 from services.plan import Plan
 from services.prepare import Prepared, check_memory
+from services.signals import run_until_stopped
 
 
 def evaluate(prepared: Prepared, console: Console) -> tuple[list[EvalResult], list[Sample]]:
     """Results (student's and, where there are demonstrations, teacher's) and every answer of the student."""
     plan = Plan(prepared.plan.students, (), ())
     check_memory(prepared.config, plan)
-    try:
-        return asyncio.run(_run(prepared, plan, console))
-    except asyncio.CancelledError:  # by a signal
-        raise KeyboardInterrupt from None
+    return run_until_stopped(_run(prepared, plan, console))
 
 
 async def _run(prepared: Prepared, plan: Plan, console: Console) -> tuple[list[EvalResult], list[Sample]]:

@@ -5,7 +5,6 @@
 No engine is started: what differs comes from the learner.
 """
 
-import asyncio
 import math
 import tempfile
 from pathlib import Path
@@ -20,6 +19,7 @@ from services.metrics import StepMetrics, read_rows
 from services.plan import Plan
 from services.prepare import Prepared, check_memory, learner_settings, prepare
 from services.recording import read_batch, recorded_steps
+from services.signals import run_until_stopped
 from services.status import check_run_dir
 
 COMPARED = ("loss", "divergence", "mismatch_kl", "tail_mass", "grad_norm", "lr")
@@ -51,10 +51,7 @@ def replay(run_dir: Path, steps: str | None, console: Console) -> str | None:
     plan = Plan((), (), prepared.plan.learners)
     check_memory(prepared.config, plan)
     console.print(f"replaying steps {begin + 1} to {last} from {start or 'the base model'}", soft_wrap=True)
-    try:
-        return asyncio.run(_run(prepared, plan, run_dir, start, range(begin + 1, last + 1), console))
-    except asyncio.CancelledError:  # by a signal
-        raise KeyboardInterrupt from None
+    return run_until_stopped(_run(prepared, plan, run_dir, start, range(begin + 1, last + 1), console))
 
 
 async def _run(

@@ -1,6 +1,5 @@
 """`sdft train`: from checked configuration to a finished, resumable run directory."""
 
-import asyncio
 import fcntl
 import json
 import os
@@ -21,6 +20,7 @@ from services.load_config import resolved_yaml
 from services.prepare import Prepared, check_disk, check_memory
 from services.report import write_report
 from services.run import run
+from services.signals import run_until_stopped
 
 
 def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> Path:
@@ -60,10 +60,10 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
         }
         _write_state(run_dir, state)
         try:
-            asyncio.run(run(prepared, run_dir, start, console))
-        except asyncio.CancelledError:
+            run_until_stopped(run(prepared, run_dir, start, console))
+        except KeyboardInterrupt:
             _write_state(run_dir, state | {"state": "failed", "error": "stopped by a signal"})
-            raise KeyboardInterrupt from None
+            raise
         except RetentionLost as error:
             _write_state(run_dir, state | {"state": "guarded", "error": str(error)})
             raise

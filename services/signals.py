@@ -1,0 +1,40 @@
+"""A command's work until its end, or until SIGTERM or SIGINT; every clean-up runs in both cases."""
+
+import asyncio
+import signal
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def run_until_stopped(work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, in an event loop of its own. KeyboardInterrupt if it was stopped by a signal.
+
+    RuntimeError if something in it was cancelled though nobody stopped it: otherwise a run that failed would look like
+    one that was stopped.
+    """
+    try:
+        return asyncio.run(_told_apart(work))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+def stop_on_signals() -> None:
+    """From here on SIGTERM and SIGINT cancel the running task. Called after ray.init, which puts its own handler in the
+    place of any before it."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+
+
+async def _told_apart(work: Coroutine[Any, Any, T]) -> T:
+    task = asyncio.current_task()
+    assert task is not None
+    try:
+        return await work
+    except asyncio.CancelledError as error:
+        if task.cancelling():
+            raise
+        raise RuntimeError("something was cancelled though nobody stopped it; please report this mistake") from error
