@@ -3,6 +3,7 @@
 import asyncio
 import json
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import pytest
 from actors.types import GenerateRequest, Rollout, Sampling
 from services.answers import write_answers
 from services.cli import main
-from services.demonstrations import Record
+from services.demonstrations import Message, Record
 from services.evaluation import Evaluator, LoadedSet
 from services.metrics import EvalResult, Sample
+from services.pools import EnginePool
 from services.prompts import PromptPair
 from services.sections import EvaluationSet
 
@@ -95,12 +97,12 @@ class Letters:
 
 def test_pass_at_k_grows_with_k_and_does_not_depend_on_the_step() -> None:
     settings = EvaluationSet(name="letters", file="f", grader="exact", pass_at=(1, 4, 16), pass_samples=64)
-    questions = [Record(f"q{i}", [{"role": "user", "content": "?"}], None, None, None, "A", "f:1") for i in range(50)]
+    questions = [Record(f"q{i}", (Message(role="user", content="?"),), None, None, None, "A", "f:1") for i in range(50)]
     loaded = LoadedSet(settings, questions, [PromptPair([1], None)] * 50)
     evaluator = Evaluator(Letters())
 
     def results(step: int) -> dict[str, float]:
-        rows, _ = asyncio.run(evaluator.students(Letters(), [loaded], step, 0))
+        rows, _ = asyncio.run(evaluator.students(cast(EnginePool, Letters()), [loaded], step, 0))
         assert {row.n for row in rows} == {50}
         return {row.metric: row.value for row in rows}
 

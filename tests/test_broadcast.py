@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import cast
 
 import pytest
 
@@ -67,10 +68,15 @@ def bench(learner: Learner) -> Bench:
     return it
 
 
+def members(it: Bench) -> list[Member]:
+    """All engines that have been started."""
+    return cast(list[Member], it.started)
+
+
 def came(it: Bench) -> list[list[str]]:
     """How each engine's weights came; forgotten afterwards."""
-    how = [engine.came for engine in it.started]
-    for engine in it.started:
+    how = [engine.came for engine in members(it)]
+    for engine in members(it):
         engine.came = []
     return how
 
@@ -84,7 +90,7 @@ def test_a_group_is_formed_once_and_anew_when_its_members_have_changed() -> None
             await it.publish(version)
             assert came(it) == [["broadcast"]] * 3
         assert (learner.met, learner.sent) == ([4], 2)
-        assert [engine.rank for engine in it.started] == [1, 2, 3]
+        assert [engine.rank for engine in members(it)] == [1, 2, 3]
         it.pool.resize(4)
         await it.settled()
         assert came(it) == [[], [], [], ["memory"]]  # who comes later loads it
@@ -103,7 +109,7 @@ def test_whom_a_broadcast_did_not_reach_loads_from_memory_and_the_next_has_a_new
         await it.pool.start()
         await it.publish(1)
         came(it)
-        it.started[1].misses = True
+        members(it)[1].misses = True
         await it.publish(2)
         assert came(it) == [["broadcast"], ["memory"], ["broadcast"]]
         assert [engine.version for engine in it.started] == [2, 2, 2]
@@ -126,7 +132,7 @@ def test_one_that_is_lost_while_a_group_forms_is_replaced_and_the_others_load_fr
         await it.publish(1)
         assert came(it)[:2] == [["memory"], ["memory"]]
         await it.settled()
-        assert it.started[3].came == ["memory"]
+        assert members(it)[3].came == ["memory"]
         assert it.notices[:2] == [
             "student engine 2 (process 1002) died; another takes its place",
             "the broadcast of student weights has no group: student engine 2 is lost; they are loaded from memory",
@@ -147,7 +153,7 @@ def test_a_run_that_ends_meanwhile_does_not_wait_for_it() -> None:
 
         it = bench(Slow())
         await it.pool.start()
-        for engine in it.started:
+        for engine in members(it):
             engine.takes_s = 60
         publishing = asyncio.create_task(it.publish(1))
         await asyncio.sleep(0.05)

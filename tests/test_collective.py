@@ -19,7 +19,7 @@ LONG_S = 30.0  # nobody is to wait so long here
 PAYLOAD = np.random.default_rng(0).integers(0, 256, 1000, dtype=np.uint8)
 ENDS = (0, 123, 400, 1000)
 ENTRIES = [
-    TensorEntry(f"t{i}", "uint8", (b - a,), a, b - a, xxhash.xxh3_128_hexdigest(PAYLOAD[a:b]))
+    TensorEntry(f"t{i}", "uint8", (b - a,), a, b - a, xxhash.xxh3_128_hexdigest(PAYLOAD[a:b].tobytes()))
     for i, (a, b) in enumerate(pairwise(ENDS))
 ]
 
@@ -27,10 +27,11 @@ ENTRIES = [
 def joined(broadcaster: Broadcaster, pool: ThreadPoolExecutor, members: int) -> list[Group]:
     """The members' ends of a new group, the learner's is the broadcaster's."""
     address, port = broadcaster.meet("student")
-    ends = [
-        pool.submit(lambda rank=rank: Group(visit(address, port, LONG_S), rank, members + 1, CPU, HERE, LONG_S))
-        for rank in range(1, members + 1)
-    ]
+
+    def end(rank: int) -> Group:
+        return Group(visit(address, port, LONG_S), rank, members + 1, CPU, HERE, LONG_S)
+
+    ends = [pool.submit(end, rank) for rank in range(1, members + 1)]
     broadcaster.join("student", members + 1, LONG_S)
     return [end.result() for end in ends]
 
@@ -79,9 +80,9 @@ def test_all_members_get_what_the_learner_sends_every_time(monkeypatch: pytest.M
             assert [g.result() for g in got] == [PAYLOAD.tobytes()] * 2
         # Another of other members takes its place.
         (member,) = joined(broadcaster, pool, 1)
-        got = pool.submit(received, member)
+        its = pool.submit(received, member)
         broadcaster.send("student", PAYLOAD, ENTRIES, LONG_S)
-        assert got.result() == PAYLOAD.tobytes()
+        assert its.result() == PAYLOAD.tobytes()
         broadcaster.close("student")
 
 

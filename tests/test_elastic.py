@@ -68,7 +68,7 @@ class Growing:
     def drain(self, node: str) -> None:
         """Say that a node is about to be preempted."""
         words = "--reason DRAIN_NODE_REASON_PREEMPTION --reason-message spot --deadline-remaining-seconds 300"
-        command = [BIN / "ray", "drain-node", "--address", self.address, "--node-id", node, *words.split()]
+        command = [str(BIN / "ray"), "drain-node", "--address", self.address, "--node-id", node, *words.split()]
         subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=60)
 
     def kill(self, node: str) -> None:

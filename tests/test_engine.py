@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,7 +92,7 @@ def test_the_gap_of_log_probs_is_relative_to_their_size() -> None:
     assert np.isnan(snapshot.gap(sizes * np.nan))
 
 
-def compare(engine: object, model: torch.nn.Module, version: int) -> None:
+def compare(engine: Any, model: torch.nn.Module, version: int) -> None:
     (rollout,) = ray.get(engine.generate.remote([GenerateRequest(PROMPT, 7)], Sampling(24)), timeout=60)
     assert rollout.versions == ((version, 0, len(rollout.completion_ids)),)
     own = torch.tensor(rollout.completion_ids).long()[:, None]
@@ -154,7 +155,8 @@ def test_adapters_are_merged_into_the_base_model(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     torch.manual_seed(2)
-    adapters, scale = {}, 0.5
+    adapters: dict[str, torch.Tensor] = {}
+    scale = 0.5
     for name, module in model.model.layers.named_modules():
         if isinstance(module, torch.nn.Linear):
             down, up = torch.randn(4, module.in_features) / 8, torch.randn(module.out_features, 4) / 8

@@ -9,6 +9,7 @@ import time
 import urllib.request
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -123,12 +124,12 @@ def test_without_ray_the_sink_says_what_it_needs(tmp_path: Path) -> None:
     assert "monitoring.prometheus needs a process that is connected to Ray" in result.stderr
 
 
-def alerts() -> list[dict[str, str]]:
+def alerts() -> list[dict[str, Any]]:
     (group,) = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
     return list(group["rules"])
 
 
-def panels() -> list[dict]:
+def panels() -> list[dict[str, Any]]:
     return list(json.loads((MONITORING / "dashboard.json").read_text())["panels"])
 
 

@@ -49,7 +49,7 @@ def test_attention_of_packed_sequences_is_that_of_each_alone(
     found = []
     for device, precision in (("cuda", dtype), ("cpu", torch.float64)):
         here = [x.to(device, precision).requires_grad_() for x in given]
-        out, _ = packed_attention(torch.nn.Module(), *here, None, lengths=lengths)
+        out, _ = packed_attention(torch.nn.Module(), here[0], here[1], here[2], None, lengths=lengths)
         out.backward(direction.to(device, precision))
         found.append([out.detach(), *(x.grad for x in here if x.grad is not None)])
     assert [len(each) for each in found] == [4, 4]
@@ -73,7 +73,7 @@ def test_gradients_of_long_sequences_are_the_same_bits_each_time() -> None:
 
 
 def attention_of(given: list[torch.Tensor], lengths: tuple[int, ...]) -> torch.Tensor:
-    return packed_attention(torch.nn.Module(), *given, None, lengths=lengths)[0]
+    return packed_attention(torch.nn.Module(), given[0], given[1], given[2], None, lengths=lengths)[0]
 
 
 def test_the_loss_and_both_gradients_are_those_of_a_cpu() -> None:

@@ -181,7 +181,8 @@ def test_tool_call_calls_a_broken_reply_wrong(text: str) -> None:
 
 def test_tool_call_says_what_is_wrong_with_an_answer() -> None:
     good = {"Action": "f", "Action_Input": "{}"}
-    for bad in ("f", [], {}, ["f"], [{"Action": "f"}], [{**good, "more": 1}]):
+    bad_ones: tuple[object, ...] = ("f", [], {}, ["f"], [{"Action": "f"}], [{**good, "more": 1}])
+    for bad in bad_ones:
         assert (tool_call.check_answer(bad) or "").startswith("answer must be a list of")
     assert tool_call.check_answer([good, {**good, "Action": ""}]) == "Action of call 2 must be a tool's name"
     for bad_input in (5, "[]", "{", "{} {}"):
@@ -189,7 +190,7 @@ def test_tool_call_says_what_is_wrong_with_an_answer() -> None:
         assert reason == "Action_Input of call 1 must be a JSON object or its text"
 
 
-RULES_KEPT = [
+RULES_KEPT: list[tuple[str, dict[str, Any]]] = [
     ("It rains.\nIt pours.", {"rule": "lines", "n": 2}),
     ("It rains. It pours!", {"rule": "sentences", "n": 2}),
     ("At 3.5 degrees it snows.", {"rule": "sentences", "n": 1}),
@@ -205,7 +206,7 @@ RULES_KEPT = [
     ("rain, 3 times", {"rule": "lowercase"}),
     ('{"topic": "rain"}', {"rule": "json"}),
 ]
-RULES_BROKEN = [
+RULES_BROKEN: list[tuple[str, dict[str, Any]]] = [
     ("It rains.", {"rule": "lines", "n": 2}),
     ("It rains", {"rule": "sentences", "n": 1}),
     ("- a\nb", {"rule": "bullets", "n": 2}),

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from tests.rollouts import logprobs
 from tests.runs import BIN, ENVIRONMENT, command, finish, free_port, metrics, replayed, wait_for_step, write_run
 
 # A rate that moves the adapters, which begin at no change, in four steps.
-LORA = {"lora": {"rank": 4}, "optimizer": {"lr": 0.02, "warmup_steps": 2}}
+LORA: dict[str, Any] = {"lora": {"rank": 4}, "optimizer": {"lr": 0.02, "warmup_steps": 2}}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def head() -> Iterator[Head]:
         ray = subprocess.Popen([BIN / "ray", *arguments.split()], stdout=log, stderr=log, env=environment)
     try:
         url = f"http://127.0.0.1:{dashboard}"
-        trial = [BIN / "ray", "job", "submit", "--address", url, "--", "true"]
+        trial = [str(BIN / "ray"), "job", "submit", "--address", url, "--", "true"]
         deadline = time.monotonic() + 120
         while subprocess.run(trial, env=environment, capture_output=True, timeout=120, check=False).returncode != 0:
             assert ray.poll() is None, (scratch / "start.log").read_text()
@@ -110,7 +111,7 @@ def test_a_job_that_was_killed_resumes_when_it_is_submitted_again(
     (ray_job,) = [c for c in commands("ray") if c[1] == "job"]
     (sdft_submit,) = [c for c in commands("sdft") if c[1] == "submit"]
     here = {"http://127.0.0.1:8265": head.dashboard, "my.yaml": "tiny.yaml", "/shared/runs/my": str(run_dir)}
-    first = [BIN / "ray", "job", "submit", "--no-wait", *(here.get(word, word) for word in ray_job[3:])]
+    first = [str(BIN / "ray"), "job", "submit", "--no-wait", *(here.get(word, word) for word in ray_job[3:])]
     result = subprocess.run(
         first, cwd=work, env=head.environment, capture_output=True, text=True, timeout=120, check=False
     )
@@ -118,7 +119,7 @@ def test_a_job_that_was_killed_resumes_when_it_is_submitted_again(
     wait_for_step(3, run_dir)
     os.kill(json.loads((run_dir / "run.json").read_text())["pid"], signal.SIGKILL)
 
-    again = [BIN / "sdft", *(here.get(word, word) for word in sdft_submit[1:])]
+    again = [str(BIN / "sdft"), *(here.get(word, word) for word in sdft_submit[1:])]
     result = subprocess.run(
         again, cwd=work, env=head.environment, capture_output=True, text=True, timeout=400, check=False
     )

@@ -57,6 +57,7 @@ def test_overrides_replace_and_add(tmp_path: Path) -> None:
     assert (config.training.epochs, config.training.steps) == (None, 7)
     assert config.learner.optimizer.lr == 3e-5
     assert config.evaluation.sets[0].name == "a"
+    assert config.data is not None
     assert config.data.system == "a = b"
 
 
@@ -64,6 +65,7 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
     # Text that YAML could take for a number, a date, a boolean or nothing must come back as text.
     for name in ("1e-5", "2026-01-01", "yes", "null", "12", "ä: #", "0x10", "1:30"):
         config = load(tmp_path, GOOD, f"data.system='{name}'", "learner.optimizer.lr=1e-5")
+        assert config.data is not None
         assert config.data.system == name
         assert load(tmp_path, resolved_yaml(config)) == config
 
@@ -328,9 +330,11 @@ def test_a_configuration_with_absolute_paths_means_the_same_anywhere(
     monkeypatch.chdir(tmp_path / "elsewhere")
     sets = "evaluation: {sets: [{name: a, file: eval.jsonl, grader: exact}]}\n"
     config = with_absolute_paths(load(tmp_path, GOOD + sets, "data.template=turn"), tmp_path)
+    assert config.data is not None
     assert config.data.template == "turn"
     assert config.data.train == str(tmp_path / "train.jsonl")
     assert config.evaluation.sets[0].file == str(tmp_path / "eval.jsonl")
     assert config.model == str(tmp_path / "elsewhere" / "m")  # found from the working directory
     own = with_absolute_paths(load(tmp_path, GOOD, "data.template=my.jinja", "model=smollm2-135m"), tmp_path)
+    assert own.data is not None
     assert (own.data.template, own.model) == (str(tmp_path / "my.jinja"), "smollm2-135m")

@@ -58,7 +58,8 @@ def test_adapters_and_teacher_are_those_of_one_process_whatever_the_ranks_and_st
     """
 
     async def run() -> None:
-        plain, folder, seed = None, None, 0
+        plain: LoraReference | None = None
+        folder, seed = tmp_path, 0
         for stage, ranks, steps in [(1, 1, 2), (3, 2, 1), (2, 2, 2)]:
             given = settings(tiny_model, stage, ranks, lora=LORA, optimizer=LARGER)
             group = await LearnerGroup.start(given, PROBE, [{"num_cpus": 0.5}] * ranks)
@@ -87,6 +88,7 @@ def test_adapters_and_teacher_are_those_of_one_process_whatever_the_ranks_and_st
             folder = await saved(group, tmp_path / str(seed))
             for worker in group.workers:
                 worker.__ray_terminate__.remote()
+        assert plain is not None
         held = {p.name for p in (folder / "student").iterdir()}
         assert {"adapter_config.json", "adapter_model.safetensors"} <= held
         assert "model.safetensors" not in held

@@ -146,7 +146,7 @@ def test_chunked_loss_equals_the_formula_on_whole_logits_in_value_and_both_gradi
     targets = make_targets(log_q, 8)
 
     ours = [x.clone().requires_grad_() for x in (hidden, head, bias)]
-    loss, *_ = divergence_loss(*ours, targets, config)
+    loss, *_ = divergence_loss(ours[0], ours[1], ours[2], targets, config)
     loss.backward()
 
     plain = [x.clone().requires_grad_() for x in (hidden, head, bias)]

@@ -25,7 +25,7 @@ def until_told(*bundles: dict[str, float]) -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_requests_of_runs_add_up_and_are_withdrawn_or_forgotten_if_nobody_renews_them() -> None:
-    half, whole = {"CPU": 0.5}, {"CPU": 1, "GPU": 1}
+    half, whole = {"CPU": 0.5}, {"CPU": 1.0, "GPU": 1.0}
     with requested("run one", PLAN, wait_s=60) as one:
         until_told(half, half, half, whole)
         one.renew({"student": 3, "teacher": 1})

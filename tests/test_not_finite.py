@@ -4,6 +4,7 @@ import asyncio
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.console import Console
 from actors.types import ScoredRollout
 from benchmarks import virtual_time
 from benchmarks.simulation import Case, Learner, Student, Teacher, pool, prepared
+from learner.group import LearnerGroup
 from learner.types import StepResult
 from services.controller import MOST_NOT_FINITE, Controller
 from services.ledger import Ledger
@@ -44,7 +46,8 @@ def train(run_dir: Path, bad: set[int]) -> str:
         students, teachers = pool(case, "student", 1, lambda n: Student(n, case)), pool(case, "teacher", 1, Teacher)
         await asyncio.gather(students.start(), teachers.start())
         with (run_dir / "log").open("w") as text, Progress(Console(file=text, width=400), STEPS, "run") as progress:
-            await Controller(one, run_dir, students, teachers, Unsteady(bad), ledger, log, progress).run(0)
+            learner = cast(LearnerGroup, Unsteady(bad))
+            await Controller(one, run_dir, students, teachers, learner, ledger, log, progress).run(0)
 
     try:
         virtual_time.run(run())

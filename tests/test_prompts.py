@@ -191,7 +191,7 @@ def test_prompts_come_in_order_and_without_demonstration_there_is_no_teacher(tok
 
 def test_prompts_at_the_limit_pass_and_longer_ones_are_listed(tokenizer: Any, tmp_path: Path) -> None:
     builder = PromptBuilder(tokenizer, "turn", tmp_path, None)
-    student, teacher = len(builder.student(item())), len(builder.teacher(item()))
+    student, teacher = len(builder.student(item())), len(builder.teacher(item()) or ())
     assert len(build_prompts(builder, [item()], student, teacher)) == 1
     with pytest.raises(UserError) as e:
         build_prompts(builder, [item(where=f"train.jsonl:{n}") for n in range(1, 24)], student, teacher - 1)

@@ -47,9 +47,9 @@ def test_own_data_does_what_the_readme_says(tiny_model: Path, tmp_path: Path) ->
         assert f"`{name}`" in (ROOT / "README.md").read_text()
         assert (work / "runs" / "my" / name).exists()
     # The exported student answers as the run's own last evaluation says.
-    result, *answers = read_jsonl(work / "answers.jsonl")
+    given, *answers = read_jsonl(work / "answers.jsonl")
     last = [row for row in read_jsonl(work / "runs" / "my" / "eval.jsonl") if row["metric"] == "accuracy"][-1]
-    assert (result["value"], result["n"]) == (last["value"], 3)
+    assert (given["value"], given["n"]) == (last["value"], 3)
     texts = {row["id"]: row["text"] for row in read_jsonl(work / "runs" / "my" / "samples.jsonl") if row["step"] == 4}
     assert {row["id"]: row["text"] for row in answers} == texts
 

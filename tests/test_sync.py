@@ -2,13 +2,16 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import cast
 
+import numpy as np
 import pytest
 
 from actors.types import Snapshot, SnapshotDamaged, UpdateReport
+from learner.group import LearnerGroup
 from services.sync import WeightSync
 from tests.simulated import SimulatedEngine
-from tests.test_pools import Bench
+from tests.test_pools import EMPTY, Bench
 
 
 class Learner:
@@ -19,7 +22,7 @@ class Learner:
 
     async def publish(self, role: str, version: int) -> Snapshot:
         self.asked.append(f"publish {version}")
-        return Snapshot(role, version, "", "here", 0, (), None, None)
+        return Snapshot(role, version, "", "here", 0, (), EMPTY, EMPTY.astype(np.float32))
 
     async def release(self, role: str) -> None:
         self.asked.append("release")
@@ -42,7 +45,7 @@ def damaged(times: int) -> Callable[[int], SimulatedEngine]:
 
 def weights(bench: Bench) -> tuple[WeightSync, Learner]:
     learner = Learner()
-    return WeightSync("student", bench.pool, learner, 5, bench.notices.append), learner
+    return WeightSync("student", bench.pool, cast(LearnerGroup, learner), 5, bench.notices.append), learner
 
 
 def test_a_snapshot_that_arrives_damaged_is_published_again_the_first_one_too() -> None:

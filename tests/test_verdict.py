@@ -1,18 +1,27 @@
 """The sentence on what bounds a run."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from services.metrics import StepMetrics
 from services.verdict import verdict
 from tests.test_metrics import STEP
 
 
-def steps(count: int = 5, **times: float) -> list:
+def steps(count: int = 5, /, **times: float) -> list[StepMetrics]:
     """Steps of 10 seconds."""
     zero = dict.fromkeys((f"time_{phase}_s" for phase in ("rollout", "score", "learn", "sync", "wait")), 0.0)
-    given = zero | {f"time_{phase}_s": seconds for phase, seconds in times.items()}
+    given: dict[str, Any] = zero | {f"time_{phase}_s": seconds for phase, seconds in times.items()}
     return [replace(STEP, step=i + 1, time_step_s=10.0, **given) for i in range(count)]
+
+
+def said(rows: list[StepMetrics], staleness: int) -> str:
+    """There is a sentence."""
+    text = verdict(rows, staleness)
+    assert text is not None
+    return text
 
 
 @pytest.mark.parametrize(
@@ -26,19 +35,19 @@ def steps(count: int = 5, **times: float) -> list:
     ],
 )
 def test_a_strict_run_is_bound_by_its_longest_phase(times: dict[str, float], words: list[str]) -> None:
-    text = verdict(steps(**times), 0)
+    text = said(steps(**times), 0)
     assert all(word in text for word in [*words, "training.max_staleness: 1"])
 
 
 def test_a_run_ahead_is_bound_by_whoever_is_waited_for() -> None:
-    slow = verdict(steps(rollout=12, score=3, learn=6, wait=3), 2)
+    slow = said(steps(rollout=12, score=3, learn=6, wait=3), 2)
     assert slow == "the engines: the learner waits 30.0 % of the time; raise actors.student.max_replicas"
-    assert "actors.teacher.max_replicas" in verdict(steps(rollout=3, score=9, learn=6, wait=3), 2)
-    assert "the learner's step, 90.0 % of a step, while the engines keep ahead" in verdict(steps(rollout=8, learn=9), 1)
-    assert "fewer updates" in verdict(steps(rollout=8, learn=4, sync=5), 1)
+    assert "actors.teacher.max_replicas" in said(steps(rollout=3, score=9, learn=6, wait=3), 2)
+    assert "the learner's step, 90.0 % of a step, while the engines keep ahead" in said(steps(rollout=8, learn=9), 1)
+    assert "fewer updates" in said(steps(rollout=8, learn=4, sync=5), 1)
 
 
 def test_too_few_steps_tell_nothing_and_the_first_does_not_count() -> None:
     assert verdict(steps(2, learn=7), 0) is None
     first = replace(steps(1)[0], time_rollout_s=100.0, time_step_s=110.0)
-    assert verdict([first, *steps(2, learn=7)], 0).startswith("the learner's step, 70.0 %")
+    assert said([first, *steps(2, learn=7)], 0).startswith("the learner's step, 70.0 %")
