@@ -61,6 +61,8 @@ class LearnerEngine:
         optimizer.set_steps(0)  # stage 3 takes one while it sets itself up, on zero gradients
         self._adam = optimizer
         self.ranks = torch.distributed.get_world_size()
+        # At stage 0 DeepSpeed copies all gradients into one piece and back to add them up, over a single rank too.
+        self._engine.enable_backward_allreduce = self._zero_stage > 0 or self.ranks > 1
         if self._lora is not None:
             self._lora.keep_teacher(alpha, self._resets, settings.rank, self.ranks, self._engine.device)
         if self._zero_stage == 3:
