@@ -13,13 +13,16 @@ import mmap
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
+import torch
+from safetensors.torch import load_file
 
 from actors.worker import EngineWorker
 from benchmarks.learner_step import samples, settings
@@ -28,6 +31,7 @@ from benchmarks.scoring import DTYPE
 from benchmarks.scoring import settings as engine_settings
 from learner.worker import LearnerWorker, learner_actor
 
+T = TypeVar("T")
 ROUNDS, WAIT_S = 5, 300
 LAYOUT = "lay weights out by oneDNN, alone"
 
@@ -48,6 +52,12 @@ def timed(call: Any) -> tuple[float, Any]:
     start = time.perf_counter()
     result = ray.get(call, timeout=WAIT_S)
     return time.perf_counter() - start, result
+
+
+def in_a_process(work: Callable[[], T]) -> T:
+    """The result of work that sets up a process for itself."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work).result(timeout=WAIT_S)
 
 
 def packing() -> dict[str, list[float]]:
@@ -71,8 +81,6 @@ def packing() -> dict[str, list[float]]:
 
 def laying_out() -> tuple[list[float], int]:
     """Seconds of laying out every matrix of the model by oneDNN, in every round, and their bytes."""
-    import torch
-    from safetensors.torch import load_file
     from vllm import _custom_ops as ops
 
     stored = load_file(Path(settings().model) / "model.safetensors").values()
@@ -130,11 +138,9 @@ def main() -> None:
             seconds, nbytes = measure(Path(scratch))
     finally:
         ray.shutdown()
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        packed = pool.submit(packing).result(timeout=WAIT_S)
+    packed = in_a_process(packing)
     nbytes |= {name: nbytes[name.replace("pack", "publish")] for name in packed}
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        seconds[LAYOUT], nbytes[LAYOUT] = pool.submit(laying_out).result(timeout=WAIT_S)
+    seconds[LAYOUT], nbytes[LAYOUT] = in_a_process(laying_out)
     rows = []
     for name, times in (packed | seconds).items():
         median = float(np.median(times[1:]))  # the first round maps memory

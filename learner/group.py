@@ -97,7 +97,9 @@ class LearnerGroup:
 
     async def until_lost(self) -> None:
         """Raises LearnerLost once a rank has died, hangs or was ended, also while nobody waits for its work."""
-        await asyncio.wait(self._watching, return_when=asyncio.FIRST_COMPLETED)  # a watch ends when a rank is lost
+        (ended, *_), _ = await asyncio.wait(self._watching, return_when=asyncio.FIRST_COMPLETED)
+        if not ended.cancelled():
+            await ended  # raises why
         raise self._reason()
 
     async def _watch(self, rank: int) -> None:
