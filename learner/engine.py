@@ -38,7 +38,7 @@ class LearnerEngine:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: 8 % of a step
         _compile_nothing()
-        deepspeed.init_distributed(dist_backend="gloo" if settings.device == "cpu" else "nccl")
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())  # takes torch's group, which is there
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self._zero_stage = settings.config.zero_stage_for(settings.dtype)
         # In float32 the parameters are their own masters; in bf16 DeepSpeed makes the float32 copies from these.

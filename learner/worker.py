@@ -4,6 +4,7 @@ import ctypes
 import os
 import socket
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from actors.types import IntArray, Process, ScoredRollout, Snapshot
 from learner.types import LearnerSettings, StepResult
 
 SAVING, SENDING, HEALTH = "saving", "sending", "health"  # Ray runs the methods of these groups beside the others
+LIMIT = timedelta(minutes=10)  # of one collective: who is lost is found much earlier, by not answering
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 
 
@@ -24,14 +26,15 @@ class LearnerWorker:
         return Process(os.getpid(), ray.get_runtime_context().get_node_id())
 
     def rendezvous(self) -> tuple[str, int]:
-        """Address and free port of this process's machine, for the ranks to meet at."""
-        with socket.socket() as s:
-            s.bind(("", 0))
-            return _own_address(), s.getsockname()[1]
+        """Address and port of this process's machine for the ranks to meet at, held from now on: chosen and let go, it
+        might be another's by the time that torch is imported."""
+        address = _own_address()
+        self._meeting = socket.create_server((address, 0), backlog=1024)
+        return address, self._meeting.getsockname()[1]
 
     def start(self, settings: LearnerSettings, ranks: int, address: str, port: int, probe_ids: IntArray) -> None:
-        """Load the model. Every rank must be called at once: they wait for each other."""
-        os.environ.update(_environment(settings, ranks, address, port))
+        """Load the model. Every rank must be called at once: they wait for each other, where rank 0 listens."""
+        os.environ.update(_environment(settings, ranks))
         if settings.device == "cpu":
             _keep_freed_memory()
         with large_imports():
@@ -42,6 +45,16 @@ class LearnerWorker:
             from learner.publisher import Publisher
             from learner.saving import Saver
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        store = torch.distributed.TCPStore(
+            address,
+            port,
+            is_master=settings.rank == 0,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=settings.config.start_timeout_s),
+            master_listen_fd=self._meeting.detach() if settings.rank == 0 else None,
+        )
+        backend = "gloo" if settings.device == "cpu" else "nccl"
+        torch.distributed.init_process_group(backend, store=store, rank=settings.rank, world_size=ranks, timeout=LIMIT)
 
         self._engine = LearnerEngine(settings)
         self._saver = Saver()
@@ -138,13 +151,11 @@ def learner_actor() -> Any:
     return ray.remote(concurrency_groups={SAVING: 1, SENDING: 2, HEALTH: 1})(LearnerWorker)
 
 
-def _environment(settings: LearnerSettings, ranks: int, address: str, port: int) -> dict[str, str]:
+def _environment(settings: LearnerSettings, ranks: int) -> dict[str, str]:
     environment = PASSIVE_WAIT | {
         "RANK": str(settings.rank),
         "LOCAL_RANK": str(settings.rank) if settings.device == "cpu" else "0",  # Ray shows each rank its own GPU only
         "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": address,
-        "MASTER_PORT": str(port),
         "HF_HUB_OFFLINE": "1",
         "DS_ACCELERATOR": settings.device,
     }

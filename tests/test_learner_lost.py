@@ -4,6 +4,7 @@ import asyncio
 import gc
 import os
 import signal
+import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from learner.group import LearnerGroup, LearnerLost
+from learner.worker import LearnerWorker
 from tests.test_learner_step import PROBE, settings
 
 
@@ -66,6 +68,14 @@ def test_a_group_that_was_ended_is_lost_and_cancels_nobody(ray_cluster: None, ti
             await group.until_lost()
 
     asyncio.run(run())
+
+
+def test_the_port_that_the_ranks_meet_at_is_nobody_elses_before_they_do(ray_cluster: None) -> None:
+    """Torch is imported in between, which takes seconds."""
+    worker = LearnerWorker()
+    address, port = worker.rendezvous()
+    with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
+        other.bind((address, port))
 
 
 def test_a_learner_starts_beside_a_build_that_was_killed(ray_cluster: None, tiny_model: Path, tmp_path: Path) -> None:
