@@ -1,13 +1,16 @@
 """Files: those a configuration names, found or missed in a sentence that names the nearest one; writing at once."""
 
 import difflib
+import errno
 import os
 import re
+import sqlite3
 from pathlib import Path
 
 from services.errors import UserError
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
 
@@ -79,3 +82,10 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def takes_no_more(error: BaseException) -> bool:
+    """Whether it tells of a disk that is full, over quota or broken."""
+    if isinstance(error, sqlite3.OperationalError):
+        return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+    return isinstance(error, OSError) and error.errno in DISK

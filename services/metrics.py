@@ -5,6 +5,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -181,10 +182,11 @@ class RunLog:
         self._append(sample)
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-        for sink in self._sinks:
-            sink.close()
+        with ExitStack() as stack:  # one that fails does not keep the others open
+            for sink in self._sinks:
+                stack.callback(sink.close)
+            for file in self._files.values():
+                stack.callback(file.close)
 
     def _append(self, row: StepMetrics | EvalResult | Sample) -> None:
         # JSON has no NaN: a number that is not finite is null in the file, and NaN again when read.

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from rich.console import Console
 
 from services import checkpoint
 from services.config_files import with_absolute_paths
-from services.errors import RetentionLost, UserError
-from services.files import write_atomically
+from services.errors import PreflightError, RetentionLost, UserError
+from services.files import takes_no_more, write_atomically
 from services.load_config import resolved_yaml
 from services.prepare import Prepared, check_disk, check_memory
 from services.report import write_report
 from services.run import run
 from services.signals import run_until_stopped
+from services.supervised import reason
 
 
 def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> Path:
@@ -30,8 +31,8 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
             f"{run_dir} lies in this job's copy of the working directory, which Ray deletes; give an absolute path on "
             f"storage that every node sees: --run-dir /…/{run_dir.name}"
         )
-    if resume not in ("auto", "never") and (reason := checkpoint.damage(Path(resume))) is not None:
-        raise UserError(f"--resume {resume}: this checkpoint cannot be used: {reason}")
+    if resume not in ("auto", "never") and (damage := checkpoint.damage(Path(resume))) is not None:
+        raise UserError(f"--resume {resume}: this checkpoint cannot be used: {damage}")
     check_memory(prepared.config, prepared.plan)
     run_dir.mkdir(parents=True, exist_ok=True)
     with _only_one(run_dir):
@@ -68,7 +69,13 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
             _write_state(run_dir, state | {"state": "guarded", "error": str(error)})
             raise
         except BaseException as error:
-            _write_state(run_dir, state | {"state": "failed", "error": f"{type(error).__name__}: {error}"})
+            with suppress(OSError):  # without room for this record `sdft status` finds that the process is gone
+                _write_state(run_dir, state | {"state": "failed", "error": f"{type(error).__name__}: {error}"})
+            if takes_no_more(error):
+                raise PreflightError(
+                    f"the disk of {run_dir} takes no more ({reason(error)}); make room there or mend it, and the "
+                    f"same command goes on from the last checkpoint"
+                ) from error
             raise
         _write_state(run_dir, state | {"state": "finished"})
         return write_report(run_dir)

@@ -1,0 +1,53 @@
+"""A disk that takes no more, met by what a run writes down besides its checkpoints: a sentence, and all is closed."""
+
+import errno
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from services import train
+from services.errors import PreflightError
+from services.load_config import load_config
+from services.metrics import RunLog, Sample
+from services.prepare import prepare
+from services.sections import MonitoringConfig
+from tests.runs import write_run
+
+
+def full_ledger() -> sqlite3.OperationalError:
+    """What sqlite raises when there is no room."""
+    db = sqlite3.connect(":memory:")
+    db.executescript("PRAGMA max_page_count = 4; CREATE TABLE t (x);")
+    with pytest.raises(sqlite3.OperationalError) as caught:
+        db.execute("INSERT INTO t VALUES (zeroblob(100000))")
+    db.close()
+    return caught.value
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), full_ledger()])
+def test_it_ends_the_run_in_a_sentence(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    config, run_dir = write_run(tmp_path, tiny_model, "float32"), tmp_path / "run"
+
+    async def run(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "run", run)
+    with pytest.raises(PreflightError, match=rf"{run_dir} takes no more \(.*\); make room .* same command goes on"):
+        train.train(prepare(load_config(config), config), run_dir, "auto", Console(quiet=True))
+    assert json.loads((run_dir / "run.json").read_text())["state"] == "failed"
+
+
+def test_what_else_is_open_is_closed(tmp_path: Path) -> None:
+    """/dev/full takes nothing: not when it is written to, and not when it is closed."""
+    (tmp_path / "samples.jsonl").symlink_to("/dev/full")
+    log = RunLog(tmp_path, MonitoringConfig())
+    with pytest.raises(OSError, match="No space left"):
+        log.sample(Sample(0, "task", "1", "?", "!", "!", True))
+    with pytest.raises(OSError, match="No space left"):
+        log.close()
+    assert all(file.closed for file in log._files.values())
