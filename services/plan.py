@@ -17,6 +17,8 @@ from services.shape import ModelShape
 # Of an engine's two processes together, beside weights and KV cache. Measured on the CPU build: 0.8 with a model of
 # 0.26 M parameters, 1.0 after steps of SmolLM2-135M in float32; the rest is for larger batches.
 ENGINE_BASE_GIB = 1.3
+# Share of a GPU that vLLM wants free at a start where the cache's size is given, so that nothing else follows from it.
+FREE_AT_LEAST = 0.05
 # Ray's own processes and the driver.
 RAY_BASE_GIB = 1.2
 
@@ -130,6 +132,7 @@ def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings
             f"actors.{role}.kv_cache_gib is {e.cpu_cache_gib:g}, but one sequence of {max_model_len} tokens "
             f"(data.max_teacher_prompt_tokens and the longest answer) needs {cache:.2g} GiB; raise it"
         )
+    cache_gib = e.cpu_cache_gib if config.device == "cpu" else e.kv_cache_gib
     # Correct engines: up to 1e-5 and, of models that were trained for long, 0.04; other weights: 0.4 and more.
     default_gap = 0.001 if config.dtype == "float32" else 0.08
     return EngineSettings(
@@ -141,11 +144,11 @@ def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings
         max_num_seqs=e.max_num_seqs,
         hold=config.strict,
         share_prompts=any(task.sampling.generations > 1 for task in config.tasks),
-        gpu_memory_utilization=0.1 if config.device == "cpu" else e.gpu_memory_utilization,
+        gpu_memory_utilization=e.gpu_memory_utilization if cache_gib is None else FREE_AT_LEAST,
         enforce_eager=e.enforce_eager,
         max_probe_gap=config.weights.max_probe_gap or default_gap,
         threads=e.threads,
-        kv_cache_gib=e.cpu_cache_gib if config.device == "cpu" else e.kv_cache_gib,
+        kv_cache_gib=cache_gib,
     )
 
 

@@ -228,6 +228,16 @@ def test_an_engine_on_a_gpu_measures_its_cache_unless_its_size_is_given(tmp_path
     assert (gib(), gib(device="cuda"), gib(device="cuda", actors=shared)) == (1, None, 2)
 
 
+def test_an_engine_with_a_cache_of_a_given_size_needs_no_share_of_its_gpu_free(tmp_path: Path) -> None:
+    """vLLM starts only if that share is free: a GPU that many engines fill would be refused while it has room."""
+    (tmp_path / "config.json").write_text("{}")
+    shares = [
+        engine_settings(config(device="cuda", actors={"student": {"kv_cache_gib": gib}}), tmp_path, "student")
+        for gib in (None, 1)
+    ]
+    assert [s.gpu_memory_utilization for s in shares] == [0.4, 0.05]
+
+
 def test_memory_that_holds_cached_files_counts_as_available(tmp_path: Path) -> None:
     """Free pages alone would refuse to start on any machine that has read many files."""
     (tmp_path / "meminfo").write_text("MemTotal: 16777216 kB\nMemFree: 1048576 kB\nMemAvailable: 12582912 kB\n")
