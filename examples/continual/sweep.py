@@ -59,14 +59,17 @@ def short(variant: Variant) -> Variant:
 
 def skill(name: str, **settings: Any) -> Variant:
     """Tool calls alone."""
-    changed = {key.replace("__", "."): value for key, value in settings.items()}
-    return Variant(f"tools-{name}", TOOLS, {"training.steps": 40, "checkpoint.keep": 1} | changed)
+    return Variant(f"tools-{name}", TOOLS, {"training.steps": 40, "checkpoint.keep": 1} | dotted(settings))
 
 
-def facts(name: str, **data: Any) -> Variant:
-    """Invented facts alone. data: what is set otherwise of that section."""
-    changed = {f"data.{key}": value for key, value in data.items()}
-    return Variant(f"facts-{name}", FACTS, {"checkpoint.keep": 1} | changed)
+def facts(name: str, **settings: Any) -> Variant:
+    """Invented facts alone."""
+    return Variant(f"facts-{name}", FACTS, {"checkpoint.keep": 1} | dotted(settings))
+
+
+def dotted(settings: dict[str, Any]) -> dict[str, Any]:
+    """Keywords as keys of the configuration."""
+    return {key.replace("__", "."): value for key, value in settings.items()}
 
 
 TRIED = (("sdft", 5e-5), ("sft", 1e-5), ("sft", 5e-5), ("sdft", 2e-5), ("dft", 5e-5), ("reinvoke", 5e-5))
@@ -90,8 +93,10 @@ EXPERIMENTS = {
     "policy": [USUAL, skill("off-policy", method="off_policy"), skill("sft", method="sft")],
     "knowledge": [
         facts("answer"),
-        facts("text", train="articles.jsonl", template="context"),
-        facts("text-and-answer", train="articles.jsonl"),
+        facts("text", data__train="articles.jsonl", data__template="context"),
+        facts("text-and-answer", data__train="articles.jsonl"),
+        facts("sft", method="sft"),
+        facts("sft-1e-5", method="sft", learner__optimizer__lr=1e-5),
     ],
     "pass-at-k": [
         skill("pass-sdft", evaluation__every=None, evaluation__sets=[SAMPLED]),
