@@ -12,9 +12,10 @@ import random
 import resource
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 from rich.console import Console
@@ -177,17 +178,46 @@ def prepared(case: Case, batch: int) -> Prepared:
     )
 
 
-def students_alive(case: Case, engines: EnginePool) -> Any:
-    """A task that lets student engines die."""
+async def deaths(case: Case, engines: EnginePool) -> None:
+    """Lets student engines die, until it is cancelled."""
+    chance = random.Random(case.name)
+    while case.lifetime_s is not None:
+        await asyncio.sleep(chance.expovariate(len(engines.engines) / case.lifetime_s))
+        victim = chance.choice([e for e in engines.engines if e.up] or list(engines.engines))
+        victim._actor.die()  # type: ignore[attr-defined]
 
-    async def go_on() -> None:
-        chance = random.Random(case.name)
-        while case.lifetime_s is not None:
-            await asyncio.sleep(chance.expovariate(len(engines.engines) / case.lifetime_s))
-            victim = chance.choice([e for e in engines.engines if e.up] or list(engines.engines))
-            victim._actor.die()  # type: ignore[attr-defined]
 
-    return asyncio.create_task(go_on())
+def drive(
+    ready: Prepared,
+    run_dir: Path,
+    case: Case,
+    student: Callable[[int], SimulatedEngine],
+    learner: "Learner",
+    out: IO[str],
+    teachers: int = 1,
+) -> float:
+    """The real controller trains on simulated parts in virtual time, and tells of it in `out`: processor seconds of its
+    own. student: makes an engine, by its number."""
+    ledger, log = Ledger(run_dir / "ledger.sqlite"), RunLog(run_dir, ready.config.monitoring)
+
+    async def work() -> float:
+        students, scorers = pool(case, "student", case.engines, student), pool(case, "teacher", teachers, Teacher)
+        await asyncio.gather(students.start(), scorers.start())
+        with Progress(Console(file=out, width=400), case.steps, case.name) as progress:
+            one = Controller(ready, run_dir, students, scorers, cast(LearnerGroup, learner), ledger, log, progress)
+            dying = asyncio.create_task(deaths(case, students))
+            began = time.process_time()
+            await one.run(0)
+            used = time.process_time() - began
+            dying.cancel()
+        await asyncio.gather(students.stop(), scorers.stop())
+        return used
+
+    try:
+        return virtual_time.run(work())
+    finally:
+        ledger.close()
+        log.close()
 
 
 def simulate(case: Case) -> dict[str, Any]:
@@ -198,32 +228,10 @@ def simulate(case: Case) -> dict[str, Any]:
     # As many teachers as it takes, and a third more.
     teachers_needed = max(1, round(1.33 * SCORE_S * batch / (case.learner * ROUNDS * made_s)))
     with tempfile.TemporaryDirectory() as scratch, Path("/dev/null").open("w") as nowhere:
-        run_dir = Path(scratch)
-        ready = prepared(case, batch)
-        ledger, log = Ledger(run_dir / "ledger.sqlite"), RunLog(run_dir, ready.config.monitoring)
+        run_dir, ready = Path(scratch), prepared(case, batch)
         before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        used = 0.0  # processor seconds
-
-        async def work() -> None:
-            nonlocal used
-            students = pool(case, "student", case.engines, lambda number: Student(number, case))
-            teachers = pool(case, "teacher", teachers_needed, Teacher)
-            await asyncio.gather(students.start(), teachers.start())
-            with Progress(Console(file=nowhere), case.steps, case.name) as progress:
-                controller = Controller(
-                    ready, run_dir, students, teachers, cast(LearnerGroup, learner), ledger, log, progress
-                )
-                deaths = students_alive(case, students)
-                used = -time.process_time()
-                await controller.run(0)
-                used += time.process_time()
-                deaths.cancel()
-            await asyncio.gather(students.stop(), teachers.stop())
-
         collect_rarely()
-        virtual_time.run(work())
-        ledger.close()
-        log.close()
+        used = drive(ready, run_dir, case, lambda number: Student(number, case), learner, nowhere, teachers_needed)
         rows = read_jsonl(run_dir / "metrics.jsonl")
     samples = batch * case.steps
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib

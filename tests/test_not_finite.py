@@ -1,23 +1,17 @@
 """A step whose gradient is not finite changes no weight: its samples are dropped, with a reason. In simulated time."""
 
-import asyncio
 import sqlite3
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
-from typing import cast
 
 import pytest
-from rich.console import Console
 
 from actors.types import ScoredRollout
-from benchmarks import virtual_time
-from benchmarks.simulation import Case, Learner, Student, Teacher, pool, prepared
-from learner.group import LearnerGroup
+from benchmarks.simulation import Case, Learner, Student, drive, prepared
 from learner.types import StepResult
-from services.controller import MOST_NOT_FINITE, Controller
-from services.ledger import Ledger
-from services.metrics import RunLog, read_jsonl
-from services.progress import Progress
+from services.controller import MOST_NOT_FINITE
+from services.metrics import read_jsonl
 
 STEPS, BATCH = 12, 8
 
@@ -40,21 +34,9 @@ def train(run_dir: Path, bad: set[int]) -> str:
     """What the run said."""
     case = Case("unsteady", engines=1, staleness=0, steps=STEPS)
     one = prepared(case, BATCH)
-    ledger, log = Ledger(run_dir / "ledger.sqlite"), RunLog(run_dir, one.config.monitoring)
-
-    async def run() -> None:
-        students, teachers = pool(case, "student", 1, lambda n: Student(n, case)), pool(case, "teacher", 1, Teacher)
-        await asyncio.gather(students.start(), teachers.start())
-        with (run_dir / "log").open("w") as text, Progress(Console(file=text, width=400), STEPS, "run") as progress:
-            learner = cast(LearnerGroup, Unsteady(bad))
-            await Controller(one, run_dir, students, teachers, learner, ledger, log, progress).run(0)
-
-    try:
-        virtual_time.run(run())
-    finally:
-        ledger.close()
-        log.close()
-    return (run_dir / "log").read_text()
+    said = StringIO()
+    drive(one, run_dir, case, lambda number: Student(number, case), Unsteady(bad), said)
+    return said.getvalue()
 
 
 def test_its_samples_are_dropped_and_accounted_for(tmp_path: Path) -> None:

@@ -1,27 +1,20 @@
 """The retention guard: what it judges, and what becomes of a run whose guarded set falls. In simulated time."""
 
-import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
-from benchmarks import virtual_time
-from benchmarks.simulation import Case, Learner, Student, Teacher, pool, prepared
-from learner.group import LearnerGroup
+from benchmarks.simulation import Case, Learner, Student, drive, prepared
 from services.checkpoint import CheckpointState, commit, newest
 from services.config import RunConfig
-from services.controller import Controller
 from services.demonstrations import Record
 from services.errors import RetentionLost
 from services.evaluation import LoadedSet
-from services.ledger import Ledger
-from services.metrics import EvalResult, RunLog
-from services.progress import Progress
+from services.metrics import EvalResult
 from services.prompts import PromptPair
 from services.retention import RetentionGuard
 from services.sections import EvaluationConfig
@@ -123,20 +116,8 @@ def trained(run_dir: Path, action: str) -> None:
         }
     )
     one = replace(one, config=settings, common=sets, tokenizer=Tokens())
-    ledger, log = Ledger(run_dir / "ledger.sqlite"), RunLog(run_dir, settings.monitoring)
-
-    async def run() -> None:
-        students, teachers = pool(case, "student", 1, lambda n: Forgetful(n, case)), pool(case, "teacher", 1, Teacher)
-        await asyncio.gather(students.start(), teachers.start())
-        with (run_dir / "log").open("w") as text, Progress(Console(file=text, width=400), 5, "guard") as progress:
-            learner = cast(LearnerGroup, Learner(0.1))
-            await Controller(one, run_dir, students, teachers, learner, ledger, log, progress).run(0)
-
-    try:
-        virtual_time.run(run())
-    finally:
-        ledger.close()
-        log.close()
+    with (run_dir / "log").open("w") as said:
+        drive(one, run_dir, case, lambda number: Forgetful(number, case), Learner(0.1), said)
 
 
 def last_checkpoint(run_dir: Path) -> str:
