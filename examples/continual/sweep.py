@@ -43,10 +43,15 @@ class Variant:
 
 def stream(method: str, lr: float) -> Variant:
     """Three skills in sequence."""
-    name = f"{method}-{lr:.0e}".replace("e-0", "e-")
+    name = f"{method}-{rate(lr)}"
     if method == "reinvoke":  # SFT, with stages of its own
         return Variant(name, RECALL, {"learner.optimizer.lr": lr})
     return Variant(name, STREAM, {"method": method, "learner.optimizer.lr": lr})
+
+
+def rate(lr: float) -> str:
+    """5e-5, not 5e-05."""
+    return f"{lr:.0e}".replace("e-0", "e-")
 
 
 def short(variant: Variant) -> Variant:
@@ -217,7 +222,7 @@ def draw(axes: Any, points: Sequence[tuple[float, float, float]], method: str) -
     _, kept, learnt = zip(*points, strict=True)
     axes.plot(kept, learnt, "o-", color=COLOURS[method], label=method)
     for lr, x, y in points:
-        axes.annotate(f"{lr:g}", (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8, color="#6a737d")
+        axes.annotate(rate(lr), (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8, color="#6a737d")
 
 
 if __name__ == "__main__":
