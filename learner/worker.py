@@ -53,8 +53,15 @@ class LearnerWorker:
             timeout=timedelta(seconds=settings.config.start_timeout_s),
             master_listen_fd=self._meeting.detach() if settings.rank == 0 else None,
         )
-        backend = "gloo" if settings.device == "cpu" else "nccl"
-        torch.distributed.init_process_group(backend, store=store, rank=settings.rank, world_size=ranks, timeout=LIMIT)
+        several = settings.device == "cuda" and ranks > 1  # then NCCL is told the device, as DeepSpeed would
+        torch.distributed.init_process_group(
+            "gloo" if settings.device == "cpu" else "nccl",
+            store=store,
+            rank=settings.rank,
+            world_size=ranks,
+            timeout=LIMIT,
+            device_id=torch.device("cuda", 0) if several else None,
+        )
 
         self._engine = LearnerEngine(settings)
         self._saver = Saver()

@@ -73,8 +73,8 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
                 _write_state(run_dir, state | {"state": "failed", "error": f"{type(error).__name__}: {error}"})
             if takes_no_more(error):
                 raise PreflightError(
-                    f"the disk of {run_dir} takes no more ({reason(error)}); make room there or mend it, and the "
-                    f"same command goes on from the last checkpoint"
+                    f"{run_dir}: the disk takes no more ({reason(error)}); make room or mend it, and the same "
+                    f"command goes on from the last checkpoint"
                 ) from error
             raise
         _write_state(run_dir, state | {"state": "finished"})

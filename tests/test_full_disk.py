@@ -37,7 +37,9 @@ def test_it_ends_the_run_in_a_sentence(
         raise error
 
     monkeypatch.setattr(train, "run", run)
-    with pytest.raises(PreflightError, match=rf"{run_dir} takes no more \(.*\); make room .* same command goes on"):
+    with pytest.raises(
+        PreflightError, match=rf"{run_dir}: the disk takes no more \(.*\); make room .* the same command"
+    ):
         train.train(prepare(load_config(config), config), run_dir, "auto", Console(quiet=True))
     assert json.loads((run_dir / "run.json").read_text())["state"] == "failed"
 
