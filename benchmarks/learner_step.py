@@ -7,14 +7,17 @@ loss. The bound counts 6 operations a token and parameter for the body, 6 for th
 and causal attention, at the rate of a large matrix product in that dtype measured in the same run.
 """
 
+import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from actors.process import PASSIVE_WAIT
 from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
-from benchmarks.measure import device_parser, matrix_rate, report, seconds_in_turn
+from benchmarks.measure import device_parser, in_a_process, matrix_rate, report, seconds_in_turn
 from benchmarks.operations import Operations
 from learner.config import LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
 from learner.loss import divergence_loss
@@ -65,12 +68,10 @@ def launched(run: Callable[[], object]) -> tuple[int, float]:
     return len(kernels), sum(e.device_time for e in kernels) / 1e6
 
 
-def main() -> None:
-    parser = device_parser(__doc__)
-    parser.add_argument("--tokens", type=int, default=4096, help="in one micro-batch, a multiple of 128")
-    arguments = parser.parse_args()
-    device, length = arguments.device, PROMPT + COMPLETION
-    sequences = arguments.tokens // length
+def measure(device: str, tokens: int) -> None:
+    """Measure and report, in a process whose OpenMP threads wait as a learner's in a run."""
+    length = PROMPT + COMPLETION
+    sequences = tokens // length
     tokens = sequences * length
     given = settings(device, tokens)
     path, dtype = Path(given.model), getattr(torch, given.dtype)
@@ -112,6 +113,15 @@ def main() -> None:
         kernels, busy = launched(lambda: learner.train_step(rollouts))
         print(f"  a step is {kernels} kernels, on which the GPU is at work for {busy:.3f} s")
     torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    parser = device_parser(__doc__)
+    parser.add_argument("--tokens", type=int, default=4096, help="in one micro-batch, a multiple of 128")
+    arguments = parser.parse_args()
+    # OpenMP reads it when torch is imported: here that has been done, and this process's threads spin.
+    os.environ.update(PASSIVE_WAIT)
+    in_a_process(partial(measure, arguments.device, arguments.tokens))
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 Case = TypeVar("Case")
+T = TypeVar("T")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -52,13 +54,18 @@ def _timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def in_a_process(work: Callable[[], T]) -> T:
+    """The result of work that sets up a process for itself."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work).result(timeout=600)
+
+
 def peak_mib(case: Callable[..., Callable[[], object]], *args: Any) -> float:
     """Growth of the peak memory, MiB, while `case(*args)()` runs, in a fresh process: resident, or a GPU's.
 
     `case` makes what is there before and returns what is measured.
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_peak, case, args).result(timeout=600)
+    return in_a_process(partial(_peak, case, args))
 
 
 def _peak(case: Callable[..., Callable[[], object]], args: Sequence[Any]) -> float:

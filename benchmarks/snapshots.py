@@ -13,9 +13,6 @@ import mmap
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +23,7 @@ from safetensors.torch import load_file
 
 from actors.worker import EngineWorker
 from benchmarks.learner_step import samples, settings
-from benchmarks.measure import report
+from benchmarks.measure import in_a_process, report
 from benchmarks.scoring import DTYPE
 from benchmarks.scoring import settings as engine_settings
 from learner.worker import LearnerWorker, learner_actor
@@ -52,12 +49,6 @@ def timed(call: Any) -> tuple[float, Any]:
     start = time.perf_counter()
     result = ray.get(call, timeout=WAIT_S)
     return time.perf_counter() - start, result
-
-
-def in_a_process(work: Callable[[], T]) -> T:
-    """The result of work that sets up a process for itself."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(work).result(timeout=WAIT_S)
 
 
 def packing() -> dict[str, list[float]]:
