@@ -27,9 +27,13 @@ def host(address: str) -> tuple[dist.TCPStore, int]:
     """Where the members of a group meet: a store that listens at this address only, and its port."""
     listening = socket.create_server((address, 0), backlog=1024)
     port = listening.getsockname()[1]
-    return dist.TCPStore(
-        address, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
-    ), port
+    return serve(listening), port
+
+
+def serve(listening: socket.socket) -> dist.TCPStore:
+    """A store behind a socket that listens already, which it takes over."""
+    address, port = listening.getsockname()
+    return dist.TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
 def visit(address: str, port: int, timeout_s: float) -> dist.TCPStore:

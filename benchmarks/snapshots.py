@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import ray
@@ -28,7 +28,6 @@ from benchmarks.scoring import DTYPE
 from benchmarks.scoring import settings as engine_settings
 from learner.worker import LearnerWorker, learner_actor
 
-T = TypeVar("T")
 ROUNDS, WAIT_S = 5, 300
 LAYOUT = "lay weights out by oneDNN, alone"
 

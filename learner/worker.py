@@ -40,19 +40,15 @@ class LearnerWorker:
         with large_imports():
             import torch
 
+            from actors.collective import serve, visit
             from learner.broadcaster import Broadcaster
             from learner.engine import LearnerEngine
             from learner.publisher import Publisher
             from learner.saving import Saver
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        store = torch.distributed.TCPStore(
-            address,
-            port,
-            is_master=settings.rank == 0,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=settings.config.start_timeout_s),
-            master_listen_fd=self._meeting.detach() if settings.rank == 0 else None,
-        )
+        limit_s = settings.config.start_timeout_s
+        store = serve(self._meeting) if settings.rank == 0 else visit(address, port, limit_s)
+        store.set_timeout(timedelta(seconds=limit_s))
         several = settings.device == "cuda" and ranks > 1  # then NCCL is told the device, as DeepSpeed would
         torch.distributed.init_process_group(
             "gloo" if settings.device == "cpu" else "nccl",
