@@ -8,8 +8,15 @@ from pathlib import Path
 
 GIB = 1 << 30
 
-# Idle OpenMP threads that spin make two processes on the same cores 30 times slower than one.
-PASSIVE_WAIT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+
+def waiting(alone: bool) -> dict[str, str]:
+    """Environment that says how OpenMP threads wait for work.
+
+    They sleep: threads that spin make two processes on the same cores 30 times slower than one. alone: nobody else of
+    the run computes while this process does. Then they spin for a fraction of a millisecond first, for a sleeping
+    thread takes some 60 us to wake, and a layer is dozens of loops.
+    """
+    return {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000" if alone else "0", "KMP_BLOCKTIME": "0"}
 
 
 @contextmanager

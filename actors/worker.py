@@ -9,7 +9,7 @@ from typing import TypeVar
 import ray
 
 from actors.config import EngineSettings
-from actors.process import PASSIVE_WAIT, large_imports
+from actors.process import large_imports, waiting
 from actors.types import (
     GenerateRequest,
     IntArray,
@@ -35,7 +35,7 @@ def engine_environment(settings: EngineSettings) -> dict[str, str]:
         environment["TMPDIR"] = os.environ["SDFT_SCRATCH"]  # what an engine that is killed leaves goes with the run
     if settings.device == "cpu":
         cores = sorted(os.sched_getaffinity(0))[: settings.threads]
-        environment |= PASSIVE_WAIT | {
+        environment |= waiting(settings.alone) | {
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # unset, vLLM would keep one core back
             "OMP_NUM_THREADS": str(len(cores)),  # Ray sets it to the actor's CPUs: one thread
             "VLLM_USE_V2_MODEL_RUNNER": "0",  # the V2 runner needs Triton

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from actors.process import PASSIVE_WAIT
+from actors.process import waiting
 from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
 from benchmarks.measure import device_parser, in_a_process, matrix_rate, report, seconds_in_turn
 from benchmarks.operations import Operations
@@ -56,6 +56,7 @@ def settings(device: str = "cpu", tokens: int = 4096) -> LearnerSettings:
         config=LearnerConfig(micro_batch_tokens=tokens),
         stages=(StageSettings(0, 1000, LOSS, OPTIMIZER),),
         teacher=TeacherConfig(alpha=0.01),
+        alone=True,
     )
 
 
@@ -119,8 +120,8 @@ def main() -> None:
     parser = device_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=4096, help="in one micro-batch, a multiple of 128")
     arguments = parser.parse_args()
-    # OpenMP reads it when torch is imported: here that has been done, and this process's threads spin.
-    os.environ.update(PASSIVE_WAIT)
+    # As in a strict run. OpenMP reads it when torch is imported: here that has been done.
+    os.environ.update(waiting(alone=True))
     in_a_process(partial(measure, arguments.device, arguments.tokens))
 
 

@@ -15,13 +15,14 @@ import torch
 
 from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
 from benchmarks.measure import report
-from learner.attention import SHORT, _Group
+from learner.attention import short
 from learner.packing import group, length, pack
+from learner.short_attention import groups
 from services.models import resolve_model
 from services.prompts import load_tokenizer
 
 TOOLS = Path(__file__).parent.parent / "examples" / "tools" / "train.jsonl"
-BATCH, BUDGET, HEADS, KV_HEADS = 8, 4096, 9, 3  # heads of SmolLM2-135M
+BATCH, BUDGET = 8, 4096
 
 
 def prompt_lengths(path: Path) -> list[int]:
@@ -57,11 +58,9 @@ def row(path: Path, most: int) -> dict[str, object]:
 
 def _pairs(lengths: tuple[int, ...]) -> int:
     """Of queries and keys that a CPU's attention multiplies for one pack: whole squares, in groups of short ones."""
-    if max(lengths) > SHORT:
+    if not short(lengths, torch.float32):
         return sum(n * n for n in lengths)
-    total = sum(lengths)
-    query, key = (torch.empty(1, heads, total, 1) for heads in (HEADS, KV_HEADS))
-    return sum(len(g.lengths) * max(g.lengths) ** 2 for g in _Group.all(query, key, lengths))
+    return sum(len(g.members) * g.longest**2 for g in groups(lengths))
 
 
 def _sample(prompt: int, completion: int) -> ScoredRollout:

@@ -28,6 +28,7 @@ class LearnerSettings:
     stages: tuple[StageSettings, ...]
     teacher: TeacherConfig
     rank: int = 0
+    alone: bool = False  # nobody else of the run computes while it does
 
     def stage_of(self, step: int) -> int:
         """Which stage optimizer step `step` is in; what comes after the last is in the last."""

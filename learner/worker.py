@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from actors.process import PASSIVE_WAIT, large_imports
+from actors.process import large_imports, waiting
 from actors.types import IntArray, Process, ScoredRollout, Snapshot
 from learner.types import LearnerSettings, StepResult
 
@@ -155,7 +155,7 @@ def learner_actor() -> Any:
 
 
 def _environment(settings: LearnerSettings, ranks: int) -> dict[str, str]:
-    environment = PASSIVE_WAIT | {
+    environment = waiting(settings.alone) | {
         "RANK": str(settings.rank),
         "LOCAL_RANK": str(settings.rank) if settings.device == "cpu" else "0",  # Ray shows each rank its own GPU only
         "WORLD_SIZE": str(ranks),

@@ -143,6 +143,7 @@ def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings
         max_logprobs=max(task.loss.top_k for task in config.tasks),
         max_num_seqs=e.max_num_seqs,
         hold=config.strict,
+        alone=config.strict and e.most == 1,
         share_prompts=any(task.sampling.generations > 1 for task in config.tasks),
         gpu_memory_utilization=e.gpu_memory_utilization if cache_gib is None else FREE_AT_LEAST,
         enforce_eager=e.enforce_eager,

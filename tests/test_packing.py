@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
+from learner import short_attention
 from learner.attention import packed_attention
 from learner.config import LossConfig
 from learner.model import SelfDistillation, load_student
@@ -99,11 +100,13 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradient(tiny_model: Pa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("lengths", [(5, 7, 9), (3,), (1, 1, 9), (300, 280)])  # short ones; the last too long for that
-@pytest.mark.parametrize("cached", [1, 600, 10_000])  # scores at once: a sequence, two, all
+@pytest.mark.parametrize("cached", [1, 200, 10_000])  # scores of a head at once: a sequence, several, all
 def test_attention_of_packed_sequences_is_that_of_each_alone(
     lengths: tuple[int, ...], dtype: torch.dtype, cached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("learner.attention.CACHED_SCORES", cached)
+    monkeypatch.setattr("learner.short_attention.SCORES", cached)
+    short_attention.groups.cache_clear()
+    short_attention._order.cache_clear()
     torch.manual_seed(0)
     tokens = sum(lengths)
     query = torch.randn(1, 6, tokens, 8, dtype=dtype, requires_grad=True)
