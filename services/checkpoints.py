@@ -11,6 +11,7 @@ from learner.group import LearnerGroup
 from learner.waiting import cancelled, within
 from services import checkpoint
 from services.checkpoint import CheckpointState
+from services.errors import PreflightError
 from services.ledger import Ledger
 from services.prepare import Prepared
 from services.progress import Progress
@@ -73,5 +74,5 @@ class Checkpoints:
         """A full disk ends a run only if its last checkpoint does not fit: room may be made until then."""
         text = f"the checkpoint of step {step} could not be written ({reason(error)})"
         if step == self._prepared.schedule.total_steps:
-            raise RuntimeError(f"{text}; make room: the same command resumes from the last one") from error
+            raise PreflightError(f"{text}; make room: the same command resumes from the last one") from error
         self._progress.note(f"{text}; the run goes on, and would resume from the one before it")

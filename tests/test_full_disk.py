@@ -1,18 +1,25 @@
-"""A disk that takes no more, met by what a run writes down besides its checkpoints: a sentence, and all is closed."""
+"""A full disk ends a run in a sentence, and all is closed; but for the last, a checkpoint may be missed."""
 
+import asyncio
 import errno
+import io
 import json
 import sqlite3
 from pathlib import Path
+from typing import cast
 
 import pytest
 from rich.console import Console
 
+from learner.group import LearnerGroup
 from services import train
+from services.checkpoints import Checkpoints
 from services.errors import PreflightError
+from services.ledger import Ledger
 from services.load_config import load_config
 from services.metrics import RunLog, Sample
 from services.prepare import prepare
+from services.progress import Progress
 from services.sections import MonitoringConfig
 from tests.runs import write_run
 
@@ -53,3 +60,17 @@ def test_what_else_is_open_is_closed(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         log.close()
     assert all(file.closed for file in log._files.values())
+
+
+def test_only_the_last_checkpoint_ends_the_run_in_a_sentence(tiny_model: Path, tmp_path: Path) -> None:
+    config, run_dir = write_run(tmp_path, tiny_model, "float32"), tmp_path / "run"
+    prepared, out = prepare(load_config(config), config), io.StringIO()
+    last = prepared.schedule.total_steps
+    run_dir.mkdir()
+    (run_dir / "checkpoints").write_text("")  # where the folder should be: nothing can be written, nobody is asked
+    progress = Progress(Console(file=out, width=400), last, "test")
+    checkpoints = Checkpoints(prepared, run_dir, cast(LearnerGroup, None), cast(Ledger, None), progress)
+    asyncio.run(checkpoints.save(last - 1, None))
+    assert f"the checkpoint of step {last - 1} could not be written" in out.getvalue()
+    with pytest.raises(PreflightError, match=f"the checkpoint of step {last} could not be written .* make room"):
+        asyncio.run(checkpoints.save(last, None))
