@@ -5,7 +5,7 @@ last bit; a norm that computes otherwise is left as it is.
 """
 
 from collections.abc import Iterator
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -33,15 +33,15 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         w, rows = weight.to(scale.dtype), x.reshape(-1, x.shape[-1])
-        grad_x, grad_w = torch.empty_like(rows), torch.zeros_like(w)
+        grad_x, grads_w = torch.empty_like(rows), []
         for some, its_grad, its_scale, its_grad_x in _blocks(rows, grad.reshape(rows.shape), scale, grad_x):
             n, g = some.to(scale.dtype, copy=True).mul_(its_scale), its_grad.to(scale.dtype, copy=True)
             product = g * n
-            grad_w += product.sum(0)
+            grads_w.append(product.sum(0))
             # d x = scale * (d n - n * mean(d n * n)), with d n = g * w
             mean = (product @ w).div_(len(w)).unsqueeze(-1)
             its_grad_x.copy_(g.mul_(w).sub_(n.mul_(mean)).mul_(its_scale))
-        return grad_x.view(x.shape), grad_w.to(weight.dtype), None
+        return grad_x.view(x.shape), reduce(torch.add, grads_w).to(weight.dtype), None
 
 
 def _blocks(rows: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

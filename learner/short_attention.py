@@ -73,7 +73,7 @@ class Group(NamedTuple):
     longest: int
 
 
-@lru_cache(maxsize=4)  # every layer of a forward asks for the same, and the engine's two passes
+@lru_cache(maxsize=4)  # every layer asks for the same, forward and backward
 def groups(lengths: tuple[int, ...]) -> tuple[Group, ...]:
     """Groups whose members have LEAST of the longest, with at most SCORES unless it is a single sequence."""
     found, members = list[Group](), list[int]()
