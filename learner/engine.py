@@ -63,8 +63,8 @@ class LearnerEngine:
         self.ranks = torch.distributed.get_world_size()
         # At stage 0, and at 1 in bfloat16, DeepSpeed copies all gradients into one piece and back to add them up, also
         # over a single rank. Else they have to go through it: that is how they come into the partitions.
-        alone = self.ranks == 1 and self._zero_stage <= (1 if settings.dtype == "bfloat16" else 0)
-        self._engine.enable_backward_allreduce = not alone
+        nobody_else = self.ranks == 1 and self._zero_stage <= (1 if settings.dtype == "bfloat16" else 0)
+        self._engine.enable_backward_allreduce = not nobody_else
         if self._lora is not None:
             self._lora.keep_teacher(alpha, self._resets, settings.rank, self.ranks, self._engine.device)
         if self._zero_stage == 3:

@@ -124,14 +124,10 @@ def _packed(padded: Tensor, lengths: tuple[int, ...]) -> Tensor:
 
 def _of_groups(lengths: tuple[int, ...], kv_heads: int, *padded: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Of each group its part of each: [members * kv heads, its heads / kv heads * longest, D]."""
-    starts = [0] * len(padded)
-    for members, longest in groups(lengths):
-        parts = []
-        for i, x in enumerate(padded):
-            size = len(members) * _heads(x, lengths) * longest
-            parts.append(x[starts[i] : starts[i] + size].view(len(members) * kv_heads, -1, x.shape[1]))
-            starts[i] += size
-        yield tuple(parts)
+    tokens = [len(members) * longest for members, longest in groups(lengths)]
+    parts = [x.split([n * _heads(x, lengths) for n in tokens]) for x in padded]
+    for group, *its_parts in zip(groups(lengths), *parts, strict=True):
+        yield tuple(x.view(len(group.members) * kv_heads, -1, x.shape[1]) for x in its_parts)
 
 
 def _heads(padded: Tensor, lengths: tuple[int, ...]) -> int:
