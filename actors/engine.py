@@ -35,8 +35,9 @@ import ray
 import torch
 import vllm.v1.engine.utils
 import xxhash
-from vllm import SamplingParams
+from vllm import SamplingParams, ir
 from vllm.config import WeightTransferConfig
+from vllm.config.kernel import IrOpPriorityConfig
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -75,6 +76,7 @@ from actors.types import (
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1
 BACKEND = "sdft"
+FUSED = "sdft_cpu"  # our name for kernels of vLLM's
 Entry = tuple[str, str, list[int], int, int]  # name, dtype, shape, offset, bytes
 FIRST_ROW = "sdft_first_row"  # extra argument of a scoring request: the prompt position that predicts its first token
 
@@ -95,6 +97,7 @@ class Engine:
             model=s.model,
             dtype=s.dtype,
             enforce_eager=s.enforce_eager,
+            ir_op_priority=_fused_norms() if s.enforce_eager and s.device == "cpu" else IrOpPriorityConfig(),
             max_model_len=s.max_model_len,
             # The probe of an update finds a place beside all that is being computed.
             max_num_seqs=s.max_num_seqs if s.hold else s.max_num_seqs + 1,
@@ -424,6 +427,24 @@ def _forked() -> Iterator[None]:
         yield
     finally:
         vllm.v1.engine.utils.get_mp_context = spawning
+
+
+def _fused_norms() -> IrOpPriorityConfig:
+    """Norms by vLLM's own kernels, which its CPU build has and its CPU platform does not choose.
+
+    In place of half a dozen passes over the tensor: a tenth of the time of rollouts and of scores. Compiled models
+    (enforce_eager: false) fuse them as they are.
+    """
+    from vllm.kernels import vllm_c
+
+    kernels = {
+        "rms_norm": (ir.ops.rms_norm, vllm_c.rms_norm, vllm_c.rms_no_var_size),
+        "fused_add_rms_norm": (ir.ops.fused_add_rms_norm, vllm_c.fused_add_rms_norm, vllm_c.rms_add_no_var_size),
+    }
+    for op, kernel, takes in kernels.values():
+        if FUSED not in op.impls:
+            op.register_impl(FUSED, supports_args=takes, inplace=kernel.inplace)(kernel.impl_fn)
+    return IrOpPriorityConfig(**{name: [FUSED, "native"] for name in kernels})
 
 
 def _die_with_parent() -> None:

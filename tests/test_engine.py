@@ -62,6 +62,24 @@ def watched() -> type:
             outputs = await self._engine._run([np.concatenate(pair) for pair in pairs], params)
             return [output.num_cached_tokens for output in outputs]
 
+        async def norms(self, dtype: str) -> tuple[list[str], float]:
+            """Whose kernels compute norms, and how far those we name are from plain torch, of the largest value."""
+            import torch  # pickled with the class, it would take torch.ops along, which cannot be
+
+            from actors.engine import FUSED, ir
+
+            torch.manual_seed(0)
+            x, residual = torch.randn(2, 33, 576).to(getattr(torch, dtype))
+            weight = torch.randn(576).to(x.dtype)
+            norm, added = ir.ops.rms_norm.impls, ir.ops.fused_add_rms_norm.impls
+            ours, plain = (
+                [norm[n].impl_fn(x, weight, 1e-5), *added[n].impl_fn(x.clone(), residual.clone(), weight, 1e-5)]
+                for n in (FUSED, "native")
+            )
+            off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, plain, strict=True))
+            chosen = self._engine._llm.vllm_config.kernel_config.ir_op_priority
+            return [chosen.rms_norm[0], chosen.fused_add_rms_norm[0]], off
+
     return Watched
 
 
@@ -104,6 +122,13 @@ def compare(engine: Any, model: torch.nn.Module, version: int) -> None:
     np.testing.assert_allclose(scores.logprobs, teacher.topk(16, -1).values, atol=1e-4)
     np.testing.assert_allclose(scores.logprobs, teacher.gather(1, torch.tensor(scores.ids).long()), atol=1e-4)
     np.testing.assert_allclose(scores.sampled, teacher.gather(1, own)[:, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-6), ("bfloat16", 1 / 128)])
+def test_norms_are_by_the_fused_kernels_and_equal_to_plain_ones(engines: list, dtype: str, most: float) -> None:
+    chosen, off = ray.get(engines[0].norms.remote(dtype), timeout=60)
+    assert chosen == ["sdft_cpu"] * 2
+    assert off < most
 
 
 def changed(tiny_model: Path, seed: int = 1) -> torch.nn.Module:
