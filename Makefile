@@ -27,6 +27,7 @@ bench: install $(TRL)
 	$(BIN)/python -m benchmarks.loss
 	$(BIN)/python -m benchmarks.packing
 	$(BIN)/python -m benchmarks.scoring
+	$(BIN)/python -m benchmarks.rollouts
 	$(BIN)/python -m benchmarks.snapshots
 	$(BIN)/python -m benchmarks.gradient
 	$(BIN)/python -m benchmarks.changed

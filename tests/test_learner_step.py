@@ -60,6 +60,11 @@ def apart(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
     return float(np.sqrt(sum(np.square(ours[n].astype(np.float64) - theirs[n]).sum() for n in ours)))
 
 
+def moved(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> np.ndarray:
+    """All parameters' changes, end to end."""
+    return np.concatenate([(after[name] - before[name]).astype(np.float64).ravel() for name in sorted(before)])
+
+
 def worst(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
     assert ours.keys() == theirs.keys()
     return max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours)
@@ -122,6 +127,33 @@ def test_three_steps_equal_plain_torch(
         assert not np.isfinite(result.grad_norm)
         assert worst(await group.parameters("student"), student) == 0
         assert worst(await group.parameters("teacher"), teacher) == 0
+        for worker in group.workers:
+            worker.__ray_terminate__.remote()
+
+    asyncio.run(run())
+
+
+def test_bfloat16_on_one_rank_takes_the_steps_of_float32_but_for_rounding(
+    ray_cluster: None, tiny_model: Path, reference: tuple[Reference, list[tuple[float, float]]]
+) -> None:
+    """One rank adds gradients up with nobody, past DeepSpeed's reduction: over several micro-batches, none is lost."""
+    plain, losses = reference
+    begun = {name: tensor.numpy() for name, tensor in Reference(tiny_model, ALPHA, 3, 2.0, 0.5).weights().items()}
+
+    async def run() -> None:
+        group = await LearnerGroup.start(settings(tiny_model, 1, 1, "bfloat16"), PROBE, [{"num_cpus": 0.5}])
+        before = await group.parameters("student")
+        for seed, (expected, norm) in enumerate(losses):
+            if seed == BOUNDARY:
+                await group.begin_stage()
+            result = await group.train_step(make_rollouts(tiny_model, 7, K, seed))
+            assert result.loss == pytest.approx(expected, rel=0.01)
+            assert result.grad_norm == pytest.approx(norm, rel=0.02)
+        for role, theirs in (("student", plain.weights()), ("teacher", plain.teacher)):
+            ours = moved(before, await group.parameters(role))
+            exact = moved(begun, {name: tensor.numpy() for name, tensor in theirs.items()})
+            assert float(ours @ exact) > 0.98 * np.linalg.norm(ours) * np.linalg.norm(exact)
+            assert np.linalg.norm(ours) == pytest.approx(np.linalg.norm(exact), rel=0.01)
         for worker in group.workers:
             worker.__ray_terminate__.remote()
 

@@ -125,3 +125,19 @@ def test_attention_of_packed_sequences_is_that_of_each_alone(
         gradients, torch.autograd.grad((expected * direction).sum(), (query, key, value)), strict=True
     ):
         assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(130, 121, 30), (500, 410), (600, 20)])  # the last too long for matrix products
+def test_attention_in_bfloat16_is_a_rounding_from_exact(lengths: tuple[int, ...]) -> None:
+    """Beside float64 on the same inputs: 2**-8 is what bfloat16 keeps, and the backward rounds its weights again."""
+    torch.manual_seed(0)
+    shapes = ((1, 6, sum(lengths), 8), (1, 2, sum(lengths), 8), (1, 2, sum(lengths), 8))
+    given = [torch.randn(shape).bfloat16() for shape in shapes]
+    direction = torch.randn(1, sum(lengths), 6, 8).bfloat16()
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        query, key, value = (x.to(dtype).requires_grad_() for x in given)
+        out, _ = packed_attention(torch.nn.Module(), query, key, value, None, lengths=lengths)
+        found.append([out, *torch.autograd.grad(out, (query, key, value), direction.to(dtype))])
+    for rounded, exact in zip(*found, strict=True):
+        assert (rounded.double() - exact).norm() < 2**-7 * exact.norm()

@@ -1,0 +1,15 @@
+"""A worker extension whose norms are as vLLM's CPU platform has them: what benchmarks.rollouts compares with."""
+
+from vllm import ir
+
+from actors.engine import WorkerExtension
+
+
+class Extension(WorkerExtension):
+    """Loaded into the worker process in place of actors.engine.WorkerExtension."""
+
+    def score_completions_only(self) -> None:
+        """As it is, and plain norms from here on."""
+        super().score_completions_only()
+        for op in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm):
+            op.set_default(["native"])

@@ -1,0 +1,112 @@
+"""Rollouts and their scores in real engines on SmolLM2-135M, three ways: norms as vLLM's CPU platform has them, by the
+fused kernels that our engines choose, and compiled (enforce_eager: false).
+
+    python -m benchmarks.rollouts
+
+A step of benchmarks.peer, 32 prompts and at most 128 new tokens, K = 64, in the dtype of this processor. Rounding
+differs, and with it what is sampled, so rollouts are given by the step of decoding, of which there are as many as the
+longest completion has tokens; what is scored are the rollouts of one engine in all three. The bound counts
+floating-point operations, at the rate of a large matrix product.
+"""
+
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from transformers import AutoTokenizer
+
+from actors.types import GenerateRequest, IntArray, Rollout, Sampling
+from actors.worker import EngineWorker
+from benchmarks.measure import matrix_rate, report
+from benchmarks.operations import Operations
+from benchmarks.peer import BATCH, NEW_TOKENS, K, rows
+from benchmarks.scoring import DTYPE, EXTENSION, settings
+
+ROUNDS, WAIT_S = 4, 600
+PLAIN = "plain norms"
+CASES = {
+    PLAIN: ("benchmarks.plain_norms.Extension", True),
+    "fused norms, the default": (EXTENSION, True),
+    "compiled": (EXTENSION, False),
+}
+
+
+def contexts(model: Path) -> tuple[list[IntArray], list[IntArray]]:
+    """Token ids of the student's prompts and the teacher's."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+
+    def ids(text: str) -> IntArray:
+        chat = [{"role": "user", "content": text}]
+        return np.asarray(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False), np.int32)
+
+    batch = rows()[:BATCH]
+    return [ids(r["prompt"]) for r in batch], [ids(f"{r['prompt']}\n\n{r['demonstration']}") for r in batch]
+
+
+def measure(engines: dict[str, Any], model: Path) -> list[dict[str, Any]]:
+    """Medians of every engine, in turn: the others idle."""
+    students, teachers = contexts(model)
+    requests = [GenerateRequest(ids, seed) for seed, ids in enumerate(students)]
+    operations = Operations.of(model)
+
+    def rolled_out(engine: Any) -> tuple[float, list[int], list[Rollout]]:
+        """Seconds, lengths and the rollouts."""
+        start = time.perf_counter()
+        rollouts = _get(engine.generate.remote(requests, Sampling(NEW_TOKENS)))
+        return time.perf_counter() - start, [len(r.completion_ids) for r in rollouts], rollouts
+
+    def bound(rate: float, contexts: list[IntArray], lengths: list[int]) -> float:
+        """Least seconds of a forward over completions of these lengths after their contexts."""
+        tokens = sum(map(len, contexts)) + sum(lengths)
+        return operations.forward(tokens, tokens / BATCH, sum(lengths)) / rate
+
+    _, scored, rollouts = rolled_out(engines[PLAIN])
+    pairs = [(ids, rollout.completion_ids) for ids, rollout in zip(teachers, rollouts, strict=True)]
+    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in engines}
+    for i in range(ROUNDS + 1):
+        for name, engine in engines.items():
+            rate = matrix_rate(getattr(torch, DTYPE))
+            seconds, lengths, _ = rolled_out(engine)
+            start = time.perf_counter()
+            _get(engine.score.remote(pairs, K))
+            scores = time.perf_counter() - start
+            if i:  # the first round warms up
+                step = 1000 * seconds / max(lengths)
+                bounds = seconds / bound(rate, students, lengths), scores / bound(rate, teachers, scored)
+                times[name].append((step, scores, *bounds))
+    medians = {name: [statistics.median(column) for column in zip(*each, strict=True)] for name, each in times.items()}
+    plain = medians[PLAIN]
+    return [
+        {"engine": name, "ms a decoding step": step, "of plain": step / plain[0], "x bound": of_bound}
+        | {"s of scores": scores, "scores of plain": scores / plain[1], "scores x bound": scores_of_bound}
+        for name, (step, scores, of_bound, scores_of_bound) in medians.items()
+    ]
+
+
+def _get(call: Any) -> Any:
+    return ray.get(call, timeout=WAIT_S)
+
+
+def main() -> None:
+    given = {
+        name: replace(settings(extension, share_prompts=False), max_num_seqs=BATCH, enforce_eager=eager, alone=True)
+        for name, (extension, eager) in CASES.items()
+    }
+    ray.init(address="local", num_cpus=len(given), include_dashboard=False, log_to_driver=False)
+    try:
+        engines = {name: ray.remote(EngineWorker).remote(each) for name, each in given.items()}
+        _get([engine.start.remote() for engine in engines.values()])
+        table = measure(engines, Path(given[PLAIN].model))
+        _get([engine.stop.remote() for engine in engines.values()])
+    finally:
+        ray.shutdown()
+    report("rollouts", f"{BATCH} rollouts of at most {NEW_TOKENS} tokens, and their scores, {DTYPE}", table)
+
+
+if __name__ == "__main__":
+    main()
