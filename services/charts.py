@@ -1,32 +1,21 @@
-"""The report's curves, as SVG text to stand inside an HTML page."""
+"""The report's curves, each as SVG text."""
 
-import io
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from html import escape
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
+from services.drawing import COLOURS, GREY, HALF, INK, WIDE, axes_of, chart, label_ends, lines
 from services.metrics import STUDENT, TEACHER, EvalResult, StepMetrics, percent
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from services.continual import Matrix
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 PHASE_COLOURS = {"rollout": "#0072b2", "score": "#4a9fd4", "learn": "#009e73", "sync": "#e69f00", "wait": "#999999"}
-GREY, INK = "#6a737d", "#24292f"
-WIDE, HALF = (9.4, 2.9), (4.6, 2.3)  # inches; the page scales them
 MOST_BARS = 400  # more would not be seen, and would make the page megabytes
 LENGTH_BARS, LENGTH_COLOURS = 40, (COLOURS[0], COLOURS[1])
-LABEL_GAP = 0.075  # least distance of two labels, as a share of the axis
 
 
 def accuracy_chart(results: Sequence[EvalResult], roles: dict[str, str], stages: Sequence[tuple[str, int]] = ()) -> str:
@@ -34,9 +23,9 @@ def accuracy_chart(results: Sequence[EvalResult], roles: dict[str, str], stages:
 
     `roles`: every set's role; the order of the sets is that of their colours. `stages`: name and last step of each.
     """
-    with _chart(WIDE, "Accuracy over steps, by evaluation set") as (figure, done):
+    with chart(WIDE, "Accuracy over steps, by evaluation set") as (figure, done):
         reached = max(r.step for r in results)
-        axes = _axes(figure, "accuracy, %", reached)
+        axes = axes_of(figure, "accuracy, %", reached)
         if stages:
             axes.set_title("accuracy, %", loc="left", pad=18)  # above the stages' names
         first = 0
@@ -63,14 +52,14 @@ def accuracy_chart(results: Sequence[EvalResult], roles: dict[str, str], stages:
             for teacher in (r for r in results if r.task == task and r.metric == TEACHER):
                 axes.axhline(100 * teacher.value, linestyle=":", linewidth=1.2, color=colour)
         axes.set_ylim(-3, 103)
-        _label_ends(axes, labels)
+        label_ends(axes, labels)
         return done()
 
 
 def perplexity_chart(results: Sequence[EvalResult]) -> str:
     """Perplexity of each set of texts over steps."""
-    with _chart(HALF, "Perplexity over steps") as (figure, done):
-        axes = _axes(figure, "", max(r.step for r in results))
+    with chart(HALF, "Perplexity over steps") as (figure, done):
+        axes = axes_of(figure, "", max(r.step for r in results))
         labels = []
         for task, colour in zip(dict.fromkeys(r.task for r in results), COLOURS, strict=False):
             latest = {r.step: r.value for r in results if r.task == task}
@@ -79,14 +68,41 @@ def perplexity_chart(results: Sequence[EvalResult]) -> str:
             labels.append((rows[-1][1], f"{task} {rows[-1][1]:.2f}", colour))
         low, high = axes.get_ylim()
         axes.set_ylim(low - 0.5 * (high - low), high + 0.5 * (high - low))
-        _label_ends(axes, labels)
+        label_ends(axes, labels)
+        return done()
+
+
+def pass_at_chart(task: str, results: Sequence[EvalResult]) -> str:
+    """pass@k of one set against k: at the first evaluation and at the last; the teacher's dotted."""
+    teachers, students = ([r for r in results if r.task == task and r.by_teacher == which] for which in (True, False))
+    first, last = min(r.step for r in students), max(r.step for r in students)
+    lines_of = [(f"step {last}", COLOURS[0], "-", [r for r in students if r.step == last])]
+    if first < last:
+        lines_of.append((f"step {first}", GREY, "-", [r for r in students if r.step == first]))
+    if teachers:
+        lines_of.append(("teacher", COLOURS[0], ":", teachers))
+    with chart(HALF, f"pass@k of {task}") as (figure, done):
+        axes = figure.add_subplot()
+        axes.set_title(f"{task}, %", loc="left")
+        axes.set_xlabel("answers to each question")
+        labels = []
+        for name, colour, style, rows in lines_of:
+            shares = {r.k: 100 * r.value for r in rows if r.k}  # a resumed run may have asked twice: the later counts
+            axes.plot(list(shares), list(shares.values()), style, color=colour, marker="o", markersize=4)
+            labels.append((list(shares.values())[-1], name, colour))
+        axes.set_xscale("log", base=2)
+        ks = sorted({r.k for r in students if r.k})
+        axes.set_xticks(ks, list(map(str, ks)))
+        axes.minorticks_off()
+        axes.set_ylim(-3, 103)
+        label_ends(axes, labels)
         return done()
 
 
 def matrix_chart(matrix: "Matrix") -> str:
     """Heat map: accuracy of each task and retention set (columns) before training and after each stage (rows)."""
     rows, columns = len(matrix.rows), len(matrix.columns)
-    with _chart((9.4, 0.75 + 0.42 * rows), "Accuracy of every task after each stage") as (figure, done):
+    with chart((9.4, 0.75 + 0.42 * rows), "Accuracy of every task after each stage") as (figure, done):
         axes = figure.add_subplot()
         shares = [[100 * value for value in row] for row in matrix.rows]
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=130, aspect="auto")
@@ -110,9 +126,9 @@ def matrix_chart(matrix: "Matrix") -> str:
 def loss_chart(steps: Sequence[StepMetrics]) -> str:
     """Loss and divergence over steps, in nats a token."""
     name = steps[-1].divergence_name
-    with _chart(WIDE, f"Loss and {name} over steps") as (figure, done):
-        axes = _axes(figure, "nats a token", steps[-1].step)
-        _lines(axes, steps, [("loss", lambda m: m.loss, COLOURS[0]), (name, lambda m: m.divergence, COLOURS[1])])
+    with chart(WIDE, f"Loss and {name} over steps") as (figure, done):
+        axes = axes_of(figure, "nats a token", steps[-1].step)
+        lines(axes, steps, [("loss", lambda m: m.loss, COLOURS[0]), (name, lambda m: m.divergence, COLOURS[1])])
         return done()
 
 
@@ -120,8 +136,8 @@ def time_chart(steps: Sequence[StepMetrics]) -> str:
     """Seconds of each phase, stacked (of a long run the mean of a few steps at a time); labels: the overall median."""
     together = math.ceil(len(steps) / MOST_BARS)
     groups = [steps[i : i + together] for i in range(0, len(steps), together)]
-    with _chart(WIDE, "Time of each step by phase") as (figure, done):
-        axes = _axes(figure, "seconds a step", steps[-1].step)
+    with chart(WIDE, "Time of each step by phase") as (figure, done):
+        axes = axes_of(figure, "seconds a step", steps[-1].step)
         edges = [group[0].step - 0.5 for group in groups] + [steps[-1].step + 0.5]
         below = [0.0] * len(groups)
         labels: list[tuple[float, str, str]] = []
@@ -131,7 +147,7 @@ def time_chart(steps: Sequence[StepMetrics]) -> str:
             axes.stairs(tops, edges, baseline=below, fill=True, color=colour, linewidth=0)
             labels.append(((below[-1] + tops[-1]) / 2, f"{phase} {median(chain(*times)):.1f} s", colour))
             below = tops
-        _label_ends(axes, labels)
+        label_ends(axes, labels)
         return done()
 
 
@@ -140,8 +156,8 @@ def length_chart(lengths: Mapping[str, "Counter[int]"]) -> str:
     top = max(max(counts) for counts in lengths.values())
     width = math.ceil((top + 1) / LENGTH_BARS)
     edges = list(range(0, top + width + 1, width))
-    with _chart(HALF, "Lengths of rollouts") as (figure, done):
-        axes = _axes(figure, "samples", top)
+    with chart(HALF, "Lengths of rollouts") as (figure, done):
+        axes = axes_of(figure, "samples", top)
         axes.set_xlabel("completion tokens")
         for (state, counts), colour in zip(lengths.items(), LENGTH_COLOURS, strict=False):
             heights = [0] * (len(edges) - 1)
@@ -170,100 +186,8 @@ def tail_chart(steps: Sequence[StepMetrics]) -> str:
 
 
 def _half(steps: Sequence[StepMetrics], title: str, value: Callable[[StepMetrics], float], colour: str) -> str:
-    with _chart(HALF, f"{title} over steps") as (figure, done):
-        axes = _axes(figure, "", steps[-1].step)
+    with chart(HALF, f"{title} over steps") as (figure, done):
+        axes = axes_of(figure, "", steps[-1].step)
         axes.yaxis.set_major_formatter(lambda number, _: f"{number:g}")
-        _lines(axes, steps, [("", value, colour)])
+        lines(axes, steps, [("", value, colour)])
         return done()
-
-
-def _lines(
-    axes: "Axes", steps: Sequence[StepMetrics], series: Sequence[tuple[str, Callable[[StepMetrics], float], str]]
-) -> None:
-    labels = []
-    highest = 0.0
-    marker = "o" if len(steps) == 1 else ""  # a line of one point would not be seen
-    for name, value, colour in series:
-        values = [value(m) for m in steps]
-        axes.plot([m.step for m in steps], values, color=colour, marker=marker, markersize=4)
-        highest = max([highest, *(v for v in values if math.isfinite(v))])
-        if name and math.isfinite(values[-1]):
-            labels.append((values[-1], f"{name} {values[-1]:.3f}", colour))
-    axes.set_ylim(0, 1.08 * highest or 1.0)
-    _label_ends(axes, labels)
-
-
-def _label_ends(axes: "Axes", labels: list[tuple[float, str, str]]) -> None:
-    """Name each line where it ends: (height, text, colour). Labels too close are moved apart, in their order."""
-    low, high = axes.get_ylim()
-    gap = LABEL_GAP * (high - low)
-    placed = [height for height, _, _ in sorted(labels)]
-    for i in range(1, len(placed)):
-        placed[i] = max(placed[i], placed[i - 1] + gap)
-    if placed and placed[-1] > high:
-        placed[-1] = high
-        for i in range(len(placed) - 2, -1, -1):
-            placed[i] = min(placed[i], placed[i + 1] - gap)
-    for height, (_, text, colour) in zip(placed, sorted(labels), strict=True):
-        axes.annotate(
-            text, (1.01, height), xycoords=("axes fraction", "data"), color=colour, va="center", annotation_clip=False
-        )
-
-
-def _axes(figure: "Figure", title: str, last_step: int) -> "Axes":
-    from matplotlib.ticker import MaxNLocator
-
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left")
-    axes.set_xlabel("step")
-    axes.set_xlim(-0.02 * max(last_step, 1) - 0.02, 1.02 * max(last_step, 1) + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return axes
-
-
-@contextmanager
-def _chart(size: tuple[float, float], description: str) -> "Iterator[tuple[Figure, Callable[[], str]]]":
-    """A figure in the report's style, and what turns it into SVG. Needs no display and leaves no global state."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    style = {
-        "svg.fonttype": "none",  # text stays text: small, and it can be searched
-        "svg.hashsalt": description,  # the same run gives the same file; two charts of a page share no id
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "text.color": INK,
-        "text.parse_math": False,
-        "axes.labelcolor": GREY,
-        "axes.edgecolor": "#c9ced6",
-        "axes.titlesize": 10,
-        "axes.titlecolor": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "axes.axisbelow": True,
-        "grid.color": "#eceff3",
-        "xtick.color": GREY,
-        "ytick.color": GREY,
-        "lines.linewidth": 1.8,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=size, layout="constrained")
-
-        def done() -> str:
-            text = io.StringIO()
-            figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-            return _inline(text.getvalue(), description)
-
-        yield figure, done
-
-
-def _inline(svg: str, description: str) -> str:
-    """An SVG file as an element of a page: no prolog, no size, only the ids that are referred to, and a spoken name."""
-    svg = svg[svg.index("<svg ") + len("<svg ") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(?:width|height)="[\d.]+pt" ', "", svg, count=2)
-    used = set(re.findall(r"#([\w-]+)", svg))
-    svg = re.sub(r' id="([\w.-]+)"', lambda m: m[0] if m[1] in used else "", svg)
-    return f'<svg role="img" aria-label="{escape(description)}" {svg.strip()}'

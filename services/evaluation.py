@@ -13,7 +13,7 @@ import numpy as np
 from actors.types import GenerateRequest, Rollout, Sampling
 from services.demonstrations import Record
 from services.grading import asked, grade
-from services.metrics import PERPLEXITY, STUDENT, TEACHER, EvalResult, Sample
+from services.metrics import PASS_AT, PERPLEXITY, STUDENT, TEACHER, EvalResult, Sample
 from services.pass_at_k import pass_at_k
 from services.pools import EnginePool
 from services.prompts import PromptPair
@@ -37,6 +37,10 @@ class LoadedSet:
         """Whether every question brings something to show to the teacher."""
         return all(p.teacher_ids not in (None, p.student_ids) for p in self.prompts)
 
+    def prompts_of(self, metric: str) -> list[list[int] | None]:
+        """The token ids that STUDENT or TEACHER is asked with."""
+        return [p.student_ids if metric == STUDENT else p.teacher_ids for p in self.prompts]
+
 
 class Evaluator:
     """Runs evaluation sets on a pool of engines."""
@@ -56,14 +60,20 @@ class Evaluator:
             result, answers = await self._run(pool, loaded, STUDENT, step, stage)
             results.append(result)
             samples += answers
-            results += await self._pass_at(pool, loaded, step, stage)
+            results += await self._pass_at(pool, loaded, STUDENT, step, stage)
         return results, samples
 
     async def teachers(self, pool: EnginePool, sets: Sequence[LoadedSet], step: int, stage: int) -> list[EvalResult]:
         """The sets whose questions have demonstrations, answered with them in the prompt: what there is to learn."""
-        return [(await self._run(pool, loaded, TEACHER, step, stage))[0] for loaded in sets if loaded.has_teacher]
+        results = []
+        for loaded in (one for one in sets if one.has_teacher):
+            results.append((await self._run(pool, loaded, TEACHER, step, stage))[0])
+            results += await self._pass_at(pool, loaded, TEACHER, step, stage)
+        return results
 
-    async def _pass_at(self, pool: EnginePool, loaded: LoadedSet, step: int, stage: int) -> list[EvalResult]:
+    async def _pass_at(
+        self, pool: EnginePool, loaded: LoadedSet, metric: str, step: int, stage: int
+    ) -> list[EvalResult]:
         """pass@k for each k of the set, of the same sampled answers.
 
         Their seeds are the same at every step, so that two evaluations differ by the weights alone.
@@ -72,16 +82,17 @@ class Evaluator:
         if not s.pass_at:
             return []
         requests = [
-            GenerateRequest(np.asarray(p.student_ids, dtype=np.int32), seed_of(f"{s.name}/{question.id}/{i}"))
-            for question, p in zip(loaded.questions, loaded.prompts, strict=True)
+            GenerateRequest(np.asarray(ids, dtype=np.int32), seed_of(f"{s.name}/{question.id}/{i}"))
+            for question, ids in zip(loaded.questions, loaded.prompts_of(metric), strict=True)
             for i in range(s.sampled)
         ]
         rollouts = await pool.generate(requests, Sampling(s.max_new_tokens, s.pass_temperature))
         repeated = [question for question in loaded.questions for _ in range(s.sampled)]
         grades = iter(await grade(s, repeated, list(map(self._text, rollouts))))
         right = [sum(next(grades) for _ in range(s.sampled)) for _ in loaded.questions]
+        name = PASS_AT if metric == STUDENT else f"teacher_{PASS_AT}"
         return [
-            EvalResult(step, stage, s.name, f"pass@{k}", fmean(pass_at_k(s.sampled, c, k) for c in right), len(right))
+            EvalResult(step, stage, s.name, f"{name}{k}", fmean(pass_at_k(s.sampled, c, k) for c in right), len(right))
             for k in s.pass_at
         ]
 
@@ -98,8 +109,7 @@ class Evaluator:
         self, pool: EnginePool, loaded: LoadedSet, metric: str, step: int, stage: int
     ) -> tuple[EvalResult, list[Sample]]:
         s = loaded.settings
-        ids = [p.student_ids if metric == STUDENT else p.teacher_ids for p in loaded.prompts]
-        requests = [GenerateRequest(np.asarray(i, dtype=np.int32)) for i in ids]
+        requests = [GenerateRequest(np.asarray(ids, dtype=np.int32)) for ids in loaded.prompts_of(metric)]
         rollouts = await pool.generate(requests, Sampling(s.max_new_tokens, temperature=0.0))
         texts = list(map(self._text, rollouts))
         grades = await grade(s, loaded.questions, texts)

@@ -24,7 +24,7 @@ DIVERGENCE_NAMES = {
     "dft": "NLL",
 }
 STUDENT, TEACHER = "accuracy", "teacher_accuracy"  # metrics of eval.jsonl; the teacher is shown the demonstration
-PERPLEXITY = "perplexity"
+PERPLEXITY, PASS_AT = "perplexity", "pass@"
 Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
 
 
@@ -80,15 +80,30 @@ class EvalResult:
     step: int
     stage: int
     task: str  # the evaluation set's name
-    metric: str  # STUDENT, TEACHER, PERPLEXITY or pass@k
+    metric: str  # STUDENT, TEACHER, PERPLEXITY, pass@k or teacher_pass@k
     value: float
     n: int
 
     @property
+    def by_teacher(self) -> bool:
+        """Whether the teacher answered, who is shown the demonstration."""
+        return self.metric.startswith("teacher_")
+
+    @property
+    def measure(self) -> str:
+        """The set's name, and pass@k where that was asked."""
+        return self.task if self.k is None else f"{self.task} {PASS_AT}{self.k}"
+
+    @property
+    def k(self) -> int | None:
+        """Of a pass@k how many answers a question may have."""
+        _, found, k = self.metric.partition(PASS_AT)
+        return int(k) if found else None
+
+    @property
     def label(self) -> str:
-        """The set's name, and whether it is the teacher that answered, or how often was asked."""
-        names = {STUDENT: self.task, PERPLEXITY: self.task, TEACHER: f"{self.task} (teacher)"}
-        return names.get(self.metric, f"{self.task} {self.metric}")
+        """What was measured, and whether it is the teacher that answered."""
+        return f"{self.measure} (teacher)" if self.by_teacher else self.measure
 
     @property
     def text(self) -> str:

@@ -11,7 +11,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from services.metrics import TEACHER, EvalResult, StepMetrics
+from services.metrics import EvalResult, StepMetrics
 
 PHASES = {"rollout": "blue", "score": "magenta", "learn": "green", "sync": "yellow", "wait": "bright_black"}
 # Evaluations shown on a terminal: the first, and the last few, so that the panel fits the screen.
@@ -126,10 +126,11 @@ class Progress:
         return line
 
     def _evaluations(self) -> RenderableType:
-        sizes = {result.task: result.n for result in self._results}
+        answers = [result for result in self._results if result.k is None]  # of pass@k there may be a dozen a set
+        sizes = {result.task: result.n for result in answers}
         rows: dict[str, dict[str, str]] = {}  # "teacher" or the step -> set -> share
-        for result in self._results:
-            label = "teacher" if result.metric == TEACHER else f"step {result.step}"
+        for result in answers:
+            label = "teacher" if result.by_teacher else f"step {result.step}"
             rows.setdefault(label, {})[result.task] = result.text
         table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim", pad_edge=False)
         table.add_column("evaluation")

@@ -198,6 +198,10 @@ def draw(
             ("Tail mass", charts.tail_chart, "What the top-K of the teacher leaves to the tail bucket."),
         ]
         drawn += [Chart(title, chart(steps), note, wide=False) for title, chart, note in small]
+    sampled = [r for r in results if r.k is not None]
+    for task in dict.fromkeys(r.task for r in sampled):
+        note = f"Of the answers to a question of {task}, sampled, at least one is right. Dotted: the teacher."
+        drawn.append(Chart("pass@k", charts.pass_at_chart(task, sampled), note, wide=False))
     texts = [r for r in results if r.metric == PERPLEXITY]
     if texts:
         note = "Of texts as they are, outside of any chat: lower is better."

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -111,6 +112,25 @@ def test_pass_at_k_grows_with_k_and_does_not_depend_on_the_step() -> None:
     for k in (1, 4, 16):
         assert found[f"pass@{k}"] == pytest.approx(1 - (2 / 3) ** k, abs=0.03)
     assert results(9) == found
+
+
+def test_the_teacher_is_asked_as_often_as_the_student_with_its_own_prompt() -> None:
+    class Leading(Letters):
+        """Whoever is shown a demonstration, token 2, answers A every time."""
+
+        async def generate(self, requests: list[GenerateRequest], sampling: Sampling) -> list[Rollout]:
+            assert all(r.prompt_ids.tolist() == [2, 1] for r in requests)
+            return await super().generate([replace(r, seed=0) for r in requests], replace(sampling, temperature=1.0))
+
+    settings = EvaluationSet(name="letters", file="f", grader="exact", pass_at=(1, 4), pass_samples=8)
+    question = Record("q", (Message(role="user", content="?"),), None, None, None, "A", "f:1")
+    shown, alone = (LoadedSet(settings, [question], [PromptPair([1], ids)]) for ids in ([2, 1], None))
+    rows = asyncio.run(Evaluator(Letters()).teachers(cast(EnginePool, Leading()), [alone, shown], 0, 0))
+    assert [(row.label, row.value) for row in rows] == [
+        ("letters (teacher)", 1.0),
+        ("letters pass@1 (teacher)", 1.0),
+        ("letters pass@4 (teacher)", 1.0),
+    ]
 
 
 def test_pass_at_k_needs_as_many_answers_as_the_largest_k() -> None:

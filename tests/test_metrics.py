@@ -223,7 +223,7 @@ def test_a_terminal_gets_a_panel_with_the_last_step_and_the_evaluations() -> Non
     out = io.StringIO()
     console = Console(file=out, width=90, height=30, force_terminal=True, color_system=None, _environ={})
     with Progress(console, total_steps=40, title="demo") as progress:
-        progress.evaluation(RESULTS)
+        progress.evaluation([*RESULTS, EvalResult(0, 0, "tools", "pass@8", 0.3, 80)])  # no column of its own
         progress.step(replace(STEP, direction="jsd"))
         for step in range(10, 130, 10):
             progress.evaluation([EvalResult(step, 0, "tools", "accuracy", step / 200, 80)])

@@ -130,6 +130,20 @@ def test_a_streams_stage_is_in_its_status_and_its_tasks_are_in_a_heat_map(tmp_pa
     assert "after facts" not in heat_map
 
 
+def test_pass_at_k_is_drawn_before_training_and_last_with_the_teachers(tmp_path: Path) -> None:
+    run_dir = begin(tmp_path / "run", SETS)
+    train(run_dir, 3)
+    log = RunLog(run_dir, MonitoringConfig(tensorboard=False))
+    for step, metric, share in ((0, "pass@", 0.01), (0, "teacher_pass@", 0.1), (3, "pass@", 0.05)):
+        for k in (1, 4, 16):
+            log.evaluation(EvalResult(step, 0, "tools", f"{metric}{k}", k * share / 2, 80))
+    log.close()
+    page = Page(write_report(run_dir))
+    assert page.source.count('aria-label="pass@k of tools"') == 1
+    chart = page.source.partition('aria-label="pass@k of tools"')[2].partition("</svg>")[0]
+    assert all(f">{label}<" in chart for label in ("step 0", "step 3", "teacher", "1", "4", "16"))
+
+
 def test_the_report_needs_nothing_beside_itself(tmp_path: Path) -> None:
     train(begin(tmp_path, SETS), 3)
     page = Page(write_report(tmp_path))
