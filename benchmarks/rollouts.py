@@ -20,7 +20,7 @@ import ray
 import torch
 from transformers import AutoTokenizer
 
-from actors.types import GenerateRequest, IntArray, Rollout, Sampling
+from actors.types import GenerateRequest, IntArray, Sampling
 from actors.worker import EngineWorker
 from benchmarks.measure import matrix_rate, report
 from benchmarks.operations import Operations
@@ -54,30 +54,31 @@ def measure(engines: dict[str, Any], model: Path) -> list[dict[str, Any]]:
     requests = [GenerateRequest(ids, seed) for seed, ids in enumerate(students)]
     operations = Operations.of(model)
 
-    def rolled_out(engine: Any) -> tuple[float, list[int], list[Rollout]]:
-        """Seconds, lengths and the rollouts."""
+    def rolled_out(engine: Any) -> tuple[float, list[IntArray]]:
+        """Seconds, and the completions."""
         start = time.perf_counter()
         rollouts = _get(engine.generate.remote(requests, Sampling(NEW_TOKENS)))
-        return time.perf_counter() - start, [len(r.completion_ids) for r in rollouts], rollouts
+        return time.perf_counter() - start, [r.completion_ids for r in rollouts]
 
-    def bound(rate: float, contexts: list[IntArray], lengths: list[int]) -> float:
-        """Least seconds of a forward over completions of these lengths after their contexts."""
-        tokens = sum(map(len, contexts)) + sum(lengths)
-        return operations.forward(tokens, tokens / BATCH, sum(lengths)) / rate
+    def bound(rate: float, contexts: list[IntArray], completions: list[IntArray]) -> float:
+        """Least seconds of a forward over these completions after their contexts."""
+        answered = sum(map(len, completions))
+        tokens = sum(map(len, contexts)) + answered
+        return operations.forward(tokens, tokens / BATCH, answered) / rate
 
-    _, scored, rollouts = rolled_out(engines[PLAIN])
-    pairs = [(ids, rollout.completion_ids) for ids, rollout in zip(teachers, rollouts, strict=True)]
+    _, scored = rolled_out(engines[PLAIN])
+    pairs = list(zip(teachers, scored, strict=True))
     times: dict[str, list[tuple[float, ...]]] = {name: [] for name in engines}
     for i in range(ROUNDS + 1):
         for name, engine in engines.items():
             rate = matrix_rate(getattr(torch, DTYPE))
-            seconds, lengths, _ = rolled_out(engine)
+            seconds, completions = rolled_out(engine)
             start = time.perf_counter()
             _get(engine.score.remote(pairs, K))
             scores = time.perf_counter() - start
             if i:  # the first round warms up
-                step = 1000 * seconds / max(lengths)
-                bounds = seconds / bound(rate, students, lengths), scores / bound(rate, teachers, scored)
+                step = 1000 * seconds / max(map(len, completions))
+                bounds = seconds / bound(rate, students, completions), scores / bound(rate, teachers, scored)
                 times[name].append((step, scores, *bounds))
     medians = {name: [statistics.median(column) for column in zip(*each, strict=True)] for name, each in times.items()}
     plain = medians[PLAIN]
