@@ -195,3 +195,24 @@ def test_after_a_run_of_the_sweep_has_failed_no_other_begins(tmp_path: Path) -> 
     assert result.returncode == 1
     (begun,) = tmp_path.iterdir()
     assert "nonsense is not a setting" in (begun / "output.log").read_text()
+
+
+def test_the_table_of_results_is_what_its_plot_is_drawn_from(tmp_path: Path) -> None:
+    docs = EXAMPLES.parent / "docs"
+    points: dict[str, list[list[float]]] = json.loads((docs / "sequence.json").read_text())
+    methods = {"SDFT": "sdft", "SFT": "sft", "SFT with recall": "reinvoke", "DFT": "dft", "off-policy": "off_policy"}
+    told = {}
+    for line in (docs / "results.md").read_text().splitlines():
+        if row := re.match(r"\| ([A-Za-z -]+\w)(?: \(.*?\))?, lr (\S+)(?: \(.*?\))? \| (\d) \| (.*?) \|", line):
+            name, rate, seeds, learnt = row.groups()
+            told[f"{methods[name]}-{rate}"] = int(seeds), learnt, line.split(" | ")[-1].rstrip(" |")
+    assert told.keys() == points.keys()
+    for name, (seeds, learnt, kept) in told.items():
+        assert seeds == len(points[name])
+        for text, values in ((kept, [p[0] for p in points[name]]), (learnt, [p[1] for p in points[name]])):
+            given = [float(number) for number in text.partition(" ±")[0].split("; ")]
+            assert given == pytest.approx(values if seeds == 2 else [sum(values) / seeds], abs=0.11), name
+    (tmp_path / "sequence.json").write_bytes((docs / "sequence.json").read_bytes())
+    drawn: Path = runpy.run_path(str(EXAMPLES / "continual" / "sweep.py"))["plot"](tmp_path / "sequence.json")
+    now, then = (path.read_text() for path in (drawn, docs / "sequence.svg"))
+    assert now.count("<use") == then.count("<use")  # a dot each; where it lies depends on the fonts by a hair

@@ -5,7 +5,8 @@
 Runs are kept in runs/continual/VARIANT-SEED, and experiments share those that they have in common. Stopped and started
 again, it goes on where it was: a finished run is not repeated, an unfinished one resumes. By itself it does the
 experiment `small`, SDFT and SFT once with fewer steps, in under an hour on two cores; `--only` names others, and
-`--full` does all of those, with four learning rates for each method and three seeds.
+`--full` does all of those, with four learning rates for each method and three seeds. What each run of a sequence
+learnt and kept goes into sequence.json beside the plot; `--plot FILE` draws the plot of such a file again.
 """
 
 import argparse
@@ -120,7 +121,11 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="in all runs, as of sdft train")
     parser.add_argument("--only", choices=EXPERIMENTS, nargs="+", help="these experiments")
     parser.add_argument("--runs", type=Path, default=Path("runs/continual"), help="where the runs are kept")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="only draw a sequence.json, as .svg beside it")
     given = parser.parse_args()
+    if given.plot:
+        plot(given.plot)
+        return
     chosen = given.only or ([name for name in EXPERIMENTS if name != "small"] if given.full else ["small"])
     experiments = {name: variants for name, variants in EXPERIMENTS.items() if name in chosen}
     if given.full and "sequence" in experiments:
@@ -146,8 +151,11 @@ def main() -> None:
         compared = {variant: over_runs(runs) for variant, runs in found.items()}
         print(f"\n{name}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, %\n\n{table(compared)}")
         if name == "sequence":
-            plot(found, given.runs / "sequence.svg")
-            print(f"\nplot: {given.runs / 'sequence.svg'}; one run's matrix: sdft matrix {given.runs}/NAME")
+            path = given.runs / "sequence.json"
+            points = {v: [[round(100 * run[key], 1) for key in (KEPT, SKILLS)] for run in found[v]] for v in found}
+            lines = [f"  {json.dumps(variant)}: {json.dumps(runs)}" for variant, runs in points.items()]
+            path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+            print(f"\nplot: {plot(path)}; one run's matrix: sdft matrix {given.runs}/NAME")
 
 
 def run(variant: Variant, seed: int, run_dir: Path, what: str, more: Sequence[str]) -> None:
@@ -192,17 +200,20 @@ def text(e: Estimate) -> str:
     return f"{100 * e.mean:.1f}{half}"
 
 
-def plot(found: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """What was learnt against what was kept: a line of rates for each method, its seeds faintly beside it."""
+def plot(path: Path) -> Path:
+    """What was learnt against what was kept: a line of rates for each method, its seeds faintly beside it.
+
+    path: {"METHOD-RATE": [[general questions kept, mean accuracy on the skills], ...]}, in percent, a pair a seed.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
     lines: dict[str, list[tuple[float, float, float]]] = {}
-    for variant, runs in found.items():
+    for variant, runs in json.loads(path.read_text()).items():
         method, _, lr = variant.partition("-")
-        kept, learnt = ([100 * run[key] for run in runs] for key in (KEPT, SKILLS))
+        kept, learnt = zip(*runs, strict=True)
         lines.setdefault(method, []).append((float(lr), fmean(kept), fmean(learnt)))
         if len(runs) > 1:
             axes.plot(kept, learnt, "o", color=COLOURS[method], alpha=0.35, markersize=4)
@@ -213,8 +224,9 @@ def plot(found: dict[str, list[dict[str, float]]], path: Path) -> None:
     axes.grid(color="#eceff3")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
-        figure.savefig(path, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sequence"}):
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    return path.with_suffix(".svg")
 
 
 def draw(axes: Any, points: Sequence[tuple[float, float, float]], method: str) -> None:
