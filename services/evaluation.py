@@ -3,7 +3,7 @@
 Of texts the perplexity: exp of the mean of -log p over all their tokens but the first of each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -43,10 +43,14 @@ class LoadedSet:
 
 
 class Evaluator:
-    """Runs evaluation sets on a pool of engines."""
+    """Runs evaluation sets on a pool of engines.
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    say: is told what is asked before it is, as "tools (teacher): 80 questions"; it may take minutes.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", say: Callable[[str], None]) -> None:
         self._tokenizer = tokenizer
+        self._say = say
 
     async def students(
         self, pool: EnginePool, sets: Sequence[LoadedSet], step: int, stage: int
@@ -86,6 +90,7 @@ class Evaluator:
             for question, ids in zip(loaded.questions, loaded.prompts_of(metric), strict=True)
             for i in range(s.sampled)
         ]
+        self._say(f"{_asked(s.name, metric)}: {len(requests)} answers for pass@k")
         rollouts = await pool.generate(requests, Sampling(s.max_new_tokens, s.pass_temperature))
         repeated = [question for question in loaded.questions for _ in range(s.sampled)]
         grades = iter(await grade(s, repeated, list(map(self._text, rollouts))))
@@ -98,6 +103,7 @@ class Evaluator:
 
     async def _perplexity(self, pool: EnginePool, loaded: LoadedSet, step: int, stage: int) -> EvalResult:
         texts = [np.asarray(p.student_ids, dtype=np.int32) for p in loaded.prompts]
+        self._say(f"{loaded.settings.name}: {len(texts)} texts")
         scores = await pool.score([(ids[:1], ids[1:]) for ids in texts], 1)
         logprobs = np.concatenate([s.sampled for s in scores]).astype(np.float64)
         return EvalResult(step, stage, loaded.settings.name, PERPLEXITY, float(np.exp(-logprobs.mean())), len(logprobs))
@@ -110,6 +116,7 @@ class Evaluator:
     ) -> tuple[EvalResult, list[Sample]]:
         s = loaded.settings
         requests = [GenerateRequest(np.asarray(ids, dtype=np.int32)) for ids in loaded.prompts_of(metric)]
+        self._say(f"{_asked(s.name, metric)}: {len(requests)} questions")
         rollouts = await pool.generate(requests, Sampling(s.max_new_tokens, temperature=0.0))
         texts = list(map(self._text, rollouts))
         grades = await grade(s, loaded.questions, texts)
@@ -119,3 +126,7 @@ class Evaluator:
         ]
         share = sum(a.correct for a in samples) / len(samples)
         return EvalResult(step, stage, s.name, metric, share, len(samples)), samples
+
+
+def _asked(name: str, metric: str) -> str:
+    return name if metric == STUDENT else f"{name} (teacher)"

@@ -28,7 +28,8 @@ class Progress:
         self._steps_seen = 0
         self._ends = 0.0  # when the last step should be done, on the same clock
         self._results: list[EvalResult] = []
-        self._spinner = Spinner("dots", "starting")
+        self._phase = "starting"
+        self._spinner = Spinner("dots", self._phase)
         on_terminal = console.is_terminal and not console.is_dumb_terminal
         self._live = Live(get_renderable=self._panel, console=console, refresh_per_second=4) if on_terminal else None
 
@@ -51,9 +52,14 @@ class Progress:
 
     def phase(self, text: str) -> None:
         """What the run does now, such as "starting engines"."""
+        self._phase = text
         self._spinner.update(text=Text(text))
         if not self._live:
             self._line(text)
+
+    def part(self, text: str) -> None:
+        """What of the phase it does now: beside the phase in the panel, and not in a log."""
+        self._spinner.update(text=Text(f"{self._phase}, {text}"))
 
     def step(self, metrics: StepMetrics) -> None:
         now = time.monotonic()

@@ -227,11 +227,13 @@ def test_a_terminal_gets_a_panel_with_the_last_step_and_the_evaluations() -> Non
         progress.step(replace(STEP, direction="jsd"))
         for step in range(10, 130, 10):
             progress.evaluation([EvalResult(step, 0, "tools", "accuracy", step / 200, 80)])
-        progress.phase("sampling")
+        progress.phase("evaluating at step 130")
+        progress.part("tools: 80 questions")
         progress.note("a note")
     assert "a note" in out.getvalue()
     panel = out.getvalue().rpartition("sdft · demo")[2]
     assert "step 1/40" in panel
+    assert "evaluating at step 130, tools: 80 questions" in out.getvalue()
     assert "JSD 0.2500" in panel
     assert "learn 4.0" in panel
     rows = [line.strip("│ ").split() for line in panel.splitlines()]
