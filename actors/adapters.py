@@ -24,15 +24,16 @@ def adapted(weight: Tensor, down: Tensor, up: Tensor, scale: float, dtype: torch
 def merged(
     base: Path, adapters: Mapping[str, Tensor], scale: float, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the model folder `base` in `dtype`, with the adapters in it.
+    """Every weight of the model folder `base` in `dtype`, with the adapters in it, on the adapters' device.
 
     ValueError, after the last weight, if an adapter's is not in the folder.
     """
     unused = set(adapters)
+    device = next((adapter.device for adapter in adapters.values()), None)
     for path in sorted(base.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                weight = file.get_tensor(name).to(dtype)
+                weight = file.get_tensor(name).to(device, dtype)
                 pair = [name.removesuffix("weight") + part for part in (DOWN, UP)]
                 if unused.issuperset(pair):
                     down, up = (adapters[part] for part in pair)

@@ -50,6 +50,9 @@ class Group:
         """address: of this member's machine, where the others connect to it (gloo)."""
         self._store = store  # lives as long as the group
         limit = timedelta(seconds=timeout_s)
+        # NCCL, once it connects, waits for a member that has been lost without a limit.
+        store.set(f"here/{rank}", b"")
+        store.wait([f"here/{i}" for i in range(size)], limit)
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             # Torch's own watchdog ends the process: it is to find nothing, our deadlines come first.

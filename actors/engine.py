@@ -363,9 +363,9 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
                 base, dtype = Path(self.model_config.model), self.model_config.dtype
                 tensors = merged(base, dict(tensors), update_info.scale, dtype)
             self.model.load_weights(tensors)
-        except BroadcastFailed:
+        except Exception:  # whatever it was: a group that somebody has left is of no more use,
             self.shutdown()
-            finalize_layerwise_reload(self.model, self.model_config)  # or the next update could not begin
+            finalize_layerwise_reload(self.model, self.model_config)  # and the next update could not begin
             raise
 
     def _received(self, entries: Sequence[Entry], deadline: float) -> Iterator[tuple[str, torch.Tensor]]:
@@ -443,8 +443,20 @@ def _fused_norms() -> IrOpPriorityConfig:
     }
     for op, kernel, takes in kernels.values():
         if FUSED not in op.impls:
-            op.register_impl(FUSED, supports_args=takes, inplace=kernel.inplace)(kernel.impl_fn)
+            op.register_impl(FUSED, supports_args=_contiguous(takes), inplace=kernel.inplace)(kernel.impl_fn)
     return IrOpPriorityConfig(**{name: [FUSED, "native"] for name in kernels})
+
+
+def _contiguous(takes: Callable[..., bool]) -> Callable[..., bool]:
+    """`takes`, and only contiguous tensors: the kernels read row after row whatever the strides say, and of a view, as
+    Qwen3's queries and keys are, other numbers."""
+
+    @functools.wraps(takes)
+    def supported(*given: Any, **named: Any) -> bool:
+        tensors = [x for x in (*given, *named.values()) if isinstance(x, torch.Tensor)]
+        return all(x.is_contiguous() for x in tensors) and takes(*given, **named)
+
+    return supported
 
 
 def _die_with_parent() -> None:

@@ -33,20 +33,23 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention inside each packed sequence: query [1, heads, T, D], key and value [1, kv heads, T, D].
 
-    Nothing is computed between sequences. Returns [1, T, heads, D].
+    Nothing is computed between sequences. sliding_window: how many tokens each sees, itself included. Returns
+    [1, T, heads, D].
     """
-    if sliding_window is not None and max(lengths) > sliding_window:
-        raise ValueError(f"a sequence of {max(lengths)} tokens is longer than the model's window of {sliding_window}")
+    window = sliding_window if sliding_window is not None and sliding_window < max(lengths) else None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.device.type == "cpu" and short(lengths, query.dtype):
+    if query.device.type == "cpu" and window is None and short(lengths, query.dtype):
         return ShortAttention.apply(query, key, value, lengths, scale).transpose(1, 2), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     if query.device.type == "cuda" and query.dtype in HALF:
-        return _varlen_attention(query, key, value, lengths, scale)[None], None
+        return _varlen_attention(query, key, value, lengths, scale, window)[None], None
+    attend = nn.functional.scaled_dot_product_attention
     parts = [
-        nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        attend(q, k, v, is_causal=True, scale=scale)
+        if window is None or q.shape[2] <= window
+        else attend(q, k, v, attn_mask=_band(q.shape[2], window, q.device), scale=scale)
         for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
@@ -61,13 +64,22 @@ def short(lengths: tuple[int, ...], dtype: torch.dtype) -> bool:
     return max(lengths) <= (SHORT_IN_HALF if dtype in HALF else SHORT)
 
 
-def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+def _band(length: int, window: int, device: torch.device) -> Tensor:
+    """What each token sees: itself and the window - 1 before it, [length, length] bool."""
+    ones = torch.ones(length, length, dtype=torch.bool, device=device)
+    return ones.tril().triu(1 - window)
+
+
+def _varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float, window: int | None
+) -> Tensor:
     """The same for a GPU in half precision: [1, heads, T, D] each -> [T, heads, D]."""
     from torch.nn.attention.varlen import varlen_attn  # seconds to import, and of no use on a CPU
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     bounds, longest = _bounds(lengths, query.device), max(lengths)
-    out: Tensor = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0))
+    before = -1 if window is None else window - 1
+    out: Tensor = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(before, 0))
     return out
 
 

@@ -58,8 +58,9 @@ class LearnerEngine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._deepspeed_config()
         )
-        optimizer.set_steps(0)  # stage 3 takes one while it sets itself up, on zero gradients
         self._adam = optimizer
+        self._begin()  # not left to the first step, which is not taken if its gradient is not finite
+        optimizer.set_steps(0)  # stage 3 takes one while it sets itself up, on zero gradients
         self.ranks = torch.distributed.get_world_size()
         # At stage 0, and at 1 in bfloat16, DeepSpeed copies all gradients into one piece and back to add them up, also
         # over a single rank. Else they have to go through it: that is how they come into the partitions.
@@ -68,22 +69,40 @@ class LearnerEngine:
         if self._lora is not None:
             self._lora.keep_teacher(alpha, self._resets, settings.rank, self.ranks, self._engine.device)
         if self._zero_stage == 3:
-            deepspeed.zero.register_external_parameter(self._engine.module, self._engine.module.head.weight)
+            for param in self._engine.module.head.parameters():
+                deepspeed.zero.register_external_parameter(self._engine.module, param)
 
     def _deepspeed_config(self) -> dict[str, object]:
         bf16, clip = self.settings.dtype == "bfloat16", self.settings.config.optimizer.grad_clip
+        stage = self._zero_stage
         config: dict[str, object] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,  # boundaries are set by hand: their number changes from step to step
-            "gradient_clipping": clip if self._zero_stage > 0 else 0.0,
-            "zero_optimization": {"stage": self._zero_stage, "overlap_comm": False},
+            "gradient_clipping": clip if stage > 0 else 0.0,
+            "zero_optimization": {"stage": stage, "overlap_comm": False},
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": bf16},
             "steps_per_print": 10**9,
         }
         if bf16:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
+            if stage <= 1:  # whole gradients, that are added up once a step: rounded, they would depend on the ranks
+                config["communication_data_type"] = "fp32"
         return config
+
+    def _begin(self) -> None:
+        """Give every master its optimizer state."""
+        for p in self._masters:
+            self._adam.begin(p)
+        # DeepSpeed links parameters to their optimizer state at the first step.
+        link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
+
+    @property
+    def divided(self) -> bool:
+        """Whether a rank has only a part of each parameter."""
+        return self._zero_stage == 3
 
     @property
     def _resets(self) -> bool:
@@ -191,12 +210,6 @@ class LearnerEngine:
     def load(self, folder: Path) -> None:
         """Continue from what any number of ranks of any ZeRO stage saved. Raises ValueError if it is not whole."""
         files = StateFiles(folder)
-        for p in self._masters:
-            self._adam.begin(p)
-        # DeepSpeed links parameters to their optimizer state at the first step.
-        link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:
-            link()
         keys = [key for key in self._adam.keys if key != TEACHER or self._has_teacher(files, TEACHER)]
         for name, param in self._trained():
             for key in keys:

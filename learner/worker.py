@@ -14,7 +14,12 @@ from actors.process import large_imports, waiting
 from actors.types import IntArray, Process, ScoredRollout, Snapshot
 from learner.types import LearnerSettings, StepResult
 
-SAVING, SENDING, HEALTH = "saving", "sending", "health"  # Ray runs the methods of these groups beside the others
+SAVING, SENDING, COPYING, HEALTH = (
+    "saving",
+    "sending",
+    "copying",
+    "health",
+)  # Ray runs the methods of these groups beside the others
 LIMIT = timedelta(minutes=10)  # of one collective: who is lost is found much earlier, by not answering
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 
@@ -89,7 +94,7 @@ class LearnerWorker:
         if self._publisher is not None:
             self._publisher.release(role)
 
-    @ray.method(concurrency_group=SENDING)
+    @ray.method(concurrency_group=COPYING)
     def payload(self, role: str) -> list[ray.ObjectRef]:
         """The bytes of the role's last snapshot in Ray's object store, for other nodes; in a list, so that the caller
         gets the reference and not the bytes."""
@@ -121,7 +126,10 @@ class LearnerWorker:
 
         settings, out = self._engine.settings, Path(folder) / "student"
         files = self._engine.state(Path(folder))
-        weights = {name: tensor.contiguous() for name, tensor in self._engine.snapshot("student").weights}
+        weights = {}
+        for name, tensor in self._engine.snapshot("student").weights:
+            if self._publisher is not None:  # at ZeRO-3 the whole of a weight, which no GPU has room to keep
+                weights[name] = (tensor.cpu() if self._engine.divided else tensor).contiguous()
         if self._publisher is not None and settings.config.lora is not None:
             files.append(adapter_file(Path(settings.model), weights, settings.config.lora, out))
         elif self._publisher is not None:
@@ -151,7 +159,7 @@ class LearnerWorker:
 
 def learner_actor() -> Any:
     """The Ray actor class of a rank."""
-    return ray.remote(concurrency_groups={SAVING: 1, SENDING: 2, HEALTH: 1})(LearnerWorker)
+    return ray.remote(concurrency_groups={SAVING: 1, SENDING: 2, COPYING: 1, HEALTH: 1})(LearnerWorker)
 
 
 def _environment(settings: LearnerSettings, ranks: int) -> dict[str, str]:

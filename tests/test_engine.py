@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from actors.config import EngineSettings
 from actors.types import (
@@ -76,6 +76,10 @@ def watched() -> type:
                 [norm[n].impl_fn(x, weight, 1e-5), *added[n].impl_fn(x.clone(), residual.clone(), weight, 1e-5)]
                 for n in (FUSED, "native")
             )
+            heads = torch.randn(33, 1152).to(x.dtype)[:, :576]  # as the queries of Qwen3, beside keys and values
+            for op, given in ((norm, (heads, weight)), (added, (x, heads, weight)), (added, (heads, x, weight))):
+                assert op[FUSED].supports_args(*(tensor.contiguous() for tensor in given), 1e-5)
+                assert not op[FUSED].supports_args(*given, 1e-5)
             off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, plain, strict=True))
             chosen = self._engine._llm.vllm_config.kernel_config.ir_op_priority
             return [chosen.rms_norm[0], chosen.fused_add_rms_norm[0]], off
@@ -129,6 +133,21 @@ def test_norms_are_by_the_fused_kernels_and_equal_to_plain_ones(engines: list, d
     chosen, off = ray.get(engines[0].norms.remote(dtype), timeout=60)
     assert chosen == ["sdft_cpu"] * 2
     assert off < most
+
+
+def test_a_model_with_norms_of_queries_and_keys_is_computed_as_it_is(ray_cluster: None, tmp_path: Path) -> None:
+    """They are of views: the fused kernels, which know no strides, gave other numbers."""
+    config = Qwen3Config(
+        **{"vocab_size": 512, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 64},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.08, "eos_token_id": 0},
+    )
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    engine = ray.remote(EngineWorker).options(num_cpus=0.5).remote(engine_settings(tmp_path))
+    ray.get(engine.start.remote(), timeout=300)
+    compare(engine, model, 0)
+    ray.get(engine.stop.remote(), timeout=60)
 
 
 def changed(tiny_model: Path, seed: int = 1) -> torch.nn.Module:

@@ -133,15 +133,38 @@ def test_three_steps_equal_plain_torch(
     asyncio.run(run())
 
 
-def test_bfloat16_on_one_rank_takes_the_steps_of_float32_but_for_rounding(
-    ray_cluster: None, tiny_model: Path, reference: tuple[Reference, list[tuple[float, float]]]
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "bfloat16")])
+def test_a_first_step_that_is_not_taken_leaves_a_teacher_and_a_state(
+    ray_cluster: None, tiny_model: Path, tmp_path: Path, stage: int, dtype: str
+) -> None:
+    """The optimizer's state was made by the first step that was: sending the teacher and saving ended the run."""
+
+    async def run() -> None:
+        group = await LearnerGroup.start(settings(tiny_model, stage, 1, dtype), PROBE, [{"num_cpus": 0.5}])
+        before = await group.parameters("student")
+        assert not (await group.train_step(spoiled(make_rollouts(tiny_model, 7, K, 0)))).applied
+        assert worst(await group.parameters("teacher"), before) == 0
+        await group.save(tmp_path)
+        await group.written()
+        assert (await group.train_step(make_rollouts(tiny_model, 7, K, 1))).applied
+        assert await group.load(tmp_path) == 1
+        assert worst(await group.parameters("student"), before) == 0
+        for worker in group.workers:
+            worker.__ray_terminate__.remote()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bfloat16_takes_the_steps_of_float32_but_for_rounding(
+    ray_cluster: None, tiny_model: Path, reference: tuple[Reference, list[tuple[float, float]]], ranks: int
 ) -> None:
     """One rank adds gradients up with nobody, past DeepSpeed's reduction: over several micro-batches, none is lost."""
     plain, losses = reference
     begun = {name: tensor.numpy() for name, tensor in Reference(tiny_model, ALPHA, 3, 2.0, 0.5).weights().items()}
 
     async def run() -> None:
-        group = await LearnerGroup.start(settings(tiny_model, 1, 1, "bfloat16"), PROBE, [{"num_cpus": 0.5}])
+        group = await LearnerGroup.start(settings(tiny_model, 1, ranks, "bfloat16"), PROBE, [{"num_cpus": 0.5}] * ranks)
         before = await group.parameters("student")
         for seed, (expected, norm) in enumerate(losses):
             if seed == BOUNDARY:

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from actors.adapters import DOWN, UP, merged
 from actors.types import Snapshot
 from learner.config import LoraConfig
 from learner.export import merge_adapter
@@ -105,3 +106,10 @@ def test_adapters_and_teacher_are_those_of_one_process_whatever_the_ranks_and_st
         assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
 
     asyncio.run(run())
+
+
+def test_adapters_are_merged_where_they_are(tiny_model: Path) -> None:
+    """On the GPU, where a broadcast has put them; the device without memory stands for it."""
+    name = "model.layers.0.mlp.down_proj."
+    adapters = {name + DOWN: torch.empty(2, 128, device="meta"), name + UP: torch.empty(128, 2, device="meta")}
+    assert {weight.device.type for _, weight in merged(tiny_model, adapters, 0.5, torch.float32)} == {"meta"}

@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import Lfm2Config, MambaConfig, MistralConfig, MistralModel, RecurrentGemmaConfig, RwkvConfig
 
 from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
 from learner import short_attention
-from learner.attention import packed_attention
+from learner.attention import PACKED, packed_attention
 from learner.config import LossConfig
-from learner.model import SelfDistillation, load_student
+from learner.model import SelfDistillation, hidden_states, load_student
 from learner.packing import assign, group, length, pack
 from tests.rollouts import make_rollouts
 
@@ -125,6 +126,32 @@ def test_attention_of_packed_sequences_is_that_of_each_alone(
         gradients, torch.autograd.grad((expected * direction).sum(), (query, key, value)), strict=True
     ):
         assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_a_window_is_the_models_own() -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "sliding_window": 8},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2},
+    )
+    model, lengths = MistralModel._from_config(config, attn_implementation="eager"), (20, 5, 9)
+    ids = torch.randint(64, (sum(lengths),))
+    alone = torch.cat([model(part[None]).last_hidden_state[0] for part in ids.split(lengths)])
+    model.set_attn_implementation(PACKED)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    torch.testing.assert_close(hidden_states(model, ids, positions, lengths), alone)
+
+
+def test_a_model_that_carries_a_state_from_sequence_to_sequence_is_refused(tmp_path: Path) -> None:
+    for config, kind in (
+        (Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]), "conv"),
+        (MambaConfig(num_hidden_layers=2), "linear_attention"),
+        (RecurrentGemmaConfig(), "recurrent"),
+        (RwkvConfig(), "rwkv"),
+    ):
+        config.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=rf"layers other than attention \({kind}\)"):
+            load_student(tmp_path, torch.float32)
 
 
 @pytest.mark.parametrize("lengths", [(130, 121, 30), (500, 410), (600, 20)])  # the last too long for matrix products
