@@ -197,12 +197,14 @@ def drive(
     teachers: int = 1,
 ) -> float:
     """The real controller trains on simulated parts in virtual time, and tells of it in `out`: processor seconds of its
-    own. student: makes an engine, by its number."""
+    own. student: makes an engine, by its number. teachers: how many; 0: the students score."""
     ledger, log = Ledger(run_dir / "ledger.sqlite"), RunLog(run_dir, ready.config.monitoring)
 
     async def work() -> float:
-        students, scorers = pool(case, "student", case.engines, student), pool(case, "teacher", teachers, Teacher)
-        await asyncio.gather(students.start(), scorers.start())
+        students = pool(case, "student", case.engines, student)
+        scorers = pool(case, "teacher", teachers, Teacher) if teachers else None
+        pools = [students] if scorers is None else [students, scorers]
+        await asyncio.gather(*(one.start() for one in pools))
         with Progress(Console(file=out, width=400), case.steps, case.name) as progress:
             one = Controller(ready, run_dir, students, scorers, cast(LearnerGroup, learner), ledger, log, progress)
             dying = asyncio.create_task(deaths(case, students))
@@ -210,7 +212,7 @@ def drive(
             await one.run(0)
             used = time.process_time() - began
             dying.cancel()
-        await asyncio.gather(students.stop(), scorers.stop())
+        await asyncio.gather(*(one.stop() for one in pools))
         return used
 
     try:

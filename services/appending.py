@@ -12,20 +12,27 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from services.config import RunConfig
-from services.config_files import stage_with_absolute_paths
+from services.config_files import stage_with_absolute_paths, with_absolute_paths
 from services.errors import UserError
 from services.load_config import load_config, load_stage
 from services.sections import StageConfig, TrainingConfig
 
 
-def appended(run_dir: Path, overrides: Sequence[str], stage_file: Path) -> RunConfig:
-    """The configuration of the run in `run_dir` with the stage in the file behind its others; or UserError."""
+def appended(run_dir: Path, base: Path, overrides: Sequence[str], stage_file: Path) -> RunConfig:
+    """The configuration of the run in `run_dir` with the stage in the file behind its others; or UserError.
+
+    base: where relative paths in the overrides begin.
+    """
     own = run_dir / "config.yaml"
     if not own.exists():
         raise UserError(
             f"--append {stage_file}: there is no run in {run_dir} yet; put the stage into the configuration's stages"
         )
-    config = as_stream(load_config(own, overrides), run_dir.resolve().name)
+    name = stage_name(run_dir)
+    stages = load_config(own).stages
+    if stages and stages[0].name == name:  # made a stage by an --append before
+        overrides = [_of_stage(name, override) for override in overrides]
+    config = as_stream(with_absolute_paths(load_config(own, overrides), base), name)
     stage = stage_with_absolute_paths(load_stage(stage_file, config), stage_file.parent)
     namesake = next((s for s in config.stages if s.name == stage.name), None)
     if namesake == stage:
@@ -40,14 +47,27 @@ def appended(run_dir: Path, overrides: Sequence[str], stage_file: Path) -> RunCo
         raise UserError(f"{stage_file}: {error.errors()[0]['ctx']['error']}") from None
 
 
+def stage_name(run_dir: Path) -> str:
+    """What a run's only task is called once it is a stage: like the run."""
+    return re.sub(r"[^a-z0-9_-]+", "-", run_dir.resolve().name.lower())
+
+
+def _of_stage(name: str, override: str) -> str:
+    """A setting of a run's only task, as one of the stage that it has become; others as they are."""
+    key = override.partition("=")[0].strip()
+    if key in ("training.epochs", "training.steps"):
+        return f"stages.{name}.{override.strip().removeprefix('training.')}"
+    return f"stages.{name}.{override.strip()}" if key.split(".")[0] == "data" else override
+
+
 def as_stream(config: RunConfig, name: str) -> RunConfig:
-    """The same run as a stream of one stage, called like the run; a stream as it is."""
+    """The same run as a stream of one stage of that name; a stream as it is."""
     if config.data is None:
         return config
     training = config.training
     sets = config.evaluation.sets
     first = StageConfig(
-        name=re.sub(r"[^a-z0-9_-]+", "-", name.lower()),
+        name=name,
         data=config.data,
         epochs=training.epochs,
         steps=training.steps,

@@ -61,20 +61,26 @@ def commit(part: Path, run_dir: Path, state: CheckpointState, keep: int, held: i
     part.rename(final)
     _sync(final.parent)
     write_atomically(final.parent / "latest", final.name.encode())
-    folders = sorted(final.parent.glob("step-*"))
-    good = [f for f in folders if held is not None and f.name <= folder_of(run_dir, held).name][-1:]
-    for old in folders[:-keep]:
+    steps = folders(run_dir)
+    good = [step for step in steps if held is not None and step <= held][-1:]
+    for old in list(steps)[:-keep]:
         if old not in good:
-            shutil.rmtree(old)
+            shutil.rmtree(steps[old])
     return final
+
+
+def folders(run_dir: Path) -> dict[int, Path]:
+    """Every checkpoint by its step, in their order: a millionth step is not the first by its name."""
+    named = ((folder.name.removeprefix("step-"), folder) for folder in (run_dir / "checkpoints").glob("step-*"))
+    return dict(sorted((int(step), folder) for step, folder in named if step.isdigit()))
 
 
 def set_aside(run_dir: Path, after: int) -> list[Path]:
     """Rename the checkpoints of later steps than `after`, from which a run goes on that had come further: the highest
     step would count as the newest. Returns their new names."""
     moved = []
-    for folder in sorted((run_dir / "checkpoints").glob("step-*")):
-        if folder.name > folder_of(run_dir, after).name:
+    for step, folder in folders(run_dir).items():
+        if step > after:
             aside = folder.with_name(f"aside-{time.strftime('%Y%m%d-%H%M%S')}-{folder.name}")
             folder.rename(aside)
             moved.append(aside)
@@ -99,8 +105,8 @@ def damage(folder: Path) -> str | None:
 def newest(run_dir: Path, before: int | None = None) -> tuple[Path | None, list[str]]:
     """The newest undamaged checkpoint (of a step before `before`), and a sentence for each damaged one passed over."""
     notes: list[str] = []
-    for folder in sorted((run_dir / "checkpoints").glob("step-*"), reverse=True):
-        if before is not None and folder.name >= folder_of(run_dir, before).name:
+    for step, folder in reversed(folders(run_dir).items()):
+        if before is not None and step >= before:
             continue
         reason = damage(folder)
         if reason is None:

@@ -5,6 +5,7 @@ learner: its state, ledger: a copy ─► a hidden folder ─► checkpoint.comm
 
 import asyncio
 import sqlite3
+from contextlib import suppress
 from pathlib import Path
 
 from learner.group import LearnerGroup
@@ -29,6 +30,7 @@ class Checkpoints:
         self._prepared, self._run_dir = prepared, run_dir
         self._learner, self._ledger, self._progress = learner, ledger, progress
         self._saving: asyncio.Task[None] | None = None
+        self._committing: asyncio.Future[Path] | None = None  # in a thread
 
     async def save(self, step: int, held: int | None) -> None:
         """Write the state after `step`; it reaches the disk and its name while the next step is made.
@@ -59,14 +61,21 @@ class Checkpoints:
             self._saving = None
 
     async def stop(self) -> None:
-        """Wait for nothing more."""
+        """Begin nothing more. What a thread has begun comes to its end first: nobody can stop it, and it must not put
+        a checkpoint into its place after another was chosen to go on from."""
         await cancelled([] if self._saving is None else [self._saving])
+        if self._committing is not None:
+            with suppress(*DISK_ERRORS):
+                limit = self._prepared.config.checkpoint.timeout_s
+                await within(self._committing, limit, "the newest checkpoint to be on the disk")
 
     async def _commit(self, part: Path, state: CheckpointState, held: int | None) -> None:
         keep = self._prepared.config.checkpoint.keep
         try:
             await self._learner.written()
-            await asyncio.to_thread(checkpoint.commit, part, self._run_dir, state, keep, held)
+            commit = asyncio.to_thread(checkpoint.commit, part, self._run_dir, state, keep, held)
+            self._committing = asyncio.ensure_future(commit)
+            await asyncio.shield(self._committing)
         except DISK_ERRORS as error:
             await self._not_written(state.step, error)
 

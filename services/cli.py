@@ -44,7 +44,7 @@ def _train(a: argparse.Namespace) -> None:
     if a.append:
         from services.appending import appended
 
-        config, path = appended(run_dir, a.set, Path(a.append)), run_dir / "config.yaml"
+        config, path = appended(run_dir, path.parent, a.set, Path(a.append)), run_dir / "config.yaml"
     prepared = prepare(config, path)
     console = Console()
     shape = prepared.shape
@@ -156,6 +156,8 @@ def _eval(a: argparse.Namespace) -> None:
     config = load_config(path, overrides)
     if a.out and not Path(a.out).absolute().parent.is_dir():
         raise UserError(f"--out {a.out}: its folder does not exist; make it first")
+    if a.out and Path(a.out).is_dir():
+        raise UserError(f"--out {a.out}: this is a folder; name a file")
     if a.harness:
         _harness(a, config, path.parent)
         return

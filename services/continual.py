@@ -74,7 +74,10 @@ def read_matrix(run_dir: Path) -> Matrix:
     config, stages = read_config(run_dir), read_stages(run_dir)
     if not config.get("stages") or not stages:
         raise UserError(f"{run_dir}: this run has no stages; only a configuration with stages: gives a matrix")
-    return make_matrix(config, stages, read_rows(run_dir, EvalResult))
+    matrix = make_matrix(config, stages, read_rows(run_dir, EvalResult))
+    if not matrix.rows or not matrix.columns:
+        raise UserError(f"{run_dir}: no set with questions was evaluated yet, so there is no matrix")
+    return matrix
 
 
 def make_matrix(config: dict[str, Any], stages: Sequence[tuple[str, int]], results: Sequence[EvalResult]) -> Matrix:
@@ -102,7 +105,8 @@ def over_runs(figures: Sequence[dict[str, float]]) -> dict[str, Estimate]:
     estimates = {}
     for name in common:
         values, n = [one[name] for one in figures], len(figures)
-        half = math.nan if n < 2 else (T_975[n - 2] if n - 2 < len(T_975) else Z_95) * stdev(values) / math.sqrt(n)
+        unknown = n < 2 or any(map(math.isnan, values))
+        half = math.nan if unknown else (T_975[n - 2] if n - 2 < len(T_975) else Z_95) * stdev(values) / math.sqrt(n)
         estimates[name] = Estimate(fmean(values), half)
     return estimates
 

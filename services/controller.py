@@ -17,6 +17,7 @@ from learner.group import LearnerGroup
 from services import checkpoint
 from services.answers import write_answers
 from services.checkpoints import Checkpoints
+from services.config import TaskConfig
 from services.errors import RetentionLost
 from services.evaluation import Evaluator, LoadedSet
 from services.ledger import Ledger
@@ -117,17 +118,21 @@ class Controller:
         step, config = stage.before, self._prepared.stages[stage.stage].config
         self._progress.note(f"stage {stage.stage + 1}, {self._prepared.stages[stage.stage].name}: from step {step + 1}")
         await self._learner.begin_stage()
-        if on_policy(config):
+        if self._follows(config):
             await self._student_weights.until(step, step)
         if self._teacher_weights is not None and not on_demonstrations(config):
             await self._teacher_weights.now(step)
+
+    def _follows(self, config: TaskConfig) -> bool:
+        """Whether the student engines need every step's weights: they sample, or are the live teacher."""
+        return on_policy(config) or (self._teachers is None and not on_demonstrations(config))
 
     async def _step(self, step: int, rollouts: Rollouts) -> None:
         times = Times()
         began = now()
         stage, config = self._prepared.schedule.at(step), self._prepared.at(step).config
         student, teacher, every = self._student_weights, self._teacher_weights, self._config.weights
-        rollouts.begin(student.version if on_policy(config) else step - 1)
+        rollouts.begin(student.version if self._follows(config) else step - 1)
         if rollouts.begun < step:
             needed = step - 1 - self._config.training.max_staleness
             await times.of("sync", student.until(max(0, needed), step - 1))
@@ -140,7 +145,7 @@ class Controller:
         self._account(step, ids, result.applied)
         await times.of("sync", student.done())
         trained, dropped, in_flight = self._ledger.audit(self._prepared.schedule.issued_through(rollouts.begun))
-        if step % every.sync_every == 0 and on_policy(config):
+        if step % every.sync_every == 0 and self._follows(config):
             await times.of("sync", student.now(step) if self._config.strict else student.send(step))
         scored = self._teacher_moves and step < stage.last and not on_demonstrations(config)
         if teacher is not None and scored and step % every.teacher_sync_every == 0:

@@ -170,14 +170,18 @@ def _text_problem(value: Any, expected: str = "text") -> str | None:
 
 def _bad_text_within(value: Any) -> str | None:
     """What is wrong with the characters of a text, or of any text in a list or object."""
-    if isinstance(value, str):
-        if "\0" in value:
+    left = [value]  # not by recursion: JSON may be nested deeper than calls can be
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            left += [*one, *one.values()]
+        elif isinstance(one, list):
+            left += one
+        elif isinstance(one, str) and "\0" in one:
             return "holds a NUL character; remove it"
-        if any("\ud800" <= c <= "\udfff" for c in value):
+        elif isinstance(one, str) and any("\ud800" <= c <= "\udfff" for c in one):
             return "holds half a surrogate pair, which is no character; remove it"
-        return None
-    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
-    return next((problem for problem in map(_bad_text_within, inner) if problem), None)
+    return None
 
 
 def _messages(prompt: str | list[dict[str, Any]]) -> tuple[Message, ...]:

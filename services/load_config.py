@@ -52,8 +52,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def load_stage(path: Path, run: RunConfig) -> StageConfig:
     """One stage for this run, in a YAML file of its own; or UserError."""
     # As the only stage of a run: what is wrong with it is then said by what says it of a run's.
-    given, learner = _mapping(path, "name, data.train and epochs or steps"), run.learner.model_dump(mode="json")
-    data = {"model": "any", "training": {}, "learner": learner, "stages": [given]}
+    given = _mapping(path, "name, data.train and epochs or steps")
+    whole = run.model_dump(mode="json", include={"dtype", "device", "learner", "actors"})
+    training = {"batch_size": run.training.batch_size}
+    data = whole | {"model": "any", "training": training, "stages": [given]}
     try:
         (stage,) = _validated(path, data, {}).stages
     except UserError as error:

@@ -105,13 +105,20 @@ class EnginePool:
         """Share of the engines' room that was used since this was last asked, 0 to 1."""
         return self._slots.busy()
 
-    async def generate(self, requests: Sequence[GenerateRequest], sampling: Sampling) -> list[Rollout]:
-        """Complete every prompt; in the order of the requests."""
-        return await self._spread("generate", requests, sampling)
+    async def generate(
+        self, requests: Sequence[GenerateRequest], sampling: Sampling, limited: bool = True
+    ) -> list[Rollout]:
+        """Complete every prompt; in the order of the requests.
 
-    async def score(self, pairs: Sequence[tuple[IntArray, IntArray]], k: int) -> list[TeacherScores]:
-        """Score every (teacher prompt, completion) pair; in order."""
-        return await self._spread("score", pairs, k)
+        limited: in at most settings.work_s; else, in a pool that streams, the caller limits what this is a part of.
+        """
+        return await self._spread("generate", requests, sampling, limited)
+
+    async def score(
+        self, pairs: Sequence[tuple[IntArray, IntArray]], k: int, limited: bool = True
+    ) -> list[TeacherScores]:
+        """Score every (teacher prompt, completion) pair; in order. limited: as above."""
+        return await self._spread("score", pairs, k, limited)
 
     async def update_weights(self, snapshot: Snapshot, timeout_s: float) -> list[UpdateReport]:
         """Give every engine the snapshot; each verifies it. The caller holds the lock of `published`.
@@ -250,12 +257,14 @@ class EnginePool:
     def _engines_now(self) -> str:
         return f"{len(self._engines)} {self.settings.role} engine{'' if len(self._engines) == 1 else 's'}"
 
-    async def _spread(self, method: str, items: Sequence[Any], argument: Any) -> list[Any]:
+    async def _spread(self, method: str, items: Sequence[Any], argument: Any, limited: bool) -> list[Any]:
         if self.settings.strict:
             return await self._shares(method, items, argument)
-        if len(items) == 1:  # of a batch that somebody else waits for
+        if len(items) == 1 and not limited:
             return [await self._one(method, items[0], argument)]
         work = all_of([self._one(method, item, argument) for item in items])
+        if not limited:
+            return await work
         what = f"the {self.settings.role} engines to {method} {len(items)} sequences"
         return await within(work, self.settings.work_s, what)
 

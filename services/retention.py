@@ -32,7 +32,7 @@ class RetentionGuard:
         self._guarded = set(config.guarded)
         self._allowed = config.retention.max_drop if config.retention is not None else 1.0
         self._before: dict[str, EvalResult] = {}
-        self.held: int | None = None  # the last step at which an evaluation of guarded sets held
+        self.held: int | None = None  # the last step at which all guarded sets that were asked by then held
         by_step: dict[int, list[EvalResult]] = {}
         for result in earlier:
             by_step.setdefault(result.step, []).append(result)
@@ -41,14 +41,15 @@ class RetentionGuard:
 
     def judge(self, results: Iterable[EvalResult]) -> list[Breach]:
         """The guarded sets among the results of one step that fell too far. A set's first result is what it had."""
-        seen, breaches = None, []
+        seen: dict[str, int] = {}
+        breaches = []
         for result in results:
             if result.metric not in (STUDENT, PERPLEXITY) or result.task not in self._guarded:
                 continue
-            seen = result.step
+            seen[result.task] = result.step
             before = self._before.setdefault(result.task, result)
             if result.loss_since(before) > self._allowed + 1e-9:  # shares are quotients: 0.3 may be 0.30000000000000004
                 breaches.append(Breach(before, result, self._allowed))
-        if seen is not None and not breaches:
-            self.held = seen
+        if seen.keys() >= self._before.keys() and seen and not breaches:
+            self.held = max(seen.values())
         return breaches

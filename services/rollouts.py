@@ -157,13 +157,14 @@ class Rollouts:
         seeds = [sample_seed(config.seed, s) for s in ids]
         s = config.sampling
         sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p)
+        limited = self._prepared.config.strict  # else all of the batch is, by _make
         if on_policy(config):
             requests = [GenerateRequest(_array(p.student_ids), seed) for p, seed in zip(prompts, seeds, strict=True)]
-            rollouts = await self._students.generate(requests, sampling)
+            rollouts = await self._students.generate(requests, sampling, limited)
         else:
             await self._teachers_ready()
             requests = [GenerateRequest(_array(p.teacher_ids), seed) for p, seed in zip(prompts, seeds, strict=True)]
-            sampled_by_teacher = await self._teachers.generate(requests, sampling)
+            sampled_by_teacher = await self._teachers.generate(requests, sampling, limited)
             rollouts = [
                 _off_policy(step, p, r.completion_ids, r.finish_reason)
                 for p, r in zip(prompts, sampled_by_teacher, strict=True)
@@ -173,7 +174,7 @@ class Rollouts:
         pairs = [(_array(p.teacher_ids), r.completion_ids) for p, r in zip(prompts, rollouts, strict=True)]
         await self._teachers_ready()
         ready = now()
-        scores = await self._teachers.score(pairs, config.loss.top_k)
+        scores = await self._teachers.score(pairs, config.loss.top_k, limited)
         self._ledger.advance(ids, "scored")
         return _Part([ScoredRollout(*row) for row in zip(ids, rollouts, scores, strict=True)], (sampled, ready, now()))
 

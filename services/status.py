@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
+from services.checkpoint import MANIFEST, folders
 from services.errors import UserError
 from services.metrics import PERPLEXITY, STUDENT, TEACHER, EvalResult, StepMetrics, percent, read_rows
 from services.verdict import verdict
@@ -193,10 +194,8 @@ def ended_lengths(run_dir: Path) -> "dict[str, Counter[int]]":
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """The whole checkpoint (one with a manifest) of the highest step."""
-    folders = [m.parent for m in (run_dir / "checkpoints").glob("step-*/manifest.json")]
-    # A folder that is still being written has another ending.
-    saved = {int(step): folder for folder in folders if (step := folder.name.removeprefix("step-")).isdigit()}
-    return saved[max(saved)] if saved else None
+    saved = [folder for folder in folders(run_dir).values() if (folder / MANIFEST).exists()]
+    return saved[-1] if saved else None
 
 
 def status_text(run_dir: Path) -> str:

@@ -34,7 +34,10 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
     if resume not in ("auto", "never") and (damage := checkpoint.damage(Path(resume))) is not None:
         raise UserError(f"--resume {resume}: this checkpoint cannot be used: {damage}")
     check_memory(prepared.config, prepared.plan)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"--run-dir {run_dir}: no such folder can be made ({reason(error)}); name another") from None
     with _only_one(run_dir):
         start = _starting_point(prepared, run_dir, resume, console)
         if start is None and resume == "never" and (run_dir / "metrics.jsonl").exists():
@@ -47,6 +50,7 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
         total = prepared.schedule.total_steps
         if first >= total:
             console.print(f"{run_dir}: all {total} steps are done already", soft_wrap=True)
+            _finished_after_all(run_dir)
             return write_report(run_dir)
         config = with_absolute_paths(prepared.config, prepared.path.parent)
         write_atomically(run_dir / "config.yaml", resolved_yaml(config).encode())
@@ -79,6 +83,14 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
             raise
         _write_state(run_dir, state | {"state": "finished"})
         return write_report(run_dir)
+
+
+def _finished_after_all(run_dir: Path) -> None:
+    """A run that was killed between its last checkpoint and its end has failed by its record, and is done."""
+    if (run_dir / "run.json").exists():
+        state = json.loads((run_dir / "run.json").read_text())
+        if state["state"] != "guarded":
+            _write_state(run_dir, state | {"state": "finished", "error": None})
 
 
 def _starting_point(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> Path | None:

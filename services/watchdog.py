@@ -42,8 +42,9 @@ class Watchdog:
                     ended, moved, told = self._waits.ended, now, False
                 waits = self._waits.now
                 if waits != written:
-                    self._write(waits)
-                    written = waits
+                    with suppress(OSError):  # a full disk; when there is room again it is written
+                        self._write(waits)
+                        written = waits
                 if now - moved >= self._stall_s and not told:
                     self._notice(self._stalled(waits, now))
                     told = True
@@ -57,17 +58,21 @@ class Watchdog:
         write_atomically(self._run_dir / WAITING, json.dumps(rows).encode())
 
     def _stalled(self, waits: list[Wait], now: float) -> str:
-        """The sentence, after a file with every task's stack has been written."""
+        """The sentence, after a file with every task's stack has been written, if the disk takes it."""
         path = self._run_dir / "logs" / time.strftime("stall-%Y%m%d-%H%M%S.txt")
-        path.parent.mkdir(exist_ok=True)
         lines = [f"{now - w.since:8.1f} s (at most {w.limit_s:g} s) for {w.what}" for w in waits]
         stacks = io.StringIO()
         for task in asyncio.all_tasks():
             stacks.write(f"\n{task.get_name()}\n")
             task.print_stack(file=stacks)
-        path.write_text("waited for:\n" + "\n".join(lines) + "\n" + stacks.getvalue())
         for_what = "; ".join(f"{w.what} ({now - w.since:.0f} s of at most {w.limit_s:g})" for w in waits)
-        return f"nothing has moved for {self._stall_s:g} s; waiting for {for_what or 'nothing that is known'}: {path}"
+        said = f"nothing has moved for {self._stall_s:g} s; waiting for {for_what or 'nothing that is known'}"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("waited for:\n" + "\n".join(lines) + "\n" + stacks.getvalue())
+        except OSError as error:
+            return f"{said}; every task's stack could not be written: {error}"
+        return f"{said}: {path}"
 
 
 def read_waiting(run_dir: Path) -> list[Waiting]:

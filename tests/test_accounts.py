@@ -1,20 +1,29 @@
 """What a run is accountable by: the schedule, the ledger, checkpoints and the plan."""
 
+import asyncio
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+from rich.console import Console
 
 from actors.process import available_memory_gib
 from actors.types import SampleId
+from benchmarks.simulation import Case, prepared
+from learner.group import LearnerGroup
 from services import checkpoint
 from services.checkpoint import CheckpointState
+from services.checkpoints import Checkpoints
 from services.config import RunConfig
 from services.ledger import Ledger, LedgerError, restore_ledger
 from services.plan import engine_settings, make_plan
+from services.progress import Progress
 from services.schedule import StageSchedule, _order, sample_seed
 from services.shape import ModelShape
+from services.status import latest_checkpoint
 
 SHAPE = ModelShape(135_000_000, 30, 576, 1536, 49152)
 STATE = CheckpointState(step=2, ranks=1, zero_stage=1, dtype="bfloat16", fingerprint="f")
@@ -150,7 +159,7 @@ def test_a_restored_ledger_is_the_one_that_was_saved(ledger: Ledger, tmp_path: P
 def save(run_dir: Path, step: int, keep: int = 2) -> Path:
     part = checkpoint.begin(run_dir, step)
     (part / "student").mkdir()
-    (part / "student" / "weights").write_bytes(bytes([step]) * 1000)
+    (part / "student" / "weights").write_bytes(step.to_bytes(4) * 250)
     return checkpoint.commit(part, run_dir, replace(STATE, step=step), keep)
 
 
@@ -163,6 +172,47 @@ def test_the_newest_whole_checkpoint_is_found_and_the_oldest_go(tmp_path: Path) 
     assert folder is not None
     assert (checkpoint.read_state(folder), notes) == (replace(STATE, step=6), [])
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000006"
+
+
+def test_checkpoints_are_in_the_order_of_their_steps_and_not_of_their_names(tmp_path: Path) -> None:
+    save(tmp_path, 999_950)
+    last = save(tmp_path, 1_000_000)
+    assert checkpoint.newest(tmp_path)[0] == latest_checkpoint(tmp_path) == last
+    assert checkpoint.newest(tmp_path, before=1_000_000)[0] == last.with_name("step-999950")
+    assert checkpoint.set_aside(tmp_path, after=1_000_000) == []
+    save(tmp_path, 1_000_050, keep=1)
+    assert list(checkpoint.folders(tmp_path)) == [1_000_050]
+
+
+def test_a_checkpoint_that_is_being_put_in_place_is_there_before_anybody_chooses_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Saved:
+        """The learner's part: nothing to write."""
+
+        async def save(self, folder: Path) -> None: ...
+
+        async def written(self) -> None: ...
+
+    def slowly(*arguments: Any) -> Path:
+        time.sleep(0.2)
+        return commit(*arguments)
+
+    commit = checkpoint.commit
+    monkeypatch.setattr(checkpoint, "commit", slowly)
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    one = prepared(Case("commit", engines=1, steps=3), 8)
+    progress = Progress(Console(quiet=True), 3, "test")
+
+    async def run() -> None:
+        checkpoints = Checkpoints(one, tmp_path, cast(LearnerGroup, Saved()), ledger, progress)
+        await checkpoints.save(1, None)
+        await asyncio.sleep(0.1)
+        await checkpoints.stop()
+        assert checkpoint.newest(tmp_path)[0] == checkpoint.folder_of(tmp_path, 1)
+
+    asyncio.run(run())
+    ledger.close()
 
 
 @pytest.mark.parametrize(

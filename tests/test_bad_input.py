@@ -330,6 +330,8 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         2,
         ["sdft: more.yaml: stepz is not a setting; did you mean steps?"],
     ),
+    "a file where the run goes": (file("r", ""), f"{TRAIN} --run-dir r", 2, ["--run-dir r: no such folder can be"]),
+    "a folder for answers": (nothing, "eval my.yaml --out .", 2, ["--out .: this is a folder; name a file"]),
     "no feedback to show": (
         setting("data.template", "feedback"),
         TRAIN,

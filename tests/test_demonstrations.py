@@ -36,6 +36,13 @@ def questions(folder: Path, grader: Any, *rows: Any) -> list[Any]:
     )
 
 
+def test_an_answer_may_be_nested_deeper_than_calls(tmp_path: Path) -> None:
+    deep = b"[" * 600 + b"]" * 600
+    write(tmp_path, b'{"prompt": "a", "demonstration": "b", "answer": ' + deep + b"}")
+    (row,) = load_demonstrations(DataConfig(train="train.jsonl"), tmp_path, ["demonstration"])
+    assert json.dumps(row.answer).encode() == deep
+
+
 def test_columns_may_have_other_names_and_a_demonstration_may_come_in_lines(tmp_path: Path) -> None:
     write(tmp_path, {"question": "What?", "golden_response": ["One.", "Two."], "prompt": "not this", "id": "x"})
     columns = {"prompt": "question", "demonstration": "golden_response"}

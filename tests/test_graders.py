@@ -64,7 +64,7 @@ def test_numeric_refuses_other_numbers(text: str, answer: Any) -> None:
     assert not numeric.grade(text, answer)
 
 
-@pytest.mark.parametrize("answer", [None, True, "four", "4 or 5", [4], {"value": 4}, float("nan")])
+@pytest.mark.parametrize("answer", [None, True, "four", "4 or 5", [4], {"value": 4}, float("nan"), 10**400, "1" * 400])
 def test_numeric_needs_a_number(answer: Any) -> None:
     assert "answer must be a number" in str(numeric.check_answer(answer))
 
@@ -144,6 +144,7 @@ def test_tool_call_compares_the_multiset_of_names_and_the_merged_arguments() -> 
     assert tool_call.check_answer(answer) is None
     assert tool_call.grade("Thought: two calls\n" + "\n".join(calls) + "\nDone.", answer)
     assert tool_call.grade("\n\nThen\n".join(reversed(calls)), answer)
+    assert tool_call.grade("\n".join(calls).replace("\n", "\r\n"), answer)
     assert not tool_call.grade(calls[0], answer)
     assert not tool_call.grade("\n".join([*calls, calls[0]]), answer)
     assert not tool_call.grade("\n".join(calls).replace('"b"', '"c"'), answer)

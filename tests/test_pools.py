@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from actors.types import Process, Snapshot, UpdateReport, WeightMismatch
+from benchmarks import virtual_time
 from learner.group import LearnerLost
 from services.pools import EnginePool, PoolSettings
 from services.published import Published
@@ -74,6 +75,26 @@ def test_a_strict_pool_cuts_a_batch_by_the_number_of_its_engines_alone() -> None
         await bench.pool.stop()
 
     asyncio.run(run())
+
+
+def test_one_sequence_has_a_limit_unless_its_batch_has_one() -> None:
+    class Stuck(SimulatedEngine):
+        def generate(self, items: list[Any], argument: Any) -> tuple[float, list[Any]]:
+            return 1e9, items
+
+    async def run() -> None:
+        bench = Bench(make=Stuck)
+        await bench.pool.start()
+        with pytest.raises(TimeoutError, match="waited 5 s for the student engines to generate 1 sequences"):
+            await bench.work(1)
+        nothing: Any = None
+        longer = asyncio.create_task(bench.pool.generate([nothing], nothing, limited=False))
+        await asyncio.sleep(50)
+        assert not longer.done()
+        longer.cancel()
+        await bench.pool.stop()
+
+    virtual_time.run(run())
 
 
 def test_what_a_lost_engine_had_is_done_by_the_others_before_it_is_back() -> None:

@@ -68,6 +68,19 @@ def test_after_an_interruption_it_knows_what_there_was_before_training() -> None
     assert len(guard.judge([result(6, 0.6)])) == 1
 
 
+def test_a_step_at_which_not_all_were_asked_is_none_to_go_back_to() -> None:
+    guard = RetentionGuard(config(sets=["general", "tools"]), [])
+    assert guard.judge([result(0, 0.8), result(0, 0.9, "tools")]) == guard.judge([result(1, 0.8)]) == []
+    assert guard.held == 0
+    guard.judge([result(2, 0.8), result(2, 0.8, "tools")])
+    assert guard.held == 2
+
+
+def test_a_set_that_comes_with_a_later_stage_is_not_missed_before() -> None:
+    guard = RetentionGuard(config(sets=["general", "tools"]), [result(0, 0.8), result(4, 0.8)])
+    assert guard.held == 4
+
+
 def test_the_sets_to_guard_may_be_named() -> None:
     guard = RetentionGuard(config(sets=["tools"]), [result(0, 0.8, "tools"), result(0, 0.8)])
     assert [breach.now.task for breach in guard.judge([result(1, 0.1, "tools"), result(1, 0.1)])] == ["tools"]

@@ -1,14 +1,18 @@
 """Batches made ahead of the learner, with simulated engines and in simulated time."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from actors.types import TeacherScores
 from benchmarks import virtual_time
-from benchmarks.simulation import Case, Student, Teacher, pool, prepared
+from benchmarks.simulation import SCORES, Case, Learner, Student, Teacher, drive, pool, prepared
+from learner.config import TeacherConfig
 from services.ledger import Ledger
+from services.metrics import read_jsonl
 from services.rollouts import Batch, Rollouts
 
 CASE = Case("rollouts", engines=2, staleness=1, steps=3)
@@ -47,6 +51,24 @@ def test_a_sample_is_scored_while_others_of_its_batch_are_still_sampled(tmp_path
     times = made(Student, tmp_path).times.seconds
     assert times["rollout"] > 0
     assert times["score"] < 0.28 * 6  # of all six by the one teacher, if it began after the last rollout
+
+
+@pytest.mark.parametrize("method", ["sdft", "off_policy"])
+def test_a_live_teacher_is_the_student_of_the_step_before_whoever_samples(tmp_path: Path, method: str) -> None:
+    class Both(Student):
+        """Scores too, and says by which weights."""
+
+        def score(self, pairs: list[Any], k: int) -> tuple[float, list[TeacherScores]]:
+            return 0.1, [replace(SCORES, version=self.version)] * len(pairs)
+
+    case = Case("live", engines=1, staleness=0, steps=4)
+    one = prepared(case, 8)
+    config = one.config.model_copy(update={"method": method, "teacher": TeacherConfig(weights="live")})
+    (task,) = config.tasks
+    ready = replace(one, config=config, stages=(replace(one.stages[0], config=task),))
+    with Path("/dev/null").open("w") as nowhere:
+        drive(ready, tmp_path, case, lambda number: Both(number, case), Learner(0.1), nowhere, teachers=0)
+    assert [row["teacher_version"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
 def test_who_has_the_samples_that_never_come_is_named(tmp_path: Path) -> None:

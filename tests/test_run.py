@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.continual import read_matrix
@@ -18,6 +19,7 @@ from services.metrics import read_jsonl
 from services.prepare import prepare
 from services.recording import read_batch, write_batch
 from services.status import status_text
+from services.train import train
 from tests.leftovers import new_since, on_machine
 from tests.rollouts import logprobs
 from tests.runs import LONG, STEPS, command, finish, replayed, wait_for_step
@@ -69,6 +71,15 @@ def test_rollouts_go_on_while_the_learner_steps_and_are_never_too_old(undisturbe
     assert rows[0]["loss"] == read_jsonl(whole / "metrics.jsonl")[0]["loss"]
     # Each stage's teacher begins as its student: the first loss is of no more than what the prompts differ by.
     assert rows[3]["teacher_version"] == 3
+
+
+def test_a_run_that_was_killed_when_all_was_done_is_finished(undisturbed: tuple[Path, Path]) -> None:
+    config, run_dir = undisturbed
+    record = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps(record | {"state": "failed", "error": "stopped by a signal"}))
+    train(prepare(load_config(config), config), run_dir, "auto", Console(quiet=True))
+    assert json.loads((run_dir / "run.json").read_text()) == record
+    assert "state       finished" in status_text(run_dir)
 
 
 def test_a_number_that_is_not_what_it_was_is_found_by_a_replay(undisturbed: tuple[Path, Path]) -> None:

@@ -168,11 +168,39 @@ def test_a_stage_that_does_not_fit_behind_the_others_is_refused(tmp_path: Path) 
     ):
         more.write_text(yaml.safe_dump(B | changes))
         with pytest.raises(UserError, match=expected):
-            appended(run_dir, [], more)
+            appended(run_dir, tmp_path, [], more)
     for clip in (1, 5):  # the run's, whatever that is: it was compared with the default
         more.write_text(yaml.safe_dump(B | {"optimizer": {"grad_clip": clip}}))
-        stages = appended(run_dir, [f"learner.optimizer.grad_clip={clip}"], more).stages
+        stages = appended(run_dir, tmp_path, [f"learner.optimizer.grad_clip={clip}"], more).stages
         assert [stage.name for stage in stages] == ["a", "b"]
+
+
+def test_a_stage_is_good_if_it_is_good_for_the_run_it_is_appended_to(tmp_path: Path) -> None:
+    run_dir, more = tmp_path / "run", tmp_path / "more.yaml"
+    run_dir.mkdir()
+    more.write_text(yaml.safe_dump(B))
+    runs: tuple[dict[str, Any], ...] = (
+        {"dtype": "float32", "learner": {"zero_stage": 0}},
+        {"device": "cuda", "learner": {"ranks": 64}, "training": {"batch_size": 64}},
+    )
+    for run in runs:
+        (run_dir / "config.yaml").write_text(resolved_yaml(config(stages=[A], **run)))
+        assert [stage.name for stage in appended(run_dir, tmp_path, [], more).stages] == ["a", "b"]
+
+
+def test_the_same_command_appends_once_whatever_it_sets(tmp_path: Path) -> None:
+    run_dir, more, own = tmp_path / "run", tmp_path / "more.yaml", tmp_path / "own.jsonl"
+    run_dir.mkdir()
+    own.touch()
+    more.write_text(yaml.safe_dump(B))
+    alone = {"model": "m", "data": {"train": str(own)}, "training": {"steps": 4}}
+    (run_dir / "config.yaml").write_text(resolved_yaml(RunConfig.model_validate(alone)))
+    overrides = ["training.steps=4", "data.train=own.jsonl", "learner.threads=1"]
+    once = appended(run_dir, tmp_path, overrides, more)
+    (run_dir / "config.yaml").write_text(resolved_yaml(once))
+    assert appended(run_dir, tmp_path, overrides, more) == once
+    first = once.stages[0]
+    assert (first.name, first.data.train, first.steps) == ("run", str(own), 4)
 
 
 def test_the_learner_knows_its_stages(tiny_model: Path, tmp_path: Path) -> None:
@@ -248,5 +276,8 @@ def test_several_runs_give_the_mean_and_its_interval() -> None:
     text = matrix_text(runs)
     assert "average accuracy        56.7 ± 7.5 %" in text
     assert "backward transfer       −15.0 ± 0.0 %" in text
+    begun = [make_matrix(SETS, STAGES, results((0, 10), shift)) for shift in (0.0, 0.03)]
+    assert math.isnan(over_runs([run.metrics() for run in begun])["backward transfer"].half)
+    assert "average accuracy        81.5 ± " in matrix_text(begun)
     with pytest.raises(UserError, match="not equally far"):
         matrix_text([runs[0], make_matrix(SETS, STAGES, results((0, 10)))])

@@ -34,6 +34,22 @@ def test_who_waits_for_what_is_told_once_nothing_moves_and_again_after_something
     asyncio.run(run())
 
 
+def test_a_disk_that_takes_nothing_for_a_while_does_not_silence_it(tmp_path: Path) -> None:
+    async def run() -> None:
+        run_dir, waits, notices = tmp_path / "run", Waits(), list[str]()
+        waits.begin("the learner's step", 3600)
+        watchdog = asyncio.create_task(Watchdog(run_dir, 0.2, notices.append, waits).run())
+        await asyncio.sleep(0.4)
+        assert "waiting for the learner's step (0 s of at most 3600); every task's stack could not" in notices[0]
+        run_dir.mkdir()
+        await asyncio.sleep(0.2)
+        assert [w.what for w in read_waiting(run_dir)] == ["the learner's step"]
+        watchdog.cancel()
+        await asyncio.gather(watchdog, return_exceptions=True)
+
+    asyncio.run(run())
+
+
 def test_a_wait_that_is_too_long_says_what_it_was_for() -> None:
     async def run() -> None:
         with pytest.raises(TimeoutError, match=r"waited 0.05 s for teacher engine 1 to score"):

@@ -24,19 +24,24 @@ def check_answer(answer: Any) -> str | None:
         if set(answer) != {"value", "tolerance"} or not all(_is_number(x) for x in answer.values()):
             return 'answer must be a number or {"value": number, "tolerance": number}'
         return None if answer["tolerance"] >= 0 else "answer's tolerance must not be negative"
-    if _is_number(answer) or (isinstance(answer, str) and _NUMBER.fullmatch(answer.strip())):
+    if _is_number(_number(answer) if isinstance(answer, str) and _NUMBER.fullmatch(answer.strip()) else answer):
         return None
     return 'answer must be a number or {"value": number, "tolerance": number}'
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
 def _wanted(answer: Any) -> tuple[float, float]:
     if isinstance(answer, dict):
         return float(answer["value"]), float(answer["tolerance"])
-    return (_number(answer.strip()) if isinstance(answer, str) else float(answer)), 0.0
+    return (_number(answer) if isinstance(answer, str) else float(answer)), 0.0
 
 
 def _number(text: str) -> float:

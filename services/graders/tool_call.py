@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from typing import Any, NamedTuple
 
-_ACTION = re.compile(r"^[ \t]*Action:[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
+_ACTION = re.compile(r"^[ \t]*Action:[ \t]*(\S.*?)[ \t\r]*$", re.MULTILINE)
 _ACTION_INPUT = re.compile(r"\s*Action Input:\s*")
 _SHAPE = 'answer must be a list of {"Action": a name, "Action_Input": a JSON object or its text}'
 
