@@ -10,32 +10,18 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from learner.architecture import why_not
 from learner.attention import PACKED
 from learner.config import LossConfig
 from learner.loss import divergence_loss
 from learner.norm import replace_norms
 from learner.packing import MicroBatch
 
-# Settings of a head that is more than a linear layer: the chunked loss would silently leave them out.
-UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-# Layers that keep packed sequences apart by their lengths; others carry a state from one of a pack into the next.
-ATTENTION = {"full_attention", "sliding_attention", "attention"}
-
 
 def load_student(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a local folder, dropout off, for packed input. Raises ValueError for heads the loss cannot do, and
-    for layers that would mix the sequences of a pack."""
-    config = AutoConfig.from_pretrained(path)
-    used = [name for name in UNSUPPORTED if getattr(config, name, None) not in (None, 1, 1.0)]
-    if used:
-        raise ValueError(f"{path}: the model's head uses {', '.join(used)}, which the loss does not compute")
-    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
-    others = set(kinds) - ATTENTION | ({config.model_type} & {"rwkv", "xlstm"})
-    if others:
-        raise ValueError(
-            f"{path}: the model has layers other than attention ({', '.join(sorted(others))}), which would mix the "
-            f"sequences that are packed together"
-        )
+    """The model of a local folder, dropout off, for packed input. ValueError if it is one that cannot be trained."""
+    if reason := why_not(path):
+        raise ValueError(f"{path} cannot be trained: {reason}")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=PACKED)
     model.config.use_cache = False
     replace_norms(model)

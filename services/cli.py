@@ -35,6 +35,7 @@ def _train(a: argparse.Namespace) -> None:
     from rich.console import Console
 
     from services.load_config import load_config, resolved_yaml
+    from services.models import check_trainable
     from services.outcome import dtype_lines, print_outcome, stage_lines
     from services.prepare import prepare
 
@@ -46,6 +47,7 @@ def _train(a: argparse.Namespace) -> None:
 
         config, path = appended(run_dir, path.parent, a.set, Path(a.append)), run_dir / "config.yaml"
     prepared = prepare(config, path)
+    check_trainable(prepared.model)
     console = Console()
     shape = prepared.shape
     size = f"{shape.parameters / 1e6:.1f} M parameters"
@@ -66,11 +68,13 @@ def _train(a: argparse.Namespace) -> None:
 
 def _check(a: argparse.Namespace) -> None:
     from services.load_config import load_config
+    from services.models import check_trainable
     from services.outcome import dtype_lines, stage_lines
     from services.prepare import prepare
 
     path = Path(a.config)
     prepared = prepare(load_config(path, a.set), path)
+    check_trainable(prepared.model)
     longest = max(len(p.teacher_ids or []) for stage in prepared.stages for p in stage.prompts)
     print(f"{path}: good. The longest teacher prompt has {longest} tokens.", sep="\n")
     print(*dtype_lines(prepared.config), *stage_lines(prepared), sep="\n")

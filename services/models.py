@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from learner.architecture import why_not
 from services.errors import UserError
 from services.files import resolve_path
 from services.smollm2 import make_smollm2
@@ -37,6 +38,12 @@ def resolve_model(name: str, base: Path) -> Path:
         raise UserError(
             f"model: {name} is no folder and no built-in name, and the hub did not give it ({reason}); {hint}"
         ) from None
+
+
+def check_trainable(model: Path) -> None:
+    """UserError unless the learner can train the model in this folder."""
+    if reason := why_not(model):
+        raise UserError(f"model: {model} cannot be trained here: {reason}; choose another")
 
 
 def materialise(name: str, out: Path) -> None:

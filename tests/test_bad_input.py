@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,14 @@ def run_folder(work: Work) -> None:
 def damaged_checkpoint(work: Work) -> None:
     run_folder(work)
     (work.folder / "runs/my/checkpoints/step-000002/state.json").write_text("{")
+
+
+def other_model(work: Work) -> Path:
+    """The model with a head that scales its logits."""
+    folder = shutil.copytree(work.config["model"], work.folder / "m")
+    shape = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(shape | {"logit_scale": 0.5}))
+    return folder
 
 
 def two(*spoilers: Callable[[Work], None]) -> Callable[[Work], None]:
@@ -197,6 +206,12 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         TRAIN,
         2,
         ["m lacks tokenizer_config.json, *.safetensors"],
+    ),
+    "a model of another kind": (
+        lambda w: w.set("model", str(other_model(w))),
+        TRAIN,
+        2,
+        ["cannot be trained here: its head uses logit_scale", "choose another"],
     ),
     "a model too short": (setting("data.max_teacher_prompt_tokens", 5000), TRAIN, 2, ["4096 positions"]),
     "no evaluation file": (

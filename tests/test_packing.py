@@ -1,11 +1,21 @@
 """Packing: every sequence once, no padding, shares that no cut can change."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import Lfm2Config, MambaConfig, MistralConfig, MistralModel, RecurrentGemmaConfig, RwkvConfig
+from transformers import (
+    Gemma2Config,
+    Lfm2Config,
+    MambaConfig,
+    MistralConfig,
+    MistralModel,
+    PreTrainedConfig,
+    RecurrentGemmaConfig,
+    RwkvConfig,
+)
 
 from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
 from learner import short_attention
@@ -142,16 +152,22 @@ def test_a_window_is_the_models_own() -> None:
     torch.testing.assert_close(hidden_states(model, ids, positions, lengths), alone)
 
 
-def test_a_model_that_carries_a_state_from_sequence_to_sequence_is_refused(tmp_path: Path) -> None:
-    for config, kind in (
-        (Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]), "conv"),
-        (MambaConfig(num_hidden_layers=2), "linear_attention"),
-        (RecurrentGemmaConfig(), "recurrent"),
-        (RwkvConfig(), "rwkv"),
-    ):
-        config.save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=rf"layers other than attention \({kind}\)"):
-            load_student(tmp_path, torch.float32)
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]), "other than attention (conv)"),
+        (MambaConfig(num_hidden_layers=2), "other than attention (linear_attention)"),
+        (RecurrentGemmaConfig(), "other than attention (recurrent)"),
+        (RwkvConfig(), "other than attention (rwkv)"),
+        (Gemma2Config(num_hidden_layers=2), "head uses final_logit_softcapping"),
+    ],
+)
+def test_a_model_that_would_be_trained_wrongly_is_refused(
+    tmp_path: Path, config: PreTrainedConfig, reason: str
+) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        load_student(tmp_path, torch.float32)
 
 
 @pytest.mark.parametrize("lengths", [(130, 121, 30), (500, 410), (600, 20)])  # the last too long for matrix products
