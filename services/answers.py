@@ -48,7 +48,8 @@ def regrade(config: RunConfig, base: Path, path: Path) -> tuple[list[EvalResult]
         if judge is not None:
             check_judge(task, judge)
     for task, pairs in by_set.items():
-        right_ones = asyncio.run(grade(sets[task][0], [q for _, q in pairs], [s.text for s, _ in pairs]))
+        asked, replies = [q for _, q in pairs], [s.text for s, _ in pairs]
+        right_ones = asyncio.run(grade(sets[task][0], asked, replies, config.evaluation.timeout_s))
         samples += [
             replace(s, answer=q.answer, correct=is_right) for (s, q), is_right in zip(pairs, right_ones, strict=True)
         ]

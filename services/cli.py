@@ -1,6 +1,7 @@
 """The command `sdft`.
 
-Exit 0: done; 1: a crash; 2: bad configuration or data; 3: it cannot run here; 4: the retention guard ended the run.
+Exit 0: done; 1: a crash; 2: bad configuration or data; 3: it cannot run here; 4: the retention guard ended the run;
+130: stopped by SIGINT or SIGTERM.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from services.errors import PreflightError, RetentionLost, UserError
+from services.signals import sigterm_interrupts
 
 if TYPE_CHECKING:
     from services.config import RunConfig
@@ -21,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments) or 0)
+        with sigterm_interrupts():
+            return int(arguments.run(arguments) or 0)
     except (UserError, PreflightError, RetentionLost) as error:
         print(f"sdft: {error}", file=sys.stderr)
         return error.exit_code

@@ -35,7 +35,7 @@ class RunConfig(Section):
     dtype: Dtype = Field(
         # Here and not later: what is computed from a configuration, and kept of it, has the one that is used.
         default_factory=lambda data: native_dtype(data.get("device", "cpu")),
-        description="auto, the default: float32 on a processor without instructions for bfloat16, else bfloat16",
+        description="auto, the default: float32 if the driver's processor has no instructions for bfloat16, else that",
     )
     seed: int = Field(0, ge=0, lt=2**31)
     run_dir: str | None = Field(None, description="null: runs/<name of the config file>")

@@ -59,7 +59,7 @@ class Controller:
         self._ledger = ledger
         self._log = log
         self._progress = progress
-        self._evaluator = Evaluator(prepared.tokenizer, progress.part)
+        self._evaluator = Evaluator(prepared.tokenizer, self._config.evaluation.timeout_s, progress.part)
         self._guard = RetentionGuard(self._config, read_rows(run_dir, EvalResult))
         self._student_weights = self._weights("student", students)
         self._teacher_weights = None if teachers is None else self._weights("teacher", teachers)

@@ -29,7 +29,9 @@ async def _run(prepared: Prepared, plan: Plan, console: Console) -> tuple[list[E
         try:
             await pool.start()
             console.print(f"evaluating {prepared.model}", highlight=False, soft_wrap=True)
-            evaluator = Evaluator(prepared.tokenizer, lambda text: console.print(f"  {text}", highlight=False))
+            evaluator = Evaluator(
+                prepared.tokenizer, c.evaluation.timeout_s, lambda text: console.print(f"  {text}", highlight=False)
+            )
             results, samples = await evaluator.students(pool, prepared.sets, 0, 0)
             return results + await evaluator.teachers(pool, prepared.sets, 0, 0), samples
         finally:

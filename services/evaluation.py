@@ -45,11 +45,13 @@ class LoadedSet:
 class Evaluator:
     """Runs evaluation sets on a pool of engines.
 
+    limit_s: how long a judge may take for one set.
     say: is told what is asked before it is, as "tools (teacher): 80 questions"; it may take minutes.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", say: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", limit_s: float, say: Callable[[str], None]) -> None:
         self._tokenizer = tokenizer
+        self._limit_s = limit_s
         self._say = say
 
     async def students(
@@ -93,7 +95,7 @@ class Evaluator:
         self._say(f"{_asked(s.name, metric)}: {len(requests)} answers for pass@k")
         rollouts = await pool.generate(requests, Sampling(s.max_new_tokens, s.pass_temperature))
         repeated = [question for question in loaded.questions for _ in range(s.sampled)]
-        grades = iter(await grade(s, repeated, list(map(self._text, rollouts))))
+        grades = iter(await grade(s, repeated, list(map(self._text, rollouts)), self._limit_s))
         right = [sum(next(grades) for _ in range(s.sampled)) for _ in loaded.questions]
         name = PASS_AT if metric == STUDENT else f"teacher_{PASS_AT}"
         return [
@@ -119,7 +121,7 @@ class Evaluator:
         self._say(f"{_asked(s.name, metric)}: {len(requests)} questions")
         rollouts = await pool.generate(requests, Sampling(s.max_new_tokens, temperature=0.0))
         texts = list(map(self._text, rollouts))
-        grades = await grade(s, loaded.questions, texts)
+        grades = await grade(s, loaded.questions, texts, self._limit_s)
         samples = [
             Sample(step, s.name, question.id, asked(question), question.answer, text, correct)
             for question, text, correct in zip(loaded.questions, texts, grades, strict=True)

@@ -39,7 +39,7 @@ NOT_FINITE = Metric(
 TIME = Metric(
     "sdft_time_seconds", "Time of the last step by phase; with max_staleness above 0 phases overlap", (RUN, "phase")
 )
-EVAL = Metric("sdft_eval_value", "Last share of right answers, 0 to 1", (RUN, "task", "metric"))
+EVAL = Metric("sdft_eval_value", "Last share of right answers, 0 to 1; of texts perplexity", (RUN, "task", "metric"))
 
 # By the name that a Sink is given. Counters are of this process's work: a step that a resumed run repeats counts again.
 BY_PATH: Mapping[str, Metric] = {

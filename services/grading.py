@@ -3,17 +3,21 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from learner.waiting import within
 from services.demonstrations import Record
 from services.graders import GRADERS
 from services.judge import judged
 from services.sections import EvaluationSet
 
 
-async def grade(settings: EvaluationSet, questions: Sequence[Record], replies: Sequence[str]) -> list[bool]:
-    """Whether each reply to the question in its place is right."""
+async def grade(
+    settings: EvaluationSet, questions: Sequence[Record], replies: Sequence[str], limit_s: float
+) -> list[bool]:
+    """Whether each reply to the question in its place is right. limit_s: of a judge, for all of them."""
     if settings.judge is not None:
         items = [(asked(q), str(q.answer), reply) for q, reply in zip(questions, replies, strict=True)]
-        return await judged(settings.judge, items)
+        what = f"the judge {settings.judge.model} to grade {len(items)} replies"
+        return await within(judged(settings.judge, items), limit_s, what)
     grader = GRADERS[settings.grader]
     return [grader.grade(reply, q.answer) for q, reply in zip(questions, replies, strict=True)]
 

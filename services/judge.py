@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from learner.waiting import all_of
 from services.errors import PreflightError, UserError
 from services.sections import JudgeConfig
 
@@ -26,8 +27,10 @@ _VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 
 
 async def judged(config: JudgeConfig, items: Sequence[tuple[str, str, str]]) -> list[bool]:
-    """Whether each (question, right answer, reply) is right. UserError if too many verdicts are neither yes nor no;
-    what the endpoint refuses or does not answer in time is openai's error."""
+    """Whether each (question, right answer, reply) is right. UserError if too many verdicts are neither yes nor no,
+    PreflightError if the endpoint refuses or does not answer in time."""
+    from openai import OpenAIError
+
     client, turns = _client(config), asyncio.Semaphore(config.concurrency)
 
     async def ask(question: str, answer: str, reply: str) -> bool | None:
@@ -41,8 +44,14 @@ async def judged(config: JudgeConfig, items: Sequence[tuple[str, str, str]]) -> 
             )
         return verdict(said.choices[0].message.content or "")
 
-    async with client:
-        verdicts = await asyncio.gather(*(ask(*item) for item in items))
+    try:
+        async with client:
+            verdicts = await all_of([ask(*item) for item in items])
+    except OpenAIError as error:
+        raise PreflightError(
+            f"the judge {config.model} at {config.url} does not answer any more ({error}); start it again, and give "
+            f"the same command"
+        ) from error
     unclear = verdicts.count(None)
     if unclear > UNCLEAR * len(verdicts):
         raise UserError(

@@ -26,7 +26,7 @@ from services.plan import Plan, engine_settings, make_plan, roles
 from services.prompts import PromptBuilder, PromptPair, build_prompts, load_tokenizer, shown_to_teacher, text_prompts
 from services.schedule import Schedule, StageSchedule, make_schedule
 from services.sections import EvaluationSet
-from services.shape import ModelShape
+from services.shape import ModelShape, sample_of_weights
 from services.sinks import check_sinks
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ ELSEWHERE = (*LIMITS, "max_replicas", "cpus", "gpus", "labels")
 
 
 def _fingerprint(before: str, config: TaskConfig, model: Path, prompts: list[PromptPair]) -> str:
-    """Settings that change the result, the kind of model, and the very tokens that are trained on, up to this task.
+    """Settings that change the result, the model, and the very tokens that are trained on, up to this task.
 
     before: that of the task before it. No paths: a run may be continued after its files were moved.
     """
@@ -229,7 +229,7 @@ def _fingerprint(before: str, config: TaskConfig, model: Path, prompts: list[Pro
     settings["weights"] = {key: settings["weights"][key] for key in ("sync_every", "teacher_sync_every")}
     settings["learner"] = {key: settings["learner"][key] for key in ("optimizer", "lora")}
     digest = hashlib.sha256(before.encode() + json.dumps(settings, sort_keys=True).encode())
-    digest.update((model / "config.json").read_bytes())
+    digest.update((model / "config.json").read_bytes() + sample_of_weights(model))
     for pair in prompts:
         digest.update(json.dumps([pair.student_ids, pair.teacher_ids, pair.demonstration_ids]).encode())
     return digest.hexdigest()

@@ -96,7 +96,7 @@ class JudgeConfig(Section):
     api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key, if one is needed")
     max_tokens: int = Field(16, ge=1, description="More for a model that thinks aloud before its verdict")
     concurrency: int = Field(16, ge=1, description="Replies under judgement at once")
-    timeout_s: float = Field(120, gt=0, description="For one verdict")
+    timeout_s: float = Field(120, gt=0, description="For one of three tries at a verdict")
 
 
 class EvaluationSet(Section):

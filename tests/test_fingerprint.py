@@ -1,5 +1,6 @@
 """What of a run may be changed when it is continued."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from services.load_config import load_config
 from services.prepare import prepare
 from tests.runs import write_run
+from tests.tiny import make_tiny_model
 
 AHEAD = "training.max_staleness=2"
 ELSEWHERE = [
@@ -48,3 +50,10 @@ def test_where_no_two_runs_are_the_same_the_pools_and_the_staleness_may_change(
 @pytest.mark.parametrize("override", [*OF_THE_RESULT, "training.max_staleness=0"])
 def test_what_is_learnt_from_may_not_change_there_either(tiny_model: Path, tmp_path: Path, override: str) -> None:
     assert fingerprint(tmp_path, tiny_model, AHEAD, override) != fingerprint(tmp_path, tiny_model, AHEAD)
+
+
+def test_another_model_of_the_same_shape_may_not_take_its_place(tiny_model: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(tiny_model, tmp_path / "moved"))
+    other = make_tiny_model(tmp_path / "other", seed=1)
+    assert (other / "config.json").read_bytes() == (moved / "config.json").read_bytes()
+    assert fingerprint(tmp_path, moved) == fingerprint(tmp_path, tiny_model) != fingerprint(tmp_path, other)

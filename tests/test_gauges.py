@@ -16,7 +16,7 @@ import ray
 import yaml
 
 from services.gauges import BY_PATH, EVAL, METRICS, PHASES, PREFIX, TIME
-from services.metrics import STUDENT, TEACHER, EvalResult, RunLog, StepMetrics
+from services.metrics import PERPLEXITY, STUDENT, TEACHER, EvalResult, RunLog, StepMetrics
 from services.sections import MonitoringConfig
 from tests.promql import Query, parse
 from tests.readme import ROOT
@@ -31,7 +31,11 @@ RAYS_OWN = {
     "ray_node_gpus_utilization": {"instance"},  # served where there are GPUs
     "ray_node_manager_unexpected_worker_failure_total": {"instance", "Type", "Name"},  # once a worker has died
 }
-VALUES = {"phase": set(PHASES), "metric": {STUDENT, TEACHER}, "Type": {"Raylet.UnexpectedActorFailure.Total"}}
+VALUES = {
+    "phase": set(PHASES),
+    "metric": {STUDENT, TEACHER, PERPLEXITY},
+    "Type": {"Raylet.UnexpectedActorFailure.Total"},
+}
 SAMPLE = re.compile(r"(\w+)\{(.*)\} (\S+)")
 PROMETHEUS_ONLY = MonitoringConfig(tensorboard=False, prometheus=True)
 

@@ -67,6 +67,12 @@ def endpoint() -> Iterator[JudgeConfig]:
     thread.join()
 
 
+def test_a_judge_that_is_gone_ends_the_evaluation_in_a_sentence() -> None:
+    gone = JudgeConfig(url=f"http://127.0.0.1:{free_port()}/v1", model="judge", timeout_s=5)
+    with pytest.raises(PreflightError, match=r"the judge judge at .* does not answer any more .*start it again"):
+        asyncio.run(judged(gone, [("What?", "that", "That.")] * 3))
+
+
 def test_replies_are_judged_in_their_order(endpoint: JudgeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     items = [(f"What is number {i}?", str(i), f"It is {i if i % 3 else 'unknown'}.") for i in range(20)]

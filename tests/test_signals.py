@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from services.signals import run_until_stopped, stop_on_signals
+from services.signals import run_until_stopped, sigterm_interrupts, stop_on_signals
 
 
 def test_what_was_cancelled_within_is_a_failure_that_says_so() -> None:
@@ -43,3 +43,10 @@ def test_the_result_comes_back() -> None:
         return "done"
 
     assert run_until_stopped(work()) == "done"
+
+
+def test_sigterm_stops_a_command_that_has_not_begun_its_work() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), sigterm_interrupts():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
