@@ -81,7 +81,7 @@ class EngineWorker:
         await self._alive(self._engine.answer())
 
     async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
-        return await self._alive(self._engine.update_weights(snapshot))
+        return await self._alive(self._engine.update_weights(snapshot), to_its_end=True)
 
     async def join(self, where: Rendezvous) -> None:
         """Meet the others of a group for broadcasts."""
@@ -89,19 +89,23 @@ class EngineWorker:
 
     async def receive_weights(self, snapshot: Snapshot, timeout_s: float) -> UpdateReport:
         """Take a snapshot while it is broadcast to that group."""
-        return await self._alive(self._engine.receive_weights(snapshot, timeout_s))
+        return await self._alive(self._engine.receive_weights(snapshot, timeout_s), to_its_end=True)
 
-    async def _alive(self, work: Awaitable[T]) -> T:
+    async def _alive(self, work: Awaitable[T], to_its_end: bool = False) -> T:
         """If the engine's own process has died this one follows, so that there is one kind of death to see.
 
         Looked for every second: vLLM leaves some of the calls that its process had not answered waiting for ever.
+        to_its_end: also if the call is cancelled. Weights that are loaded by half could never be loaded again.
         """
         task = asyncio.ensure_future(work)
         try:
             while not task.done() and not self._engine.dead:
                 await asyncio.wait([task], timeout=1)
         except asyncio.CancelledError:
-            task.cancel()
+            if to_its_end:
+                task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else will ask
+            else:
+                task.cancel()
             raise
         if self._engine.dead:
             os._exit(1)

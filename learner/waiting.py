@@ -49,8 +49,11 @@ async def within(work: Awaitable[T], seconds: float, what: str) -> T:
     """The result of `work`, or TimeoutError naming `what`."""
     number = WAITS.begin(what, seconds)
     try:
-        return await asyncio.wait_for(_plain(work), seconds)
+        async with asyncio.timeout(seconds) as limit:
+            return await work
     except TimeoutError as error:
+        if not limit.expired():
+            raise  # of a wait within it, which has said what for
         raise TimeoutError(f"waited {seconds:g} s for {what}") from error
     finally:
         WAITS.end(number)

@@ -90,7 +90,9 @@ class LearnerWorker:
             pass
         return None
 
+    @ray.method(concurrency_group=HEALTH)
     def release(self, role: str) -> None:
+        """At once, also in the middle of a step: until then no engine can be given the weights."""
         if self._publisher is not None:
             self._publisher.release(role)
 

@@ -1,13 +1,14 @@
 """The Ray cluster of a run: a running one if there is an address, else one of our own that ends with us."""
 
+import asyncio
 import fcntl
 import os
 import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from learner.waiting import within
 from services.errors import PreflightError
 from services.plan import Part, Plan
 from services.sections import RayConfig
@@ -102,8 +104,8 @@ def _keep_logs(scratch: Path, logs: Path) -> None:
         shutil.copytree(session / "logs", kept, ignore=shutil.ignore_patterns("old"), dirs_exist_ok=True)
 
 
-@contextmanager
-def placement(config: RayConfig, plan: Plan) -> Iterator[dict[str, list[dict[str, Any]]]]:
+@asynccontextmanager
+async def placement(config: RayConfig, plan: Plan) -> AsyncIterator[dict[str, list[dict[str, Any]]]]:
     """Reserve the plan, on as few nodes as there is room on. Yields Ray actor options for "student", "teacher" and
     "learner".
 
@@ -115,11 +117,13 @@ def placement(config: RayConfig, plan: Plan) -> Iterator[dict[str, list[dict[str
     labels = [dict(part.labels) for part in plan.parts]
     group = placement_group(bundles, strategy="PACK", bundle_label_selector=labels if any(labels) else None)
     try:
-        if not group.wait(config.wait_s):
+        try:
+            await within(_reserved(group), config.wait_s, "room in the cluster")
+        except TimeoutError:
             raise PreflightError(
                 f"waited {config.wait_s:g} s (ray.wait_s) for {_parts(plan)}; free in the cluster now: {free()}; "
                 f"{'no node came for it' if config.autoscaling else 'another job holds the rest'}"
-            )
+            ) from None
         counts = {"student": len(plan.students), "teacher": len(plan.teachers), "learner": len(plan.learners)}
         options: dict[str, list[dict[str, Any]]] = {}
         index = 0
@@ -129,6 +133,12 @@ def placement(config: RayConfig, plan: Plan) -> Iterator[dict[str, list[dict[str
         yield options
     finally:
         remove_placement_group(group)
+
+
+async def _reserved(group: PlacementGroup) -> None:
+    """Returns when there is room. Ray waits without asyncio: signals are heard, and limits met, once a second."""
+    while not group.wait(1):
+        await asyncio.sleep(0)
 
 
 def _check_capacity(plan: Plan) -> None:

@@ -130,6 +130,7 @@ class EnginePool:
         serving = [engine for engine in self._engines if engine.up]
         async with nullcontext() if self._broadcast is None else self._broadcast.to(serving, timeout_s) as group:
             outcomes = await self._update(group)
+        self.published.arrived()
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -252,6 +253,8 @@ class EnginePool:
             await asyncio.wait([idle] if after is None else [idle, after], timeout=self.settings.drain_s)
         finally:
             await engine.stop()
+            if all(other.process.node != engine.process.node for other in (*self._engines, *self._joining)):
+                self.published.leave(engine.process.node)  # what it held would keep the node from being given back
 
     @property
     def _engines_now(self) -> str:

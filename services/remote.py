@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import ObjectLostError, RayActorError
 
 from actors.reaper import end
 from actors.types import Process
@@ -38,6 +39,8 @@ class RemoteActor:
         work = getattr(self._handle, method).remote(*arguments)
         try:
             return await work
+        except ObjectLostError as error:  # it lay on the process's node until somebody fetched it
+            raise RayActorError from error
         except asyncio.CancelledError:
             if ray.is_initialized():  # else Ray would connect anew to be told
                 ray.cancel(work)

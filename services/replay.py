@@ -7,6 +7,7 @@ No engine is started: what differs comes from the learner.
 
 import math
 import tempfile
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -62,7 +63,9 @@ async def _run(
 
     c = prepared.config
     rows = {row.step: row for row in read_rows(run_dir, StepMetrics)}
-    with cluster(c.ray, plan, None), placement(c.ray, plan) as options:
+    async with AsyncExitStack() as stack:
+        stack.enter_context(cluster(c.ray, plan, None))
+        options = await stack.enter_async_context(placement(c.ray, plan))
         group = await LearnerGroup.start(learner_settings(prepared), prepared.probe_ids, options["learner"])
         if start is not None:
             await group.load(start)

@@ -9,7 +9,7 @@ Engines that are lost come back by themselves (supervised.py); the driver's deat
 
 import asyncio
 import json
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,17 @@ async def run(prepared: Prepared, run_dir: Path, start: Path | None, console: Co
         requested(f"sdft {run_dir.resolve()}", prepared.plan, c.ray.wait_s)
         if c.ray.autoscaling
         else nullcontext() as request,
-        placement(c.ray, prepared.plan) as options,
     ):
         watching = asyncio.create_task(Watchdog(run_dir, c.monitoring.stall_s, progress.note).run())
-        one = _Run(prepared, run_dir, options, progress, request)
         try:
-            await one.start()
-            await one.train(start)
+            async with placement(c.ray, prepared.plan) as options:
+                one = _Run(prepared, run_dir, options, progress, request)
+                try:
+                    await one.start()
+                    await one.train(start)
+                finally:
+                    await one.stop()
         finally:
-            await one.stop()
             await cancelled([watching])
 
 
@@ -182,8 +184,9 @@ class _Run:
         )
 
     def _notice(self, text: str) -> None:
-        self._progress.note(text)
-        self._write_pids()
+        with suppress(OSError):  # whoever is told goes on mending, also on a full disk
+            self._progress.note(text)
+            self._write_pids()
 
     def _write_pids(self) -> None:
         """Which process is which, for people and for tests that kill them."""

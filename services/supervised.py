@@ -62,7 +62,7 @@ class Losses:
     @property
     def back_off_s(self) -> float:
         """None after the first in a row, then 1 s, 3 s, 7 s and so on."""
-        return min(2.0 ** (self._in_a_row - 1) - 1, LONGEST_BACK_OFF_S)
+        return min(2.0 ** min(self._in_a_row - 1, 10) - 1, LONGEST_BACK_OFF_S)
 
 
 @dataclass
@@ -211,7 +211,14 @@ class SupervisedEngine:
         published = self._published
         snapshot = await published.on(self.process.node)
         what = f"{self.name} to load {snapshot.role} weights v{snapshot.version}"
-        report: UpdateReport = await within(actor.call("update_weights", snapshot), published.timeout_s, what)
+        try:
+            report: UpdateReport = await within(actor.call("update_weights", snapshot), published.timeout_s, what)
+        except FileNotFoundError:
+            if snapshot is published.newest:
+                raise  # it went with its publisher
+            published.leave(self.process.node)  # it went with the node's relay
+            snapshot = await published.on(self.process.node)
+            report = await within(actor.call("update_weights", snapshot), published.timeout_s, what)
         return report
 
     async def _watch(self, actor: Remote) -> None:
@@ -230,6 +237,8 @@ class SupervisedEngine:
     def _replace(self, lost: Remote, how: str) -> None:
         if lost is not self._actor or self._replacing is not None or self._abandoned:
             return  # found out before, by another call, or of no concern
+        if not self._started:
+            return  # `start` finds out, and whoever called it decides
         self._notice(f"{self.name} (process {self.process.pid}) {how}; another takes its place")
         self._replacing = asyncio.create_task(self._successor(how))
         self._changed(self)

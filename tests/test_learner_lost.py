@@ -13,7 +13,8 @@ import pytest
 
 from learner.group import LearnerGroup, LearnerLost
 from learner.worker import LearnerWorker
-from tests.test_learner_step import PROBE, settings
+from tests.rollouts import make_rollouts
+from tests.test_learner_step import PROBE, K, settings
 
 
 def gone(pid: int) -> bool:
@@ -93,3 +94,19 @@ def test_a_learner_starts_beside_a_build_that_was_killed(ray_cluster: None, tiny
 
     asyncio.run(run())
     assert list(tmp_path.rglob("*")) == [lock.parent, lock]
+
+
+def test_a_snapshot_is_released_in_the_middle_of_a_step(ray_cluster: None, tiny_model: Path) -> None:
+    """Behind it, engines would get no weights while a step goes on, and one of a minute would end the run."""
+
+    async def run() -> None:
+        group = await LearnerGroup.start(settings(tiny_model, 1, 1), PROBE, [{"num_cpus": 0.5}])
+        await group.publish("student", 0)
+        steps = [asyncio.ensure_future(group.train_step(make_rollouts(tiny_model, 7, K, i))) for i in range(20)]
+        await asyncio.sleep(0)
+        await group.release("student")
+        assert not steps[-1].done()
+        await asyncio.gather(*steps)
+        group.kill()
+
+    asyncio.run(run())

@@ -18,6 +18,7 @@ from services.pools import EnginePool, PoolSettings
 from services.published import Published
 from services.supervised import Patience
 from tests.simulated import SimulatedEngine
+from tests.test_published import Relay
 
 EMPTY = np.zeros(0, dtype=np.int32)
 
@@ -92,6 +93,65 @@ def test_one_sequence_has_a_limit_unless_its_batch_has_one() -> None:
         await asyncio.sleep(50)
         assert not longer.done()
         longer.cancel()
+        await bench.pool.stop()
+
+    virtual_time.run(run())
+
+
+def test_one_that_dies_before_it_has_joined_does_not_hold_up_the_weights_of_the_others() -> None:
+    class Slow(SimulatedEngine):
+        def start(self) -> tuple[float, None]:
+            return 3, None
+
+    async def run() -> None:
+        bench = Bench(least=1, make=Slow)
+        await bench.pool.start()
+        await bench.publish(7)
+        async with bench.pool.published.lock:
+            bench.pool.resize(2)
+            await asyncio.sleep(4)  # it waits for the lock, to load v7
+            bench.started[1].die()
+            await asyncio.sleep(20)  # and is found dead
+        began = asyncio.get_running_loop().time()
+        await bench.publish(8)
+        assert asyncio.get_running_loop().time() - began < 1
+        assert bench.started[0].version == 8
+        assert any("student engine 1 did not join" in notice for notice in bench.notices)
+        assert len(bench.started) == 2
+        await bench.pool.stop()
+
+    virtual_time.run(run())
+
+
+def test_weights_that_went_with_a_nodes_relay_come_again_and_a_relay_goes_with_its_last_engine() -> None:
+    relays: list[Relay] = []
+
+    class Reading(SimulatedEngine):
+        """On a node of its own; the first copy that it is given is gone by then."""
+
+        def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
+            if self.number == 1 and sum(relay.node == self.node for relay in relays) == 1:
+                raise FileNotFoundError(snapshot.path)
+            return super().update_weights(snapshot)
+
+    def relay(node: str) -> Relay:
+        relays.append(Relay(node))
+        return relays[-1]
+
+    async def payload(role: str) -> list[ray.ObjectRef]:
+        return []
+
+    async def run() -> None:
+        bench = Bench(make=lambda number: Reading(number, node=f"node {number}"))
+        bench.pool.published = Published(payload, relay)
+        await bench.pool.start()
+        await bench.publish(3, node="the learner's")
+        assert [engine.version for engine in bench.started] == [3, 3]
+        assert all(engine.up for engine in bench.pool.engines)
+        assert sorted(one.node for one in relays if not one.killed) == ["node 0", "node 1"]
+        bench.pool.vacate({"node 1"})
+        await bench.settled()
+        assert {one.node for one in relays if not one.killed} == {"node 0", "node 2"}
         await bench.pool.stop()
 
     virtual_time.run(run())

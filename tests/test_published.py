@@ -2,13 +2,14 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from actors.types import Snapshot
+from actors.types import Process, Snapshot
 from learner.group import LearnerLost
 from services.published import Published
 
@@ -51,20 +52,57 @@ def test_all_engines_of_a_node_map_one_copy_that_was_fetched_once(ray_cluster: N
     asyncio.run(run())
 
 
-def test_a_relay_that_is_lost_counts_as_its_node_and_the_next_engine_there_begins_with_another(
-    ray_cluster: None,
-) -> None:
+def test_a_relay_that_has_died_alone_is_no_engines_loss(ray_cluster: None) -> None:
     async def run() -> None:
         learner, here = Learner(), ray.get_runtime_context().get_node_id()
         published = Published(learner.payload)
         published.new(snapshot(1, 1000), timeout_s=60)
         await published.on(here)
-        published.stop()
+        published._copies[here].relay.kill()
         published.new(snapshot(2, 1000), timeout_s=60)
-        with pytest.raises(RayActorError):
-            await published.on(here)
         assert Path((await published.on(here)).path).exists()
         published.stop()
+
+    asyncio.run(run())
+
+
+class Relay:
+    """Of a node of that name: it holds everything; where the name is "gone" there is none."""
+
+    def __init__(self, node: str) -> None:
+        self.node, self.killed = node, False
+
+    async def placed(self) -> Process:
+        return Process(0, self.node)
+
+    async def call(self, method: str, *arguments: Any) -> str:
+        if self.node == "gone":
+            raise RayActorError
+        return f"/on/{self.node}"
+
+    def kill(self, hangs: bool = False) -> None:
+        self.killed = True
+
+
+def test_all_nodes_have_it_of_one_copy_in_the_object_store(ray_cluster: None) -> None:
+    async def run() -> None:
+        learner, relays = Learner(), list[Relay]()
+
+        def relay(node: str) -> Relay:
+            relays.append(Relay(node))
+            return relays[-1]
+
+        published = Published(learner.payload, relay)
+        for version in (1, 2):
+            published.new(snapshot(version, 1000), timeout_s=60)
+            copies = await asyncio.gather(*(published.on(node) for node in ("a", "b", "c")))
+            assert [copy.path for copy in copies] == ["/on/a", "/on/b", "/on/c"]
+            assert learner.asked == version
+            published.arrived()
+        with pytest.raises(RayActorError):
+            await published.on("gone")
+        published.leave("b")
+        assert [one.node for one in relays if one.killed] == ["b", "gone"]
 
     asyncio.run(run())
 

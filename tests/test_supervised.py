@@ -5,16 +5,20 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import ray
+from ray.actor import ActorHandle
+from ray.exceptions import ObjectLostError, RayActorError
 
 from actors.reaper import end
 from actors.types import Process, Snapshot, SnapshotDamaged, UpdateReport, WeightMismatch
+from actors.worker import EngineWorker
 from services.published import Published
 from services.remote import RemoteActor
-from services.supervised import Patience, SupervisedEngine
+from services.supervised import Losses, Patience, SupervisedEngine
 
 EMPTY = np.zeros(0, dtype=np.int32)
 
@@ -216,5 +220,48 @@ def test_a_process_that_was_stopped_is_ended_where_it_is(ray_cluster: None, tmp_
             assert time.monotonic() < deadline, "it is still there"
             await asyncio.sleep(0.1)
         await one.engine.stop()
+
+    asyncio.run(run())
+
+
+def test_however_often_something_was_lost_there_is_a_time_to_wait() -> None:
+    losses = Losses()
+    waits = []
+    for _ in range(2000):
+        losses.count()
+        waits.append(losses.back_off_s)
+    assert (waits[:4], waits[-1]) == ([0, 1, 3, 7], 60)
+
+
+def test_a_result_that_was_lost_with_its_node_is_the_engines_loss() -> None:
+    class Method:
+        async def remote(self, *arguments: object) -> None:
+            raise ObjectLostError("ref", None, "")
+
+    class Handle:
+        score = Method()
+
+    async def run() -> None:
+        with pytest.raises(RayActorError):
+            await RemoteActor(cast(ActorHandle, Handle())).call("score")
+
+    asyncio.run(run())
+
+
+def test_weights_that_are_being_loaded_are_loaded_to_the_end_though_nobody_waits() -> None:
+    class Loading:
+        dead, loaded = False, False
+
+        async def update_weights(self, snapshot: Snapshot) -> None:
+            await asyncio.sleep(0.1)
+            self.loaded = True
+
+    async def run() -> None:
+        worker, engine = object.__new__(EngineWorker), Loading()
+        worker._engine = cast(Any, engine)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(worker.update_weights(cast(Snapshot, None)), 0.02)
+        await asyncio.sleep(0.2)
+        assert engine.loaded
 
     asyncio.run(run())

@@ -56,3 +56,12 @@ def test_a_wait_that_is_too_long_says_what_it_was_for() -> None:
             await within(asyncio.sleep(5), 0.05, "teacher engine 1 to score")
 
     asyncio.run(run())
+
+
+def test_a_wait_within_a_wait_says_which_it_was() -> None:
+    async def run() -> None:
+        inner = within(asyncio.sleep(5), 0.05, "the teachers' weights")
+        with pytest.raises(TimeoutError, match=r"^waited 0.05 s for the teachers' weights$"):
+            await within(inner, 60, "the rollouts of step 5")
+
+    asyncio.run(run())
