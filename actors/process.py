@@ -1,9 +1,12 @@
 """What processes of ours know of their machine and set up before they import torch. Standard library only."""
 
+import fcntl
 import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 GIB = 1 << 30
@@ -17,6 +20,28 @@ def waiting(alone: bool) -> dict[str, str]:
     thread takes some 60 us to wake, and a layer is dozens of loops.
     """
     return {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000" if alone else "0", "KMP_BLOCKTIME": "0"}
+
+
+@contextmanager
+def scratch_folder(prefix: str, parent: str | None = None) -> Iterator[Path]:
+    """A folder for sockets and the like, removed at the end; also those of this kind whose processes were killed.
+
+    A folder belongs to the process that holds its lock, which the kernel lets go of when that process ends. parent:
+    where it lies; None: where temporary files do.
+    """
+    for folder in Path(parent or tempfile.gettempdir()).glob(f"{prefix}*"):
+        if os.access(folder, os.W_OK):
+            with suppress(FileNotFoundError), (folder / ".lock").open("w") as lock, suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=parent))
+    with (new / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = new.rename(new.with_name(new.name[1:]))  # seen by others only now that it is locked
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -2,14 +2,14 @@
 
 import asyncio
 import os
-import tempfile
 from collections.abc import Awaitable, Sequence
+from contextlib import ExitStack
 from typing import TypeVar
 
 import ray
 
 from actors.config import EngineSettings
-from actors.process import large_imports, waiting
+from actors.process import large_imports, scratch_folder, waiting
 from actors.types import (
     GenerateRequest,
     IntArray,
@@ -52,8 +52,9 @@ class EngineWorker:
 
     def __init__(self, settings: EngineSettings) -> None:
         # vLLM leaves sockets behind. Once the engine has started they are not needed by name any more.
-        self._scratch = tempfile.TemporaryDirectory(prefix="sdft-engine-", dir=os.environ.get("SDFT_SCRATCH"))
-        os.environ.update(engine_environment(settings) | {"VLLM_RPC_BASE_PATH": self._scratch.name})
+        self._scratch = ExitStack()
+        folder = self._scratch.enter_context(scratch_folder("sdft-engine-", os.environ.get("SDFT_SCRATCH")))
+        os.environ.update(engine_environment(settings) | {"VLLM_RPC_BASE_PATH": str(folder)})
         with large_imports():
             from actors.engine import Engine  # imports vLLM, which reads the environment
 
@@ -65,7 +66,7 @@ class EngineWorker:
     async def start(self) -> None:
         """Load the model."""
         await self._engine.start()
-        self._scratch.cleanup()
+        self._scratch.close()
 
     async def generate(self, requests: Sequence[GenerateRequest], sampling: Sampling) -> list[Rollout]:
         return await self._alive(self._engine.generate(requests, sampling))

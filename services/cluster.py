@@ -1,14 +1,12 @@
 """The Ray cluster of a run: a running one if there is an address, else one of our own that ends with us."""
 
 import asyncio
-import fcntl
 import os
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.process import scratch_folder
 from learner.waiting import within
 from services.errors import PreflightError
 from services.plan import Part, Plan
@@ -49,7 +48,7 @@ def cluster(config: RayConfig, plan: Plan, logs: Path | None) -> Iterator[None]:
             ray.shutdown()
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with _scratch() as scratch:
+    with scratch_folder(SCRATCH) as scratch:
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, -int(-plan.cpus // 1)),
@@ -67,27 +66,6 @@ def cluster(config: RayConfig, plan: Plan, logs: Path | None) -> Iterator[None]:
             ray.shutdown()
             if logs:
                 _keep_logs(scratch, logs)
-
-
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    """A folder for Ray's session and the engines' sockets, removed at the end; also those of drivers that were killed.
-
-    A folder belongs to the process that holds its lock, which the kernel lets go of when that process ends.
-    """
-    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
-        if os.access(folder, os.W_OK):
-            with (folder / ".lock").open("w") as lock, suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{SCRATCH}"))
-    with (new / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        folder = new.rename(new.with_name(new.name[1:]))  # seen by others only now that it is locked
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_answers(address: str) -> None:

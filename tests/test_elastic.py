@@ -142,6 +142,7 @@ def growing() -> Iterator[Growing]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "1" * 64,
         "RAY_ADDRESS": f"127.0.0.1:{port}",
+        "TMPDIR": str(scratch),  # a node that is lost takes its temporary files along
     }
     start = ["start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
     start += [f"--autoscaling-config={scratch / 'cluster.yaml'}", f"--temp-dir={scratch}"]

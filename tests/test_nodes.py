@@ -1,12 +1,17 @@
 """What Ray's autoscaler is told of a run's needs, read where the autoscaler reads it."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import ray
 from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 from ray.experimental.internal_kv import _internal_kv_get
 
+from actors.process import scratch_folder
 from services.nodes import NodeRequest, requested
 from services.plan import Part, Plan
 from tests.runs import wait_until
@@ -36,3 +41,16 @@ def test_requests_of_runs_add_up_and_are_withdrawn_or_forgotten_if_nobody_renews
         until_told(half, half, half, half, half, whole)
     assert told() == []
     ray.kill(killed._coordinator)
+
+
+def test_folders_of_processes_that_were_killed_go_with_the_next(tmp_path: Path) -> None:
+    code = (
+        "import os, signal; from actors.process import scratch_folder\n"
+        "with scratch_folder('kind-', os.environ['HERE']): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"HERE": str(tmp_path)}, check=False, timeout=60)
+    (left,) = tmp_path.iterdir()
+    with scratch_folder("kind-", str(tmp_path)) as first, scratch_folder("kind-", str(tmp_path)) as second:
+        assert set(tmp_path.iterdir()) == {first, second}
+        assert left not in (first, second)
+    assert list(tmp_path.iterdir()) == []
