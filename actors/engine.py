@@ -363,9 +363,9 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
                 base, dtype = Path(self.model_config.model), self.model_config.dtype
                 tensors = merged(base, dict(tensors), update_info.scale, dtype)
             self.model.load_weights(tensors)
-        except Exception:  # whatever it was: a group that somebody has left is of no more use,
+        except Exception:  # whatever it was, others of a group are not to wait for this engine
             self.shutdown()
-            finalize_layerwise_reload(self.model, self.model_config)  # and the next update could not begin
+            finalize_layerwise_reload(self.model, self.model_config)  # or the next update could not begin
             raise
 
     def _received(self, entries: Sequence[Entry], deadline: float) -> Iterator[tuple[str, torch.Tensor]]:

@@ -14,12 +14,8 @@ from actors.process import large_imports, waiting
 from actors.types import IntArray, Process, ScoredRollout, Snapshot
 from learner.types import LearnerSettings, StepResult
 
-SAVING, SENDING, COPYING, HEALTH = (
-    "saving",
-    "sending",
-    "copying",
-    "health",
-)  # Ray runs the methods of these groups beside the others
+# Ray runs the methods of these groups beside the others.
+SAVING, SENDING, COPYING, HEALTH = "saving", "sending", "copying", "health"
 LIMIT = timedelta(minutes=10)  # of one collective: who is lost is found much earlier, by not answering
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 

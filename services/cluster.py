@@ -113,6 +113,14 @@ async def placement(config: RayConfig, plan: Plan) -> AsyncIterator[dict[str, li
         remove_placement_group(group)
 
 
+@asynccontextmanager
+async def places(config: RayConfig, plan: Plan) -> AsyncIterator[dict[str, list[dict[str, Any]]]]:
+    """A cluster, and the plan's places in it, for work that leaves no logs."""
+    with cluster(config, plan, None):
+        async with placement(config, plan) as options:
+            yield options
+
+
 async def _reserved(group: PlacementGroup) -> None:
     """Returns when there is room. Ray waits without asyncio: signals are heard, and limits met, once a second."""
     while not group.wait(1):

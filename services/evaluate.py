@@ -3,7 +3,7 @@
 import ray
 from rich.console import Console
 
-from services.cluster import cluster, placement
+from services.cluster import places
 from services.engines import engine_pool
 from services.evaluation import Evaluator
 from services.metrics import EvalResult, Sample
@@ -22,21 +22,20 @@ def evaluate(prepared: Prepared, console: Console) -> tuple[list[EvalResult], li
 async def _run(prepared: Prepared, plan: Plan, console: Console) -> tuple[list[EvalResult], list[Sample]]:
     c = prepared.config
     console.print("starting engines", highlight=False)
-    with cluster(c.ray, plan, None):
-        async with placement(c.ray, plan) as options:
-            # Strict: which engine answers what depends on nothing but their number.
-            c = c.model_copy(update={"training": c.training.model_copy(update={"max_staleness": 0})})
-            pool = engine_pool(c, prepared.model, "student", options["student"], console.print, _nothing_published)
-            try:
-                await pool.start()
-                console.print(f"evaluating {prepared.model}", highlight=False, soft_wrap=True)
-                evaluator = Evaluator(
-                    prepared.tokenizer, c.evaluation.timeout_s, lambda text: console.print(f"  {text}", highlight=False)
-                )
-                results, samples = await evaluator.students(pool, prepared.sets, 0, 0)
-                return results + await evaluator.teachers(pool, prepared.sets, 0, 0), samples
-            finally:
-                await pool.stop()
+    async with places(c.ray, plan) as options:
+        # Strict: which engine answers what depends on nothing but their number.
+        c = c.model_copy(update={"training": c.training.model_copy(update={"max_staleness": 0})})
+        pool = engine_pool(c, prepared.model, "student", options["student"], console.print, _nothing_published)
+        try:
+            await pool.start()
+            console.print(f"evaluating {prepared.model}", highlight=False, soft_wrap=True)
+            evaluator = Evaluator(
+                prepared.tokenizer, c.evaluation.timeout_s, lambda text: console.print(f"  {text}", highlight=False)
+            )
+            results, samples = await evaluator.students(pool, prepared.sets, 0, 0)
+            return results + await evaluator.teachers(pool, prepared.sets, 0, 0), samples
+        finally:
+            await pool.stop()
 
 
 async def _nothing_published(role: str) -> list[ray.ObjectRef]:

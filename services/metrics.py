@@ -90,11 +90,6 @@ class EvalResult:
         return self.metric.startswith("teacher_")
 
     @property
-    def measure(self) -> str:
-        """The set's name, and pass@k where that was asked."""
-        return self.task if self.k is None else f"{self.task} {PASS_AT}{self.k}"
-
-    @property
     def k(self) -> int | None:
         """Of a pass@k how many answers a question may have."""
         _, found, k = self.metric.partition(PASS_AT)
@@ -102,8 +97,9 @@ class EvalResult:
 
     @property
     def label(self) -> str:
-        """What was measured, and whether it is the teacher that answered."""
-        return f"{self.measure} (teacher)" if self.by_teacher else self.measure
+        """The set's name, pass@k where that was asked, and whether it is the teacher that answered."""
+        asked = self.task if self.k is None else f"{self.task} {PASS_AT}{self.k}"
+        return f"{asked} (teacher)" if self.by_teacher else asked
 
     @property
     def text(self) -> str:

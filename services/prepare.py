@@ -100,6 +100,7 @@ def prepare(config: RunConfig, path: Path) -> Prepared:
         engine_settings(config, model, role)  # raises when the model or the cache is too short for the prompts
     tokenizer = load_tokenizer(model)
     names = [s.name for s in config.stages] or [""]
+    kind = (model / "config.json").read_bytes() + sample_of_weights(model)
     stages: list[Stage] = []
     schedules = make_schedule(config.tasks, [len(demonstrations) for _, demonstrations, _ in loaded]).stages
     builders = [PromptBuilder(tokenizer, task.data.template, base, task.data.system) for task in config.tasks]
@@ -107,7 +108,7 @@ def prepare(config: RunConfig, path: Path) -> Prepared:
     for name, builder, (task, demonstrations, questions), schedule in each:
         reply = task.sampling.max_new_tokens if on_demonstrations(task) else None
         prompts = build_prompts(builder, demonstrations, *_limits(task), reply)
-        fingerprint = _fingerprint(stages[-1].fingerprint if stages else "", task, model, prompts)
+        fingerprint = _fingerprint(stages[-1].fingerprint if stages else "", task, kind, prompts)
         stages.append(Stage(name, task, prompts, _sets(questions, tokenizer, builder, task), schedule, fingerprint))
     shape = ModelShape.of(model, config.learner.lora)
     longest = [max(len(p.student_ids) for p in stage.prompts) for stage in stages]
@@ -211,10 +212,11 @@ LIMITS = ("start_timeout_s", "health_timeout_s", "drain_timeout_s", "max_restart
 ELSEWHERE = (*LIMITS, "max_replicas", "cpus", "gpus", "labels")
 
 
-def _fingerprint(before: str, config: TaskConfig, model: Path, prompts: list[PromptPair]) -> str:
+def _fingerprint(before: str, config: TaskConfig, model: bytes, prompts: list[PromptPair]) -> str:
     """Settings that change the result, the model, and the very tokens that are trained on, up to this task.
 
-    before: that of the task before it. No paths: a run may be continued after its files were moved.
+    before: that of the task before it. model: what tells it from others. No paths: a run may be continued after its
+    files were moved.
     """
     elsewhere = {"model", "data", "stages", "run_dir", "ray", "monitoring", "checkpoint", "evaluation", "retention"}
     settings = config.model_dump(mode="json", exclude=elsewhere)
@@ -229,7 +231,7 @@ def _fingerprint(before: str, config: TaskConfig, model: Path, prompts: list[Pro
     settings["weights"] = {key: settings["weights"][key] for key in ("sync_every", "teacher_sync_every")}
     settings["learner"] = {key: settings["learner"][key] for key in ("optimizer", "lora")}
     digest = hashlib.sha256(before.encode() + json.dumps(settings, sort_keys=True).encode())
-    digest.update((model / "config.json").read_bytes() + sample_of_weights(model))
+    digest.update(model)
     for pair in prompts:
         digest.update(json.dumps([pair.student_ids, pair.teacher_ids, pair.demonstration_ids]).encode())
     return digest.hexdigest()

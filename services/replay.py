@@ -7,13 +7,12 @@ No engine is started: what differs comes from the learner.
 
 import math
 import tempfile
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 from rich.console import Console
 
 from services import checkpoint
-from services.cluster import cluster, placement
+from services.cluster import places
 from services.errors import UserError
 from services.load_config import load_config
 from services.metrics import StepMetrics, read_rows
@@ -63,9 +62,7 @@ async def _run(
 
     c = prepared.config
     rows = {row.step: row for row in read_rows(run_dir, StepMetrics)}
-    async with AsyncExitStack() as stack:
-        stack.enter_context(cluster(c.ray, plan, None))
-        options = await stack.enter_async_context(placement(c.ray, plan))
+    async with places(c.ray, plan) as options:
         group = await LearnerGroup.start(learner_settings(prepared), prepared.probe_ids, options["learner"])
         if start is not None:
             await group.load(start)

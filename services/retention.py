@@ -41,15 +41,12 @@ class RetentionGuard:
 
     def judge(self, results: Iterable[EvalResult]) -> list[Breach]:
         """The guarded sets among the results of one step that fell too far. A set's first result is what it had."""
-        seen: dict[str, int] = {}
+        guarded = [r for r in results if r.metric in (STUDENT, PERPLEXITY) and r.task in self._guarded]
         breaches = []
-        for result in results:
-            if result.metric not in (STUDENT, PERPLEXITY) or result.task not in self._guarded:
-                continue
-            seen[result.task] = result.step
+        for result in guarded:
             before = self._before.setdefault(result.task, result)
             if result.loss_since(before) > self._allowed + 1e-9:  # shares are quotients: 0.3 may be 0.30000000000000004
                 breaches.append(Breach(before, result, self._allowed))
-        if seen.keys() >= self._before.keys() and seen and not breaches:
-            self.held = max(seen.values())
+        if guarded and not breaches and {r.task for r in guarded} >= self._before.keys():
+            self.held = guarded[0].step
         return breaches

@@ -67,3 +67,21 @@ class SimulatedEngine:
 
     def stop(self) -> tuple[float, None]:
         return 0, None
+
+
+class Relay:
+    """Of a node of that name: it holds everything; where the name is "gone" there is none."""
+
+    def __init__(self, node: str) -> None:
+        self.node, self.killed = node, False
+
+    async def placed(self) -> Process:
+        return Process(0, self.node)
+
+    async def call(self, method: str, *arguments: Any) -> str:
+        if self.node == "gone":
+            raise RayActorError
+        return f"/on/{self.node}"
+
+    def kill(self, hangs: bool = False) -> None:
+        self.killed = True

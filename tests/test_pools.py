@@ -17,8 +17,7 @@ from learner.group import LearnerLost
 from services.pools import EnginePool, PoolSettings
 from services.published import Published
 from services.supervised import Patience
-from tests.simulated import SimulatedEngine
-from tests.test_published import Relay
+from tests.simulated import Relay, SimulatedEngine
 
 EMPTY = np.zeros(0, dtype=np.int32)
 

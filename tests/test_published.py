@@ -2,16 +2,16 @@
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from actors.types import Process, Snapshot
+from actors.types import Snapshot
 from learner.group import LearnerLost
 from services.published import Published
+from tests.simulated import Relay
 
 NOTHING = np.zeros(0, dtype=np.int32)
 
@@ -64,24 +64,6 @@ def test_a_relay_that_has_died_alone_is_no_engines_loss(ray_cluster: None) -> No
         published.stop()
 
     asyncio.run(run())
-
-
-class Relay:
-    """Of a node of that name: it holds everything; where the name is "gone" there is none."""
-
-    def __init__(self, node: str) -> None:
-        self.node, self.killed = node, False
-
-    async def placed(self) -> Process:
-        return Process(0, self.node)
-
-    async def call(self, method: str, *arguments: Any) -> str:
-        if self.node == "gone":
-            raise RayActorError
-        return f"/on/{self.node}"
-
-    def kill(self, hangs: bool = False) -> None:
-        self.killed = True
 
 
 def test_all_nodes_have_it_of_one_copy_in_the_object_store(ray_cluster: None) -> None:
