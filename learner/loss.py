@@ -8,7 +8,8 @@ Logits exist for one chunk of positions at a time: `divergence_loss` returns val
 [tokens, vocabulary] array.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from learner.config import CHUNK_BYTES, LossConfig
 
-# Rows of a chunk that are worked on in float32 at once: on a CPU 3 MB at that vocabulary, which stay in its cache; on a
-# GPU enough for its kernels, two arrays of 25 MB beside the chunk's 100.
-ROWS_AT_ONCE = {"cpu": 16, "cuda": 128}
+# Of a chunk, worked on in float32 at once: on a CPU what stays in its cache; on a GPU, where starting kernels takes the
+# time, half as much again as the chunk.
+FLOAT32_BYTES = {"cpu": 3 << 20, "cuda": 48 << 20}
 OF_ONE_TOKEN = ("sampled", "nll", "dft")  # divergences that look at the sequence's own tokens alone
-VOCABULARY_ROWS = 8192  # of the head's gradient are added up at once
+VOCABULARY_ROWS = {"cpu": 8192, "cuda": 1 << 30}  # of the head's gradient are added up at once
 
 
 @dataclass(frozen=True)
@@ -132,39 +133,41 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         rows_at_once = max(1, CHUNK_BYTES // (len(head) * head.element_size()))
-        chunks = _chunks(targets.sequence, config.importance.level, rows_at_once)
-        longest = max((rows.stop - rows.start for rows, _ in chunks), default=0)
+        groups = _groups(targets.sequence, config.importance.level, rows_at_once)
+        chunks = sum(map(len, groups))
+        longest = max((rows.stop - rows.start for group in groups for rows in group), default=0)
         buffer = hidden.new_empty(longest, len(head))  # logits of a chunk, then their gradient: fresh pages cost time
-        trainer = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
-        for rows, known in chunks:
-            if not known:
-                logits = _logits(hidden[rows], head, bias, buffer)
-                trainer[rows] = _log_probs(logits, targets.sampled_ids[rows, None], wide)[:, 0]
-        scale = importance_weights(trainer, targets, config) * targets.share
+        trainer, scale, values = torch.empty(3, len(hidden), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
         trained = head.requires_grad  # it is not with LoRA, and then its gradient is not computed
         shape = head.shape if trained else (0,)
-        grad_head = torch.zeros(shape, dtype=wide if len(chunks) > 1 else head.dtype, device=head.device)
+        grad_head = torch.zeros(shape, dtype=wide if chunks > 1 else head.dtype, device=head.device)
         grad_bias = torch.zeros(0 if bias is None else len(bias), dtype=wide, device=head.device)
-        values = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-        for rows, known in chunks:
-            here = _rows(targets, rows)
-            logits = _logits(hidden[rows], head, bias, buffer)
+        for group in groups:
+            of_group = slice(group[0].start, group[-1].stop)
+            here = _rows(targets, of_group)
             ids = support(here, config)
-            known_log_p = _log_probs(logits, torch.cat([here.sampled_ids[:, None], ids], -1), wide)
-            if known:
-                trainer[rows] = known_log_p[:, 0]
-                scale[rows] = importance_weights(trainer[rows], here, config) * here.share
+            wanted = torch.cat([here.sampled_ids[:, None], ids], -1)
+            known = hidden.new_empty(wanted.shape, dtype=wide)  # at once: small blocks among large fragment the heap
+            parts = [slice(rows.start - of_group.start, rows.stop - of_group.start) for rows in group]
+            for rows, part in zip(group, parts, strict=True):
+                logits = _logits(hidden[rows], head, bias, buffer)
+                _log_probs(logits, wanted[part], known[part])
+            trainer[of_group] = known[:, 0]
+            scale[of_group] = importance_weights(known[:, 0], here, config) * here.share
             with torch.enable_grad():
-                log_p = known_log_p[:, 1:].requires_grad_()
-                objective, values[rows] = support_objective(log_p, here, len(head), config)
-                (grad_log_p,) = torch.autograd.grad((objective * scale[rows]).sum(), log_p)
-            _to_gradient(logits, ids, grad_log_p)
-            torch.mm(logits, head, out=grad_hidden[rows])
-            if trained:
-                _add_product(grad_head, logits, hidden[rows])
-            if bias is not None:
-                grad_bias += logits.sum(0)
+                log_p = known[:, 1:].requires_grad_()
+                objective, values[of_group] = support_objective(log_p, here, len(head), config)
+                (grad_log_p,) = torch.autograd.grad((objective * scale[of_group]).sum(), log_p)
+            for rows, part in zip(group, parts, strict=True):
+                if len(group) > 1:  # the buffer holds the last chunk's
+                    logits = _logits(hidden[rows], head, bias, buffer)
+                _to_gradient(logits, ids[part], grad_log_p[part])
+                torch.mm(logits, head, out=grad_hidden[rows])
+                if trained:
+                    _add_product(grad_head, logits, hidden[rows])
+                if bias is not None:
+                    grad_bias += logits.sum(0)
         logits = buffer = hidden.new_empty(0)  # before the head's gradient is there a second time
         head_grad = grad_head.to(head.dtype) if trained else None
         ctx.grads = grad_hidden, head_grad, None if bias is None else grad_bias.to(bias.dtype)
@@ -200,54 +203,80 @@ def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, buffer: Tensor) -
     return torch.mm(hidden, head.T, out=out) if bias is None else torch.addmm(bias, hidden, head.T, out=out)
 
 
-def _blocks(x: Tensor) -> Sequence[Tensor]:
-    """Views of a few rows each."""
-    return x.split(ROWS_AT_ONCE[x.device.type])
+def _blocks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of a few rows of each at a time."""
+    most = max(1, FLOAT32_BYTES[logits.device.type] // (4 * logits.shape[1]))
+    return zip(*(x.split(most) for x in (logits, *others)), strict=True)
 
 
-def _log_probs(logits: Tensor, ids: Tensor, wide: torch.dtype) -> Tensor:
-    """Of the tokens `ids`, [n, V] and [n, S] -> [n, S] of dtype `wide`."""
-    result = logits.new_empty(ids.shape, dtype=wide)  # at once: small blocks among large ones fragment the heap
-    for block, its_ids, its_result in zip(_blocks(logits), _blocks(ids), _blocks(result), strict=True):
-        torch.gather(torch.log_softmax(block, -1, dtype=wide), -1, its_ids, out=its_result)
-    return result
+def _log_probs(logits: Tensor, ids: Tensor, out: Tensor) -> None:
+    """Of the tokens `ids`, [n, V] and [n, S] -> [n, S], in the dtype of `out`."""
+    for block, its_ids, its_out in _blocks(logits, ids, out):
+        torch.gather(torch.log_softmax(block, -1, dtype=out.dtype), -1, its_ids, out=its_out)
 
 
 def _to_gradient(logits: Tensor, ids: Tensor, grad_log_p: Tensor) -> None:
     """Put scatter(grad_log_p) - softmax * sum(grad_log_p) in the place of the logits, [n, V]."""
     total = -grad_log_p.sum(-1, keepdim=True)
-    for block, its_ids, its_grad, its_total in zip(*map(_blocks, (logits, ids, grad_log_p, total)), strict=True):
-        # Without a name it is given back before the next block needs as much.
-        block.copy_(torch.softmax(block, -1, dtype=its_grad.dtype).mul_(its_total).scatter_add_(-1, its_ids, its_grad))
+    with _any_order():
+        for block, its_ids, its_grad, its_total in _blocks(logits, ids, grad_log_p, total):
+            # Without a name it is given back before the next block needs as much.
+            block.copy_(
+                torch.softmax(block, -1, dtype=its_grad.dtype).mul_(its_total).scatter_add_(-1, its_ids, its_grad)
+            )
+
+
+@contextmanager
+def _any_order() -> Iterator[None]:
+    """Let a GPU add to elements in any order. The ids of a row are distinct, so every element is added to once; told to
+    keep an order, scatter_add_ sorts, by twenty small kernels a call."""
+    before, only_warned = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warned)
 
 
 def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """total [V, H] += grad.T @ hidden, some rows at a time: the product itself is never whole in memory."""
-    for part, columns in zip(total.split(VOCABULARY_ROWS), grad.split(VOCABULARY_ROWS, dim=1), strict=True):
+    """total [V, H] += grad.T @ hidden; on a CPU some rows at a time: the product itself is never whole in memory."""
+    most = VOCABULARY_ROWS[total.device.type]
+    for part, columns in zip(total.split(most), grad.split(most, dim=1), strict=True):
         part += columns.T @ hidden
 
 
-def _chunks(sequence: Tensor, level: str, most: int) -> list[tuple[slice, bool]]:
-    """Rows to do at once, at most `most`, and whether their importance weights can be known from their own logits.
+def _groups(sequence: Tensor, level: str, most: int) -> list[list[slice]]:
+    """Chunks of at most `most` rows, in groups whose objectives are computed at once.
 
-    A sequence's weight needs all of its tokens, so chunks end where sequences end; only one longer than a chunk is cut,
-    and its logits are computed twice.
+    The logits of a group of one chunk are computed once, those of others twice. On a CPU products are what takes the
+    time: a chunk is a group, and ends where a sequence ends if the importance weights need all of its tokens; only one
+    longer than a chunk is cut. On a GPU that is the many small kernels of the objective: all rows are one group.
     """
+    rows = len(sequence)
+    if sequence.is_cuda:
+        return [_cut(0, rows, most)] if rows else []
     if level != "sequence":
-        return [(slice(i, min(i + most, len(sequence))), True) for i in range(0, len(sequence), most)]
-    chunks: list[tuple[slice, bool]] = []
+        return [[chunk] for chunk in _cut(0, rows, most)]
+    groups: list[list[slice]] = []
     start = end = 0
     for count in torch.unique_consecutive(sequence, return_counts=True)[1].tolist():
         if start < end and end - start + count > most:
-            chunks.append((slice(start, end), True))
+            groups.append([slice(start, end)])
             start = end
         end += count
         if count > most:
-            chunks += [(slice(i, min(i + most, end)), False) for i in range(start, end, most)]
+            groups.append(_cut(start, end, most))
             start = end
     if start < end:
-        chunks.append((slice(start, end), True))
-    return chunks
+        groups.append([slice(start, end)])
+    return groups
+
+
+def _cut(start: int, end: int, most: int) -> list[slice]:
+    return [slice(i, min(i + most, end)) for i in range(start, end, most)]
 
 
 def _rows(targets: Targets, rows: slice) -> Targets:

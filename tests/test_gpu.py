@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from benchmarks.loss import inputs
 from learner.attention import packed_attention
 from learner.config import LossConfig
 from learner.group import LearnerGroup
 from learner.loss import divergence_loss
+from learner.norm import replace_norms
 from services.metrics import read_jsonl
 from tests.leftovers import new_since, on_machine
 from tests.rollouts import make_rollouts
@@ -86,6 +88,26 @@ def test_the_loss_and_both_gradients_are_those_of_a_cpu() -> None:
         loss.backward()
         found.append([loss.detach(), hidden.grad, head.grad])
     assert max(relative(ours, theirs) for ours, theirs in zip(*found, strict=True)) < 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-2), (torch.float32, 1e-5)])
+def test_a_norm_is_that_of_a_cpu_in_value_and_gradients(dtype: torch.dtype, bound: float) -> None:
+    """Against float64, by the models' own class."""
+    g = torch.Generator().manual_seed(0)
+    x, direction = (torch.randn(500, 576, generator=g).to(dtype) for _ in range(2))
+    weight = (1 + 0.3 * torch.randn(576, generator=g)).to(dtype)
+    found = []
+    for device, precision in (("cuda", dtype), ("cpu", torch.float64)):
+        norm = LlamaRMSNorm(576, eps=1e-5)
+        norm.weight.data = weight.to(precision)
+        if device == "cuda":
+            assert replace_norms(norm) == 1
+        norm.to(device)
+        here = x.to(device, precision).requires_grad_()
+        out = norm(here)
+        out.backward(direction.to(device, precision))
+        found.append([out.detach(), here.grad, norm.weight.grad])
+    assert max(relative(ours, theirs) for ours, theirs in zip(*found, strict=True)) < bound
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from learner.config import ImportanceConfig, LossConfig, TokenLoss
-from learner.loss import ROWS_AT_ONCE, Targets, divergence, divergence_loss, log1mexp, token_objective, with_tail
+from learner.loss import (
+    FLOAT32_BYTES,
+    VOCABULARY_ROWS,
+    Targets,
+    divergence,
+    divergence_loss,
+    log1mexp,
+    token_objective,
+    with_tail,
+)
 
 V, H, N = 50, 16, 12
 OFF = ImportanceConfig(level="off")
@@ -133,8 +142,8 @@ def test_chunked_loss_equals_the_formula_on_whole_logits_in_value_and_both_gradi
     name: str, level: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("learner.loss.CHUNK_BYTES", chunk * V * 8)  # rows of float64
-    monkeypatch.setitem(ROWS_AT_ONCE, "cpu", 2)
-    monkeypatch.setattr("learner.loss.VOCABULARY_ROWS", 16)
+    monkeypatch.setitem(FLOAT32_BYTES, "cpu", 2 * V * 4)
+    monkeypatch.setitem(VOCABULARY_ROWS, "cpu", 16)
     g = torch.Generator().manual_seed(5)
     hidden = torch.randn(N, H, generator=g, dtype=torch.float64)
     head = torch.randn(V, H, generator=g, dtype=torch.float64)
@@ -160,6 +169,19 @@ def test_chunked_loss_equals_the_formula_on_whole_logits_in_value_and_both_gradi
     torch.testing.assert_close(loss.detach(), (value * weight / N).sum().detach(), atol=1e-9, rtol=1e-9)
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5)  # sums of both gradients are kept in float32
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_order_of_sums_that_torch_is_told_to_keep_is_told_afterwards_as_well(kept: bool) -> None:
+    log_q = draw(5)[1]
+    hidden, head = torch.randn(N, H).requires_grad_(), torch.randn(V, H).requires_grad_()
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(kept)
+    try:
+        divergence_loss(hidden, head, None, make_targets(log_q.float(), 8), LossConfig())
+        assert torch.are_deterministic_algorithms_enabled() == kept
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def test_the_sampled_estimator_has_the_gradient_of_reverse_kl_on_average() -> None:
