@@ -19,7 +19,7 @@ from learner.config import CHUNK_BYTES, LossConfig
 
 # Of a chunk, worked on in float32 at once: on a CPU what stays in its cache; on a GPU, where starting kernels takes the
 # time, half as much again as the chunk.
-FLOAT32_BYTES = {"cpu": 3 << 20, "cuda": 48 << 20}
+FLOAT32_BYTES = {"cpu": 3 << 20, "cuda": 24 << 20}
 OF_ONE_TOKEN = ("sampled", "nll", "dft")  # divergences that look at the sequence's own tokens alone
 VOCABULARY_ROWS = {"cpu": 8192, "cuda": 1 << 30}  # of the head's gradient are added up at once
 
@@ -159,10 +159,12 @@ class _Chunked(torch.autograd.Function):
                 log_p = known[:, 1:].requires_grad_()
                 objective, values[of_group] = support_objective(log_p, here, len(head), config)
                 (grad_log_p,) = torch.autograd.grad((objective * scale[of_group]).sum(), log_p)
+            total = grad_log_p.sum(-1, keepdim=True)
+            at_ids = (grad_log_p - log_p.detach().exp() * total).to(logits.dtype)
             for rows, part in zip(group, parts, strict=True):
                 if len(group) > 1:  # the buffer holds the last chunk's
                     logits = _logits(hidden[rows], head, bias, buffer)
-                _to_gradient(logits, ids[part], grad_log_p[part])
+                _to_gradient(logits, total[part], ids[part], at_ids[part])
                 torch.mm(logits, head, out=grad_hidden[rows])
                 if trained:
                     _add_product(grad_head, logits, hidden[rows])
@@ -215,15 +217,12 @@ def _log_probs(logits: Tensor, ids: Tensor, out: Tensor) -> None:
         torch.gather(torch.log_softmax(block, -1, dtype=out.dtype), -1, its_ids, out=its_out)
 
 
-def _to_gradient(logits: Tensor, ids: Tensor, grad_log_p: Tensor) -> None:
-    """Put scatter(grad_log_p) - softmax * sum(grad_log_p) in the place of the logits, [n, V]."""
-    total = -grad_log_p.sum(-1, keepdim=True)
+def _to_gradient(logits: Tensor, total: Tensor, ids: Tensor, at_ids: Tensor) -> None:
+    """Put -softmax * total, [n, V] and [n, 1], in the place of the logits, and at the tokens `ids` what is given."""
+    for block, its_total in _blocks(logits, -total):
+        torch.mul(torch.softmax(block, -1, dtype=its_total.dtype), its_total, out=block)
     with _any_order():
-        for block, its_ids, its_grad, its_total in _blocks(logits, ids, grad_log_p, total):
-            # Without a name it is given back before the next block needs as much.
-            block.copy_(
-                torch.softmax(block, -1, dtype=its_grad.dtype).mul_(its_total).scatter_add_(-1, its_ids, its_grad)
-            )
+        logits.scatter_(-1, ids, at_ids)
 
 
 @contextmanager
