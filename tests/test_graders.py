@@ -40,6 +40,12 @@ def test_exact_compares_the_stripped_reply_with_each_accepted_string() -> None:
         ("3.14", {"value": 3.14159, "tolerance": 0.01}),
         ("in 2024-11", 11),
         ("**42**", 42),
+        ("The point is (3,4).", 4),
+        ("(3,-4)", -4),
+        ("x,.5", 0.5),
+        ("1,000,12", 12),
+        ("1000,2000", 2000),
+        ("it is 3,400", 3400),
     ],
 )
 def test_numeric_takes_the_last_number(text: str, answer: Any) -> None:
@@ -58,6 +64,8 @@ def test_numeric_takes_the_last_number(text: str, answer: Any) -> None:
         ("-4", 4),
         ("3.2", {"value": 3.14159, "tolerance": 0.01}),
         ("1,2345", 2345),
+        ("The point is (3,4).", 3),
+        ("12,345", 345),
     ],
 )
 def test_numeric_refuses_other_numbers(text: str, answer: Any) -> None:
@@ -82,6 +90,8 @@ def test_numeric_needs_a_number(answer: Any) -> None:
         ("it costs US$5", "$5"),
         ("written in C++.", "c++"),
         ("minus five is -5", "-5"),
+        ("1.Paris", "Paris"),
+        ("1889,Paris", "Paris"),
     ],
 )
 def test_contains_finds_an_accepted_string_as_whole_words(text: str, answer: str | list[str]) -> None:
@@ -100,6 +110,7 @@ def test_contains_finds_an_accepted_string_as_whole_words(text: str, answer: str
         ("price", "ice"),
         ("icecream", "ice"),
         ("c plus plus", "c++"),
+        ("1,889", "889"),
         ("", ["a", "b"]),
     ],
 )
@@ -149,6 +160,24 @@ def test_tool_call_compares_the_multiset_of_names_and_the_merged_arguments() -> 
     assert not tool_call.grade("\n".join([*calls, calls[0]]), answer)
     assert not tool_call.grade("\n".join(calls).replace('"b"', '"c"'), answer)
     assert not tool_call.grade("\n".join(calls).replace("save", "store"), answer)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given", "equal"),
+    [
+        ({"on": True}, {"on": 1}, False),
+        ({"on": [{"a": 0}]}, {"on": [{"a": False}]}, False),
+        ({"on": [{"a": False}]}, {"on": [{"a": False}]}, True),
+        ({"on": 1}, {"on": 1.0}, True),
+        ({"on": [1, 2]}, {"on": [1]}, False),
+        ({"on": {"a": 1}}, {"on": {"b": 1}}, False),
+        ({"on": {}}, {"on": []}, False),
+        ({"on": None}, {"on": None}, True),
+    ],
+)
+def test_tool_call_compares_arguments_as_json_does(wanted: Any, given: Any, equal: bool) -> None:
+    reply = as_text([{"Action": "f", "Action_Input": json.dumps(given)}])
+    assert tool_call.grade(reply, [{"Action": "f", "Action_Input": wanted}]) is equal
 
 
 def test_tool_call_merges_arguments_in_order_so_the_last_value_counts() -> None:
@@ -253,6 +282,7 @@ def test_instruction_wants_every_rule_kept() -> None:
         ("lines", "a list of rules"),
         (["lines"], "rule 1 must be one of contains, lacks"),
         ([{"rule": "rhyme"}], "rule 1 must be one of"),
+        ([{"rule": ["lines"], "n": 3}], "rule 1 must be one of"),
         ([{"rule": "json"}, {"rule": "lines"}], "rule 2, lines, takes n beside its name"),
         ([{"rule": "json", "n": 1}], "rule 1, json, takes nothing beside its name"),
         ([{"rule": "lines", "n": True}], "rule 1: n must be a whole number"),

@@ -6,8 +6,8 @@ from typing import Any
 from services.graders import exact
 
 # "5" is neither part of "15" or "x5", nor of "5.2", "1.5" or "5,000", nor of "-5"; in "5." and "3-5" it stands alone.
-_NOT_AFTER = r"(?<!\w)(?<!\d[.,])"
-_NOT_AFTER_MINUS = r"(?<!(?<!\w)[-−])"
+_NOT_AFTER = r"(?<!\w)"
+_NOT_WITHIN_NUMBER = r"(?<!\d[.,])(?<!(?<!\w)[-−])"
 _NOT_BEFORE = r"(?!\w)"
 _NOT_BEFORE_DECIMALS = r"(?![.,]\d)"
 
@@ -28,7 +28,7 @@ def _pattern(accepted: str) -> str:
     first, last = words[0][0], words[-1][-1]
     before = after = ""
     if re.match(r"\w", first):
-        before = _NOT_AFTER + (_NOT_AFTER_MINUS if first.isdigit() else "")
+        before = _NOT_AFTER + (_NOT_WITHIN_NUMBER if first.isdigit() else "")
     if re.match(r"\w", last):
         after = _NOT_BEFORE + (_NOT_BEFORE_DECIMALS if last.isdigit() else "")
     return before + r"\s+".join(re.escape(word) for word in words) + after

@@ -58,7 +58,7 @@ def check_answer(answer: Any) -> str | None:
         return 'answer must be a list of rules such as {"rule": "lines", "n": 3}'
     for number, rule in enumerate(answer, start=1):
         name = rule.get("rule") if isinstance(rule, dict) else None
-        if name not in RULES:
+        if not isinstance(name, str) or name not in RULES:
             return f"rule {number} must be one of {', '.join(RULES)}"
         parameter = RULES[name][0]
         if set(rule) != {"rule"} | ({parameter} if parameter else set()):

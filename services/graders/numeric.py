@@ -5,7 +5,11 @@ import re
 from typing import Any
 
 # Thousands may be set off by commas; "3.", at the end of a sentence, is 3; the hyphen of "2024-11" is no minus.
-_NUMBER = re.compile(r"(?<![\w.,])[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|(?<![\w.,])[-+−]?\.\d+")
+_NUMBER = re.compile(
+    # A number begins behind the comma of "(3,4)", but not within "1,2345": there the comma sets off thousands.
+    r"(?<![\w.])(?!(?<=\d,)(?<!\d{4},)\d{3})[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?"
+    r"|(?<![\w.])[-+−]?\.\d+"
+)
 EXACT = 1e-9  # relative: what floating point loses, and no more
 
 

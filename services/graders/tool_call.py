@@ -25,7 +25,7 @@ def grade(text: str, answer: Any) -> bool:
     if made is None:
         return False
     expected = [Call(call["Action"].strip(), _arguments(call["Action_Input"]) or {}) for call in answer]
-    return _names(made) == _names(expected) and _merged(made) == _merged(expected)
+    return _names(made) == _names(expected) and _same(_merged(made), _merged(expected))
 
 
 def check_answer(answer: Any) -> str | None:
@@ -87,3 +87,21 @@ def _names(calls: list[Call]) -> Counter[str]:
 
 def _merged(calls: list[Call]) -> dict[str, Any]:
     return {name: value for call in calls for name, value in call.arguments.items()}
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two JSON values are equal: 1 is 1.0, but not true, as it is to Python."""
+    left = [(one, other)]  # not by recursion: JSON may be nested deeper than calls can be
+    while left:
+        a, b = left.pop()
+        if isinstance(a, dict) and isinstance(b, dict):
+            if a.keys() != b.keys():
+                return False
+            left += [(a[name], b[name]) for name in a]
+        elif isinstance(a, list) and isinstance(b, list):
+            if len(a) != len(b):
+                return False
+            left += zip(a, b, strict=True)
+        elif isinstance(a, bool) != isinstance(b, bool) or a != b:
+            return False
+    return True
