@@ -75,7 +75,8 @@ def _checked(
     good: list[Record] = []
     bad: list[str] = []
     line_of_id: dict[str, int] = {}
-    for line, row in rows:
+    for line, given_row in rows:
+        row = given_row if isinstance(given_row, BadRow) else _without_blanks(given_row, required)
         problems = [str(row)] if isinstance(row, BadRow) else list(_problems(row, required, check_answer))
         if isinstance(row, dict) and not any(p.startswith("id ") for p in problems):
             given = row.get("id")
@@ -96,6 +97,12 @@ def _checked(
     if not good:
         raise UserError(f"{name}: there are no rows; give at least one with {' and '.join(required)}")
     return good
+
+
+def _without_blanks(row: dict[str, Any], required: tuple[str, ...]) -> dict[str, Any]:
+    """The row, with null for blank text in optional columns: some data sets have that for nothing."""
+    optional = {column: row.get(column) for column in COLUMNS if column not in required}
+    return row | {column: None for column, v in optional.items() if isinstance(v, str) and not v.strip()}
 
 
 def _problems(
@@ -130,7 +137,8 @@ def _problems(
 
 def _near_column(column: str, row: dict[str, Any], required: bool) -> str | None:
     """A column of the row that is probably a mistyped `column`."""
-    if column in row or column == "id":  # id is too short: idx and uid are columns of their own
+    # id is too short: idx and uid are columns of their own. answer, where nobody grades, is read by nobody.
+    if column in row or column == "id" or (column == "answer" and not required):
         return None
     others = [str(name) for name in row if name not in COLUMNS]
     near = difflib.get_close_matches(column, others, n=1, cutoff=0.6 if required else NEAR_OPTIONAL)

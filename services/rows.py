@@ -40,7 +40,7 @@ def parquet_rows(path: Path) -> Iterator[NumberedRow]:
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as e:
         cause = e.__cause__ or e
         raise UserError(f"{path}: not a Parquet file that can be read: {_first_line(cause)}; write it again") from None
-    yield from enumerate(rows, start=1)
+    yield from _numbered(rows)
 
 
 def hub_rows(name: str, split: str, hint: str) -> Iterator[NumberedRow]:
@@ -63,7 +63,7 @@ def hub_rows(name: str, split: str, hint: str) -> Iterator[NumberedRow]:
             f"data.train: split {split} of the hub data set {name} cannot be loaded: {reason}; set data.split to one "
             f"that it has, {local}"
         ) from None
-    yield from enumerate(rows, start=1)
+    yield from _numbered(rows)
 
 
 def renamed(rows: Iterable[NumberedRow], columns: Mapping[Any, str]) -> Iterator[NumberedRow]:
@@ -83,6 +83,19 @@ def renamed(rows: Iterable[NumberedRow], columns: Mapping[Any, str]) -> Iterator
         if isinstance(lines, list) and lines and all(isinstance(line, str) for line in lines):
             ours["demonstration"] = "\n".join(lines)
         yield number, ours
+
+
+def _numbered(rows: Iterable[dict[str, Any]]) -> Iterator[NumberedRow]:
+    """The rows of Arrow, in which every object of a column has the members of all others, null where it had none."""
+    for number, row in enumerate(rows, start=1):
+        yield number, {column: _without_nulls(value) for column, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the members of objects that are null."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _parse(line: bytes) -> dict[str, Any] | BadRow:

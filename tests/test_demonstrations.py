@@ -130,6 +130,21 @@ def test_a_bad_row_is_named_by_line_and_reason(tmp_path: Path, row: Any, words: 
         assert word in bad
 
 
+def test_an_optional_column_may_be_empty(tmp_path: Path) -> None:
+    """As Dolly's context is where a question has none."""
+    write(tmp_path, ROW | {"context": "", "feedback": " "}, ROW | {"id": ""})
+    first, second = load_demonstrations(DataConfig(train="train.jsonl"), tmp_path, ["demonstration"])
+    assert (first.context, first.feedback, second.id) == (None, None, "row-2")
+    (bad,) = problems(tmp_path, ROW | {"demonstration": ""})
+    assert bad == "train.jsonl:1: demonstration is empty"
+
+
+def test_training_does_not_miss_an_answer_that_it_never_reads(tmp_path: Path) -> None:
+    write(tmp_path, ROW | {"answers": ["a", "b"]})
+    (row,) = load_demonstrations(DataConfig(train="train.jsonl"), tmp_path, ["demonstration"])
+    assert row.answer is None
+
+
 def test_equal_ids_are_an_error_that_names_both_lines(tmp_path: Path) -> None:
     bad, *_ = problems(tmp_path, ROW | {"id": 5}, ROW, ROW | {"id": "5"})
     assert bad.startswith("train.jsonl:3: ")
@@ -168,6 +183,21 @@ def test_a_parquet_file_gives_the_same_rows_as_jsonl(tmp_path: Path) -> None:
         (d.id, d.messages, d.demonstration, d.context) for d in from_jsonl
     ]
     assert "train.parquet" in from_parquet[1].where
+
+
+def test_an_answer_in_parquet_has_only_its_own_members(tmp_path: Path) -> None:
+    """Arrow gives every row of a column the members of all rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    answers = [
+        [{"Action": "light", "Action_Input": {"room": "hall"}}],
+        [{"Action": "play", "Action_Input": {"title": "Help!"}}, {"Action": "stop", "Action_Input": {}}],
+    ]
+    rows = [{"prompt": "Do it.", "answer": answer} for answer in answers]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
+    one = EvaluationSet(name="q", file="q.parquet", grader="tool_call")
+    assert [q.answer for q in load_questions(one, tmp_path, GRADERS["tool_call"].check_answer)] == answers
 
 
 def test_a_damaged_parquet_file_is_an_error(tmp_path: Path) -> None:
