@@ -54,7 +54,7 @@ def load_stage(path: Path, run: RunConfig) -> StageConfig:
     # As the only stage of a run: what is wrong with it is then said by what says it of a run's.
     given = _mapping(path, "name, data.train and epochs or steps")
     whole = run.model_dump(mode="json", include={"dtype", "device", "learner", "actors"})
-    training = {"batch_size": run.training.batch_size}
+    training = run.training.model_dump(include={"batch_size", "max_staleness"})
     data = whole | {"model": "any", "training": training, "stages": [given]}
     try:
         (stage,) = _validated(path, data, {}).stages
@@ -156,7 +156,9 @@ def _explain(error: ValidationError) -> list[Problem]:
             problems.append(Problem(e["loc"], what))
             meant.add(suggestion)
     for e in errors:
-        if e["type"] != "extra_forbidden" and not (e["type"] == "missing" and e["loc"] in meant):
+        if e["loc"][-1:] == ("[key]",):
+            problems.append(Problem(e["loc"][:-1], _no_column(e["loc"][:-1])))
+        elif e["type"] != "extra_forbidden" and not (e["type"] == "missing" and e["loc"] in meant):
             problems.append(Problem(e["loc"], _sentence(e["type"], e["loc"], e["input"], e.get("ctx", {}), e["msg"])))
     return problems
 
@@ -174,6 +176,15 @@ def _unknown(parent: Loc, key: str) -> tuple[str, Loc | None]:
     if elsewhere:
         return f"is not a setting; did you mean {' or '.join(map(_dotted, elsewhere))}?", None
     return f"is not a setting; {_dotted(parent) or 'the file'} has {', '.join(names)}", None
+
+
+def _no_column(loc: Loc) -> str:
+    """What to say of a name in `columns`, the only mapping whose keys are fixed."""
+    columns = _choices(loc[:-1])
+    near = difflib.get_close_matches(str(loc[-1]), columns, n=1)
+    if near:
+        return f"is no column; did you mean {_dotted((*loc[:-1], near[0]))}?"
+    return f"is no column; there are {', '.join(columns)}"
 
 
 def _sentence(kind: str, loc: Loc, given: Any, ctx: dict[str, Any], message: str) -> str:
@@ -195,7 +206,7 @@ def _sentence(kind: str, loc: Loc, given: Any, ctx: dict[str, Any], message: str
         name, words = _LIMITS[kind]
         return f"must be {words} {ctx[name]:g}, not {_given(given)}"
     if kind == "literal_error":
-        options = [str(o) for o in get_args(_field(loc).annotation)]
+        options = [str(o) for o in _choices(loc)]
         near = difflib.get_close_matches(str(given), options, n=1) if isinstance(given, str) else []
         mend = f"; did you mean {near[0]}?" if near else ""
         return f"must be {' or '.join(options)}, not {_given(given)}{mend}"
@@ -217,8 +228,7 @@ def _loose_values(value: Any, loc: Loc) -> Iterator[Problem]:
     elif isinstance(value, float) and not math.isfinite(value):
         yield Problem(loc, f"must be a finite number, not {value}")
     elif isinstance(value, bool) and isinstance(loc[-1], str) and loc[-1] in _fields(loc[:-1]):
-        annotation = _field(loc).annotation
-        options = next((get_args(a) for a in (annotation, *get_args(annotation)) if get_origin(a) is Literal), ())
+        options = _choices(loc)
         if options and all(type(o) is int for o in options):
             yield Problem(loc, f"must be {' or '.join(map(str, options))}, not {_given(value)}")
 
@@ -239,8 +249,11 @@ def _fields(section: Loc) -> dict[str, FieldInfo]:
     return model.model_fields
 
 
-def _field(loc: Loc) -> FieldInfo:
-    return _fields(loc[:-1])[str(loc[-1])]
+def _choices(loc: Loc) -> tuple[Any, ...]:
+    """The fixed choices of the setting at `loc`, whether null is one more or they are a mapping's keys; empty if it has
+    none."""
+    annotation = _fields(loc[:-1])[str(loc[-1])].annotation
+    return next((get_args(a) for a in (annotation, *get_args(annotation)) if get_origin(a) is Literal), ())
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:

@@ -94,6 +94,16 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
         ("learner: {lora: 16}", "my.yaml: learner.lora must be a mapping of settings, not 16"),
         ("targets: [q_proj]", "my.yaml: targets is not a setting; did you mean learner.lora.targets?"),
         ("learner: {zero_stage: yes}", "my.yaml: learner.zero_stage must be 0 or 1 or 2 or 3, not true"),
+        ("learner: {zero_stage: 5}", "my.yaml: learner.zero_stage must be 0 or 1 or 2 or 3, not 5"),
+        (
+            "evaluation: {sets: [{name: a, file: f, grader: exact, columns: {answr: x}}]}",
+            "my.yaml: evaluation.sets[0].columns.answr is no column; did you mean evaluation.sets[0].columns.answer?",
+        ),
+        (
+            "evaluation: {sets: [{name: a, file: f, grader: exact, columns: {zzz: x}}]}",
+            "my.yaml: evaluation.sets[0].columns.zzz is no column; there are prompt, demonstration, id, context, "
+            "feedback, answer, text",
+        ),
         ("monitoring: {tensorboard: 1}", "my.yaml: monitoring.tensorboard must be true or false, not 1"),
         ("run_dir: 5", "my.yaml: run_dir must be text, not 5; put it in quotes"),
         (
@@ -142,6 +152,19 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
 )
 def test_a_wrong_setting_is_named_with_its_mend(tmp_path: Path, extra: str, expected: str) -> None:
     assert message(tmp_path, GOOD + extra) == expected
+
+
+def test_a_mistyped_column_or_method_of_a_stage_is_named_with_its_mend(tmp_path: Path) -> None:
+    rest = "model: m\ntraining: {batch_size: 4}\nstages: "
+    assert message(tmp_path, rest + "[{name: a, steps: 1, data: {train: t.jsonl}, method: stf}]") == (
+        'my.yaml: stages[0].method must be sdft or off_policy or sft or dft, not the text "stf"; did you mean sft?'
+    )
+    assert message(tmp_path, rest + "[{name: a, steps: 1, data: {train: t.jsonl, columns: {promt: x}}}]") == (
+        "my.yaml: stages[0].data.columns.promt is no column; did you mean stages[0].data.columns.prompt?"
+    )
+    assert message(tmp_path, GOOD, "data.columns.promt=x") == (
+        "--set data.columns.promt=x: data.columns.promt is no column; did you mean data.columns.prompt?"
+    )
 
 
 def test_a_mistyped_section_is_not_also_reported_as_missing(tmp_path: Path) -> None:
