@@ -31,7 +31,7 @@ def appended(run_dir: Path, base: Path, overrides: Sequence[str], stage_file: Pa
     name = stage_name(run_dir)
     stages = load_config(own).stages
     if stages and stages[0].name == name:  # made a stage by an --append before
-        overrides = [_of_stage(name, override) for override in overrides]
+        overrides = [_of_stage(stages[0], override) for override in overrides]
     config = as_stream(with_absolute_paths(load_config(own, overrides), base), name)
     stage = stage_with_absolute_paths(load_stage(stage_file, config), stage_file.parent)
     namesake = next((s for s in config.stages if s.name == stage.name), None)
@@ -52,12 +52,14 @@ def stage_name(run_dir: Path) -> str:
     return re.sub(r"[^a-z0-9_-]+", "-", run_dir.resolve().name.lower())
 
 
-def _of_stage(name: str, override: str) -> str:
+def _of_stage(stage: StageConfig, override: str) -> str:
     """A setting of a run's only task, as one of the stage that it has become; others as they are."""
     key = override.partition("=")[0].strip()
     if key in ("training.epochs", "training.steps"):
-        return f"stages.{name}.{override.strip().removeprefix('training.')}"
-    return f"stages.{name}.{override.strip()}" if key.split(".")[0] == "data" else override
+        return f"stages.{stage.name}.{override.strip().removeprefix('training.')}"
+    if any(key.startswith(f"evaluation.sets.{one.name}.") for one in stage.sets):
+        return f"stages.{stage.name}.{override.strip().removeprefix('evaluation.')}"
+    return f"stages.{stage.name}.{override.strip()}" if key.split(".")[0] == "data" else override
 
 
 def as_stream(config: RunConfig, name: str) -> RunConfig:

@@ -182,6 +182,7 @@ def test_a_stage_is_good_if_it_is_good_for_the_run_it_is_appended_to(tmp_path: P
     runs: tuple[dict[str, Any], ...] = (
         {"dtype": "float32", "learner": {"zero_stage": 0}},
         {"device": "cuda", "learner": {"ranks": 64}, "training": {"batch_size": 64}},
+        {"actors": {"teacher": {"max_replicas": 3}}, "training": {"batch_size": 4, "max_staleness": 1}},
     )
     for run in runs:
         (run_dir / "config.yaml").write_text(resolved_yaml(config(stages=[A], **run)))
@@ -194,13 +195,17 @@ def test_the_same_command_appends_once_whatever_it_sets(tmp_path: Path) -> None:
     own.touch()
     more.write_text(yaml.safe_dump(B))
     alone = {"model": "m", "data": {"train": str(own)}, "training": {"steps": 4}}
+    sets = [{"name": n, "file": str(own), "grader": "exact", "role": r} for n, r in (("a", "task"), ("b", "retention"))]
+    alone["evaluation"] = {"sets": sets}
     (run_dir / "config.yaml").write_text(resolved_yaml(RunConfig.model_validate(alone)))
     overrides = ["training.steps=4", "data.train=own.jsonl", "learner.threads=1"]
+    overrides += ["evaluation.sets.a.rows=10", "evaluation.sets.b.rows=20"]
     once = appended(run_dir, tmp_path, overrides, more)
     (run_dir / "config.yaml").write_text(resolved_yaml(once))
     assert appended(run_dir, tmp_path, overrides, more) == once
     first = once.stages[0]
     assert (first.name, first.data.train, first.steps) == ("run", str(own), 4)
+    assert [(s.name, s.rows) for s in once.sets] == [("b", 20), ("a", 10)]
 
 
 def test_the_learner_knows_its_stages(tiny_model: Path, tmp_path: Path) -> None:
