@@ -4,11 +4,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-import yaml
-
 from services.errors import UserError
 from services.gauges import Prometheus
 from services.sections import MonitoringConfig
+from services.strict_yaml import parse_yaml
 
 
 class Sink(Protocol):
@@ -43,7 +42,7 @@ class WeightsAndBiases:
         import wandb
 
         path = run_dir / "config.yaml"
-        config = yaml.safe_load(path.read_text()) if path.exists() else {}
+        config = parse_yaml(path.read_text()) if path.exists() else {}
         self._run = wandb.init(project=project, dir=str(run_dir), config=config, group=run_dir.resolve().name)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -66,8 +65,10 @@ class MLflow:
             mlflow.log_artifact(str(run_dir / "config.yaml"))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
+        # It takes no @ in a name, as of pass@8.
+        named = {name.replace("@", "_at_"): value for name, value in metrics.items()}
         # Not synchronous: a training step does not wait for a server, nor end because it is away.
-        self._mlflow.log_metrics(metrics, step=step, synchronous=False)
+        self._mlflow.log_metrics(named, step=step, synchronous=False)
 
     def close(self) -> None:
         self._mlflow.flush_async_logging()

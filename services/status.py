@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from services.checkpoint import MANIFEST, folders
 from services.errors import UserError
 from services.metrics import PERPLEXITY, STUDENT, TEACHER, EvalResult, StepMetrics, percent, read_rows
+from services.strict_yaml import YamlError, parse_yaml
 from services.verdict import verdict
 from services.watchdog import read_waiting
 
@@ -65,9 +64,9 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     """The resolved configuration, {} before it is written. Not validated: a run of another version stays readable."""
     path = run_dir / "config.yaml"
     try:
-        config = yaml.safe_load(path.read_text()) if path.exists() else {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({error}); restore the file the run wrote") from error
+        config = parse_yaml(path.read_text()) if path.exists() else {}
+    except YamlError as error:
+        raise UserError(f"{path}:{error.line}: not YAML ({error}); restore the file the run wrote") from error
     return config if isinstance(config, dict) else {}
 
 

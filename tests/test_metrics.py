@@ -2,8 +2,10 @@ import io
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -22,6 +24,7 @@ from services.metrics import (
 )
 from services.progress import Progress
 from services.sections import MonitoringConfig
+from services.sinks import MLflow, WeightsAndBiases
 
 FILES_ONLY = MonitoringConfig(tensorboard=False)
 STEP = StepMetrics(
@@ -191,6 +194,37 @@ def test_a_sink_that_is_not_installed_is_named_before_the_run(
     with pytest.raises(UserError, match=rf"monitoring\.{key} is set.*pip install {package}"):
         check_sinks(MonitoringConfig.model_validate(values))
     check_sinks(FILES_ONLY)
+
+
+class Logged:
+    """In the place of a sink's package, or of its run: what was called, with what."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def __getattr__(self, name: str) -> Callable[..., "Logged"]:
+        def call(*arguments: Any, **named: Any) -> Logged:
+            self.calls[name] = (arguments, named)
+            return self
+
+        return call
+
+
+def test_mlflow_gets_names_that_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses an @."""
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow := Logged())
+    MLflow(tmp_path, "demo").log(3, {"eval/tools/pass@8": 0.5, "train/loss": 1.0})
+    (metrics,), named = mlflow.calls["log_metrics"]
+    assert metrics == {"eval/tools/pass_at_8": 0.5, "train/loss": 1.0}
+    assert named["step"] == 3
+
+
+def test_wandb_gets_the_configuration_as_the_run_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Logged())
+    (tmp_path / "config.yaml").write_text("stages:\n- name: 2026-11-27\n  optimizer: {lr: 1e-5}\n")
+    WeightsAndBiases(tmp_path, "demo")
+    config = {"stages": [{"name": "2026-11-27", "optimizer": {"lr": 1e-5}}]}
+    assert wandb.calls["init"][1]["config"] == config
 
 
 def test_a_folder_named_wandb_is_not_taken_for_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

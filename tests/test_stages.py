@@ -23,6 +23,7 @@ from services.metrics import EvalResult
 from services.prepare import learner_settings, prepare
 from services.rollouts import Rollouts
 from services.schedule import make_schedule
+from services.status import read_config
 from tests.runs import write_stages
 
 A = {"name": "a", "data": {"train": "a.jsonl"}, "steps": 3}
@@ -206,6 +207,16 @@ def test_the_same_command_appends_once_whatever_it_sets(tmp_path: Path) -> None:
     first = once.stages[0]
     assert (first.name, first.data.train, first.steps) == ("run", str(own), 4)
     assert [(s.name, s.rows) for s in once.sets] == [("b", 20), ("a", 10)]
+
+
+def test_a_run_that_is_named_by_a_date_has_a_stage_of_that_name(tmp_path: Path) -> None:
+    run_dir, more = tmp_path / "2026-11-27", tmp_path / "more.yaml"
+    run_dir.mkdir()
+    more.write_text(yaml.safe_dump(B))
+    alone = {"model": "m", "data": {"train": "a.jsonl"}, "training": {"steps": 4}}
+    (run_dir / "config.yaml").write_text(resolved_yaml(RunConfig.model_validate(alone)))
+    (run_dir / "config.yaml").write_text(resolved_yaml(appended(run_dir, tmp_path, [], more)))
+    assert [stage["name"] for stage in read_config(run_dir)["stages"]] == ["2026-11-27", "b"]
 
 
 def test_the_learner_knows_its_stages(tiny_model: Path, tmp_path: Path) -> None:
