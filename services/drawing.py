@@ -25,15 +25,16 @@ def lines(
     axes: "Axes", steps: Sequence[StepMetrics], series: Sequence[tuple[str, Callable[[StepMetrics], float], str]]
 ) -> None:
     labels = []
-    highest = 0.0
+    lowest = highest = 0.0
     marker = "o" if len(steps) == 1 else ""  # a line of one point would not be seen
     for name, value, colour in series:
         values = [value(m) for m in steps]
         axes.plot([m.step for m in steps], values, color=colour, marker=marker, markersize=4)
-        highest = max([highest, *(v for v in values if math.isfinite(v))])
+        finite = [v for v in values if math.isfinite(v)]
+        lowest, highest = min([lowest, *finite]), max([highest, *finite])
         if name and math.isfinite(values[-1]):
             labels.append((values[-1], f"{name} {values[-1]:.3f}", colour))
-    axes.set_ylim(0, 1.08 * highest or 1.0)
+    axes.set_ylim(1.08 * lowest, 1.08 * highest if highest > lowest else 1.0)
     label_ends(axes, labels)
 
 
