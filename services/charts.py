@@ -8,7 +8,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 from services.drawing import COLOURS, GREY, HALF, INK, WIDE, axes_of, chart, label_ends, lines
-from services.metrics import STUDENT, TEACHER, EvalResult, StepMetrics, percent
+from services.metrics import STUDENT, TEACHER, EvalResult, StepMetrics, divergence_names, percent
 
 if TYPE_CHECKING:
     from services.continual import Matrix
@@ -126,7 +126,7 @@ def matrix_chart(matrix: "Matrix") -> str:
 def loss_chart(steps: Sequence[StepMetrics]) -> str:
     """Loss and divergence over steps, in nats a token."""
     name = steps[-1].divergence_name
-    with chart(WIDE, f"Loss and {name} over steps") as (figure, done):
+    with chart(WIDE, f"Loss and {divergence_names(steps)} over steps") as (figure, done):
         axes = axes_of(figure, "nats a token", steps[-1].step)
         lines(axes, steps, [("loss", lambda m: m.loss, COLOURS[0]), (name, lambda m: m.divergence, COLOURS[1])])
         return done()

@@ -17,7 +17,8 @@ from typing import Any
 
 from services.errors import UserError
 from services.metrics import PERPLEXITY, STUDENT, Z_95, EvalResult, permille, read_rows
-from services.status import check_run_dir, read_config, read_stages
+from services.resolved import read_config
+from services.status import check_run_dir, read_stages
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; from the normal distribution's beyond.
 T_975 = (

@@ -68,6 +68,11 @@ class StepMetrics:
         return DIVERGENCE_NAMES.get(self.direction, self.direction)
 
 
+def divergence_names(steps: Iterable[StepMetrics]) -> str:
+    """Of all steps: stages may have different ones."""
+    return ", ".join(dict.fromkeys(m.divergence_name for m in steps))
+
+
 DETERMINISTIC_FIELDS = tuple(
     f.name for f in fields(StepMetrics) if not f.name.startswith("time_") and f.name != "tokens_per_s"
 )

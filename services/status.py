@@ -13,7 +13,7 @@ from typing import Any, Literal
 from services.checkpoint import MANIFEST, folders
 from services.errors import UserError
 from services.metrics import PERPLEXITY, STUDENT, TEACHER, EvalResult, StepMetrics, percent, read_rows
-from services.strict_yaml import YamlError, parse_yaml
+from services.resolved import read_config
 from services.verdict import verdict
 from services.watchdog import read_waiting
 
@@ -60,26 +60,11 @@ def check_run_dir(run_dir: Path) -> None:
         raise UserError(f"{run_dir}: no run in this folder (it has none of {', '.join(RUN_FILES)})")
 
 
-def read_config(run_dir: Path) -> dict[str, Any]:
-    """The resolved configuration, {} before it is written. Not validated: a run of another version stays readable."""
-    path = run_dir / "config.yaml"
-    try:
-        config = parse_yaml(path.read_text()) if path.exists() else {}
-    except YamlError as error:
-        raise UserError(f"{path}:{error.line}: not YAML ({error}); restore the file the run wrote") from error
-    return config if isinstance(config, dict) else {}
-
-
 def read_stages(run_dir: Path) -> list[tuple[str, int]]:
     """Name and last step of each stage, [] in a run without stages."""
     path = run_dir / "run.json"
     stages = json.loads(path.read_text()).get("stages", []) if path.exists() else []
     return [(name, last) for name, last in stages if name]
-
-
-def max_staleness(config: dict[str, Any]) -> int:
-    """Of the resolved configuration; 0 where it does not say."""
-    return int((config.get("training") or {}).get("max_staleness") or 0)
 
 
 def read_state(run_dir: Path) -> RunState:
@@ -224,7 +209,7 @@ def status_text(run_dir: Path) -> str:
         lines.append(
             ("loss", f"{recent}  ({last.divergence_name} {last.divergence:.4f}, {last.tokens_per_s:.0f} tok/s)")
         )
-        bound = verdict(steps, max_staleness(config))
+        bound = verdict(steps, config)
         if bound is not None:
             lines.append(("bound by", bound))
     for index, one in enumerate(sets):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from services.drawing import lines
 from services.errors import UserError
 from services.metrics import EvalResult, RunLog, Sample, StepMetrics
 from services.report import write_report
@@ -128,6 +129,53 @@ def test_a_streams_stage_is_in_its_status_and_its_tasks_are_in_a_heat_map(tmp_pa
     for text in ("before", "after tools", "tools", "general (retention)", "81.3 %", "98.8 %"):
         assert f"{text}<" in heat_map, text
     assert "after facts" not in heat_map
+
+
+@pytest.mark.parametrize(
+    ("method", "direction", "note"),
+    [
+        (
+            "sdft",
+            "jsd",
+            "The JSD of teacher and student on the student's tokens; the loss adds the importance weights.",
+        ),
+        ("off_policy", "forward", "The forward KL of teacher and student on the teacher's tokens, which is also the"),
+        ("sft", "nll", "The NLL of the demonstrations' tokens, which is also the loss."),
+        ("dft", "dft", "The NLL of the demonstrations' tokens; the loss weighs each by the student's probability"),
+    ],
+)
+def test_the_note_on_the_loss_is_that_of_the_method(tmp_path: Path, method: str, direction: str, note: str) -> None:
+    run_dir = begin(tmp_path)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "method": method}))
+    log = RunLog(run_dir, MonitoringConfig(tensorboard=False))
+    log.step(replace(STEP, direction=direction))
+    log.close()
+    assert note in Page(write_report(run_dir)).text
+
+
+def test_of_a_stream_all_losses_are_named(tmp_path: Path) -> None:
+    run_dir = begin(tmp_path, [], stages=[["a", 1], ["b", 2]])
+    stages = [{"name": "a", "sets": [], "method": "sft"}, {"name": "b", "sets": [], "method": None}]
+    config = {"model": "tiny", "evaluation": {"sets": []}, "stages": stages}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    log = RunLog(run_dir, MonitoringConfig(tensorboard=False))
+    log.step(replace(STEP, direction="nll"))
+    log.step(replace(STEP, step=2, stage=1, direction="sampled", loss=-0.5))
+    log.close()
+    text = Page(write_report(run_dir)).text
+    assert "Loss and divergence (NLL, sampled-token KL)" in text
+    assert "sft: The NLL of the demonstrations' tokens, which is also the loss. sdft: The sampled-token KL of" in text
+
+
+def test_what_is_below_zero_is_drawn_too() -> None:
+    """The estimate of a divergence from one token a position may be."""
+    from matplotlib.figure import Figure
+
+    for values, limits in (((0.5, -0.25), (-0.27, 0.54)), ((-0.5, -0.25), (-0.54, 0)), ((0.5, 0.0), (0, 0.54))):
+        axes = Figure().add_subplot()
+        rows = [replace(STEP, step=i, loss=value) for i, value in enumerate(values, 1)]
+        lines(axes, rows, [("loss", lambda m: m.loss, "black")])
+        assert axes.get_ylim() == pytest.approx(limits)
 
 
 def test_pass_at_k_is_drawn_before_training_and_last_with_the_teachers(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from services.load_config import load_config, resolved_yaml
 from services.methods import loss_of, on_demonstrations
 from services.metrics import EvalResult
 from services.prepare import learner_settings, prepare
+from services.resolved import read_config
 from services.rollouts import Rollouts
 from services.schedule import make_schedule
-from services.status import read_config
 from tests.runs import write_stages
 
 A = {"name": "a", "data": {"train": "a.jsonl"}, "steps": 3}
