@@ -215,7 +215,7 @@ def _submit(a: argparse.Namespace) -> int:
 
     path = Path(a.config)
     config = load_config(path, a.set)
-    check_files(config, path.parent)
+    check_files(config, path.parent, sent=Path.cwd())
     job = submit(path, a.run_dir or config.run_dir, a.set, a.address)
     print(f"submitted as {job}; the same command again resumes a job that was stopped")
     if not a.follow:

@@ -7,6 +7,7 @@ same one resumes.
 """
 
 import asyncio
+import logging
 import os
 import shlex
 import time
@@ -36,8 +37,8 @@ def submit(config: Path, run_dir: str | None, overrides: list[str], address: str
             f"--run-dir {run_dir or '(missing)'}: give an absolute path on storage that every node of the cluster "
             f"sees; a folder below the job's copy of the working directory would be lost with it"
         )
-    _check_size(here)
     client_class, refused = _client()
+    _check_size(here)
     command = ["sdft", "train", str(inside), "--run-dir", run_dir]
     for override in overrides:
         command += ["--set", override]
@@ -89,13 +90,19 @@ def _client() -> tuple[Any, tuple[type[Exception], ...]]:
 
 def _check_size(folder: Path) -> None:
     """UserError if what would be sent is large: mostly that is a model or a data set nobody meant to send."""
+    # Ray's own walk: it leaves out what .gitignore and .rayignore name, in every folder, and follows links.
+    from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE
+    from ray._private.runtime_env import packaging
+
     sizes: dict[Path, int] = {}
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [f for f in folders if f not in EXCLUDES]
-        for name in files:
-            path = Path(parent, name)
-            if not path.is_symlink():
-                sizes[path.relative_to(folder)] = path.stat().st_size
+
+    def measure(path: Path) -> None:
+        if path.is_file():
+            sizes[path.relative_to(folder)] = path.stat().st_size
+
+    excludes = [packaging._get_excludes(folder, list(EXCLUDES))]
+    gitignore = os.environ.get(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
+    packaging._dir_travel(folder, excludes, measure, include_gitignore=gitignore, logger=logging.getLogger(__name__))
     total = sum(sizes.values())
     if total > LIMIT_BYTES:
         largest = sorted(sizes, key=lambda path: -sizes[path])[:3]

@@ -79,6 +79,20 @@ def rows(name: str, *given: Any) -> Callable[[Work], None]:
     return lambda work: work.rows(name, *given)
 
 
+def big(name: str) -> Callable[[Work], None]:
+    """A file of 210 MB that takes no room."""
+
+    def spoil(work: Work) -> None:
+        work.write(name, "")
+        os.truncate(work.folder / name, 200 << 20)
+
+    return spoil
+
+
+def link(name: str, to: str) -> Callable[[Work], None]:
+    return lambda work: (work.folder / name).symlink_to(to)
+
+
 def run_folder(work: Work) -> None:
     """A run directory of another run, with a checkpoint that is whole."""
     from services import checkpoint
@@ -319,10 +333,49 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
     ),
     "submit into the job": (nothing, "submit my.yaml --run-dir r --address http://127.0.0.1:1", 2, ["absolute path"]),
     "submit of too much": (
-        lambda w: os.truncate(_touch(w.folder / "big.bin"), 200 << 20),
+        big("big.bin"),
         "submit my.yaml --run-dir /r --address http://127.0.0.1:1",
         2,
         ["big.bin (210 MB)"],
+    ),
+    "submit of too much behind a link": (
+        two(big("runs/big.bin"), link("link.bin", "runs/big.bin")),
+        "submit my.yaml --run-dir /r --address http://127.0.0.1:1",
+        2,
+        ["link.bin (210 MB)"],
+    ),
+    "submit of what Ray leaves out": (
+        two(
+            big("big.bin"),
+            file(".gitignore", "/big.bin"),
+            file("more/.rayignore", "*.bin"),
+            big("more/big.bin"),
+        ),
+        "submit my.yaml --run-dir /r --address http://127.0.0.1:1",
+        3,
+        ["no Ray cluster takes jobs there"],
+    ),
+    "submit of what only the cluster has": (
+        two(
+            setting("data.train", "/of/the/cluster/train.jsonl"),
+            setting("data.template", "/of/the/cluster/my.jinja"),
+            setting("evaluation.sets", [{"name": "a", "file": "/of/the/cluster/a.jsonl", "grader": "exact"}]),
+        ),
+        "submit my.yaml --run-dir /r --address http://127.0.0.1:1",
+        3,
+        ["no Ray cluster takes jobs there"],
+    ),
+    "submit of data of another kind": (
+        setting("data.train", "/of/the/cluster/train.csv"),
+        "submit my.yaml --run-dir /r --address http://127.0.0.1:1",
+        2,
+        ["/of/the/cluster/train.csv must be a .jsonl or .parquet file"],
+    ),
+    "submit of what is not in the folder": (
+        lambda w: w.set("data.train", str(w.folder / "trian.jsonl")),
+        "submit my.yaml --run-dir /r --address http://127.0.0.1:1",
+        2,
+        ["data.train", "did you mean train.jsonl?"],
     ),
     "submit to nobody": (
         nothing,
@@ -355,11 +408,6 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
     ),
     "no command": (nothing, "trian my.yaml", 2, ["invalid choice: 'trian'"]),
 }
-
-
-def _touch(path: Path) -> Path:
-    path.touch()
-    return path
 
 
 def test_a_cache_that_no_engine_will_have_is_not_refused(
