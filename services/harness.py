@@ -68,10 +68,11 @@ def run_harness(
 
 
 def scores(results: dict[str, Any]) -> list[Score]:
-    """From lm-eval's results: {"results": {task: {"acc,none": 0.5, "acc_stderr,none": 0.1}}, "n-samples": ...}."""
+    """From lm-eval's results: {"results": {task: {"acc,none": 0.5, "acc_stderr,none": 0.1}}, "n-samples": ...}. A group
+    of tasks has no n-samples, but a "sample_len" among its figures: the sum of its tasks'."""
     found = []
     for task, figures in results["results"].items():
-        n = results.get("n-samples", {}).get(task, {}).get("effective", 0)
+        n = results.get("n-samples", {}).get(task, {}).get("effective", figures.get("sample_len", 0))
         for key, value in figures.items():
             metric, comma, variant = key.partition(",")
             if comma and not metric.endswith("_stderr") and isinstance(value, int | float):

@@ -94,10 +94,12 @@ def test_every_metric_of_every_task_is_a_line() -> None:
         "results": {
             "a": {"alias": "a", "acc,none": 0.5, "acc_stderr,none": 0.1, "norm,none": 0.6, "norm_stderr,none": "N/A"},
             "b": {"word_perplexity,none": 12.5, "word_perplexity_stderr,none": "N/A"},
+            "group": {"alias": "group", "name": "group", "sample_len": 35, "acc,none": 0.4, "acc_stderr,none": 0.1},
         },
         "n-samples": {"a": {"original": 40, "effective": 20}},
     }  # fmt: skip
-    first, second, third = scores(given)
+    first, second, third, of_group = scores(given)
+    assert of_group == Score("group", "acc", 0.4, 0.1, 35)
     assert first == Score("a", "acc", 0.5, 0.1, 20)
     assert (second.metric, third.metric, third.value) == ("norm", "word_perplexity", 12.5)
     assert math.isnan(second.stderr)
