@@ -28,7 +28,8 @@ def write_answers(path: Path, results: list[EvalResult], samples: list[Sample]) 
 
 
 def regrade(config: RunConfig, base: Path, path: Path) -> tuple[list[EvalResult], list[Sample]]:
-    """Results and answers, graded again. UserError if an answer is to no question of the configuration's sets."""
+    """Results and answers, graded again. UserError if an answer is to no question of the configuration's sets, or if
+    they are of several steps."""
     whole = [s.model_copy(update={"rows": None}) for s in config.sets if not s.is_text]  # others may have been asked
     sets = {s.name: (s, {q.id: q for q in load_questions(s, base, answer_check(s))}) for s in whole}
     by_set: dict[str, list[tuple[Sample, Record]]] = {}
@@ -74,4 +75,8 @@ def _read(path: Path) -> list[Sample]:
         samples.append(Sample(**row))
     if not samples:
         raise UserError(f"{path}: there are no answers in it; give a file that `sdft eval --out` wrote")
+    steps = dict.fromkeys(s.step for s in samples)
+    if len(steps) > 1:  # a run's samples.jsonl: a share over all of them would be of no model
+        listed = ", ".join(map(str, steps))
+        raise UserError(f"{path}: answers of several steps ({listed}); give a file with those of one")
     return samples

@@ -66,6 +66,10 @@ def test_answers_are_graded_again_by_another_grader(answers: Path, capsys: pytes
         (lambda text: text + "{", "answers.jsonl:4: not JSON"),
         (lambda text: text + '{"id": 5}', "answers.jsonl:4: not an answer"),
         (lambda text: text.splitlines()[0], "there are no answers in it"),
+        (
+            lambda text: text + text.replace('"step": 7', '"step": 40'),
+            "answers.jsonl: answers of several steps (7, 40); give a file with those of one",
+        ),
     ],
 )
 def test_answers_to_other_questions_are_refused(
