@@ -109,7 +109,9 @@ def _export(a: argparse.Namespace) -> None:
     from services.checkpoint import damage, folder_of, newest
 
     run_dir, out = Path(a.run_dir), Path(a.out)
-    folder = newest(run_dir)[0] if a.step is None else folder_of(run_dir, a.step)
+    folder, notes = newest(run_dir) if a.step is None else (folder_of(run_dir, a.step), [])
+    for note in notes:
+        print(note)
     if folder is None or not folder.is_dir():
         raise UserError(
             f"{run_dir} has no checkpoint{'' if a.step is None else f' of step {a.step}'}; see `sdft status`"

@@ -422,6 +422,22 @@ def test_a_cache_that_no_engine_will_have_is_not_refused(
     assert main(["check", "my.yaml"]) == 0
 
 
+def test_export_says_that_the_newest_checkpoint_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from services import checkpoint
+
+    for step in (1, 2):
+        part = checkpoint.begin(tmp_path, step)
+        (part / "student").mkdir()
+        (part / "student" / "config.json").write_text(str(step))
+        checkpoint.commit(part, tmp_path, checkpoint.CheckpointState(step, 1, 1, "float32", "f"), keep=2)
+    (tmp_path / "checkpoints/step-000002/student/config.json").write_text("")
+    assert main(["export", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    note, done = capsys.readouterr().out.splitlines()
+    assert "step-000002 is damaged (student/config.json is not as it was written); using the one before it" in note
+    assert done.endswith("the student of step-000001, a plain Hugging Face folder")
+    assert (tmp_path / "out" / "config.json").read_text() == "1"
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input_gets_its_sentence_and_leaves_nothing(
     name: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
