@@ -195,9 +195,11 @@ def drive(
     learner: "Learner",
     out: IO[str],
     teachers: int = 1,
+    first_step: int = 0,
 ) -> float:
     """The real controller trains on simulated parts in virtual time, and tells of it in `out`: processor seconds of its
-    own. student: makes an engine, by its number. teachers: how many; 0: the students score."""
+    own. student: makes an engine, by its number. teachers: how many; 0: the students score.
+    first_step: after which it goes on, with the files of the steps before it in `run_dir`."""
     ledger, log = Ledger(run_dir / "ledger.sqlite"), RunLog(run_dir, ready.config.monitoring)
 
     async def work() -> float:
@@ -209,7 +211,7 @@ def drive(
             one = Controller(ready, run_dir, students, scorers, cast(LearnerGroup, learner), ledger, log, progress)
             dying = asyncio.create_task(deaths(case, students))
             began = time.process_time()
-            await one.run(0)
+            await one.run(first_step)
             used = time.process_time() - began
             dying.cancel()
         await asyncio.gather(*(one.stop() for one in pools))

@@ -6,6 +6,8 @@ With T tasks, R[0] before training and R[i] after stage i:
     backward transfer   mean over j < T of R[T][j] - R[j][j]        (Lopez-Paz and Ranzato 2017)
     forward transfer    mean over j > 1 of R[j-1][j] - R[0][j]      (the same)
     forgetting of j     max over j <= i < T of R[i][j], less R[T][j]  (Chaudhry et al. 2018)
+
+A task whose sets came later than the run has no R[0][j], and no part in the means of what is then unknown.
 """
 
 import math
@@ -51,8 +53,8 @@ class Matrix:
         own = [(i, j) for i, j in own if i <= done]
         r, last = self.rows, done
         found = {"average accuracy": _mean([r[last][j] for _, j in own])}
-        found["backward transfer"] = _mean([r[last][j] - r[i][j] for i, j in own if i < last])
-        found["forward transfer"] = _mean([r[i - 1][j] - r[0][j] for i, j in own if i > 1])
+        found["backward transfer"] = _mean_known([r[last][j] - r[i][j] for i, j in own if i < last])
+        found["forward transfer"] = _mean_known([r[i - 1][j] - r[0][j] for i, j in own if i > 1])
         for i, j in own:
             if i < last:
                 found[f"forgetting {self.tasks[j]}"] = max(r[k][j] for k in range(i, last)) - r[last][j]
@@ -146,3 +148,7 @@ def _share(e: Estimate, sign: bool = False) -> str:
 
 def _mean(values: Sequence[float]) -> float:
     return fmean(values) if values else math.nan
+
+
+def _mean_known(values: Sequence[float]) -> float:
+    return _mean([value for value in values if not math.isnan(value)])

@@ -60,7 +60,10 @@ class Controller:
         self._log = log
         self._progress = progress
         self._evaluator = Evaluator(prepared.tokenizer, self._config.evaluation.timeout_s, progress.part)
-        self._guard = RetentionGuard(self._config, read_rows(run_dir, EvalResult))
+        earlier = read_rows(run_dir, EvalResult)
+        self._guard = RetentionGuard(self._config, earlier)
+        asked = {result.task for result in earlier}
+        self._never_asked = [one for one in prepared.sets if one.settings.name not in asked]
         self._student_weights = self._weights("student", students)
         self._teacher_weights = None if teachers is None else self._weights("teacher", teachers)
         pools = [pool for pool in (students, teachers) if pool is not None and not pool.settings.strict]
@@ -88,8 +91,8 @@ class Controller:
                 )
             if teacher is not None:
                 await teacher.now(first_step)
-            if first_step == 0:
-                await self._evaluate(0, self._prepared.sets)
+            # Before any training; sets that came later than the run, before it goes on.
+            await self._evaluate(first_step, self._never_asked, teachers=True)
             if not self._config.strict:
                 student.arrived = rollouts.begin
             for step in range(first_step + 1, schedule.total_steps + 1):
@@ -221,16 +224,16 @@ class Controller:
         if self._teacher_weights is not None:
             await self._teacher_weights.done()
 
-    async def _evaluate(self, step: int, sets: Sequence[LoadedSet]) -> None:
+    async def _evaluate(self, step: int, sets: Sequence[LoadedSet], teachers: bool = False) -> None:
+        """teachers: also with the demonstrations in the prompt, where there are some."""
         if not sets:
             return
         self._progress.phase(f"evaluating at step {step}")
         stage = self._prepared.schedule.at(step).stage
         results, samples = await self._evaluator.students(self._students, sets, step, stage)
-        if step == 0:
+        if teachers:
             results += await self._evaluator.teachers(self._students, sets, step, stage)
-        for result in results:
-            self._log.evaluation(result)
+        self._log.evaluation(*results)
         for sample in first_of_each_set(samples):
             self._log.sample(sample)
         self._progress.evaluation(results)

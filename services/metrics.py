@@ -189,10 +189,12 @@ class RunLog:
         for sink in self._sinks:
             sink.log(metrics.step, named)
 
-    def evaluation(self, result: EvalResult) -> None:
-        self._append(result)
-        for sink in self._sinks:
-            sink.log(result.step, {f"eval/{result.task}/{result.metric}": result.value})
+    def evaluation(self, *results: EvalResult) -> None:
+        """Written at once: a run that is killed has them all or none, and would not ask a second time for some."""
+        self._append(*results)
+        for result in results:
+            for sink in self._sinks:
+                sink.log(result.step, {f"eval/{result.task}/{result.metric}": result.value})
 
     def sample(self, sample: Sample) -> None:
         self._append(sample)
@@ -204,11 +206,10 @@ class RunLog:
             for file in self._files.values():
                 stack.callback(file.close)
 
-    def _append(self, row: StepMetrics | EvalResult | Sample) -> None:
-        # JSON has no NaN: a number that is not finite is null in the file, and NaN again when read.
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(row).items()}
-        file = self._files[type(row)]
-        file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
+    def _append(self, *rows: StepMetrics | EvalResult | Sample) -> None:
+        """Rows of one kind."""
+        file = self._files[type(rows[0])]
+        file.write(b"".join(_line(row) for row in rows))
         file.flush()
         os.fsync(file.fileno())
 
@@ -221,6 +222,12 @@ class RunLog:
             if path.exists():
                 kept = [row for row in read_jsonl(path) if row["step"] <= last]
                 write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+
+def _line(row: StepMetrics | EvalResult | Sample) -> bytes:
+    # JSON has no NaN: a number that is not finite is null in the file, and NaN again when read.
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(row).items()}
+    return json.dumps(finite, allow_nan=False).encode() + b"\n"
 
 
 FILES: dict[type, str] = {StepMetrics: "metrics.jsonl", EvalResult: "eval.jsonl", Sample: "samples.jsonl"}

@@ -81,6 +81,7 @@ def write_report(run_dir: Path) -> Path:
         progress=progress(steps, state),
         totals=totals(steps),
         sets=sets,
+        when=when(sets),
         charts=[
             Chart(c.title, Markup(c.svg), c.note, c.wide)
             for c in draw(steps, results, sets, config, ended_lengths(run_dir), stages, matrix)
@@ -138,6 +139,17 @@ def points(one: SetProgress) -> str:
     if one.after.metric == PERPLEXITY:
         return f"{100 * one.after.loss_since(one.before):+.1f} %".replace("-", "−")
     return f"{(permille(one.after.value) - permille(one.before.value)) / 10:+.1f}".replace("-", "−")
+
+
+def when(sets: Sequence[SetProgress]) -> str:
+    """The steps of the results before and after; a set that came later than the others has a step of its own before."""
+    steps = {one.name: one.before.step for one in sets if one.before}
+    if not steps:
+        return ""
+    first = next(iter(steps.values()))
+    others = ", ".join(f"{name}: {step}" for name, step in steps.items() if step != first)
+    after = next(one.after for one in sets if one.before)
+    return f"Before: step {first}{f' ({others})' if others else ''}.{f' After: step {after.step}.' if after else ''}"
 
 
 def interval(result: EvalResult) -> str:

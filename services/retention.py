@@ -1,6 +1,8 @@
 """The retention guard: what the model could before training it can after it, or the run does as it was told.
 
-results of an evaluation ─► breaches: guarded sets that lost more than max_drop of their questions since step 0
+results of an evaluation ─► breaches: guarded sets that lost more than max_drop of their questions since their first
+
+A set's first result is of step 0, or, if it came later, of the step from which training then went on.
 """
 
 from collections.abc import Iterable
