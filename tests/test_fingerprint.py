@@ -17,16 +17,32 @@ ELSEWHERE = [
     "actors.teacher.labels={sdft: actors}",
     "learner.ranks=2",
     "checkpoint.every=7",
+    "evaluation.every=3",
+    "monitoring.stall_s=9",
+    "data.train=moved.jsonl",
     "ray.autoscaling=true",
     "weights.swap=one_by_one",
     "weights.transport=broadcast",
 ]
 OF_THE_POOLS = ["actors.student.replicas=3", "actors.teacher.max_num_seqs=8"]
-OF_THE_RESULT = ["seed=5", "learner.optimizer.lr=1e-4", "loss.top_k=8", "training.batch_size=2", "sampling.top_p=0.9"]
+OF_THE_RESULT = [
+    "seed=5",
+    "learner.optimizer.lr=1e-4",
+    "loss.top_k=8",
+    "training.batch_size=2",
+    "sampling.top_p=0.9",
+    "data.template=paper",
+    "data.system=Be brief.",
+    "data.train=changed.jsonl",
+]
 
 
 def fingerprint(folder: Path, model: Path, *overrides: str) -> str:
-    config = load_config(write_run(folder, model, "float32"), list(overrides))
+    path = write_run(folder, model, "float32")
+    rows = (folder / "train.jsonl").read_text()
+    (folder / "moved.jsonl").write_text(rows)
+    (folder / "changed.jsonl").write_text(rows.replace("The number is 8.", "The number was 8."))
+    config = load_config(path, list(overrides))
     return prepare(config, folder / "tiny.yaml").stages[0].fingerprint
 
 
