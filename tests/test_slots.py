@@ -19,11 +19,14 @@ class Clock:
 
 def test_items_go_to_who_has_the_least_to_do_and_wait_in_their_order_when_nobody_has_room() -> None:
     async def run() -> None:
-        slots: Slots[str] = Slots(2, Clock())
+        slots: Slots[str] = Slots(3, Clock())
         slots.join("a")
         slots.join("b")
         assert [await slots.take() for _ in range(4)] == ["a", "b", "a", "b"]
-        assert slots.loads == {"a": 2, "b": 2}
+        slots.give_back("b")
+        slots.give_back("b")
+        assert [await slots.take() for _ in range(4)] == ["b", "b", "a", "b"]
+        assert slots.loads == {"a": 3, "b": 3}
         first, second = (asyncio.create_task(slots.take()) for _ in range(2))
         await asyncio.sleep(0)
         assert slots.queued == 2
