@@ -29,7 +29,7 @@ def config(action: str = "warn", **retention: Any) -> RunConfig:
             "model": "m",
             "data": {"train": "a.jsonl"},
             "training": {"batch_size": 8, "steps": 5},
-            "evaluation": {"every": 1, "sets": [GENERAL, GENERAL | {"name": "tools", "role": "task"}]},
+            "evaluation": {"every": 2, "sets": [GENERAL, GENERAL | {"name": "tools", "role": "task"}]},
             "retention": {"max_drop": 0.1, "action": action} | retention,
         }
     )
@@ -140,8 +140,8 @@ def last_checkpoint(run_dir: Path) -> str:
 
 def test_a_run_that_is_to_be_warned_goes_on_and_keeps_the_answers(tmp_path: Path) -> None:
     trained(tmp_path, "warn")
-    assert "general fell from 100 % to 0.0 % (n 10) at step 3" in (tmp_path / "log").read_text()
-    rows = [json.loads(line) for line in (tmp_path / "retention-step-000003.jsonl").read_text().splitlines()]
+    assert "general fell from 100 % to 0.0 % (n 10) at step 4" in (tmp_path / "log").read_text()
+    rows = [json.loads(line) for line in (tmp_path / "retention-step-000004.jsonl").read_text().splitlines()]
     assert [row["text"] for row in rows if "text" in row] == ["forgotten"] * 10
     assert last_checkpoint(tmp_path) == "step-000005"
 
@@ -150,11 +150,11 @@ def test_a_run_that_is_to_stop_stops_at_a_checkpoint_of_that_step(tmp_path: Path
     with pytest.raises(RetentionLost, match="goes on from it") as error:
         trained(tmp_path, "stop")
     assert error.value.exit_code == 4
-    assert last_checkpoint(tmp_path) == "step-000003"
+    assert last_checkpoint(tmp_path) == "step-000004"
 
 
 def test_a_run_that_is_to_go_back_has_the_last_checkpoint_that_held_as_its_newest(tmp_path: Path) -> None:
     with pytest.raises(RetentionLost, match="rolled back to step-000002"):
         trained(tmp_path, "rollback")
     assert last_checkpoint(tmp_path) == "step-000002"
-    assert len(list((tmp_path / "checkpoints").glob("aside-*-step-000003"))) == 1
+    assert len(list((tmp_path / "checkpoints").glob("aside-*-step-000004"))) == 1
