@@ -74,6 +74,7 @@ class Relay:
 
     def __init__(self, node: str) -> None:
         self.node, self.killed = node, False
+        self.calls = 0
 
     async def placed(self) -> Process:
         return Process(0, self.node)
@@ -81,6 +82,7 @@ class Relay:
     async def call(self, method: str, *arguments: Any) -> str:
         if self.node == "gone":
             raise RayActorError
+        self.calls += 1
         return f"/on/{self.node}"
 
     def kill(self, hangs: bool = False) -> None:

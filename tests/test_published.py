@@ -77,9 +77,9 @@ def test_all_nodes_have_it_of_one_copy_in_the_object_store(ray_cluster: None) ->
         published = Published(learner.payload, relay)
         for version in (1, 2):
             published.new(snapshot(version, 1000), timeout_s=60)
-            copies = await asyncio.gather(*(published.on(node) for node in ("a", "b", "c")))
-            assert [copy.path for copy in copies] == ["/on/a", "/on/b", "/on/c"]
-            assert learner.asked == version
+            copies = await asyncio.gather(*(published.on(node) for node in ("a", "a", "b", "c")))
+            assert [copy.path for copy in copies] == ["/on/a", "/on/a", "/on/b", "/on/c"]
+            assert (learner.asked, [one.calls for one in relays]) == (version, [version] * 3)
             published.arrived()
         with pytest.raises(RayActorError):
             await published.on("gone")
