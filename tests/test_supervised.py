@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -16,9 +17,12 @@ from ray.exceptions import ObjectLostError, RayActorError
 from actors.reaper import end
 from actors.types import Process, Snapshot, SnapshotDamaged, UpdateReport, WeightMismatch
 from actors.worker import EngineWorker
+from benchmarks import virtual_time
 from services.published import Published
 from services.remote import RemoteActor
 from services.supervised import Losses, Patience, SupervisedEngine
+from tests.simulated import SimulatedEngine
+from tests.test_pools import Bench
 
 EMPTY = np.zeros(0, dtype=np.int32)
 
@@ -147,6 +151,24 @@ def test_an_engine_that_hangs_is_found_and_its_successor_has_the_weights(ray_clu
     asyncio.run(run())
 
 
+def test_one_that_is_silent_while_weights_load_is_given_the_time() -> None:
+    class Silent(SimulatedEngine):
+        def answer(self) -> tuple[float, None]:
+            return 1e9, None
+
+    async def run() -> None:
+        bench = Bench(least=1, make=Silent)
+        await bench.pool.start()
+        async with bench.pool.published.lock:
+            await asyncio.sleep(300)
+            assert bench.notices == []
+        await asyncio.sleep(80)
+        assert bench.notices[0].endswith("hangs: no answer for 60 s; another takes its place")
+        await bench.pool.stop()
+
+    virtual_time.run(run())
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_successor_whose_weights_went_with_the_learner_waits_for_the_next_ones(
     ray_cluster: None, tmp_path: Path, known: bool
@@ -231,6 +253,17 @@ def test_however_often_something_was_lost_there_is_a_time_to_wait() -> None:
         losses.count()
         waits.append(losses.back_off_s)
     assert (waits[:4], waits[-1]) == ([0, 1, 3, 7], 60)
+
+
+def test_losses_count_for_an_hour_and_until_it_has_worked_there_is_longer_to_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = SimpleNamespace(monotonic=iter((0.0, 1800.0, 3601.0, 9000.0, 9001.0)).__next__)
+    monkeypatch.setattr("services.supervised.time", clock)
+    losses = Losses()
+    assert ([losses.count() for _ in range(4)], losses.back_off_s) == ([1, 2, 2, 1], 7)
+    losses.recovered()
+    assert (losses.count(), losses.back_off_s) == (2, 0)
 
 
 def test_a_result_that_was_lost_with_its_node_is_the_engines_loss() -> None:
