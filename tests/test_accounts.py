@@ -1,6 +1,8 @@
 """What a run is accountable by: the schedule, the ledger, checkpoints and the plan."""
 
 import asyncio
+import itertools
+import os
 import time
 from collections import Counter
 from dataclasses import replace
@@ -82,8 +84,9 @@ def test_a_batch_of_many_demonstrations_is_drawn_at_once() -> None:
 
 
 def test_a_samples_seed_is_its_own() -> None:
-    seeds = {sample_seed(run, s) for run in range(3) for s in samples(*range(100))}
-    assert len(seeds) == 300
+    every = [SampleId(*place) for place in itertools.product(range(2), range(3), range(20), range(2))]
+    seeds = {sample_seed(run, s) for run in range(3) for s in every}
+    assert len(seeds) == 3 * len(every)
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
@@ -172,6 +175,15 @@ def test_the_newest_whole_checkpoint_is_found_and_the_oldest_go(tmp_path: Path) 
     assert folder is not None
     assert (checkpoint.read_state(folder), notes) == (replace(STATE, step=6), [])
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000006"
+
+
+def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    root = save(tmp_path, 2).parent
+    part = [f"{root}/.part-step-000002{name}" for name in ("/state.json", "/student/weights", "/manifest.json")]
+    folders = [f"{root}/.part-step-000002/student", f"{root}/.part-step-000002", f"{root}"]
+    assert synced == [*part, *folders, f"{root}/.latest.part"]
 
 
 def test_checkpoints_are_in_the_order_of_their_steps_and_not_of_their_names(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -77,9 +78,12 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     assert read_rows(tmp_path, Sample)[1] == sample(2)
 
 
-def test_a_line_is_on_disk_before_the_next_call(tmp_path: Path) -> None:
+def test_a_line_is_on_disk_before_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
     log = RunLog(tmp_path, FILES_ONLY)
     log.step(STEP)
+    assert synced == [str(tmp_path / "metrics.jsonl")]
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == asdict(STEP)
     log.close()
 
