@@ -36,12 +36,12 @@ def sample(prompt: int, completion: int, k: int = 2) -> ScoredRollout:
     return ScoredRollout(SampleId(0, 0, 0, 0), rollout, scores)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 12])
-def test_every_sequence_goes_to_one_rank_and_the_loads_are_level(ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "apart"), [(1, 0), (2, 3), (3, 2), (12, 90)])
+def test_every_sequence_goes_to_one_rank_and_the_loads_are_level(ranks: int, apart: int) -> None:
     shares = assign(LENGTHS, ranks)
     assert sorted(i for share in shares for i in share) == list(range(len(LENGTHS)))
     loads = [sum(LENGTHS[i] for i in share) for share in shares]
-    assert max(loads) - min(loads) <= max(LENGTHS)
+    assert max(loads) - min(loads) <= apart
 
 
 def test_micro_batches_hold_every_sequence_once_and_keep_the_budget() -> None:
