@@ -1,10 +1,12 @@
 """Recorded batches come back as they were, and `sdft replay` says what it cannot do."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from actors.types import SampleId, ScoredRollout
 from services.errors import UserError
 from services.recording import read_batch, recorded_steps, write_batch
 from services.replay import _range
@@ -13,6 +15,12 @@ from tests.rollouts import make_rollouts
 
 def test_a_batch_comes_back_bit_for_bit(tiny_model: Path, tmp_path: Path) -> None:
     samples = make_rollouts(tiny_model, 5, k=8, seed=0)
+    two = samples[2].rollout
+    samples[2] = ScoredRollout(
+        SampleId(3, 4, 5, 6),
+        replace(two, versions=((7, 0, 2), (8, 2, len(two.completion_ids))), finish_reason="stop"),
+        replace(samples[2].scores, version=9),
+    )
     write_batch(tmp_path, 12, samples)
     write_batch(tmp_path, 7, samples[:1])
     again = read_batch(tmp_path, 12)
