@@ -228,6 +228,6 @@ def test_the_retention_guard_ends_a_run_that_has_lost_what_it_could(stream: Stre
     assert (run_dir / "checkpoints" / f"step-{STEPS + 2:06d}" / "manifest.json").exists()
 
 
-def test_nothing_is_left_behind(machine_before: set[str], undisturbed: tuple[Path, Path]) -> None:
-    """After a whole run, a kill and a stop: no process, no shared memory, no temporary file."""
+def test_nothing_is_left_behind(machine_before: set[str], stream: Stream) -> None:
+    """After whole runs, a kill and a stop: no process, no shared memory, no temporary file."""
     assert new_since(machine_before) == set()
