@@ -29,6 +29,7 @@ from tests.rollouts import logprobs
 PROMPT = np.arange(20, 45, dtype=np.int32)
 TEACHER_PROMPT = np.arange(60, 110, dtype=np.int32)
 PROBE = np.arange(100, 148, dtype=np.int32)
+PLAIN = Sampling(24)
 
 
 def engine_settings(model: Path, extension: str = "actors.engine.WorkerExtension") -> EngineSettings:
@@ -114,11 +115,18 @@ def test_the_gap_of_log_probs_is_relative_to_their_size() -> None:
     assert np.isnan(snapshot.gap(sizes * np.nan))
 
 
-def compare(engine: Any, model: torch.nn.Module, version: int) -> None:
-    (rollout,) = ray.get(engine.generate.remote([GenerateRequest(PROMPT, 7)], Sampling(24)), timeout=60)
+def sampled_from(logprobs: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """The log-probs [T, V] of what a token is drawn from."""
+    p, order = torch.softmax(logprobs / sampling.temperature, -1).sort(-1, descending=True)
+    kept = p * (p.cumsum(-1) - p < sampling.top_p)  # the likeliest, up to the one that makes them so many
+    return torch.zeros_like(p).scatter(-1, order, kept / kept.sum(-1, keepdim=True)).log()
+
+
+def compare(engine: Any, model: torch.nn.Module, version: int, sampling: Sampling = PLAIN) -> None:
+    (rollout,) = ray.get(engine.generate.remote([GenerateRequest(PROMPT, 7)], sampling), timeout=60)
     assert rollout.versions == ((version, 0, len(rollout.completion_ids)),)
     own = torch.tensor(rollout.completion_ids).long()[:, None]
-    student = logprobs(model, PROMPT, rollout.completion_ids)
+    student = sampled_from(logprobs(model, PROMPT, rollout.completion_ids), sampling)
     np.testing.assert_allclose(rollout.logprobs, student.gather(1, own)[:, 0], atol=1e-4)
     (scores,) = ray.get(engine.score.remote([(TEACHER_PROMPT, rollout.completion_ids)], 16), timeout=60)
     assert scores.version == version
@@ -191,6 +199,7 @@ def test_log_probs_are_hugging_faces_before_and_after_a_weight_update(engines: l
     assert report.version == 3
     assert report.probe_gap < 1e-4
     compare(engines[0], model, 3)
+    compare(engines[0], model, 3, Sampling(24, temperature=0.7, top_p=0.8))
 
 
 @pytest.mark.parametrize("transport", ["memory", "broadcast"])
@@ -270,6 +279,13 @@ def test_an_update_that_leaves_the_lm_head_stale_is_refused_and_the_gap_is_named
         ray.get(engines[1].update_weights.remote(snapshot), timeout=60)
 
 
+def test_log_probs_that_are_no_numbers_do_not_agree(engines: list, tiny_model: Path) -> None:
+    snapshot = publisher_of(tiny_model).publish("student", 7, content(changed(tiny_model)))
+    snapshot = dataclasses.replace(snapshot, probe_logprobs=snapshot.probe_logprobs * np.float32(np.nan))
+    with pytest.raises(WeightMismatch, match=r"student weights v7: .* by nan of their size"):
+        ray.get(engines[0].update_weights.remote(snapshot), timeout=60)
+
+
 def test_a_damaged_snapshot_is_refused_by_the_name_of_the_tensor(engines: list, tiny_model: Path) -> None:
     publisher = publisher_of(tiny_model)
     snapshot = publisher.publish("student", 4, content(changed(tiny_model)))
@@ -318,10 +334,14 @@ def test_after_a_broadcast_that_failed_nothing_is_computed_before_whole_weights_
     compare(engines[0], model, 13)
 
 
-def test_a_sample_does_not_depend_on_its_neighbours_or_the_run(engines: list) -> None:
-    requests = [GenerateRequest(PROMPT[: 10 + i], 100 + i) for i in range(6)]
-    first, again = (ray.get(engines[0].generate.remote(requests, Sampling(16)), timeout=60) for _ in range(2))
+def test_a_sample_depends_on_its_prompt_and_seed_and_not_on_its_neighbours_or_the_run(engines: list) -> None:
+    requests = [GenerateRequest(PROMPT[: 10 + i % 3], 100 + i) for i in range(6)]
+    others = [GenerateRequest(PROMPT, 7), requests[4], GenerateRequest(TEACHER_PROMPT, 8)]
+    first, again, between = (
+        ray.get(engines[0].generate.remote(batch, Sampling(16)), timeout=60) for batch in (requests, requests, others)
+    )
     for a, b in zip(first, again, strict=True):
         assert a.completion_ids.tolist() == b.completion_ids.tolist()
         assert a.logprobs.tolist() == b.logprobs.tolist()
     assert len({tuple(r.completion_ids.tolist()) for r in first}) == 6
+    assert between[1].completion_ids.tolist() == first[4].completion_ids.tolist()
