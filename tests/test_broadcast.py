@@ -2,14 +2,18 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 
 import pytest
+import ray
 
 from actors.types import BroadcastFailed, Rendezvous, Snapshot, UpdateReport
 from learner.group import LearnerLost
 from learner.waiting import cancelled
 from services.broadcast import TRIES, Broadcast
+from services.config import RunConfig
+from services.engines import engine_pool
 from tests.simulated import SimulatedEngine
 from tests.test_pools import Bench
 
@@ -79,6 +83,23 @@ def came(it: Bench) -> list[list[str]]:
     for engine in members(it):
         engine.came = []
     return how
+
+
+@pytest.mark.parametrize("transport", ["memory", "broadcast"])
+def test_a_runs_pool_is_sent_weights_by_the_transport_that_is_configured(tmp_path: Path, transport: str) -> None:
+    async def payload(role: str) -> list[ray.ObjectRef]:
+        return []
+
+    (tmp_path / "config.json").write_text("{}")
+    config = RunConfig.model_validate(
+        {"model": "m", "data": {"train": "t"}, "training": {"steps": 1}, "weights": {"transport": transport}}
+    )
+
+    async def run() -> None:
+        pool = engine_pool(config, tmp_path, "student", [], print, payload, Learner)
+        assert (pool._broadcast is not None) == (transport == "broadcast")
+
+    asyncio.run(run())
 
 
 def test_a_group_is_formed_once_and_anew_when_its_members_have_changed() -> None:

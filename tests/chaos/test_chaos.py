@@ -130,6 +130,7 @@ class Monkey:
 
     def run(self) -> None:
         self.step("the first step")
+        assert self.said("loaded from memory") == 0  # or the broadcasts that are to be disturbed never come about
         self.fill_disk()
         self.damage_snapshot()
         while self.killed.total() < KILLS:
