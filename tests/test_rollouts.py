@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from actors.types import TeacherScores
+from actors.types import Sampling, TeacherScores
 from benchmarks import virtual_time
 from benchmarks.simulation import SCORES, Case, Learner, Student, Teacher, drive, pool, prepared
 from learner.config import TeacherConfig
 from services.ledger import Ledger
 from services.metrics import read_jsonl
 from services.rollouts import Batch, Rollouts
+from services.schedule import sample_seed
 
 CASE = Case("rollouts", engines=2, staleness=1, steps=3)
 
@@ -28,12 +29,17 @@ class Stuck(Student):
         return 1e9, super().generate(items, argument)[1]
 
 
-def made(student: Any, tmp_path: Path, *, first: int = 1) -> Batch:
+def made(student: Any, tmp_path: Path, *, first: int = 1, **sampling: Any) -> Batch:
+    """The batch of a step. `sampling`: of its stage's configuration."""
+
     async def run() -> Batch:
         students = pool(CASE, "student", 2, lambda number: student(number, CASE))
         teachers = pool(CASE, "teacher", 1, Teacher)
         await asyncio.gather(students.start(), teachers.start())
         one = prepared(CASE, 6)
+        (stage,) = one.stages
+        config = stage.config.model_copy(update={"sampling": stage.config.sampling.model_copy(update=sampling)})
+        one = replace(one, stages=(replace(stage, config=config),))
         rollouts = Rollouts(one, students, teachers, Ledger(tmp_path / "ledger.sqlite"), ready, 0)
         rollouts.open(one.schedule.stages[0])
         rollouts.begin(0)
@@ -51,6 +57,18 @@ def test_a_sample_is_scored_while_others_of_its_batch_are_still_sampled(tmp_path
     times = made(Student, tmp_path).times.seconds
     assert times["rollout"] > 0
     assert times["score"] < 0.28 * 6  # of all six by the one teacher, if it began after the last rollout
+
+
+def test_rollouts_are_sampled_as_the_stage_says_and_each_by_its_own_seed(tmp_path: Path) -> None:
+    class Told(Student):
+        def generate(self, items: Any, argument: Any) -> tuple[float, Any]:
+            asked.update((item.seed, argument) for item in items)
+            return super().generate(items, argument)
+
+    asked: set[tuple[int, Sampling]] = set()
+    samples = made(Told, tmp_path, max_new_tokens=9, temperature=0.7, top_p=0.9).samples
+    assert {sampling for _, sampling in asked} == {Sampling(9, 0.7, 0.9)}
+    assert {seed for seed, _ in asked} >= {sample_seed(0, one.sample) for one in samples}
 
 
 @pytest.mark.parametrize("method", ["sdft", "off_policy"])
