@@ -3,12 +3,15 @@
 import asyncio
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 import pytest
 
 from actors.types import Snapshot, SnapshotDamaged, UpdateReport
+from benchmarks import simulation
 from learner.group import LearnerGroup
 from services.sync import WeightSync
 from tests.simulated import SimulatedEngine
@@ -112,6 +115,22 @@ def test_the_learner_goes_on_while_engines_load_and_the_next_version_waits_for_t
         await bench.pool.stop()
 
     asyncio.run(run())
+
+
+def test_weights_are_sent_as_seldom_as_they_are_to_be(tmp_path: Path) -> None:
+    class Told(simulation.Learner):
+        async def publish(self, role: str, version: int) -> Snapshot:
+            sent[role].append(version)
+            return await super().publish(role, version)
+
+    sent: dict[str, list[int]] = {"student": [], "teacher": []}
+    case = simulation.Case("seldom", engines=1, staleness=1, steps=7)
+    one = simulation.prepared(case, 8)
+    weights = one.config.weights.model_copy(update={"sync_every": 2, "teacher_sync_every": 3})
+    one = replace(one, config=one.config.model_copy(update={"weights": weights}))
+    with Path("/dev/null").open("w") as nowhere:
+        simulation.drive(one, tmp_path, case, lambda n: simulation.Student(n, case), Told(0.1), nowhere)
+    assert sent == {"student": [0, 2, 4, 6, 7], "teacher": [0, 3, 6]}  # the student's last are evaluated
 
 
 def test_what_is_given_up_before_it_began_leaves_nothing_locked() -> None:
