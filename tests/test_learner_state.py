@@ -16,9 +16,11 @@ from learner.state import Piece, StateFiles, first_difference, state_files
 from tests.reference import Reference
 from tests.rollouts import make_rollouts
 from tests.test_learner_step import (
+    ADAMW,
     ALPHA,
     BETAS,
     BOUNDARY,
+    CLIP,
     PROBE,
     K,
     apart,
@@ -47,7 +49,7 @@ def test_a_run_handed_on_between_ranks_and_zero_stages_is_the_run_of_one_process
     After the second step the run's second stage begins. Ranks of ZeRO stage 0 that step apart show in the loss of the
     step after.
     """
-    plain = Reference(tiny_model, ALPHA, skip=3, cap=2.0, clip=0.5)
+    plain = Reference(tiny_model, ALPHA, skip=3, cap=2.0, clip=CLIP, **ADAMW)
 
     async def run() -> None:
         base = {n: p.detach().numpy().copy() for n, p in plain.student.named_parameters()}

@@ -18,9 +18,11 @@ from learner.group import LearnerGroup
 from tests.reference import LoraReference
 from tests.rollouts import make_rollouts
 from tests.test_learner_step import (
+    ADAMW,
     ALPHA,
     BETAS,
     BOUNDARY,
+    CLIP,
     OPTIMIZER,
     PROBE,
     K,
@@ -67,7 +69,7 @@ def test_adapters_and_teacher_are_those_of_one_process_whatever_the_ranks_and_st
             if plain is None:
                 snapshot = await group.publish("student", 0)
                 assert snapshot.scale == 3
-                plain = LoraReference(tiny_model, content(snapshot), snapshot.scale, ALPHA, clip=0.5)
+                plain = LoraReference(tiny_model, content(snapshot), snapshot.scale, ALPHA, CLIP, **ADAMW)
                 base = {name: p.numpy().copy() for name, p in plain.weights().items()}
                 assert worst(await group.parameters("student"), base) == 0
                 assert worst(await group.parameters("teacher"), base) == 0
