@@ -1,11 +1,12 @@
 """Whole commands with bad input: the sentence, the exit code, and that nothing was begun or left behind."""
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import yaml
@@ -22,6 +23,7 @@ class Work:
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder = folder
+        self.lock: IO[str] | None = None  # held for as long as the case lasts
         self.config: dict[str, Any] = {
             "model": str(model),
             "dtype": "bfloat16",
@@ -105,6 +107,13 @@ def run_folder(work: Work) -> None:
     (part_of / "metrics.jsonl").write_text("")
 
 
+def in_use(work: Work) -> None:
+    """Another process trains in the run's folder."""
+    work.write("runs/my/.lock", "")
+    work.lock = (work.folder / "runs/my/.lock").open()
+    fcntl.flock(work.lock, fcntl.LOCK_EX)
+
+
 def damaged_checkpoint(work: Work) -> None:
     run_folder(work)
     (work.folder / "runs/my/checkpoints/step-000002/state.json").write_text("{")
@@ -131,6 +140,7 @@ def nothing(_: Work) -> None:
 
 
 TRAIN = "train my.yaml"
+NO_CLUSTER = setting("ray.address", "127.0.0.1:1")  # also where a case that is missed should begin no run
 LONG = "one two three four five " * 40
 # name: (what is spoiled, the command, the exit code, words of the sentence)
 CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
@@ -278,6 +288,18 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
     "no mlflow": (setting("monitoring.mlflow_experiment", "x"), TRAIN, 2, ["monitoring.mlflow_experiment", "install"]),
     "another run's folder": (run_folder, TRAIN, 2, ["belongs to a run with another configuration"]),
     "a run there already": (run_folder, f"{TRAIN} --resume never", 2, ["holds a run already", "--resume auto"]),
+    "a run in progress": (
+        two(in_use, NO_CLUSTER),
+        TRAIN,
+        2,
+        ["runs/my: another process is training in this folder", "--run-dir"],
+    ),
+    "too little disk": (
+        two(setting("checkpoint.keep", 10**9), file("runs/my/empty", ""), NO_CLUSTER),
+        TRAIN,
+        3,
+        ["runs/my: 1000000001 checkpoints take up to", "GB are free there"],
+    ),
     "a damaged checkpoint": (
         damaged_checkpoint,
         f"{TRAIN} --resume runs/my/checkpoints/step-000002",
@@ -304,7 +326,7 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         2,
         ["actors.student.gpus 0.5", "set actors.student.kv_cache_gib"],
     ),
-    "no cluster there": (setting("ray.address", "127.0.0.1:1"), TRAIN, 3, ["no Ray cluster answers at 127.0.0.1:1"]),
+    "no cluster there": (NO_CLUSTER, TRAIN, 3, ["no Ray cluster answers at 127.0.0.1:1"]),
     "check reads the data too": (rows("train.jsonl", b"{"), "check my.yaml", 2, ["train.jsonl:1"]),
     "status of no folder": (nothing, "status nowhere", 2, ["nowhere: there is no such folder"]),
     "status of no run": (lambda w: (w.folder / "d").mkdir(), "status d", 2, ["d: no run in this folder"]),

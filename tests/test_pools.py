@@ -337,25 +337,48 @@ def test_engines_leave_a_node_that_is_being_drained_and_others_come() -> None:
     asyncio.run(run())
 
 
-def test_a_pool_below_its_least_goes_on_trying(monkeypatch: pytest.MonkeyPatch) -> None:
+class Refused(SimulatedEngine):
+    async def placed(self) -> Process:
+        raise RayActorError
+
+
+def test_a_pool_below_its_least_goes_on_trying() -> None:
     """Also when a node is drained and the engine that should take the place of the last one does not start at first."""
+    tries: list[float] = []
 
-    class Refused(SimulatedEngine):
-        async def placed(self) -> Process:
-            raise RayActorError
-
-    monkeypatch.setattr("services.pools.SOONEST_S", 0.02)
+    def make(number: int) -> SimulatedEngine:
+        tries.append(asyncio.get_running_loop().time())
+        return (Refused if 0 < number < 5 else SimulatedEngine)(number, node="here" if number else "spot")
 
     async def run() -> None:
-        kinds = {0: SimulatedEngine, 1: Refused, 2: Refused}
-        bench = Bench(least=1, make=lambda n: kinds.get(n, SimulatedEngine)(n, node="spot" if n == 0 else "here"))
+        bench = Bench(least=1, make=make)
         await bench.pool.start()
         bench.pool.vacate({"spot"})
-        assert await bench.work(2) == [3, 3]
-        assert [engine.name for engine in bench.pool.engines] == ["student engine 3"]
+        nothing: Any = None
+        assert await bench.pool.generate([nothing], nothing, limited=False) == [(5, nothing)]
+        assert [engine.name for engine in bench.pool.engines] == ["student engine 5"]
         await bench.pool.stop()
 
-    asyncio.run(run())
+    virtual_time.run(run())
+    assert np.diff(tries) == pytest.approx([0, 1, 1, 3, 7])
+
+
+def test_engines_that_do_not_join_are_tried_ever_more_seldom_until_one_does() -> None:
+    tries: list[float] = []
+
+    async def run() -> None:
+        bench = Bench(least=1)
+        await bench.pool.start()
+        for tenth in range(2500):
+            known = len(bench.started)
+            bench.make = SimulatedEngine if len(tries) == 8 else Refused
+            bench.pool.resize(2 if len(tries) < 9 else 3)
+            tries.extend([tenth / 10] * (len(bench.started) - known))
+            await asyncio.sleep(0.1)
+        await bench.pool.stop()
+
+    virtual_time.run(run())
+    assert np.diff(tries)[:11] == pytest.approx([0, 1, 3, 7, 15, 31, 60, 60, 0, 0, 1], abs=0.2)
 
 
 def test_a_successor_that_refuses_the_weights_is_replaced_like_one_that_dies() -> None:
