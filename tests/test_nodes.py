@@ -1,9 +1,11 @@
-"""What Ray's autoscaler is told of a run's needs, read where the autoscaler reads it."""
+"""Which nodes a run is given; what Ray's autoscaler is told of its needs, read where the autoscaler reads it."""
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,11 @@ from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNE
 from ray.experimental.internal_kv import _internal_kv_get
 
 from actors.process import scratch_folder
+from services.cluster import placement
+from services.errors import PreflightError
 from services.nodes import NodeRequest, requested
 from services.plan import Part, Plan
+from services.sections import RayConfig
 from tests.runs import wait_until
 
 STUDENT, TEACHER = Part("student engine 0", 0.5, 0, 1.0), Part("teacher engine 0", 1, 1, 1.0)
@@ -41,6 +46,20 @@ def test_requests_of_runs_add_up_and_are_withdrawn_or_forgotten_if_nobody_renews
         until_told(half, half, half, half, half, whole)
     assert told() == []
     ray.kill(killed._coordinator)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_part_with_labels_is_placed_on_a_node_that_has_them_or_nowhere() -> None:
+    async def place(config: RayConfig, **labels: str) -> None:
+        async with placement(config, Plan((replace(STUDENT, labels=labels),), (), ())) as options:
+            assert len(options["student"]) == 1
+
+    (node,) = ray.nodes()
+    asyncio.run(place(RayConfig(), **node["Labels"]))
+    with pytest.raises(PreflightError, match="no node labelled sdft=actors has room for student engine 0"):
+        asyncio.run(place(RayConfig(wait_s=9), sdft="actors"))
+    with pytest.raises(PreflightError, match="no node came for it"):
+        asyncio.run(place(RayConfig(autoscaling=True, wait_s=1), sdft="actors"))
 
 
 def test_folders_of_processes_that_were_killed_go_with_the_next(tmp_path: Path) -> None:
