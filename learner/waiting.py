@@ -97,7 +97,8 @@ async def cancelled(tasks: Iterable[asyncio.Future[Any]]) -> None:
 async def silent_for(answer: Awaitable[object], seconds: float) -> bool:
     """Whether a question that whoever is well answers at once was not answered in so many seconds."""
     try:
-        await asyncio.wait_for(_plain(answer), seconds)
+        async with asyncio.timeout(seconds):  # wait_for may lose a cancellation that comes with the answer (bpo-37658)
+            await answer
     except TimeoutError:
         return True
     return False

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.waiting import Waits, within
+from learner.waiting import Waits, silent_for, within
 from services.watchdog import Watchdog, read_waiting
 
 
@@ -65,3 +65,25 @@ def test_a_wait_within_a_wait_says_which_it_was() -> None:
             await within(inner, 60, "the rollouts of step 5")
 
     asyncio.run(run())
+
+
+def test_a_cancellation_that_comes_with_an_answer_is_heard() -> None:
+    """Whoever watches an engine asks again and again, and would not end."""
+
+    async def heard(passes: int) -> bool:
+        """None of the loop's passes are between answer and cancellation, or some."""
+        answer = asyncio.get_running_loop().create_future()
+
+        async def asked() -> None:
+            await answer
+
+        asking = asyncio.create_task(silent_for(asked(), 60))
+        await asyncio.sleep(0.01)
+        answer.set_result(None)
+        for _ in range(passes):
+            await asyncio.sleep(0)
+        accepted = asking.cancel()
+        await asyncio.wait([asking])
+        return asking.cancelled() == accepted
+
+    assert [asyncio.run(heard(passes)) for passes in range(4)] == [True] * 4
