@@ -220,24 +220,23 @@ def _log_probs(logits: Tensor, ids: Tensor, out: Tensor) -> None:
 def _to_gradient(logits: Tensor, total: Tensor, ids: Tensor, at_ids: Tensor) -> None:
     """Put -softmax * total, [n, V] and [n, 1], in the place of the logits, and at the tokens `ids` what is given."""
     for block, its_total in _blocks(logits, -total):
-        torch.mul(torch.softmax(block, -1, dtype=its_total.dtype), its_total, out=block)
+        # Without a name it is given back before the next block needs as much.
+        block.copy_(torch.softmax(block, -1, dtype=its_total.dtype).mul_(its_total))
+    rows = torch.arange(len(logits), device=logits.device)[:, None]
     with _any_order():
-        logits.scatter_(-1, ids, at_ids)
+        logits[rows, ids] = at_ids  # not by scatter_, which on a CPU in half precision copies the whole to float32
 
 
 @contextmanager
 def _any_order() -> Iterator[None]:
-    """Let a GPU add to elements in any order. The ids of a row are distinct, so every element is added to once; told to
-    keep an order, scatter_add_ sorts, by twenty small kernels a call."""
-    before, only_warned = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    torch.use_deterministic_algorithms(False)
+    """Let a GPU put elements in any order. The ids of a row are distinct, so every element is put once; told to keep an
+    order, it sorts, by twenty small kernels a call."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode(0)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=only_warned)
+        torch.set_deterministic_debug_mode(before)
 
 
 def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:

@@ -30,7 +30,7 @@ class Timed(TrainerCallback):
 def arguments() -> argparse.Namespace:
     """What benchmarks.peer gives; sets the threads."""
     parser = argparse.ArgumentParser()
-    for name in ("model", "rows", "dtype", "weights"):
+    for name in ("model", "rows", "dtype"):
         parser.add_argument(f"--{name}", required=True)
     for name in ("batch", "steps", "max-new-tokens", "top-k", "skip", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
@@ -66,7 +66,6 @@ def configuration(a: argparse.Namespace) -> SDFTConfig:
         report_to=[],
         use_cpu=True,
         bf16=a.dtype == "bfloat16",
-        model_init_kwargs={"dtype": a.weights},
         gradient_checkpointing=False,
         save_strategy="no",
         distillation_mode="topk_logits",
