@@ -5,9 +5,9 @@
 SmolLM2-135M, 32 prompts a step, at most 128 new tokens, EMA teacher, top 64 and tail, forward KL, first three tokens
 left out. TRL has no vLLM on a CPU and samples with transformers; our engines are compiled (enforce_eager: false), whose
 start takes 45 s more. In bfloat16 our weights are that, with float32 masters; TRL's are float32, as it comes, and cast
-for each operation: in bfloat16 themselves a step took it three times as long here. Each is given every core. Medians of
-the steps after the first. The bound counts the floating-point operations of sampling, scoring and learning on the
-tokens of our steps, at the rate of a large matrix product in the same dtype.
+for each operation (with weights in bfloat16 a first step took it 277 s, beside other work). Each is given every core.
+Medians of the steps after the first. The bound counts the floating-point operations of sampling, scoring and learning
+on the tokens of our steps, at the rate of a large matrix product in the same dtype.
 """
 
 import argparse
