@@ -18,7 +18,7 @@ from torch import Tensor
 from learner.config import CHUNK_BYTES, LossConfig
 
 # Of a chunk, worked on in float32 at once: on a CPU what stays in its cache; on a GPU, where starting kernels takes the
-# time, half as much again as the chunk.
+# time, a quarter of a chunk's size more.
 FLOAT32_BYTES = {"cpu": 3 << 20, "cuda": 24 << 20}
 OF_ONE_TOKEN = ("sampled", "nll", "dft")  # divergences that look at the sequence's own tokens alone
 VOCABULARY_ROWS = {"cpu": 8192, "cuda": 1 << 30}  # of the head's gradient are added up at once

@@ -6,8 +6,8 @@ from typing import Protocol
 
 from services.errors import UserError
 from services.gauges import Prometheus
+from services.resolved import read_config
 from services.sections import MonitoringConfig
-from services.strict_yaml import parse_yaml
 
 
 class Sink(Protocol):
@@ -41,8 +41,7 @@ class WeightsAndBiases:
     def __init__(self, run_dir: Path, project: str) -> None:
         import wandb
 
-        path = run_dir / "config.yaml"
-        config = parse_yaml(path.read_text()) if path.exists() else {}
+        config = read_config(run_dir)
         self._run = wandb.init(project=project, dir=str(run_dir), config=config, group=run_dir.resolve().name)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
