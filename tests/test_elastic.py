@@ -109,7 +109,7 @@ def growing() -> Iterator[Growing]:
     settings = {
         "cluster_name": "grow",
         "max_workers": 2,
-        "idle_timeout_minutes": 0.2,
+        "idle_timeout_minutes": 0.1,
         "upscaling_speed": 1.0,
         "provider": {
             "type": "external",
@@ -135,6 +135,7 @@ def growing() -> Iterator[Growing]:
     environment = ENVIRONMENT | {
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_FAKE_CLUSTER": "1",
+        "RAY_health_check_period_ms": "1000",  # a node that is gone is found after five of them
         "RAY_enable_autoscaler_v2": "0",
         "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
