@@ -14,8 +14,8 @@ from learner.waiting import cancelled
 from services.broadcast import TRIES, Broadcast
 from services.config import RunConfig
 from services.engines import engine_pool
+from tests.pool_bench import Bench
 from tests.simulated import SimulatedEngine
-from tests.test_pools import Bench
 
 
 @dataclass

@@ -14,8 +14,8 @@ from actors.types import Snapshot, SnapshotDamaged, UpdateReport
 from benchmarks import simulation
 from learner.group import LearnerGroup
 from services.sync import WeightSync
+from tests.pool_bench import EMPTY, Bench
 from tests.simulated import SimulatedEngine
-from tests.test_pools import EMPTY, Bench
 
 
 class Learner:
