@@ -233,9 +233,10 @@ class Controller:
         results, samples = await self._evaluator.students(self._students, sets, step, stage)
         if teachers:
             results += await self._evaluator.teachers(self._students, sets, step, stage)
-        self._log.evaluation(*results)
+        # Answers first: if the run is killed in between, without results the evaluation counts as not made.
         for sample in first_of_each_set(samples):
             self._log.sample(sample)
+        self._log.evaluation(*results)
         self._progress.evaluation(results)
         await self._judge(step, results, samples)
         self._progress.phase("training")

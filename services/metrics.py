@@ -215,12 +215,18 @@ class RunLog:
 
     @staticmethod
     def rewind(run_dir: Path, step: int | None) -> None:
-        """Forget what came after `step`, the checkpoint resumed from (None or -1: everything), in each file at once."""
+        """Forget what came after `step`, the checkpoint resumed from (None or -1: everything), in each file at once.
+
+        Also answers without the results of their evaluation, which was cut off: it is made again.
+        """
         last = -1 if step is None else step
-        for name in FILES.values():
+        evaluated = {(row["step"], row.get("task")) for row in read_jsonl(run_dir / FILES[EvalResult])}
+        for kind, name in FILES.items():
             path = run_dir / name
             if path.exists():
                 kept = [row for row in read_jsonl(path) if row["step"] <= last]
+                if kind is Sample:
+                    kept = [row for row in kept if (row["step"], row.get("task")) in evaluated]
                 write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 

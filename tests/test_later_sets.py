@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from benchmarks.simulation import Case, Learner, drive, prepared
 from services.continual import make_matrix
 from services.demonstrations import Record
@@ -100,6 +102,27 @@ def test_a_run_that_is_killed_then_and_continued_does_not_ask_again(tmp_path: Pa
     assert f"evaluation at step {2 * STEPS}" in said
     assert ((tmp_path / "eval.jsonl").read_bytes(), metrics(tmp_path)) == (rows, steps)
     assert steps[-1]["trained"] == 8 * 2 * STEPS
+
+
+@pytest.mark.parametrize("cut_off_at", ["sample", "evaluation"])
+def test_an_evaluation_that_is_cut_off_while_it_is_written_is_made_again_whole(
+    cut_off_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    appended(tmp_path / "whole")
+    cut = tmp_path / "cut"
+    trained(cut, run_of(1, [OLD]))
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, cut_off_at, killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            trained(cut, run_of(2, [OLD, NEW]), STEPS)
+    trained(cut, run_of(2, [OLD, NEW]), STEPS)
+    for file in ("eval.jsonl", "samples.jsonl"):
+        assert read_jsonl(cut / file) == read_jsonl(tmp_path / "whole" / file)
 
 
 def test_without_new_sets_a_continued_run_asks_nothing_before_it_trains(tmp_path: Path) -> None:
