@@ -62,6 +62,12 @@ class Bench:
         assert [item for _, item in results] == list(range(count))
         return [engine for engine, _ in results]
 
+    async def begin(self, size: int) -> None:
+        """Start with the least, and grow."""
+        await self.pool.start()
+        self.pool.resize(size)
+        await self.settled()
+
     async def settled(self) -> None:
         while self.pool.changing:
             await asyncio.sleep(0.01)

@@ -75,9 +75,7 @@ def test_who_finds_no_place_says_what_is_missing_and_is_no_hindrance(monkeypatch
 def test_who_leaves_finishes_what_it_has_and_is_stopped() -> None:
     async def run() -> None:
         bench = Bench(least=1)
-        await bench.pool.start()
-        bench.pool.resize(2)
-        await bench.settled()
+        await bench.begin(2)
         work = asyncio.create_task(bench.work(4))
         await asyncio.sleep(0.005)
         bench.pool.resize(1)
@@ -93,9 +91,7 @@ def test_who_leaves_finishes_what_it_has_and_is_stopped() -> None:
 def test_what_a_leaving_engine_does_not_finish_in_time_is_done_by_another() -> None:
     async def run() -> None:
         bench = Bench(least=1, make=lambda number: SimulatedEngine(number, seconds=3 if number == 1 else 0.01))
-        await bench.pool.start()
-        bench.pool.resize(2)
-        await bench.settled()
+        await bench.begin(2)
         work = asyncio.create_task(bench.work(4))
         await asyncio.sleep(0.005)
         bench.pool.resize(1)

@@ -180,9 +180,7 @@ def test_a_successor_that_refuses_the_weights_is_replaced_like_one_that_dies() -
 def test_an_engine_that_keeps_dying_is_given_up_if_enough_remain_and_ends_the_run_if_not() -> None:
     async def run() -> None:
         bench = Bench(least=1, make=lambda number: SimulatedEngine(number, seconds=0.01))
-        await bench.pool.start()
-        bench.pool.resize(2)
-        await bench.settled()
+        await bench.begin(2)
         for _ in range(2):
             next(e for e in reversed(bench.started) if e.number == 1).die()
             await bench.work(4)  # finds it out
