@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from actors.process import waiting
+from actors.process import kept_heap, waiting
 from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
 from benchmarks.measure import device_parser, in_a_process, matrix_rate, report, seconds_in_turn
 from benchmarks.operations import Operations
@@ -120,8 +120,8 @@ def main() -> None:
     parser = device_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=4096, help="in one micro-batch, a multiple of 128")
     arguments = parser.parse_args()
-    # As in a strict run. OpenMP reads it when torch is imported: here that has been done.
-    os.environ.update(waiting(alone=True))
+    # As in a strict run. OpenMP reads it when torch is imported, here that has been done, and glibc at a start.
+    os.environ.update(waiting(alone=True) | kept_heap())
     in_a_process(partial(measure, arguments.device, arguments.tokens))
 
 

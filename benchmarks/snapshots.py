@@ -87,7 +87,7 @@ def laying_out() -> tuple[list[float], int]:
 def measure(scratch: Path) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of each kind of transfer in every round, and its bytes."""
     probe = np.arange(100, 148, dtype=np.int32)
-    learner = learner_actor().remote()
+    learner = learner_actor("cpu").remote()
     engine = ray.remote(EngineWorker).remote(engine_settings("actors.engine.WorkerExtension", share_prompts=False))
     address, port = ray.get(learner.rendezvous.remote(), timeout=WAIT_S)
     ray.get([learner.start.remote(settings(), 1, address, port, probe), engine.start.remote()], timeout=WAIT_S)

@@ -44,7 +44,7 @@ class LearnerGroup:
 
         LearnerLost if one dies on the way. Ranks that did start are gone when this raises.
         """
-        actor = learner_actor()
+        actor = learner_actor(settings.device)
         group = cls([actor.options(**o).remote() for o in options], settings)
         try:
             await group._start(probe_ids)

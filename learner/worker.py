@@ -1,6 +1,5 @@
 """The Ray actor around one learner rank. Sets the process up before torch is imported, then only passes calls on."""
 
-import ctypes
 import os
 import socket
 from collections.abc import Sequence
@@ -10,14 +9,13 @@ from typing import Any
 
 import ray
 
-from actors.process import large_imports, waiting
+from actors.process import kept_heap, large_imports, waiting
 from actors.types import IntArray, Process, ScoredRollout, Snapshot
 from learner.types import LearnerSettings, StepResult
 
 # Ray runs the methods of these groups beside the others.
 SAVING, SENDING, COPYING, HEALTH = "saving", "sending", "copying", "health"
 LIMIT = timedelta(minutes=10)  # of one collective: who is lost is found much earlier, by not answering
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 
 
 class LearnerWorker:
@@ -36,8 +34,6 @@ class LearnerWorker:
     def start(self, settings: LearnerSettings, ranks: int, address: str, port: int, probe_ids: IntArray) -> None:
         """Load the model. Every rank must be called at once: they wait for each other, where rank 0 listens."""
         os.environ.update(_environment(settings, ranks))
-        if settings.device == "cpu":
-            _keep_freed_memory()
         with large_imports():
             import torch
 
@@ -155,9 +151,12 @@ class LearnerWorker:
         return {name: tensor.cpu().numpy().copy() for name, tensor in self._engine.weights(role, torch.float32)}
 
 
-def learner_actor() -> Any:
-    """The Ray actor class of a rank."""
-    return ray.remote(concurrency_groups={SAVING: 1, SENDING: 2, COPYING: 1, HEALTH: 1})(LearnerWorker)
+def learner_actor(device: str) -> Any:
+    """The Ray actor class of a rank on a device, cpu or cuda."""
+    groups = {SAVING: 1, SENDING: 2, COPYING: 1, HEALTH: 1}
+    # On a GPU main memory holds a model only while it is loaded.
+    heap = kept_heap() if device == "cpu" else {}
+    return ray.remote(concurrency_groups=groups, runtime_env={"env_vars": heap})(LearnerWorker)
 
 
 def _environment(settings: LearnerSettings, ranks: int) -> dict[str, str]:
@@ -173,19 +172,6 @@ def _environment(settings: LearnerSettings, ranks: int) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0))
     environment["OMP_NUM_THREADS"] = str(settings.config.threads or max(1, cores // ranks))
     return environment
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed blocks of up to 32 MiB: given back, each comes again as pages that the kernel has to zero.
-
-    Larger ones (logits, gradients of the head) are few, and kept they would fragment the heap by gigabytes. Other C
-    libraries have no mallopt and go without.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_ARENA_MAX, 1)  # Ray calls from a thread: heaps of its own come in 64 MiB, and fragment by gigabytes
 
 
 def _own_address() -> str:
