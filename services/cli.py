@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from services.errors import PreflightError, RetentionLost, UserError
 from services.signals import sigterm_interrupts
+from services.without_torch import promise_tokenizers_only
 
 if TYPE_CHECKING:
     from services.config import RunConfig
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = _parser().parse_args(argv)
+    if argv is None and arguments.run in (_train, _check):  # the process is the command's own
+        promise_tokenizers_only()
     try:
         with sigterm_interrupts():
             return int(arguments.run(arguments) or 0)

@@ -10,6 +10,7 @@ from services.demonstrations import Message, Record
 from services.errors import UserError
 from services.files import existing_file
 from services.user_template import UserTemplate
+from services.without_torch import import_for_tokenizers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -186,7 +187,7 @@ def text_prompts(tokenizer: "PreTrainedTokenizerBase", items: Sequence[Record], 
 
 def load_tokenizer(model_path: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer in a local model folder; nothing is downloaded."""
-    with large_imports():
+    with large_imports(), import_for_tokenizers():
         from transformers import AutoTokenizer
 
     try:

@@ -1,5 +1,6 @@
 """Where metrics go beside the run's own files: TensorBoard, Weights & Biases, MLflow, Prometheus (gauges.py)."""
 
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
@@ -22,13 +23,18 @@ class TensorBoard:
     """Event files in run_dir/tensorboard. `first_step`: curves of a killed run are cut off from there on."""
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        # Not torch.utils.tensorboard, around the same writer: torch takes two seconds to import.
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._writer = EventFileWriter(str(run_dir / "tensorboard"))
+        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.add_event(self._event(wall_time=time.time(), step=first_step, session_log=session))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
         self._writer.flush()
 
     def close(self) -> None:
