@@ -43,11 +43,10 @@ lint: install
 
 install: $(INSTALLED)
 
-# --no-deps: the pins are complete, and leave out packages that would break the CPU build of torch. --no-compile: of
-# 30,000 modules a few thousand are ever imported, and compiled then.
+# --no-deps: the pins are complete, and leave out packages that would break the CPU build of torch.
 $(INSTALLED): requirements/cpu.txt requirements/dev.txt requirements/harness.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps -r requirements/cpu.txt -r requirements/dev.txt -r requirements/harness.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/cpu.txt -r requirements/dev.txt -r requirements/harness.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(INSTALLED)
 
