@@ -22,13 +22,16 @@ def waiting(alone: bool) -> dict[str, str]:
     return {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000" if alone else "0", "KMP_BLOCKTIME": "0"}
 
 
-def kept_heap() -> dict[str, str]:
-    """Environment in which glibc, from a process's start on, keeps what is freed.
+def kept_heap(device: str) -> dict[str, str]:
+    """Environment in which glibc, from a process's start on, keeps what is freed by a learner that computes on a CPU.
 
     Given back, it comes again as pages that the kernel has to zero, and on a virtual machine its host to find. One heap
     for all threads: Ray calls from a thread, whose own heap would be pieces of 64 MiB that come and go. Other C
-    libraries read other variables and go without.
+    libraries read other variables and go without. Nothing for a GPU: there main memory holds a model only while it is
+    loaded.
     """
+    if device != "cpu":
+        return {}
     return {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 62)}
 
 

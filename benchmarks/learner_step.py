@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="in one micro-batch, a multiple of 128")
     arguments = parser.parse_args()
     # As in a strict run. OpenMP reads it when torch is imported, here that has been done, and glibc at a start.
-    os.environ.update(waiting(alone=True) | kept_heap())
+    os.environ.update(waiting(alone=True) | kept_heap(arguments.device))
     in_a_process(partial(measure, arguments.device, arguments.tokens))
 
 

@@ -154,9 +154,7 @@ class LearnerWorker:
 def learner_actor(device: str) -> Any:
     """The Ray actor class of a rank on a device, cpu or cuda."""
     groups = {SAVING: 1, SENDING: 2, COPYING: 1, HEALTH: 1}
-    # On a GPU main memory holds a model only while it is loaded.
-    heap = kept_heap() if device == "cpu" else {}
-    return ray.remote(concurrency_groups=groups, runtime_env={"env_vars": heap})(LearnerWorker)
+    return ray.remote(concurrency_groups=groups, runtime_env={"env_vars": kept_heap(device)})(LearnerWorker)
 
 
 def _environment(settings: LearnerSettings, ranks: int) -> dict[str, str]:

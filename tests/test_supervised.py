@@ -21,10 +21,8 @@ from benchmarks import virtual_time
 from services.published import Published
 from services.remote import RemoteActor
 from services.supervised import Losses, Patience, SupervisedEngine
-from tests.pool_bench import Bench
+from tests.pool_bench import EMPTY, Bench
 from tests.simulated import SimulatedEngine
-
-EMPTY = np.zeros(0, dtype=np.int32)
 
 
 def mortal() -> type:
