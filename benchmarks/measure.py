@@ -40,10 +40,15 @@ def seconds_in_turn(cases: Mapping[Case, Callable[[], object]], rounds: int) -> 
 
 def matrix_rate(dtype: torch.dtype, device: str = "cpu", rounds: int = 5) -> float:
     """Floating-point operations per second of a large square matrix product, the best of `rounds`."""
+    product, operations = large_product(dtype, device)
+    return operations / min(_timed(product) for _ in range(rounds + 1))
+
+
+def large_product(dtype: torch.dtype, device: str = "cpu") -> tuple[Callable[[], object], int]:
+    """A product of square matrices, large for the device, and its floating-point operations."""
     size = 2048 if device == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = min(_timed(lambda: a @ b) for _ in range(rounds + 1))
-    return 2 * size**3 / best
+    return lambda: a @ b, 2 * size**3
 
 
 def _timed(run: Callable[[], object]) -> float:

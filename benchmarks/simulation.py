@@ -170,7 +170,7 @@ def prepared(case: Case, batch: int) -> Prepared:
         config=config,
         path=Path("simulated.yaml"),
         model=Path("simulated"),
-        shape=ModelShape(0, 0, 0, 0, 0),
+        shape=ModelShape(0, 0, 0, 0, 0, 0),
         tokenizer=None,
         stages=(Stage("", task, prompts, [], schedule, fingerprint=""),),
         common=[],

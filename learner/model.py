@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from learner.architecture import why_not
 from learner.attention import PACKED
 from learner.config import LossConfig
+from learner.last_layer import only_where_read
 from learner.loss import divergence_loss
 from learner.norm import replace_norms
 from learner.packing import MicroBatch
@@ -25,6 +26,7 @@ def load_student(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=PACKED)
     model.config.use_cache = False
     replace_norms(model)
+    only_where_read(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -49,8 +51,8 @@ class SelfDistillation(nn.Module):
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, ...]:
         """loss, divergence, mismatch_kl, tail_mass: the sums of loss.LossSums, as a tuple that DeepSpeed can walk."""
-        states = hidden_states(self.model, batch.input_ids, batch.position_ids, batch.lengths)
-        return divergence_loss(states[batch.predicting], self.head.weight, self.head.bias, batch.targets, self.loss)
+        states = hidden_states(self.model, batch.input_ids, batch.position_ids, batch.lengths, batch.predicting)
+        return divergence_loss(states, self.head.weight, self.head.bias, batch.targets, self.loss)
 
 
 class Probe(nn.Module):
@@ -71,7 +73,10 @@ class Probe(nn.Module):
         return torch.log_softmax(logits, -1).gather(-1, ids[1:, None])[:, 0]
 
 
-def hidden_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Last hidden states [T, H] of packed sequences: ids [T], positions [T]."""
+def hidden_states(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, lengths: tuple[int, ...], read: Tensor | None = None
+) -> Tensor:
+    """Last hidden states of packed sequences, ids and positions [T]: [T, H], or [N, H] of the tokens `read` [N]."""
     inputs = {"input_ids": ids[None], "position_ids": positions[None], "lengths": lengths, "use_cache": False}
-    return model.base_model(**inputs).last_hidden_state[0]
+    states = model.base_model(**inputs, read=read).last_hidden_state[0]
+    return states if read is None else states[read]

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from learner.config import KEPT
+
 LEAST = 0.8  # a member of a group has so much of its longest: the rest of its rows is computed and hidden
 SCORES = 1 << 18  # attention scores of a head worked on at once, so that those of all heads fit into a cache
 
@@ -19,7 +21,7 @@ SCORES = 1 << 18  # attention scores of a head worked on at once, so that those 
 class ShortAttention(torch.autograd.Function):
     """query [1, heads, T, D], key and value [1, kv heads, T, D] -> [1, heads, T, D].
 
-    Only query, key and value are kept for the gradient; the attention weights are computed again.
+    Kept for the gradient beside these three: the attention weights of groups up to KEPT. Others' are computed again.
     """
 
     @staticmethod
@@ -32,23 +34,26 @@ class ShortAttention(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         given = [_padded(x, lengths) for x in (query, key, value)]
-        out = torch.empty_like(given[0])
+        out, kept = torch.empty_like(given[0]), list[Tensor]()
         for q, k, v, o in _of_groups(lengths, key.shape[1], *given, out):
-            torch.bmm(_weights(q, k, scale), v, out=o)
-        ctx.save_for_backward(query, key, value)
+            weights = _weights(q, k, scale)
+            torch.bmm(weights, v, out=o)
+            if k.shape[1] <= KEPT:
+                kept.append(weights)
+        ctx.save_for_backward(query, key, value, *kept)
         ctx.lengths, ctx.scale = lengths, scale
         return _packed(out, lengths)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         lengths, scale = ctx.lengths, ctx.scale
-        query, key, value = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
         given = [_padded(x, lengths) for x in (query, key, value, grad)]
         # From padding no gradient goes into keys and values.
         given[3].index_fill_(0, _order(lengths, grad.shape[1]).padding, 0)
         grads = [torch.empty_like(x) for x in given[:3]]
         for q, k, v, g, grad_q, grad_k, grad_v in _of_groups(lengths, key.shape[1], *given, *grads):
-            weights = _weights(q, k, scale)
+            weights = kept.pop(0) if k.shape[1] <= KEPT else _weights(q, k, scale)
             torch.bmm(weights.transpose(1, 2), g, out=grad_v)
             scores = torch.bmm(g, v.transpose(1, 2))
             scores = torch._softmax_backward_data(scores, weights, -1, weights.dtype)

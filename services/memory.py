@@ -5,7 +5,7 @@ with and without gradient checkpointing, with and without LoRA; within 7 %). tes
 """
 
 from actors.process import GIB
-from learner.config import CHUNK_BYTES, LearnerConfig, TeacherConfig
+from learner.config import CHUNK_BYTES, KEPT, LearnerConfig, TeacherConfig
 from services.shape import ModelShape
 
 WIDTH = {"bfloat16": 2, "float32": 4}  # bytes of a number
@@ -21,14 +21,16 @@ def learner_gib(
     shape: ModelShape,
     tokens: int,
     rows: int,
+    sequence: int,
     stages: int = 1,
 ) -> float:
-    """Peak of the first rank, which also holds the snapshots, for forwards of `tokens`, `rows` of them in the loss."""
+    """Peak of the first rank, which also holds the snapshots, for forwards of `tokens`, `rows` of them in the loss, in
+    sequences of `sequence` tokens."""
     if config.lora is None:
         process, total = PROCESS_GIB, _state_bytes(config, teacher, dtype, shape)
     else:
         process, total = PROCESS_GIB + PEFT_GIB, _lora_state_bytes(config, teacher, dtype, shape, stages)
-    total += _activation_bytes(config, dtype, shape, tokens)
+    total += _activation_bytes(config, dtype, shape, tokens, sequence)
     return process + (total + _loss_bytes(config, dtype, shape, rows)) / GIB
 
 
@@ -58,11 +60,12 @@ def _lora_state_bytes(
     return frozen + change + snapshots + 16 * shape.adapters
 
 
-def _activation_bytes(config: LearnerConfig, dtype: str, shape: ModelShape, tokens: int) -> float:
+def _activation_bytes(config: LearnerConfig, dtype: str, shape: ModelShape, tokens: int, sequence: int) -> float:
     """What autograd keeps: in the model's dtype about 7 vectors of the hidden size and 4 of the feed-forward's in each
-    layer, and 3.5 of the hidden size in float32."""
+    layer, of short sequences the attention weights, and 3.5 vectors of the hidden size in float32."""
     width = WIDTH[dtype]
-    layer = width * (7 * shape.hidden + 4 * shape.intermediate) + 14 * shape.hidden
+    attention = shape.heads * min(sequence, KEPT)  # however long the longest may be, most are shorter
+    layer = width * (7 * shape.hidden + 4 * shape.intermediate + attention) + 14 * shape.hidden
     if not config.gradient_checkpointing:
         return tokens * shape.layers * layer
     # Each layer's input, and the layers at work: measured, not derived.

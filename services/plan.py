@@ -101,12 +101,12 @@ def make_plan(config: RunConfig, shape: ModelShape, longest_prompts: Sequence[in
     return Plan(engines("student"), engines("teacher") if "teacher" in roles(config) else (), learners, growing)
 
 
-def _largest_forward(config: TaskConfig, longest_prompt: int) -> tuple[int, int]:
-    """Tokens of a rank's largest forward if every answer is as long as it may be, and how many are in the loss."""
+def _largest_forward(config: TaskConfig, longest_prompt: int) -> tuple[int, int, int]:
+    """Of a rank's largest forward if every answer is as long as it may be: tokens, those in the loss, a sequence's."""
     sequence = longest_prompt + config.sampling.max_new_tokens
     share = -(-config.training.batch_size * config.sampling.generations // config.learner.ranks)
     sequences = max(1, min(share, config.learner.micro_batch_tokens // sequence))
-    return sequences * sequence, sequences * config.sampling.max_new_tokens
+    return sequences * sequence, sequences * config.sampling.max_new_tokens, sequence
 
 
 def roles(config: RunConfig) -> tuple[str, ...]:

@@ -15,13 +15,14 @@ SAMPLED = 64  # bytes of each weight
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Numbers of numbers. Layers to vocabulary are 0 where config.json names them otherwise."""
+    """Numbers of numbers. Layers to heads are 0 where config.json names them otherwise."""
 
     parameters: int
     layers: int
     hidden: int
     intermediate: int
     vocabulary: int
+    heads: int
     adapted: int = 0  # in the weights that LoRA changes
     adapters: int = 0  # in the adapters themselves
 
@@ -30,8 +31,8 @@ class ModelShape:
         """Of a local model folder. UserError if it holds no weights, or none that `lora` names."""
         weights = _weights(model)
         config = json.loads((model / "config.json").read_text())
-        names = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
-        layers, hidden, intermediate, vocabulary = (int(config.get(name) or 0) for name in names)
+        names = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
+        layers, hidden, intermediate, vocabulary, heads = (int(config.get(name) or 0) for name in names)
         adapted = [] if lora is None else _adapted(model, weights, vocabulary, lora)
         return cls(
             parameters=sum(map(math.prod, weights.values())),
@@ -39,6 +40,7 @@ class ModelShape:
             hidden=hidden,
             intermediate=intermediate,
             vocabulary=vocabulary,
+            heads=heads,
             adapted=sum(map(math.prod, adapted)),
             adapters=0 if lora is None else lora.rank * sum(map(sum, adapted)),
         )

@@ -27,7 +27,7 @@ from services.schedule import StageSchedule, _order, sample_seed
 from services.shape import ModelShape
 from services.status import latest_checkpoint
 
-SHAPE = ModelShape(135_000_000, 30, 576, 1536, 49152)
+SHAPE = ModelShape(135_000_000, 30, 576, 1536, 49152, 9)
 STATE = CheckpointState(step=2, ranks=1, zero_stage=1, dtype="bfloat16", fingerprint="f")
 
 

@@ -34,7 +34,8 @@ def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(
     ray_cluster: None, smollm2: Path, dtype: str, config: LearnerConfig, sequences: int
 ) -> None:
     shape, teacher = ModelShape.of(smollm2, config.lora), TeacherConfig()
-    predicted = learner_gib(config, teacher, dtype, shape, sequences * (PROMPT + COMPLETION), sequences * COMPLETION)
+    tokens, rows = sequences * (PROMPT + COMPLETION), sequences * COMPLETION
+    predicted = learner_gib(config, teacher, dtype, shape, tokens, rows, PROMPT + COMPLETION)
     peak, _ = asyncio.run(measured(smollm2, dtype, config, sequences, steps=2))
     assert predicted == pytest.approx(peak, rel=0.15)
 
@@ -72,11 +73,11 @@ def page_faults(pid: int) -> int:
 
 
 def test_a_lora_teacher_that_becomes_the_student_at_each_stage_keeps_its_change_in_float32() -> None:
-    shape = ModelShape(parameters=0, layers=1, hidden=8, intermediate=8, vocabulary=8, adapted=2**30)
+    shape = ModelShape(parameters=0, layers=1, hidden=8, intermediate=8, vocabulary=8, heads=1, adapted=2**30)
     lora = BASE.model_copy(update={"lora": LoraConfig()})
 
     def gib(weights: str, stages: int) -> float:
-        return learner_gib(lora, TeacherConfig(weights=weights), NATIVE, shape, 1, 1, stages)
+        return learner_gib(lora, TeacherConfig(weights=weights), NATIVE, shape, 1, 1, 2, stages)
 
     assert gib("frozen", 2) - gib("frozen", 1) == pytest.approx(4)
     assert gib("base", 2) == gib("base", 1)

@@ -110,8 +110,8 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradient(tiny_model: Pa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-# Short ones, in the second some of a group are padded; the last too long for that.
-@pytest.mark.parametrize("lengths", [(5, 7, 9), (5, 8, 10, 9), (3,), (1, 1, 9), (300, 280)])
+# Short ones, in the second some of a group are padded; two whose attention weights are not kept; two too long for that.
+@pytest.mark.parametrize("lengths", [(5, 7, 9), (5, 8, 10, 9), (3,), (1, 1, 9), (200, 195, 9), (300, 280)])
 @pytest.mark.parametrize("cached", [1, 200, 10_000])  # scores of a head at once: a sequence, several, all
 def test_attention_of_packed_sequences_is_that_of_each_alone(
     lengths: tuple[int, ...], dtype: torch.dtype, cached: int, monkeypatch: pytest.MonkeyPatch
