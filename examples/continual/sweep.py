@@ -64,8 +64,9 @@ def short(variant: Variant) -> Variant:
 
 
 def skill(name: str, **settings: Any) -> Variant:
-    """Tool calls alone."""
-    return Variant(f"tools-{name}", TOOLS, {"training.steps": 40, "checkpoint.keep": 1} | dotted(settings))
+    """Tool calls alone, at a constant rate, as in the streams."""
+    usual = {"training.steps": 40, "checkpoint.keep": 1, "learner.optimizer.schedule": "constant"}
+    return Variant(f"tools-{name}", TOOLS, usual | dotted(settings))
 
 
 def facts(name: str, **settings: Any) -> Variant:
