@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 CHUNK_BYTES = 96 << 20  # of logits exist at once: of a vocabulary of 49152 1024 positions in bfloat16, 512 in float32
-KEPT = 192  # tokens: a CPU keeps the attention weights of shorter sequences for the gradient, and makes others again
+ATTENTION_KEPT = 192  # tokens: of sequences up to this a CPU keeps the attention weights for the gradient
 
 
 class TeacherConfig(BaseModel):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from learner.config import KEPT
+from learner.config import ATTENTION_KEPT
 
 LEAST = 0.8  # a member of a group has so much of its longest: the rest of its rows is computed and hidden
 SCORES = 1 << 18  # attention scores of a head worked on at once, so that those of all heads fit into a cache
@@ -21,7 +21,7 @@ SCORES = 1 << 18  # attention scores of a head worked on at once, so that those 
 class ShortAttention(torch.autograd.Function):
     """query [1, heads, T, D], key and value [1, kv heads, T, D] -> [1, heads, T, D].
 
-    Kept for the gradient beside these three: the attention weights of groups up to KEPT. Others' are computed again.
+    Kept for the gradient beside these three: the attention weights of groups up to ATTENTION_KEPT, others not.
     """
 
     @staticmethod
@@ -38,7 +38,7 @@ class ShortAttention(torch.autograd.Function):
         for q, k, v, o in _of_groups(lengths, key.shape[1], *given, out):
             weights = _weights(q, k, scale)
             torch.bmm(weights, v, out=o)
-            if k.shape[1] <= KEPT:
+            if k.shape[1] <= ATTENTION_KEPT:
                 kept.append(weights)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.lengths, ctx.scale = lengths, scale
@@ -53,7 +53,7 @@ class ShortAttention(torch.autograd.Function):
         given[3].index_fill_(0, _order(lengths, grad.shape[1]).padding, 0)
         grads = [torch.empty_like(x) for x in given[:3]]
         for q, k, v, g, grad_q, grad_k, grad_v in _of_groups(lengths, key.shape[1], *given, *grads):
-            weights = kept.pop(0) if k.shape[1] <= KEPT else _weights(q, k, scale)
+            weights = kept.pop(0) if k.shape[1] <= ATTENTION_KEPT else _weights(q, k, scale)
             torch.bmm(weights.transpose(1, 2), g, out=grad_v)
             scores = torch.bmm(g, v.transpose(1, 2))
             scores = torch._softmax_backward_data(scores, weights, -1, weights.dtype)

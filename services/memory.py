@@ -5,7 +5,7 @@ with and without gradient checkpointing, with and without LoRA; within 7 %). tes
 """
 
 from actors.process import GIB
-from learner.config import CHUNK_BYTES, KEPT, LearnerConfig, TeacherConfig
+from learner.config import ATTENTION_KEPT, CHUNK_BYTES, LearnerConfig, TeacherConfig
 from services.shape import ModelShape
 
 WIDTH = {"bfloat16": 2, "float32": 4}  # bytes of a number
@@ -64,7 +64,7 @@ def _activation_bytes(config: LearnerConfig, dtype: str, shape: ModelShape, toke
     """What autograd keeps: in the model's dtype about 7 vectors of the hidden size and 4 of the feed-forward's in each
     layer, of short sequences the attention weights, and 3.5 vectors of the hidden size in float32."""
     width = WIDTH[dtype]
-    attention = shape.heads * min(sequence, KEPT)  # however long the longest may be, most are shorter
+    attention = shape.heads * min(sequence, ATTENTION_KEPT)  # however long the longest may be, most are shorter
     layer = width * (7 * shape.hidden + 4 * shape.intermediate + attention) + 14 * shape.hidden
     if not config.gradient_checkpointing:
         return tokens * shape.layers * layer

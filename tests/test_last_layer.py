@@ -12,10 +12,9 @@ from learner.last_layer import only_where_read
 from learner.model import hidden_states, load_student
 
 LENGTHS = (5, 7)
-READ = torch.tensor([2, 3, 10])
 
 
-def read_states(model: PreTrainedModel, *, whole: bool) -> tuple[Tensor, list[Tensor], list[int]]:
+def read_states(model: PreTrainedModel, read: Tensor, *, whole: bool) -> tuple[Tensor, list[Tensor], list[int]]:
     """The hidden states that are read, the gradient of a sum of them, and how many rows the network has computed."""
     torch.manual_seed(0)
     ids = torch.randint(100, (sum(LENGTHS),))
@@ -24,11 +23,8 @@ def read_states(model: PreTrainedModel, *, whole: bool) -> tuple[Tensor, list[Te
     hook = model.base_model.layers[-1].mlp.up_proj.register_forward_hook(
         lambda _, given, __: rows.append(given[0].shape[1])
     )
-    states = (
-        hidden_states(model, ids, positions, LENGTHS)[READ]
-        if whole
-        else hidden_states(model, ids, positions, LENGTHS, READ)
-    )
+    given = (model, ids, positions, LENGTHS)
+    states = hidden_states(*given)[read] if whole else hidden_states(*given, read)
     (states * torch.linspace(-1, 1, states.numel()).view(states.shape)).sum().backward()
     hook.remove()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -37,14 +33,18 @@ def read_states(model: PreTrainedModel, *, whole: bool) -> tuple[Tensor, list[Te
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_what_is_read_is_computed_and_nothing_else(tiny_model: Path, checkpointing: bool) -> None:
+@pytest.mark.parametrize("read", [(2, 3, 10), ()])  # () is a rank's with nothing to do: it has a gradient, of zeros
+def test_what_is_read_is_computed_and_nothing_else(
+    tiny_model: Path, read: tuple[int, ...], checkpointing: bool
+) -> None:
     model = load_student(tiny_model, torch.float32)
     if checkpointing:
         model.gradient_checkpointing_enable()
-    states, gradients, rows = read_states(model, whole=True)
+    index = torch.tensor(read, dtype=torch.int64)
+    states, gradients, rows = read_states(model, index, whole=True)
     assert set(rows) == {sum(LENGTHS)}
-    its_states, its_gradients, its_rows = read_states(model, whole=False)
-    assert its_rows == [len(READ)] * (1 + checkpointing)
+    its_states, its_gradients, its_rows = read_states(model, index, whole=False)
+    assert its_rows == [len(read)] * (1 + checkpointing)
     torch.testing.assert_close(its_states, states, rtol=1e-6, atol=1e-6)
     for mine, theirs in zip(its_gradients, gradients, strict=True):
         assert (mine - theirs).norm() <= 1e-6 * theirs.norm()
