@@ -1,17 +1,18 @@
 # Two commands do everything on a fresh machine with Python 3.11: `make demo` and `make test`.
 PYTHON ?= python3.11
 BIN := .venv/bin
+RUNS := .venv/.runs
 INSTALLED := .venv/.installed
 TRL := benchmarks/trl/.venv/.installed
 
 .PHONY: demo continual test chaos bench lint install clean
 
-demo: install
+demo: $(RUNS)
 	$(BIN)/sdft train examples/tools/tools.yaml
 
 # Three skills in sequence by SDFT and by SFT, compared, in under an hour; goes on where it was stopped. FULL=--full: all
 # methods, rates, seeds and experiments.
-continual: install
+continual: $(RUNS)
 	$(BIN)/python examples/continual/sweep.py $(FULL)
 
 test: install
@@ -43,17 +44,20 @@ lint: install
 
 install: $(INSTALLED)
 
-# --no-deps: the pins are complete, and leave out packages that would break the CPU build of torch.
-$(INSTALLED): requirements/cpu.txt requirements/dev.txt requirements/harness.txt pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements/cpu.txt -r requirements/dev.txt -r requirements/harness.txt
+# What a run needs.
+$(RUNS): requirements/cpu.txt requirements/install.sh pyproject.toml
+	PYTHON=$(PYTHON) requirements/install.sh .venv requirements/cpu.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $(RUNS)
+
+# What tests and checks need, too.
+$(INSTALLED): $(RUNS) requirements/dev.txt requirements/harness.txt
+	PYTHON=$(PYTHON) requirements/install.sh .venv requirements/dev.txt requirements/harness.txt
 	touch $(INSTALLED)
 
 # The peer of benchmarks/peer.py.
 $(TRL): benchmarks/trl/requirements.txt
-	$(PYTHON) -m venv benchmarks/trl/.venv
-	benchmarks/trl/.venv/bin/python -m pip install --quiet --no-deps -r benchmarks/trl/requirements.txt
+	PYTHON=$(PYTHON) requirements/install.sh benchmarks/trl/.venv benchmarks/trl/requirements.txt
 	touch $(TRL)
 
 clean:
