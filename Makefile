@@ -18,9 +18,9 @@ continual: $(RUNS)
 test: install
 	$(BIN)/python -m pytest
 
-# The test in tests/chaos with 200 kills instead of 30: half an hour.
+# The test in tests/runs/chaos with 200 kills instead of 30: half an hour.
 chaos: install
-	CHAOS_KILLS=200 $(BIN)/python -m pytest tests/chaos
+	CHAOS_KILLS=200 $(BIN)/python -m pytest tests/runs/chaos
 
 # Alone on the machine: anything else that runs is in the figures.
 bench: install $(TRL)

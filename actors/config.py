@@ -102,4 +102,4 @@ class EngineSettings:
     threads: int | None  # OpenMP threads on the CPU; None: every core
     kv_cache_gib: float | None  # None, on GPUs: what gpu_memory_utilization leaves for it
     alone: bool = False  # nobody else of the run computes while it does
-    extension: str = "actors.engine.WorkerExtension"  # loaded in the engine's worker processes
+    extension: str = "sdft.actors.vllm.extension.WorkerExtension"  # loaded in the engine's worker processes

@@ -12,7 +12,7 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.types import Process
+from sdft.actors.shared.types import Process
 
 
 def end(process: Process) -> None:

@@ -8,9 +8,9 @@ from typing import TypeVar
 
 import ray
 
-from actors.config import EngineSettings
-from actors.process import large_imports, scratch_folder, waiting
-from actors.types import (
+from sdft.actors.config import EngineSettings
+from sdft.actors.shared.process import large_imports, scratch_folder, waiting
+from sdft.actors.shared.types import (
     GenerateRequest,
     IntArray,
     Process,
@@ -39,7 +39,7 @@ def engine_environment(settings: EngineSettings) -> dict[str, str]:
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # unset, vLLM would keep one core back
             "OMP_NUM_THREADS": str(len(cores)),  # Ray sets it to the actor's CPUs: one thread
             "VLLM_USE_V2_MODEL_RUNNER": "0",  # the V2 runner needs Triton
-            # Lets the model run in EngineCore's own process (engine.py asks for it): one process fewer for each engine,
+            # Lets the model run in EngineCore's own process (as vllm/engine.py asks): one process fewer an engine,
             # and none of the shared-memory queues that a killed engine would leave behind. EngineCore is a process of
             # its own all the same: AsyncLLM starts one whatever this says.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -56,7 +56,7 @@ class EngineWorker:
         folder = self._scratch.enter_context(scratch_folder("sdft-engine-", os.environ.get("SDFT_SCRATCH")))
         os.environ.update(engine_environment(settings) | {"VLLM_RPC_BASE_PATH": str(folder)})
         with large_imports():
-            from actors.engine import Engine  # imports vLLM, which reads the environment
+            from sdft.actors.vllm.engine import Engine  # imports vLLM, which reads the environment
 
         self._engine = Engine(settings)
 

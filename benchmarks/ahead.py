@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.measure import report
-from services.metrics import read_jsonl
-from services.processor import native_dtype
+from sdft.services.config.dtype import native_dtype
+from sdft.services.records.rows import read_jsonl
 
 TOOLS = Path(__file__).parent.parent / "examples" / "tools" / "tools.yaml"
 STEPS, WARM, ROUNDS = 14, 3, 2
@@ -26,7 +26,7 @@ FIELDS = ("time_step_s", "time_rollout_s", "time_score_s", "time_learn_s", "time
 def steps(run_dir: Path, staleness: int) -> list[dict[str, float]]:
     settings = {"training.steps": STEPS, "training.max_staleness": staleness, "evaluation.sets": []}
     overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    command = [sys.executable, "-m", "services.cli", "train", str(TOOLS), "--run-dir", str(run_dir), *overrides]
+    command = [sys.executable, "-m", "sdft.services.cli", "train", str(TOOLS), "--run-dir", str(run_dir), *overrides]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=1800)
     return list(read_jsonl(run_dir / "metrics.jsonl"))[WARM:-1]
 

@@ -1,6 +1,6 @@
 """A worker extension that leaves vLLM's own prompt log-probs in place: what benchmarks.scoring compares with."""
 
-from actors.engine import WorkerExtension
+from sdft.actors.vllm.extension import WorkerExtension
 
 
 class Extension(WorkerExtension):

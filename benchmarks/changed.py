@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import report
-from learner.config import OptimizerConfig
-from learner.types import LearnerSettings
-from learner.worker import LearnerWorker
-from services.load_config import load_config
-from services.prepare import learner_settings, prepare
-from services.recording import read_batch
+from sdft.learner.config import OptimizerConfig
+from sdft.learner.types import LearnerSettings
+from sdft.learner.worker import LearnerWorker
+from sdft.services.config.load import load_config
+from sdft.services.planning.prepare import learner_settings, prepare
+from sdft.services.records.batches import read_batch
 
 EXAMPLE, STEPS = Path("examples/tools/tools.yaml"), 8
 
@@ -31,7 +31,7 @@ EXAMPLE, STEPS = Path("examples/tools/tools.yaml"), 8
 def record(run_dir: Path) -> None:
     overrides = [f"training.steps={STEPS}", "monitoring.record_rollouts=true", "evaluation.sets=[]"]
     words = [word for override in overrides for word in ("--set", override)]
-    command = [sys.executable, "-m", "services.cli", "train", str(EXAMPLE), "--run-dir", str(run_dir), *words]
+    command = [sys.executable, "-m", "sdft.services.cli", "train", str(EXAMPLE), "--run-dir", str(run_dir), *words]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=1200)
 
 

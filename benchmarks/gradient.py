@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.measure import report
-from learner.config import LossConfig
-from learner.loss import divergence, with_tail
-from services.load_config import load_config
-from services.prepare import prepare
+from sdft.learner.config import LossConfig
+from sdft.learner.loss.divergences import divergence, with_tail
+from sdft.services.config.load import load_config
+from sdft.services.planning.prepare import prepare
 
 EXAMPLE = Path("examples/tools/tools.yaml")
 PROMPTS, NEW_TOKENS, SKIP, SUPPORTS = 16, 48, 3, (1, 8, 20, 64, 256)

@@ -17,19 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.process import kept_heap, waiting
-from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
 from benchmarks.measure import device_parser, in_a_process, large_product, matrix_rate, report, seconds_in_turn
 from benchmarks.operations import Operations
-from learner.config import LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
-from learner.loss import divergence_loss
-from learner.model import SelfDistillation, hidden_states, load_student
-from learner.optimizer import AdamWWithTeacher
-from learner.packing import pack
-from learner.types import LearnerSettings, StageSettings
-from learner.worker import LearnerWorker
-from services.models import resolve_model
-from services.processor import native_dtype
+from sdft.actors.shared.process import kept_heap, waiting
+from sdft.actors.shared.types import Rollout, SampleId, ScoredRollout, TeacherScores
+from sdft.learner.config import LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
+from sdft.learner.loss.chunked import divergence_loss
+from sdft.learner.model.student import SelfDistillation, hidden_states, load_student
+from sdft.learner.optimizer import AdamWWithTeacher
+from sdft.learner.packing import pack
+from sdft.learner.types import LearnerSettings, StageSettings
+from sdft.learner.worker import LearnerWorker
+from sdft.services.config.dtype import native_dtype
+from sdft.services.planning.models import resolve_model
 
 PROMPT, COMPLETION, K = 96, 32, 64
 PRODUCTS = 12  # in a round: half a second on two cores

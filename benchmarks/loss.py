@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import device_parser, peak_mib, report, seconds_in_turn
-from learner.config import LossConfig
-from learner.loss import Targets, divergence_loss, importance_weights, token_objective
-from services.processor import native_dtype
+from sdft.learner.config import LossConfig
+from sdft.learner.loss.chunked import divergence_loss
+from sdft.learner.loss.divergences import token_objective
+from sdft.learner.loss.importance import importance_weights
+from sdft.learner.loss.targets import Targets
+from sdft.services.config.dtype import native_dtype
 
 VOCABULARY, HIDDEN, K, SEQUENCE = 49152, 576, 64, 64
 CONFIG = LossConfig(top_k=K)

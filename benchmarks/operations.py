@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.shape import ModelShape
+from sdft.services.planning.shape import ModelShape
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
 from benchmarks.measure import report
-from learner.attention import short
-from learner.packing import group, length, pack
-from learner.short_attention import groups
-from services.models import resolve_model
-from services.prompts import load_tokenizer
+from sdft.actors.shared.types import Rollout, SampleId, ScoredRollout, TeacherScores
+from sdft.learner.model.attention import short
+from sdft.learner.model.cpu.short_attention import groups
+from sdft.learner.packing import group, length, pack
+from sdft.services.data.tokenizer import load_tokenizer
+from sdft.services.planning.models import resolve_model
 
 TOOLS = Path(__file__).parent.parent / "examples" / "tools" / "train.jsonl"
 BATCH, BUDGET = 8, 4096

@@ -26,11 +26,11 @@ import yaml
 
 from benchmarks.measure import matrix_rate, report
 from benchmarks.operations import Operations
-from services.load_config import load_config
-from services.metrics import read_jsonl
-from services.models import resolve_model
-from services.prepare import prepare
-from services.processor import native_dtype
+from sdft.services.config.dtype import native_dtype
+from sdft.services.config.load import load_config
+from sdft.services.planning.models import resolve_model
+from sdft.services.planning.prepare import prepare
+from sdft.services.records.rows import read_jsonl
 
 HERE = Path(__file__).parent
 TRL = HERE / "trl" / ".venv" / "bin" / "python"
@@ -68,7 +68,7 @@ def ours(folder: Path, model: Path, dtype: str) -> list[dict[str, float]]:
     }
     (folder / "ours.yaml").write_text(yaml.safe_dump(config))
     run_dir = folder / f"ours-{dtype}"
-    command = [sys.executable, "-m", "services.cli", "train", str(folder / "ours.yaml"), "--run-dir", str(run_dir)]
+    command = [sys.executable, "-m", "sdft.services.cli", "train", str(folder / "ours.yaml"), "--run-dir", str(run_dir)]
     rates = [matrix_rate(getattr(torch, dtype))]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=3600)
     rates.append(matrix_rate(getattr(torch, dtype)))

@@ -2,7 +2,7 @@
 
 from vllm import ir
 
-from actors.engine import WorkerExtension
+from sdft.actors.vllm.extension import WorkerExtension
 
 
 class Extension(WorkerExtension):

@@ -20,12 +20,12 @@ import ray
 import torch
 from transformers import AutoTokenizer
 
-from actors.types import GenerateRequest, IntArray, Sampling
-from actors.worker import EngineWorker
 from benchmarks.measure import matrix_rate, report
 from benchmarks.operations import Operations
 from benchmarks.peer import BATCH, NEW_TOKENS, K, rows
 from benchmarks.scoring import DTYPE, EXTENSION, settings
+from sdft.actors.shared.types import GenerateRequest, IntArray, Sampling
+from sdft.actors.worker import EngineWorker
 
 ROUNDS, WAIT_S = 4, 600
 PLAIN = "plain norms"

@@ -2,8 +2,8 @@
 
     python -m benchmarks.scale            # about eight minutes, one core; tables, and benchmarks/scale.svg
 
-What is simulated and how: simulation.py. An argument chooses the cases whose name it is in. Function calls a sample,
-simulation included, tell what a processor's caches hide: whether there is more to do for a sample of a larger fleet.
+What is simulated and how: simulation/cluster.py. An argument chooses the cases whose name it is in. Function calls a
+sample, simulation included, show what a processor's caches hide: whether a sample of a larger fleet needs more work.
 """
 
 import cProfile
@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.measure import report
-from benchmarks.simulation import ROOM, ROUNDS, Case, simulate
+from simulation.cluster import ROOM, ROUNDS, Case, simulate
 
 SIZES = (1, 10, 30, 100, 300, 1000)
 CASES = [

@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.config import EngineSettings
-from actors.worker import EngineWorker
 from benchmarks.measure import report, seconds_in_turn
-from services.models import resolve_model
-from services.processor import native_dtype
+from sdft.actors.config import EngineSettings
+from sdft.actors.worker import EngineWorker
+from sdft.services.config.dtype import native_dtype
+from sdft.services.planning.models import resolve_model
 
 SEQUENCES, PROMPT, COMPLETION, K, ROUNDS = 8, 150, 32, 64, 7
 DTYPE = native_dtype("cpu")
 ALL_ROWS, ALONE, SHARED = "all rows", "completion rows", "completion rows, prompts shared"
-EXTENSION = "actors.engine.WorkerExtension"
+EXTENSION = "sdft.actors.vllm.extension.WorkerExtension"
 
 
 def settings(extension: str, share_prompts: bool) -> EngineSettings:

@@ -21,12 +21,12 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from actors.worker import EngineWorker
 from benchmarks.learner_step import samples, settings
 from benchmarks.measure import in_a_process, report
 from benchmarks.scoring import DTYPE
 from benchmarks.scoring import settings as engine_settings
-from learner.worker import LearnerWorker, learner_actor
+from sdft.actors.worker import EngineWorker
+from sdft.learner.worker import LearnerWorker, learner_actor
 
 ROUNDS, WAIT_S = 5, 300
 LAYOUT = "lay weights out by oneDNN, alone"
@@ -52,7 +52,7 @@ def timed(call: Any) -> tuple[float, Any]:
 
 def packing() -> dict[str, list[float]]:
     """Seconds of packing alone, in every round."""
-    from learner.publisher import pack
+    from sdft.learner.weights.publisher import pack
 
     learner = LearnerWorker()
     learner.start(settings(), 1, *learner.rendezvous(), np.arange(100, 148, dtype=np.int32))
@@ -88,7 +88,9 @@ def measure(scratch: Path) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of each kind of transfer in every round, and its bytes."""
     probe = np.arange(100, 148, dtype=np.int32)
     learner = learner_actor("cpu").remote()
-    engine = ray.remote(EngineWorker).remote(engine_settings("actors.engine.WorkerExtension", share_prompts=False))
+    engine = ray.remote(EngineWorker).remote(
+        engine_settings("sdft.actors.vllm.extension.WorkerExtension", share_prompts=False)
+    )
     address, port = ray.get(learner.rendezvous.remote(), timeout=WAIT_S)
     ray.get([learner.start.remote(settings(), 1, address, port, probe), engine.start.remote()], timeout=WAIT_S)
     ray.get(learner.train_step.remote(samples(8)), timeout=WAIT_S)

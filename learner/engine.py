@@ -18,14 +18,14 @@ from deepspeed.utils import (
     safe_get_local_optimizer_state,
 )
 
-from actors.types import ScoredRollout
-from learner.model import SelfDistillation, load_student
-from learner.optimizer import MASTER, TEACHER, AdamWWithTeacher, learning_rate, teacher_alpha
-from learner.packing import assign, group, length, pack
-from learner.publisher import Content
-from learner.saving import TensorFile
-from learner.state import CHANGE, Piece, StateFiles, state_files
-from learner.types import LearnerSettings, StepResult
+from sdft.actors.shared.types import ScoredRollout
+from sdft.learner.checkpoint.saving import TensorFile
+from sdft.learner.checkpoint.state import CHANGE, Piece, StateFiles, state_files
+from sdft.learner.model.student import SelfDistillation, load_student
+from sdft.learner.optimizer import MASTER, TEACHER, AdamWWithTeacher, learning_rate, teacher_alpha
+from sdft.learner.packing import assign, group, length, pack
+from sdft.learner.types import LearnerSettings, StepResult
+from sdft.learner.weights.content import Content
 
 
 class LearnerEngine:
@@ -47,7 +47,7 @@ class LearnerEngine:
             model.model.gradient_checkpointing_enable()
         self._lora = None
         if settings.config.lora is not None:
-            from learner.lora import Lora  # peft takes seconds to import
+            from sdft.learner.weights.lora import Lora  # peft takes seconds to import
 
             self._lora = Lora(model.model, settings.config.lora, Path(settings.model), self.dtype)
         trained = [p for p in model.parameters() if p.requires_grad]

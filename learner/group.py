@@ -13,11 +13,11 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
-from actors.reaper import end
-from actors.types import IntArray, Process, ScoredRollout, Snapshot
-from learner.types import LearnerSettings, StepResult
-from learner.waiting import all_within, silent_for, within
-from learner.worker import learner_actor
+from sdft.actors.reaper import end
+from sdft.actors.shared.types import IntArray, Process, ScoredRollout, Snapshot
+from sdft.actors.shared.waiting import all_within, silent_for, within
+from sdft.learner.types import LearnerSettings, StepResult
+from sdft.learner.worker import learner_actor
 
 HEALTH_EVERY_S = 10  # at most
 

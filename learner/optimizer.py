@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from learner.config import OptimizerConfig, TeacherConfig
+from sdft.learner.config import OptimizerConfig, TeacherConfig
 
 MASTER = "master"  # the parameter itself among the tensors of the training state
 TEACHER = "teacher"  # key of the EMA in a parameter's optimizer state

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from actors.types import ScoredRollout
-from learner.loss import Targets
+from sdft.actors.shared.types import ScoredRollout
+from sdft.learner.loss.targets import Targets
 
 
 @dataclass(frozen=True)

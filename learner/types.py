@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from learner.config import LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
+from sdft.learner.config import LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
 
 
 @dataclass(frozen=True)

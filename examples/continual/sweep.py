@@ -22,8 +22,8 @@ from statistics import fmean
 from threading import Event
 from typing import Any
 
-from services.continual import Estimate, over_runs, read_matrix
-from services.metrics import STUDENT, EvalResult, read_rows
+from sdft.services.analysis.matrix import Estimate, over_runs, read_matrix
+from sdft.services.records.rows import STUDENT, EvalResult, read_rows
 
 HERE = Path(__file__).parent
 STREAM, RECALL = HERE / "continual.yaml", HERE / "reinvoke.yaml"
@@ -171,7 +171,7 @@ def run(variant: Variant, seed: int, run_dir: Path, what: str, more: Sequence[st
     settings = variant.settings | {"seed": seed}
     chosen = [*(f"{key}={json.dumps(value)}" for key, value in settings.items()), *more]
     words = [word for setting in chosen for word in ("--set", setting)]
-    train = [sys.executable, "-m", "services.cli", "train", str(variant.config), "--run-dir", str(run_dir)]
+    train = [sys.executable, "-m", "sdft.services.cli", "train", str(variant.config), "--run-dir", str(run_dir)]
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / "output.log").open("ab") as log:
         subprocess.run(train + words, stdout=log, stderr=log, check=True)

@@ -1,0 +1,1 @@
+"""The vLLM engine. The only package that imports vllm."""

@@ -1,0 +1,137 @@
+"""Weights into a vLLM worker: from shared memory, or by broadcast."""
+
+import mmap
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from sdft.actors.shared.adapters import merged
+from sdft.actors.shared.collective import Group, bucket, cut, visit, whole
+from sdft.actors.shared.types import BroadcastFailed, Snapshot, SnapshotDamaged
+from sdft.actors.vllm.process import die_with_parent, forget_names
+
+BACKEND = "sdft"
+Entry = tuple[str, str, list[int], int, int]  # name, dtype, shape, offset, bytes
+
+
+@dataclass
+class _InitInfo(WeightTransferInitInfo):
+    """Of a group for broadcasts; port 0: of none."""
+
+    address: str = ""
+    port: int = 0
+    rank: int = 0
+    size: int = 0
+    own_address: str = ""
+    timeout_s: float = 0.0
+
+
+@dataclass
+class _UpdateInfo(WeightTransferUpdateInfo):
+    path: str = ""  # in shared memory; "": by broadcast
+    within_s: float = 0.0
+    entries: list[Entry] = field(default_factory=list)
+    scale: float | None = None  # of adapters
+
+
+class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
+    """Reads snapshots out of shared memory, or receives them, in the engine's worker process."""
+
+    _group: Group | None = None
+
+    init_info_cls = _InitInfo
+    update_info_cls = _UpdateInfo
+
+    def init_transfer_engine(self, init_info: _InitInfo) -> None:
+        if init_info.port:
+            self.shutdown()
+            i = init_info
+            store = visit(i.address, i.port, i.timeout_s)
+            self._group = Group(store, i.rank, i.size, self.device, i.own_address, i.timeout_s)
+            return
+        die_with_parent()  # a fork does so from its first moment, a spawned one (on GPUs) from here on
+        forget_names()
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: _UpdateInfo) -> None:
+        if update_info.path:
+            tensors = _tensors(mapped(update_info.path), update_info.entries)
+        else:
+            tensors = self._received(update_info.entries, time.monotonic() + update_info.within_s)
+        try:
+            if update_info.scale is not None:
+                base, dtype = Path(self.model_config.model), self.model_config.dtype
+                tensors = merged(base, dict(tensors), update_info.scale, dtype)
+            self.model.load_weights(tensors)
+        except Exception:  # whatever it was, others of a group are not to wait for this engine
+            self.shutdown()
+            finalize_layerwise_reload(self.model, self.model_config)  # or the next update could not begin
+            raise
+
+    def _received(self, entries: Sequence[Entry], deadline: float) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors as they come, bucket by bucket. BroadcastFailed if one does not, or is damaged."""
+        if self._group is None:
+            raise BroadcastFailed("this engine is in no group")
+        for part in cut([nbytes for *_, nbytes in entries]):
+            here = [entries[i] for i in part]
+            start = here[0][3]
+            full = bucket(here[-1][3] + here[-1][4] - start, self.device)  # vLLM keeps what is made of it for a while
+            self._group.broadcast(full, deadline)
+            if not whole(full):
+                raise BroadcastFailed(f"{here[0][0]} or one of the {len(here) - 1} tensors after it arrived damaged")
+            for name, dtype, shape, offset, nbytes in here:
+                yield name, full[offset - start :][:nbytes].view(getattr(torch, dtype)).view(shape)
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        self.refresh_head()
+
+    def refresh_head(self) -> None:
+        """Repack the lm_head. With tied embeddings the CPU backend keeps a repacked copy of it that an update does not
+        reach: hidden states are exact then and logits silently stale."""
+        head = getattr(self.model, "lm_head", None)
+        if head is not None and getattr(head, "quant_method", None) is not None:
+            head.quant_method.process_weights_after_loading(head)
+
+    def shutdown(self) -> None:
+        """Leave the group. Nothing else is held between updates."""
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+
+def mapped(path: str) -> memoryview:
+    """A snapshot's payload, read-only."""
+    with open(path, "rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def check_digests(snapshot: Snapshot) -> None:
+    payload = mapped(snapshot.path)
+    for t in snapshot.tensors:
+        if xxhash.xxh3_128_hexdigest(payload[t.offset : t.offset + t.nbytes]) != t.digest:
+            what = f"{snapshot.role} weights v{snapshot.version}: {t.name}"
+            raise SnapshotDamaged(f"{what} arrived damaged: its digest is not the learner's")
+
+
+def _tensors(payload: memoryview, entries: Sequence[Entry]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, dtype, shape, offset, _ in entries:
+        count = int(np.prod(shape))
+        yield name, torch.frombuffer(payload, dtype=getattr(torch, dtype), count=count, offset=offset).view(shape)
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, SnapshotTransfer)

@@ -1,0 +1,1 @@
+"""The learner's state on disk: which pieces, and how they are written beside the next step."""

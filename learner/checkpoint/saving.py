@@ -1,0 +1,89 @@
+"""Saving while the learner goes on: a thread writes the files, from the live tensors while these hold still."""
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sdft.actors.shared.process import GIB, available_memory_gib
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """One safetensors file to be written."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def write(self) -> None:
+        """Not flushed to the disk: that is for whoever declares the checkpoint whole. OSError if it takes no more."""
+        try:
+            save_file(self.tensors, self.path, self.metadata)
+        except SafetensorError as error:
+            raise OSError(f"{self.path}: {error}") from error
+
+
+class Saver:
+    """Writes files in their order, one lot at a time."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[TensorFile] = deque()
+        self._lock = threading.Lock()  # of the queue
+        self._writing = threading.Lock()  # held while a file is written
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saving")
+        self._done: Future[None] | None = None
+
+    def begin(self, files: Iterable[TensorFile]) -> None:
+        """Start to write. The tensors must not change before `detach` has been called."""
+        self.finish()
+        self._waiting.extend(files)
+        self._done = self._thread.submit(self._run)
+
+    def detach(self) -> None:
+        """Call before the tensors change: what has not been written is copied, a file on its way is waited for.
+
+        Where the copy would take more than half of the free memory, all files are waited for.
+        """
+        with self._lock:
+            needed = sum(t.nbytes for file in self._waiting for t in file.tensors.values())
+        done = self._done
+        if done is not None and 2 * needed > available_memory_gib() * GIB:
+            wait([done])
+        with self._lock:
+            for i, file in enumerate(self._waiting):
+                copies = {name: t.to("cpu", copy=True) for name, t in file.tensors.items()}
+                self._waiting[i] = replace(file, tensors=copies)
+        with self._writing:
+            pass
+
+    def finish(self) -> None:
+        """Wait until all is written. Raises the error that stopped it, once."""
+        done = self._done
+        if done is not None:
+            try:
+                done.result()
+            finally:
+                self._done = None  # only now: `detach` may come meanwhile, from another thread
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._lock:
+                    if not self._waiting:
+                        return
+                    file = self._waiting.popleft()
+                    self._writing.acquire()
+                try:
+                    file.write()
+                finally:
+                    self._writing.release()
+        finally:
+            with self._lock:
+                self._waiting.clear()  # what comes after a file that could not be written is not

@@ -1,0 +1,1 @@
+"""The divergence between teacher and student, chunk by chunk. Plain torch."""

@@ -1,0 +1,69 @@
+"""Divergences between teacher and student over a support: the formulas."""
+
+import torch
+from torch import Tensor
+
+from sdft.learner.config import LossConfig
+from sdft.learner.loss.targets import Targets
+
+OF_ONE_TOKEN = ("sampled", "nll", "dft")  # divergences that look at the sequence's own tokens alone
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0 (Maechler 2012: expm1 near zero, log1p elsewhere)."""
+    near = torch.log(-torch.expm1(torch.clamp(x, min=-0.6931)))
+    far = torch.log1p(-torch.exp(torch.clamp(x, max=-0.6931)))
+    return torch.where(x > -0.6931, near, far)
+
+
+def with_tail(logprobs: Tensor, vocabulary: int) -> Tensor:
+    """Append log(1 - sum exp) as one more column: [N, K] -> [N, K + 1]; nothing to add when K is the vocabulary."""
+    if logprobs.shape[-1] >= vocabulary:
+        return logprobs
+    floor = 8 * torch.finfo(logprobs.dtype).eps  # below this, 1 - sum is rounding noise
+    inside = torch.logsumexp(logprobs, -1).clamp(max=-floor)
+    return torch.cat([logprobs, log1mexp(inside)[:, None]], -1)
+
+
+def divergence(log_p: Tensor, log_q: Tensor, config: LossConfig) -> Tensor:
+    """Per-row divergence of two log-distributions over the same support: [N, S], [N, S] -> [N]."""
+    if config.divergence == "forward":
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+    if config.divergence == "reverse":
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    if config.divergence == "jsd":
+        beta = torch.tensor(config.beta, dtype=log_p.dtype, device=log_p.device)
+        log_m = torch.logaddexp(log_p + torch.log1p(-beta), log_q + torch.log(beta))
+        to_q = (log_q.exp() * (log_q - log_m)).sum(-1)
+        to_p = (log_p.exp() * (log_p - log_m)).sum(-1)
+        return beta * to_q + (1 - beta) * to_p
+    raise ValueError(f"no divergence over a support is called {config.divergence!r}")
+
+
+def support(targets: Targets, config: LossConfig) -> Tensor:
+    """The tokens whose log-probs the objective is a function of: [N, S] int64."""
+    return targets.sampled_ids[:, None] if config.divergence in OF_ONE_TOKEN else targets.teacher_ids
+
+
+def support_objective(log_p: Tensor, targets: Targets, vocabulary: int, config: LossConfig) -> tuple[Tensor, Tensor]:
+    """Objective to differentiate and value to report, per row: student's log-probs of the support [N, S] -> [N], [N].
+
+    They are the same but for `sampled`, whose value is the log-ratio log p(y) - log q(y) and whose objective is
+    stop_gradient(log-ratio) * log p(y): the unbiased one-sample gradient of reverse KL (much noisier than a support);
+    and for `dft`, whose value is -log p(y) and whose objective is that times stop_gradient(p(y)).
+    """
+    if config.divergence in ("nll", "dft"):
+        value = -log_p[:, 0]
+        return (value * value.detach().neg().exp() if config.divergence == "dft" else value), value.detach()
+    if config.divergence == "sampled":
+        ratio = log_p.detach()[:, 0] - targets.teacher_sampled
+        return ratio * log_p[:, 0], ratio
+    log_q = with_tail(targets.teacher_logprobs.to(log_p.dtype), vocabulary).detach()
+    value = divergence(with_tail(log_p, vocabulary), log_q, config)
+    return value, value.detach()
+
+
+def token_objective(logits: Tensor, targets: Targets, config: LossConfig) -> tuple[Tensor, Tensor]:
+    """The same from whole logits, [N, V] -> [N], [N]: the plain formula, for comparisons."""
+    log_p = logits.gather(-1, support(targets, config)) - torch.logsumexp(logits, -1, keepdim=True)
+    return support_objective(log_p, targets, logits.shape[-1], config)

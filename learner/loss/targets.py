@@ -1,0 +1,23 @@
+"""What the loss compares with, one row per loss token."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the loss compares with, one row per loss token."""
+
+    sampled_ids: Tensor  # [N] int64, the student's own tokens
+    sampler_logprobs: Tensor  # [N] float32, by the engine that sampled them
+    teacher_ids: Tensor  # [N, K] int64
+    teacher_logprobs: Tensor  # [N, K] float32
+    teacher_sampled: Tensor  # [N] float32, the teacher's log-prob of the sampled token
+    sequence: Tensor  # [N] int64, which sequence of the micro-batch a row belongs to, ascending
+    share: Tensor  # [N] float32, 1 / (loss tokens of the sequence * sequences of the global batch)
+
+    def to(self, device: torch.device | str) -> "Targets":
+        """The same on another device."""
+        return Targets(**{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})

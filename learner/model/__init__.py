@@ -1,0 +1,1 @@
+"""The student model: packed sequences, attention, log-probs. transformers and torch."""

@@ -1,0 +1,1 @@
+"""Kernels that only a CPU uses; a reader interested in GPUs may skip them."""

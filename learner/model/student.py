@@ -1,0 +1,82 @@
+"""The student as the learner trains it: a Hugging Face causal LM without padding, its loss inside its forward.
+
+The loss is computed inside the module because ZeRO-3 gathers a parameter only for the modules that own or register it.
+"""
+
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from sdft.learner.config import LossConfig
+from sdft.learner.loss.chunked import divergence_loss
+from sdft.learner.model.architecture import why_not
+from sdft.learner.model.attention import PACKED
+from sdft.learner.model.cpu.last_layer import only_where_read
+from sdft.learner.model.cpu.norm import replace_norms
+from sdft.learner.packing import MicroBatch
+
+
+def load_student(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a local folder, dropout off, for packed input. ValueError if it is one that cannot be trained."""
+    if reason := why_not(path):
+        raise ValueError(f"{path} cannot be trained: {reason}")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=PACKED)
+    model.config.use_cache = False
+    replace_norms(model)
+    only_where_read(model)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return model.train()
+
+
+class SelfDistillation(nn.Module):
+    """Packed micro-batch in, this micro-batch's part of the loss out."""
+
+    def __init__(self, model: PreTrainedModel, loss: LossConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    @property
+    def head(self) -> nn.Linear:
+        """The linear layer from hidden states to logits."""
+        return self.model.get_output_embeddings()
+
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, ...]:
+        """loss, divergence, mismatch_kl, tail_mass: the sums of loss.LossSums, as a tuple that DeepSpeed can walk."""
+        states = hidden_states(self.model, batch.input_ids, batch.position_ids, batch.lengths, batch.predicting)
+        return divergence_loss(states, self.head.weight, self.head.bias, batch.targets, self.loss)
+
+
+class Probe(nn.Module):
+    """Log-probs of one sequence under whatever weights are put in with torch.func.functional_call."""
+
+    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+        super().__init__()
+        config = AutoConfig.from_pretrained(path)
+        with init_empty_weights():  # parameters on the meta device, buffers real: it owns no memory to speak of
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PACKED)
+        self.model.tie_weights()  # made empty one by one, tied parameters are no longer the same object
+        self.eval()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Log-prob of every token of `ids` [N] after the first: [N - 1] float32."""
+        states = hidden_states(self.model, ids, torch.arange(len(ids)), (len(ids),))
+        logits = self.model.get_output_embeddings()(states[:-1]).float()
+        return torch.log_softmax(logits, -1).gather(-1, ids[1:, None])[:, 0]
+
+
+def hidden_states(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, lengths: tuple[int, ...], read: Tensor | None = None
+) -> Tensor:
+    """Last hidden states of packed sequences, ids and positions [T]: [T, H], or [N, H] of the tokens `read` [N]."""
+    inputs = {"input_ids": ids[None], "position_ids": positions[None], "lengths": lengths, "use_cache": False}
+    states = model.base_model(**inputs, read=read).last_hidden_state[0]
+    return states if read is None else states[read]

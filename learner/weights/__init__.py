@@ -1,0 +1,1 @@
+"""Weights out of the learner: snapshots, broadcasts, export, LoRA adapters."""

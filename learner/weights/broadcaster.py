@@ -1,0 +1,70 @@
+"""The learner's end of broadcasts: a role's last snapshot, out of shared memory, to all its engines at once."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributed import TCPStore
+
+from sdft.actors.shared.collective import Group, bucket, cut, host, seal
+from sdft.actors.shared.types import SnapshotDamaged, TensorEntry
+
+
+class Broadcaster:
+    """One group a role, formed anew whenever its members have changed."""
+
+    def __init__(self, device: str, address: str) -> None:
+        """address: of this machine."""
+        self._device, self._address = torch.device(device), address
+        self._stores: dict[str, TCPStore] = {}
+        self._groups: dict[str, Group] = {}
+
+    def meet(self, role: str) -> tuple[str, int]:
+        """Address and port at which the next group of the role meets; the one before is closed."""
+        self.close(role)
+        self._stores[role], port = host(self._address)
+        return self._address, port
+
+    def join(self, role: str, size: int, timeout_s: float) -> None:
+        """Wait for the other members, of `size` in all. RuntimeError if they do not come."""
+        store = self._stores.pop(role)
+        self._groups[role] = Group(store, 0, size, self._device, self._address, timeout_s)
+
+    def send(self, role: str, payload: NDArray[np.uint8], entries: Sequence[TensorEntry], timeout_s: float) -> None:
+        """The snapshot's bytes, bucket by bucket. BroadcastFailed if not all members have taken them.
+
+        SnapshotDamaged if they are not those that were packed; then the group is closed too.
+        """
+        deadline = time.monotonic() + timeout_s
+        try:
+            with torch.cuda.stream(self._stream):
+                for part in cut([e.nbytes for e in entries]):
+                    self._groups[role].broadcast(self._sealed(payload, entries[part.start : part.stop]), deadline)
+        except BaseException:
+            self.close(role)
+            raise
+
+    def _sealed(self, payload: NDArray[np.uint8], entries: Sequence[TensorEntry]) -> Tensor:
+        for e in entries:
+            if xxhash.xxh3_128_hexdigest(payload[e.offset : e.offset + e.nbytes].data) != e.digest:
+                raise SnapshotDamaged(f"{e.name} is damaged in the learner's memory: its digest is not the one it had")
+        start, end = entries[0].offset, entries[-1].offset + entries[-1].nbytes
+        full = bucket(end - start, self._device)
+        full[: end - start].copy_(torch.from_numpy(payload[start:end]))
+        seal(full)
+        return full
+
+    def close(self, role: str) -> None:
+        """End the role's group, if there is one; its members find out."""
+        group = self._groups.pop(role, None)
+        if group is not None:
+            group.close()
+
+    @property
+    def _stream(self) -> torch.cuda.Stream | None:
+        """Of its own, on a GPU: the learner's next step goes on beside."""
+        return torch.cuda.Stream(self._device) if self._device.type == "cuda" else None

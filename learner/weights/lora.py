@@ -1,0 +1,181 @@
+"""LoRA on a frozen model, and a teacher that is the EMA of the change its adapters make.
+
+Averaging A and B apart would not average their product: the teacher keeps the change itself, D <- alpha * scale * B A +
+(1 - alpha) * D in float32, so that W + D is what the EMA of the full weights would be. Each rank keeps some rows of D.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sdft.actors.shared.adapters import DOWN, UP, adapted
+from sdft.learner.checkpoint.state import CHANGE, Piece, StateFiles
+from sdft.learner.config import LoraConfig
+from sdft.learner.weights.content import Content
+
+ADAPTER = "default"  # peft's name of a model's only adapter
+Whole = Callable[[nn.Parameter], Tensor]  # gives a parameter as the forward uses it, whole; a collective
+
+
+def peft_config(config: LoraConfig, base: Path) -> PeftConfig:
+    return PeftConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=list(config.targets) or "all-linear",
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(base),
+    )
+
+
+class Lora:
+    """The adapters of a model, and how student and teacher differ from it by them."""
+
+    def __init__(self, model: PreTrainedModel, config: LoraConfig, base: Path, dtype: torch.dtype) -> None:
+        """Freezes the model. A is random, by torch's generator, and B zero: nothing has changed yet.
+
+        To be called before the parameters are divided over ranks.
+        """
+        inject_adapter_in_model(peft_config(config, base), model)
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+        if any(module is model.get_output_embeddings() for module in layers.values()):
+            raise ValueError("an adapter on the model's head: the loss computes from the head's own weight")
+        self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {
+            f"{name}.weight": (module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight)
+            for name, module in layers.items()
+        }
+        self._base = {
+            name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if not p.requires_grad
+        }
+        self._shapes = {name: (up.shape[0], down.shape[1]) for name, (down, up) in self._pairs.items()}
+        self._bytes = {
+            "student": dtype.itemsize * sum(p.numel() for pair in self._pairs.values() for p in pair),
+            "teacher": dtype.itemsize * sum(p.numel() for p in self._base.values()),
+        }
+        self._dtype = dtype
+        self._scale = config.alpha / config.rank
+        self._teacher: ChangeEMA | None = None
+        self._live = False
+
+    def keep_teacher(self, alpha: float | None, resets: bool, rank: int, ranks: int, device: torch.device) -> None:
+        """Begin its EMA. alpha 0: it stays what it is, the base model unless `resets`. None: it is the student."""
+        self._live = alpha is None
+        if alpha or (alpha is not None and resets):
+            self._teacher = ChangeEMA(self._shapes, alpha * self._scale, 1 - alpha, rank, ranks, device)
+
+    def follow(self, whole: Whole) -> None:
+        """Move the teacher after a step. Collective."""
+        if self._teacher is not None:
+            for name, pair in self._pairs.items():
+                self._teacher.follow(name, *map(whole, pair))
+
+    def reset_teacher(self, whole: Whole) -> None:
+        """Make it the student. Collective."""
+        if self._teacher is not None:
+            for name, pair in self._pairs.items():
+                down, up = map(whole, pair)
+                self._teacher.become(name, down, up, self._scale)
+
+    def weights(self, role: str, dtype: torch.dtype, whole: Whole) -> Iterator[tuple[str, Tensor]]:
+        """Every weight of a role, adapters merged, in `dtype`. Collective."""
+        for name, param in self._base.items():
+            weight = whole(param)
+            if name in self._pairs and (role == "student" or self._live):
+                down, up = map(whole, self._pairs[name])
+                yield name, adapted(weight, down, up, self._scale, dtype)
+            elif name in self._pairs and self._teacher is not None:
+                yield name, (weight.float() + self._teacher.whole(name)).to(dtype)
+            else:
+                yield name, weight.to(dtype)
+
+    def snapshot(self, role: str, whole: Whole) -> Content:
+        """What the engines of a role need: the student's adapters alone, the teacher whole."""
+        if role == "teacher":
+            return Content(self.weights(role, self._dtype, whole), self._bytes[role])
+        return Content(self._adapters(whole), self._bytes[role], self._scale)
+
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's of the teacher."""
+        return iter(()) if self._teacher is None else self._teacher.pieces()
+
+    @property
+    def keeps_teacher(self) -> bool:
+        """Whether there is a change to keep: a teacher that is neither the base model nor the student."""
+        return self._teacher is not None
+
+    def load(self, files: StateFiles) -> None:
+        """The teacher. ValueError if the files do not hold it whole."""
+        if self._teacher is not None:
+            self._teacher.load(files)
+
+    def _adapters(self, whole: Whole) -> Iterator[tuple[str, Tensor]]:
+        for name, (down, up) in self._pairs.items():
+            yield name.removesuffix("weight") + DOWN, whole(down)
+            yield name.removesuffix("weight") + UP, whole(up)
+
+
+class ChangeEMA:
+    """One rank's rows of the teacher's change of every weight, [rows, in] float32: 4 bytes a weight / ranks."""
+
+    def __init__(
+        self,
+        shapes: dict[str, tuple[int, int]],
+        gain: float,
+        decay: float,
+        rank: int,
+        ranks: int,
+        device: torch.device,
+    ) -> None:
+        """shapes: [out, in] of each weight. Every step D <- gain * B A + decay * D."""
+        self._shapes, self._gain, self._decay, self._rank, self._ranks = shapes, gain, decay, rank, ranks
+        # As many for every rank: the last ones' may end in padding.
+        self._rows = {
+            name: torch.zeros(-(-out // ranks), width, device=device) for name, (out, width) in shapes.items()
+        }
+
+    def follow(self, name: str, down: Tensor, up: Tensor) -> None:
+        """A [rank, in] and B [out, rank], whole."""
+        if self._gain:
+            self._move(name, down, up, self._gain, self._decay)
+
+    def become(self, name: str, down: Tensor, up: Tensor, scale: float) -> None:
+        """D <- scale * B A."""
+        self._move(name, down, up, scale, 0.0)
+
+    @torch.no_grad()
+    def _move(self, name: str, down: Tensor, up: Tensor, gain: float, decay: float) -> None:
+        mine = up[self._here(name)].float()
+        rows = self._rows[name][: len(mine)]
+        torch.addmm(rows, mine, down.float(), beta=decay, alpha=gain, out=rows)
+
+    def whole(self, name: str) -> Tensor:
+        """[out, in]. Collective."""
+        rows, (out, width) = self._rows[name], self._shapes[name]
+        if self._ranks == 1:
+            return rows
+        parts = rows.new_empty(self._ranks * len(rows), width)
+        torch.distributed.all_gather_into_tensor(parts, rows)
+        return parts[:out]
+
+    def pieces(self) -> Iterator[Piece]:
+        for name, rows in self._rows.items():
+            here = self._here(name)
+            if here.stop > here.start:
+                values = rows[: here.stop - here.start].view(-1)
+                yield Piece(f"{CHANGE}/{name}", here.start * rows.shape[1], values)
+
+    def load(self, files: StateFiles) -> None:
+        for name, (out, width) in self._shapes.items():
+            mine = files.whole(f"{CHANGE}/{name}", out * width).view(out, width)[self._here(name)]
+            self._rows[name][: len(mine)].copy_(mine)
+
+    def _here(self, name: str) -> slice:
+        """This rank's rows of the whole."""
+        each, out = len(self._rows[name]), self._shapes[name][0]
+        return slice(min(out, each * self._rank), min(out, each * (self._rank + 1)))

@@ -1,0 +1,1 @@
+"""The import name of this project: `sdft.services` calls `sdft.learner`, which calls `sdft.actors`."""

@@ -1,0 +1,1 @@
+"""Training methods: who samples, who scores, which loss. Imports config."""

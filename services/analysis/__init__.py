@@ -1,0 +1,1 @@
+"""Status, report, matrix and charts of a run directory. Reads records; imports nothing that runs."""

@@ -1,0 +1,62 @@
+"""What bounds a run and what would change it, in one sentence, from the times of its last steps."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sdft.services.records.rows import StepMetrics
+from sdft.services.records.settings import max_staleness, sampler_and_scorer, teacher_weights
+from sdft.services.records.text import percent
+
+LAST = 20  # steps that are looked at
+WAITING = 0.1  # share of a step from which on the learner is said to wait
+PHASES = {
+    "rollout": "sampling",
+    "score": "the teacher's scoring",
+    "learn": "the learner's step",
+    "sync": "weight updates",
+    "wait": "waiting for checkpoints",
+}
+
+
+def verdict(steps: Sequence[StepMetrics], config: dict[str, Any]) -> str | None:
+    """None while there are too few steps of a stage to tell: the run's first is left out, since it warms everything up.
+
+    config: the resolved one.
+    """
+    recent = [m for m in steps[1:][-LAST:] if m.stage == steps[-1].stage]
+    total = sum(m.time_step_s for m in recent)
+    if len(recent) < 2 or total == 0:
+        return None
+    shares = {phase: sum(getattr(m, f"time_{phase}_s") for m in recent) / total for phase in PHASES}
+    engines = sampler_and_scorer(config, recent[-1].stage)
+    if max_staleness(config) == 0 or engines is None:
+        phase = max(shares, key=lambda name: shares[name])
+        mends = _one_after_the_other(phase, config, recent[-1].stage)
+        return f"{PHASES[phase]}, {percent(shares[phase])} of a step; {', or '.join(mends)}"
+    if shares["wait"] >= WAITING:
+        role = engines[0 if shares["rollout"] >= shares["score"] else 1]
+        return f"the engines: the learner waits {percent(shares['wait'])} of the time; raise actors.{role}.max_replicas"
+    phase = "learn" if shares["learn"] >= shares["sync"] else "sync"
+    updates = "sync_every, teacher_sync_every" if teacher_weights(config) == "ema" else "sync_every"
+    mend = "more learner.ranks" if phase == "learn" else f"fewer updates (weights.{updates})"
+    return f"{PHASES[phase]}, {percent(shares[phase])} of a step, while the engines keep ahead; {mend}"
+
+
+def _one_after_the_other(phase: str, config: dict[str, Any], stage: int) -> list[str]:
+    """What would shorten the longest phase, or let others go on meanwhile, where each begins when the one before ends:
+    in a strict run, and where nobody samples."""
+    engines = sampler_and_scorer(config, stage)
+    if engines is None:
+        return ["fewer of them (checkpoint.every)" if phase == "wait" else "more learner ranks (learner.ranks)"]
+    sampler, scorer = engines
+    mends = {
+        "rollout": f"more {sampler} engines (actors.{sampler}.replicas)",
+        "score": f"more {scorer} engines (actors.{scorer}.replicas)",
+        "learn": "more learner ranks (learner.ranks)",
+        "wait": "fewer of them (checkpoint.every)",
+    }
+    if teacher_weights(config) == "ema":
+        mends["sync"] = "fewer of the teacher's (weights.teacher_sync_every)"
+    meanwhile = {"rollout": "learning", "score": "scoring"}.get(phase, "sampling")
+    own = [mends[phase]] if phase in mends else []
+    return [*own, f"{meanwhile} meanwhile with training.max_staleness: 1"]

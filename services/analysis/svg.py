@@ -1,0 +1,114 @@
+"""Figures in the report's style, as SVG text to stand inside an HTML page."""
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from html import escape
+from typing import TYPE_CHECKING
+
+from sdft.services.records.rows import StepMetrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+GREY, INK = "#6a737d", "#24292f"
+WIDE, HALF = (9.4, 2.9), (4.6, 2.3)  # inches; the page scales them
+LABEL_GAP = 0.075  # least distance of two labels, as a share of the axis
+
+
+def lines(
+    axes: "Axes", steps: Sequence[StepMetrics], series: Sequence[tuple[str, Callable[[StepMetrics], float], str]]
+) -> None:
+    labels = []
+    lowest = highest = 0.0
+    marker = "o" if len(steps) == 1 else ""  # a line of one point would not be seen
+    for name, value, colour in series:
+        values = [value(m) for m in steps]
+        axes.plot([m.step for m in steps], values, color=colour, marker=marker, markersize=4)
+        finite = [v for v in values if math.isfinite(v)]
+        lowest, highest = min([lowest, *finite]), max([highest, *finite])
+        if name and math.isfinite(values[-1]):
+            labels.append((values[-1], f"{name} {values[-1]:.3f}", colour))
+    axes.set_ylim(1.08 * lowest, 1.08 * highest if highest > lowest else 1.0)
+    label_ends(axes, labels)
+
+
+def label_ends(axes: "Axes", labels: list[tuple[float, str, str]]) -> None:
+    """Name each line where it ends: (height, text, colour). Labels too close are moved apart, in their order."""
+    low, high = axes.get_ylim()
+    gap = LABEL_GAP * (high - low)
+    placed = [height for height, _, _ in sorted(labels)]
+    for i in range(1, len(placed)):
+        placed[i] = max(placed[i], placed[i - 1] + gap)
+    if placed and placed[-1] > high:
+        placed[-1] = high
+        for i in range(len(placed) - 2, -1, -1):
+            placed[i] = min(placed[i], placed[i + 1] - gap)
+    for height, (_, text, colour) in zip(placed, sorted(labels), strict=True):
+        axes.annotate(
+            text, (1.01, height), xycoords=("axes fraction", "data"), color=colour, va="center", annotation_clip=False
+        )
+
+
+def axes_of(figure: "Figure", title: str, last_step: int) -> "Axes":
+    from matplotlib.ticker import MaxNLocator
+
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left")
+    axes.set_xlabel("step")
+    axes.set_xlim(-0.02 * max(last_step, 1) - 0.02, 1.02 * max(last_step, 1) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return axes
+
+
+@contextmanager
+def chart(size: tuple[float, float], description: str) -> "Iterator[tuple[Figure, Callable[[], str]]]":
+    """A figure in the report's style, and what turns it into SVG. Needs no display and leaves no global state."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {
+        "svg.fonttype": "none",  # text stays text: small, and it can be searched
+        "svg.hashsalt": description,  # the same run gives the same file; two charts of a page share no id
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "text.color": INK,
+        "text.parse_math": False,
+        "axes.labelcolor": GREY,
+        "axes.edgecolor": "#c9ced6",
+        "axes.titlesize": 10,
+        "axes.titlecolor": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": "#eceff3",
+        "xtick.color": GREY,
+        "ytick.color": GREY,
+        "lines.linewidth": 1.8,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=size, layout="constrained")
+
+        def done() -> str:
+            text = io.StringIO()
+            figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+            return _inline(text.getvalue(), description)
+
+        yield figure, done
+
+
+def _inline(svg: str, description: str) -> str:
+    """An SVG file as an element of a page: no prolog, no size, only the ids that are referred to, and a spoken name."""
+    svg = svg[svg.index("<svg ") + len("<svg ") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(?:width|height)="[\d.]+pt" ', "", svg, count=2)
+    used = set(re.findall(r"#([\w-]+)", svg))
+    svg = re.sub(r' id="([\w.-]+)"', lambda m: m[0] if m[1] in used else "", svg)
+    return f'<svg role="img" aria-label="{escape(description)}" {svg.strip()}'

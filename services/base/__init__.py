@@ -1,0 +1,1 @@
+"""Errors, files, signals. May import nothing else of the services."""

@@ -1,0 +1,91 @@
+"""Files: those a configuration names, found or missed in a sentence that names the nearest one; writing at once."""
+
+import difflib
+import errno
+import os
+import re
+import sqlite3
+from pathlib import Path
+
+from sdft.services.base.errors import UserError
+
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+
+
+def is_data_file(value: str) -> bool:
+    """Whether `value` is written like a file of rows (else it may be a hub name)."""
+    return value.endswith(DATA_SUFFIXES)
+
+
+def is_hub_name(value: str) -> bool:
+    """Whether `value` has the form `name` or `owner/name` of something on the Hugging Face hub."""
+    return _HUB_NAME.match(value) is not None
+
+
+def near_names(wanted: str, folder: Path) -> list[str]:
+    """Up to three names in `folder` that look like `wanted`, the nearest first."""
+    try:
+        names = sorted(p.name for p in folder.iterdir())
+    except OSError:
+        return []
+    return difflib.get_close_matches(wanted, names, n=3, cutoff=0.6)
+
+
+def resolve_path(base: Path, value: str) -> Path:
+    """A path of the configuration, relative to the folder of the config file."""
+    path = Path(value).expanduser()
+    return path if path.is_absolute() else (base / path)
+
+
+def existing_file(key: str, value: str, base: Path) -> Path:
+    """The file that setting `key` names, relative to the folder `base`; a UserError if it is not there."""
+    path = resolve_path(base, value)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise UserError(f"{key}: {path} is a folder; name a file")
+    # The folder itself may be the mistyped part of the path.
+    missing = path
+    while not missing.parent.exists():
+        missing = missing.parent
+    folder = f", nor does its folder {missing}" if missing != path else ""
+    what = f"{path} does not exist{folder}"
+    near = near_names(missing.name, missing.parent)
+    mend = f"did you mean {near[0]}?" if near else f"paths are relative to {base.resolve()}"
+    raise UserError(f"{key}: {what}; {mend}")
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; a UserError if it cannot be read as that."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        near = near_names(path.name, path.parent)
+        mend = f"did you mean {path.with_name(near[0])}?" if near else "check the path"
+        raise UserError(f"{path}: no such file; {mend}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: this is a folder; name a file in it") from None
+    except UnicodeDecodeError as e:
+        line = e.object[: e.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: this line is not UTF-8 text; save the file as UTF-8") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}; check its permissions") from None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`: a reader, or a run that is killed, sees the old file or the new one."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def takes_no_more(error: BaseException) -> bool:
+    """Whether it tells of a disk that is full, over quota or broken."""
+    if isinstance(error, sqlite3.OperationalError):
+        return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+    return isinstance(error, OSError) and error.errno in DISK

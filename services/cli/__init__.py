@@ -1,0 +1,1 @@
+"""The commands of `sdft`. May import everything."""

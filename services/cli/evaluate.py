@@ -1,0 +1,42 @@
+"""`sdft eval`: the evaluation sets of a configuration on a model as it stands; nothing is trained."""
+
+import ray
+from rich.console import Console
+
+from sdft.services.base.signals import run_until_stopped
+from sdft.services.cluster.cluster import places
+from sdft.services.evaluation.evaluator import Evaluator
+from sdft.services.fleet.factory import engine_pool
+from sdft.services.planning.plan import Plan
+from sdft.services.planning.prepare import Prepared, check_memory
+from sdft.services.records.rows import EvalResult, Sample
+
+
+def evaluate(prepared: Prepared, console: Console) -> tuple[list[EvalResult], list[Sample]]:
+    """Results (student's and, where there are demonstrations, teacher's) and every answer of the student."""
+    plan = Plan(prepared.plan.students, (), ())
+    check_memory(prepared.config, plan)
+    return run_until_stopped(_run(prepared, plan, console))
+
+
+async def _run(prepared: Prepared, plan: Plan, console: Console) -> tuple[list[EvalResult], list[Sample]]:
+    c = prepared.config
+    console.print("starting engines", highlight=False)
+    async with places(c.ray, plan) as options:
+        # Strict: which engine answers what depends on nothing but their number.
+        c = c.model_copy(update={"training": c.training.model_copy(update={"max_staleness": 0})})
+        pool = engine_pool(c, prepared.model, "student", options["student"], console.print, _nothing_published)
+        try:
+            await pool.start()
+            console.print(f"evaluating {prepared.model}", highlight=False, soft_wrap=True)
+            evaluator = Evaluator(
+                prepared.tokenizer, c.evaluation.timeout_s, lambda text: console.print(f"  {text}", highlight=False)
+            )
+            results, samples = await evaluator.students(pool, prepared.sets, 0, 0)
+            return results + await evaluator.teachers(pool, prepared.sets, 0, 0), samples
+        finally:
+            await pool.stop()
+
+
+async def _nothing_published(role: str) -> list[ray.ObjectRef]:
+    raise RuntimeError(f"the {role} engines serve the model they were started with")

@@ -1,0 +1,299 @@
+"""The command `sdft`.
+
+Exit 0: done; 1: a crash; 2: bad configuration or data; 3: it cannot run here; 4: the retention guard ended the run;
+130: stopped by SIGINT or SIGTERM.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdft.services.base.errors import PreflightError, RetentionLost, UserError
+from sdft.services.base.signals import sigterm_interrupts
+from sdft.services.data.without_torch import promise_tokenizers_only
+
+if TYPE_CHECKING:
+    from sdft.services.config.run import RunConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    if argv is None and arguments.run in (_train, _check):  # the process is the command's own
+        promise_tokenizers_only()
+    try:
+        with sigterm_interrupts():
+            return int(arguments.run(arguments) or 0)
+    except (UserError, PreflightError, RetentionLost) as error:
+        print(f"sdft: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        resumes = "; the same command resumes from the last checkpoint" if arguments.run is _train else ""
+        print(f"sdft: stopped{resumes}", file=sys.stderr)
+        return 130
+
+
+def _train(a: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from sdft.services.cli.summary import dtype_lines, print_outcome, stage_lines
+    from sdft.services.config.load import load_config, resolved_yaml
+    from sdft.services.planning.models import check_trainable
+    from sdft.services.planning.prepare import prepare
+
+    path = Path(a.config)
+    config = load_config(path, a.set)
+    run_dir = Path(a.run_dir or config.run_dir or Path("runs") / path.stem)
+    if a.append:
+        from sdft.services.config.append import appended
+
+        config, path = appended(run_dir, path.parent, a.set, Path(a.append)), run_dir / "config.yaml"
+    prepared = prepare(config, path)
+    check_trainable(prepared.model)
+    console = Console()
+    shape = prepared.shape
+    size = f"{shape.parameters / 1e6:.1f} M parameters"
+    if shape.adapters:
+        size += f" (LoRA trains {shape.adapters / 1e6:.1f} M)"
+    lines = [f"{size} in {config.dtype}", *dtype_lines(config), *stage_lines(prepared)]
+    console.print(*lines, sep="\n", markup=False, highlight=False, soft_wrap=True)
+    console.print(prepared.plan.text(), markup=False, highlight=False)
+    if a.dry_run:
+        print(resolved_yaml(config))
+        return
+    from sdft.services.cli.train import train
+
+    report = train(prepared, run_dir, a.resume, console)
+    print_outcome(run_dir)
+    console.print(f"report: {report}", markup=False, soft_wrap=True)
+
+
+def _check(a: argparse.Namespace) -> None:
+    from sdft.services.cli.summary import dtype_lines, stage_lines
+    from sdft.services.config.load import load_config
+    from sdft.services.planning.models import check_trainable
+    from sdft.services.planning.prepare import prepare
+
+    path = Path(a.config)
+    prepared = prepare(load_config(path, a.set), path)
+    check_trainable(prepared.model)
+    longest = max(len(p.teacher_ids or []) for stage in prepared.stages for p in stage.prompts)
+    print(f"{path}: good. The longest teacher prompt has {longest} tokens.", sep="\n")
+    print(*dtype_lines(prepared.config), *stage_lines(prepared), sep="\n")
+    print(f"evaluation: {', '.join(s.settings.name for s in prepared.sets) or 'none'}")
+    print(prepared.plan.text())
+
+
+def _status(a: argparse.Namespace) -> None:
+    from sdft.services.analysis.status import status_text
+
+    print(status_text(Path(a.run_dir)))
+
+
+def _report(a: argparse.Namespace) -> None:
+    from sdft.services.analysis.report import write_report
+    from sdft.services.records.run_dir import check_run_dir
+
+    check_run_dir(Path(a.run_dir))
+    print(write_report(Path(a.run_dir)))
+
+
+def _matrix(a: argparse.Namespace) -> None:
+    from sdft.services.analysis.matrix import matrix_text, read_matrix
+
+    print(matrix_text([read_matrix(Path(run_dir)) for run_dir in a.run_dirs]))
+
+
+def _export(a: argparse.Namespace) -> None:
+    from sdft.services.records.checkpoints import damage, folder_of, newest
+
+    run_dir, out = Path(a.run_dir), Path(a.out)
+    folder, notes = newest(run_dir) if a.step is None else (folder_of(run_dir, a.step), [])
+    for note in notes:
+        print(note)
+    if folder is None or not folder.is_dir():
+        raise UserError(
+            f"{run_dir} has no checkpoint{'' if a.step is None else f' of step {a.step}'}; see `sdft status`"
+        )
+    # newest() has checked the folder that it chose.
+    if a.step is not None and (reason := damage(folder)) is not None:
+        raise UserError(f"{folder} cannot be exported: {reason}")
+    if out.exists():
+        raise UserError(f"--out {out}: there is something already; name a new folder")
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    _export_student(folder / "student", part)
+    part.rename(out)
+    print(f"{out}: the student of {folder.name}, a plain Hugging Face folder")
+
+
+def _export_student(student: Path, out: Path) -> None:
+    if not (student / "adapter_config.json").exists():
+        shutil.copytree(student, out)
+        return
+    from sdft.learner.weights.export import merge_adapter
+
+    try:
+        merge_adapter(student, out)
+    except FileNotFoundError as error:
+        raise UserError(f"{student}: {error}; put it back, or load the adapter with peft on another base") from None
+
+
+def _replay(a: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from sdft.services.cli.replay import replay
+
+    difference = replay(Path(a.run_dir), a.steps, Console(highlight=False))
+    print(difference or "no difference: every figure and every saved state is the same bit for bit")
+    return 0 if difference is None else 1
+
+
+def _eval(a: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from sdft.services.config.load import load_config
+    from sdft.services.planning.prepare import prepare
+    from sdft.services.records.rows import PERPLEXITY
+    from sdft.services.records.text import percent
+
+    path = Path(a.config)
+    if a.regrade and a.model:
+        raise UserError("--regrade grades the answers in a file: --model has no part in it; leave one of them out")
+    # A path on the command line starts here, one in the file at the file's folder.
+    overrides = a.set + ([f"model={json.dumps(str(_local(a.model)))}"] if a.model else [])
+    config = load_config(path, overrides)
+    if a.out and not Path(a.out).absolute().parent.is_dir():
+        raise UserError(f"--out {a.out}: its folder does not exist; make it first")
+    if a.out and Path(a.out).is_dir():
+        raise UserError(f"--out {a.out}: this is a folder; name a file")
+    if a.harness:
+        _harness(a, config, path.parent)
+        return
+    if not config.sets:
+        raise UserError(f"{path}: evaluation.sets is empty; give at least one set to evaluate")
+    from sdft.services.evaluation.answers import regrade, write_answers
+
+    if a.regrade:
+        results, samples = regrade(config, path.parent, Path(a.regrade))
+    else:
+        prepared = prepare(config, path)
+        from sdft.services.cli.evaluate import evaluate
+
+        results, samples = evaluate(prepared, Console())
+    for r in results:
+        if r.metric == PERPLEXITY:
+            print(f"{r.label:<24}{r.text}  n {r.n} tokens")
+            continue
+        low, high = r.interval
+        print(f"{r.label:<24}{percent(r.value):>8}  n {r.n:<5} 95 % interval {percent(low)} to {percent(high)}")
+    if a.out:
+        write_answers(Path(a.out), results, samples)
+        print(f"answers: {a.out}")
+
+
+def _harness(a: argparse.Namespace, config: "RunConfig", base: Path) -> None:
+    from sdft.services.evaluation.lm_eval import run_harness
+    from sdft.services.planning.models import resolve_model
+
+    out = Path(a.out) if a.out else None
+    model = resolve_model(config.model, base)
+    for score in run_harness(config, model, a.harness, a.harness_tasks, a.harness_limit, out):
+        print(score)
+    if out:
+        print(f"results: {out}")
+
+
+def _local(model: str) -> Path | str:
+    return Path(model).absolute() if Path(model).exists() else model
+
+
+def _submit(a: argparse.Namespace) -> int:
+    import asyncio
+
+    from sdft.services.cluster.submit import follow, submit
+    from sdft.services.config.load import load_config
+    from sdft.services.data.check_files import check_files
+
+    path = Path(a.config)
+    config = load_config(path, a.set)
+    check_files(config, path.parent, sent=Path.cwd())
+    job = submit(path, a.run_dir or config.run_dir, a.set, a.address)
+    print(f"submitted as {job}; the same command again resumes a job that was stopped")
+    if not a.follow:
+        print(f"follow: ray job logs --follow --address {a.address} {job}")
+        return 0
+    try:
+        done = asyncio.run(follow(job, a.address))
+    except KeyboardInterrupt:
+        print(f"\nno longer following; the job goes on. Stop it: ray job stop --address {a.address} {job}")
+        return 130
+    return 0 if done else 1
+
+
+def _model(a: argparse.Namespace) -> None:
+    from sdft.services.planning.models import materialise
+
+    materialise(a.name, Path(a.out))
+    print(a.out)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sdft", description="Self-distillation fine-tuning on Ray, vLLM and DeepSpeed"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    c = add("train", _train, "Train, or continue a run that was stopped")
+    _config(c)
+    c.add_argument("--run-dir", help="where the run is kept (default: runs/<config name>)")
+    c.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="where to start (default: auto)")
+    c.add_argument("--append", metavar="STAGE.yaml", help="one more stage for a run that there is already")
+    c.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan, start nothing")
+    _config(add("check", _check, "Check configuration, data and prompts without starting anything"))
+    c = add("eval", _eval, "Run a configuration's evaluation sets on a model; trains nothing")
+    _config(c)
+    c.add_argument("--model", metavar="PATH", help="a model folder (such as an exported one) instead of the config's")
+    c.add_argument("--out", metavar="FILE", help="write results and all answers there, one JSON object a line")
+    c.add_argument("--regrade", metavar="FILE", help="grade the answers of an earlier --out again; starts no model")
+    c.add_argument("--harness", metavar="TASK,…", help="benchmarks of EleutherAI's lm-eval instead, as hellaswag")
+    c.add_argument("--harness-tasks", metavar="DIR", help="task files of your own, in lm-eval's format")
+    c.add_argument("--harness-limit", metavar="N", type=int, help="questions of each task (default: all)")
+    c = add("submit", _submit, "Run `sdft train` as a job of a Ray cluster, with the current folder as its files")
+    _config(c)
+    c.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, as http://HEAD:8265")
+    c.add_argument("--run-dir", help="where the run is kept: an absolute path that all nodes see")
+    c.add_argument("--follow", action="store_true", help="print the job's output, exit with 1 if it fails")
+    add("status", _status, "How a run stands").add_argument("run_dir", metavar="RUN")
+    add("report", _report, "Write a run's report.html anew").add_argument("run_dir", metavar="RUN")
+    c = add("matrix", _matrix, "Every task before and after each stage; of several runs their mean and interval")
+    c.add_argument("run_dirs", metavar="RUN", nargs="+", help="runs of a configuration with stages, of other seeds")
+    c = add("export", _export, "Copy a checkpoint's student out as a Hugging Face folder")
+    c.add_argument("run_dir", metavar="RUN")
+    c.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    c.add_argument("--out", required=True, metavar="DIR")
+    c = add("replay", _replay, "Run the learner again on recorded rollouts; exit 1 at the first difference")
+    c.add_argument("run_dir", metavar="RUN")
+    c.add_argument("--steps", metavar="a:b", help="both included (default: all that were recorded)")
+    c = add("model", _model, "Make a built-in model's folder")
+    c.add_argument("name")
+    c.add_argument("--out", required=True, metavar="DIR")
+    return parser
+
+
+def _config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="a YAML file")
+    command.add_argument("--set", action="append", default=[], metavar="a.b=v", help="override a setting")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""`sdft replay`: the learner alone, once more, on the batches that a run recorded; the first difference is reported.
+
+    rollouts/step-N.npz -> learner: step -> its figures and state -> compared with metrics.jsonl and checkpoints/
+
+No engine is started: what differs comes from the learner.
+"""
+
+import math
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from sdft.services.base.errors import UserError
+from sdft.services.base.signals import run_until_stopped
+from sdft.services.cluster.cluster import places
+from sdft.services.config.load import load_config
+from sdft.services.planning.plan import Plan
+from sdft.services.planning.prepare import Prepared, check_memory, learner_settings, prepare
+from sdft.services.records import checkpoints
+from sdft.services.records.batches import read_batch, recorded_steps
+from sdft.services.records.rows import StepMetrics, read_rows
+from sdft.services.records.run_dir import check_run_dir
+
+COMPARED = ("loss", "divergence", "mismatch_kl", "tail_mass", "grad_norm", "lr")
+
+
+def replay(run_dir: Path, steps: str | None, console: Console) -> str | None:
+    """Run steps "a:b" again (both included; None: all recorded). Returns the first difference, None if there is none.
+
+    UserError if the run did not record them, or nothing is there to begin from.
+    """
+    check_run_dir(run_dir)
+    recorded = recorded_steps(run_dir)
+    if not recorded:
+        raise UserError(
+            f"{run_dir}: this run recorded no rollouts; set monitoring.record_rollouts: true before it is started"
+        )
+    first, last = _range(steps, recorded)
+    start, notes = checkpoints.newest(run_dir, before=first)
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    begin = 0 if start is None else checkpoints.read_state(start).step
+    missing = sorted(set(range(begin + 1, last + 1)) - set(recorded))
+    if missing:
+        raise UserError(
+            f"{run_dir}: the rollouts of step {missing[0]} were not recorded, and steps {first} to {last} can only be "
+            f"reached from {start or 'the base model'}; give other --steps"
+        )
+    prepared = prepare(load_config(run_dir / "config.yaml"), run_dir / "config.yaml")
+    plan = Plan((), (), prepared.plan.learners)
+    check_memory(prepared.config, plan)
+    console.print(f"replaying steps {begin + 1} to {last} from {start or 'the base model'}", soft_wrap=True)
+    return run_until_stopped(_run(prepared, plan, run_dir, start, range(begin + 1, last + 1), console))
+
+
+async def _run(
+    prepared: Prepared, plan: Plan, run_dir: Path, start: Path | None, steps: range, console: Console
+) -> str | None:
+    from sdft.learner.checkpoint.state import first_difference
+    from sdft.learner.group import LearnerGroup
+
+    c = prepared.config
+    rows = {row.step: row for row in read_rows(run_dir, StepMetrics)}
+    async with places(c.ray, plan) as options:
+        group = await LearnerGroup.start(learner_settings(prepared), prepared.probe_ids, options["learner"])
+        if start is not None:
+            await group.load(start)
+        for step in steps:
+            if step > 1 and step == prepared.schedule.at(step).before + 1:
+                await group.begin_stage()
+            result = await group.train_step(read_batch(run_dir, step))
+            if step not in rows:
+                return f"step {step}: its rollouts were recorded, but metrics.jsonl has no such step"
+            for name in COMPARED:
+                was, now = getattr(rows[step], name), getattr(result, name)
+                if was != now and not (math.isnan(was) and math.isnan(now)):
+                    return f"step {step}: {name} was {was!r} and is {now!r}"
+            kept = checkpoints.folder_of(run_dir, step)
+            if kept.is_dir():
+                with tempfile.TemporaryDirectory(prefix="sdft-replay-") as scratch:
+                    await group.save(Path(scratch))
+                    await group.written()
+                    different = first_difference(kept, Path(scratch))
+                if different is not None:
+                    return f"step {step}: {different} is not what {kept} holds"
+            console.print(f"step {step}: the same{' to the last bit of its state' if kept.is_dir() else ''}")
+    return None
+
+
+def _range(steps: str | None, recorded: list[int]) -> tuple[int, int]:
+    """First and last step of "a:b", "a:", ":b" or "a"."""
+    first, colon, last = (steps or ":").partition(":")
+    try:
+        a = int(first) if first else recorded[0]
+        b = int(last) if last else recorded[-1] if colon else a
+    except ValueError:
+        raise UserError(f"--steps {steps}: give two step numbers as 3:7 (both are included), or one") from None
+    if not recorded[0] <= a <= b <= recorded[-1]:
+        raise UserError(f"--steps {steps}: the run recorded steps {recorded[0]} to {recorded[-1]}; choose among them")
+    return a, b

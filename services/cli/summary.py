@@ -1,0 +1,52 @@
+"""What `sdft train` and `sdft check` print of a run before it starts and after it has ended."""
+
+from pathlib import Path
+
+from sdft.services.algorithms.methods import on_demonstrations
+from sdft.services.analysis.status import status_text
+from sdft.services.config.dtype import has_bfloat16
+from sdft.services.config.run import RunConfig
+from sdft.services.planning.prepare import Prepared
+from sdft.services.records.rows import Sample, read_rows
+
+
+def dtype_lines(config: RunConfig) -> list[str]:
+    """A warning, if the run is in a dtype that this processor has no instructions for."""
+    if config.device != "cpu" or config.dtype != "bfloat16" or has_bfloat16():
+        return []
+    return [
+        "this processor has no instructions for bfloat16, which can take a hundred times as long here; "
+        "set dtype: float32 (or auto)"
+    ]
+
+
+def stage_lines(prepared: Prepared) -> list[str]:
+    """A line for each stage: what is trained on, for how long, and by what."""
+    lines = []
+    for stage in prepared.stages:
+        c, schedule = stage.config, stage.schedule
+        learns = f"{c.loss.divergence} divergence, {c.teacher.weights} teacher"
+        if on_demonstrations(c):
+            learns = f"{c.method} on the demonstrations' own tokens"
+        elif c.method == "off_policy":
+            learns = f"on the teacher's samples, {learns}"
+        lines.append(
+            f"{f'{stage.name}: ' if stage.name else ''}{len(stage.prompts)} demonstrations, "
+            f"{schedule.last - schedule.before} steps of {c.training.batch_size} prompts, {learns}"
+        )
+    return lines
+
+
+def print_outcome(run_dir: Path) -> None:
+    """Results and a few answers, for whoever does not open the report."""
+    print(status_text(run_dir))
+    samples = read_rows(run_dir, Sample)
+    for task in dict.fromkeys(s.task for s in samples):
+        rows = [s for s in samples if s.task == task]
+        for identity in list(dict.fromkeys(s.id for s in rows))[:3]:  # the file's first, not the best
+            answers = {s.step: s for s in rows if s.id == identity}
+            print(f"\n{task}: {next(iter(answers.values())).prompt.strip().splitlines()[-1]}")
+            for step in dict.fromkeys((min(answers), max(answers))):
+                text = " / ".join(answers[step].text.strip().splitlines())
+                grade = "right" if answers[step].correct else "wrong"
+                print(f"  step {step:<4} {grade}  {text[:140]}{'…' if len(text) > 140 else ''}")

@@ -1,0 +1,139 @@
+"""`sdft train`: from checked configuration to a finished, resumable run directory."""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sdft.services.analysis.report import write_report
+from sdft.services.base.errors import PreflightError, RetentionLost, UserError
+from sdft.services.base.failures import reason
+from sdft.services.base.files import takes_no_more, write_atomically
+from sdft.services.base.signals import run_until_stopped
+from sdft.services.config.load import resolved_yaml
+from sdft.services.config.paths import with_absolute_paths
+from sdft.services.planning.prepare import Prepared, check_disk, check_memory
+from sdft.services.records import checkpoints
+from sdft.services.records.run_dir import write_state
+from sdft.services.training.session import run
+
+
+def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> Path:
+    """Run to the end and return the report's path. `resume`: auto, never, or a checkpoint folder."""
+    if any(part.startswith("_ray_pkg_") for part in run_dir.resolve().parts):
+        raise UserError(
+            f"{run_dir} lies in this job's copy of the working directory, which Ray deletes; give an absolute path on "
+            f"storage that every node sees: --run-dir /…/{run_dir.name}"
+        )
+    if resume not in ("auto", "never") and (damage := checkpoints.damage(Path(resume))) is not None:
+        raise UserError(f"--resume {resume}: this checkpoint cannot be used: {damage}")
+    check_memory(prepared.config, prepared.plan)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"--run-dir {run_dir}: no such folder can be made ({reason(error)}); name another") from None
+    with _only_one(run_dir):
+        start = _starting_point(prepared, run_dir, resume, console)
+        if start is None and resume == "never" and (run_dir / "metrics.jsonl").exists():
+            raise UserError(f"{run_dir} holds a run already; name another --run-dir, or resume it with --resume auto")
+        if start is not None and resume != "auto":
+            for folder in checkpoints.set_aside(run_dir, checkpoints.read_state(start).step):
+                console.print(f"a later checkpoint is kept as {folder}", soft_wrap=True)
+        check_disk(prepared, run_dir)
+        first = checkpoints.read_state(start).step if start else 0
+        total = prepared.schedule.total_steps
+        if first >= total:
+            console.print(f"{run_dir}: all {total} steps are done already", soft_wrap=True)
+            _finished_after_all(run_dir)
+            return write_report(run_dir)
+        config = with_absolute_paths(prepared.config, prepared.path.parent)
+        write_atomically(run_dir / "config.yaml", resolved_yaml(config).encode())
+        state: dict[str, Any] = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "state": "running",
+            "error": None,
+            "total_steps": total,
+            "stages": [(stage.name, stage.schedule.last) for stage in prepared.stages],
+            "started": time.time(),
+        }
+        write_state(run_dir, state)
+        try:
+            run_until_stopped(run(prepared, run_dir, start, console))
+        except KeyboardInterrupt:
+            write_state(run_dir, state | {"state": "failed", "error": "stopped by a signal"})
+            raise
+        except RetentionLost as error:
+            write_state(run_dir, state | {"state": "guarded", "error": str(error)})
+            raise
+        except BaseException as error:
+            with suppress(OSError):  # without room for this record `sdft status` finds that the process is gone
+                write_state(run_dir, state | {"state": "failed", "error": f"{type(error).__name__}: {error}"})
+            if takes_no_more(error):
+                raise PreflightError(
+                    f"{run_dir}: the disk takes no more ({reason(error)}); make room or mend it, and the same "
+                    f"command goes on from the last checkpoint"
+                ) from error
+            raise
+        write_state(run_dir, state | {"state": "finished"})
+        return write_report(run_dir)
+
+
+def _finished_after_all(run_dir: Path) -> None:
+    """A run that was killed between its last checkpoint and its end has failed by its record, and is done."""
+    if (run_dir / "run.json").exists():
+        state = json.loads((run_dir / "run.json").read_text())
+        if state["state"] != "guarded":
+            write_state(run_dir, state | {"state": "finished", "error": None})
+
+
+def _starting_point(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> Path | None:
+    """The checkpoint to continue from, or None to begin."""
+    if resume == "never":
+        return None
+    if resume == "auto":
+        folder, notes = checkpoints.newest(run_dir)
+        for note in notes:
+            console.print(note, soft_wrap=True)
+        if folder is None:
+            return None
+    else:
+        folder = Path(resume)
+    state = checkpoints.read_state(folder)
+    if state.dtype != prepared.config.dtype:
+        raise UserError(
+            f"{folder} belongs to a run in {state.dtype}, and this one is in {prepared.config.dtype}; set "
+            f"dtype: {state.dtype} to continue it, or name another --run-dir to begin a new run"
+        )
+    if state.step > prepared.schedule.total_steps or state.fingerprint != prepared.at(state.step).fingerprint:
+        raise UserError(
+            f"{folder} belongs to a run with another configuration or other data; use the configuration in "
+            f"{folder.parent.parent / 'config.yaml'}, or name another --run-dir to begin a new run"
+        )
+    one = prepared.config.learner
+    zero_stage = one.zero_stage_for(state.dtype)
+    if (state.ranks, state.zero_stage) != (one.ranks, zero_stage):
+        console.print(
+            f"{folder} was saved by {state.ranks} learner rank(s) at ZeRO stage {state.zero_stage}; it is continued by "
+            f"{one.ranks} at stage {zero_stage}: the same up to rounding",
+            soft_wrap=True,
+        )
+    return folder
+
+
+@contextmanager
+def _only_one(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory's lock; the kernel lets go of it when this process ends, however it ends."""
+    with (run_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run_dir}: another process is training in this folder; name another --run-dir") from None
+        yield

@@ -1,0 +1,1 @@
+"""The Ray cluster: connection, nodes, placement, job submission. Imports planning and below."""

@@ -1,0 +1,177 @@
+"""The Ray cluster of a run: a running one if there is an address, else one of our own that ends with us."""
+
+import asyncio
+import os
+import shutil
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from sdft.actors.shared.process import scratch_folder
+from sdft.actors.shared.waiting import within
+from sdft.services.base.errors import PreflightError
+from sdft.services.base.signals import stop_on_signals
+from sdft.services.config.sections import RayConfig
+from sdft.services.planning.plan import Part, Plan
+
+CONNECT_TIMEOUT_S = 10
+SCRATCH = "sdft-ray-"
+OBJECT_STORE_BYTES = 512 << 20  # batches are a few MiB; weights do not go through the object store
+
+
+@contextmanager
+def cluster(config: RayConfig, plan: Plan, logs: Path | None) -> Iterator[None]:
+    """Connect to the configured cluster, or start one here; leave nothing behind but its logs, in the folder `logs`.
+
+    From here on SIGTERM and SIGINT cancel the running task, so that every clean-up runs.
+    """
+    address = config.running
+    if address:
+        try:
+            _check_answers(address)
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        except OSError as error:
+            raise PreflightError(
+                f"no Ray cluster answers at {address} ({error}); start one, or unset ray.address and RAY_ADDRESS"
+            ) from None
+        try:
+            stop_on_signals()
+            yield
+        finally:
+            ray.shutdown()
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with scratch_folder(SCRATCH) as scratch:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, -int(-plan.cpus // 1)),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=str(scratch),
+            runtime_env={"env_vars": {"SDFT_SCRATCH": str(scratch)}},
+        )
+        try:
+            stop_on_signals()
+            yield
+        finally:
+            ray.shutdown()
+            if logs:
+                _keep_logs(scratch, logs)
+
+
+def _check_answers(address: str) -> None:
+    """OSError unless something listens at a HOST:PORT address: Ray itself would try for eight minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+
+
+def _keep_logs(scratch: Path, logs: Path) -> None:
+    """What the engines and the learner printed: one folder a start, beside the run's own files."""
+    for session in scratch.glob("session_2*"):
+        kept = logs / time.strftime("ray-%Y%m%d-%H%M%S")
+        shutil.copytree(session / "logs", kept, ignore=shutil.ignore_patterns("old"), dirs_exist_ok=True)
+
+
+@asynccontextmanager
+async def placement(config: RayConfig, plan: Plan) -> AsyncIterator[dict[str, list[dict[str, Any]]]]:
+    """Reserve the plan, on as few nodes as there is room on. Yields Ray actor options for "student", "teacher" and
+    "learner".
+
+    PreflightError if the cluster is too small and is not said to grow, or there is no room in time.
+    """
+    if not config.autoscaling:
+        _check_capacity(plan)
+    bundles = [part.bundle for part in plan.parts]
+    labels = [dict(part.labels) for part in plan.parts]
+    group = placement_group(bundles, strategy="PACK", bundle_label_selector=labels if any(labels) else None)
+    try:
+        try:
+            await within(_reserved(group), config.wait_s, "room in the cluster")
+        except TimeoutError:
+            raise PreflightError(
+                f"waited {config.wait_s:g} s (ray.wait_s) for {_parts(plan)}; free in the cluster now: {free()}; "
+                f"{'no node came for it' if config.autoscaling else 'another job holds the rest'}"
+            ) from None
+        counts = {"student": len(plan.students), "teacher": len(plan.teachers), "learner": len(plan.learners)}
+        options: dict[str, list[dict[str, Any]]] = {}
+        index = 0
+        for role, count in counts.items():
+            options[role] = [_options(group, i, plan.parts[i]) for i in range(index, index + count)]
+            index += count
+        yield options
+    finally:
+        remove_placement_group(group)
+
+
+@asynccontextmanager
+async def places(config: RayConfig, plan: Plan) -> AsyncIterator[dict[str, list[dict[str, Any]]]]:
+    """A cluster, and the plan's places in it, for work that leaves no logs."""
+    with cluster(config, plan, None):
+        async with placement(config, plan) as options:
+            yield options
+
+
+async def _reserved(group: PlacementGroup) -> None:
+    """Returns when there is room. Ray waits without asyncio: signals are heard, and limits met, once a second."""
+    while not group.wait(1):
+        await asyncio.sleep(0)
+
+
+def _check_capacity(plan: Plan) -> None:
+    """PreflightError unless the nodes that there are could hold the plan if they were free: largest part first."""
+    alive = [n for n in ray.nodes() if n["Alive"]]
+    nodes, labels = [n["Resources"] for n in alive], [n["Labels"].items() for n in alive]
+    room = [[n.get("CPU", 0.0), n.get("GPU", 0.0)] for n in nodes]
+    for part in sorted(plan.parts, key=lambda part: (-part.gpus, -part.cpus)):
+        fits = (r for r, has in zip(room, labels, strict=True) if has >= part.labels.items())
+        place = next((r for r in fits if r[0] >= part.cpus and r[1] >= part.gpus), None)
+        if place is None:
+            offers = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes) or "none"
+            raise PreflightError(
+                f"the run needs {_parts(plan)}, and the cluster's nodes have {offers}: no node{labelled(part.labels)} "
+                f"has room for {part.name}; lower the cpus, gpus or replicas of actors and learner, start more nodes, "
+                f"or set ray.autoscaling: true if the cluster grows by itself"
+            )
+        place[0] -= part.cpus
+        place[1] -= part.gpus
+
+
+def needs(cpus: float, gpus: float) -> str:
+    """As people read it."""
+    return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+
+
+def labelled(labels: Mapping[str, str]) -> str:
+    """Which nodes, in words that follow "node"."""
+    return f" labelled {', '.join(f'{key}={value}' for key, value in labels.items())}" if labels else ""
+
+
+def _parts(plan: Plan) -> str:
+    """What the plan needs, and its parts each, of which none is cut in two."""
+    parts = ", ".join(f"{p.name} {needs(p.cpus, p.gpus)}" for p in plan.parts)
+    return f"{needs(plan.cpus, plan.gpus)} ({parts})"
+
+
+def free() -> str:
+    """What nobody has reserved, on all nodes together."""
+    resources = ray.available_resources()
+    return needs(resources.get("CPU", 0), resources.get("GPU", 0))
+
+
+def _options(group: PlacementGroup, index: int, part: Part) -> dict[str, Any]:
+    return {
+        "num_cpus": part.cpus,
+        "num_gpus": part.gpus,
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+        "max_restarts": 0,
+    }

@@ -1,0 +1,113 @@
+"""`sdft submit`: send the working directory to a Ray cluster and run `sdft train` there as a job.
+
+    working directory, without what Ray need not have ─► job on the cluster: sdft train CONFIG --run-dir RUN
+
+The run directory is a path of the cluster, on storage that outlives the job: a job that is submitted again with the
+same one resumes.
+"""
+
+import asyncio
+import logging
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+from sdft.services.base.errors import PreflightError, UserError
+
+EXCLUDES = (".git", ".venv", "venv", "runs", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache")
+AGENT_WAIT_S = 90
+END_WAIT_S = 60
+LIMIT_BYTES = 100 << 20  # of the files sent; Ray itself refuses at 500 MiB, after it has packed them
+
+
+def submit(config: Path, run_dir: str | None, overrides: list[str], address: str) -> str:
+    """Submit the job and return its id. The working directory is the current one, and `config` a file in it."""
+    here = Path.cwd()
+    try:
+        inside = config.resolve().relative_to(here)
+    except ValueError:
+        raise UserError(
+            f"{config}: the file is not below {here}, which is what is sent to the cluster; run `sdft submit` in a "
+            f"folder that holds the configuration and its data"
+        ) from None
+    if run_dir is None or not Path(run_dir).is_absolute():
+        raise UserError(
+            f"--run-dir {run_dir or '(missing)'}: give an absolute path on storage that every node of the cluster "
+            f"sees; a folder below the job's copy of the working directory would be lost with it"
+        )
+    client_class, refused = _client()
+    _check_size(here)
+    command = ["sdft", "train", str(inside), "--run-dir", run_dir]
+    for override in overrides:
+        command += ["--set", override]
+    deadline = time.monotonic() + AGENT_WAIT_S
+    while True:
+        try:
+            return str(
+                client_class(address).submit_job(
+                    entrypoint=shlex.join(command), runtime_env={"working_dir": str(here), "excludes": list(EXCLUDES)}
+                )
+            )
+        except refused as error:
+            reason = str(error).strip().split("\n", 1)[0]
+            # A cluster that has just started answers before it can run anything.
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise PreflightError(
+                    f"--address {address}: no Ray cluster takes jobs there ({reason}); give the address of its "
+                    f"dashboard, such as http://HEAD:8265"
+                ) from None
+        time.sleep(2)
+
+
+async def follow(job: str, address: str) -> bool:
+    """Print the job's output until it ends; whether it succeeded."""
+    client_class, _ = _client()
+    client = client_class(address)
+    async for lines in client.tail_job_logs(job):
+        print(lines, end="", flush=True)
+    deadline = time.monotonic() + END_WAIT_S
+    while not (status := client.get_job_status(job)).is_terminal():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {END_WAIT_S} s for job {job} to end after its output had; it is {status}")
+        await asyncio.sleep(0.5)
+    return bool(status == "SUCCEEDED")
+
+
+def _client() -> tuple[Any, tuple[type[Exception], ...]]:
+    """Ray's client for jobs, and what it raises when it is refused.
+
+    A cluster started on a machine that has a token asks for it; `ray job` and this client send it only when told to.
+    """
+    if os.environ.get("RAY_AUTH_TOKEN") or Path("~/.ray/auth_token").expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when ray is imported
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    return JobSubmissionClient, (AuthenticationError, ConnectionError, RuntimeError, ValueError)
+
+
+def _check_size(folder: Path) -> None:
+    """UserError if what would be sent is large: mostly that is a model or a data set nobody meant to send."""
+    # Ray's own walk: it leaves out what .gitignore and .rayignore name, in every folder, and follows links.
+    from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE
+    from ray._private.runtime_env import packaging
+
+    sizes: dict[Path, int] = {}
+
+    def measure(path: Path) -> None:
+        if path.is_file():
+            sizes[path.relative_to(folder)] = path.stat().st_size
+
+    excludes = [packaging._get_excludes(folder, list(EXCLUDES))]
+    gitignore = os.environ.get(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
+    packaging._dir_travel(folder, excludes, measure, include_gitignore=gitignore, logger=logging.getLogger(__name__))
+    total = sum(sizes.values())
+    if total > LIMIT_BYTES:
+        largest = sorted(sizes, key=lambda path: -sizes[path])[:3]
+        names = ", ".join(f"{path} ({sizes[path] / 1e6:.0f} MB)" for path in largest)
+        raise UserError(
+            f"{folder}: {total / 1e6:.0f} MB would be sent to the cluster, more than {LIMIT_BYTES / 1e6:.0f} MB: "
+            f"{names}; move them out of this folder and name them by absolute paths that the cluster's nodes have"
+        )

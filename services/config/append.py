@@ -1,0 +1,80 @@
+"""`sdft train CONFIG --append STAGE.yaml`: one more task for a run that is finished, or on its way.
+
+    the run's own config.yaml + STAGE.yaml ─► a configuration with one stage more ─► the run goes on from its last step
+
+The same command again, after an interruption, adds nothing.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from sdft.services.base.errors import UserError
+from sdft.services.config.load import load_config, load_stage
+from sdft.services.config.paths import stage_with_absolute_paths, with_absolute_paths
+from sdft.services.config.run import RunConfig
+from sdft.services.config.sections import StageConfig, TrainingConfig
+
+
+def appended(run_dir: Path, base: Path, overrides: Sequence[str], stage_file: Path) -> RunConfig:
+    """The configuration of the run in `run_dir` with the stage in the file behind its others; or UserError.
+
+    base: where relative paths in the overrides begin.
+    """
+    own = run_dir / "config.yaml"
+    if not own.exists():
+        raise UserError(
+            f"--append {stage_file}: there is no run in {run_dir} yet; put the stage into the configuration's stages"
+        )
+    name = stage_name(run_dir)
+    stages = load_config(own).stages
+    if stages and stages[0].name == name:  # made a stage by an --append before
+        overrides = [_of_stage(stages[0], override) for override in overrides]
+    config = as_stream(with_absolute_paths(load_config(own, overrides), base), name)
+    stage = stage_with_absolute_paths(load_stage(stage_file, config), stage_file.parent)
+    namesake = next((s for s in config.stages if s.name == stage.name), None)
+    if namesake == stage:
+        return config
+    if namesake is not None:
+        raise UserError(
+            f"{stage_file}: {run_dir} has a stage {stage.name} already, which is another; give this one another name"
+        )
+    try:
+        return RunConfig.model_validate(config.model_dump() | {"stages": (*config.stages, stage)})
+    except ValidationError as error:  # a stage that is good alone, and not behind these
+        raise UserError(f"{stage_file}: {error.errors()[0]['ctx']['error']}") from None
+
+
+def stage_name(run_dir: Path) -> str:
+    """What a run's only task is called once it is a stage: like the run."""
+    return re.sub(r"[^a-z0-9_-]+", "-", run_dir.resolve().name.lower())
+
+
+def _of_stage(stage: StageConfig, override: str) -> str:
+    """A setting of a run's only task, as one of the stage that it has become; others as they are."""
+    key = override.partition("=")[0].strip()
+    if key in ("training.epochs", "training.steps"):
+        return f"stages.{stage.name}.{override.strip().removeprefix('training.')}"
+    if any(key.startswith(f"evaluation.sets.{one.name}.") for one in stage.sets):
+        return f"stages.{stage.name}.{override.strip().removeprefix('evaluation.')}"
+    return f"stages.{stage.name}.{override.strip()}" if key.split(".")[0] == "data" else override
+
+
+def as_stream(config: RunConfig, name: str) -> RunConfig:
+    """The same run as a stream of one stage of that name; a stream as it is."""
+    if config.data is None:
+        return config
+    training = config.training
+    sets = config.evaluation.sets
+    first = StageConfig(
+        name=name,
+        data=config.data,
+        epochs=training.epochs,
+        steps=training.steps,
+        sets=tuple(s for s in sets if s.role == "task"),
+    )
+    kept = config.evaluation.model_copy(update={"sets": tuple(s for s in sets if s.role == "retention")})
+    rest = TrainingConfig(batch_size=training.batch_size, max_staleness=training.max_staleness)
+    return config.model_copy(update={"data": None, "stages": (first,), "training": rest, "evaluation": kept})

@@ -1,0 +1,176 @@
+"""pydantic's errors as sentences: the key, what is wrong with its value, and the mend."""
+
+import difflib
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from sdft.services.config.run import RunConfig
+
+Loc = tuple[str | int, ...]
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "model_type": "a mapping of settings",
+}
+_LIMITS = {
+    "greater_than": ("gt", "more than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+class Problem(NamedTuple):
+    """One mistake: where, and the rest of the sentence after `source: dotted.key`."""
+
+    loc: Loc
+    what: str
+
+
+def explain(error: ValidationError) -> list[Problem]:
+    """Unknown keys first, because a mistyped key is often the cause of a missing one, which is then left out."""
+    errors = error.errors(include_url=False)
+    problems, meant = [], set()
+    for e in errors:
+        if e["type"] == "extra_forbidden":
+            parent, key = e["loc"][:-1], str(e["loc"][-1])
+            what, suggestion = _unknown(parent, key)
+            problems.append(Problem(e["loc"], what))
+            meant.add(suggestion)
+    for e in errors:
+        if e["loc"][-1:] == ("[key]",):
+            problems.append(Problem(e["loc"][:-1], _no_column(e["loc"][:-1])))
+        elif e["type"] != "extra_forbidden" and not (e["type"] == "missing" and e["loc"] in meant):
+            problems.append(Problem(e["loc"], _sentence(e["type"], e["loc"], e["input"], e.get("ctx", {}), e["msg"])))
+    return problems
+
+
+def _unknown(parent: Loc, key: str) -> tuple[str, Loc | None]:
+    """What to say of an unknown key, and the place of the setting that was probably meant."""
+    names = list(_fields(parent))
+    # What a stage sets is said of the run, but to whoever writes a stage.
+    settings = [loc for loc in all_settings(RunConfig, ()) if loc[0] != "stages" or parent[:1] == ("stages",)]
+    elsewhere = [loc for loc in settings if loc[-1] == key]
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.8 if elsewhere else 0.6)
+    if near:
+        loc = (*parent, near[0])
+        return f"is not a setting; did you mean {dotted(loc)}?", loc
+    if elsewhere:
+        return f"is not a setting; did you mean {' or '.join(map(dotted, elsewhere))}?", None
+    return f"is not a setting; {dotted(parent) or 'the file'} has {', '.join(names)}", None
+
+
+def _no_column(loc: Loc) -> str:
+    """What to say of a name in `columns`, the only mapping whose keys are fixed."""
+    columns = _choices(loc[:-1])
+    near = difflib.get_close_matches(str(loc[-1]), columns, n=1)
+    if near:
+        return f"is no column; did you mean {dotted((*loc[:-1], near[0]))}?"
+    return f"is no column; there are {', '.join(columns)}"
+
+
+def _sentence(kind: str, loc: Loc, given: Any, ctx: dict[str, Any], message: str) -> str:
+    if kind == "missing":
+        if isinstance(loc[-1], int):
+            return "is missing from the list"
+        description = _fields(loc[:-1])[str(loc[-1])].description
+        return "is required but missing" + (
+            f"; it is: {description[0].lower()}{description[1:]}" if description else ""
+        )
+    if kind == "value_error":
+        return f": {ctx['error']}" if loc else str(ctx["error"])
+    if kind in _EXPECTED:
+        mend = "; put it in quotes" if kind == "string_type" and isinstance(given, int | float) else ""
+        if kind == "model_type" and given is None:
+            mend = "; give its settings or remove the key"
+        return f"must be {_EXPECTED[kind]}, not {given_text(given)}{mend}"
+    if kind in _LIMITS:
+        name, words = _LIMITS[kind]
+        return f"must be {words} {ctx[name]:g}, not {given_text(given)}"
+    if kind == "literal_error":
+        options = [str(o) for o in _choices(loc)]
+        near = difflib.get_close_matches(str(given), options, n=1) if isinstance(given, str) else []
+        mend = f"; did you mean {near[0]}?" if near else ""
+        return f"must be {' or '.join(options)}, not {given_text(given)}{mend}"
+    if kind == "string_pattern_mismatch":
+        return f"must match {ctx['pattern']}, which {given_text(given)} does not"
+    if kind == "too_long":
+        return f"must have {ctx['max_length']} items, not {ctx['actual_length']}"
+    return f"is not right: {message[0].lower()}{message[1:]} (given: {given_text(given)})"
+
+
+def loose_values(value: Any, loc: Loc) -> Iterator[Problem]:
+    """What strict validation lets pass: true for a 1 among fixed choices, and numbers that are not finite."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from loose_values(inner, (*loc, key))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from loose_values(inner, (*loc, i))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield Problem(loc, f"must be a finite number, not {value}")
+    elif isinstance(value, bool) and isinstance(loc[-1], str) and loc[-1] in _fields(loc[:-1]):
+        options = _choices(loc)
+        if options and all(type(o) is int for o in options):
+            yield Problem(loc, f"must be {' or '.join(map(str, options))}, not {given_text(value)}")
+
+
+def _fields(section: Loc) -> dict[str, FieldInfo]:
+    """The settings of the section at `section`; empty if there is no such section."""
+    model: type[BaseModel] = RunConfig
+    for part in section:
+        if isinstance(part, int):
+            continue  # an item of a list of sections has the list's model
+        if part not in model.model_fields:
+            return {}
+        annotation = model.model_fields[part].annotation
+        inner = _model_of(annotation)
+        if inner is None:
+            return {}
+        model = inner
+    return model.model_fields
+
+
+def _choices(loc: Loc) -> tuple[Any, ...]:
+    """The fixed choices of the setting at `loc`, whether null is one more or they are a mapping's keys; empty if it has
+    none."""
+    annotation = _fields(loc[:-1])[str(loc[-1])].annotation
+    return next((get_args(a) for a in (annotation, *get_args(annotation)) if get_origin(a) is Literal), ())
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that an annotation is, may be, or is a list of."""
+    kinds = (annotation, *get_args(annotation))
+    return next((t for t in kinds if isinstance(t, type) and issubclass(t, BaseModel)), None)
+
+
+def all_settings(model: type[BaseModel], loc: Loc) -> Iterator[Loc]:
+    for name, field in model.model_fields.items():
+        yield (*loc, name)
+        section = _model_of(field.annotation)
+        if section is not None:
+            yield from all_settings(section, (*loc, name))
+
+
+def dotted(loc: Loc) -> str:
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
+
+
+def given_text(value: Any) -> str:
+    """A value as it was given, short."""
+    if value is None:
+        return "empty"
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, str):
+        return f'the text "{value[:60]}"'
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,119 @@
+"""From a YAML file and `--set` overrides to a RunConfig; every mistake is one sentence that says how to mend it."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from sdft.services.base.errors import UserError
+from sdft.services.base.files import read_text
+from sdft.services.config.explain import Loc, Problem, dotted, explain, given_text, loose_values
+from sdft.services.config.run import RunConfig
+from sdft.services.config.sections import StageConfig
+from sdft.services.config.yaml import YamlError, dump_yaml, parse_yaml
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in the YAML file `path`, overrides like "training.batch_size=8" applied; or UserError."""
+    data = _mapping(path, "model, data.train and training.epochs or training.steps")
+    overridden = {_apply(data, override): override for override in overrides}
+    return _validated(path, data, overridden)
+
+
+def load_stage(path: Path, run: RunConfig) -> StageConfig:
+    """One stage for this run, in a YAML file of its own; or UserError."""
+    # As the only stage of a run: what is wrong with it is then said by what says it of a run's.
+    given = _mapping(path, "name, data.train and epochs or steps")
+    whole = run.model_dump(mode="json", include={"dtype", "device", "learner", "actors"})
+    training = run.training.model_dump(include={"batch_size", "max_staleness"})
+    data = whole | {"model": "any", "training": training, "stages": [given]}
+    try:
+        (stage,) = _validated(path, data, {}).stages
+    except UserError as error:
+        raise UserError(re.sub(r"stages\[0\](: |\.|(?= ))", "", str(error))) from None
+    return stage
+
+
+def _mapping(path: Path, least: str) -> dict[str, Any]:
+    """The settings in a YAML file. `least`: what there must be."""
+    try:
+        data = parse_yaml(read_text(path))
+    except YamlError as e:
+        raise UserError(f"{path}:{e.line}: {e}") from None
+    if data is None:
+        raise UserError(f"{path}: the file is empty; give at least {least}")
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: the file must be a mapping of settings (key: value), not {given_text(data)}")
+    return data
+
+
+def _validated(path: Path, data: dict[str, Any], overridden: dict[Loc, str]) -> RunConfig:
+    if data.get("dtype") == "auto":
+        data = {key: value for key, value in data.items() if key != "dtype"}
+    problems: list[Problem] = []
+    config = None
+    try:
+        # Strict, through JSON: no true for 1 and no "8" for 8, but lists for tuples and whole numbers for floats.
+        config = RunConfig.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as e:
+        problems = explain(e)
+    problems += [p for p in loose_values(data, ()) if p.loc not in {q.loc for q in problems}]
+    if config is not None and not problems:
+        return config
+    raise UserError(_report(path, overridden, problems))
+
+
+def _report(path: Path, overridden: dict[Loc, str], problems: list[Problem]) -> str:
+    """The sentence for the first problem, with the file or the override it comes from."""
+    loc, what = problems[0]
+    by_override = [text for o, text in overridden.items() if loc and (o[: len(loc)] == loc or loc[: len(o)] == o)]
+    source = f"--set {by_override[0]}" if by_override else str(path)
+    key = f"{dotted(loc)}{'' if what.startswith(':') else ' '}"
+    unset = "; --set KEY=null unsets what the file gives" if by_override and what.startswith(":") else ""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{source}: {key.lstrip()}{what}{unset}{more}"
+
+
+def resolved_yaml(config: RunConfig) -> str:
+    """Every setting of `config`, defaults included, as YAML that loads to an equal configuration."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def _apply(data: dict[str, Any], override: str) -> Loc:
+    """Set one "a.b=v" in `data`; returns its key. An item of a list goes by its name: stages.NAME.steps=20."""
+    key, equals, text = override.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals:
+        raise UserError(f"--set {override}: there is no =; write it as --set {override}=VALUE")
+    if not all(parts):
+        raise UserError(f"--set {override}: the key before = is not complete; write it as --set section.key=VALUE")
+    try:
+        value = parse_yaml(text)
+    except YamlError as e:
+        raise UserError(f"--set {override}: the value is not valid YAML: {e}; put text in quotes") from None
+    section: Any = data
+    loc: Loc = ()
+    for part in parts[:-1]:
+        if isinstance(section, list):
+            loc += (_item(section, part, f"--set {override}: {dotted(loc)}"),)
+        else:
+            if section.get(part) is None:
+                section[part] = {}
+            loc += (part,)
+        section = section[loc[-1]]
+        if not isinstance(section, (dict, list) if len(loc) < len(parts) - 1 else dict):
+            raise UserError(f"--set {override}: {dotted(loc)} is no mapping; set it as a whole")
+    section[parts[-1]] = value
+    return (*loc, parts[-1])
+
+
+def _item(items: list[Any], name: str, what: str) -> int:
+    """Place of the item with this name. what: beginning of the sentence if there is none."""
+    places = {str(item["name"]): i for i, item in enumerate(items) if isinstance(item, dict) and "name" in item}
+    if name not in places:
+        there = f"there are {', '.join(places)}" if places else "its items have no names; set it as a whole"
+        raise UserError(f"{what} has no item {name}; {there}")
+    return places[name]

@@ -1,0 +1,45 @@
+"""The files that a configuration names: whether they are there, and their paths for a configuration that moves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdft.services.base.files import resolve_path
+from sdft.services.config.run import RunConfig
+from sdft.services.config.sections import DataConfig, EvaluationSet, StageConfig
+from sdft.services.config.templates import BUILT_IN_TEMPLATES
+
+
+def with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
+    """The same configuration for a file in any other folder, used in any other: no path in it is relative."""
+    model = _absolute(config.model, base)
+    if Path(model).is_dir():  # resolve_model takes a folder of the working directory too
+        model = str(Path(model).resolve())
+    stages = tuple(stage_with_absolute_paths(stage, base) for stage in config.stages)
+    sets = _absolute_sets(config.evaluation.sets, base)
+    return config.model_copy(
+        update={
+            "model": model,
+            "data": None if config.data is None else _absolute_data(config.data, base),
+            "stages": stages,
+            "evaluation": config.evaluation.model_copy(update={"sets": sets}),
+        }
+    )
+
+
+def stage_with_absolute_paths(stage: StageConfig, base: Path) -> StageConfig:
+    """The same for a stage alone."""
+    return stage.model_copy(update={"data": _absolute_data(stage.data, base), "sets": _absolute_sets(stage.sets, base)})
+
+
+def _absolute(value: str, base: Path) -> str:
+    path = resolve_path(base, value)
+    return str(path.resolve()) if path.exists() else value
+
+
+def _absolute_data(data: DataConfig, base: Path) -> DataConfig:
+    template = data.template if data.template in BUILT_IN_TEMPLATES else _absolute(data.template, base)
+    return data.model_copy(update={"train": _absolute(data.train, base), "template": template})
+
+
+def _absolute_sets(sets: Sequence[EvaluationSet], base: Path) -> tuple[EvaluationSet, ...]:
+    return tuple(s.model_copy(update={"file": _absolute(s.file, base)}) for s in sets)

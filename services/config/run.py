@@ -1,0 +1,181 @@
+"""The whole configuration of a run. Imports neither torch, ray nor vllm."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from sdft.actors.config import ActorsConfig, Dtype, SamplingConfig
+from sdft.learner.config import LearnerConfig, LossConfig, TeacherConfig
+from sdft.services.config.dtype import native_dtype
+from sdft.services.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    EvaluationSet,
+    Method,
+    MonitoringConfig,
+    RayConfig,
+    RetentionConfig,
+    Section,
+    StageConfig,
+    TrainingConfig,
+    WeightsConfig,
+)
+
+
+class RunConfig(Section):
+    """A run, whole."""
+
+    model: str = Field(description="A built-in name (smollm2-135m), a local folder or a hub id")
+    method: Method = Field(
+        "sdft",
+        description="To compare with: off_policy, the teacher's samples; sft, dft, the demonstrations' own tokens",
+    )
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Dtype = Field(
+        # Here and not later: what is computed from a configuration, and kept of it, has the one that is used.
+        default_factory=lambda data: native_dtype(data.get("device", "cpu")),
+        description="auto, the default: float32 if the driver's processor has no instructions for bfloat16, else that",
+    )
+    seed: int = Field(0, ge=0, lt=2**31)
+    run_dir: str | None = Field(None, description="null: runs/<name of the config file>")
+    data: DataConfig | None = Field(None, description="The demonstrations; null: each of `stages` has its own")
+    stages: tuple[StageConfig, ...] = Field((), description="Tasks, one after the other, through one model")
+    sampling: SamplingConfig = SamplingConfig()
+    training: TrainingConfig
+    teacher: TeacherConfig = TeacherConfig()
+    loss: LossConfig = LossConfig()
+    learner: LearnerConfig = LearnerConfig()
+    actors: ActorsConfig = ActorsConfig()
+    weights: WeightsConfig = WeightsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    retention: RetentionConfig | None = Field(None, description="null: nothing is guarded")
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
+    ray: RayConfig = RayConfig()
+
+    @property
+    def strict(self) -> bool:
+        """One batch after the other, each by the weights of the step before: the same bits in every run."""
+        return self.training.max_staleness == 0
+
+    @property
+    def tasks(self) -> "tuple[TaskConfig, ...]":
+        """The run's stages as they would be configured alone; of a run without stages itself."""
+        own = {name: getattr(self, name) for name in type(self).model_fields}
+        if not self.stages:
+            return (TaskConfig.model_construct(**own),)
+        return tuple(TaskConfig.model_construct(**own | _of_stage(self, stage)) for stage in self.stages)
+
+    @property
+    def sets(self) -> tuple[EvaluationSet, ...]:
+        """All evaluation sets: the run's, then those of its stages."""
+        return (*self.evaluation.sets, *(s for stage in self.stages for s in stage.sets))
+
+    @model_validator(mode="after")
+    def _one_task_or_stages(self) -> "RunConfig":
+        t = self.training
+        if self.stages and (self.data is not None or t.epochs is not None or t.steps is not None):
+            what = "data" if self.data is not None else "training.epochs or training.steps"
+            raise ValueError(f"with stages, {what} belongs into each of them; remove it from the run")
+        if not self.stages and self.data is None:
+            raise ValueError("data is required but missing; it names the demonstrations: data.train")
+        if not self.stages and t.epochs is None and t.steps is None:
+            raise ValueError("training: give exactly one of epochs and steps")
+        names_of = {"stages": [s.name for s in self.stages], "evaluation sets": [s.name for s in self.sets]}
+        for what, names in names_of.items():
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise ValueError(f"two {what} have the same name, {twice}; rename one")
+        return self
+
+    @model_validator(mode="after")
+    def _one_clip(self) -> "RunConfig":
+        clip = self.learner.optimizer.grad_clip
+        for i, stage in enumerate(self.stages):
+            if stage.optimizer is not None and stage.optimizer.grad_clip != clip:
+                raise ValueError(
+                    f"stages[{i}].optimizer.grad_clip is {stage.optimizer.grad_clip:g} and learner.optimizer.grad_clip "
+                    f"{clip:g}, which is one for the whole run; give both the same"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _guarded_sets_are_there(self) -> "RunConfig":
+        if self.retention is not None:
+            names = [s.name for s in self.sets]
+            missing = next((name for name in self.retention.sets if name not in names), None)
+            if missing is not None:
+                raise ValueError(f"retention.sets: there is no evaluation set {missing}; there are {', '.join(names)}")
+            if not self.guarded:
+                raise ValueError("retention: no evaluation set has role: retention; add one, or name some in its sets")
+        return self
+
+    @property
+    def guarded(self) -> tuple[str, ...]:
+        """Names of the sets under the retention guard."""
+        if self.retention is None:
+            return ()
+        return self.retention.sets or tuple(s.name for s in self.sets if s.role == "retention")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        if self.weights.sync_every > self.training.max_staleness + 1:
+            raise ValueError(
+                f"weights.sync_every {self.weights.sync_every} lets rollouts be {self.weights.sync_every - 1} steps "
+                f"behind; set training.max_staleness to that, or weights.sync_every to "
+                f"{self.training.max_staleness + 1}"
+            )
+        grows = [role for role in ("student", "teacher") if self.actors.of(role).most > self.actors.of(role).replicas]
+        if grows and self.strict:
+            raise ValueError(
+                f"actors.{grows[0]}.max_replicas lets the number of engines change, and with it the bits of a strict "
+                f"run; set training.max_staleness to 1 or more, or leave max_replicas out"
+            )
+        apart = self.weights.teacher_sync_every
+        saved = {"checkpoint.every": self.checkpoint.every}
+        if self.retention is not None and self.retention.action == "stop" and self.evaluation.every:
+            saved["evaluation.every"] = self.evaluation.every  # the guard saves where it stops
+        for key, every in saved.items():
+            if self.strict and self.teacher.weights == "ema" and every % apart:
+                raise ValueError(
+                    f"{key} {every} is no multiple of weights.teacher_sync_every {apart}: continued from a checkpoint "
+                    f"in between, a run would have a newer teacher than one that was never stopped; make it one"
+                )
+        if self.dtype == "bfloat16" and self.learner.zero_stage == 0:
+            raise ValueError(
+                "learner.zero_stage 0 keeps no float32 masters of bfloat16 weights; set it to 1 (the same cost on "
+                "one rank) or dtype to float32"
+            )
+        for role in ("student", "teacher") if self.device == "cuda" else ():
+            if self.actors.of(role).gpus % 1 and self.actors.of(role).kv_cache_gib is None:
+                raise ValueError(
+                    f"actors.{role}.gpus {self.actors.of(role).gpus:g} lets the engine share a GPU, whose free memory "
+                    f"it then cannot measure while others take of it; set actors.{role}.kv_cache_gib"
+                )
+        if self.device == "cpu" and self.learner.ranks > self.training.batch_size:
+            raise ValueError("learner.ranks must not exceed training.batch_size: some ranks would never have work")
+        return self
+
+
+class TaskConfig(RunConfig):
+    """One stage of a run, as a run of its own would be configured."""
+
+    data: DataConfig
+    keep_moments: bool = False
+
+
+def _of_stage(run: RunConfig, stage: StageConfig) -> dict[str, object]:
+    """What a stage's configuration has in the place of the run's."""
+    own = {name: value for name in ("method", "sampling", "loss") if (value := getattr(stage, name)) is not None}
+    training = run.training.model_copy(update={"epochs": stage.epochs, "steps": stage.steps})
+    learner = run.learner
+    if stage.optimizer is not None:
+        learner = learner.model_copy(update={"optimizer": stage.optimizer})
+    return own | {
+        "data": stage.data,
+        "stages": (),
+        "training": training,
+        "learner": learner,
+        "keep_moments": stage.keep_moments,
+    }

@@ -1,0 +1,227 @@
+"""The sections of a configuration. Imports neither torch, ray nor vllm."""
+
+import os
+from typing import Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sdft.actors.config import SamplingConfig
+from sdft.learner.config import LossConfig, OptimizerConfig
+
+Method = Literal["sdft", "off_policy", "sft", "dft"]
+Grader = Literal["exact", "contains", "choice", "numeric", "tool_call", "instruction", "judge", "perplexity"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Column = Literal["prompt", "demonstration", "id", "context", "feedback", "answer", "text"]
+COLUMNS: tuple[str, ...] = get_args(Column)  # what a row may have
+
+
+class DataConfig(Section):
+    """Demonstrations, and how the two contexts are made from them."""
+
+    train: str = Field(description="A .jsonl or .parquet file (relative to the config file), or a hub data set's name")
+    split: str = Field("train", description="Split of a hub data set")
+    columns: dict[Column, str] = Field({}, description="Where rows call them otherwise: {demonstration: output_text}")
+    template: str = Field(
+        "paper", description="Teacher context: paper, turn, context, feedback, none, or the path of a Jinja template"
+    )
+    system: str | None = Field(None, description="System message put before prompts that bring none")
+    max_prompt_tokens: int = Field(1024, ge=1)
+    max_teacher_prompt_tokens: int = Field(2048, ge=1)
+
+    @model_validator(mode="after")
+    def _teacher_sees_more(self) -> "DataConfig":
+        if self.max_teacher_prompt_tokens < self.max_prompt_tokens:
+            raise ValueError(
+                "max_teacher_prompt_tokens must be at least max_prompt_tokens: the teacher's prompt contains the "
+                "student's"
+            )
+        return self
+
+
+class TrainingConfig(Section):
+    """How much is trained: `epochs` over the demonstrations, or a number of `steps`; with stages each says its own."""
+
+    batch_size: int = Field(32, ge=1, description="Prompts per optimizer step")
+    epochs: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1)
+    max_staleness: int = Field(
+        0, ge=0, description="Steps that a rollout's weights may be behind; 0: the strict, synchronous algorithm"
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainingConfig":
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give exactly one of epochs and steps")
+        return self
+
+
+class WeightsConfig(Section):
+    """How often the engines get new weights, and how closely they must agree with the learner's."""
+
+    sync_every: int = Field(1, ge=1, description="Optimizer steps between two updates of the student engines")
+    teacher_sync_every: int = Field(1, ge=1, description="The same for the teacher engines; the EMA moves every step")
+    swap: Literal["together", "one_by_one"] = Field(
+        "together", description="Whether a role's engines pause for an update at the same time or in turn"
+    )
+    transport: Literal["memory", "broadcast"] = Field(
+        "memory",
+        description="How they travel: each engine maps them, or one broadcast reaches a role's engines (NCCL, or gloo)",
+    )
+    max_probe_gap: float | None = Field(
+        None, gt=0, description="Gap of log-probs allowed, relative to their size; null: 0.001 float32, 0.08 bfloat16"
+    )
+    timeout_s: float = Field(300, gt=0)
+
+    @model_validator(mode="after")
+    def _all_at_once(self) -> "WeightsConfig":
+        if self.transport == "broadcast" and self.swap == "one_by_one":
+            raise ValueError(
+                "transport: broadcast reaches all engines at once; set swap: together, or transport: memory"
+            )
+        return self
+
+
+class JudgeConfig(Section):
+    """A language model that grades, behind an endpoint that speaks OpenAI's protocol."""
+
+    url: str = Field(description="Of the API, as http://127.0.0.1:8000/v1")
+    model: str
+    api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key, if one is needed")
+    max_tokens: int = Field(16, ge=1, description="More for a model that thinks aloud before its verdict")
+    concurrency: int = Field(16, ge=1, description="Replies under judgement at once")
+    timeout_s: float = Field(120, gt=0, description="For one of three tries at a verdict")
+
+
+class EvaluationSet(Section):
+    """One file of questions with answers; with grader: perplexity one of texts, which the model is to find likely."""
+
+    name: str = Field(pattern=r"^[a-z0-9_-]+$")
+    file: str
+    grader: Grader
+    judge: JudgeConfig | None = Field(None, description="Who grades, with grader: judge")
+    columns: dict[Column, str] = Field({}, description="Where rows call them otherwise: {answer: golden_answer}")
+    role: Literal["task", "retention"] = "task"
+    rows: int | None = Field(None, ge=1, description="Only so many, spread evenly over the file; null: all of them")
+    max_new_tokens: int = Field(64, ge=1)
+    pass_at: tuple[int, ...] = Field((), description="Also pass@k, for each k here, of sampled answers; at most 128")
+    pass_samples: int | None = Field(
+        None, ge=1, description="Answers sampled to a question for pass_at; null: twice as many as the largest k"
+    )
+    pass_temperature: float = Field(1.0, gt=0, description="At which they are sampled")
+
+    @property
+    def sampled(self) -> int:
+        """Answers to a question beside the greedy one."""
+        return self.pass_samples or 2 * max(self.pass_at) if self.pass_at else 0
+
+    @property
+    def is_text(self) -> bool:
+        """Nothing is asked: texts are scored."""
+        return self.grader == "perplexity"
+
+    @model_validator(mode="after")
+    def _texts_have_no_answers(self) -> "EvaluationSet":
+        if self.is_text and self.pass_at:
+            raise ValueError("pass_at is of answers, and grader: perplexity asks for none; remove pass_at")
+        return self
+
+    @model_validator(mode="after")
+    def _judge_and_grader(self) -> "EvaluationSet":
+        if (self.grader == "judge") != (self.judge is not None):
+            raise ValueError("grader: judge and the section judge (url, model) need each other; give both, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _enough_answers(self) -> "EvaluationSet":
+        if self.pass_at and not 1 <= min(self.pass_at) <= max(self.pass_at) <= 128:
+            raise ValueError(f"pass_at {list(self.pass_at)}: give values of k from 1 to 128")
+        if self.pass_at and self.sampled < max(self.pass_at):
+            raise ValueError(
+                f"pass_samples {self.sampled} is less than the largest k of pass_at, {max(self.pass_at)}; raise it"
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    """Greedy evaluation before, during and after the run, on the student engines."""
+
+    every: int | None = Field(None, ge=1, description="Steps between evaluations; null: before and after only")
+    sets: tuple[EvaluationSet, ...] = ()
+    timeout_s: float = Field(1800, gt=0)
+
+
+class StageConfig(Section):
+    """One task of a stream. What is left out is the run's."""
+
+    name: str = Field(pattern=r"^[a-z0-9_-]+$")
+    data: DataConfig
+    epochs: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1)
+    method: Method | None = Field(None, description="null: the run's")
+    sampling: SamplingConfig | None = Field(None, description="null: the run's")
+    loss: LossConfig | None = Field(None, description="null: the run's")
+    optimizer: OptimizerConfig | None = Field(None, description="null: learner.optimizer")
+    keep_moments: bool = Field(False, description="Go on with AdamW's moments of the stage before; else from zero")
+    sets: tuple[EvaluationSet, ...] = Field((), description="Evaluation sets of this task")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "StageConfig":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        return self
+
+
+class RetentionConfig(Section):
+    """A guard over what the model could before: accuracy of retention sets against that before training."""
+
+    sets: tuple[str, ...] = Field((), description="Names of evaluation sets; empty: all with role: retention")
+    max_drop: float = Field(
+        gt=0,
+        lt=1,
+        description="Share of a set's questions that may be lost: 0.05 is 5 points; a perplexity's rise, 5 %",
+    )
+    action: Literal["warn", "stop", "rollback"] = Field(
+        "warn", description="stop ends the run; rollback also makes the last checkpoint that held its newest"
+    )
+
+
+class CheckpointConfig(Section):
+    """When to save, and how many saves to keep. The last step is always saved."""
+
+    every: int = Field(50, ge=1)
+    keep: int = Field(2, ge=1)
+    timeout_s: float = Field(600, gt=0, description="How long a checkpoint may take to reach the disk")
+
+
+class MonitoringConfig(Section):
+    """Where metrics go beside metrics.jsonl."""
+
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    mlflow_experiment: str | None = None
+    # Off: a cluster of the run's own is on ports that change with every run, where nobody looks for them.
+    prometheus: bool = Field(False, description="Serve metrics with those of the Ray node, for Prometheus to fetch")
+    stall_s: float = Field(
+        600, gt=0, description="After so long without an end of any wait, what is waited for is named"
+    )
+    record_rollouts: bool = Field(False, description="Keep every batch in rollouts/, for `sdft replay`")
+
+
+class RayConfig(Section):
+    """Which cluster: a running one (`address`, or RAY_ADDRESS in the environment), else one of our own here."""
+
+    address: str | None = None
+    wait_s: float = Field(300, gt=0, description="How long to wait for the cluster's resources")
+    autoscaling: bool = Field(False, description="The cluster grows by itself: wait also for nodes that it has not yet")
+
+    @property
+    def running(self) -> str | None:
+        """Address of the running cluster to use; None: one of our own."""
+        return self.address or os.environ.get("RAY_ADDRESS")

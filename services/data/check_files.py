@@ -1,0 +1,35 @@
+"""The files that a configuration names exist."""
+
+from pathlib import Path
+
+from sdft.services.base.errors import UserError
+from sdft.services.base.files import existing_file, is_data_file, is_hub_name, resolve_path
+from sdft.services.config.run import RunConfig
+from sdft.services.config.templates import BUILT_IN_TEMPLATES
+
+
+def check_files(config: RunConfig, base: Path, sent: Path | None = None) -> None:
+    """Raise UserError unless the files that `config` names, relative to the folder `base`, are there.
+
+    sent: of a run on other machines the folder that they get; absolute paths that lead elsewhere are theirs.
+    """
+    places = [f"stages[{i}]." for i in range(len(config.stages))] or [""]
+    for place, task in zip(places, config.tasks, strict=True):
+        train = task.data.train
+        path = resolve_path(base, train)
+        if is_data_file(train) or path.exists() or not is_hub_name(train):
+            _check_file(f"{place}data.train", train, base, sent)
+            if not is_data_file(train):
+                raise UserError(f"{place}data.train: {path} must be a .jsonl or .parquet file")
+        if task.data.template not in BUILT_IN_TEMPLATES:
+            _check_file(f"{place}data.template", task.data.template, base, sent)
+    own = [("evaluation.", config.evaluation.sets), *((f"stages[{i}].", s.sets) for i, s in enumerate(config.stages))]
+    for place, sets in own:
+        for i, one in enumerate(sets):
+            _check_file(f"{place}sets[{i}].file", one.file, base, sent)
+
+
+def _check_file(key: str, value: str, base: Path, sent: Path | None) -> None:
+    path = Path(value).expanduser()
+    if sent is None or not path.is_absolute() or path.is_relative_to(sent):
+        existing_file(key, value, base)

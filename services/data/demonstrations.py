@@ -1,0 +1,198 @@
+"""Demonstrations and questions from files or the hub: every row is checked before any is used."""
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from sdft.services.base.errors import UserError
+from sdft.services.base.files import existing_file, is_data_file, is_hub_name, near_names, resolve_path
+from sdft.services.config.sections import COLUMNS, DataConfig, EvaluationSet
+from sdft.services.data.rows import BadRow, NumberedRow, hub_rows, json_kind, jsonl_rows, parquet_rows, renamed
+
+MAX_REPORTED = 20
+ROLES = ("system", "user", "assistant")
+# How much like a known optional column an unknown one must be to count as a typing error: contexts is, content is not.
+NEAR_OPTIONAL = 0.86
+
+
+class Message(TypedDict):
+    """One chat message."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row: a prompt, what an expert's reply to it or other knowledge of it is, and the answer that a grader needs;
+    or a text."""
+
+    id: str
+    messages: tuple[Message, ...]  # the last one is the user's; none of a text
+    demonstration: str | None
+    context: str | None
+    feedback: str | None
+    answer: Any
+    where: str  # "file:line", for errors
+    text: str | None = None  # instead of a prompt: to be scored as it is
+
+
+def load_demonstrations(data: DataConfig, base: Path, needed: Iterable[str]) -> list[Record]:
+    """All rows of data.train, a file relative to the folder `base` or a hub name, with the `needed` columns; raises
+    UserError."""
+    name = data.train
+    if is_data_file(data.train) or resolve_path(base, data.train).exists() or not is_hub_name(data.train):
+        rows = _file_rows("data.train", data.train, base)
+        name = str(resolve_path(base, data.train))
+    else:
+        near = near_names(Path(data.train).name, resolve_path(base, data.train).parent)
+        rows = hub_rows(data.train, data.split, f" (did you mean {near[0]}?)" if near else "")
+    return _checked(name, renamed(rows, data.columns), ("prompt", *needed), lambda answer: None)
+
+
+def load_questions(s: EvaluationSet, base: Path, check: Callable[[Any], str | None]) -> list[Record]:
+    """The questions or texts of an evaluation set; `check` says what is wrong with an answer. Raises UserError."""
+    rows = _file_rows(f"evaluation.sets ({s.name}).file", s.file, base)
+    needed = ("text",) if s.is_text else ("prompt", "answer")
+    all_of_them = _checked(str(resolve_path(base, s.file)), renamed(rows, s.columns), needed, check)
+    count = len(all_of_them)
+    return [all_of_them[i * count // s.rows] for i in range(s.rows)] if s.rows and s.rows < count else all_of_them
+
+
+def _file_rows(key: str, value: str, base: Path) -> Iterable[NumberedRow]:
+    path = existing_file(key, value, base)
+    if not is_data_file(value):
+        raise UserError(f"{key}: {path} must be a .jsonl or .parquet file")
+    return parquet_rows(path) if path.suffix == ".parquet" else jsonl_rows(path)
+
+
+def _checked(
+    name: str, rows: Iterable[NumberedRow], required: tuple[str, ...], check_answer: Callable[[Any], str | None]
+) -> list[Record]:
+    """The rows, checked; one UserError lists every bad row, up to MAX_REPORTED of them."""
+    good: list[Record] = []
+    bad: list[str] = []
+    line_of_id: dict[str, int] = {}
+    for line, given_row in rows:
+        row = given_row if isinstance(given_row, BadRow) else _without_blanks(given_row, required)
+        problems = [str(row)] if isinstance(row, BadRow) else list(_problems(row, required, check_answer))
+        if isinstance(row, dict) and not any(p.startswith("id ") for p in problems):
+            given = row.get("id")
+            row_id = f"row-{line}" if given is None else str(given)
+            if row_id in line_of_id:
+                problems.append(f'id "{row_id}" is already that of {name}:{line_of_id[row_id]}')
+            line_of_id.setdefault(row_id, line)
+        if problems:
+            bad.append(f"{name}:{line}: {'; '.join(problems)}")
+        elif isinstance(row, dict):
+            told = {column: row.get(column) for column in ("demonstration", "context", "feedback", "answer", "text")}
+            messages = _messages(row["prompt"]) if "prompt" in required else ()
+            good.append(Record(id=row_id, messages=messages, where=f"{name}:{line}", **told))
+    if bad:
+        if len(bad) > MAX_REPORTED:
+            bad[MAX_REPORTED:] = [f"… and {len(bad) - MAX_REPORTED} more"]
+        raise UserError("\n".join(bad))
+    if not good:
+        raise UserError(f"{name}: there are no rows; give at least one with {' and '.join(required)}")
+    return good
+
+
+def _without_blanks(row: dict[str, Any], required: tuple[str, ...]) -> dict[str, Any]:
+    """The row, with null for blank text in optional columns: some data sets have that for nothing."""
+    optional = {column: row.get(column) for column in COLUMNS if column not in required}
+    return row | {column: None for column, v in optional.items() if isinstance(v, str) and not v.strip()}
+
+
+def _problems(
+    row: dict[str, Any], required: tuple[str, ...], check_answer: Callable[[Any], str | None]
+) -> Iterable[str]:
+    """Everything that is wrong with a row, each problem beginning with the column's name."""
+    for column in COLUMNS:
+        if column == "text" and column not in required:
+            continue  # a common name, for what has no part in this
+        value = row.get(column)
+        if value is None:
+            near = _near_column(column, row, column in required)
+            if near:
+                yield f"{column} is missing, but there is {near}; did you mean {column}?"
+            elif column in required:
+                has = ", ".join(row) or "no columns"
+                yield f"{column} is null" if column in row else f"{column} is missing (the row has {has})"
+        elif column == "prompt":
+            yield from _prompt_problems(value)
+        elif column == "answer":
+            problem = _bad_text_within(value)
+            reason = f"answer {problem}" if problem else check_answer(value)
+            if reason:
+                yield reason if reason.startswith("answer") else f"answer: {reason}"
+        elif column == "id" and type(value) is int:
+            pass
+        else:
+            problem = _text_problem(value, "text or a whole number" if column == "id" else "text")
+            if problem:
+                yield f"{column} {problem}"
+
+
+def _near_column(column: str, row: dict[str, Any], required: bool) -> str | None:
+    """A column of the row that is probably a mistyped `column`."""
+    # id is too short: idx and uid are columns of their own. answer, where nobody grades, is read by nobody.
+    if column in row or column == "id" or (column == "answer" and not required):
+        return None
+    others = [str(name) for name in row if name not in COLUMNS]
+    near = difflib.get_close_matches(column, others, n=1, cutoff=0.6 if required else NEAR_OPTIONAL)
+    return near[0] if near else None
+
+
+def _prompt_problems(prompt: Any) -> Iterable[str]:
+    if not isinstance(prompt, list):
+        problem = _text_problem(prompt, "text or a list of messages")
+        if problem:
+            yield f"prompt {problem}"
+        return
+    if not prompt:
+        yield "prompt is an empty list"
+        return
+    for number, message in enumerate(prompt, start=1):
+        at = f"prompt message {number}"
+        if not isinstance(message, dict):
+            yield f"{at} must be an object with role and content, not {json_kind(message)}"
+            return
+        if message.get("role") not in ROLES:
+            yield f"{at}: role must be one of {', '.join(ROLES)}, not {message.get('role')!r}"
+        problem = _text_problem(message.get("content"))
+        if problem:
+            yield f"{at}: content {problem}"
+    if prompt[-1].get("role") in ("system", "assistant"):
+        yield f"prompt: the last message must be the user's, not the {prompt[-1]['role']}'s"
+
+
+def _text_problem(value: Any, expected: str = "text") -> str | None:
+    if not isinstance(value, str):
+        return "is null" if value is None else f"must be {expected}, not {json_kind(value)}"
+    if not value.strip():
+        return "is empty"
+    return _bad_text_within(value)
+
+
+def _bad_text_within(value: Any) -> str | None:
+    """What is wrong with the characters of a text, or of any text in a list or object."""
+    left = [value]  # not by recursion: JSON may be nested deeper than calls can be
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            left += [*one, *one.values()]
+        elif isinstance(one, list):
+            left += one
+        elif isinstance(one, str) and "\0" in one:
+            return "holds a NUL character; remove it"
+        elif isinstance(one, str) and any("\ud800" <= c <= "\udfff" for c in one):
+            return "holds half a surrogate pair, which is no character; remove it"
+    return None
+
+
+def _messages(prompt: str | list[dict[str, Any]]) -> tuple[Message, ...]:
+    if isinstance(prompt, str):
+        return (Message(role="user", content=prompt),)
+    return tuple(Message(role=m["role"], content=m["content"]) for m in prompt)

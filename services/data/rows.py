@@ -1,0 +1,145 @@
+"""Rows of a JSONL file, a Parquet file or a hub data set, numbered from 1; a row that cannot be read says why."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sdft.services.base.errors import UserError
+
+
+class BadRow(str):
+    """Why a row cannot be read."""
+
+    __slots__ = ()
+
+
+NumberedRow = tuple[int, dict[str, Any] | BadRow]
+
+
+def jsonl_rows(path: Path) -> Iterator[NumberedRow]:
+    """The objects of a JSONL file with their lines; blank lines are left out."""
+    try:
+        file = path.open("rb")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}; check its permissions") from None
+    with file:
+        # Lines end at \n only: str.splitlines would also cut at characters that JSON allows inside a string.
+        for number, line in enumerate(file, start=1):
+            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if text.strip():
+                yield number, _parse(text)
+
+
+def parquet_rows(path: Path) -> Iterator[NumberedRow]:
+    """The rows of a Parquet file."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as e:
+        cause = e.__cause__ or e
+        raise UserError(f"{path}: not a Parquet file that can be read: {_first_line(cause)}; write it again") from None
+    yield from _numbered(rows)
+
+
+def hub_rows(name: str, split: str, hint: str) -> Iterator[NumberedRow]:
+    """The rows of a hub data set's split; `hint` is said when there is none of that name."""
+    import datasets
+
+    local = f"or put the rows into a local .jsonl file and name that{hint}"
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except datasets.exceptions.DatasetNotFoundError as e:
+        raise UserError(f"data.train: {name} is not on the hub: {_first_line(e)}; check the name {local}") from None
+    except (ConnectionError, TimeoutError) as e:
+        reason = _first_line(e)
+        raise UserError(
+            f"data.train: {name} is no local file, and the hub cannot be reached: {reason}; connect to it {local}"
+        ) from None
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as e:
+        reason = _first_line(e)
+        raise UserError(
+            f"data.train: split {split} of the hub data set {name} cannot be loaded: {reason}; set data.split to one "
+            f"that it has, {local}"
+        ) from None
+    yield from _numbered(rows)
+
+
+def renamed(rows: Iterable[NumberedRow], columns: Mapping[Any, str]) -> Iterator[NumberedRow]:
+    """The rows with our names for their columns (ours -> theirs). A demonstration that is a list of lines becomes one
+    text."""
+    for number, row in rows:
+        if isinstance(row, BadRow):
+            yield number, row
+            continue
+        missing = next((theirs for theirs in columns.values() if theirs not in row), None)
+        if missing is not None:
+            yield number, BadRow(f"columns names {missing}, which the row does not have; it has {', '.join(row)}")
+            continue
+        ours = {name: value for name, value in row.items() if name not in columns.values()}
+        ours |= {name: row[theirs] for name, theirs in columns.items()}
+        lines = ours.get("demonstration")
+        if isinstance(lines, list) and lines and all(isinstance(line, str) for line in lines):
+            ours["demonstration"] = "\n".join(lines)
+        yield number, ours
+
+
+def _numbered(rows: Iterable[dict[str, Any]]) -> Iterator[NumberedRow]:
+    """The rows of Arrow, in which every object of a column has the members of all others, null where it had none."""
+    for number, row in enumerate(rows, start=1):
+        yield number, {column: _without_nulls(value) for column, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the members of objects that are null."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _parse(line: bytes) -> dict[str, Any] | BadRow:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as e:
+        return BadRow(f"byte {e.start + 1} is not UTF-8; save the file as UTF-8")
+    try:
+        row = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except json.JSONDecodeError as e:
+        if e.pos >= len(text.rstrip()) or e.msg.startswith("Unterminated string"):
+            return BadRow("the JSON ends too early; the line is cut off, or its object is spread over several lines")
+        return BadRow(f"not valid JSON: {e.msg} at character {e.pos + 1}")
+    except (ValueError, RecursionError) as e:
+        return BadRow(f"not valid JSON: {e}")
+    if not isinstance(row, dict):
+        return BadRow(f"the row is {json_kind(row)}, not an object; give one JSON object a line")
+    return row
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f'the key "{next(k for k in keys if keys.count(k) > 1)}" is given twice')
+    return row
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def json_kind(value: Any) -> str:
+    """What a value is, in words for an error."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    if isinstance(value, str):
+        return "text"
+    return "an object" if isinstance(value, dict) else "a list"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n", 1)[0].rstrip(".")

@@ -1,0 +1,27 @@
+"""An evaluation set with its questions and their prompts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sdft.services.config.sections import EvaluationSet
+from sdft.services.data.contexts import PromptPair
+from sdft.services.data.demonstrations import Record
+from sdft.services.records.rows import STUDENT
+
+
+@dataclass(frozen=True)
+class LoadedSet:
+    """An evaluation set with its questions and their prompts, in file order."""
+
+    settings: EvaluationSet
+    questions: Sequence[Record]
+    prompts: Sequence[PromptPair]
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether every question brings something to show to the teacher."""
+        return all(p.teacher_ids not in (None, p.student_ids) for p in self.prompts)
+
+    def prompts_of(self, metric: str) -> list[list[int] | None]:
+        """The token ids that STUDENT or TEACHER is asked with."""
+        return [p.student_ids if metric == STUDENT else p.teacher_ids for p in self.prompts]

@@ -1,0 +1,52 @@
+"""A user's own Jinja template for the teacher's last message, run in a sandbox; mistakes name its file and line."""
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+from sdft.services.base.errors import UserError
+from sdft.services.base.files import read_text
+
+
+class UserTemplate:
+    """The template in the file `path`.
+
+    Its variables: prompt (last user text), demonstration, context, feedback, messages.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        self._path = path
+        source = read_text(path)
+        env = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
+        try:
+            used = meta.find_undeclared_variables(env.parse(source))
+            code = env.compile(source, filename=str(path))
+        except TemplateSyntaxError as e:
+            raise UserError(f"{path}:{e.lineno}: not a valid Jinja template: {e.message}") from None
+        knowledge = [column for column in ("demonstration", "context", "feedback") if column in used]
+        if not knowledge:
+            raise UserError(
+                f"{path}: uses neither demonstration nor context nor feedback, so the teacher would know nothing that "
+                "the student does not; put {{ demonstration }} into it"
+            )
+        self.shown = knowledge[0]  # the column that rows must have
+        self._template = Template.from_code(env, code, env.make_globals(None))
+
+    def render(self, where: str, **variables: Any) -> str:
+        """The text for the item at `where`; a UserError with the template's line if that fails or gives nothing."""
+        from jinja2 import TemplateError
+
+        try:
+            text = self._template.render(**variables)
+        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as e:
+            frames = traceback.extract_tb(e.__traceback__)
+            line = next((f.lineno for f in reversed(frames) if f.filename == str(self._path)), None)
+            at = f"{self._path}:{line}" if line else str(self._path)
+            names = ", ".join(variables)
+            raise UserError(f"{at}: {e} (for {where}); the variables are {names}") from None
+        if not text.strip():
+            raise UserError(f"{self._path}: gives an empty message for {where}")
+        return text

@@ -1,0 +1,24 @@
+"""The tokenizer of a model folder."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdft.actors.shared.process import large_imports
+from sdft.services.base.errors import UserError
+from sdft.services.data.without_torch import import_for_tokenizers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(model_path: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer in a local model folder; nothing is downloaded."""
+    with large_imports(), import_for_tokenizers():
+        from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(model_path), local_files_only=True)
+    except (OSError, ValueError) as e:
+        reason = str(e).strip().split("\n", 1)[0]
+        raise UserError(f"model: the tokenizer in {model_path} cannot be loaded: {reason}") from None
+    return tokenizer

@@ -1,0 +1,1 @@
+"""Evaluation sets on engines, answers, lm-eval. Imports fleet and below."""

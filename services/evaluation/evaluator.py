@@ -1,0 +1,113 @@
+"""Evaluation on the student engines: questions in, graded answers and shares out. Greedy, but for pass@k.
+
+Of texts the perplexity: exp of the mean of -log p over all their tokens but the first of each.
+"""
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sdft.actors.shared.types import GenerateRequest, Rollout, Sampling
+from sdft.services.data.schedule import seed_of
+from sdft.services.fleet.pool import EnginePool
+from sdft.services.grading.grade import asked, grade
+from sdft.services.grading.pass_at_k import pass_at_k
+from sdft.services.records.rows import PASS_AT, PERPLEXITY, STUDENT, TEACHER, EvalResult, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+from sdft.services.data.sets import LoadedSet
+
+
+class Evaluator:
+    """Runs evaluation sets on a pool of engines.
+
+    limit_s: how long a judge may take for one set.
+    say: is told what is asked before it is, as "tools (teacher): 80 questions"; it may take minutes.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", limit_s: float, say: Callable[[str], None]) -> None:
+        self._tokenizer = tokenizer
+        self._limit_s = limit_s
+        self._say = say
+
+    async def students(
+        self, pool: EnginePool, sets: Sequence[LoadedSet], step: int, stage: int
+    ) -> tuple[list[EvalResult], list[Sample]]:
+        """Every set, answered without demonstrations: shares, and all answers."""
+        results, samples = [], []
+        for loaded in sets:
+            if loaded.settings.is_text:
+                results.append(await self._perplexity(pool, loaded, step, stage))
+                continue
+            result, answers = await self._run(pool, loaded, STUDENT, step, stage)
+            results.append(result)
+            samples += answers
+            results += await self._pass_at(pool, loaded, STUDENT, step, stage)
+        return results, samples
+
+    async def teachers(self, pool: EnginePool, sets: Sequence[LoadedSet], step: int, stage: int) -> list[EvalResult]:
+        """The sets whose questions have demonstrations, answered with them in the prompt: what there is to learn."""
+        results = []
+        for loaded in (one for one in sets if one.has_teacher):
+            results.append((await self._run(pool, loaded, TEACHER, step, stage))[0])
+            results += await self._pass_at(pool, loaded, TEACHER, step, stage)
+        return results
+
+    async def _pass_at(
+        self, pool: EnginePool, loaded: LoadedSet, metric: str, step: int, stage: int
+    ) -> list[EvalResult]:
+        """pass@k for each k of the set, of the same sampled answers.
+
+        Their seeds are the same at every step, so that two evaluations differ by the weights alone.
+        """
+        s = loaded.settings
+        if not s.pass_at:
+            return []
+        requests = [
+            GenerateRequest(np.asarray(ids, dtype=np.int32), seed_of(f"{s.name}/{question.id}/{i}"))
+            for question, ids in zip(loaded.questions, loaded.prompts_of(metric), strict=True)
+            for i in range(s.sampled)
+        ]
+        self._say(f"{_asked(s.name, metric)}: {len(requests)} answers for pass@k")
+        rollouts = await pool.generate(requests, Sampling(s.max_new_tokens, s.pass_temperature))
+        repeated = [question for question in loaded.questions for _ in range(s.sampled)]
+        grades = iter(await grade(s, repeated, list(map(self._text, rollouts)), self._limit_s))
+        right = [sum(next(grades) for _ in range(s.sampled)) for _ in loaded.questions]
+        name = PASS_AT if metric == STUDENT else f"teacher_{PASS_AT}"
+        return [
+            EvalResult(step, stage, s.name, f"{name}{k}", fmean(pass_at_k(s.sampled, c, k) for c in right), len(right))
+            for k in s.pass_at
+        ]
+
+    async def _perplexity(self, pool: EnginePool, loaded: LoadedSet, step: int, stage: int) -> EvalResult:
+        texts = [np.asarray(p.student_ids, dtype=np.int32) for p in loaded.prompts]
+        self._say(f"{loaded.settings.name}: {len(texts)} texts")
+        scores = await pool.score([(ids[:1], ids[1:]) for ids in texts], 1)
+        logprobs = np.concatenate([s.sampled for s in scores]).astype(np.float64)
+        return EvalResult(step, stage, loaded.settings.name, PERPLEXITY, float(np.exp(-logprobs.mean())), len(logprobs))
+
+    def _text(self, rollout: Rollout) -> str:
+        return self._tokenizer.decode(rollout.completion_ids.tolist(), skip_special_tokens=True)
+
+    async def _run(
+        self, pool: EnginePool, loaded: LoadedSet, metric: str, step: int, stage: int
+    ) -> tuple[EvalResult, list[Sample]]:
+        s = loaded.settings
+        requests = [GenerateRequest(np.asarray(ids, dtype=np.int32)) for ids in loaded.prompts_of(metric)]
+        self._say(f"{_asked(s.name, metric)}: {len(requests)} questions")
+        rollouts = await pool.generate(requests, Sampling(s.max_new_tokens, temperature=0.0))
+        texts = list(map(self._text, rollouts))
+        grades = await grade(s, loaded.questions, texts, self._limit_s)
+        samples = [
+            Sample(step, s.name, question.id, asked(question), question.answer, text, correct)
+            for question, text, correct in zip(loaded.questions, texts, grades, strict=True)
+        ]
+        share = sum(a.correct for a in samples) / len(samples)
+        return EvalResult(step, stage, s.name, metric, share, len(samples)), samples
+
+
+def _asked(name: str, metric: str) -> str:
+    return name if metric == STUDENT else f"{name} (teacher)"

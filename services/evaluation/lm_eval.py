@@ -1,0 +1,122 @@
+"""`sdft eval --harness`: the benchmarks of EleutherAI's lm-eval on a model, by its own backend (Hugging Face on a CPU,
+vLLM on a GPU), in a process of its own.
+
+    model folder, tasks ─► python -m lm_eval ─► its results file ─► a line for each task and metric
+"""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdft.services.base.errors import PreflightError, UserError
+from sdft.services.base.files import write_atomically
+from sdft.services.config.run import RunConfig
+from sdft.services.records.rows import Z_95
+
+LAST_LINES = 40  # of its output, in which a reason is looked for
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task, as lm-eval gives it: mostly a share, a perplexity for some tasks."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float  # NaN where lm-eval has none
+    n: int
+
+    def __str__(self) -> str:
+        half = "" if math.isnan(self.stderr) else f" ± {Z_95 * self.stderr:.4f}"
+        return f"{self.task:<24}{self.metric:<16}{self.value:.4f}{half}  n {self.n}"
+
+
+def run_harness(
+    config: RunConfig, model: Path, tasks: str, include: str | None, limit: int | None, out: Path | None
+) -> list[Score]:
+    """Scores of the comma-separated `tasks`. include: a folder with task files of one's own. limit: questions a task.
+
+    out: lm-eval's results file is kept there. UserError for a task that there is not, PreflightError for data that
+    cannot be downloaded, TimeoutError after evaluation.timeout_s.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise PreflightError("--harness needs lm-eval, which is not installed here: pip install 'sdft[harness]'")
+    if include is not None and not Path(include).is_dir():
+        raise UserError(f"--harness-tasks {include}: there is no such folder")
+    with tempfile.TemporaryDirectory(prefix="sdft-harness-") as scratch:
+        on_gpu = config.device == "cuda"
+        command = [sys.executable, "-m", "lm_eval", "run", "--model", "vllm" if on_gpu else "hf"]
+        command += ["--model_args", f"pretrained={model},dtype={config.dtype}", "--device", config.device]
+        command += ["--tasks", tasks, "--batch_size", "auto" if on_gpu else "8", "--output_path", scratch]
+        command += [] if include is None else ["--include_path", include]
+        command += [] if limit is None else ["--limit", str(limit)]
+        _run(command, tasks, config.evaluation.timeout_s)
+        (path,) = Path(scratch).rglob("results_*.json")
+        results = json.loads(path.read_text())
+        if out is not None:
+            write_atomically(out, path.read_bytes())
+    return scores(results)
+
+
+def scores(results: dict[str, Any]) -> list[Score]:
+    """From lm-eval's results: {"results": {task: {"acc,none": 0.5, "acc_stderr,none": 0.1}}, "n-samples": ...}. A group
+    of tasks has no n-samples, but a "sample_len" among its figures: the sum of its tasks'."""
+    found = []
+    for task, figures in results["results"].items():
+        n = results.get("n-samples", {}).get(task, {}).get("effective", figures.get("sample_len", 0))
+        for key, value in figures.items():
+            metric, comma, variant = key.partition(",")
+            if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+                stderr = figures.get(f"{metric}_stderr,{variant}")
+                error = float(stderr) if isinstance(stderr, int | float) else math.nan
+                found.append(Score(task, metric, float(value), error, n))
+    return found
+
+
+def _run(command: Sequence[str], tasks: str, timeout_s: float) -> None:
+    """Its output goes to our stderr as it comes."""
+    last: deque[str] = deque(maxlen=LAST_LINES)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(timeout_s, stop)
+    timer.start()
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            last.append(line)
+            print(line, end="", file=sys.stderr, flush=True)
+        code = process.wait()
+    finally:
+        timer.cancel()
+        process.kill()
+    if late.is_set():
+        raise TimeoutError(f"waited {timeout_s:g} s (evaluation.timeout_s) for lm-eval to run {tasks}")
+    if code != 0:
+        raise _reason(tasks, last)
+
+
+def _reason(tasks: str, last: Sequence[str]) -> Exception:
+    lines = [line.strip() for line in last if line.strip()]
+    for line in reversed(lines):
+        if "Tasks not found" in line:
+            return UserError(f"--harness {tasks}: lm-eval has no such task ({line}); `lm-eval ls tasks` names all")
+        if "on the Hub" in line or "ConnectionError" in line or "LocalEntryNotFound" in line:
+            return PreflightError(
+                f"--harness {tasks}: lm-eval downloads a task's data at its first use, and the hub cannot be reached "
+                f"({line}); connect to it once, or give task files of your own with --harness-tasks DIR"
+            )
+    return RuntimeError(f"lm-eval could not run {tasks}: {lines[-1] if lines else 'it printed nothing'}")

@@ -1,0 +1,1 @@
+"""Pools of engines: supervision, dispatch, snapshots, broadcasts, scaling. Imports cluster and below."""

@@ -1,0 +1,67 @@
+"""Pools of Ray actors with a vLLM engine in each, as the configuration wants them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from sdft.actors.worker import EngineWorker
+from sdft.services.cluster.cluster import free, labelled, needs
+from sdft.services.config.run import RunConfig
+from sdft.services.fleet.broadcast import Broadcast, Sender
+from sdft.services.fleet.engine import Patience
+from sdft.services.fleet.pool import EnginePool, PoolSettings
+from sdft.services.fleet.remote import Remote, RemoteActor
+from sdft.services.fleet.snapshots import Payload, Published
+from sdft.services.planning.plan import engine_settings
+
+
+def engine_pool(
+    config: RunConfig,
+    model: Path,
+    role: str,
+    options: Sequence[dict[str, Any]],
+    notice: Callable[[str], None],
+    payload: Payload,
+    learner: Callable[[], Sender] | None = None,
+) -> EnginePool:
+    """A pool, not started yet.
+
+    options: Ray's for the first engines, whose places are reserved; those that join later ask for as much, anywhere.
+    payload: gives a snapshot's bytes to other nodes than the learner's. learner: that broadcasts, if there is one.
+    """
+    e = config.actors.of(role)
+    settings = engine_settings(config, model, role)
+    actor = ray.remote(EngineWorker)
+    gpus = e.gpus if config.device == "cuda" else 0
+    where = labelled(e.labels)
+    anywhere: dict[str, Any] = {
+        "num_cpus": e.cpus,
+        "num_gpus": gpus,
+        "label_selector": dict(e.labels),
+        "max_restarts": 0,
+    }
+
+    def create(number: int) -> Remote:
+        ours = options[number] if number < len(options) else anywhere
+        return RemoteActor(actor.options(**ours).remote(settings))
+
+    return EnginePool(
+        PoolSettings(
+            role=role,
+            least=e.replicas,
+            most=e.most,
+            strict=config.strict,
+            room=e.max_num_seqs,
+            patience=Patience(e.start_timeout_s, e.health_timeout_s, e.max_restarts),
+            work_s=config.evaluation.timeout_s,
+            drain_s=e.drain_timeout_s,
+            one_by_one=config.weights.swap == "one_by_one",
+        ),
+        create,
+        Published(payload),
+        notice,
+        lambda: f"it needs one node{where} with {needs(e.cpus, gpus)} free; free in the cluster now: {free()}",
+        Broadcast(role, learner, notice) if learner and config.weights.transport == "broadcast" else None,
+    )

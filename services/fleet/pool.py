@@ -1,0 +1,296 @@
+"""A role's engines as one. Batches are cut among them, weights go to all; engines join and leave.
+
+    strict:   a batch in equal, contiguous shares, one an engine: the same bits in every run; the pool keeps its size
+    streamed: every sequence by itself, to the engine with the least to do; what a lost engine had goes to another
+
+Joining: start, load the newest weights, verified, serve. Leaving: take no more, finish, stop.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from ray.exceptions import RayError
+
+from sdft.actors.shared.types import GenerateRequest, IntArray, Rollout, Sampling, Snapshot, TeacherScores, UpdateReport
+from sdft.actors.shared.waiting import all_of, cancelled, within
+from sdft.services.base.failures import Losses, reason
+from sdft.services.fleet.broadcast import Broadcast
+from sdft.services.fleet.dispatch import Slots
+from sdft.services.fleet.engine import EngineLost, Group, Patience, SupervisedEngine
+from sdft.services.fleet.remote import Remote
+from sdft.services.fleet.snapshots import Published
+
+SOONEST_S = 1.0  # between two tries to bring a pool to its least
+PLACED_S = 60.0  # an engine that has no place by then says so; a node may take as long to come
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """How a pool works."""
+
+    role: str  # "student" or "teacher"
+    least: int  # engines it begins with, and never has fewer
+    most: int
+    strict: bool
+    room: int  # sequences that an engine computes at once
+    patience: Patience
+    work_s: float  # how long a batch may take
+    drain_s: float  # how long an engine that leaves may finish what it has
+    one_by_one: bool  # engines take new weights in turn
+
+
+class EnginePool:
+    """The engines of one role. `start` starts the first ones."""
+
+    def __init__(
+        self,
+        settings: PoolSettings,
+        create: Callable[[int], Remote],
+        published: Published,
+        notice: Callable[[str], None],
+        wanting: Callable[[], str],
+        broadcast: Broadcast | None = None,
+    ) -> None:
+        """create: starts the process of the engine of that number. notice: is told who is lost, joins and leaves.
+
+        wanting: says what an engine needs, and what the cluster has. broadcast: how weights go to all at once; None:
+        each loads them from memory.
+        """
+        self.settings, self.published = settings, published
+        self._create, self._notice, self._wanting = create, notice, wanting
+        self._broadcast = broadcast
+        self._engines: list[SupervisedEngine] = []  # those that leave are no longer among them
+        self._slots: Slots[SupervisedEngine] = Slots(settings.room, lambda: asyncio.get_running_loop().time())
+        self._moving: set[asyncio.Task[None]] = set()  # engines that join or leave
+        self._joining: set[SupervisedEngine] = set()
+        self._number = 0
+        self._refusals = Losses()  # engines that did not join
+        self._not_before = 0.0  # nobody is to join, on the loop's clock
+
+    async def start(self) -> None:
+        """Start the first engines, at once."""
+        engines = [self._new() for _ in range(self.settings.least)]
+        self._engines += engines
+        await all_of([engine.start() for engine in engines])
+
+    @property
+    def engines(self) -> Sequence[SupervisedEngine]:
+        """Those that there are now."""
+        return self._engines
+
+    @property
+    def size(self) -> int:
+        """How many engines there are, those that are on their way here included."""
+        return len(self._engines) + len(self._joining)
+
+    @property
+    def changing(self) -> bool:
+        """Somebody joins or leaves, or is being replaced."""
+        return bool(self._moving or self._joining) or not all(engine.up for engine in self._engines)
+
+    @property
+    def queued(self) -> int:
+        """Sequences that wait for an engine."""
+        return self._slots.queued
+
+    @property
+    def at_work(self) -> str:
+        """Who has how many sequences, as people read it; in a pool that streams."""
+        loads = [f"{engine.name} has {load}" for engine, load in self._slots.loads.items()]
+        return ", ".join([*loads, f"{self._slots.queued} wait for a {self.settings.role} engine"])
+
+    def busy(self) -> float:
+        """Share of the engines' room that was used since this was last asked, 0 to 1."""
+        return self._slots.busy()
+
+    async def generate(
+        self, requests: Sequence[GenerateRequest], sampling: Sampling, limited: bool = True
+    ) -> list[Rollout]:
+        """Complete every prompt; in the order of the requests.
+
+        limited: in at most settings.work_s; else, in a pool that streams, the caller limits what this is a part of.
+        """
+        return await self._spread("generate", requests, sampling, limited)
+
+    async def score(
+        self, pairs: Sequence[tuple[IntArray, IntArray]], k: int, limited: bool = True
+    ) -> list[TeacherScores]:
+        """Score every (teacher prompt, completion) pair; in order. limited: as above."""
+        return await self._spread("score", pairs, k, limited)
+
+    async def update_weights(self, snapshot: Snapshot, timeout_s: float) -> list[UpdateReport]:
+        """Give every engine the snapshot; each verifies it. The caller holds the lock of `published`.
+
+        Returns when none loads any more, also if one raises: the snapshot's memory is free again then. No report comes
+        from engines that are being replaced; their successors load it before they do anything.
+        """
+        self.published.new(snapshot, timeout_s)
+        serving = [engine for engine in self._engines if engine.up]
+        async with nullcontext() if self._broadcast is None else self._broadcast.to(serving, timeout_s) as group:
+            outcomes = await self._update(group)
+        self.published.arrived()
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return [report for report in outcomes if isinstance(report, UpdateReport)]
+
+    async def _update(self, group: Group | None) -> list[UpdateReport | BaseException | None]:
+        turns = asyncio.Semaphore(1 if self.settings.one_by_one else len(self._engines))
+
+        async def update(engine: SupervisedEngine) -> UpdateReport | None:
+            async with turns:
+                return await engine.update_weights(group)
+
+        return await asyncio.gather(*map(update, self._engines), return_exceptions=True)
+
+    def resize(self, wanted: int) -> None:
+        """Let engines join, or leave, the newest first, until there are so many. They do so beside the work."""
+        if asyncio.get_running_loop().time() >= self._not_before:
+            for _ in range(self.size, wanted):
+                self._join()
+        for engine in self._engines[max(wanted, self.settings.least) :]:
+            self._leave(engine, "is not needed any more")
+
+    def vacate(self, nodes: set[str]) -> None:
+        """Engines on these nodes, which are to be lost, leave; others join for them."""
+        if self.settings.strict:
+            return  # they keep their places: when they are lost they are replaced
+        for engine in [e for e in self._engines if e.process.node in nodes]:
+            # Until the other one is there it keeps its place: a place that is free on such a node passes for one that
+            # can be had, and no autoscaler would bring another node.
+            self._leave(engine, "leaves its node, which is being drained", self._join())
+
+    async def stop(self) -> None:
+        """Shut every engine down."""
+        await cancelled(self._moving)
+        await asyncio.gather(*(engine.stop() for engine in (*self._engines, *self._joining)))
+        self.published.stop()
+
+    def _new(self) -> SupervisedEngine:
+        number, self._number = self._number, self._number + 1
+        return SupervisedEngine(
+            f"{self.settings.role} engine {number}",
+            lambda: self._create(number),
+            self.settings.patience,
+            self.published,
+            self._notice,
+            self._changed,
+        )
+
+    def _changed(self, engine: SupervisedEngine) -> None:
+        if engine in self._joining and engine.up:
+            # At once, in the step in which it has let go of the lock: or an update could come between, and miss it.
+            self._joining.discard(engine)
+            self._refusals.recovered()
+            self._engines.append(engine)
+            self._notice(f"{engine.name} has joined (process {engine.process.pid}): {self._engines_now}")
+        elif engine in self._joining and engine.failure is not None:
+            self._joining.discard(engine)
+            self._notice(f"{engine.name} did not join: {engine.failure}")
+        if engine not in self._engines:
+            return
+        if engine.up:
+            self._slots.join(engine)
+            return
+        self._slots.leave(engine)
+        if engine.failure is not None:
+            if len(self._engines) > self.settings.least:
+                self._engines.remove(engine)
+                self._notice(f"{engine.failure}; the pool goes on with {self._engines_now}")
+            else:
+                self._slots.fail(engine.failure)
+
+    def _join(self) -> asyncio.Task[None]:
+        engine = self._new()
+        self._joining.add(engine)
+        return self._move(self._joined(engine))
+
+    def _leave(self, engine: SupervisedEngine, why: str, after: asyncio.Task[None] | None = None) -> None:
+        self._engines.remove(engine)
+        self._slots.leave(engine)
+        engine.abandon()
+        self._notice(f"{engine.name} {why}: {self._engines_now}")
+        self._move(self._left(engine, after))
+
+    def _move(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._moving.add(task)
+        task.add_done_callback(self._moving.discard)
+        return task
+
+    async def _joined(self, engine: SupervisedEngine) -> None:
+        starting = asyncio.ensure_future(engine.start())
+        try:
+            await asyncio.wait([starting], timeout=PLACED_S)
+            if not engine.placed:
+                self._notice(f"{engine.name} waits for a place: {self._wanting()}")
+            await starting
+        except asyncio.CancelledError:
+            starting.cancel()
+            await engine.stop()
+            raise
+        except (RayError, TimeoutError) as error:  # the run goes on without it
+            self._joining.discard(engine)
+            await engine.stop()
+            self._refusals.count()
+            self._not_before = asyncio.get_running_loop().time() + self._refusals.back_off_s
+            self._notice(f"{engine.name} did not join: {reason(error)}")
+            if self.size < self.settings.least:
+                self._move(self._join_later())
+
+    async def _join_later(self) -> None:
+        """A pool that has too few engines tries again by itself: without them there may be no step after which to."""
+        await asyncio.sleep(max(self._refusals.back_off_s, SOONEST_S))
+        if self.size < self.settings.least:
+            self._join()
+
+    async def _left(self, engine: SupervisedEngine, after: asyncio.Task[None] | None) -> None:
+        try:
+            # What it has not finished by then fails with it, and is done by another.
+            idle = asyncio.ensure_future(self._slots.idle(engine))
+            await asyncio.wait([idle] if after is None else [idle, after], timeout=self.settings.drain_s)
+        finally:
+            await engine.stop()
+            if all(other.process.node != engine.process.node for other in (*self._engines, *self._joining)):
+                self.published.leave(engine.process.node)  # what it held would keep the node from being given back
+
+    @property
+    def _engines_now(self) -> str:
+        return f"{len(self._engines)} {self.settings.role} engine{'' if len(self._engines) == 1 else 's'}"
+
+    async def _spread(self, method: str, items: Sequence[Any], argument: Any, limited: bool) -> list[Any]:
+        if self.settings.strict:
+            return await self._shares(method, items, argument)
+        if len(items) == 1 and not limited:
+            return [await self._one(method, items[0], argument)]
+        work = all_of([self._one(method, item, argument) for item in items])
+        if not limited:
+            return await work
+        what = f"the {self.settings.role} engines to {method} {len(items)} sequences"
+        return await within(work, self.settings.work_s, what)
+
+    async def _shares(self, method: str, items: Sequence[Any], argument: Any) -> list[Any]:
+        """Contiguous, equal shares: which engine gets which item depends on nothing but their number."""
+        n = len(self._engines)
+        bounds = [len(items) * i // n for i in range(n + 1)]
+        calls = [
+            engine.call(f"to {method} {b - a} sequences", self.settings.work_s, method, items[a:b], argument)
+            for engine, a, b in zip(self._engines, bounds, bounds[1:], strict=False)
+            if b > a
+        ]
+        return [result for part in await all_of(calls) for result in part]
+
+    async def _one(self, method: str, item: Any, argument: Any) -> Any:
+        """The result for one item, by whoever has room; by another if that one is lost."""
+        while True:
+            engine = await self._slots.take()
+            try:
+                (result,) = await engine.attempt(method, [item], argument)
+            except EngineLost:
+                continue
+            finally:
+                self._slots.give_back(engine)
+            return result

@@ -1,0 +1,121 @@
+"""A role's newest weights: given to all engines when they are published, and to those that come later.
+
+    async with published.lock:                      # from publication until no engine loads any more
+        published.new(await learner.publish(...))   # then every engine loads published.on(its node)
+
+The memory of a snapshot is overwritten by the next, so whoever loads one later takes the lock for that time.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+
+import ray
+from ray.exceptions import ActorUnschedulableError, RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from sdft.actors.relay import SnapshotRelay
+from sdft.actors.shared.types import Snapshot
+from sdft.actors.shared.waiting import within
+from sdft.learner.group import LearnerLost
+from sdft.services.fleet.remote import Remote, RemoteActor
+
+Payload = Callable[[str], Awaitable[list[ray.ObjectRef]]]  # of a role: its snapshot's bytes in Ray's object store
+
+
+@dataclass
+class _Copy:
+    """What another node has of a role."""
+
+    relay: Remote
+    of: Snapshot | None = None  # the original
+    path: str = ""
+
+
+class Published:
+    """The newest snapshot of one role."""
+
+    def __init__(self, payload: Payload, relay: Callable[[str], Remote] | None = None) -> None:
+        """relay: starts the relay of a node; None: a Ray actor."""
+        self.lock = asyncio.Lock()
+        self.newest: Snapshot | None = None  # None: the model as it was loaded
+        self.timeout_s = 0.0  # of loading it
+        self.readable = asyncio.Event()
+        self.readable.set()
+        self._payload, self._relay = payload, relay or _relay
+        self._copies: dict[str, _Copy] = {}
+        self._copying: dict[str, asyncio.Lock] = {}
+        self._putting = asyncio.Lock()
+        self._stored: list[ray.ObjectRef] | None = None  # the newest snapshot's bytes in Ray's object store
+
+    def new(self, snapshot: Snapshot, timeout_s: float) -> None:
+        self.newest, self.timeout_s = snapshot, timeout_s
+        self._stored = None
+        self.readable.set()
+
+    def arrived(self) -> None:
+        """All engines have it, so nobody needs it in the object store any more; who comes later asks for it again."""
+        self._stored = None
+
+    def forget(self) -> None:
+        """Its publisher has died, and its memory with it: whoever comes does nothing before there is another."""
+        self.readable.clear()
+
+    async def on(self, node: str) -> Snapshot:
+        """The newest snapshot with a path that is valid on `node`.
+
+        FileNotFoundError if it went with its publisher, RayActorError if no relay can be had there: the node is lost.
+        """
+        snapshot = self.newest
+        assert snapshot is not None
+        if node == snapshot.node:
+            return snapshot
+        async with self._copying.setdefault(node, asyncio.Lock()):
+            copy = self._copies.get(node)
+            if copy is None or copy.of is not snapshot:
+                stored = await self._in_store(snapshot)
+                if copy is not None:
+                    try:
+                        await self._give(copy, snapshot, node, stored)
+                    except RayActorError:  # it alone may have died
+                        self.leave(node)
+                        copy = None
+                if copy is None:
+                    copy = self._copies[node] = _Copy(self._relay(node))
+                    try:
+                        await self._give(copy, snapshot, node, stored)
+                    except (RayActorError, ActorUnschedulableError) as error:
+                        self.leave(node)
+                        raise RayActorError from error
+        return replace(snapshot, node=node, path=copy.path)
+
+    async def _in_store(self, snapshot: Snapshot) -> list[ray.ObjectRef]:
+        """Its bytes in Ray's object store: put there once, for however many nodes."""
+        async with self._putting:
+            if self._stored is None:
+                try:
+                    self._stored = await self._payload(snapshot.role)
+                except LearnerLost as error:
+                    raise FileNotFoundError(f"{snapshot.role} weights v{snapshot.version}: {error}") from error
+            return self._stored
+
+    async def _give(self, copy: _Copy, snapshot: Snapshot, node: str, stored: list[ray.ObjectRef]) -> None:
+        what = f"{snapshot.role} weights v{snapshot.version} to reach node {node}"
+        copy.path = await within(copy.relay.call("hold", snapshot.role, stored), self.timeout_s, what)
+        copy.of = snapshot
+
+    def leave(self, node: str) -> None:
+        """End the node's relay: nobody there needs it, or it is lost. The next engine there begins with another."""
+        copy = self._copies.pop(node, None)
+        if copy is not None:
+            copy.relay.kill()
+
+    def stop(self) -> None:
+        """End the relays."""
+        for node in list(self._copies):
+            self.leave(node)
+
+
+def _relay(node: str) -> Remote:
+    place = NodeAffinitySchedulingStrategy(node, soft=False)
+    return RemoteActor(ray.remote(SnapshotRelay).options(num_cpus=0, scheduling_strategy=place).remote())

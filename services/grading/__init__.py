@@ -1,0 +1,1 @@
+"""Graders of answers, rules and judges. Imports data and below."""

@@ -1,0 +1,73 @@
+"""The log of a run: metrics.jsonl, eval.jsonl and samples.jsonl, and the sinks beside them."""
+
+import json
+import os
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+from sdft.services.base.files import write_atomically
+from sdft.services.config.sections import MonitoringConfig
+from sdft.services.config.sinks import check_sinks
+from sdft.services.monitoring.sinks import open_sinks
+from sdft.services.records.rows import FILES, EvalResult, Sample, StepMetrics, json_line, read_jsonl
+
+
+class RunLog:
+    """metrics.jsonl, eval.jsonl and samples.jsonl of a run directory, and the sinks beside them."""
+
+    def __init__(self, run_dir: Path, monitoring: MonitoringConfig) -> None:
+        check_sinks(monitoring)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        written = [row["step"] for name in ("metrics.jsonl", "eval.jsonl") for row in read_jsonl(run_dir / name)]
+        self._files = {cls: (run_dir / name).open("ab") for cls, name in FILES.items()}
+        self._sinks = open_sinks(run_dir, monitoring, first_step=max(written, default=-1) + 1)
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._append(metrics)
+        named = {}
+        for name, value in asdict(metrics).items():
+            if name not in ("step", "direction"):
+                named[f"time/{name[5:]}" if name.startswith("time_") else f"train/{name}"] = value
+        for sink in self._sinks:
+            sink.log(metrics.step, named)
+
+    def evaluation(self, *results: EvalResult) -> None:
+        """Written at once: a run that is killed has them all or none, and would not ask a second time for some."""
+        self._append(*results)
+        for result in results:
+            for sink in self._sinks:
+                sink.log(result.step, {f"eval/{result.task}/{result.metric}": result.value})
+
+    def sample(self, sample: Sample) -> None:
+        self._append(sample)
+
+    def close(self) -> None:
+        with ExitStack() as stack:  # one that fails does not keep the others open
+            for sink in self._sinks:
+                stack.callback(sink.close)
+            for file in self._files.values():
+                stack.callback(file.close)
+
+    def _append(self, *rows: StepMetrics | EvalResult | Sample) -> None:
+        """Rows of one kind."""
+        file = self._files[type(rows[0])]
+        file.write(b"".join(json_line(row) for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+    @staticmethod
+    def rewind(run_dir: Path, step: int | None) -> None:
+        """Forget what came after `step`, the checkpoint resumed from (None or -1: everything), in each file at once.
+
+        Also answers without the results of their evaluation, which was cut off: it is made again.
+        """
+        last = -1 if step is None else step
+        evaluated = {(row["step"], row.get("task")) for row in read_jsonl(run_dir / FILES[EvalResult])}
+        for kind, name in FILES.items():
+            path = run_dir / name
+            if path.exists():
+                kept = [row for row in read_jsonl(path) if row["step"] <= last]
+                if kind is Sample:
+                    kept = [row for row in kept if (row["step"], row.get("task")) in evaluated]
+                write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())

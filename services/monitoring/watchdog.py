@@ -1,0 +1,66 @@
+"""Who waits for what: written down for `sdft status` while a run lives, and said aloud when nothing moves any more."""
+
+import asyncio
+import io
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from sdft.actors.shared.waiting import WAITS, Wait, Waits
+from sdft.services.base.files import write_atomically
+from sdft.services.records.waits import WAITING
+
+EVERY_S = 2.0
+
+
+class Watchdog:
+    """Looks at the waits of this process. `run` goes on until it is cancelled."""
+
+    def __init__(self, run_dir: Path, stall_s: float, notice: Callable[[str], None], waits: Waits = WAITS) -> None:
+        """stall_s: how long no wait may end before it is told to `notice`."""
+        self._run_dir, self._stall_s = run_dir, stall_s
+        self._notice, self._waits = notice, waits
+
+    async def run(self) -> None:
+        ended, moved, told = -1, time.monotonic(), False
+        written: list[Wait] = []
+        try:
+            while True:
+                now = time.monotonic()
+                if self._waits.ended != ended:
+                    ended, moved, told = self._waits.ended, now, False
+                waits = self._waits.now
+                if waits != written:
+                    with suppress(OSError):  # a full disk; when there is room again it is written
+                        self._write(waits)
+                        written = waits
+                if now - moved >= self._stall_s and not told:
+                    self._notice(self._stalled(waits, now))
+                    told = True
+                await asyncio.sleep(min(EVERY_S, self._stall_s / 4))
+        finally:
+            (self._run_dir / WAITING).unlink(missing_ok=True)
+
+    def _write(self, waits: list[Wait]) -> None:
+        began = time.time() - time.monotonic()
+        rows = [{"what": w.what, "since": began + w.since} for w in waits]
+        write_atomically(self._run_dir / WAITING, json.dumps(rows).encode())
+
+    def _stalled(self, waits: list[Wait], now: float) -> str:
+        """The sentence, after a file with every task's stack has been written, if the disk takes it."""
+        path = self._run_dir / "logs" / time.strftime("stall-%Y%m%d-%H%M%S.txt")
+        lines = [f"{now - w.since:8.1f} s (at most {w.limit_s:g} s) for {w.what}" for w in waits]
+        stacks = io.StringIO()
+        for task in asyncio.all_tasks():
+            stacks.write(f"\n{task.get_name()}\n")
+            task.print_stack(file=stacks)
+        for_what = "; ".join(f"{w.what} ({now - w.since:.0f} s of at most {w.limit_s:g})" for w in waits)
+        said = f"nothing has moved for {self._stall_s:g} s; waiting for {for_what or 'nothing that is known'}"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("waited for:\n" + "\n".join(lines) + "\n" + stacks.getvalue())
+        except OSError as error:
+            return f"{said}; every task's stack could not be written: {error}"
+        return f"{said}: {path}"

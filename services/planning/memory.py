@@ -1,0 +1,79 @@
+"""How much main memory a learner rank takes at its peak: state by what ZeRO divides, activations by the model's shape.
+
+The factors of the activations are fitted to measured peaks of SmolLM2-135M (bfloat16 and float32, 1024 to 8192 tokens,
+with and without gradient checkpointing, with and without LoRA; within 7 %). tests/services/planning/test_memory.py
+measures again.
+"""
+
+from sdft.actors.shared.process import GIB
+from sdft.learner.config import ATTENTION_KEPT, CHUNK_BYTES, LearnerConfig, TeacherConfig
+from sdft.services.planning.shape import ModelShape
+
+WIDTH = {"bfloat16": 2, "float32": 4}  # bytes of a number
+FILE_BYTES = 2  # of a number in a model's files, usually
+PROCESS_GIB = 0.6  # Python, Ray, torch, transformers, DeepSpeed
+PEFT_GIB = 0.1
+
+
+def learner_gib(
+    config: LearnerConfig,
+    teacher: TeacherConfig,
+    dtype: str,
+    shape: ModelShape,
+    tokens: int,
+    rows: int,
+    sequence: int,
+    stages: int = 1,
+) -> float:
+    """Peak of the first rank, which also holds the snapshots, for forwards of `tokens`, `rows` of them in the loss, in
+    sequences of `sequence` tokens."""
+    if config.lora is None:
+        process, total = PROCESS_GIB, _state_bytes(config, teacher, dtype, shape)
+    else:
+        process, total = PROCESS_GIB + PEFT_GIB, _lora_state_bytes(config, teacher, dtype, shape, stages)
+    total += _activation_bytes(config, dtype, shape, tokens, sequence)
+    return process + (total + _loss_bytes(config, dtype, shape, rows)) / GIB
+
+
+def _state_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape) -> float:
+    width, stage = WIDTH[dtype], config.zero_stage_for(dtype)
+    ema = 0 if teacher.weights == "live" else 4
+    masters = 4 if stage > 0 else 0  # at stage 0 the weights are their own
+    optimizer = (masters + 8 + ema) / (config.ranks if stage > 0 else 1)
+    accumulated = 0 if stage == 0 else 4 / (config.ranks if stage > 1 else 1)  # gradients, in float32
+    weights = 2 * width / (config.ranks if stage > 2 else 1)  # and their gradients
+    snapshots = width * (1 if teacher.weights == "live" else 2)
+    return shape.parameters * (optimizer + accumulated + weights + snapshots)
+
+
+def _lora_state_bytes(
+    config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, stages: int
+) -> float:
+    """The model, frozen; the teacher's change of it in float32, if it ever changes, and its snapshot. While a student's
+    snapshot is verified, the model merged and the file that it is merged from."""
+    width = WIDTH[dtype]
+    becomes_student = stages > 1 and teacher.weights in ("ema", "frozen")
+    moves = teacher.weights == "ema" and teacher.alpha > 0
+    change = 4 * shape.adapted / config.ranks if moves or becomes_student else 0
+    model = width * shape.parameters
+    snapshots = model * (1 if teacher.weights == "live" else 2) + width * shape.adapters + FILE_BYTES * shape.parameters
+    frozen = model / (config.ranks if config.zero_stage_for(dtype) > 2 else 1)
+    return frozen + change + snapshots + 16 * shape.adapters
+
+
+def _activation_bytes(config: LearnerConfig, dtype: str, shape: ModelShape, tokens: int, sequence: int) -> float:
+    """What autograd keeps: in the model's dtype about 7 vectors of the hidden size and 4 of the feed-forward's in each
+    layer, of short sequences the attention weights, and 3.5 vectors of the hidden size in float32."""
+    width = WIDTH[dtype]
+    attention = shape.heads * min(sequence, ATTENTION_KEPT)  # however long the longest may be, most are shorter
+    layer = width * (7 * shape.hidden + 4 * shape.intermediate + attention) + 14 * shape.hidden
+    if not config.gradient_checkpointing:
+        return tokens * shape.layers * layer
+    # Each layer's input, and the layers at work: measured, not derived.
+    return tokens * (shape.layers * width * shape.hidden + min(8, shape.layers) * layer)
+
+
+def _loss_bytes(config: LearnerConfig, dtype: str, shape: ModelShape, rows: int) -> float:
+    width, chunk = WIDTH[dtype], CHUNK_BYTES // max(1, WIDTH[dtype] * shape.vocabulary)
+    gradient = 0 if config.lora is not None else width + (4 if rows > chunk else 0)  # of the head
+    return shape.vocabulary * (min(rows, chunk) * width + shape.hidden * gradient)

@@ -1,0 +1,207 @@
+"""From a configuration to everything a run needs before a process is started: model, data, prompts, schedule, plan."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sdft.actors.shared.process import available_memory_gib
+from sdft.actors.shared.types import IntArray
+from sdft.learner.types import LearnerSettings, StageSettings
+from sdft.services.algorithms.methods import loss_of, on_demonstrations, teacher_of
+from sdft.services.base.errors import PreflightError
+from sdft.services.config.run import RunConfig, TaskConfig
+from sdft.services.config.sections import EvaluationSet
+from sdft.services.config.sinks import check_sinks
+from sdft.services.data.check_files import check_files
+from sdft.services.data.contexts import PromptBuilder, PromptPair, build_prompts, shown_to_teacher, text_prompts
+from sdft.services.data.demonstrations import Record, load_demonstrations, load_questions
+from sdft.services.data.schedule import Schedule, StageSchedule, make_schedule
+from sdft.services.data.sets import LoadedSet
+from sdft.services.data.tokenizer import load_tokenizer
+from sdft.services.grading.grade import answer_check
+from sdft.services.grading.judge import check_judge
+from sdft.services.planning.models import resolve_model
+from sdft.services.planning.plan import Plan, engine_settings, make_plan, roles
+from sdft.services.planning.shape import ModelShape, sample_of_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+from sdft.services.planning.fingerprint import fingerprint_of
+
+PROBE_TOKENS = 48
+CHECKPOINT_BYTES_PER_PARAMETER = 20  # float32 masters, two moments, EMA, and the student in float32 at most
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One task of a run, checked."""
+
+    name: str  # "" in a run without stages
+    config: TaskConfig
+    prompts: list[PromptPair]  # of the demonstrations, in file order
+    sets: list[LoadedSet]  # its own
+    schedule: StageSchedule
+    fingerprint: str  # of whatever must not change between a run, up to this stage's end, and its continuation
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has been checked as far as it can be without starting it."""
+
+    config: RunConfig
+    path: Path  # of the config file
+    model: Path
+    shape: ModelShape
+    tokenizer: "PreTrainedTokenizerBase"
+    stages: tuple[Stage, ...]
+    common: list[LoadedSet]  # evaluation sets of no stage
+    plan: Plan
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of all stages."""
+        return Schedule(tuple(stage.schedule for stage in self.stages))
+
+    @property
+    def sets(self) -> list[LoadedSet]:
+        """All evaluation sets."""
+        return [*self.common, *(one for stage in self.stages for one in stage.sets)]
+
+    @property
+    def probe_ids(self) -> IntArray:
+        """A real prompt's first tokens: what weight updates are verified on."""
+        ids = max((p.teacher_ids or p.student_ids for p in self.stages[0].prompts[:32]), key=len)
+        return np.asarray(ids[:PROBE_TOKENS], dtype=np.int32)
+
+    def at(self, step: int) -> Stage:
+        """The stage that optimizer step `step` is in; of step 0 the first."""
+        return self.stages[self.schedule.at(step).stage]
+
+
+def prepare(config: RunConfig, path: Path) -> Prepared:
+    """Check everything; UserError lists what is wrong. Relative paths start at the config file's folder."""
+    base = path.parent
+    check_sinks(config.monitoring)
+    check_files(config, base)
+    loaded = [
+        (task, load_demonstrations(task.data, base, _needed(task, base)), _questions(stage_sets, base))
+        for task, stage_sets in zip(config.tasks, [s.sets for s in config.stages] or [()], strict=True)
+    ]
+    common = _questions(config.evaluation.sets, base)
+    for one in config.sets:
+        if one.judge is not None:
+            check_judge(one.name, one.judge)
+    model = resolve_model(config.model, base)
+    for role in roles(config):
+        engine_settings(config, model, role)  # raises when the model or the cache is too short for the prompts
+    tokenizer = load_tokenizer(model)
+    names = [s.name for s in config.stages] or [""]
+    kind = (model / "config.json").read_bytes() + sample_of_weights(model)
+    stages: list[Stage] = []
+    schedules = make_schedule(config.tasks, [len(demonstrations) for _, demonstrations, _ in loaded]).stages
+    builders = [PromptBuilder(tokenizer, task.data.template, base, task.data.system) for task in config.tasks]
+    each = zip(names, builders, loaded, schedules, strict=True)
+    for name, builder, (task, demonstrations, questions), schedule in each:
+        reply = task.sampling.max_new_tokens if on_demonstrations(task) else None
+        prompts = build_prompts(builder, demonstrations, *_limits(task), reply)
+        fingerprint = fingerprint_of(stages[-1].fingerprint if stages else "", task, kind, prompts)
+        stages.append(Stage(name, task, prompts, _sets(questions, tokenizer, builder, task), schedule, fingerprint))
+    shape = ModelShape.of(model, config.learner.lora)
+    longest = [max(len(p.student_ids) for p in stage.prompts) for stage in stages]
+    return Prepared(
+        config=config,
+        path=path.resolve(),
+        model=model,
+        shape=shape,
+        tokenizer=tokenizer,
+        stages=tuple(stages),
+        common=_sets(common, tokenizer, builders[0], stages[0].config),
+        plan=make_plan(config, shape, longest),
+    )
+
+
+Questions = list[tuple[EvaluationSet, list[Record]]]
+
+
+def _needed(task: TaskConfig, base: Path) -> list[str]:
+    """Columns that its rows must have beside the prompt."""
+    if on_demonstrations(task):
+        return ["demonstration"]
+    column = shown_to_teacher(task.data.template, base)
+    return [] if column is None else [column]
+
+
+def _questions(sets: Sequence[EvaluationSet], base: Path) -> Questions:
+    return [(one, load_questions(one, base, answer_check(one))) for one in sets]
+
+
+def _limits(task: TaskConfig) -> tuple[int, int]:
+    return task.data.max_prompt_tokens, task.data.max_teacher_prompt_tokens
+
+
+def _sets(
+    questions: Questions, tokenizer: "PreTrainedTokenizerBase", builder: PromptBuilder, task: TaskConfig
+) -> list[LoadedSet]:
+    """With prompts as the task's are made."""
+    limits = _limits(task)
+    return [
+        LoadedSet(
+            one,
+            items,
+            text_prompts(tokenizer, items, limits[1]) if one.is_text else build_prompts(builder, items, *limits),
+        )
+        for one, items in questions
+    ]
+
+
+def learner_settings(prepared: Prepared) -> LearnerSettings:
+    """How the learner of a run is started."""
+    c = prepared.config
+    stages = tuple(
+        StageSettings(
+            before=stage.schedule.before,
+            steps=stage.schedule.last - stage.schedule.before,
+            loss=loss_of(stage.config),
+            optimizer=stage.config.learner.optimizer,
+            keep_moments=stage.config.keep_moments,
+        )
+        for stage in prepared.stages
+    )
+    return LearnerSettings(
+        model=str(prepared.model),
+        dtype=c.dtype,
+        device=c.device,
+        seed=c.seed,
+        config=c.learner,
+        stages=stages,
+        teacher=teacher_of(c),
+        alone=c.strict and c.learner.ranks == 1,
+    )
+
+
+def check_memory(config: RunConfig, plan: Plan) -> None:
+    """PreflightError if this machine's memory cannot hold the plan; on a running cluster Ray decides that."""
+    free = available_memory_gib()
+    if config.ray.running is None and config.device == "cpu" and plan.memory_gib > free:
+        raise PreflightError(
+            f"the run needs about {plan.memory_gib:.1f} GiB of memory and {free:.1f} GiB are free here; lower "
+            f"actors.*.kv_cache_gib, set teacher.weights: live (one engine fewer), or use a smaller model"
+        )
+
+
+def check_disk(prepared: Prepared, run_dir: Path) -> None:
+    """PreflightError if the disk of the run directory, which exists, cannot hold the checkpoints."""
+    keep = prepared.config.checkpoint.keep + 1  # the newest is written before the oldest goes
+    shape = prepared.shape
+    trained = shape.adapters or shape.parameters
+    needed = (trained * CHECKPOINT_BYTES_PER_PARAMETER + 4 * shape.adapted) * keep
+    disk = shutil.disk_usage(run_dir).free
+    if needed > disk:
+        raise PreflightError(
+            f"{run_dir}: {keep} checkpoints take up to {needed / 1e9:.1f} GB and {disk / 1e9:.1f} GB are free there; "
+            f"free some, or choose another --run-dir"
+        )

@@ -1,0 +1,202 @@
+"""Every sample of a run, from issue to training: issued -> sampled -> scored -> trained, or dropped with a reason.
+
+    Accounts: the state machine, in memory, with what is in flight and how many ended how
+    Ledger:   the same in SQLite, written some moves at a time and part of each checkpoint
+
+A resumed run continues from the ledger that belongs to its weights, so nothing is lost or trained twice. Moves reach
+the file within WRITE_EVERY_S, and before a step's metrics do; they survive the death of the process, not of the
+machine: after that a checkpoint's copy takes the file's place anyway.
+"""
+
+import os
+import shutil
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from sdft.actors.shared.types import SampleId
+
+NEXT = {"issued": "sampled", "sampled": "scored", "scored": "trained"}
+BEFORE = {after: before for before, after in NEXT.items()}
+IN_FLIGHT = ("issued", "sampled", "scored")
+WRITE_EVERY_S = 0.5
+Account = tuple[int, int, str]  # stage, epoch, state
+
+
+class LedgerError(Exception):
+    """The accounts do not add up: a sample was lost, trained twice or moved out of turn."""
+
+
+class Accounts:
+    """What may become of a sample, and how many became what. A call that raises has changed nothing."""
+
+    def __init__(self, counts: Counter[Account], open_: dict[SampleId, str]) -> None:
+        """counts: of all samples there are; open_: the state of those in flight."""
+        self._counts = counts
+        self._open = open_
+
+    def issue(self, samples: Sequence[SampleId]) -> None:
+        """They must be new; the file knows all that ever were."""
+        for s in samples:
+            self._open[s] = "issued"
+            self._counts[s.stage, s.epoch, "issued"] += 1
+
+    def advance(self, samples: Sequence[SampleId], state: str) -> None:
+        before = BEFORE[state]
+        wrong = sum(self._open.get(s) != before for s in samples)
+        if wrong:
+            raise LedgerError(f"{wrong} of {len(samples)} samples could not become {state}: {before} before?")
+        for s in samples:
+            self._counts[s.stage, s.epoch, before] -= 1
+            self._counts[s.stage, s.epoch, state] += 1
+            if state in IN_FLIGHT:
+                self._open[s] = state
+            else:
+                del self._open[s]
+
+    def drop(self, sample: SampleId) -> None:
+        if sample not in self._open:
+            raise LedgerError(f"sample {sample} cannot be dropped: it is not in flight")
+        self._counts[sample.stage, sample.epoch, self._open.pop(sample)] -= 1
+        self._counts[sample.stage, sample.epoch, "dropped"] += 1
+
+    def forget_in_flight(self) -> int:
+        forgotten = len(self._open)
+        self._counts -= Counter((s.stage, s.epoch, state) for s, state in self._open.items())
+        self._open.clear()
+        return forgotten
+
+    @property
+    def counts(self) -> dict[Account, int]:
+        """Samples by stage, epoch and state, where there are any."""
+        return {account: count for account, count in self._counts.items() if count}
+
+
+class Ledger:
+    """The ledger of one run directory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._db = sqlite3.connect(path)
+        self._db.execute("PRAGMA synchronous = OFF")
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS samples (stage INTEGER, epoch INTEGER, idx INTEGER, generation INTEGER,"
+            " state TEXT NOT NULL, step INTEGER NOT NULL, tokens INTEGER, reason TEXT,"
+            " PRIMARY KEY (stage, epoch, idx, generation))"
+        )
+        self._db.commit()
+        rows = self._db.execute(f"SELECT stage, epoch, idx, generation, state FROM samples WHERE state IN {IN_FLIGHT}")
+        self._accounts = Accounts(self._filed(), {SampleId(*key): state for *key, state in rows})
+        self._moves: dict[SampleId, tuple[str, int | None, str | None]] = {}  # not written yet: state, tokens, reason
+        self._written = time.monotonic()
+
+    def issue(self, samples: Sequence[SampleId], step: int) -> None:
+        """Enter samples that optimizer step `step` is to train on. LedgerError if one was issued before."""
+        try:
+            self._write([(*_key(s), "issued", step) for s in samples])
+        except sqlite3.IntegrityError as error:
+            raise LedgerError(f"step {step}: a sample would be issued a second time ({error})") from error
+        self._accounts.issue(samples)
+
+    def advance(self, samples: Sequence[SampleId], state: str, tokens: Sequence[int] | None = None) -> None:
+        """Move samples to `state`, the one after their present one; `tokens`: completion lengths, when known."""
+        self._accounts.advance(samples, state)
+        for i, s in enumerate(samples):
+            known = self._moves.get(s)
+            length = tokens[i] if tokens is not None else known[1] if known is not None else None
+            self._moves[s] = state, length, None
+        if time.monotonic() - self._written > WRITE_EVERY_S:
+            self._write()
+
+    def drop(self, sample: SampleId, reason: str) -> None:
+        """A sample that will not be trained, and why."""
+        self._accounts.drop(sample)
+        known = self._moves.get(sample)
+        self._moves[sample] = "dropped", known[1] if known is not None else None, reason
+
+    def forget_in_flight(self) -> int:
+        """After a restart: what was being made is lost with its makers, and will be issued anew. Returns how many."""
+        self._write()
+        with self._db:
+            self._db.execute(f"DELETE FROM samples WHERE state IN {IN_FLIGHT}")
+        return self._accounts.forget_in_flight()
+
+    def counts(self) -> dict[str, int]:
+        """Samples in each state."""
+        counts: Counter[str] = Counter()
+        for (_, _, state), count in self._accounts.counts.items():
+            counts[state] += count
+        return dict(counts)
+
+    def audit(self, issued: dict[tuple[int, int], int]) -> tuple[int, int, int]:
+        """(trained, dropped, in flight), which in each stage and epoch must add up to the samples issued so far.
+
+        issued: by (stage, epoch). All moves are in the file when this returns.
+        """
+        self._write()
+        found: dict[tuple[int, int], Counter[str]] = {key: Counter() for key in issued}
+        for (stage, epoch, state), count in self._accounts.counts.items():
+            found.setdefault((stage, epoch), Counter())["in flight" if state in IN_FLIGHT else state] += count
+        for (stage, epoch), counts in found.items():
+            if counts.total() != issued.get((stage, epoch), 0):
+                raise LedgerError(
+                    f"stage {stage}, epoch {epoch}: {issued.get((stage, epoch), 0)} samples were issued, but the "
+                    f"ledger has {counts['trained']} trained, {counts['dropped']} dropped and {counts['in flight']} in "
+                    f"flight"
+                )
+        total = sum(found.values(), Counter())
+        return total["trained"], total["dropped"], total["in flight"]
+
+    def copy_to(self, path: Path) -> None:
+        """A consistent copy, for a checkpoint. The file must agree with the accounts: LedgerError if it does not."""
+        self._write()
+        filed = dict(self._filed())
+        if filed != self._accounts.counts:
+            raise LedgerError(f"{self._path} has {filed}, but the accounts are {self._accounts.counts}")
+        target = sqlite3.connect(path)
+        try:
+            self._db.backup(target)
+        finally:
+            target.close()
+
+    def close(self) -> None:
+        self._write()
+        self._db.close()
+
+    def _filed(self) -> "Counter[Account]":
+        """What the file holds."""
+        rows = self._db.execute("SELECT stage, epoch, state, COUNT(*) FROM samples GROUP BY stage, epoch, state")
+        return Counter({(stage, epoch, state): count for stage, epoch, state, count in rows})
+
+    def _write(self, issued: Iterable[tuple[object, ...]] = ()) -> None:
+        """Put into the file what it has not got yet, all of it or nothing."""
+        moves = [(*move, *_key(s)) for s, move in self._moves.items()]
+        with self._db:
+            self._db.executemany(
+                "UPDATE samples SET state = ?, tokens = COALESCE(?, tokens), reason = ?"
+                " WHERE stage = ? AND epoch = ? AND idx = ? AND generation = ?",
+                moves,
+            )
+            self._db.executemany(
+                "INSERT INTO samples (stage, epoch, idx, generation, state, step) VALUES (?, ?, ?, ?, ?, ?)", issued
+            )
+        self._moves.clear()
+        self._written = time.monotonic()
+
+
+def restore_ledger(copy: Path | None, path: Path) -> None:
+    """Put a checkpoint's copy in the place of the run's ledger; None: begin an empty one."""
+    for side in ("-journal", "-wal", "-shm"):
+        path.with_name(path.name + side).unlink(missing_ok=True)
+    if copy is None:
+        path.unlink(missing_ok=True)
+        return
+    part = path.with_name(f".{path.name}.part")
+    shutil.copy(copy, part)
+    os.replace(part, path)
+
+
+def _key(sample: SampleId) -> tuple[int, int, int, int]:
+    return sample.stage, sample.epoch, sample.index, sample.generation

@@ -1,0 +1,109 @@
+"""What a run directory says about its run: state, stages, samples by state."""
+
+import json
+import os
+import socket
+import sqlite3
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sdft.services.base.errors import UserError
+from sdft.services.base.files import write_atomically
+
+SAMPLE_STATES = ("issued", "sampled", "scored", "trained", "dropped")  # the ledger's, in the order of their life
+RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "ledger.sqlite")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """`text` says it to people. `total_steps` and `error` are None where the run has not written them."""
+
+    kind: Literal["new", "running", "finished", "failed", "stopped"]
+    text: str
+    total_steps: int | None
+    error: str | None
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """UserError unless a run has begun in this folder."""
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: there is no such folder; give the run directory that `sdft train` printed")
+    if not any((run_dir / name).exists() for name in RUN_FILES):
+        raise UserError(f"{run_dir}: no run in this folder (it has none of {', '.join(RUN_FILES)})")
+
+
+def read_stages(run_dir: Path) -> list[tuple[str, int]]:
+    """Name and last step of each stage, [] in a run without stages."""
+    path = run_dir / "run.json"
+    stages = json.loads(path.read_text()).get("stages", []) if path.exists() else []
+    return [(name, last) for name, last in stages if name]
+
+
+def read_state(run_dir: Path) -> RunState:
+    """The state in run.json; a run that says it is running though its process is gone was stopped."""
+    path = run_dir / "run.json"
+    if not path.exists():
+        return RunState("new", "state unknown (no run.json)", None, None)
+    try:
+        run = json.loads(path.read_text())
+        state, pid, host = run["state"], run["pid"], run["host"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path}: not what a run writes ({error!r}); remove the file") from error
+    total, error_text = run.get("total_steps"), run.get("error")
+    if state == "finished":
+        return RunState("finished", "finished", total, None)
+    if state == "guarded":
+        return RunState("stopped", "ended by its retention guard", total, error_text)
+    if state == "failed":
+        return RunState("failed", "failed", total, error_text)
+    if host != socket.gethostname():
+        return RunState("running", f"running (pid {pid} on {host}; not seen from this host)", total, None)
+    if not process_exists(pid):
+        return RunState("stopped", "stopped (killed)", total, None)
+    return RunState("running", f"running (pid {pid})", total, None)
+
+
+def process_exists(pid: int) -> bool:
+    """Whether this host has such a process, ours or not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def read_ledger(run_dir: Path) -> dict[str, int]:
+    """Samples in each state, {} if there is no ledger."""
+    counts = {state: lengths.total() for state, lengths in read_lengths(run_dir).items()}
+    return {state: counts[state] for state in dict.fromkeys([*SAMPLE_STATES, *counts]) if state in counts}
+
+
+def read_lengths(run_dir: Path) -> "dict[str, Counter[int | None]]":
+    """Of each state, how many samples have how many completion tokens; None: they were not sampled yet.
+
+    Opened read-only: the run may be writing.
+    """
+    path = run_dir / "ledger.sqlite"
+    lengths: dict[str, Counter[int | None]] = {}
+    if not path.exists():
+        return lengths
+    try:
+        ledger = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5)
+        try:
+            begun = ledger.execute("SELECT 1 FROM sqlite_master WHERE name = 'samples'").fetchone()
+            query = "SELECT state, tokens, COUNT(*) FROM samples GROUP BY state, tokens"
+            for state, tokens, count in ledger.execute(query) if begun else ():
+                lengths.setdefault(state, Counter())[tokens] = count
+        finally:
+            ledger.close()
+    except sqlite3.Error as error:
+        raise UserError(f"{path}: the ledger cannot be read ({error})") from error
+    return lengths
+
+
+def write_state(run_dir: Path, state: dict[str, Any]) -> None:
+    write_atomically(run_dir / "run.json", json.dumps(state, indent=2).encode())

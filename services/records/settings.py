@@ -1,0 +1,46 @@
+"""What the resolved configuration in a run directory says. Not validated: a run of another version stays readable."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from sdft.services.algorithms.methods import TOKEN_LOSSES
+from sdft.services.base.errors import UserError
+from sdft.services.config.yaml import YamlError, parse_yaml
+
+Role = Literal["student", "teacher"]
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The resolved configuration, {} before it is written."""
+    path = run_dir / "config.yaml"
+    try:
+        config = parse_yaml(path.read_text()) if path.exists() else {}
+    except YamlError as error:
+        raise UserError(f"{path}:{error.line}: not YAML ({error}); restore the file the run wrote") from error
+    return config if isinstance(config, dict) else {}
+
+
+def max_staleness(config: dict[str, Any]) -> int:
+    """0 where it does not say."""
+    return int((config.get("training") or {}).get("max_staleness") or 0)
+
+
+def method_of(config: dict[str, Any], stage: int) -> str:
+    """Of a stage, counted from 0."""
+    stages = config.get("stages") or []
+    own = stages[stage].get("method") if stage < len(stages) else None
+    return str(own or config.get("method") or "sdft")
+
+
+def teacher_weights(config: dict[str, Any]) -> str:
+    """How the teacher follows the student: ema where it does not say."""
+    return str((config.get("teacher") or {}).get("weights") or "ema")
+
+
+def sampler_and_scorer(config: dict[str, Any], stage: int) -> tuple[Role, Role] | None:
+    """Whose engines sample in a stage, and whose score; None: nobody does either."""
+    method = method_of(config, stage)
+    if method in TOKEN_LOSSES:
+        return None
+    scorer: Role = "student" if teacher_weights(config) == "live" else "teacher"
+    return ("student" if method == "sdft" else scorer), scorer

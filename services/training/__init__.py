@@ -1,0 +1,1 @@
+"""The training session: controller, rollouts, weight sync, checkpoints, retention guard."""

@@ -1,0 +1,87 @@
+"""The checkpoints of a run as they are made: begun between two steps, on the disk while the next steps go on.
+
+learner: its state, ledger: a copy ─► a hidden folder ─► checkpoints.commit: whole, flushed, renamed
+"""
+
+import asyncio
+import sqlite3
+from contextlib import suppress
+from pathlib import Path
+
+from sdft.actors.shared.waiting import cancelled, within
+from sdft.learner.group import LearnerGroup
+from sdft.services.base.errors import PreflightError
+from sdft.services.base.failures import reason
+from sdft.services.monitoring.console import Progress
+from sdft.services.planning.prepare import Prepared
+from sdft.services.records import checkpoints
+from sdft.services.records.checkpoints import CheckpointState
+from sdft.services.records.ledger import Ledger
+
+DISK_ERRORS = (OSError, sqlite3.OperationalError)
+
+
+class Checkpoints:
+    """One after the other."""
+
+    def __init__(
+        self, prepared: Prepared, run_dir: Path, learner: LearnerGroup, ledger: Ledger, progress: Progress
+    ) -> None:
+        self._prepared, self._run_dir = prepared, run_dir
+        self._learner, self._ledger, self._progress = learner, ledger, progress
+        self._saving: asyncio.Task[None] | None = None
+        self._committing: asyncio.Future[Path] | None = None  # in a thread
+
+    async def save(self, step: int, held: int | None) -> None:
+        """Write the state after `step`; it reaches the disk and its name while the next step is made.
+
+        held: the newest checkpoint up to this step is kept, however many come after it.
+        """
+        self._progress.phase(f"saving step {step}")
+        try:
+            part = checkpoints.begin(self._run_dir, step)
+            await self._learner.save(part)
+            self._ledger.copy_to(part / checkpoints.LEDGER)
+        except DISK_ERRORS as error:
+            await self._not_written(step, error)
+            return
+        c = self._prepared.config
+        fingerprint = self._prepared.at(step).fingerprint
+        state = CheckpointState(step, c.learner.ranks, c.learner.zero_stage_for(c.dtype), c.dtype, fingerprint)
+        self._saving = asyncio.create_task(
+            self._commit(part, state, held), name=f"the checkpoint of step {step} to be on the disk"
+        )
+        self._progress.phase("training")
+
+    async def saved(self) -> None:
+        """Returns when what was begun is on the disk."""
+        if self._saving is not None:
+            limit = self._prepared.config.checkpoint.timeout_s
+            await within(self._saving, limit, self._saving.get_name())
+            self._saving = None
+
+    async def stop(self) -> None:
+        """Begin nothing more. What a thread has begun comes to its end first: nobody can stop it, and it must not put
+        a checkpoint into its place after another was chosen to go on from."""
+        await cancelled([] if self._saving is None else [self._saving])
+        if self._committing is not None:
+            with suppress(*DISK_ERRORS):
+                limit = self._prepared.config.checkpoint.timeout_s
+                await within(self._committing, limit, "the newest checkpoint to be on the disk")
+
+    async def _commit(self, part: Path, state: CheckpointState, held: int | None) -> None:
+        keep = self._prepared.config.checkpoint.keep
+        try:
+            await self._learner.written()
+            commit = asyncio.to_thread(checkpoints.commit, part, self._run_dir, state, keep, held)
+            self._committing = asyncio.ensure_future(commit)
+            await asyncio.shield(self._committing)
+        except DISK_ERRORS as error:
+            await self._not_written(state.step, error)
+
+    async def _not_written(self, step: int, error: Exception) -> None:
+        """A full disk ends a run only if its last checkpoint does not fit: room may be made until then."""
+        text = f"the checkpoint of step {step} could not be written ({reason(error)})"
+        if step == self._prepared.schedule.total_steps:
+            raise PreflightError(f"{text}; make room: the same command resumes from the last one") from error
+        self._progress.note(f"{text}; the run goes on, and would resume from the one before it")

@@ -1,0 +1,269 @@
+"""The training loop: take a batch, learn, publish, evaluate, save.
+
+    rollouts.py: batches -> learner: step -> snapshots -> student and teacher engines
+
+The controller moves references and small arrays; it owns no model. With max_staleness 0 one batch is made after the
+other, each by the weights of the step before: the strict algorithm. With more, the next are made while the learner
+steps.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sdft.actors.shared.types import SampleId
+from sdft.learner.group import LearnerGroup
+from sdft.services.algorithms.methods import loss_of, on_demonstrations, on_policy
+from sdft.services.base.errors import RetentionLost
+from sdft.services.config.run import TaskConfig
+from sdft.services.data.schedule import StageSchedule
+from sdft.services.data.sets import LoadedSet
+from sdft.services.evaluation.answers import write_answers
+from sdft.services.evaluation.evaluator import Evaluator
+from sdft.services.fleet.autoscaler import Scaler, Seen
+from sdft.services.fleet.pool import EnginePool
+from sdft.services.monitoring.console import Progress
+from sdft.services.monitoring.log import RunLog
+from sdft.services.planning.prepare import Prepared
+from sdft.services.records import checkpoints
+from sdft.services.records.batches import write_batch
+from sdft.services.records.ledger import Ledger
+from sdft.services.records.rows import EvalResult, Sample, StepMetrics, first_of_each_set, read_rows
+from sdft.services.training.checkpointer import Checkpoints
+from sdft.services.training.retention import RetentionGuard
+from sdft.services.training.rollouts import Rollouts, Times, now
+from sdft.services.training.weight_sync import WeightSync
+
+MOST_NOT_FINITE = 8  # steps in a row
+
+
+class Controller:
+    """One run, from the step it begins at to its last."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        run_dir: Path,
+        students: EnginePool,
+        teachers: EnginePool | None,
+        learner: LearnerGroup,
+        ledger: Ledger,
+        log: RunLog,
+        progress: Progress,
+    ) -> None:
+        self._prepared = prepared
+        self._config = prepared.config
+        self._run_dir = run_dir
+        self._students = students
+        self._teachers = teachers  # None: live weights, the students score
+        self._learner = learner
+        self._ledger = ledger
+        self._log = log
+        self._progress = progress
+        self._evaluator = Evaluator(prepared.tokenizer, self._config.evaluation.timeout_s, progress.part)
+        earlier = read_rows(run_dir, EvalResult)
+        self._guard = RetentionGuard(self._config, earlier)
+        asked = {result.task for result in earlier}
+        self._never_asked = [one for one in prepared.sets if one.settings.name not in asked]
+        self._student_weights = self._weights("student", students)
+        self._teacher_weights = None if teachers is None else self._weights("teacher", teachers)
+        pools = [pool for pool in (students, teachers) if pool is not None and not pool.settings.strict]
+        self._scalers = [(pool, Scaler(pool.settings.least, pool.settings.most)) for pool in pools]
+        self._checkpoints = Checkpoints(prepared, run_dir, learner, ledger, progress)
+        self._not_finite = 0  # steps in a row without a finite gradient
+        self._teacher_moves = self._config.teacher.weights == "ema"
+
+    def _weights(self, role: str, pool: EnginePool) -> WeightSync:
+        return WeightSync(role, pool, self._learner, self._config.weights.timeout_s, self._progress.note)
+
+    async def run(self, first_step: int) -> None:
+        """Train from the state after optimizer step `first_step` (0: from the base model) to the end."""
+        schedule, every = self._prepared.schedule, self._config.evaluation.every
+        scoring = self._teachers or self._students
+        student, teacher = self._student_weights, self._teacher_weights
+        rollouts = Rollouts(self._prepared, self._students, scoring, self._ledger, self._teachers_ready, first_step)
+        try:
+            # Always once: after a resume the engines hold the base model, and each side would wait for the other.
+            gap = await student.now(first_step)
+            if gap is not None:
+                self._progress.note(
+                    f"student weights v{first_step} verified: log-probs of engine and learner differ by {gap:.4f} of "
+                    f"their size on average"
+                )
+            if teacher is not None:
+                await teacher.now(first_step)
+            # Before any training; sets that came later than the run, before it goes on.
+            await self._evaluate(first_step, self._never_asked, teachers=True)
+            if not self._config.strict:
+                student.arrived = rollouts.begin
+            for step in range(first_step + 1, schedule.total_steps + 1):
+                stage = schedule.at(step)
+                if step == stage.before + 1 and step > 1:
+                    await self._begin_stage(stage)
+                rollouts.open(stage)
+                await self._step(step, rollouts)
+                if step == stage.last or (every and step % every == 0):
+                    await student.until(step, step)
+                    own = [*self._prepared.common, *self._prepared.stages[stage.stage].sets]
+                    await self._evaluate(step, self._prepared.sets if step == stage.last else own)
+                if step == stage.last or step % self._config.checkpoint.every == 0:
+                    await self._checkpoints.save(step, self._guard.held)
+            await self._checkpoints.saved()
+            await self._teachers_ready()
+        finally:
+            await rollouts.stop()
+            await self._checkpoints.stop()
+            for weights in (student, teacher):
+                if weights is not None:
+                    await weights.stop()
+
+    async def _begin_stage(self, stage: StageSchedule) -> None:
+        """Learner and engines as its first batch is to find them."""
+        step, config = stage.before, self._prepared.stages[stage.stage].config
+        self._progress.note(f"stage {stage.stage + 1}, {self._prepared.stages[stage.stage].name}: from step {step + 1}")
+        await self._learner.begin_stage()
+        if self._follows(config):
+            await self._student_weights.until(step, step)
+        if self._teacher_weights is not None and not on_demonstrations(config):
+            await self._teacher_weights.now(step)
+
+    def _follows(self, config: TaskConfig) -> bool:
+        """Whether the student engines need every step's weights: they sample, or are the live teacher."""
+        return on_policy(config) or (self._teachers is None and not on_demonstrations(config))
+
+    async def _step(self, step: int, rollouts: Rollouts) -> None:
+        times = Times()
+        began = now()
+        stage, config = self._prepared.schedule.at(step), self._prepared.at(step).config
+        student, teacher, every = self._student_weights, self._teacher_weights, self._config.weights
+        rollouts.begin(student.version if self._follows(config) else step - 1)
+        if rollouts.begun < step:
+            needed = step - 1 - self._config.training.max_staleness
+            await times.of("sync", student.until(max(0, needed), step - 1))
+        batch = await rollouts.take(step)
+        samples, ids = batch.samples, [s.sample for s in batch.samples]
+        if self._config.monitoring.record_rollouts:
+            write_batch(self._run_dir, step, samples)
+        learned_by = max(v for s in samples for v, _, _ in s.rollout.versions)
+        result = await times.of("learn", self._learner.train_step(samples))
+        self._account(step, ids, result.applied)
+        await times.of("sync", student.done())
+        trained, dropped, in_flight = self._ledger.audit(self._prepared.schedule.issued_through(rollouts.begun))
+        if step % every.sync_every == 0 and self._follows(config):
+            await times.of("sync", student.now(step) if self._config.strict else student.send(step))
+        scored = self._teacher_moves and step < stage.last and not on_demonstrations(config)
+        if teacher is not None and scored and step % every.teacher_sync_every == 0:
+            # The teacher is not needed before there is something to score: meanwhile the students sample.
+            await times.of("sync", teacher.send(step))
+        # So a step that is in the metrics has a checkpoint before it that is on the disk.
+        await self._checkpoints.saved()
+        took = now() - began
+        waited = took - sum(times.seconds.values())
+        if self._config.strict:  # the batch was made within the step
+            waited -= sum(batch.times.seconds.values())
+            times.seconds["sync"] += batch.times.seconds["sync"]
+        completion_tokens = sum(len(s.rollout.completion_ids) for s in samples)
+        metrics = StepMetrics(
+            step=step,
+            stage=ids[0].stage,
+            loss=result.loss,
+            divergence=result.divergence,
+            direction=loss_of(config).divergence,
+            grad_norm=result.grad_norm,
+            lr=result.lr,
+            samples=len(samples),
+            prompt_tokens=sum(len(s.rollout.prompt_ids) for s in samples),
+            completion_tokens=completion_tokens,
+            student_version=learned_by,
+            teacher_version=min(s.scores.version for s in samples),
+            staleness_mean=float(np.mean(batch.staleness)),
+            staleness_max=max(batch.staleness),
+            mismatch_kl=result.mismatch_kl,
+            tail_mass=result.tail_mass,
+            time_rollout_s=batch.times.seconds["rollout"],
+            time_score_s=batch.times.seconds["score"],
+            time_learn_s=times.seconds["learn"],
+            time_sync_s=times.seconds["sync"],
+            time_wait_s=max(0.0, waited),
+            time_step_s=took,
+            tokens_per_s=completion_tokens / took,
+            trained=trained,
+            dropped=dropped,
+            in_flight=in_flight,
+        )
+        self._log.step(metrics)
+        self._progress.step(metrics)
+        self._scale(metrics)
+
+    def _account(self, step: int, ids: list[SampleId], applied: bool) -> None:
+        """Samples whose gradient was not finite have changed no weight: they are dropped. RuntimeError after a few such
+        steps in a row."""
+        if applied:
+            self._not_finite = 0
+            self._ledger.advance(ids, "trained")
+            return
+        for sample in ids:
+            self._ledger.drop(sample, "the step's gradient was not finite")
+        self._not_finite += 1
+        text = f"step {step}: the gradient is not finite; no weight was changed, its {len(ids)} samples are dropped"
+        self._progress.note(text)
+        if self._not_finite == MOST_NOT_FINITE:
+            raise RuntimeError(
+                f"{text}, the {MOST_NOT_FINITE}th step of that kind in a row; begin a new run from the last checkpoint "
+                f"that `sdft export` takes, with a lower learner.optimizer.lr or dtype: float32"
+            )
+
+    def _scale(self, metrics: StepMetrics) -> None:
+        """Let engines join that the learner waited for, and leave that had nothing to do."""
+        for pool, scaler in self._scalers:
+            waited = metrics.time_wait_s / metrics.time_step_s
+            seen = Seen(waited, pool.busy(), pool.queued)
+            if not pool.changing:
+                pool.resize(scaler.wanted(pool.size, seen))
+
+    async def _teachers_ready(self) -> None:
+        if self._teacher_weights is not None:
+            await self._teacher_weights.done()
+
+    async def _evaluate(self, step: int, sets: Sequence[LoadedSet], teachers: bool = False) -> None:
+        """teachers: also with the demonstrations in the prompt, where there are some."""
+        if not sets:
+            return
+        self._progress.phase(f"evaluating at step {step}")
+        stage = self._prepared.schedule.at(step).stage
+        results, samples = await self._evaluator.students(self._students, sets, step, stage)
+        if teachers:
+            results += await self._evaluator.teachers(self._students, sets, step, stage)
+        # Answers first: if the run is killed in between, without results the evaluation counts as not made.
+        for sample in first_of_each_set(samples):
+            self._log.sample(sample)
+        self._log.evaluation(*results)
+        self._progress.evaluation(results)
+        await self._judge(step, results, samples)
+        self._progress.phase("training")
+
+    async def _judge(self, step: int, results: list[EvalResult], samples: list[Sample]) -> None:
+        """What the retention guard says of an evaluation, and what the configuration has it do."""
+        breaches, retention = self._guard.judge(results), self._config.retention
+        if not breaches or retention is None:
+            return
+        fallen = {breach.now.task for breach in breaches}
+        answers = self._run_dir / f"retention-step-{step:06d}.jsonl"
+        write_answers(answers, [b.now for b in breaches], [s for s in samples if s.task in fallen])
+        text = f"retention guard: {'; '.join(map(str, breaches))}; the answers are in {answers.name}"
+        self._progress.note(text)
+        if retention.action == "warn":
+            return
+        await self._checkpoints.save(step, self._guard.held)
+        await self._checkpoints.saved()
+        if retention.action == "stop":
+            raise RetentionLost(f"{text}; stopped at a checkpoint of this step: the same command goes on from it")
+        held = self._guard.held or 0
+        checkpoints.set_aside(self._run_dir, held)
+        good, _ = checkpoints.newest(self._run_dir)
+        where = "the base model: no checkpoint was saved by then" if good is None else good.name
+        raise RetentionLost(
+            f"{text}; rolled back to {where}. It held at step {held}; later checkpoints are kept as "
+            f"checkpoints/aside-*. To go on otherwise, begin a new run from `sdft export {self._run_dir}`"
+        )

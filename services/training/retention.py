@@ -1,0 +1,54 @@
+"""The retention guard: what the model could before training it can after it, or the run does as it was told.
+
+results of an evaluation ─► breaches: guarded sets that lost more than max_drop of their questions since their first
+
+A set's first result is of step 0, or, if it came later, of the step from which training then went on.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sdft.services.config.run import RunConfig
+from sdft.services.records.rows import PERPLEXITY, STUDENT, EvalResult
+
+
+@dataclass(frozen=True)
+class Breach:
+    """A guarded set that fell too far."""
+
+    before: EvalResult
+    now: EvalResult
+    allowed: float
+
+    def __str__(self) -> str:
+        moved, unit = ("rose", "%") if self.now.metric == PERPLEXITY else ("fell", "points")
+        lost = f"{100 * self.now.loss_since(self.before):.1f} {unit}, {100 * self.allowed:g} are allowed"
+        before, now = self.before.text, self.now.text.removeprefix("perplexity ")
+        return f"{self.now.task} {moved} from {before} to {now} (n {self.now.n}) at step {self.now.step}: {lost}"
+
+
+class RetentionGuard:
+    """Judges evaluations as they come, those of a run before its interruption first."""
+
+    def __init__(self, config: RunConfig, earlier: Iterable[EvalResult]) -> None:
+        self._guarded = set(config.guarded)
+        self._allowed = config.retention.max_drop if config.retention is not None else 1.0
+        self._before: dict[str, EvalResult] = {}
+        self.held: int | None = None  # the last step at which all guarded sets that were asked by then held
+        by_step: dict[int, list[EvalResult]] = {}
+        for result in earlier:
+            by_step.setdefault(result.step, []).append(result)
+        for step in sorted(by_step):
+            self.judge(by_step[step])
+
+    def judge(self, results: Iterable[EvalResult]) -> list[Breach]:
+        """The guarded sets among the results of one step that fell too far. A set's first result is what it had."""
+        guarded = [r for r in results if r.metric in (STUDENT, PERPLEXITY) and r.task in self._guarded]
+        breaches = []
+        for result in guarded:
+            before = self._before.setdefault(result.task, result)
+            if result.loss_since(before) > self._allowed + 1e-9:  # shares are quotients: 0.3 may be 0.30000000000000004
+                breaches.append(Breach(before, result, self._allowed))
+        if guarded and not breaches and {r.task for r in guarded} >= self._before.keys():
+            self.held = guarded[0].step
+        return breaches

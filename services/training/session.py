@@ -1,0 +1,197 @@
+"""A run while it lives: engines and learner are started, the controller trains, and a learner that is lost comes back.
+
+    start: engines and learner, at once ─► train ─► done
+                                            ▲  └─► the learner is lost ─► started again, with the last checkpoint ─┐
+                                            └──────────────────────────────────────────────────────────────────────┘
+
+Engines that are lost come back by themselves (fleet/engine.py); the driver's death ends the run, which can be resumed.
+"""
+
+import asyncio
+import json
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+
+from sdft.actors.shared.process import collect_rarely
+from sdft.actors.shared.waiting import all_of, cancelled, unless
+from sdft.learner.group import LearnerGroup, LearnerLost
+from sdft.services.base.failures import Losses
+from sdft.services.base.files import write_atomically
+from sdft.services.cluster.cluster import cluster, placement
+from sdft.services.cluster.nodes import EVERY_S, NodeRequest, draining, requested
+from sdft.services.fleet.factory import engine_pool
+from sdft.services.fleet.pool import EnginePool
+from sdft.services.monitoring.console import Progress
+from sdft.services.monitoring.log import RunLog
+from sdft.services.monitoring.watchdog import Watchdog
+from sdft.services.planning.prepare import Prepared, learner_settings
+from sdft.services.records import checkpoints
+from sdft.services.records.ledger import Ledger, restore_ledger
+from sdft.services.training.controller import Controller
+
+
+async def run(prepared: Prepared, run_dir: Path, start: Path | None, console: Console) -> None:
+    """From the checkpoint `start`, or from the base model, to the end."""
+    c = prepared.config
+    collect_rarely()
+    with (
+        Progress(console, prepared.schedule.total_steps, prepared.path.stem) as progress,
+        cluster(c.ray, prepared.plan, run_dir / "logs"),
+        requested(f"sdft {run_dir.resolve()}", prepared.plan, c.ray.wait_s)
+        if c.ray.autoscaling
+        else nullcontext() as request,
+    ):
+        watching = asyncio.create_task(Watchdog(run_dir, c.monitoring.stall_s, progress.note).run())
+        try:
+            async with placement(c.ray, prepared.plan) as options:
+                one = _Run(prepared, run_dir, options, progress, request)
+                try:
+                    await one.start()
+                    await one.train(start)
+                finally:
+                    await one.stop()
+        finally:
+            await cancelled([watching])
+
+
+class _Run:
+    """Engines and learner of a run. A learner that is lost is started again, and goes on from the last checkpoint."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        run_dir: Path,
+        options: dict[str, list[dict[str, Any]]],
+        progress: Progress,
+        request: NodeRequest | None,
+    ) -> None:
+        """options: Ray's, for each process of each role. request: to an autoscaler, if there is one."""
+        self._prepared, self._run_dir = prepared, run_dir
+        self._options, self._progress = options, progress
+        self._request = request
+        self._pools: dict[str, EnginePool] = {}
+        self._learner: LearnerGroup | None = None
+
+    async def start(self) -> None:
+        """All at once."""
+        self._progress.phase("starting engines and learner")
+        roles = [role for role in ("student", "teacher") if self._options[role]]
+        await all_of([self._start_learner(), *map(self._start_pool, roles)])
+        self._write_pids()
+
+    async def train(self, start: Path | None) -> None:
+        """From a checkpoint, or from the base model, to the end."""
+        limit, lost, reached = self._prepared.config.learner.max_restarts, Losses(), 0
+        while True:
+            try:
+                await self._train(start)
+                return
+            except LearnerLost as error:
+                if self._progress.steps_seen > reached:
+                    lost.recovered()
+                    reached = self._progress.steps_seen
+                times = lost.count()
+                if times > limit:
+                    raise RuntimeError(
+                        f"the learner was lost {times} times within an hour (learner.max_restarts: {limit}); the last "
+                        f"time: {error}"
+                    ) from error
+                start = await self._restart_learner(error, lost.back_off_s)
+
+    async def stop(self) -> None:
+        """Engines first: what the learner has published goes with it."""
+        await asyncio.gather(*(pool.stop() for pool in self._pools.values()))
+        if self._learner is not None:
+            self._learner.kill()
+
+    async def _train(self, start: Path | None) -> None:
+        assert self._learner is not None
+        c, run_dir, first = self._prepared.config, self._run_dir, 0
+        if start is not None:
+            first = await self._learner.load(start)
+            self._progress.note(f"continuing after step {first} from {start}")
+        RunLog.rewind(run_dir, first if start else None)
+        restore_ledger(start / checkpoints.LEDGER if start else None, run_dir / "ledger.sqlite")
+        ledger = Ledger(run_dir / "ledger.sqlite")
+        ledger.forget_in_flight()
+        log = RunLog(run_dir, c.monitoring)
+        try:
+            students, teachers = self._pools["student"], self._pools.get("teacher")
+            controller = Controller(
+                self._prepared, run_dir, students, teachers, self._learner, ledger, log, self._progress
+            )
+            failures = all_of([self._learner.until_lost(), self._watch_nodes()])
+            await unless(failures, controller.run(first))
+        finally:
+            log.close()
+            ledger.close()
+
+    async def _watch_nodes(self) -> None:
+        """Leave those that are being drained, and ask for those that the pools want; until it is cancelled."""
+        while True:
+            if not self._prepared.config.strict and (nodes := await asyncio.to_thread(draining)):
+                for pool in self._pools.values():
+                    pool.vacate(nodes)
+            if self._request is not None:
+                self._request.renew({role: pool.size for role, pool in self._pools.items()})
+            await asyncio.sleep(EVERY_S)
+
+    async def _restart_learner(self, error: LearnerLost, after_s: float) -> Path | None:
+        """The checkpoint that the new learner is to continue from."""
+        assert self._learner is not None
+        self._progress.note(f"{error}; the learner is started again, from the last checkpoint")
+        self._learner.kill(hangs=True)
+        for pool in self._pools.values():
+            pool.published.forget()
+        await asyncio.sleep(after_s)
+        folder, notes = await asyncio.to_thread(checkpoints.newest, self._run_dir)
+        for note in notes:
+            self._progress.note(note)
+        try:
+            await self._start_learner()
+        except (LearnerLost, TimeoutError) as again:  # counted with the others when its first call fails
+            self._progress.note(str(again))
+        self._write_pids()
+        return folder
+
+    async def _start_pool(self, role: str) -> None:
+        pool = engine_pool(
+            self._prepared.config,
+            self._prepared.model,
+            role,
+            self._options[role],
+            self._notice,
+            self._payload,
+            self._current,
+        )
+        self._pools[role] = pool
+        await pool.start()
+
+    async def _payload(self, role: str) -> list[ray.ObjectRef]:
+        return await self._current().payload(role)
+
+    def _current(self) -> LearnerGroup:
+        assert self._learner is not None
+        return self._learner
+
+    async def _start_learner(self) -> None:
+        self._learner = await LearnerGroup.start(
+            learner_settings(self._prepared), self._prepared.probe_ids, self._options["learner"]
+        )
+
+    def _notice(self, text: str) -> None:
+        with suppress(OSError):  # whoever is told goes on mending, also on a full disk
+            self._progress.note(text)
+            self._write_pids()
+
+    def _write_pids(self) -> None:
+        """Which process is which, for people and for tests that kill them."""
+        if self._learner is None:
+            return
+        pids = {role: [e.process.pid for e in pool.engines] for role, pool in self._pools.items()}
+        pids["learner"] = self._learner.pids
+        write_atomically(self._run_dir / "pids.json", json.dumps(pids).encode())

@@ -1,0 +1,265 @@
+"""A cluster of simulated engines and a simulated learner under the real controller, ledger, pools and policies.
+
+Engines and learner are a few lines that say how long they take (rates of SmolLM2-135M on two cores, from
+benchmarks.peer), in virtual time; the processor time is that of the control plane and of the simulation. Every step
+has twice as many samples as the students can compute at once; the learner takes as long for them as they do
+("balanced"), or a third longer, so that the engines suffice.
+"""
+
+import asyncio
+import heapq
+import random
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+from rich.console import Console
+
+from sdft.actors.shared.process import collect_rarely
+from sdft.actors.shared.types import (
+    GenerateRequest,
+    Rollout,
+    Sampling,
+    ScoredRollout,
+    Snapshot,
+    TeacherScores,
+    UpdateReport,
+)
+from sdft.learner.group import LearnerGroup
+from sdft.learner.types import StepResult
+from sdft.services.config.run import RunConfig
+from sdft.services.data.contexts import PromptPair
+from sdft.services.data.schedule import make_schedule
+from sdft.services.fleet.engine import Patience
+from sdft.services.fleet.pool import EnginePool, PoolSettings
+from sdft.services.fleet.snapshots import Published
+from sdft.services.monitoring.console import Progress
+from sdft.services.monitoring.log import RunLog
+from sdft.services.planning.plan import Plan
+from sdft.services.planning.prepare import Prepared, Stage
+from sdft.services.planning.shape import ModelShape
+from sdft.services.records.ledger import Ledger
+from sdft.services.records.rows import read_jsonl
+from sdft.services.training.controller import Controller
+from simulation import virtual_time
+from simulation.engine import SimulatedEngine
+
+ROOM = 16  # sequences that an engine computes at once
+TOKEN_S = 0.05  # seconds a token of a rollout, with all of them at work
+MEAN_TOKENS, MOST_TOKENS = 64, 256
+PROMPT, TEACHER_PROMPT = 60, 200
+SCORE_S = 0.28  # of a teacher prompt with its completion, by an engine that does nothing else
+PUBLISH_S, LOAD_S, START_S = 0.25, 0.4, 30.0
+ROUNDS = 2  # samples of a step, of what the students can compute at once
+WARM = 3  # steps that are left out of the shares
+ANSWER = np.zeros(MOST_TOKENS, dtype=np.int32)
+LOGPROBS = np.zeros(MOST_TOKENS, dtype=np.float32)
+SCORES = TeacherScores(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32), np.zeros(1, np.float32), 0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is simulated."""
+
+    name: str
+    engines: int  # of the student; as many of the teacher as it takes
+    staleness: int = 2
+    steps: int = 12
+    learner: float = 1.33  # its time for a batch, of the students' time for it; 1: balanced
+    slow: float = 0.0  # share of engines that take four times as long
+    links: float = 0.0  # share of engines that take 20 times as long to load weights
+    lifetime_s: float | None = None  # of a student engine, on average
+    begin_with: float = 1.0  # share of the engines that there are at first; the pool may grow to all of them
+
+
+def tokens(seed: int | None) -> int:
+    """Length of a rollout: its own, however often it is made. Log-normal, half as many as the mean's e-fold."""
+    return min(MOST_TOKENS, max(1, round(random.Random(seed).lognormvariate(np.log(MEAN_TOKENS) - 0.125, 0.5))))
+
+
+class Student(SimulatedEngine):
+    """Takes its time by the lengths of the rollouts."""
+
+    def __init__(self, number: int, case: Case) -> None:
+        super().__init__(number)
+        chance = random.Random(f"{case.name}/{number}")
+        self._token_s = TOKEN_S * (4 if chance.random() < case.slow else 1)
+        self._load_s = LOAD_S * (20 if chance.random() < case.links else 1)
+
+    def start(self) -> tuple[float, Any]:
+        return START_S, None
+
+    def generate(self, items: list[GenerateRequest], argument: Sampling) -> tuple[float, list[Rollout]]:
+        lengths = [tokens(request.seed) for request in items]
+        free = [0] * min(ROOM, len(lengths))  # when each place in the engine's batch is free, in tokens
+        for length in lengths:
+            heapq.heappush(free, heapq.heappop(free) + length)
+        made = [
+            Rollout(r.prompt_ids, ANSWER[:n], LOGPROBS[:n], ((self.version, 0, n),), "stop")
+            for r, n in zip(items, lengths, strict=True)
+        ]
+        return max(free) * self._token_s, made
+
+    def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
+        return self._load_s, super().update_weights(snapshot)[1]
+
+
+class Teacher(SimulatedEngine):
+    """Shares its time among what it has."""
+
+    def start(self) -> tuple[float, Any]:
+        return START_S, None
+
+    def score(self, pairs: list[Any], k: int) -> tuple[float, list[TeacherScores]]:
+        return SCORE_S * max(len(pairs), len(self._open) + 1), [SCORES] * len(pairs)
+
+    def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
+        return LOAD_S, super().update_weights(snapshot)[1]
+
+
+class Learner:
+    """Takes its time by the size of the batch, and keeps how old each sample was."""
+
+    def __init__(self, sample_s: float) -> None:
+        self._sample_s, self._step = sample_s, 0
+        self.ages: list[int] = []
+        self.worked: list[float] = []  # seconds, by step
+
+    async def train_step(self, samples: list[ScoredRollout]) -> StepResult:
+        self.ages += [self._step - s.rollout.versions[0][0] for s in samples]
+        self._step += 1
+        self.worked.append(self._sample_s * len(samples))
+        await asyncio.sleep(self._sample_s * len(samples))
+        return StepResult(1.0, 1.0, 0.0, 0.0, 1.0, 1e-5, sum(len(s.rollout.completion_ids) for s in samples))
+
+    async def publish(self, role: str, version: int) -> Snapshot:
+        if self.worked:
+            self.worked[-1] += PUBLISH_S
+        await asyncio.sleep(PUBLISH_S)
+        return Snapshot(role, version, "", "here", 0, (), ANSWER[:0], LOGPROBS[:0])
+
+    async def release(self, role: str) -> None: ...
+
+    async def save(self, folder: Path) -> None: ...
+
+    async def written(self) -> None: ...
+
+
+def pool(case: Case, role: str, most: int, make: Any) -> EnginePool:
+    least = max(1, round(most * case.begin_with))
+    settings = PoolSettings(
+        role, least, most, case.staleness == 0, ROOM, Patience(600, 120, 10**6), 36000, 60, one_by_one=False
+    )
+
+    async def nowhere_else(role: str) -> list[Any]:
+        raise RuntimeError("all of them are on one node")
+
+    return EnginePool(settings, make, Published(nowhere_else), lambda text: None, lambda: "")
+
+
+def prepared(case: Case, batch: int) -> Prepared:
+    config = RunConfig.model_validate(
+        {
+            "model": "simulated",
+            "data": {"train": "simulated.jsonl"},
+            "training": {"batch_size": batch, "steps": case.steps, "max_staleness": case.staleness},
+            "monitoring": {"tensorboard": False},
+            "checkpoint": {"every": 10**6},
+        }
+    )
+    prompts = [PromptPair([1] * PROMPT, [1] * TEACHER_PROMPT)] * 1000
+    (task,) = config.tasks
+    (schedule,) = make_schedule([task], [len(prompts)]).stages
+    return Prepared(
+        config=config,
+        path=Path("simulated.yaml"),
+        model=Path("simulated"),
+        shape=ModelShape(0, 0, 0, 0, 0, 0),
+        tokenizer=None,
+        stages=(Stage("", task, prompts, [], schedule, fingerprint=""),),
+        common=[],
+        plan=Plan((), (), ()),
+    )
+
+
+async def deaths(case: Case, engines: EnginePool) -> None:
+    """Lets student engines die, until it is cancelled."""
+    chance = random.Random(case.name)
+    while case.lifetime_s is not None:
+        await asyncio.sleep(chance.expovariate(len(engines.engines) / case.lifetime_s))
+        victim = chance.choice([e for e in engines.engines if e.up] or list(engines.engines))
+        victim._actor.die()  # type: ignore[attr-defined]
+
+
+def drive(
+    ready: Prepared,
+    run_dir: Path,
+    case: Case,
+    student: Callable[[int], SimulatedEngine],
+    learner: "Learner",
+    out: IO[str],
+    teachers: int = 1,
+    first_step: int = 0,
+) -> float:
+    """The real controller trains on simulated parts in virtual time, and tells of it in `out`: processor seconds of its
+    own. student: makes an engine, by its number. teachers: how many; 0: the students score.
+    first_step: after which it goes on, with the files of the steps before it in `run_dir`."""
+    ledger, log = Ledger(run_dir / "ledger.sqlite"), RunLog(run_dir, ready.config.monitoring)
+
+    async def work() -> float:
+        students = pool(case, "student", case.engines, student)
+        scorers = pool(case, "teacher", teachers, Teacher) if teachers else None
+        pools = [students] if scorers is None else [students, scorers]
+        await asyncio.gather(*(one.start() for one in pools))
+        with Progress(Console(file=out, width=400), case.steps, case.name) as progress:
+            one = Controller(ready, run_dir, students, scorers, cast(LearnerGroup, learner), ledger, log, progress)
+            dying = asyncio.create_task(deaths(case, students))
+            began = time.process_time()
+            await one.run(first_step)
+            used = time.process_time() - began
+            dying.cancel()
+        await asyncio.gather(*(one.stop() for one in pools))
+        return used
+
+    try:
+        return virtual_time.run(work())
+    finally:
+        ledger.close()
+        log.close()
+
+
+def simulate(case: Case) -> dict[str, Any]:
+    """One case, in a process of its own."""
+    batch = ROUNDS * case.engines * ROOM
+    made_s = float(np.mean([tokens(seed) for seed in range(2000)])) * TOKEN_S  # by one place of an engine
+    learner = Learner(case.learner * made_s / (case.engines * ROOM))
+    # As many teachers as it takes, and a third more.
+    teachers_needed = max(1, round(1.33 * SCORE_S * batch / (case.learner * ROUNDS * made_s)))
+    with tempfile.TemporaryDirectory() as scratch, Path("/dev/null").open("w") as nowhere:
+        run_dir, ready = Path(scratch), prepared(case, batch)
+        before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        collect_rarely()
+        used = drive(ready, run_dir, case, lambda number: Student(number, case), learner, nowhere, teachers_needed)
+        rows = read_jsonl(run_dir / "metrics.jsonl")
+    samples = batch * case.steps
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
+    later = rows[WARM:]
+    step_s = float(np.mean([row["time_step_s"] for row in later]))
+    ages = np.bincount(learner.ages, minlength=case.staleness + 1) / len(learner.ages)
+    return {
+        "case": case.name,
+        "engines": case.engines,
+        "teachers": teachers_needed,
+        "samples": samples,
+        "samples/s of a core": samples / used,
+        "us a sample": 1e6 * used / samples,
+        "KiB an engine": grown_kib / case.engines,
+        "step s": step_s,
+        "learner busy": float(np.mean(learner.worked[WARM:])) / step_s,
+        "ages": " ".join(f"{share:.2f}" for share in ages),
+    }

@@ -1,0 +1,89 @@
+"""Engines of a few lines, behind the interface that real ones have: pools and controller are tested and measured on
+them. A method says how long it takes and what it returns; time is the event loop's, which may be simulated too."""
+
+import asyncio
+from typing import Any
+
+from ray.exceptions import RayActorError
+
+from sdft.actors.shared.types import Process, Snapshot, UpdateReport
+
+
+class SimulatedEngine:
+    """Answers items by (its number, the item), after `seconds`. `die` loses what it has."""
+
+    def __init__(self, number: int, node: str = "here", seconds: float = 0.01) -> None:
+        self.number, self.node, self.seconds = number, node, seconds
+        self.version = 0
+        self.killed = self.dead = False
+        self._open: set[asyncio.Future[Any]] = set()
+
+    async def placed(self) -> Process:
+        return Process(1000 + self.number, self.node)
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        if self.dead:
+            raise RayActorError
+        seconds, result = getattr(self, method)(*arguments)
+        if seconds == 0:
+            return result
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Any] = loop.create_future()
+
+        def ready() -> None:
+            if not answer.done():
+                answer.set_result(result)
+
+        timer = loop.call_later(seconds, ready)
+        self._open.add(answer)
+        try:
+            return await answer
+        finally:
+            self._open.discard(answer)
+            timer.cancel()
+
+    def kill(self, hangs: bool = False) -> None:
+        self.killed = True
+        self.die()
+
+    def die(self) -> None:
+        self.dead = True
+        for answer in self._open:
+            if not answer.done():
+                answer.set_exception(RayActorError())
+
+    def start(self) -> tuple[float, None]:
+        return 0, None
+
+    def answer(self) -> tuple[float, None]:
+        return 0, None
+
+    def generate(self, items: list[Any], argument: Any) -> tuple[float, list[Any]]:
+        return self.seconds, [(self.number, item) for item in items]
+
+    def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
+        self.version = snapshot.version
+        return 0, UpdateReport(snapshot.version, 0.0, 0.0)
+
+    def stop(self) -> tuple[float, None]:
+        return 0, None
+
+
+class Relay:
+    """Of a node of that name: it holds everything; where the name is "gone" there is none."""
+
+    def __init__(self, node: str) -> None:
+        self.node, self.killed = node, False
+        self.calls = 0
+
+    async def placed(self) -> Process:
+        return Process(0, self.node)
+
+    async def call(self, method: str, *arguments: Any) -> str:
+        if self.node == "gone":
+            raise RayActorError
+        self.calls += 1
+        return f"/on/{self.node}"
+
+    def kill(self, hangs: bool = False) -> None:
+        self.killed = True

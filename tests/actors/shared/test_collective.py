@@ -1,0 +1,121 @@
+"""Groups for broadcasts with real gloo, their members threads of this process."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+
+from sdft.actors.shared import collective
+from sdft.actors.shared.collective import Group, bucket, cut, seal, visit, whole
+from sdft.actors.shared.types import BroadcastFailed, SnapshotDamaged, TensorEntry
+from sdft.learner.weights.broadcaster import Broadcaster
+
+CPU, HERE = torch.device("cpu"), "127.0.0.1"
+LONG_S = 30.0  # nobody is to wait so long here
+PAYLOAD = np.random.default_rng(0).integers(0, 256, 1000, dtype=np.uint8)
+ENDS = (0, 123, 400, 1000)
+ENTRIES = [
+    TensorEntry(f"t{i}", "uint8", (b - a,), a, b - a, xxhash.xxh3_128_hexdigest(PAYLOAD[a:b].tobytes()))
+    for i, (a, b) in enumerate(pairwise(ENDS))
+]
+
+
+def joined(broadcaster: Broadcaster, pool: ThreadPoolExecutor, members: int) -> list[Group]:
+    """The members' ends of a new group, the learner's is the broadcaster's."""
+    address, port = broadcaster.meet("student")
+
+    def end(rank: int) -> Group:
+        return Group(visit(address, port, LONG_S), rank, members + 1, CPU, HERE, LONG_S)
+
+    ends = [pool.submit(end, rank) for rank in range(1, members + 1)]
+    broadcaster.join("student", members + 1, LONG_S)
+    return [end.result() for end in ends]
+
+
+def received(group: Group) -> bytes:
+    """What a member gets of the payload's buckets, each of them whole."""
+    data = b""
+    for part in cut([e.nbytes for e in ENTRIES]):
+        nbytes = sum(ENTRIES[i].nbytes for i in part)
+        full = bucket(nbytes, CPU)
+        group.broadcast(full, time.monotonic() + LONG_S)
+        assert whole(full)
+        data += full[:nbytes].numpy().tobytes()
+    return data
+
+
+def send_twice(broadcaster: Broadcaster) -> None:
+    for _ in range(2):
+        broadcaster.send("student", PAYLOAD, ENTRIES, LONG_S)
+
+
+def test_neighbours_go_together_up_to_the_size_of_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collective, "BUCKET", 10)
+    assert cut([]) == []
+    assert cut([4, 6, 1, 20, 3]) == [range(2), range(2, 3), range(3, 4), range(4, 5)]
+
+
+def test_a_bucket_that_changed_on_the_way_is_not_whole() -> None:
+    full = bucket(1001, CPU)
+    assert len(full) % 8 == 0
+    full[:1001] = 7
+    seal(full)
+    assert whole(full)
+    full[1000] ^= 1
+    assert not whole(full)
+
+
+def test_all_members_get_what_the_learner_sends_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collective, "BUCKET", 500)  # two of them
+    broadcaster = Broadcaster("cpu", HERE)
+    with ThreadPoolExecutor() as pool:
+        members = joined(broadcaster, pool, 2)
+        for _ in range(2):
+            got = [pool.submit(received, member) for member in members]
+            broadcaster.send("student", PAYLOAD, ENTRIES, LONG_S)
+            assert [g.result() for g in got] == [PAYLOAD.tobytes()] * 2
+        # Another of other members takes its place.
+        (member,) = joined(broadcaster, pool, 1)
+        its = pool.submit(received, member)
+        broadcaster.send("student", PAYLOAD, ENTRIES, LONG_S)
+        assert its.result() == PAYLOAD.tobytes()
+        broadcaster.close("student")
+
+
+def test_when_one_is_lost_the_others_hear_of_it_before_their_time_is_over() -> None:
+    broadcaster = Broadcaster("cpu", HERE)
+    with ThreadPoolExecutor() as pool:
+        lost, *others = joined(broadcaster, pool, 3)
+        lost.close()
+        began = time.monotonic()
+        got = [pool.submit(received, member) for member in others]
+        with pytest.raises(BroadcastFailed, match=r"^Connection closed by peer"):
+            send_twice(broadcaster)  # the first may go out before the loss is known
+        for g in got:
+            assert isinstance(g.exception(), BroadcastFailed) or g.result() == PAYLOAD.tobytes()
+        assert time.monotonic() - began < LONG_S / 2
+
+
+def test_one_that_does_not_answer_is_waited_for_until_the_deadline() -> None:
+    broadcaster = Broadcaster("cpu", HERE)
+    with ThreadPoolExecutor() as pool:
+        (member,) = joined(broadcaster, pool, 1)
+        with pytest.raises(BroadcastFailed, match="has not answered in time"):
+            member.broadcast(bucket(8, CPU), time.monotonic() + 0.2)
+        broadcaster.close("student")
+
+
+def test_what_is_damaged_in_the_learners_memory_is_not_sent() -> None:
+    broadcaster = Broadcaster("cpu", HERE)
+    spoiled = PAYLOAD.copy()
+    spoiled[200] ^= 1
+    with ThreadPoolExecutor() as pool:
+        (member,) = joined(broadcaster, pool, 1)
+        got = pool.submit(received, member)
+        with pytest.raises(SnapshotDamaged, match="t1 is damaged in the learner's memory"):
+            broadcaster.send("student", spoiled, ENTRIES, LONG_S)
+        assert isinstance(got.exception(), BroadcastFailed)

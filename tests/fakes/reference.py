@@ -1,0 +1,116 @@
+"""SDFT in one process with plain transformers and torch: one sequence at a time, every formula written out.
+
+Shares no code with the learner: it is what the learner must equal.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from sdft.actors.shared.types import ScoredRollout
+
+
+class Reference:
+    """Student and EMA teacher, trained on given rollouts with forward KL on top-K + tail."""
+
+    def __init__(self, path: Path, alpha: float, skip: int, cap: float, clip: float, **adamw: Any) -> None:
+        """adamw: its settings but for the learning rate."""
+        self.student = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        self.teacher = {n: p.clone() for n, p in self.weights().items()}
+        self.alpha, self.skip, self.cap, self.clip = alpha, skip, cap, clip
+        self.figures: dict[str, float] = {}  # of the last step; the gradient's norm is that before it was clipped
+        self.adamw = adamw
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=0.0, **adamw)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The student's, by their Hugging Face names."""
+        return {n: p.detach() for n, p in self.student.named_parameters()}
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.student(ids).logits
+
+    def sequence_loss(self, sample: ScoredRollout) -> tuple[torch.Tensor, ...]:
+        """w, and the mean over the loss tokens of sum_k q_k log(q_k / p_k) + q_tail log(q_tail / p_tail); of each token
+        r - 1 - log r, for r = p / p_sampler of the token itself, and q_tail."""
+        prompt = torch.tensor(sample.rollout.prompt_ids).long()
+        completion = torch.tensor(sample.rollout.completion_ids).long()
+        if len(completion) <= self.skip:
+            return torch.ones(()), torch.zeros(()), torch.zeros(0), torch.zeros(0)
+        logits = self.logits(torch.cat([prompt, completion])[None])[0, len(prompt) - 1 : -1]
+        log_p = torch.log_softmax(logits, -1)[self.skip :]
+        completion = completion[self.skip :]
+        ids = torch.tensor(sample.scores.ids).long()[self.skip :]
+        log_q = torch.tensor(sample.scores.logprobs)[self.skip :]
+        own = log_p.gather(1, completion[:, None])[:, 0].detach()
+        ratio = torch.exp(own - torch.tensor(sample.rollout.logprobs)[self.skip :])
+        weight = ratio.clamp(max=self.cap).mean()
+        total, tails = torch.zeros(()), []
+        for t in range(len(completion)):
+            p = log_p[t, ids[t]].exp()
+            q = log_q[t].exp()
+            p_tail, q_tail = 1 - p.sum(), 1 - q.sum()
+            total = total + (q * (q.log() - p.log())).sum() + q_tail * (q_tail.log() - p_tail.log())
+            tails.append(q_tail)
+        return weight, total / len(completion), ratio - 1 - ratio.log(), torch.stack(tails)
+
+    def begin_stage(self, betas: tuple[float, float], keep_moments: bool = False) -> None:
+        """The teacher is the student; AdamW has seen nothing, unless it is to keep what it has."""
+        self.teacher = {n: p.clone() for n, p in self.weights().items()}
+        (group,) = self.optimizer.param_groups
+        group["betas"] = betas
+        if not keep_moments:
+            self.optimizer = torch.optim.AdamW(group["params"], lr=0.0, betas=betas, **self.adamw)
+
+    def step(self, samples: Sequence[ScoredRollout], lr: float) -> float:
+        """One optimizer step; returns the loss."""
+        weights, divergences, k3, tails = zip(*map(self.sequence_loss, samples), strict=True)
+        loss = (torch.stack(weights) * torch.stack(divergences)).mean()
+        loss.backward()
+        (group,) = self.optimizer.param_groups
+        group["lr"] = lr
+        self.figures = {
+            "divergence": torch.stack(divergences).mean().item(),
+            "mismatch_kl": torch.cat(k3).mean().item(),
+            "tail_mass": torch.cat(tails).mean().item(),
+            "grad_norm": float(torch.nn.utils.clip_grad_norm_(group["params"], self.clip)),
+        }
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for name, p in self.weights().items():
+            self.teacher[name] = self.alpha * p + (1 - self.alpha) * self.teacher[name]
+        return loss.item()
+
+
+class LoraReference(Reference):
+    """The same with `scale * B A` added to some weights, of which only A and B are trained.
+
+    adapters: "NAME.lora_A.weight" [rank, in] and "NAME.lora_B.weight" [out, rank] for each weight "NAME.weight".
+    """
+
+    def __init__(
+        self, path: Path, adapters: dict[str, torch.Tensor], scale: float, alpha: float, clip: float, **adamw: Any
+    ) -> None:
+        super().__init__(path, alpha, skip=3, cap=2.0, clip=clip, **adamw)
+        self.student.requires_grad_(False)
+        self.base, self.scale = {n: p.clone() for n, p in self.weights().items()}, scale
+        self.adapters = {name: tensor.clone().requires_grad_() for name, tensor in adapters.items()}
+        self.optimizer = torch.optim.AdamW(self.adapters.values(), lr=0.0, **adamw)
+
+    def merged(self) -> dict[str, torch.Tensor]:
+        """Every weight, differentiable in the adapters."""
+        weights = dict(self.base)
+        for name in {n.rsplit(".lora_", 1)[0] for n in self.adapters}:
+            change = self.adapters[f"{name}.lora_B.weight"] @ self.adapters[f"{name}.lora_A.weight"]
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] + self.scale * change
+        return weights
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        if not hasattr(self, "adapters"):
+            return super().weights()
+        return {n: p.detach() for n, p in self.merged().items()}
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(self.student, self.merged(), (ids,)).logits

@@ -1,0 +1,40 @@
+"""Scored rollouts for learner tests: random tokens, teacher scores of a real model in another context."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from sdft.actors.shared.types import Rollout, SampleId, ScoredRollout, TeacherScores
+
+
+def make_rollouts(model_path: Path, count: int, k: int, seed: int) -> list[ScoredRollout]:
+    """Completions of 1 to 24 tokens; sampler log-probs are the model's own, slightly off as a real sampler's are."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    rng = np.random.default_rng(seed)
+    samples = []
+    for i in range(count):
+        prompt = rng.integers(10, 500, rng.integers(5, 30)).astype(np.int32)
+        completion = rng.integers(10, 500, 1 if i == 0 else rng.integers(4, 25)).astype(np.int32)
+        context = rng.integers(10, 500, 12).astype(np.int32)
+        teacher = logprobs(model, np.concatenate([context, prompt]), completion)
+        student = logprobs(model, prompt, completion)
+        top = teacher.topk(k, -1)
+        own = torch.tensor(completion).long()[:, None]
+        noise = rng.normal(0, 0.05, len(completion)).astype(np.float32)
+        rollout = Rollout(
+            prompt, completion, student.gather(1, own)[:, 0].numpy() + noise, ((0, 0, len(completion)),), "length"
+        )
+        scores = TeacherScores(
+            top.indices.numpy().astype(np.int32), top.values.numpy(), teacher.gather(1, own)[:, 0].numpy(), 0
+        )
+        samples.append(ScoredRollout(SampleId(0, 0, i, 0), rollout, scores))
+    return samples
+
+
+def logprobs(model: torch.nn.Module, prompt: np.ndarray, completion: np.ndarray) -> torch.Tensor:
+    """Hugging Face's log-softmax at every completion position, [T, V]."""
+    ids = torch.tensor(np.concatenate([prompt, completion])).long()[None]
+    with torch.no_grad():
+        return torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1], -1)

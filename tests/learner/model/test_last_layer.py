@@ -1,0 +1,69 @@
+"""The last feed-forward network: nothing of loss and gradient is lost where it computes only what is read."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from sdft.learner.model.attention import PACKED
+from sdft.learner.model.cpu.last_layer import only_where_read
+from sdft.learner.model.student import hidden_states, load_student
+
+LENGTHS = (5, 7)
+
+
+def read_states(model: PreTrainedModel, read: Tensor, *, whole: bool) -> tuple[Tensor, list[Tensor], list[int]]:
+    """The hidden states that are read, the gradient of a sum of them, and how many rows the network has computed."""
+    torch.manual_seed(0)
+    ids = torch.randint(100, (sum(LENGTHS),))
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])
+    rows = list[int]()
+    hook = model.base_model.layers[-1].mlp.up_proj.register_forward_hook(
+        lambda _, given, __: rows.append(given[0].shape[1])
+    )
+    given = (model, ids, positions, LENGTHS)
+    states = hidden_states(*given)[read] if whole else hidden_states(*given, read)
+    (states * torch.linspace(-1, 1, states.numel()).view(states.shape)).sum().backward()
+    hook.remove()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return states.detach(), gradients, rows
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("read", [(2, 3, 10), ()])  # () is a rank's with nothing to do: it has a gradient, of zeros
+def test_what_is_read_is_computed_and_nothing_else(
+    tiny_model: Path, read: tuple[int, ...], checkpointing: bool
+) -> None:
+    model = load_student(tiny_model, torch.float32)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    index = torch.tensor(read, dtype=torch.int64)
+    states, gradients, rows = read_states(model, index, whole=True)
+    assert set(rows) == {sum(LENGTHS)}
+    its_states, its_gradients, its_rows = read_states(model, index, whole=False)
+    assert its_rows == [len(read)] * (1 + checkpointing)
+    torch.testing.assert_close(its_states, states, rtol=1e-6, atol=1e-6)
+    for mine, theirs in zip(its_gradients, gradients, strict=True):
+        assert (mine - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+def test_a_network_of_another_kind_is_left_whole() -> None:
+    model = Qwen2ForCausalLM._from_config(
+        Qwen2Config(
+            vocab_size=100,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        ),
+        attn_implementation=PACKED,
+    )
+    layer = model.base_model.layers[-1]
+    layer.mlp = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    own = layer.mlp.forward
+    assert not only_where_read(model)
+    assert layer.mlp.forward == own

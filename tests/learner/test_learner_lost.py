@@ -1,0 +1,112 @@
+"""A learner rank that answers no more takes the others with it, and nothing of it stays."""
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sdft.learner.group import LearnerGroup, LearnerLost
+from sdft.learner.worker import LearnerWorker
+from tests.fakes.rollouts import make_rollouts
+from tests.learner.test_learner_step import PROBE, K, settings
+
+
+def gone(pid: int) -> bool:
+    """A zombie has no command line any more, and holds nothing."""
+    path = Path(f"/proc/{pid}/cmdline")
+    return not path.exists() or not path.read_bytes()
+
+
+def test_a_rank_that_was_stopped_is_found_and_ended_with_the_others(ray_cluster: None, tiny_model: Path) -> None:
+    async def run() -> None:
+        one = settings(tiny_model, 1, 2)
+        impatient = replace(one, config=one.config.model_copy(update={"health_timeout_s": 2}))
+        group = await LearnerGroup.start(impatient, PROBE, [{"num_cpus": 0.5}] * 2)
+        os.kill(group.pids[1], signal.SIGSTOP)
+        with pytest.raises(LearnerLost, match=rf"learner rank 1 \(process {group.pids[1]}\) hangs: no answer for 2 s"):
+            await group.until_lost()
+        deadline = time.monotonic() + 60
+        while not all(map(gone, group.pids)):
+            assert time.monotonic() < deadline, "a rank is still there"
+            await asyncio.sleep(0.1)
+
+    asyncio.run(run())
+
+
+def test_a_rank_that_dies_while_nobody_waits_for_it_is_not_asyncios_to_complain_of(
+    ray_cluster: None, tiny_model: Path
+) -> None:
+    async def run() -> list[str]:
+        said: list[str] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context["message"]))
+        one = settings(tiny_model, 1, 1)
+        impatient = replace(one, config=one.config.model_copy(update={"health_timeout_s": 2}))
+        group = await LearnerGroup.start(impatient, PROBE, [{"num_cpus": 0.5}])
+        os.kill(group.pids[0], signal.SIGKILL)
+        await asyncio.wait(group._watching, timeout=60)
+        with pytest.raises(LearnerLost, match=r"learner rank 0 .* died"):
+            await group.release("student")
+        del group
+        gc.collect()
+        return said
+
+    assert asyncio.run(run()) == []
+
+
+def test_a_group_that_was_ended_is_lost_and_cancels_nobody(ray_cluster: None, tiny_model: Path) -> None:
+    """A run whose new learner did not start still holds the old one; its end looked like a signal to stop."""
+
+    async def run() -> None:
+        group = await LearnerGroup.start(settings(tiny_model, 1, 1), PROBE, [{"num_cpus": 0.5}])
+        group.kill(hangs=True)
+        with pytest.raises(LearnerLost, match=rf"a learner process \(of {group.pids[0]}\) died"):
+            await group.until_lost()
+
+    asyncio.run(run())
+
+
+def test_the_port_that_the_ranks_meet_at_is_nobody_elses_before_they_do(ray_cluster: None) -> None:
+    """Torch is imported in between, which takes seconds."""
+    worker = LearnerWorker()
+    address, port = worker.rendezvous()
+    with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
+        other.bind((address, port))
+
+
+def test_a_learner_starts_beside_a_build_that_was_killed(ray_cluster: None, tiny_model: Path, tmp_path: Path) -> None:
+    """It builds nothing: torch would wait for the end of that build without a limit."""
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+
+    async def run() -> None:
+        environment = {"env_vars": {"TORCH_EXTENSIONS_DIR": str(tmp_path)}}
+        one = settings(tiny_model, 1, 1)
+        patient = replace(one, config=one.config.model_copy(update={"start_timeout_s": 60}))
+        group = await LearnerGroup.start(patient, PROBE, [{"num_cpus": 0.5, "runtime_env": environment}])
+        group.kill()
+
+    asyncio.run(run())
+    assert list(tmp_path.rglob("*")) == [lock.parent, lock]
+
+
+def test_a_snapshot_is_released_in_the_middle_of_a_step(ray_cluster: None, tiny_model: Path) -> None:
+    """Behind it, engines would get no weights while a step goes on, and one of a minute would end the run."""
+
+    async def run() -> None:
+        group = await LearnerGroup.start(settings(tiny_model, 1, 1), PROBE, [{"num_cpus": 0.5}])
+        await group.publish("student", 0)
+        steps = [asyncio.ensure_future(group.train_step(make_rollouts(tiny_model, 7, K, i))) for i in range(20)]
+        await asyncio.sleep(0)
+        await group.release("student")
+        assert not steps[-1].done()
+        await asyncio.gather(*steps)
+        group.kill()
+
+    asyncio.run(run())

@@ -1,0 +1,194 @@
+"""A strict run in stages whose processes are killed or stopped, and its files spoiled, ends as if nothing had been.
+
+    make chaos    # 200 kills instead of 30
+
+Every demonstration is trained exactly as often as it should be, the figures and the final weights are those of a run
+that nobody disturbed, and nothing is left on the machine. CHAOS_KILLS and CHAOS_SEED set how many, and which.
+"""
+
+import itertools
+import os
+import random
+import resource
+import signal
+import sqlite3
+import statistics
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sdft.services.records.rows import read_jsonl
+from tests.runs.chaos.processes import KINDS, of_run, snapshot_of
+from tests.runs.leftovers import new_since, on_machine
+from tests.runs.run import LONG, STAGE, command, finish, in_stages_of_pairs, metrics, wait_until, write_run
+
+KILLS = int(os.environ.get("CHAOS_KILLS", "30"))
+SEED = int(os.environ.get("CHAOS_SEED", "0"))
+AT_ONCE = (3, 5, 5)  # processes that a round takes away, one of these
+BETWEEN_DRIVERS = 15  # kills
+STEPS = max(LONG, KILLS + 12)
+STUDENT = Path("checkpoints") / f"step-{STEPS:06d}" / "student" / "model.safetensors"
+
+
+class Monkey:
+    """Disturbs one run until it has killed enough; then lets it come to its end."""
+
+    def __init__(self, config: Path, run_dir: Path) -> None:
+        self.config, self.run_dir = config, run_dir
+        self.random = random.Random(SEED)
+        self.log = run_dir.with_suffix(".log")
+        self.killed: Counter[str] = Counter()
+        self.recoveries: list[float] = []  # seconds from a round's kills to the next step
+        self.driver = self.start()
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Each driver sends weights another way than the one before."""
+        transport = "memory" if self.killed["driver killed"] % 2 else "broadcast"
+        words = [*command(self.config, self.run_dir), "--set", f"weights.transport={transport}"]
+        with self.log.open("ab") as log:
+            return subprocess.Popen(words, stdout=log, stderr=log)
+
+    def rows(self) -> int:
+        path = self.run_dir / "metrics.jsonl"
+        return len(read_jsonl(path)) if path.exists() else 0
+
+    def step(self, what: str) -> None:
+        """Wait for one more line of metrics, whichever step it is. A rewind makes the file shorter first."""
+        before, lowest = self.rows(), self.rows()
+
+        def more() -> bool:
+            nonlocal lowest
+            lowest = min(lowest, self.rows())
+            return self.rows() > lowest or self.rows() > before
+
+        wait_until(more, what, self.driver)
+
+    def said(self, text: str) -> int:
+        return self.log.read_text(errors="replace").count(text)
+
+    def take(self) -> None:
+        """One round: some processes are killed or stopped at once."""
+        began = time.monotonic()
+        processes = of_run(self.driver.pid)
+        chosen = self.random.sample(processes, min(len(processes), self.random.choice(AT_ONCE)))
+        for process in chosen:
+            number = signal.SIGSTOP if self.random.random() < 0.15 else signal.SIGKILL
+            if process.send(number):
+                self.killed[f"{process.kind} {'stopped' if number == signal.SIGSTOP else 'killed'}"] += 1
+        if self.random.random() < 0.5:  # the next round meets a run that is still picking itself up
+            time.sleep(self.random.uniform(0, 8))
+        else:
+            self.step(f"a step after {', '.join(p.kind for p in chosen)} had been lost")
+            self.recoveries.append(time.monotonic() - began)
+
+    def kill_driver(self) -> None:
+        """And spoil the newest checkpoint: the run is to go on from the one before."""
+        began = time.monotonic()
+        folder = self.run_dir / "checkpoints"
+        wait_until(lambda: any(folder.glob("step-*")), "there was a checkpoint", self.driver)
+        newest = max(folder.glob("step-*"))
+        self.driver.kill()
+        self.driver.wait()
+        self.killed["driver killed"] += 1
+        victim = self.random.choice([p for p in newest.rglob("*") if p.is_file() and p.stat().st_size])
+        with victim.open("r+b") as file:
+            file.seek(self.random.randrange(victim.stat().st_size))
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 255]))
+        self.driver = self.start()
+        wait_until(lambda: self.said(f"{newest} is damaged") > 0, "the damaged checkpoint was found", self.driver)
+        self.step("a step after the driver had been killed")
+        self.recoveries.append(time.monotonic() - began)
+
+    def fill_disk(self) -> None:
+        """No file of the learner's may grow any more, until a checkpoint has failed."""
+        (learner,) = [p.pid for p in of_run(self.driver.pid) if p.kind == "learner rank"]
+        limits = resource.prlimit(learner, resource.RLIMIT_FSIZE)
+        resource.prlimit(learner, resource.RLIMIT_FSIZE, (4096, limits[1]))
+        wait_until(lambda: self.said("could not be written") > 0, "a checkpoint had failed", self.driver)
+        resource.prlimit(learner, resource.RLIMIT_FSIZE, limits)
+        self.step("a step after the disk had been full")
+
+    def damage_snapshot(self) -> None:
+        """Bytes change in shared memory, between the learner's packing and the engine's looking, until it is found."""
+        (learner,) = [p.pid for p in of_run(self.driver.pid) if p.kind == "learner rank"]
+        path = snapshot_of(learner, "student")
+        assert path is not None
+        with path.open("r+b", buffering=0) as memory:
+            deadline = time.monotonic() + 60
+            while self.said("arrived damaged") == 0:
+                assert time.monotonic() < deadline, "no engine found the damage in 60 s"
+                memory.seek(1000)
+                memory.write(bytes([self.random.randrange(256)]))
+                time.sleep(0.002)
+        self.step("a step after a snapshot had been damaged")
+
+    def run(self) -> None:
+        self.step("the first step")
+        assert self.said("loaded from memory") == 0  # or the broadcasts that are to be disturbed never come about
+        self.fill_disk()
+        self.damage_snapshot()
+        while self.killed.total() < KILLS:
+            if self.killed.total() >= BETWEEN_DRIVERS * (1 + self.killed["driver killed"]):
+                self.step("a step before the driver is killed")
+                self.kill_driver()
+            # Spread over the run, so that its stages begin under fire too.
+            while self.rows() < (STEPS - 6) * self.killed.total() / KILLS:
+                self.step("a step between two rounds")
+            self.take()
+        assert self.driver.wait(timeout=500) == 0, self.log.read_text()[-3000:]
+
+
+@pytest.mark.timeout(60 * KILLS)
+def test_a_run_under_chaos_is_the_run_that_was_left_alone(
+    tiny_model: Path, undisturbed: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # What is stopped while it starts is found by the limit of a start alone.
+    limits = {"health_timeout_s": 4, "max_restarts": 1000, "start_timeout_s": 90}
+    config = in_stages_of_pairs(write_run(tmp_path, tiny_model, "bfloat16", STEPS, **limits), STAGE)
+    settings = yaml.safe_load(config.read_text())
+    for role in ("student", "teacher"):
+        settings["actors"][role] |= limits
+    settings["weights"] = {"timeout_s": 20}
+    config.write_text(yaml.safe_dump(settings))
+    whole = undisturbed[1]
+    if STEPS != LONG:
+        whole = tmp_path / "whole"
+        finish(config, whole)
+    before = on_machine()
+
+    monkey = Monkey(config, tmp_path / "disturbed")
+    try:
+        monkey.run()
+    finally:
+        monkey.driver.kill()
+        print(monkey.log.read_text()[-6000:])
+    with capsys.disabled():
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(monkey.killed.items()))
+        print(
+            f"\nchaos: {kinds}; to the next step {statistics.median(monkey.recoveries):.0f} s (median), "
+            f"{max(monkey.recoveries):.0f} s (longest)"
+        )
+
+    assert {f"{kind} killed" for kind in (*KINDS.values(), "driver")} <= monkey.killed.keys()
+    run_dir = tmp_path / "disturbed"
+    assert metrics(run_dir) == metrics(whole)
+    for name in ("eval.jsonl", "samples.jsonl"):
+        assert read_jsonl(run_dir / name) == read_jsonl(whole / name)
+    assert (run_dir / STUDENT).read_bytes() == (whole / STUDENT).read_bytes()
+    ledger = sqlite3.connect(run_dir / "ledger.sqlite")
+    rows = ledger.execute("SELECT stage, epoch, idx, generation, state FROM samples").fetchall()
+    ledger.close()
+    assert {state for *_, state in rows} == {"trained"}
+    assert len(rows) == 4 * STEPS
+    # Nine demonstrations in turn: in each stage each of them was trained in every whole epoch, by both its rollouts.
+    for stage, first in enumerate(range(0, STEPS, STAGE)):
+        epochs = 2 * min(STAGE, STEPS - first) // 9
+        counts = Counter((index, rollout) for of, epoch, index, rollout, _ in rows if of == stage and epoch < epochs)
+        assert counts == Counter(dict.fromkeys(itertools.product(range(9), range(2)), epochs))
+    assert new_since(before) == set()

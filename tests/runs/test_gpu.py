@@ -1,0 +1,178 @@
+"""What runs otherwise on a GPU than on a CPU, on a GPU: attention, the loss, the learner, whole runs on a shared one.
+
+    .venv/bin/pytest tests/runs/test_gpu.py
+
+Skipped where torch finds none. The other tests never use one.
+"""
+
+import asyncio
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from benchmarks.loss import inputs
+from sdft.learner.config import LossConfig
+from sdft.learner.group import LearnerGroup
+from sdft.learner.loss.chunked import divergence_loss
+from sdft.learner.model.attention import packed_attention
+from sdft.learner.model.cpu.norm import replace_norms
+from sdft.services.records.rows import read_jsonl
+from tests.fakes.rollouts import make_rollouts
+from tests.learner.test_learner_step import PROBE, K, apart, settings
+from tests.runs.leftovers import new_since, on_machine
+from tests.runs.run import command, finish, metrics, wait_for_step, write_run
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+SHARED = {"gpus": 0.3, "kv_cache_gib": 1}  # of one GPU, that all of a run's processes use
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Distance of two tensors, in sizes of the second."""
+    theirs = theirs.double().cpu()
+    return float((ours.double().cpu() - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("lengths", [(5, 7, 9), (1, 1, 90), (300, 2, 280)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-5)])
+def test_attention_of_packed_sequences_is_that_of_each_alone(
+    lengths: tuple[int, ...], dtype: torch.dtype, bound: float
+) -> None:
+    """Value and gradients, against float64 on the CPU."""
+    g = torch.Generator().manual_seed(0)
+    shapes = ((1, 6, sum(lengths), 64), (1, 2, sum(lengths), 64), (1, 2, sum(lengths), 64))
+    given = [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
+    direction = torch.randn(1, sum(lengths), 6, 64, generator=g)
+    found = []
+    for device, precision in (("cuda", dtype), ("cpu", torch.float64)):
+        here = [x.to(device, precision).requires_grad_() for x in given]
+        out = attention_of(here, lengths)
+        out.backward(direction.to(device, precision))
+        found.append([out.detach(), *(x.grad for x in here if x.grad is not None)])
+    assert [len(each) for each in found] == [4, 4]
+    assert max(relative(ours, theirs) for ours, theirs in zip(*found, strict=True)) < bound
+
+
+def test_gradients_of_long_sequences_are_the_same_bits_each_time() -> None:
+    """Many blocks add to one gradient: in any order, unless the kernel is told otherwise, as the learner tells it."""
+    g = torch.Generator().manual_seed(0)
+    lengths = (3000, 1, 5191)
+    shapes = ((1, 9, sum(lengths), 64), (1, 3, sum(lengths), 64), (1, 3, sum(lengths), 64))
+    given = [torch.randn(shape, generator=g).to("cuda", torch.bfloat16).requires_grad_() for shape in shapes]
+    direction = torch.randn(1, sum(lengths), 9, 64, generator=g).to("cuda", torch.bfloat16)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = [torch.autograd.grad(attention_of(given, lengths), given, direction) for _ in range(5)]
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert all(torch.equal(first, again) for other in found[1:] for first, again in zip(found[0], other, strict=True))
+
+
+def attention_of(given: list[torch.Tensor], lengths: tuple[int, ...]) -> torch.Tensor:
+    return packed_attention(torch.nn.Module(), given[0], given[1], given[2], None, lengths=lengths)[0]
+
+
+def test_the_loss_and_both_gradients_are_those_of_a_cpu() -> None:
+    """In float32, over several chunks."""
+    found = []
+    for device in ("cuda", "cpu"):
+        hidden, head, targets = inputs(2048, "cpu")
+        hidden, head = (x.detach().float().to(device).requires_grad_() for x in (hidden, head))
+        loss = divergence_loss(hidden, head, None, targets.to(device), LossConfig(top_k=64))[0]
+        loss.backward()
+        found.append([loss.detach(), hidden.grad, head.grad])
+    assert max(relative(ours, theirs) for ours, theirs in zip(*found, strict=True)) < 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-2), (torch.float32, 1e-5)])
+def test_a_norm_is_that_of_a_cpu_in_value_and_gradients(dtype: torch.dtype, bound: float) -> None:
+    """Against float64, by the models' own class."""
+    g = torch.Generator().manual_seed(0)
+    x, direction = (torch.randn(500, 576, generator=g).to(dtype) for _ in range(2))
+    weight = (1 + 0.3 * torch.randn(576, generator=g)).to(dtype)
+    found = []
+    for device, precision in (("cuda", dtype), ("cpu", torch.float64)):
+        norm = LlamaRMSNorm(576, eps=1e-5)
+        norm.weight.data = weight.to(precision)
+        if device == "cuda":
+            assert replace_norms(norm) == 1
+        norm.to(device)
+        here = x.to(device, precision).requires_grad_()
+        out = norm(here)
+        out.backward(direction.to(device, precision))
+        found.append([out.detach(), here.grad, norm.weight.grad])
+    assert max(relative(ours, theirs) for ours, theirs in zip(*found, strict=True)) < bound
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_two_steps_are_those_of_a_cpu(ray_cluster: None, tiny_model: Path, stage: int) -> None:
+    """In float32, with the EMA teacher; what differs is small beside what moved. Again, they are the same bits."""
+
+    async def run(device: str) -> list[dict]:
+        asked = {"num_cpus": 0.5, "num_gpus": 1 if device == "cuda" else 0}
+        given = replace(settings(tiny_model, stage, 1), device=device)
+        group = await LearnerGroup.start(given, PROBE, [asked])
+        before = await group.parameters("student")
+        for seed in range(2):
+            await group.train_step(make_rollouts(tiny_model, 7, K, seed))
+        after = [before, await group.parameters("student"), await group.parameters("teacher")]
+        group.kill()
+        return after
+
+    (before, *there), (_, *again), (_, *here) = (asyncio.run(run(d)) for d in ("cuda", "cuda", "cpu"))
+    for ours, same, theirs in zip(there, again, here, strict=True):
+        assert apart(ours, theirs) < 1e-3 * apart(theirs, before)
+        assert all((ours[name] == same[name]).all() for name in ours)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A strict run in bfloat16, all of it on one GPU."""
+    path = write_run(tmp_path_factory.mktemp("gpu"), tiny_model, "bfloat16")
+    given = yaml.safe_load(path.read_text())
+    given |= {"device": "cuda", "actors": {"student": SHARED, "teacher": SHARED}}
+    given["learner"] |= {"gpus": 0.4}
+    path.write_text(yaml.safe_dump(given))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(config: Path) -> Path:
+    run_dir = config.with_name("whole")
+    finish(config, run_dir)
+    return run_dir
+
+
+def test_a_run_on_one_gpu_accounts_for_every_sample(whole: Path) -> None:
+    rows = read_jsonl(whole / "metrics.jsonl")
+    assert [r["trained"] for r in rows] == [4 * (i + 1) for i in range(6)]
+    assert rows[0]["divergence"] > 0
+    assert max(abs(r["mismatch_kl"]) for r in rows) < 1e-2
+    assert json.loads((whole / "run.json").read_text())["state"] == "finished"
+
+
+def test_killed_and_continued_it_is_the_same_run(config: Path, whole: Path) -> None:
+    before, run_dir = on_machine(), config.with_name("killed")
+    with run_dir.with_suffix(".log").open("wb") as log:
+        driver = subprocess.Popen(command(config, run_dir), stdout=log, stderr=log)
+        wait_for_step(3, run_dir, driver)
+        driver.kill()
+        driver.wait(timeout=60)
+    finish(config, run_dir)
+    assert metrics(run_dir) == metrics(whole)
+    assert new_since(before) == set()
+
+
+def test_rollouts_go_on_while_the_learner_steps(config: Path) -> None:
+    run_dir = config.with_name("ahead")
+    finish(config, run_dir, "training.max_staleness=2", "training.steps=12", "sampling.generations=2")
+    rows = read_jsonl(run_dir / "metrics.jsonl")
+    assert [r["trained"] for r in rows] == [8 * (i + 1) for i in range(12)]
+    assert max(r["staleness_max"] for r in rows) <= 2
+    assert {r["dropped"] for r in rows} == {0}

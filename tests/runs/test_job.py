@@ -1,0 +1,164 @@
+"""Runs as jobs of a running Ray cluster, in float32 with LoRA: killed and submitted again, or refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sdft.services.records.batches import read_batch
+from sdft.services.records.rows import read_jsonl
+from tests.fakes.rollouts import logprobs
+from tests.papers.readme import commands
+from tests.runs.leftovers import new_since, on_machine
+from tests.runs.run import BIN, ENVIRONMENT, command, finish, free_port, metrics, replayed, wait_for_step, write_run
+
+# A rate that moves the adapters, which begin at no change, in four steps.
+LORA: dict[str, Any] = {"lora": {"rank": 4}, "optimizer": {"lr": 0.02, "warmup_steps": 2}}
+
+
+@dataclass(frozen=True)
+class Head:
+    """A cluster of one node, started with `ray start --head`."""
+
+    address: str  # of the cluster, for drivers
+    dashboard: str  # for job submission
+    environment: dict[str, str]  # of whoever wants to use it: its token among others
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    before = on_machine()
+    port, dashboard, agent = free_port(), free_port(), free_port()  # Ray's own choices may be another cluster's
+    scratch = Path(tempfile.mkdtemp(prefix="head-"))  # short: Ray's sockets are below it
+    ports = f"--port={port} --dashboard-port={dashboard} --dashboard-agent-listen-port={agent}"
+    arguments = f"start --head --block --num-cpus=4 {ports} --temp-dir={scratch}"
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "1" * 64}
+    environment = ENVIRONMENT | token | {"RAY_USAGE_STATS_ENABLED": "0"}
+    with (scratch / "start.log").open("w") as log:
+        ray = subprocess.Popen([BIN / "ray", *arguments.split()], stdout=log, stderr=log, env=environment)
+    try:
+        url = f"http://127.0.0.1:{dashboard}"
+        trial = [str(BIN / "ray"), "job", "submit", "--address", url, "--", "true"]
+        deadline = time.monotonic() + 120
+        while subprocess.run(trial, env=environment, capture_output=True, timeout=120, check=False).returncode != 0:
+            assert ray.poll() is None, (scratch / "start.log").read_text()
+            assert time.monotonic() < deadline, f"the cluster at {url} took no job in 120 s"
+            time.sleep(0.5)
+        yield Head(f"127.0.0.1:{port}", url, environment)
+    finally:
+        ray.terminate()
+        ray.wait(timeout=60)
+        left = new_since(before)
+        shutil.rmtree(scratch)
+        assert left == set()
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a run with LoRA, in a cluster of its own."""
+    folder = tmp_path_factory.mktemp("alone")
+    finish(write_run(folder, tiny_model, "float32", **LORA), folder / "run")
+    return folder / "run"
+
+
+def test_the_export_of_a_run_with_lora_has_the_log_probs_that_its_engine_had(
+    alone: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Step 5's rollouts came from the weights of checkpoint 4."""
+    out = tmp_path / "merged"
+    subprocess.run([BIN / "sdft", "export", alone, "--step", "4", "--out", out], check=True, timeout=120)
+    saved = alone / "checkpoints" / "step-000004" / "student"
+    assert {p.name for p in saved.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert not (saved / "model.safetensors").exists()
+    gaps: dict[Path, list[float]] = {tiny_model: [], out: []}
+    for path, found in gaps.items():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for rollout in (sample.rollout for sample in read_batch(alone, 5)):
+            rows = logprobs(model, rollout.prompt_ids, rollout.completion_ids)
+            own = rows.gather(1, torch.tensor(rollout.completion_ids).long()[:, None])[:, 0]
+            found.append(np.abs(own.numpy() - rollout.logprobs).max())
+    assert max(gaps[out]) < 1e-4
+    assert min(gaps[tiny_model]) > 1e-2, "adapters that change nothing would show nothing"
+
+
+def test_the_learner_alone_repeats_a_run_from_its_recorded_rollouts(alone: Path) -> None:
+    """Bit for bit, from a checkpoint, states at the checkpoints included."""
+    result = replayed(alone, "--steps", "5:6")
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    assert "step 5: the same\n" in result.stdout
+    assert "step 6: the same to the last bit of its state" in result.stdout
+
+
+def test_a_job_that_was_killed_resumes_when_it_is_submitted_again(
+    head: Head, alone: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """With the README's two commands. What it ends with is, bit for bit, what a run here alone ends with."""
+    work, run_dir = tmp_path / "work", tmp_path / "shared" / "run"
+    work.mkdir()
+    write_run(work, tiny_model, "float32", **LORA)
+    (ray_job,) = [c for c in commands("ray") if c[1] == "job"]
+    (sdft_submit,) = [c for c in commands("sdft") if c[1] == "submit"]
+    here = {"http://127.0.0.1:8265": head.dashboard, "my.yaml": "tiny.yaml", "/shared/runs/my": str(run_dir)}
+    first = [str(BIN / "ray"), "job", "submit", "--no-wait", *(here.get(word, word) for word in ray_job[3:])]
+    result = subprocess.run(
+        first, cwd=work, env=head.environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    wait_for_step(3, run_dir)
+    os.kill(json.loads((run_dir / "run.json").read_text())["pid"], signal.SIGKILL)
+
+    again = [str(BIN / "sdft"), *(here.get(word, word) for word in sdft_submit[1:])]
+    result = subprocess.run(
+        again, cwd=work, env=head.environment, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "continuing after step 2" in result.stdout
+
+    assert metrics(run_dir) == metrics(alone)
+    assert read_jsonl(run_dir / "eval.jsonl") == read_jsonl(alone / "eval.jsonl")
+    adapter = Path("checkpoints") / "step-000006" / "student" / "adapter_model.safetensors"
+    assert (run_dir / adapter).read_bytes() == (alone / adapter).read_bytes()
+
+
+def test_a_cluster_that_can_never_hold_the_run_is_named_with_what_is_missing(
+    head: Head, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = write_run(tmp_path, tiny_model, "float32")
+    large = command(config, tmp_path / "run", "actors.student.cpus=64", f"ray.address={head.address}")
+    result = subprocess.run(large, env=head.environment, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 3
+    assert (
+        "needs 65 CPUs (student engine 0 64 CPUs, teacher engine 0 0.5 CPUs, learner rank 0 0.5 CPUs)" in result.stderr
+    )
+    assert "nodes have 4 CPUs" in result.stderr
+    assert "no node has room for student engine 0" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_job_that_fails_says_so_to_who_follows_it(head: Head, tiny_model: Path, tmp_path: Path) -> None:
+    write_run(tmp_path, tiny_model, "float32")
+    (tmp_path / "train.jsonl").write_text('{"prompt": "x"}\n')
+    submit = ["submit", "tiny.yaml", "--address", head.dashboard, "--run-dir", str(tmp_path / "r"), "--follow"]
+    result = subprocess.run(
+        [BIN / "sdft", *submit],
+        cwd=tmp_path,
+        env=head.environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "demonstration is missing" in result.stdout

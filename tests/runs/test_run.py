@@ -1,0 +1,243 @@
+"""Whole runs of `sdft train` with real Ray, vLLM and DeepSpeed on the tiny model. chaos/ kills their processes."""
+
+import json
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sdft.services.analysis.matrix import read_matrix
+from sdft.services.analysis.status import status_text
+from sdft.services.cli.train import train
+from sdft.services.config.load import load_config
+from sdft.services.planning.prepare import prepare
+from sdft.services.records.batches import read_batch, write_batch
+from sdft.services.records.rows import read_jsonl
+from tests.fakes.rollouts import logprobs
+from tests.runs.leftovers import new_since, on_machine
+from tests.runs.run import LONG, STEPS, command, finish, replayed, wait_for_step
+
+
+@pytest.fixture(scope="module", autouse=True)
+def machine_before() -> set[str]:
+    return on_machine()
+
+
+def test_a_run_learns_accounts_for_every_sample_and_leaves_its_files(undisturbed: tuple[Path, Path]) -> None:
+    _, run_dir = undisturbed
+    rows = read_jsonl(run_dir / "metrics.jsonl")
+    assert [r["step"] for r in rows] == list(range(1, LONG + 1))
+    assert [r["trained"] for r in rows] == [4 * s for s in range(1, LONG + 1)]
+    assert all(r["dropped"] == 0 and r["in_flight"] == 0 and r["staleness_max"] == 0 for r in rows)
+    assert rows[0]["divergence"] > 0
+    assert [r["student_version"] for r in rows] == list(range(LONG))
+    assert {r["metric"] for r in read_jsonl(run_dir / "eval.jsonl")} == {"accuracy", "teacher_accuracy"}
+    assert "<svg" in (run_dir / "report.html").read_text()
+    manifest = json.loads((run_dir / "checkpoints" / f"step-{LONG:06d}" / "manifest.json").read_text())
+    assert "student/model.safetensors" in manifest["files"]
+    assert json.loads((run_dir / "run.json").read_text())["state"] == "finished"
+    # What `sdft status` says of a run that stopped: its own configuration continues it.
+    finish(run_dir / "config.yaml", run_dir)
+    assert read_jsonl(run_dir / "metrics.jsonl") == rows
+
+
+def test_rollouts_go_on_while_the_learner_steps_and_are_never_too_old(undisturbed: tuple[Path, Path]) -> None:
+    """Killed in its second stage and continued: every sample is trained once all the same, and none is begun before its
+    stage is.
+
+    Its first batch is that of the strict run up to rounding: the engines compute it in batches of other shapes, and on
+    some processors (with AMX) the shape changes the last bits.
+    """
+    _, whole = undisturbed
+    settings = yaml.safe_load(undisturbed[0].read_text())
+    settings["stages"] = [one | {"steps": 3} for one in settings["stages"][:2]]
+    config, run_dir = undisturbed[0].with_name("ahead.yaml"), undisturbed[0].with_name("ahead")
+    config.write_text(yaml.safe_dump(settings))
+    with run_dir.with_suffix(".log").open("wb") as log:
+        driver = subprocess.Popen(command(config, run_dir, "training.max_staleness=2"), stdout=log, stderr=log)
+        wait_for_step(4, run_dir, driver)
+        driver.kill()
+        driver.wait()
+    finish(config, run_dir, "training.max_staleness=2")
+    rows = read_jsonl(run_dir / "metrics.jsonl")
+    assert [(row["step"], row["stage"]) for row in rows] == [(step, int(step > 3)) for step in range(1, 7)]
+    assert [row["trained"] for row in rows] == [4 * step for step in range(1, STEPS + 1)]
+    assert 1 <= max(row["staleness_max"] for row in rows) <= 2
+    assert [row["in_flight"] for row in rows] == [8, 4, 0, 8, 4, 0]
+    assert all(row["dropped"] == 0 for row in rows)
+    ahead, strict = ({s.sample: s for s in read_batch(folder, 1)} for folder in (run_dir, whole))
+    assert ahead.keys() == strict.keys()
+    # A token that two probabilities decide by less than the rounding may be another one, and so all that follow.
+    same = [s for s in ahead if np.array_equal(ahead[s].rollout.completion_ids, strict[s].rollout.completion_ids)]
+    assert len(same) >= len(ahead) / 2
+    for sample in same:
+        np.testing.assert_allclose(ahead[sample].scores.sampled, strict[sample].scores.sampled, atol=0.1)
+    # Each stage's teacher begins as its student: the first loss is of no more than what the prompts differ by.
+    assert rows[3]["teacher_version"] == 3
+
+
+def test_a_run_that_was_killed_when_all_was_done_is_finished(undisturbed: tuple[Path, Path]) -> None:
+    config, run_dir = undisturbed
+    record = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps(record | {"state": "failed", "error": "stopped by a signal"}))
+    train(prepare(load_config(config), config), run_dir, "auto", Console(quiet=True))
+    assert json.loads((run_dir / "run.json").read_text()) == record
+    assert "state       finished" in status_text(run_dir)
+
+
+def test_a_number_that_is_not_what_it_was_is_found_by_a_replay(undisturbed: tuple[Path, Path]) -> None:
+    """The steps before it are the same to the last bit of their state. test_job replays a run without a difference."""
+    _, whole = undisturbed
+    spoiled = whole.parent / "spoiled"
+    shutil.copytree(whole, spoiled)
+    samples = read_batch(spoiled, LONG)
+    samples[0].scores.logprobs[-1] -= 0.01
+    write_batch(spoiled, LONG, samples)
+    result = replayed(spoiled)
+    assert result.returncode == 1, result.stderr[-3000:]
+    assert f"step {LONG - 2}: the same to the last bit of its state" in result.stdout
+    assert f"step {LONG}: loss was" in result.stdout
+
+
+def test_a_live_teacher_and_two_learner_ranks_train_until_they_are_told_to_stop(undisturbed: tuple[Path, Path]) -> None:
+    """Without teacher engines the students score; the first step's divergence is that of the EMA, which is the same.
+
+    Stopped by a signal, the run says so, and what to do.
+    """
+    config, whole = undisturbed
+    run_dir = config.parent / "live"
+    words = command(config, run_dir, "teacher.weights=live", "learner.ranks=2", "learner.zero_stage=3")
+    driver = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for_step(2, run_dir, driver)
+    driver.send_signal(signal.SIGTERM)
+    _, stderr = driver.communicate(timeout=90)
+    assert driver.returncode == 130
+    assert "resumes from the last checkpoint" in stderr
+    assert json.loads((run_dir / "run.json").read_text())["error"] == "stopped by a signal"
+    live, ema = (read_jsonl(folder / "metrics.jsonl") for folder in (run_dir, whole))
+    assert {row["samples"] for row in live} == {4}
+    assert live[0]["divergence"] == pytest.approx(ema[0]["divergence"], rel=1e-2)
+    assert set(json.loads((run_dir / "pids.json").read_text())) == {"student", "learner"}
+
+
+@pytest.fixture(scope="module")
+def stream(undisturbed: tuple[Path, Path], tiny_model: Path) -> tuple[Path, Path, subprocess.CompletedProcess[str]]:
+    """Configuration and run directory of a run of SFT that a stage of off-policy distillation was appended to, and how
+    that ended: a guarded set, which asks for what the model said before training, falls."""
+    config = undisturbed[0].with_name("stream.yaml")
+    run_dir, stage = config.with_name("stream"), config.with_name("stage.yaml")
+    settings = yaml.safe_load(undisturbed[0].read_text())
+    tokenizer, prompt = AutoTokenizer.from_pretrained(tiny_model), "What is the capital?"
+    message = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    said = tokenizer.decode(model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :])
+    config.with_name("said.jsonl").write_text(json.dumps({"prompt": prompt, "answer": said}) + "\n")
+    kept = {"name": "kept", "file": "said.jsonl", "grader": "exact", "role": "retention", "max_new_tokens": 8}
+    texts = [{"text": "Say number 1. The number is 1."}, {"text": "The capital is a number."}]
+    config.with_name("prose.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    settings["evaluation"]["sets"] += [kept, {"name": "prose", "file": "prose.jsonl", "grader": "perplexity"}]
+    settings["data"] = settings.pop("stages")[0]["data"]
+    del settings["data"]["system"]
+    settings |= {"method": "sft", "dtype": "float32", "teacher": {"weights": "base"}, "retention": {"max_drop": 0.5}}
+    settings["training"] = {"batch_size": 4, "steps": STEPS}
+    settings["sampling"] = {"max_new_tokens": 40}
+    config.write_text(yaml.safe_dump(settings))
+    finish(config, run_dir)
+    second = {"name": "second", "data": settings["data"], "steps": 2, "method": "off_policy"}
+    stage.write_text(yaml.safe_dump(second | {"sampling": {"max_new_tokens": 12}, "optimizer": {"lr": 1e-3}}))
+    words = [*command(config, run_dir, "retention.action=stop"), "--append", str(stage)]
+    return config, run_dir, subprocess.run(words, capture_output=True, text=True, timeout=400, check=False)
+
+
+Stream = tuple[Path, Path, "subprocess.CompletedProcess[str]"]
+
+
+def test_sft_trains_on_the_demonstrations_own_tokens(stream: Stream, tiny_model: Path) -> None:
+    """The first loss is Hugging Face's: the mean over the batch of the mean cross-entropy of a demonstration."""
+    _, run_dir, _ = stream
+    rows = read_jsonl(run_dir / "metrics.jsonl")[:STEPS]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    losses = []
+    for sample in read_batch(run_dir, 1):
+        assert f"The number is {sample.sample.index}." in AutoTokenizer.from_pretrained(tiny_model).decode(
+            sample.rollout.completion_ids
+        )
+        own = torch.tensor(sample.rollout.completion_ids).long()[:, None]
+        losses.append(-logprobs(model, sample.rollout.prompt_ids, sample.rollout.completion_ids).gather(1, own).mean())
+    assert rows[0]["loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    assert [row["trained"] for row in rows] == [4 * step for step in range(1, STEPS + 1)]
+    assert {row["mismatch_kl"] for row in rows} == {None}
+
+
+def test_off_policy_trains_on_what_the_teacher_samples(stream: Stream, tiny_model: Path) -> None:
+    """Behind the student's prompt, scored in the teacher's, by the log-probs that Hugging Face has for the first model:
+    `teacher.weights: base` stays that through all stages."""
+    config, run_dir, _ = stream
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    prompts = prepare(load_config(config), config).stages[0].prompts
+    for sample in read_batch(run_dir, STEPS + 1):
+        pair, completion = prompts[sample.sample.index], sample.rollout.completion_ids
+        assert sample.rollout.prompt_ids.tolist() == pair.student_ids
+        rows = logprobs(model, np.asarray(pair.teacher_ids), completion)
+        own = rows.gather(1, torch.tensor(completion).long()[:, None])[:, 0]
+        np.testing.assert_allclose(sample.scores.sampled, own, atol=1e-4)
+    rows = read_jsonl(run_dir / "metrics.jsonl")[STEPS:]
+    assert [row["direction"] for row in rows] == ["forward"] * 2
+    assert {row["mismatch_kl"] for row in rows} == {None}
+
+
+def test_a_stage_is_appended_to_a_finished_run_and_accounted_for_by_itself(stream: Stream) -> None:
+    """What the run had written stays; its end is the next stage's beginning, to the last bit of the learner's state."""
+    _, run_dir, _ = stream
+    rows = read_jsonl(run_dir / "metrics.jsonl")
+    assert [(row["step"], row["stage"], row["trained"]) for row in rows] == [
+        (step, int(step > STEPS), 4 * step) for step in range(1, STEPS + 3)
+    ]
+    matrix = read_matrix(run_dir)
+    assert matrix.stages == ("stream", "second")
+    assert (matrix.tasks, matrix.retention) == (("stream",), ("kept",))
+    assert len(matrix.rows) == 3
+    assert "<svg" in (run_dir / "report.html").read_text()
+    result = replayed(run_dir, "--steps", f"{STEPS + 1}:")
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    assert f"step {STEPS + 2}: the same to the last bit of its state" in result.stdout
+
+
+def test_the_perplexity_of_texts_is_hugging_faces(stream: Stream, tiny_model: Path) -> None:
+    config, run_dir, _ = stream
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    texts = [
+        np.asarray(tokenizer(row["text"]).input_ids) for row in map(json.loads, config.with_name("prose.jsonl").open())
+    ]
+    own = [logprobs(model, ids[:1], ids[1:]).gather(1, torch.tensor(ids[1:])[:, None]) for ids in texts]
+    rows = [row for row in read_jsonl(run_dir / "eval.jsonl") if row["metric"] == "perplexity"]
+    assert [(row["step"], row["task"]) for row in rows] == [(step, "prose") for step in (0, STEPS, STEPS + 2)]
+    assert {row["n"] for row in rows} == {sum(map(len, own))}
+    assert rows[0]["value"] == pytest.approx(float(torch.cat(own).mean().neg().exp()), rel=1e-4)
+    assert rows[1]["value"] != rows[0]["value"]
+
+
+def test_the_retention_guard_ends_a_run_that_has_lost_what_it_could(stream: Stream) -> None:
+    """The first stage, which was to be warned, only said so."""
+    _, run_dir, ended = stream
+    assert ended.returncode == 4, ended.stdout[-2000:] + ended.stderr[-4000:]
+    assert "kept fell from 100 % to 0.0 % (n 1)" in ended.stderr.splitlines()[-1]
+    assert json.loads((run_dir / "run.json").read_text())["state"] == "guarded"
+    assert "ended by its retention guard" in status_text(run_dir)
+    assert (run_dir / f"retention-step-{STEPS:06d}.jsonl").exists()
+    assert (run_dir / "checkpoints" / f"step-{STEPS + 2:06d}" / "manifest.json").exists()
+
+
+def test_nothing_is_left_behind(machine_before: set[str], stream: Stream) -> None:
+    """After whole runs, a kill and a stop: no process, no shared memory, no temporary file."""
+    assert new_since(machine_before) == set()

@@ -1,0 +1,52 @@
+"""A signal stops a command; what is cancelled within it does not pass for one."""
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from sdft.services.base.signals import run_until_stopped, sigterm_interrupts, stop_on_signals
+
+
+def test_what_was_cancelled_within_is_a_failure_that_says_so() -> None:
+    async def work() -> None:
+        inner = asyncio.ensure_future(asyncio.sleep(60))
+        inner.cancel()
+        await inner
+
+    with pytest.raises(RuntimeError, match="cancelled though nobody stopped it"):
+        run_until_stopped(work())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_work_after_its_clean_up(number: signal.Signals) -> None:
+    cleaned = []
+
+    async def work() -> None:
+        stop_on_signals()
+        os.kill(os.getpid(), number)
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0)
+            cleaned.append(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_until_stopped(work())
+    assert cleaned == [number]
+
+
+def test_the_result_comes_back() -> None:
+    async def work() -> str:
+        await asyncio.sleep(0)
+        return "done"
+
+    assert run_until_stopped(work()) == "done"
+
+
+def test_sigterm_stops_a_command_that_has_not_begun_its_work() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), sigterm_interrupts():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before

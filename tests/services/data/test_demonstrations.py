@@ -1,0 +1,237 @@
+"""Demonstrations and questions: what is read, and how a bad row is named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdft.services.base.errors import UserError
+from sdft.services.config.sections import DataConfig, EvaluationSet
+from sdft.services.data.demonstrations import load_demonstrations, load_questions
+from sdft.services.grading.graders import GRADERS
+
+PAPER = Path(__file__).parents[4] / "shared" / "data"
+ROW = {"prompt": "What?", "demonstration": "That."}
+
+
+def write(folder: Path, *lines: Any) -> None:
+    """train.jsonl of rows, or of bytes as they are."""
+    raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    (folder / "train.jsonl").write_bytes(b"\n".join(raw) + b"\n")
+
+
+def problems(folder: Path, *lines: Any) -> list[str]:
+    """The lines of the error, without the folder's name."""
+    write(folder, *lines)
+    with pytest.raises(UserError) as e:
+        load_demonstrations(DataConfig(train="train.jsonl"), folder, ["demonstration"])
+    return str(e.value).replace(f"{folder}/", "").splitlines()
+
+
+def questions(folder: Path, grader: Any, *rows: Any) -> list[Any]:
+    write(folder, *rows)
+    return load_questions(
+        EvaluationSet(name="q", file="train.jsonl", grader=grader), folder, GRADERS[grader].check_answer
+    )
+
+
+def test_an_answer_may_be_nested_deeper_than_calls(tmp_path: Path) -> None:
+    deep = b"[" * 600 + b"]" * 600
+    write(tmp_path, b'{"prompt": "a", "demonstration": "b", "answer": ' + deep + b"}")
+    (row,) = load_demonstrations(DataConfig(train="train.jsonl"), tmp_path, ["demonstration"])
+    assert json.dumps(row.answer).encode() == deep
+
+
+def test_columns_may_have_other_names_and_a_demonstration_may_come_in_lines(tmp_path: Path) -> None:
+    write(tmp_path, {"question": "What?", "golden_response": ["One.", "Two."], "prompt": "not this", "id": "x"})
+    columns = {"prompt": "question", "demonstration": "golden_response"}
+    (row,) = load_demonstrations(DataConfig(train="train.jsonl", columns=columns), tmp_path, ["demonstration"])
+    assert (row.messages[0]["content"], row.demonstration, row.id) == ("What?", "One.\nTwo.", "x")
+    with pytest.raises(UserError, match=r"train\.jsonl:1: columns names output, which the row does not have"):
+        load_demonstrations(DataConfig(train="train.jsonl", columns={"answer": "output"}), tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "grader", "columns", "count"),
+    [("tooluse_eval", "tool_call", {"answer": "golden_answer"}, 97), ("science_eval", "choice", {}, 507)],
+)
+def test_the_papers_evaluation_files_are_read_as_they_are(
+    name: str, grader: Any, columns: dict[Any, str], count: int
+) -> None:
+    path = PAPER / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not here: the paper's evaluation data are not part of this project")
+    settings = EvaluationSet(name="q", file=str(path), grader=grader, columns=columns)
+    asked = load_questions(settings, path.parent, GRADERS[grader].check_answer)
+    assert len(asked) == count
+    if grader == "choice":
+        replies = [f"<reasoning>\nSo.\n</reasoning>\n<answer>\n{q.answer}\n</answer>" for q in asked]
+        assert all(GRADERS[grader].grade(reply, q.answer) for reply, q in zip(replies, asked, strict=True))
+        assert sum(GRADERS[grader].grade(replies[0], q.answer) for q in asked) < 0.3 * count
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(None, "0123456789"), (4, "0257"), (10, "0123456789"), (99, "0123456789")]
+)
+def test_of_an_evaluation_set_so_many_rows_are_asked_spread_over_it(
+    tmp_path: Path, rows: int | None, expected: str
+) -> None:
+    write(tmp_path, *({"prompt": "p", "answer": str(i)} for i in range(10)))
+    settings = EvaluationSet(name="q", file="train.jsonl", grader="exact", rows=rows)
+    assert "".join(q.answer for q in load_questions(settings, tmp_path, GRADERS["exact"].check_answer)) == expected
+
+
+def test_a_file_is_read_whole_and_in_order(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    write(
+        tmp_path,
+        b"\xef\xbb\xbf" + json.dumps(ROW).encode(),
+        b"",
+        {"id": 7, "prompt": chat, "demonstration": "Yes \u2028 no.", "context": "C", "answer": [1], "other": 3},
+        b'{"prompt": "a\\u00e4", "demonstration": "b", "id": "x", "context": null}\r',
+    )
+    first, second, third = load_demonstrations(DataConfig(train="train.jsonl"), tmp_path, ["demonstration"])
+    assert (first.id, first.messages, first.context) == ("row-1", ({"role": "user", "content": "What?"},), None)
+    assert (second.id, second.messages, second.context, second.answer) == ("7", tuple(chat), "C", [1])
+    assert second.demonstration == "Yes \u2028 no."
+    assert (third.id, third.messages[0]["content"], third.context) == ("x", "aä", None)
+    assert [d.where.rsplit(":", 1)[1] for d in (first, second, third)] == ["1", "3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (ROW | {"demonstration": " \n"}, ["demonstration", "empty"]),
+        (ROW | {"demonstration": None}, ["demonstration"]),
+        (ROW | {"demonstration": 3}, ["demonstration", "must be text"]),
+        (ROW | {"prompt": ""}, ["prompt", "empty"]),
+        (ROW | {"prompt": 3}, ["prompt", "must be text or a list"]),
+        (ROW | {"prompt": []}, ["prompt", "empty list"]),
+        (ROW | {"prompt": ["x"]}, ["message 1", "role and content"]),
+        (ROW | {"prompt": [{"role": "human", "content": "x"}]}, ["message 1", "human", "system, user, assistant"]),
+        (ROW | {"prompt": [{"role": "user", "content": ""}]}, ["message 1", "content", "empty"]),
+        (ROW | {"prompt": [{"role": "user", "content": 1}]}, ["message 1", "content", "text"]),
+        (ROW | {"prompt": [{"role": "assistant", "content": "x"}]}, ["last", "must be the user's"]),
+        (ROW | {"id": True}, ["id", "text or a whole number"]),
+        (ROW | {"context": 3}, ["context", "must be text"]),
+        (ROW | {"prompt": "a\0b"}, ["prompt", "NUL"]),
+        (ROW | {"demonstration": "\ud83d"}, ["demonstration", "surrogate"]),
+        ({"prompt": "x", "demonstrations": "y"}, ["demonstration is missing", "demonstrations", "did you mean"]),
+        ([ROW], ["list", "object"]),
+        (b'{"prompt": "x", "demonstra', ["JSON"]),
+        (b'{"prompt": "\xff"}', ["UTF-8"]),
+    ],
+)
+def test_a_bad_row_is_named_by_line_and_reason(tmp_path: Path, row: Any, words: list[str]) -> None:
+    bad, *_ = problems(tmp_path, ROW, b"", row, ROW)
+    assert bad.startswith("train.jsonl:3: ")
+    for word in words:
+        assert word in bad
+
+
+def test_an_optional_column_may_be_empty(tmp_path: Path) -> None:
+    """As Dolly's context is where a question has none."""
+    write(tmp_path, ROW | {"context": "", "feedback": " "}, ROW | {"id": ""})
+    first, second = load_demonstrations(DataConfig(train="train.jsonl"), tmp_path, ["demonstration"])
+    assert (first.context, first.feedback, second.id) == (None, None, "row-2")
+    (bad,) = problems(tmp_path, ROW | {"demonstration": ""})
+    assert bad == "train.jsonl:1: demonstration is empty"
+
+
+def test_training_does_not_miss_an_answer_that_it_never_reads(tmp_path: Path) -> None:
+    write(tmp_path, ROW | {"answers": ["a", "b"]})
+    (row,) = load_demonstrations(DataConfig(train="train.jsonl"), tmp_path, ["demonstration"])
+    assert row.answer is None
+
+
+def test_equal_ids_are_an_error_that_names_both_lines(tmp_path: Path) -> None:
+    bad, *_ = problems(tmp_path, ROW | {"id": 5}, ROW, ROW | {"id": "5"})
+    assert bad.startswith("train.jsonl:3: ")
+    assert "train.jsonl:1" in bad
+
+
+def test_a_given_id_that_equals_a_default_one_is_an_error(tmp_path: Path) -> None:
+    bad, *_ = problems(tmp_path, ROW, ROW | {"id": "row-1"})
+    assert bad.startswith("train.jsonl:2: ")
+
+
+def test_all_bad_rows_are_listed_up_to_twenty(tmp_path: Path) -> None:
+    lines = problems(tmp_path, *[ROW | {"prompt": ""}] * 23)
+    assert [line.split(" ")[0] for line in lines[:20]] == [f"train.jsonl:{n}:" for n in range(1, 21)]
+    assert lines[20] == "… and 3 more"
+
+
+def test_a_file_without_rows_is_an_error(tmp_path: Path) -> None:
+    assert "no rows" in problems(tmp_path, b"", b"  ")[0]
+
+
+def test_a_parquet_file_gives_the_same_rows_as_jsonl(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+    rows = [
+        {"prompt": chat, "demonstration": "a", "id": "one", "context": None},
+        {"prompt": chat[1:], "demonstration": "b", "id": None, "context": "c"},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    write(tmp_path, *rows)
+    from_parquet = load_demonstrations(DataConfig(train="train.parquet"), tmp_path, ["demonstration"])
+    from_jsonl = load_demonstrations(DataConfig(train="train.jsonl"), tmp_path, ["demonstration"])
+    assert [(d.id, d.messages, d.demonstration, d.context) for d in from_parquet] == [
+        (d.id, d.messages, d.demonstration, d.context) for d in from_jsonl
+    ]
+    assert "train.parquet" in from_parquet[1].where
+
+
+def test_an_answer_in_parquet_has_only_its_own_members(tmp_path: Path) -> None:
+    """Arrow gives every row of a column the members of all rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    answers = [
+        [{"Action": "light", "Action_Input": {"room": "hall"}}],
+        [{"Action": "play", "Action_Input": {"title": "Help!"}}, {"Action": "stop", "Action_Input": {}}],
+    ]
+    rows = [{"prompt": "Do it.", "answer": answer} for answer in answers]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
+    one = EvaluationSet(name="q", file="q.parquet", grader="tool_call")
+    assert [q.answer for q in load_questions(one, tmp_path, GRADERS["tool_call"].check_answer)] == answers
+
+
+def test_a_damaged_parquet_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(UserError, match=r"train\.parquet.*Parquet"):
+        load_demonstrations(DataConfig(train="train.parquet"), tmp_path, ["demonstration"])
+
+
+def test_an_unreachable_hub_is_an_error_that_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub.constants
+
+    # The libraries' own offline switch, so that the test neither needs nor waits for a network.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"nobody/no-such-set.*local \.jsonl"):
+        load_demonstrations(DataConfig(train="nobody/no-such-set"), tmp_path, ["demonstration"])
+
+
+def test_questions_need_no_demonstration_but_an_answer(tmp_path: Path) -> None:
+    one, two = questions(tmp_path, "exact", {"prompt": "Q", "answer": "A"}, ROW | {"answer": "B"})
+    assert (one.demonstration, one.answer) == (None, "A")
+    assert (two.demonstration, two.answer) == ("That.", "B")
+    with pytest.raises(UserError, match=r"train\.jsonl:1: answer is missing.*answers"):
+        questions(tmp_path, "exact", {"prompt": "Q", "answers": "A"})
+
+
+def test_answers_are_checked_by_the_grader(tmp_path: Path) -> None:
+    from sdft.services.grading.graders import GRADERS
+
+    for grader in ("exact", "contains", "choice", "tool_call"):
+        reason = GRADERS[grader].check_answer({})
+        assert reason is not None
+        with pytest.raises(UserError) as e:
+            questions(tmp_path, grader, {"prompt": "Q", "answer": {}})
+        assert "train.jsonl:1: " in str(e.value)
+        assert reason in str(e.value)

@@ -1,0 +1,34 @@
+"""A command's own process reads tokenizers without torch, which alone takes longer to import than all else it does."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdft.services.data.without_torch import import_for_tokenizers
+from tests.runs.run import write_run
+
+CHECK = """
+import sys
+from sdft.services.cli.main import main
+sys.argv = ["sdft", "check", sys.argv[1]]
+code = main()
+there = "torch" in sys.modules
+import torch
+print(code, there, torch.ones(2).sum().item())
+"""
+
+
+def test_check_imports_no_torch_and_leaves_it_importable(tiny_model: Path, tmp_path: Path) -> None:
+    config = write_run(tmp_path, tiny_model, "float32")
+    command = [sys.executable, "-c", CHECK, str(config)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "0 False 2.0"
+    assert "PyTorch was not found" not in done.stdout + done.stderr
+
+
+def test_a_process_that_promised_nothing_imports_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    with import_for_tokenizers():
+        assert "torch" not in sys.modules  # neither there nor marked as one that cannot be found

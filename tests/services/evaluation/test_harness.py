@@ -1,0 +1,106 @@
+"""lm-eval itself on the tiny model, with a task of our own: nothing is downloaded."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sdft.services.base.errors import PreflightError, UserError
+from sdft.services.cli.main import main
+from sdft.services.evaluation.lm_eval import Score, _reason, scores
+from tests.runs.run import write_run
+
+CHOICES = ["blue", "green", "white", "red"]
+QUESTIONS = [f"The colour of {thing} is" for thing in ("the sky", "grass", "snow", "blood", "the sea", "a leaf")]
+
+
+@pytest.fixture
+def config(tiny_model: Path, tmp_path: Path) -> Path:
+    """A configuration, and beside it the task `colours`, whose right answers are what the tiny model finds likeliest
+    for the first four questions, and something else for the last two."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+
+    def likeliest(question: str) -> int:
+        found = []
+        for choice in CHOICES:
+            start, ids = len(tokenizer.encode(question)), torch.tensor(tokenizer.encode(f"{question} {choice}"))
+            with torch.no_grad():
+                rows = torch.log_softmax(model(ids[None]).logits[0, start - 1 : -1], -1)
+            found.append(float(rows.gather(1, ids[start:, None]).sum()))
+        return found.index(max(found))
+
+    best = [likeliest(question) for question in QUESTIONS]
+    answers = [*best[:4], *((b + 1) % 4 for b in best[4:])]
+    rows = [{"question": q, "choices": CHOICES, "answer": a} for q, a in zip(QUESTIONS, answers, strict=True)]
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "colours",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tasks / "colours.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tasks / "colours.yaml").write_text(yaml.safe_dump(task))
+    return write_run(tmp_path, tiny_model, "float32")
+
+
+def test_a_task_is_scored_as_the_model_scores_it(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks, out = config.parent / "tasks", config.parent / "out.json"
+    words = ["eval", str(config), "--harness", "colours", "--harness-tasks", str(tasks), "--out", str(out)]
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("colours                 acc             0.6667 ± ")
+    assert lines[0].endswith("n 6")
+    assert json.loads(out.read_text())["results"]["colours"]["acc,none"] == pytest.approx(4 / 6)
+
+
+# The last lines that lm-eval 0.4.13 prints.
+UNKNOWN = "ValueError: Tasks not found: ['colourz']"
+OFFLINE = "ConnectionError: Couldn't reach 'Rowan/hellaswag' on the Hub (OfflineModeIsEnabled)"
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "expected"),
+    [
+        (UNKNOWN, UserError, "--harness t: lm-eval has no such task (ValueError: Tasks not found: ['colourz'])"),
+        (OFFLINE, PreflightError, "lm-eval downloads a task's data at its first use, and the hub cannot be reached"),
+        ("MemoryError", RuntimeError, "lm-eval could not run t: MemoryError"),
+    ],
+)
+def test_what_cannot_be_run_is_said(line: str, kind: type[Exception], expected: str) -> None:
+    error = _reason("t", ["Traceback (most recent call last):\n", f"{line}\n", "\n"])
+    assert type(error) is kind
+    assert expected in str(error)
+
+
+def test_a_folder_of_tasks_that_is_not_there_is_said(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(config), "--harness", "colours", "--harness-tasks", "nowhere"]) == 2
+    assert "--harness-tasks nowhere: there is no such folder" in capsys.readouterr().err
+
+
+def test_every_metric_of_every_task_is_a_line() -> None:
+    given = {
+        "results": {
+            "a": {"alias": "a", "acc,none": 0.5, "acc_stderr,none": 0.1, "norm,none": 0.6, "norm_stderr,none": "N/A"},
+            "b": {"word_perplexity,none": 12.5, "word_perplexity_stderr,none": "N/A"},
+            "group": {"alias": "group", "name": "group", "sample_len": 35, "acc,none": 0.4, "acc_stderr,none": 0.1},
+        },
+        "n-samples": {"a": {"original": 40, "effective": 20}},
+    }  # fmt: skip
+    first, second, third, of_group = scores(given)
+    assert of_group == Score("group", "acc", 0.4, 0.1, 35)
+    assert first == Score("a", "acc", 0.5, 0.1, 20)
+    assert (second.metric, third.metric, third.value) == ("norm", "word_perplexity", 12.5)
+    assert math.isnan(second.stderr)
+    assert str(first).endswith("0.5000 ± 0.1960  n 20")

@@ -1,0 +1,205 @@
+"""Broadcasts to a pool, with simulated engines and a learner of a few lines: who is in the group, what if it fails."""
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import pytest
+import ray
+
+from sdft.actors.shared.types import BroadcastFailed, Rendezvous, Snapshot, UpdateReport
+from sdft.actors.shared.waiting import cancelled
+from sdft.learner.group import LearnerLost
+from sdft.services.config.run import RunConfig
+from sdft.services.fleet.broadcast import TRIES, Broadcast
+from sdft.services.fleet.factory import engine_pool
+from simulation.engine import SimulatedEngine
+from tests.fakes.pool_bench import Bench
+
+
+@dataclass
+class Learner:
+    """Keeps the sizes of the groups that met, and how often it sent."""
+
+    fails: bool = False
+    met: list[int] = field(default_factory=list)
+    sent: int = 0
+
+    async def meet(self, role: str) -> tuple[str, int]:
+        return "here", 1
+
+    async def join(self, role: str, size: int, timeout_s: float) -> None:
+        self.met.append(size)
+
+    async def send(self, role: str, timeout_s: float) -> None:
+        if self.fails:
+            raise LearnerLost("the learner is lost")
+        self.sent += 1
+
+
+class Member(SimulatedEngine):
+    """Knows how its weights came."""
+
+    misses = False  # the next broadcast
+    takes_s = 0.0
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.came: list[str] = []
+        self.rank = 0
+
+    def join(self, where: Rendezvous) -> tuple[float, None]:
+        self.rank = where.rank
+        return 0, None
+
+    def receive_weights(self, snapshot: Snapshot, timeout_s: float) -> tuple[float, UpdateReport]:
+        if self.misses:
+            self.misses = False
+            raise BroadcastFailed("arrived damaged")
+        self.came.append("broadcast")
+        return self.takes_s, super().update_weights(snapshot)[1]
+
+    def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
+        self.came.append("memory")
+        return super().update_weights(snapshot)
+
+
+def bench(learner: Learner) -> Bench:
+    """A pool of three to which the learner broadcasts."""
+    it = Bench(least=3, make=Member)
+    it.pool._broadcast = Broadcast("student", lambda: learner, it.notices.append)
+    return it
+
+
+def members(it: Bench) -> list[Member]:
+    """All engines that have been started."""
+    return cast(list[Member], it.started)
+
+
+def came(it: Bench) -> list[list[str]]:
+    """How each engine's weights came; forgotten afterwards."""
+    how = [engine.came for engine in members(it)]
+    for engine in members(it):
+        engine.came = []
+    return how
+
+
+@pytest.mark.parametrize("transport", ["memory", "broadcast"])
+def test_a_runs_pool_is_sent_weights_by_the_transport_that_is_configured(tmp_path: Path, transport: str) -> None:
+    async def payload(role: str) -> list[ray.ObjectRef]:
+        return []
+
+    (tmp_path / "config.json").write_text("{}")
+    config = RunConfig.model_validate(
+        {"model": "m", "data": {"train": "t"}, "training": {"steps": 1}, "weights": {"transport": transport}}
+    )
+
+    async def run() -> None:
+        pool = engine_pool(config, tmp_path, "student", [], print, payload, Learner)
+        assert (pool._broadcast is not None) == (transport == "broadcast")
+
+    asyncio.run(run())
+
+
+def test_a_group_is_formed_once_and_anew_when_its_members_have_changed() -> None:
+    async def run() -> None:
+        learner = Learner()
+        it = bench(learner)
+        await it.pool.start()
+        for version in (1, 2):
+            await it.publish(version)
+            assert came(it) == [["broadcast"]] * 3
+        assert (learner.met, learner.sent) == ([4], 2)
+        assert [engine.rank for engine in members(it)] == [1, 2, 3]
+        it.pool.resize(4)
+        await it.settled()
+        assert came(it) == [[], [], [], ["memory"]]  # who comes later loads it
+        await it.publish(3)
+        assert came(it) == [["broadcast"]] * 4
+        assert (learner.met, learner.sent) == ([4, 5], 3)
+        await it.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_whom_a_broadcast_did_not_reach_loads_from_memory_and_the_next_has_a_new_group() -> None:
+    async def run() -> None:
+        learner = Learner()
+        it = bench(learner)
+        await it.pool.start()
+        await it.publish(1)
+        came(it)
+        members(it)[1].misses = True
+        await it.publish(2)
+        assert came(it) == [["broadcast"], ["memory"], ["broadcast"]]
+        assert [engine.version for engine in it.started] == [2, 2, 2]
+        how = "did not reach all engines whole; they are loaded from memory"
+        assert it.notices == [f"the broadcast of student weights {how}"]
+        await it.publish(3)
+        assert came(it) == [["broadcast"]] * 3
+        assert learner.met == [4, 4]
+        await it.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_one_that_is_lost_while_a_group_forms_is_replaced_and_the_others_load_from_memory() -> None:
+    async def run() -> None:
+        learner = Learner()
+        it = bench(learner)
+        await it.pool.start()
+        it.started[2].die()
+        await it.publish(1)
+        assert came(it)[:2] == [["memory"], ["memory"]]
+        await it.settled()
+        assert members(it)[3].came == ["memory"]
+        assert it.notices[:2] == [
+            "student engine 2 (process 1002) died; another takes its place",
+            "the broadcast of student weights has no group: student engine 2 is lost; they are loaded from memory",
+        ]
+        await it.publish(2)
+        assert [engine.version for engine in it.started] == [2, 2, 0, 2]
+        assert learner.met[-1] == 4
+        await it.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_a_run_that_ends_meanwhile_does_not_wait_for_it() -> None:
+    async def run() -> None:
+        class Slow(Learner):
+            async def send(self, role: str, timeout_s: float) -> None:
+                await asyncio.sleep(60)
+
+        it = bench(Slow())
+        await it.pool.start()
+        for engine in members(it):
+            engine.takes_s = 60
+        publishing = asyncio.create_task(it.publish(1))
+        await asyncio.sleep(0.05)
+        assert came(it) == [["broadcast"]] * 3
+        async with asyncio.timeout(1):
+            await cancelled([publishing])
+        await it.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_after_some_failures_that_were_waited_for_no_more_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        learner = Learner(fails=True)
+        it = bench(learner)
+        await it.pool.start()
+        for version in range(1, TRIES + 3):
+            await it.publish(version)
+        assert len(learner.met) == tries
+        said = "the broadcast of student weights was broken off: the learner is lost; they are loaded from memory"
+        assert it.notices == [said] * tries if quick else [said] * (tries - 1) + [f"{said}; no more is tried"]
+        await it.pool.stop()
+
+    quick, tries = True, TRIES + 2
+    asyncio.run(run())
+    quick, tries = False, TRIES
+    monkeypatch.setattr("sdft.services.fleet.broadcast.SLOW_S", -1.0)
+    asyncio.run(run())

@@ -1,0 +1,210 @@
+"""A pool of engines: who does what, who has which weights, and what happens when one is lost."""
+
+import asyncio
+import gc
+from typing import Any
+
+import pytest
+import ray
+
+from sdft.actors.shared.types import Snapshot, UpdateReport, WeightMismatch
+from sdft.services.fleet.snapshots import Published
+from simulation import virtual_time
+from simulation.engine import Relay, SimulatedEngine
+from tests.fakes.pool_bench import Bench
+
+
+def test_a_strict_pool_cuts_a_batch_by_the_number_of_its_engines_alone() -> None:
+    async def run() -> None:
+        bench = Bench(strict=True, least=3)
+        await bench.pool.start()
+        assert await bench.work(7) == [0, 0, 1, 1, 2, 2, 2]
+        await bench.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_one_sequence_has_a_limit_unless_its_batch_has_one() -> None:
+    class Stuck(SimulatedEngine):
+        def generate(self, items: list[Any], argument: Any) -> tuple[float, list[Any]]:
+            return 1e9, items
+
+    async def run() -> None:
+        bench = Bench(make=Stuck)
+        await bench.pool.start()
+        with pytest.raises(TimeoutError, match="waited 5 s for the student engines to generate 1 sequences"):
+            await bench.work(1)
+        nothing: Any = None
+        longer = asyncio.create_task(bench.pool.generate([nothing], nothing, limited=False))
+        await asyncio.sleep(50)
+        assert not longer.done()
+        longer.cancel()
+        await bench.pool.stop()
+
+    virtual_time.run(run())
+
+
+def test_one_that_dies_before_it_has_joined_does_not_hold_up_the_weights_of_the_others() -> None:
+    class Slow(SimulatedEngine):
+        def start(self) -> tuple[float, None]:
+            return 3, None
+
+    async def run() -> None:
+        bench = Bench(least=1, make=Slow)
+        await bench.pool.start()
+        await bench.publish(7)
+        async with bench.pool.published.lock:
+            bench.pool.resize(2)
+            await asyncio.sleep(4)  # it waits for the lock, to load v7
+            bench.started[1].die()
+            await asyncio.sleep(20)  # and is found dead
+        began = asyncio.get_running_loop().time()
+        await bench.publish(8)
+        assert asyncio.get_running_loop().time() - began < 1
+        assert bench.started[0].version == 8
+        assert any("student engine 1 did not join" in notice for notice in bench.notices)
+        assert len(bench.started) == 2
+        await bench.pool.stop()
+
+    virtual_time.run(run())
+
+
+def test_weights_that_went_with_a_nodes_relay_come_again_and_a_relay_goes_with_its_last_engine() -> None:
+    relays: list[Relay] = []
+
+    class Reading(SimulatedEngine):
+        """On a node of its own; the first copy that it is given is gone by then."""
+
+        def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
+            if self.number == 1 and sum(relay.node == self.node for relay in relays) == 1:
+                raise FileNotFoundError(snapshot.path)
+            return super().update_weights(snapshot)
+
+    def relay(node: str) -> Relay:
+        relays.append(Relay(node))
+        return relays[-1]
+
+    async def payload(role: str) -> list[ray.ObjectRef]:
+        return []
+
+    async def run() -> None:
+        bench = Bench(make=lambda number: Reading(number, node=f"node {number}"))
+        bench.pool.published = Published(payload, relay)
+        await bench.pool.start()
+        await bench.publish(3, node="the learner's")
+        assert [engine.version for engine in bench.started] == [3, 3]
+        assert all(engine.up for engine in bench.pool.engines)
+        assert sorted(one.node for one in relays if not one.killed) == ["node 0", "node 1"]
+        bench.pool.vacate({"node 1"})
+        await bench.settled()
+        assert {one.node for one in relays if not one.killed} == {"node 0", "node 2"}
+        await bench.pool.stop()
+
+    virtual_time.run(run())
+
+
+def test_what_a_lost_engine_had_is_done_by_the_others_before_it_is_back() -> None:
+    class Late(SimulatedEngine):
+        """The successor, which has the number of the one that it succeeds."""
+
+        def start(self) -> tuple[float, None]:
+            return 3, None
+
+    async def run() -> None:
+        bench = Bench(room=4)
+        await bench.pool.start()
+        bench.make = Late
+        work = asyncio.create_task(bench.work(8))
+        await asyncio.sleep(0.005)
+        bench.started[0].die()
+        assert set(await work) == {1}
+        await bench.settled()
+        assert len(bench.started) == 3
+        assert bench.notices[0].startswith("student engine 0 (process 1000) died")
+        await bench.pool.stop()
+        assert all(engine.killed for engine in bench.started)
+
+    virtual_time.run(run())
+
+
+def test_an_engine_that_was_dead_before_is_stopped_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        bench = Bench()
+        await bench.pool.start()
+        bench.started[0].die()
+        await bench.pool.stop()
+
+    asyncio.run(run())
+    gc.collect()
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(("one_by_one", "begun"), [(True, [0, 2]), (False, [0, 0])])
+def test_engines_load_weights_at_once_or_in_turn(one_by_one: bool, begun: list[int]) -> None:
+    times: list[float] = []
+
+    class Slow(SimulatedEngine):
+        def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
+            times.append(asyncio.get_running_loop().time())
+            return 2, super().update_weights(snapshot)[1]
+
+    async def run() -> None:
+        bench = Bench(one_by_one=one_by_one, make=Slow)
+        await bench.pool.start()
+        await bench.publish(1)
+        await bench.pool.stop()
+
+    virtual_time.run(run())
+    assert [time - times[0] for time in times] == pytest.approx(begun)
+
+
+def test_a_successor_that_refuses_the_weights_is_replaced_like_one_that_dies() -> None:
+    class Wrong(SimulatedEngine):
+        def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
+            raise WeightMismatch("its log-probs differ by 3 on average")
+
+    async def run() -> None:
+        bench = Bench(least=1)
+        await bench.pool.start()
+        await bench.publish(1)
+        bench.make = Wrong
+        bench.started[0].die()
+        work = asyncio.create_task(bench.work(1))
+        with pytest.raises(RuntimeError, match=r"lost 2 times .* did not come back \(its log-probs differ by 3"):
+            await work
+        await bench.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_keeps_dying_is_given_up_if_enough_remain_and_ends_the_run_if_not() -> None:
+    async def run() -> None:
+        bench = Bench(least=1, make=lambda number: SimulatedEngine(number, seconds=0.01))
+        await bench.begin(2)
+        for _ in range(2):
+            next(e for e in reversed(bench.started) if e.number == 1).die()
+            await bench.work(4)  # finds it out
+            await bench.settled()
+        assert "the pool goes on with 1 student engine" in bench.notices[-1]
+        assert [engine.name for engine in bench.pool.engines] == ["student engine 0"]
+        bench.started[0].die()
+        await bench.work(1)
+        await bench.settled()
+        bench.started[-1].die()
+        with pytest.raises(RuntimeError, match=r"student engine 0 was lost 2 times within an hour"):
+            await bench.work(1)
+        await bench.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_an_engine_on_another_node_whose_weights_went_with_the_learner_is_not_the_one_that_is_lost() -> None:
+    async def run() -> None:
+        bench = Bench(least=1, make=lambda number: SimulatedEngine(number, node="there"))
+        await bench.pool.start()
+        await bench.publish(1)
+        assert bench.started[0].version == 0
+        assert bench.notices == []
+        await bench.pool.stop()
+
+    asyncio.run(run())

@@ -1,0 +1,101 @@
+"""A snapshot on its way to nodes other than the learner's: once a node, and into memory that its engines can map."""
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from ray.exceptions import RayActorError
+
+from sdft.actors.shared.types import Snapshot
+from sdft.learner.group import LearnerLost
+from sdft.services.fleet.snapshots import Published
+from simulation.engine import Relay
+
+NOTHING = np.zeros(0, dtype=np.int32)
+
+
+def snapshot(version: int, nbytes: int) -> Snapshot:
+    """Of a learner on a node that is not this one."""
+    return Snapshot("student", version, "/nowhere", "another node", nbytes, (), NOTHING, NOTHING.astype(np.float32))
+
+
+class Learner:
+    """Gives bytes of one value, and counts how often."""
+
+    def __init__(self) -> None:
+        self.asked, self.value, self.nbytes, self.lost = 0, 1, 1000, False
+
+    async def payload(self, role: str) -> list[ray.ObjectRef]:
+        self.asked += 1
+        if self.lost:
+            raise LearnerLost("learner rank 0 died")
+        return [ray.put(np.full(self.nbytes, self.value, np.uint8))]
+
+
+def test_all_engines_of_a_node_map_one_copy_that_was_fetched_once(ray_cluster: None) -> None:
+    async def run() -> None:
+        learner, here = Learner(), ray.get_runtime_context().get_node_id()
+        published = Published(learner.payload)
+        for version, nbytes in ((1, 1000), (2, 1000), (3, 5000)):
+            learner.value, learner.nbytes = version, nbytes
+            published.new(snapshot(version, nbytes), timeout_s=60)
+            copies = await asyncio.gather(*(published.on(here) for _ in range(4)))
+            assert learner.asked == version
+            assert {copy.path for copy in copies} == {copies[0].path}
+            assert (copies[0].version, copies[0].nbytes, copies[0].node) == (version, nbytes, here)
+            assert Path(copies[0].path).read_bytes() == bytes([version]) * nbytes
+        assert await published.on("another node") is published.newest
+        published.stop()
+
+    asyncio.run(run())
+
+
+def test_a_relay_that_has_died_alone_is_no_engines_loss(ray_cluster: None) -> None:
+    async def run() -> None:
+        learner, here = Learner(), ray.get_runtime_context().get_node_id()
+        published = Published(learner.payload)
+        published.new(snapshot(1, 1000), timeout_s=60)
+        await published.on(here)
+        published._copies[here].relay.kill()
+        published.new(snapshot(2, 1000), timeout_s=60)
+        assert Path((await published.on(here)).path).exists()
+        published.stop()
+
+    asyncio.run(run())
+
+
+def test_all_nodes_have_it_of_one_copy_in_the_object_store(ray_cluster: None) -> None:
+    async def run() -> None:
+        learner, relays = Learner(), list[Relay]()
+
+        def relay(node: str) -> Relay:
+            relays.append(Relay(node))
+            return relays[-1]
+
+        published = Published(learner.payload, relay)
+        for version in (1, 2):
+            published.new(snapshot(version, 1000), timeout_s=60)
+            copies = await asyncio.gather(*(published.on(node) for node in ("a", "a", "b", "c")))
+            assert [copy.path for copy in copies] == ["/on/a", "/on/a", "/on/b", "/on/c"]
+            assert (learner.asked, [one.calls for one in relays]) == (version, [version] * 3)
+            published.arrived()
+        with pytest.raises(RayActorError):
+            await published.on("gone")
+        published.leave("b")
+        assert [one.node for one in relays if one.killed] == ["b", "gone"]
+
+    asyncio.run(run())
+
+
+def test_weights_that_went_with_the_learner_are_not_there_and_nobody_elses_fault(ray_cluster: None) -> None:
+    async def run() -> None:
+        learner = Learner()
+        learner.lost = True
+        published = Published(learner.payload)
+        published.new(snapshot(1, 1000), timeout_s=60)
+        with pytest.raises(FileNotFoundError, match="student weights v1: learner rank 0 died"):
+            await published.on(ray.get_runtime_context().get_node_id())
+
+    asyncio.run(run())

@@ -1,0 +1,299 @@
+"""An engine's place in a pool, with actors of a few lines that die, hang or go wrong when they are asked to."""
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import ObjectLostError, RayActorError
+
+from sdft.actors.reaper import end
+from sdft.actors.shared.types import Process, Snapshot, SnapshotDamaged, UpdateReport, WeightMismatch
+from sdft.actors.worker import EngineWorker
+from sdft.services.base.failures import Losses
+from sdft.services.fleet.engine import Patience, SupervisedEngine
+from sdft.services.fleet.remote import RemoteActor
+from sdft.services.fleet.snapshots import Published
+from simulation import virtual_time
+from simulation.engine import SimulatedEngine
+from tests.fakes.pool_bench import EMPTY, Bench
+
+
+def mortal() -> type:
+    """An actor's class. Made in a function it travels to Ray's workers whole: they cannot import a test."""
+
+    class Mortal:
+        """Dies at work while no more than `lives` actors have been started; loads only even versions well."""
+
+        def __init__(self, folder: Path) -> None:
+            self.folder = folder
+            self.version = 0
+
+        async def where(self) -> Process:
+            return Process(os.getpid(), ray.get_runtime_context().get_node_id())
+
+        async def start(self) -> None:
+            (self.folder / str(os.getpid())).touch()
+
+        async def answer(self) -> None: ...
+
+        async def generate(self, lives: int) -> int:
+            if len(list(self.folder.iterdir())) <= lives:
+                os._exit(1)
+            return os.getpid()
+
+        async def loaded(self) -> int:
+            return self.version
+
+        async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
+            if snapshot.path == "damaged":
+                raise SnapshotDamaged("v1 arrived damaged")
+            if snapshot.path:
+                open(snapshot.path).close()
+            first = len(list(self.folder.iterdir())) == 1
+            if snapshot.version % 2 and first:
+                raise WeightMismatch(f"v{snapshot.version}: log-probs differ by 3 on average")
+            self.version = snapshot.version
+            return UpdateReport(snapshot.version, 0.0, 0.0)
+
+        async def stop(self) -> None: ...
+
+    return Mortal
+
+
+async def nothing_elsewhere(role: str) -> list[ray.ObjectRef]:
+    raise AssertionError(f"all engines are on one node, and a {role} engine asked for weights from another")
+
+
+class Place:
+    """An engine's place, and what was published for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.notices: list[str] = []
+        self.published = Published(nothing_elsewhere)
+        actor = ray.remote(mortal()).options(num_cpus=0.1)
+        self.engine = SupervisedEngine(
+            "teacher engine 0",
+            lambda: RemoteActor(actor.remote(folder)),
+            Patience(60, 2, 2),
+            self.published,
+            self.notices.append,
+            lambda engine: None,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self.engine.process.pid
+
+    async def update_weights(self, version: int, path: str = "") -> UpdateReport | None:
+        async with self.published.lock:
+            snapshot = Snapshot(
+                "teacher", version, path, self.engine.process.node, 0, (), EMPTY, EMPTY.astype(np.float32)
+            )
+            self.published.new(snapshot, 60)
+            return await self.engine.update_weights()
+
+    async def loaded(self) -> int:
+        version: int = await self.engine.call("to say what it has", 60, "loaded")
+        return version
+
+
+def test_a_dead_engines_work_is_done_by_its_successor(ray_cluster: None, tmp_path: Path) -> None:
+    async def run() -> None:
+        one = Place(tmp_path)
+        await one.engine.start()
+        first = one.pid
+        # Two calls at once lose their work to the same death: one successor does both.
+        answers = await asyncio.gather(*(one.engine.call("to generate", 60, "generate", 1) for _ in range(2)))
+        assert answers == [one.pid, one.pid]
+        assert one.pid != first
+        assert one.notices == [
+            f"teacher engine 0 (process {first}) died; another takes its place",
+            f"teacher engine 0 is back (process {one.pid})",
+        ]
+        await one.engine.stop()
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_keeps_dying_ends_the_run_with_a_reason(ray_cluster: None, tmp_path: Path) -> None:
+    async def run() -> None:
+        one = Place(tmp_path)
+        await one.engine.start()
+        lost = r"teacher engine 0 was lost 3 times within an hour \(actors.\*.max_restarts: 2\); the last time it died"
+        with pytest.raises(RuntimeError, match=lost):
+            await one.engine.call("to generate", 60, "generate", 9)
+        assert len(list(tmp_path.iterdir())) == 3
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_hangs_is_found_and_its_successor_has_the_weights(ray_cluster: None, tmp_path: Path) -> None:
+    async def run() -> None:
+        one = Place(tmp_path)
+        await one.engine.start()
+        await one.update_weights(2)
+        hung = one.pid
+        os.kill(hung, signal.SIGSTOP)
+        assert await one.loaded() == 2
+        assert one.notices[0] == f"teacher engine 0 (process {hung}) hangs: no answer for 2 s; another takes its place"
+        assert one.pid != hung
+        await one.engine.stop()
+
+    asyncio.run(run())
+
+
+def test_one_that_is_silent_while_weights_load_is_given_the_time() -> None:
+    class Silent(SimulatedEngine):
+        def answer(self) -> tuple[float, None]:
+            return 1e9, None
+
+    async def run() -> None:
+        bench = Bench(least=1, make=Silent)
+        await bench.pool.start()
+        async with bench.pool.published.lock:
+            await asyncio.sleep(300)
+            assert bench.notices == []
+        await asyncio.sleep(80)
+        assert bench.notices[0].endswith("hangs: no answer for 60 s; another takes its place")
+        await bench.pool.stop()
+
+    virtual_time.run(run())
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_successor_whose_weights_went_with_the_learner_waits_for_the_next_ones(
+    ray_cluster: None, tmp_path: Path, known: bool
+) -> None:
+    """Whether the learner's death is known by then, or found in the loading."""
+
+    async def run() -> None:
+        (tmp_path / "engines").mkdir()
+        (tmp_path / "memory").touch()
+        one = Place(tmp_path / "engines")
+        await one.engine.start()
+        await one.update_weights(2, str(tmp_path / "memory"))
+        (tmp_path / "memory").unlink()
+        if known:
+            one.published.forget()
+        os.kill(one.pid, signal.SIGKILL)
+        answer = asyncio.create_task(one.loaded())
+        while len(list((tmp_path / "engines").iterdir())) < 2:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(2)
+        assert not answer.done()
+        assert await one.update_weights(4) is None
+        assert await answer == 4
+        await one.engine.stop()
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_computes_otherwise_than_before_is_replaced(ray_cluster: None, tmp_path: Path) -> None:
+    """Its successor loads the same snapshot, and is asked nothing before it agrees with the learner."""
+
+    async def run() -> None:
+        one = Place(tmp_path)
+        await one.engine.start()
+        assert await one.update_weights(2) is not None
+        assert await one.update_weights(3) is None
+        assert await one.loaded() == 3
+        assert "is wrong" in one.notices[0]
+        assert "v3: log-probs differ by 3 on average" in one.notices[0]
+        await one.engine.stop()
+
+    asyncio.run(run())
+
+
+def test_weights_that_the_first_engine_refuses_are_not_the_engines_fault(ray_cluster: None, tmp_path: Path) -> None:
+    async def run() -> None:
+        one = Place(tmp_path)
+        await one.engine.start()
+        with pytest.raises(WeightMismatch, match="v1: log-probs differ"):
+            await one.update_weights(1)
+        with pytest.raises(SnapshotDamaged, match="arrived damaged"):
+            await one.update_weights(2, "damaged")
+        assert len(list(tmp_path.iterdir())) == 1
+        await one.engine.stop()
+
+    asyncio.run(run())
+
+
+def test_a_process_that_was_stopped_is_ended_where_it_is(ray_cluster: None, tmp_path: Path) -> None:
+    """Whatever Ray's own kill makes of it: it must not keep the resources that its successor waits for."""
+
+    async def run() -> None:
+        one = Place(tmp_path)
+        await one.engine.start()
+        process = one.engine.process
+        os.kill(process.pid, signal.SIGSTOP)
+        end(process)
+        end(Process(os.getpid(), process.node))  # no worker of Ray's: left alone
+        deadline = time.monotonic() + 60
+        while Path(f"/proc/{process.pid}/cmdline").exists() and Path(f"/proc/{process.pid}/cmdline").read_bytes():
+            assert time.monotonic() < deadline, "it is still there"
+            await asyncio.sleep(0.1)
+        await one.engine.stop()
+
+    asyncio.run(run())
+
+
+def test_however_often_something_was_lost_there_is_a_time_to_wait() -> None:
+    losses = Losses()
+    waits = []
+    for _ in range(2000):
+        losses.count()
+        waits.append(losses.back_off_s)
+    assert (waits[:4], waits[-1]) == ([0, 1, 3, 7], 60)
+
+
+def test_losses_count_for_an_hour_and_until_it_has_worked_there_is_longer_to_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = SimpleNamespace(monotonic=iter((0.0, 1800.0, 3601.0, 9000.0, 9001.0)).__next__)
+    monkeypatch.setattr("sdft.services.base.failures.time", clock)
+    losses = Losses()
+    assert ([losses.count() for _ in range(4)], losses.back_off_s) == ([1, 2, 2, 1], 7)
+    losses.recovered()
+    assert (losses.count(), losses.back_off_s) == (2, 0)
+
+
+def test_a_result_that_was_lost_with_its_node_is_the_engines_loss() -> None:
+    class Method:
+        async def remote(self, *arguments: object) -> None:
+            raise ObjectLostError("ref", None, "")
+
+    class Handle:
+        score = Method()
+
+    async def run() -> None:
+        with pytest.raises(RayActorError):
+            await RemoteActor(cast(ActorHandle, Handle())).call("score")
+
+    asyncio.run(run())
+
+
+def test_weights_that_are_being_loaded_are_loaded_to_the_end_though_nobody_waits() -> None:
+    class Loading:
+        dead, loaded = False, False
+
+        async def update_weights(self, snapshot: Snapshot) -> None:
+            await asyncio.sleep(0.1)
+            self.loaded = True
+
+    async def run() -> None:
+        worker, engine = object.__new__(EngineWorker), Loading()
+        worker._engine = cast(Any, engine)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(worker.update_weights(cast(Snapshot, None)), 0.02)
+        await asyncio.sleep(0.2)
+        assert engine.loaded
+
+    asyncio.run(run())

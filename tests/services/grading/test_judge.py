@@ -1,0 +1,145 @@
+"""A judge behind OpenAI's protocol, vLLM's server among others: what it is asked, what its words mean, and what is said
+when it cannot judge."""
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdft.actors.worker import engine_environment
+from sdft.services.base.errors import PreflightError, UserError
+from sdft.services.config.sections import JudgeConfig
+from sdft.services.grading.judge import check_judge, judged, verdict
+from tests.actors.vllm.test_engine import engine_settings
+from tests.fakes.tiny_judge import make_tiny_judge
+from tests.runs.leftovers import new_since, on_machine
+from tests.runs.run import ENVIRONMENT, free_port, wait_until
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """A judge that says yes when the reply holds the reference answer; `says` puts other words into its mouth."""
+
+    says: str | None = None
+    asked: list[dict[str, Any]] = []  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        self._send({"object": "list", "data": [{"id": "judge", "object": "model", "created": 0, "owned_by": "us"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(body | {"key": self.headers["Authorization"]})
+        content = body["messages"][0]["content"]
+        parts = re.search(r"Reference answer:\n(.*)\n\nReply:\n(.*)\n\nIs the", content, re.DOTALL)
+        assert parts is not None
+        said = self.says or ("Yes." if parts[1] in parts[2] else "no")
+        message = {"role": "assistant", "content": said}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        self._send({"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]})
+
+    def _send(self, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def endpoint() -> Iterator[JudgeConfig]:
+    Endpoint.says, Endpoint.asked = None, []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield JudgeConfig(url=f"http://127.0.0.1:{server.server_port}/v1", model="judge", concurrency=3, timeout_s=20)
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_judge_that_is_gone_ends_the_evaluation_in_a_sentence() -> None:
+    gone = JudgeConfig(url=f"http://127.0.0.1:{free_port()}/v1", model="judge", timeout_s=5)
+    with pytest.raises(PreflightError, match=r"the judge judge at .* does not answer any more .*start it again"):
+        asyncio.run(judged(gone, [("What?", "that", "That.")] * 3))
+
+
+def test_replies_are_judged_in_their_order(endpoint: JudgeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    items = [(f"What is number {i}?", str(i), f"It is {i if i % 3 else 'unknown'}.") for i in range(20)]
+    assert asyncio.run(judged(endpoint, items)) == [i % 3 > 0 for i in range(20)]
+    assert len(Endpoint.asked) == 20
+    assert {(body["temperature"], body["max_tokens"], body["key"]) for body in Endpoint.asked} == {
+        (0, 16, "Bearer secret")
+    }
+    assert any("Question:\nWhat is number 7?\n" in body["messages"][0]["content"] for body in Endpoint.asked)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("yes", True),
+        (" **No**, it is not", False),
+        ("<think>yes or no? no...</think>\n\nYes.", True),
+        ("Yesterday", None),
+        ("The reply is right", None),
+        ("", None),
+    ],
+)
+def test_a_verdict_is_the_first_word_after_any_thinking(text: str, expected: bool | None) -> None:
+    assert verdict(text) is expected
+
+
+def test_a_judge_that_does_not_judge_is_named(endpoint: JudgeConfig) -> None:
+    Endpoint.says = "It depends"
+    with pytest.raises(UserError, match=r"the judge judge at http.* said neither yes nor no of 2 of 2 replies"):
+        asyncio.run(judged(endpoint, [("q", "a", "r")] * 2))
+
+
+def test_before_a_run_starts_its_judge_is_asked_whether_it_is_there(endpoint: JudgeConfig) -> None:
+    check_judge("q", endpoint)
+    with pytest.raises(PreflightError, match=r"evaluation set q: the judge at http.* has no model other; it has judge"):
+        check_judge("q", endpoint.model_copy(update={"model": "other"}))
+    nowhere = endpoint.model_copy(update={"url": "http://127.0.0.1:9/v1"})
+    with pytest.raises(PreflightError, match=r"evaluation set q: no judge answers at http://127\.0\.0\.1:9/v1"):
+        check_judge("q", nowhere)
+
+
+def test_a_model_behind_vllms_own_server_judges(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replies = {"It is Paris.": "yes", "It is Rome.": "no", "paris": "Yes.", "I do not know.": "No, it is not."}
+    items = [("What is the capital of France?", "Paris", reply) for reply in replies]
+    model = make_tiny_judge(tmp_path, items, list(replies.values()))
+    before, port, log = on_machine(), free_port(), tmp_path / "server.log"
+    words = f"--model {model} --served-model-name judge --host 127.0.0.1 --port {port} --api-key secret"
+    words += " --dtype float32 --enforce-eager --max-model-len 2048 --kv-cache-memory-bytes 50000000"
+    words += " --distributed-executor-backend uni"
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words.split()]
+    scratch = tmp_path_factory.mktemp("j")  # of sockets, whose paths must be short
+    environment = engine_environment(engine_settings(model)) | {
+        "VLLM_RPC_BASE_PATH": str(scratch),
+        "TMPDIR": str(scratch),
+    }
+    with log.open("w") as out:
+        process = subprocess.Popen(server, env=ENVIRONMENT | environment, stdout=out, stderr=out)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    config = JudgeConfig(url=f"http://127.0.0.1:{port}/v1", model="judge", timeout_s=60)
+    try:
+        wait_until(lambda: "Application startup complete" in log.read_text(), "vLLM's server was up", process)
+        check_judge("q", config)
+        assert asyncio.run(judged(config, items)) == [True, False, True, False]
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+        print(log.read_text()[-3000:])
+    assert new_since(before) == set()

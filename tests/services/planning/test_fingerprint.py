@@ -1,0 +1,75 @@
+"""What of a run may be changed when it is continued."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sdft.services.config.load import load_config
+from sdft.services.planning.prepare import prepare
+from tests.fakes.tiny import make_tiny_model
+from tests.runs.run import write_run
+
+AHEAD = "training.max_staleness=2"
+ELSEWHERE = [
+    "actors.student.health_timeout_s=9",
+    "actors.student.cpus=2",
+    "actors.teacher.labels={sdft: actors}",
+    "learner.ranks=2",
+    "checkpoint.every=7",
+    "evaluation.every=3",
+    "monitoring.stall_s=9",
+    "data.train=moved.jsonl",
+    "ray.autoscaling=true",
+    "weights.swap=one_by_one",
+    "weights.transport=broadcast",
+]
+OF_THE_POOLS = ["actors.student.replicas=3", "actors.teacher.max_num_seqs=8"]
+OF_THE_RESULT = [
+    "seed=5",
+    "learner.optimizer.lr=1e-4",
+    "loss.top_k=8",
+    "training.batch_size=2",
+    "sampling.top_p=0.9",
+    "data.template=paper",
+    "data.system=Be brief.",
+    "data.train=changed.jsonl",
+]
+
+
+def fingerprint(folder: Path, model: Path, *overrides: str) -> str:
+    path = write_run(folder, model, "float32")
+    rows = (folder / "train.jsonl").read_text()
+    (folder / "moved.jsonl").write_text(rows)
+    (folder / "changed.jsonl").write_text(rows.replace("The number is 8.", "The number was 8."))
+    config = load_config(path, list(overrides))
+    return prepare(config, folder / "tiny.yaml").stages[0].fingerprint
+
+
+@pytest.mark.parametrize("override", ELSEWHERE)
+def test_what_changes_nothing_that_is_computed_may_change(tiny_model: Path, tmp_path: Path, override: str) -> None:
+    assert fingerprint(tmp_path, tiny_model, override) == fingerprint(tmp_path, tiny_model)
+
+
+@pytest.mark.parametrize("override", [*OF_THE_RESULT, *OF_THE_POOLS, AHEAD])
+def test_what_changes_the_bits_of_a_strict_run_may_not(tiny_model: Path, tmp_path: Path, override: str) -> None:
+    assert fingerprint(tmp_path, tiny_model, override) != fingerprint(tmp_path, tiny_model)
+
+
+@pytest.mark.parametrize("override", [*ELSEWHERE, *OF_THE_POOLS, "training.max_staleness=5"])
+def test_where_no_two_runs_are_the_same_the_pools_and_the_staleness_may_change(
+    tiny_model: Path, tmp_path: Path, override: str
+) -> None:
+    assert fingerprint(tmp_path, tiny_model, AHEAD, override) == fingerprint(tmp_path, tiny_model, AHEAD)
+
+
+@pytest.mark.parametrize("override", [*OF_THE_RESULT, "training.max_staleness=0"])
+def test_what_is_learnt_from_may_not_change_there_either(tiny_model: Path, tmp_path: Path, override: str) -> None:
+    assert fingerprint(tmp_path, tiny_model, AHEAD, override) != fingerprint(tmp_path, tiny_model, AHEAD)
+
+
+def test_another_model_of_the_same_shape_may_not_take_its_place(tiny_model: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(tiny_model, tmp_path / "moved"))
+    other = make_tiny_model(tmp_path / "other", seed=1)
+    assert (other / "config.json").read_bytes() == (moved / "config.json").read_bytes()
+    assert fingerprint(tmp_path, moved) == fingerprint(tmp_path, tiny_model) != fingerprint(tmp_path, other)

@@ -1,0 +1,84 @@
+"""The learner's memory as `sdft check` predicts it, against the peak of a real one."""
+
+import asyncio
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.learner_step import COMPLETION, LOSS, PROMPT, samples
+from benchmarks.measure import resident_kib
+from sdft.actors.shared.process import GIB
+from sdft.learner.config import LearnerConfig, LoraConfig, TeacherConfig
+from sdft.learner.group import LearnerGroup
+from sdft.learner.types import LearnerSettings, StageSettings
+from sdft.services.config.dtype import native_dtype
+from sdft.services.planning.memory import learner_gib
+from sdft.services.planning.shape import ModelShape
+
+BASE = LearnerConfig(micro_batch_tokens=8192)
+NATIVE = native_dtype("cpu")  # the other one may take minutes here
+
+
+@pytest.mark.parametrize(
+    ("dtype", "config", "sequences"),
+    [
+        (NATIVE, BASE, 5),
+        ("float32", BASE.model_copy(update={"zero_stage": 2}), 4),
+        (NATIVE, BASE.model_copy(update={"gradient_checkpointing": True}), 8),
+        (NATIVE, BASE.model_copy(update={"lora": LoraConfig()}), 5),
+    ],
+)
+def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(
+    ray_cluster: None, smollm2: Path, dtype: str, config: LearnerConfig, sequences: int
+) -> None:
+    shape, teacher = ModelShape.of(smollm2, config.lora), TeacherConfig()
+    tokens, rows = sequences * (PROMPT + COMPLETION), sequences * COMPLETION
+    predicted = learner_gib(config, teacher, dtype, shape, tokens, rows, PROMPT + COMPLETION)
+    peak, _ = asyncio.run(measured(smollm2, dtype, config, sequences, steps=2))
+    assert predicted == pytest.approx(peak, rel=0.15)
+
+
+def test_most_steps_of_a_learner_work_in_the_memory_that_it_has(ray_cluster: None, smollm2: Path) -> None:
+    _, new_pages = asyncio.run(measured(smollm2, NATIVE, BASE, sequences=2, steps=5))
+    # 20 MiB; a gradient of the head alone, given back and fetched again, is 14,000. In a single step the heap may grow.
+    assert statistics.median(new_pages) < 5000
+
+
+async def measured(
+    model: Path, dtype: str, config: LearnerConfig, sequences: int, steps: int
+) -> tuple[float, list[int]]:
+    """The peak of a learner's resident memory, GiB, and how many pages the kernel gave it in each step."""
+    settings = LearnerSettings(
+        str(model), dtype, "cpu", 0, config, (StageSettings(0, 10, LOSS, config.optimizer),), TeacherConfig()
+    )
+    group = await LearnerGroup.start(settings, np.arange(100, 148, dtype=np.int32), [{"num_cpus": 1}])
+    new_pages = []
+    for step in range(steps):
+        before = page_faults(group.pids[0])
+        await group.train_step(samples(sequences))
+        new_pages.append(page_faults(group.pids[0]) - before)
+        for role in ("student", "teacher"):
+            await group.publish(role, step)
+            await group.release(role)
+    peak = resident_kib("VmHWM", group.pids[0]) * 1024 / GIB
+    group.workers[0].__ray_terminate__.remote()
+    return peak, new_pages
+
+
+def page_faults(pid: int) -> int:
+    """How many pages the kernel has given a process so far."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[7])
+
+
+def test_a_lora_teacher_that_becomes_the_student_at_each_stage_keeps_its_change_in_float32() -> None:
+    shape = ModelShape(parameters=0, layers=1, hidden=8, intermediate=8, vocabulary=8, heads=1, adapted=2**30)
+    lora = BASE.model_copy(update={"lora": LoraConfig()})
+
+    def gib(weights: str, stages: int) -> float:
+        return learner_gib(lora, TeacherConfig(weights=weights), NATIVE, shape, 1, 1, 1, stages)
+
+    assert gib("frozen", 2) - gib("frozen", 1) == pytest.approx(4)
+    assert gib("base", 2) == gib("base", 1)
+    assert gib("ema", 2) == gib("ema", 1)

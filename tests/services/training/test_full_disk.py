@@ -1,0 +1,77 @@
+"""A full disk ends a run in a sentence, and all is closed; but for the last, a checkpoint may be missed."""
+
+import asyncio
+import errno
+import io
+import json
+import sqlite3
+from pathlib import Path
+from typing import cast
+
+import pytest
+from rich.console import Console
+
+from sdft.learner.group import LearnerGroup
+from sdft.services.base.errors import PreflightError
+from sdft.services.cli import train
+from sdft.services.config.load import load_config
+from sdft.services.config.sections import MonitoringConfig
+from sdft.services.monitoring.console import Progress
+from sdft.services.monitoring.log import RunLog
+from sdft.services.planning.prepare import prepare
+from sdft.services.records.ledger import Ledger
+from sdft.services.records.rows import Sample
+from sdft.services.training.checkpointer import Checkpoints
+from tests.runs.run import write_run
+
+
+def full_ledger() -> sqlite3.OperationalError:
+    """What sqlite raises when there is no room."""
+    db = sqlite3.connect(":memory:")
+    db.executescript("PRAGMA max_page_count = 4; CREATE TABLE t (x);")
+    with pytest.raises(sqlite3.OperationalError) as caught:
+        db.execute("INSERT INTO t VALUES (zeroblob(100000))")
+    db.close()
+    return caught.value
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), full_ledger()])
+def test_it_ends_the_run_in_a_sentence(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    config, run_dir = write_run(tmp_path, tiny_model, "float32"), tmp_path / "run"
+
+    async def run(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "run", run)
+    with pytest.raises(
+        PreflightError, match=rf"{run_dir}: the disk takes no more \(.*\); make room .* the same command"
+    ):
+        train.train(prepare(load_config(config), config), run_dir, "auto", Console(quiet=True))
+    assert json.loads((run_dir / "run.json").read_text())["state"] == "failed"
+
+
+def test_what_else_is_open_is_closed(tmp_path: Path) -> None:
+    """/dev/full takes nothing: not when it is written to, and not when it is closed."""
+    (tmp_path / "samples.jsonl").symlink_to("/dev/full")
+    log = RunLog(tmp_path, MonitoringConfig())
+    with pytest.raises(OSError, match="No space left"):
+        log.sample(Sample(0, "task", "1", "?", "!", "!", True))
+    with pytest.raises(OSError, match="No space left"):
+        log.close()
+    assert all(file.closed for file in log._files.values())
+
+
+def test_only_the_last_checkpoint_ends_the_run_in_a_sentence(tiny_model: Path, tmp_path: Path) -> None:
+    config, run_dir = write_run(tmp_path, tiny_model, "float32"), tmp_path / "run"
+    prepared, out = prepare(load_config(config), config), io.StringIO()
+    last = prepared.schedule.total_steps
+    run_dir.mkdir()
+    (run_dir / "checkpoints").write_text("")  # where the folder should be: nothing can be written, nobody is asked
+    progress = Progress(Console(file=out, width=400), last, "test")
+    checkpoints = Checkpoints(prepared, run_dir, cast(LearnerGroup, None), cast(Ledger, None), progress)
+    asyncio.run(checkpoints.save(last - 1, None))
+    assert f"the checkpoint of step {last - 1} could not be written" in out.getvalue()
+    with pytest.raises(PreflightError, match=f"the checkpoint of step {last} could not be written .* make room"):
+        asyncio.run(checkpoints.save(last, None))

@@ -1,0 +1,160 @@
+"""The retention guard: what it judges, and what becomes of a run whose guarded set falls. In simulated time."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sdft.services.base.errors import RetentionLost
+from sdft.services.config.run import RunConfig
+from sdft.services.config.sections import EvaluationConfig
+from sdft.services.data.contexts import PromptPair
+from sdft.services.data.demonstrations import Record
+from sdft.services.data.sets import LoadedSet
+from sdft.services.records.checkpoints import CheckpointState, commit, newest
+from sdft.services.records.rows import EvalResult
+from sdft.services.training.retention import RetentionGuard
+from simulation.cluster import Case, Learner, Student, drive, prepared
+
+GENERAL = {"name": "general", "file": "g.jsonl", "grader": "exact", "role": "retention", "max_new_tokens": 4}
+LOST_FROM = 3  # the version from which on the simulated student has forgotten
+
+
+def config(action: str = "warn", **retention: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": "m",
+            "data": {"train": "a.jsonl"},
+            "training": {"batch_size": 8, "steps": 5},
+            "evaluation": {"every": 2, "sets": [GENERAL, GENERAL | {"name": "tools", "role": "task"}]},
+            "retention": {"max_drop": 0.1, "action": action} | retention,
+        }
+    )
+
+
+def result(step: int, value: float, task: str = "general", metric: str = "accuracy") -> EvalResult:
+    return EvalResult(step, 0, task, metric, value, 10)
+
+
+def test_a_set_may_lose_what_is_allowed_of_what_it_had_first_and_no_more() -> None:
+    guard = RetentionGuard(config(), [])
+    assert guard.judge([result(0, 0.8), result(0, 0.9, "tools")]) == []
+    assert guard.judge([result(2, 0.7), result(2, 0.1, "tools")]) == []  # 0.8 - 0.7 is a bit more than 0.1
+    assert guard.held == 2
+    (breach,) = guard.judge([result(4, 0.6), result(4, 0.0, metric="teacher_accuracy")])
+    assert str(breach) == "general fell from 80.0 % to 60.0 % (n 10) at step 4: 20.0 points, 10 are allowed"
+    assert guard.held == 2
+    assert guard.judge([result(6, 0.75)]) == []
+    assert guard.held == 6
+
+
+def test_a_perplexity_may_rise_by_what_is_allowed() -> None:
+    texts = {"name": "prose", "file": "p.jsonl", "grader": "perplexity", "role": "retention"}
+    guard = RetentionGuard(config().model_copy(update={"evaluation": EvaluationConfig(sets=(texts,))}), [])
+    first, fine, worse = (result(step, ppl, "prose", "perplexity") for step, ppl in ((0, 20.0), (1, 21.9), (2, 22.5)))
+    assert guard.judge([first]) == guard.judge([fine]) == []
+    assert list(map(str, guard.judge([worse]))) == [
+        "prose rose from perplexity 20.00 to 22.50 (n 10) at step 2: 12.5 %, 10 are allowed"
+    ]
+    assert guard.held == 1
+
+
+def test_after_an_interruption_it_knows_what_there_was_before_training() -> None:
+    guard = RetentionGuard(config(), [result(4, 0.5), result(0, 0.8), result(2, 0.8)])
+    assert guard.held == 2
+    assert len(guard.judge([result(6, 0.6)])) == 1
+
+
+def test_a_step_at_which_not_all_were_asked_is_none_to_go_back_to() -> None:
+    guard = RetentionGuard(config(sets=["general", "tools"]), [])
+    assert guard.judge([result(0, 0.8), result(0, 0.9, "tools")]) == guard.judge([result(1, 0.8)]) == []
+    assert guard.held == 0
+    guard.judge([result(2, 0.8), result(2, 0.8, "tools")])
+    assert guard.held == 2
+
+
+def test_a_set_that_comes_with_a_later_stage_is_not_missed_before() -> None:
+    guard = RetentionGuard(config(sets=["general", "tools"]), [result(0, 0.8), result(4, 0.8)])
+    assert guard.held == 4
+
+
+def test_the_sets_to_guard_may_be_named() -> None:
+    guard = RetentionGuard(config(sets=["tools"]), [result(0, 0.8, "tools"), result(0, 0.8)])
+    assert [breach.now.task for breach in guard.judge([result(1, 0.1, "tools"), result(1, 0.1)])] == ["tools"]
+
+
+def test_the_checkpoint_to_go_back_to_outlives_all_that_come_after_it(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for step in range(1, 8):
+        part = tmp_path / "checkpoints" / f".part-{step}"
+        part.mkdir()
+        commit(part, tmp_path, CheckpointState(step, 1, 1, "float32", "f"), keep=2, held=3)
+    names = sorted(folder.name for folder in (tmp_path / "checkpoints").glob("step-*"))
+    assert names == ["step-000003", "step-000006", "step-000007"]
+
+
+class Forgetful(Student):
+    """Answers with the version of its weights."""
+
+    def generate(self, items: Any, argument: Any) -> tuple[float, Any]:
+        seconds, made = super().generate(items, argument)
+        return seconds, [
+            replace(rollout, completion_ids=np.full_like(rollout.completion_ids, self.version)) for rollout in made
+        ]
+
+
+class Tokens:
+    """In the place of a tokenizer: what a student of that version says."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return "right" if ids[0] < LOST_FROM else "forgotten"
+
+
+def trained(run_dir: Path, action: str) -> None:
+    case = Case("guard", engines=1, staleness=0, steps=5)
+    one = prepared(case, 8)
+    guarded = config(action)
+    questions = [
+        Record(f"q{i}", ({"role": "user", "content": "?"},), None, None, None, "right", "f:1") for i in range(10)
+    ]
+    sets = [LoadedSet(s, questions, [PromptPair([1], None)] * 10) for s in guarded.evaluation.sets]
+    settings = one.config.model_copy(
+        update={
+            "evaluation": guarded.evaluation,
+            "retention": guarded.retention,
+            "checkpoint": one.config.checkpoint.model_copy(update={"every": 1, "keep": 1}),
+        }
+    )
+    one = replace(one, config=settings, common=sets, tokenizer=Tokens())
+    with (run_dir / "log").open("w") as said:
+        drive(one, run_dir, case, lambda number: Forgetful(number, case), Learner(0.1), said)
+
+
+def last_checkpoint(run_dir: Path) -> str:
+    folder, _ = newest(run_dir)
+    return folder.name if folder is not None else "none"
+
+
+def test_a_run_that_is_to_be_warned_goes_on_and_keeps_the_answers(tmp_path: Path) -> None:
+    trained(tmp_path, "warn")
+    assert "general fell from 100 % to 0.0 % (n 10) at step 4" in (tmp_path / "log").read_text()
+    rows = [json.loads(line) for line in (tmp_path / "retention-step-000004.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows if "text" in row] == ["forgotten"] * 10
+    assert last_checkpoint(tmp_path) == "step-000005"
+
+
+def test_a_run_that_is_to_stop_stops_at_a_checkpoint_of_that_step(tmp_path: Path) -> None:
+    with pytest.raises(RetentionLost, match="goes on from it") as error:
+        trained(tmp_path, "stop")
+    assert error.value.exit_code == 4
+    assert last_checkpoint(tmp_path) == "step-000004"
+
+
+def test_a_run_that_is_to_go_back_has_the_last_checkpoint_that_held_as_its_newest(tmp_path: Path) -> None:
+    with pytest.raises(RetentionLost, match="rolled back to step-000002"):
+        trained(tmp_path, "rollback")
+    assert last_checkpoint(tmp_path) == "step-000002"
+    assert len(list((tmp_path / "checkpoints").glob("aside-*-step-000004"))) == 1

@@ -1,0 +1,98 @@
+"""Batches made ahead of the learner, with simulated engines and in simulated time."""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdft.actors.shared.types import Sampling, TeacherScores
+from sdft.learner.config import TeacherConfig
+from sdft.services.data.schedule import sample_seed
+from sdft.services.records.ledger import Ledger
+from sdft.services.records.rows import read_jsonl
+from sdft.services.training.rollouts import Batch, Rollouts
+from simulation import virtual_time
+from simulation.cluster import SCORES, Case, Learner, Student, Teacher, drive, pool, prepared
+
+CASE = Case("rollouts", engines=2, staleness=1, steps=3)
+
+
+async def ready() -> None: ...
+
+
+class Stuck(Student):
+    """Answers that it is well, and finishes nothing."""
+
+    def generate(self, items: Any, argument: Any) -> tuple[float, Any]:
+        return 1e9, super().generate(items, argument)[1]
+
+
+def made(student: Any, tmp_path: Path, *, first: int = 1, **sampling: Any) -> Batch:
+    """The batch of a step. `sampling`: of its stage's configuration."""
+
+    async def run() -> Batch:
+        students = pool(CASE, "student", 2, lambda number: student(number, CASE))
+        teachers = pool(CASE, "teacher", 1, Teacher)
+        await asyncio.gather(students.start(), teachers.start())
+        one = prepared(CASE, 6)
+        (stage,) = one.stages
+        config = stage.config.model_copy(update={"sampling": stage.config.sampling.model_copy(update=sampling)})
+        one = replace(one, stages=(replace(stage, config=config),))
+        rollouts = Rollouts(one, students, teachers, Ledger(tmp_path / "ledger.sqlite"), ready, 0)
+        rollouts.open(one.schedule.stages[0])
+        rollouts.begin(0)
+        assert rollouts.begun == 2
+        try:
+            return await rollouts.take(first)
+        finally:
+            await rollouts.stop()
+
+    batch: Batch = virtual_time.run(run())
+    return batch
+
+
+def test_a_sample_is_scored_while_others_of_its_batch_are_still_sampled(tmp_path: Path) -> None:
+    times = made(Student, tmp_path).times.seconds
+    assert times["rollout"] > 0
+    assert times["score"] < 0.28 * 6  # of all six by the one teacher, if it began after the last rollout
+
+
+def test_rollouts_are_sampled_as_the_stage_says_and_each_by_its_own_seed(tmp_path: Path) -> None:
+    class Told(Student):
+        def generate(self, items: Any, argument: Any) -> tuple[float, Any]:
+            asked.update((item.seed, argument) for item in items)
+            return super().generate(items, argument)
+
+    asked: set[tuple[int, Sampling]] = set()
+    samples = made(Told, tmp_path, max_new_tokens=9, temperature=0.7, top_p=0.9).samples
+    assert {sampling for _, sampling in asked} == {Sampling(9, 0.7, 0.9)}
+    assert {seed for seed, _ in asked} >= {sample_seed(0, one.sample) for one in samples}
+
+
+@pytest.mark.parametrize("method", ["sdft", "off_policy"])
+def test_a_live_teacher_is_the_student_of_the_step_before_whoever_samples(tmp_path: Path, method: str) -> None:
+    class Both(Student):
+        """Scores too, and says by which weights."""
+
+        def score(self, pairs: list[Any], k: int) -> tuple[float, list[TeacherScores]]:
+            return 0.1, [replace(SCORES, version=self.version)] * len(pairs)
+
+    case = Case("live", engines=1, staleness=0, steps=4)
+    one = prepared(case, 8)
+    config = one.config.model_copy(update={"method": method, "teacher": TeacherConfig(weights="live")})
+    (task,) = config.tasks
+    ready = replace(one, config=config, stages=(replace(one.stages[0], config=task),))
+    with Path("/dev/null").open("w") as nowhere:
+        drive(ready, tmp_path, case, lambda number: Both(number, case), Learner(0.1), nowhere, teachers=0)
+    assert [row["teacher_version"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+
+
+def test_who_has_the_samples_that_never_come_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TimeoutError) as error:
+        made(Stuck, tmp_path)
+    assert str(error.value) == (
+        "waited 72000 s for the rollouts and scores of step 1: student engine 0 has 6, student engine 1 has 6, 0 wait "
+        "for a student engine; 0 wait for a teacher engine"
+    )

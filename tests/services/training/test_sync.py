@@ -1,0 +1,149 @@
+"""A role's weights on their way, with simulated engines and a learner of a few lines."""
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+
+from sdft.actors.shared.types import Snapshot, SnapshotDamaged, UpdateReport
+from sdft.learner.group import LearnerGroup
+from sdft.services.training.weight_sync import WeightSync
+from simulation import cluster
+from simulation.engine import SimulatedEngine
+from tests.fakes.pool_bench import EMPTY, Bench
+
+
+class Learner:
+    """Publishes empty snapshots, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def publish(self, role: str, version: int) -> Snapshot:
+        self.asked.append(f"publish {version}")
+        return Snapshot(role, version, "", "here", 0, (), EMPTY, EMPTY.astype(np.float32))
+
+    async def release(self, role: str) -> None:
+        self.asked.append("release")
+
+
+def damaged(*which: int) -> Callable[[int], SimulatedEngine]:
+    """Engines that refuse these of the snapshots that they are given, counted from 1."""
+    given = itertools.count(1)
+
+    class Refusing(SimulatedEngine):
+        def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
+            if next(given) in which:
+                raise SnapshotDamaged(f"v{snapshot.version} arrived damaged")
+            return 0.05, super().update_weights(snapshot)[1]
+
+    return Refusing
+
+
+def weights(bench: Bench) -> tuple[WeightSync, Learner]:
+    learner = Learner()
+    return WeightSync("student", bench.pool, cast(LearnerGroup, learner), 5, bench.notices.append), learner
+
+
+def test_a_snapshot_that_arrives_damaged_is_published_again_the_first_one_too() -> None:
+    """What counts is how often in a row."""
+
+    async def run() -> None:
+        bench = Bench(strict=True, least=1, make=damaged(1, 2, 4, 5))
+        await bench.pool.start()
+        sync, learner = weights(bench)
+        assert await sync.now(0) == 0.0
+        assert learner.asked == ["publish 0", "release"] * 3
+        assert bench.notices == ["v0 arrived damaged; it is published again"] * 2
+        assert await sync.now(1) == 0.0
+        assert learner.asked[6:] == ["publish 1", "release"] * 3
+        await bench.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_one_that_never_arrives_whole_ends_the_run() -> None:
+    async def run() -> None:
+        bench = Bench(strict=True, least=1, make=damaged(1, 2, 3))
+        await bench.pool.start()
+        sync, _ = weights(bench)
+        with pytest.raises(SnapshotDamaged):
+            await sync.now(0)
+        await bench.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_a_strict_run_sends_the_same_version_again_and_another_waits_for_the_next() -> None:
+    async def run(strict: bool) -> list[str]:
+        bench = Bench(strict=strict, least=1, make=damaged(1))
+        await bench.pool.start()
+        sync, learner = weights(bench)
+        await sync.send(1)
+        await sync.done()
+        assert sync.version == (1 if strict else -1)
+        await sync.send(2)
+        await sync.done()
+        assert sync.version == bench.started[0].version == 2
+        await bench.pool.stop()
+        return [call for call in learner.asked if call != "release"]
+
+    assert asyncio.run(run(True)) == ["publish 1", "publish 1", "publish 2"]
+    assert asyncio.run(run(False)) == ["publish 1", "publish 2"]
+
+
+def test_the_learner_goes_on_while_engines_load_and_the_next_version_waits_for_them() -> None:
+    async def run() -> None:
+        bench = Bench(least=2, make=damaged())
+        await bench.pool.start()
+        sync, learner = weights(bench)
+        told: list[int] = []
+        sync.arrived = told.append
+        await sync.send(1)
+        assert (learner.asked, told) == (["publish 1"], [])
+        await sync.send(2)
+        assert (learner.asked, told) == (["publish 1", "release", "publish 2"], [1])
+        await sync.until(2, 2)
+        assert told == [1, 2]
+        await sync.until(3, 4)
+        assert sync.version == 4
+        await bench.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_weights_are_sent_as_seldom_as_they_are_to_be(tmp_path: Path) -> None:
+    class Told(cluster.Learner):
+        async def publish(self, role: str, version: int) -> Snapshot:
+            sent[role].append(version)
+            return await super().publish(role, version)
+
+    sent: dict[str, list[int]] = {"student": [], "teacher": []}
+    case = cluster.Case("seldom", engines=1, staleness=1, steps=7)
+    one = cluster.prepared(case, 8)
+    weights = one.config.weights.model_copy(update={"sync_every": 2, "teacher_sync_every": 3})
+    one = replace(one, config=one.config.model_copy(update={"weights": weights}))
+    with Path("/dev/null").open("w") as nowhere:
+        cluster.drive(one, tmp_path, case, lambda n: cluster.Student(n, case), Told(0.1), nowhere)
+    assert sent == {"student": [0, 2, 4, 6, 7], "teacher": [0, 3, 6]}  # the student's last are evaluated
+
+
+def test_what_is_given_up_before_it_began_leaves_nothing_locked() -> None:
+    """As when the learner is lost in the moment in which it has published."""
+
+    async def run() -> None:
+        bench = Bench(least=1)
+        await bench.pool.start()
+        sync, _ = weights(bench)
+        await sync.send(1)
+        await sync.stop()
+        async with asyncio.timeout(1), bench.pool.published.lock:
+            pass
+        await bench.pool.stop()
+
+    asyncio.run(run())
