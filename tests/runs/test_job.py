@@ -1,4 +1,7 @@
-"""Runs as jobs of a running Ray cluster, in float32 with LoRA: killed and submitted again, or refused."""
+"""Runs as jobs of a running Ray cluster, in float32 with LoRA: killed and submitted again, or refused.
+
+Cluster and jobs run the built wheel; the runs that they are compared with run the checkout.
+"""
 
 import json
 import os
@@ -22,7 +25,8 @@ from sdft.services.records.rows import read_jsonl
 from tests.fakes.rollouts import logprobs
 from tests.papers.readme import commands
 from tests.runs.leftovers import new_since, on_machine
-from tests.runs.run import BIN, ENVIRONMENT, command, finish, free_port, metrics, replayed, wait_for_step, write_run
+from tests.runs.run import BIN, command, finish, free_port, metrics, replayed, wait_for_step, write_run
+from tests.runs.wheel import install_wheel
 
 # A rate that moves the adapters, which begin at no change, in four steps.
 LORA: dict[str, Any] = {"lora": {"rank": 4}, "optimizer": {"lr": 0.02, "warmup_steps": 2}}
@@ -34,29 +38,32 @@ class Head:
 
     address: str  # of the cluster, for drivers
     dashboard: str  # for job submission
-    environment: dict[str, str]  # of whoever wants to use it: its token among others
+    environment: dict[str, str]  # for its commands: its token among others
+    bin: Path  # folder of its commands
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     before = on_machine()
+    bin = install_wheel(tmp_path_factory.mktemp("wheel"))
     port, dashboard, agent = free_port(), free_port(), free_port()  # Ray's own choices may be another cluster's
     scratch = Path(tempfile.mkdtemp(prefix="head-"))  # short: Ray's sockets are below it
     ports = f"--port={port} --dashboard-port={dashboard} --dashboard-agent-listen-port={agent}"
     arguments = f"start --head --block --num-cpus=4 {ports} --temp-dir={scratch}"
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "1" * 64}
-    environment = ENVIRONMENT | token | {"RAY_USAGE_STATS_ENABLED": "0"}
+    path = {"PATH": f"{bin}:{os.environ['PATH']}"}
+    environment = os.environ | path | token | {"RAY_USAGE_STATS_ENABLED": "0"}
     with (scratch / "start.log").open("w") as log:
-        ray = subprocess.Popen([BIN / "ray", *arguments.split()], stdout=log, stderr=log, env=environment)
+        ray = subprocess.Popen([bin / "ray", *arguments.split()], stdout=log, stderr=log, env=environment)
     try:
         url = f"http://127.0.0.1:{dashboard}"
-        trial = [str(BIN / "ray"), "job", "submit", "--address", url, "--", "true"]
+        trial = [str(bin / "ray"), "job", "submit", "--address", url, "--", "true"]
         deadline = time.monotonic() + 120
         while subprocess.run(trial, env=environment, capture_output=True, timeout=120, check=False).returncode != 0:
             assert ray.poll() is None, (scratch / "start.log").read_text()
             assert time.monotonic() < deadline, f"the cluster at {url} took no job in 120 s"
             time.sleep(0.5)
-        yield Head(f"127.0.0.1:{port}", url, environment)
+        yield Head(f"127.0.0.1:{port}", url, environment, bin)
     finally:
         ray.terminate()
         ray.wait(timeout=60)
@@ -104,14 +111,19 @@ def test_the_learner_alone_repeats_a_run_from_its_recorded_rollouts(alone: Path)
 def test_a_job_that_was_killed_resumes_when_it_is_submitted_again(
     head: Head, alone: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """With the README's two commands. What it ends with is, bit for bit, what a run here alone ends with."""
+    """With the README's two commands. What it ends with is, bit for bit, what a run here alone ends with.
+
+    The user's project has packages that are called like folders of this one. Ray puts the project first on the path.
+    """
     work, run_dir = tmp_path / "work", tmp_path / "shared" / "run"
-    work.mkdir()
+    for name in ("services", "learner", "actors"):
+        (work / name).mkdir(parents=True)
+        (work / name / "__init__.py").write_text(f"raise ImportError('this is the {name} of the user')\n")
     write_run(work, tiny_model, "float32", **LORA)
     (ray_job,) = [c for c in commands("ray") if c[1] == "job"]
     (sdft_submit,) = [c for c in commands("sdft") if c[1] == "submit"]
     here = {"http://127.0.0.1:8265": head.dashboard, "my.yaml": "tiny.yaml", "/shared/runs/my": str(run_dir)}
-    first = [str(BIN / "ray"), "job", "submit", "--no-wait", *(here.get(word, word) for word in ray_job[3:])]
+    first = [str(head.bin / "ray"), "job", "submit", "--no-wait", *(here.get(word, word) for word in ray_job[3:])]
     result = subprocess.run(
         first, cwd=work, env=head.environment, capture_output=True, text=True, timeout=120, check=False
     )
@@ -119,7 +131,7 @@ def test_a_job_that_was_killed_resumes_when_it_is_submitted_again(
     wait_for_step(3, run_dir)
     os.kill(json.loads((run_dir / "run.json").read_text())["pid"], signal.SIGKILL)
 
-    again = [str(BIN / "sdft"), *(here.get(word, word) for word in sdft_submit[1:])]
+    again = [str(head.bin / "sdft"), *(here.get(word, word) for word in sdft_submit[1:])]
     result = subprocess.run(
         again, cwd=work, env=head.environment, capture_output=True, text=True, timeout=400, check=False
     )
@@ -152,7 +164,7 @@ def test_a_job_that_fails_says_so_to_who_follows_it(head: Head, tiny_model: Path
     (tmp_path / "train.jsonl").write_text('{"prompt": "x"}\n')
     submit = ["submit", "tiny.yaml", "--address", head.dashboard, "--run-dir", str(tmp_path / "r"), "--follow"]
     result = subprocess.run(
-        [BIN / "sdft", *submit],
+        [head.bin / "sdft", *submit],
         cwd=tmp_path,
         env=head.environment,
         capture_output=True,

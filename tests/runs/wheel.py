@@ -1,0 +1,41 @@
+"""This project as users install it: the built wheel in an environment of its own, beside the packages of this one."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from tests.papers.readme import ROOT
+
+# What the wheel is built from. A copy: setuptools leaves folders beside it.
+SOURCES = ("actors", "learner", "services", "sdft", "pyproject.toml", "README.md")
+
+
+def install_wheel(folder: Path) -> Path:
+    """Build the wheel and install it below `folder`; the folder of its commands `sdft`, `ray` and `python`."""
+    source, environment = folder / "source", folder / "environment"
+    source.mkdir()
+    for name in SOURCES:
+        path = ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(path, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
+    subprocess.run(build, check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=120)
+    python = environment / "bin" / "python"
+    (wheel,) = folder.glob("*.whl")
+    install = [*pip, "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, timeout=120)
+    # The other packages. A path in a .pth file is searched last, and the .pth files there are not read: so this
+    # project's editable installation is not found.
+    here = sysconfig.get_path("purelib")
+    own = sysconfig.get_path("purelib", vars={"base": str(environment), "platbase": str(environment)})
+    (Path(own) / "packages.pth").write_text(f"{here}\n")
+    ray = Path(sys.executable).with_name("ray").read_text()
+    (python.parent / "ray").write_text(ray.replace(sys.executable, str(python)))
+    (python.parent / "ray").chmod(0o755)
+    return python.parent
