@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from sdft.actors.shared.model_files import weight_files
+
 DOWN, UP = "lora_A.weight", "lora_B.weight"  # as peft names them, in the place of "weight"
 
 
@@ -30,7 +32,7 @@ def merged(
     """
     unused = set(adapters)
     device = next((adapter.device for adapter in adapters.values()), None)
-    for path in sorted(base.glob("*.safetensors")):
+    for path in weight_files(base):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 weight = file.get_tensor(name).to(device, dtype)

@@ -71,6 +71,7 @@ class Engine:
         s = self.settings
         arguments = AsyncEngineArgs(
             model=s.model,
+            load_format="safetensors",  # "auto" would prefer consolidated*.safetensors to the files of the index
             dtype=s.dtype,
             enforce_eager=s.enforce_eager,
             ir_op_priority=fused_norms() if s.enforce_eager and s.device == "cpu" else IrOpPriorityConfig(),

@@ -8,13 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdft.actors.shared.adapters import merged
+from sdft.actors.shared.model_files import ADAPTER_CONFIG, COMPANIONS, SINGLE
 from sdft.learner.checkpoint.saving import TensorFile
 from sdft.learner.config import LoraConfig
 
-# What a model folder has beside its weights. Weights of the base model must not come along.
-COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-WEIGHT_INDEX = "model.safetensors.index.json"
-ADAPTER_CONFIG = "adapter_config.json"
+WEIGHT_INDICES = "*.safetensors.index.json"  # of the base model, which must not come along
 PEFT_PREFIX = "base_model.model."  # of the names in a peft adapter
 
 
@@ -25,7 +23,7 @@ def student_file(base: Path, weights: dict[str, torch.Tensor], out: Path) -> Ten
     """
     out.mkdir(parents=True)
     _copy_companions(base, out, next(iter(weights.values())).dtype)
-    return TensorFile(out / "model.safetensors", weights, {"format": "pt"})
+    return TensorFile(out / SINGLE, weights, {"format": "pt"})
 
 
 def adapter_file(base: Path, adapters: dict[str, torch.Tensor], config: LoraConfig, out: Path) -> TensorFile:
@@ -54,14 +52,14 @@ def merge_adapter(adapter: Path, out: Path) -> None:
     out.mkdir(parents=True)
     _copy_companions(base, out, dtype)
     weights = dict(merged(base, tensors, config["lora_alpha"] / config["r"], dtype))
-    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    save_file(weights, out / SINGLE, {"format": "pt"})
 
 
 def _copy_companions(base: Path, out: Path, dtype: torch.dtype) -> None:
     """All of a model folder but its weights, which will be of `dtype`."""
     for pattern in COMPANIONS:
         for path in base.glob(pattern):
-            if path.name != WEIGHT_INDEX:
+            if not path.match(WEIGHT_INDICES):
                 shutil.copy(path, out / path.name)
     config = json.loads((out / "config.json").read_text())
     config.pop("torch_dtype", None)

@@ -6,12 +6,17 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from sdft.actors.shared.model_files import COMPANIONS, INDEX
 from sdft.learner.model.architecture import why_not
 from sdft.services.base.errors import UserError
 from sdft.services.base.files import resolve_path
+from sdft.services.planning.shape import check_files
 from sdft.services.planning.smollm2 import make_smollm2
 
 BUILT_IN = {"smollm2-135m": make_smollm2}
+# Of a hub repository. Subfolders and consolidated files hold the same weights once more, in other formats.
+DOWNLOADED = [*COMPANIONS, "*.safetensors"]
+NOT_DOWNLOADED = ["*/*", "consolidated*"]
 
 
 def resolve_model(name: str, base: Path) -> Path:
@@ -30,9 +35,7 @@ def resolve_model(name: str, base: Path) -> Path:
     near = difflib.get_close_matches(name, BUILT_IN, n=1)
     hint = f"did you mean {near[0]}?" if near else f"built-in models: {', '.join(BUILT_IN)}"
     try:
-        return _complete(
-            Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors", "*.model"]))
-        )
+        return _complete(Path(snapshot_download(name, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
         raise UserError(
@@ -74,8 +77,9 @@ def materialise(name: str, out: Path) -> None:
 
 def _complete(folder: Path) -> Path:
     missing = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
-    if not any(folder.glob("*.safetensors")):
+    if not any(folder.glob("*.safetensors")) and not (folder / INDEX).exists():
         missing.append("*.safetensors")
     if missing:
         raise UserError(f"model: {folder} lacks {', '.join(missing)}; it is not a complete Hugging Face model folder")
+    check_files(folder)
     return folder

@@ -1,12 +1,12 @@
 """The shape of a model folder, read from config.json and the headers of its weights: what memory depends on."""
 
-import json
 import math
-import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from sdft.actors.shared.model_files import read_header, read_json, weight_files
 from sdft.learner.config import LoraConfig
 from sdft.services.base.errors import UserError
 
@@ -28,9 +28,9 @@ class ModelShape:
 
     @classmethod
     def of(cls, model: Path, lora: LoraConfig | None = None) -> "ModelShape":
-        """Of a local model folder. UserError if it holds no weights, or none that `lora` names."""
+        """Of a local model folder. UserError if its files are not whole, or hold no weight that `lora` names."""
         weights = _weights(model)
-        config = json.loads((model / "config.json").read_text())
+        config = read_json(model / "config.json")
         names = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
         layers, hidden, intermediate, vocabulary, heads = (int(config.get(name) or 0) for name in names)
         adapted = [] if lora is None else _adapted(model, weights, vocabulary, lora)
@@ -46,12 +46,21 @@ class ModelShape:
         )
 
 
+def check_files(model: Path) -> None:
+    """UserError unless config.json can be read, and every file of weights is there and whole."""
+    try:
+        read_json(model / "config.json")
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
+    for _ in _headers(model):
+        pass
+
+
 def sample_of_weights(model: Path) -> bytes:
     """A few bytes from the middle of every weight, by its name: another model of the same shape has others."""
     found = {}
-    for path in sorted(model.glob("*.safetensors")):
+    for path, entries, begin in _headers(model):
         with path.open("rb") as file:
-            entries, begin = _header(file)
             for name, entry in entries.items():
                 first, last = entry["data_offsets"]
                 file.seek(begin + (first + last) // 2)
@@ -59,23 +68,18 @@ def sample_of_weights(model: Path) -> bytes:
     return b"".join(name.encode() + found[name] for name in sorted(found))
 
 
-def _header(file: IO[bytes]) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of each weight in it, and where their bytes begin."""
-    (size,) = struct.unpack("<Q", file.read(8))
-    entries = json.loads(file.read(size))
-    return {name: entry for name, entry in entries.items() if name != "__metadata__"}, 8 + size
+def _headers(model: Path) -> Iterator[tuple[Path, dict[str, Any], int]]:
+    """Each file of weights, what its header says of each weight, and where their bytes begin. UserError."""
+    try:
+        for path in weight_files(model):
+            yield path, *read_header(path)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
 
 
 def _weights(model: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every weight, from the headers of the safetensors files."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(model.glob("*.safetensors")):
-        with path.open("rb") as file:
-            entries, _ = _header(file)
-        shapes |= {name: tuple(entry["shape"]) for name, entry in entries.items()}
-    if not shapes:
-        raise UserError(f"{model}: no .safetensors file with weights in this folder")
-    return shapes
+    return {name: tuple(entry["shape"]) for _, entries, _ in _headers(model) for name, entry in entries.items()}
 
 
 def _adapted(

@@ -1,0 +1,143 @@
+"""A model folder's files: the ones that every reader takes, and a sentence for those that are not whole."""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
+
+from sdft.actors.shared.adapters import merged
+from sdft.actors.shared.model_files import ADAPTER_CONFIG, INDEX, SINGLE, weight_files
+from sdft.services.base.errors import UserError
+from sdft.services.planning.models import DOWNLOADED, NOT_DOWNLOADED, resolve_model
+from sdft.services.planning.shape import ModelShape, sample_of_weights
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1000\n"
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return shutil.copytree(tiny_model, tmp_path / "m")
+
+
+def shard(model: Path) -> list[Path]:
+    """Cut its weights into two files and an index."""
+    tensors = list(load_file(model / SINGLE).items())
+    parts = [tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]]
+    files = [model / f"model-{i + 1:05d}-of-00002.safetensors" for i in range(2)]
+    for path, part in zip(files, parts, strict=True):
+        save_file(dict(part), path, {"format": "pt"})
+    names = {name: path.name for path, part in zip(files, parts, strict=True) for name, _ in part}
+    (model / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    (model / SINGLE).unlink()
+    return files
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """As a user whom permissions bind."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_shards_are_one_model_whatever_lies_beside_them(tiny_model: Path, model: Path) -> None:
+    whole, bytes_before = ModelShape.of(tiny_model), sample_of_weights(tiny_model)
+    files = shard(model)
+    shutil.copy(tiny_model / SINGLE, model / "consolidated.safetensors")
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, model / "adapter_model.safetensors")
+    assert weight_files(model) == files
+    assert ModelShape.of(resolve_model(str(model), model)) == whole
+    assert sample_of_weights(model) == bytes_before
+    assert {name for name, _ in merged(model, {}, 1.0, torch.float32)} == set(load_file(tiny_model / SINGLE))
+
+
+def spoil_header(model: Path) -> None:
+    (model / SINGLE).write_bytes(struct.pack("<Q", 9) + b'{"a": 1}}' + bytes(100))
+
+
+def spoil_index(model: Path) -> None:
+    shard(model)
+    (model / INDEX).write_text('{"weight_map": {')
+
+
+def lose_a_shard(model: Path) -> None:
+    shard(model)[1].unlink()
+
+
+def two_sets(model: Path) -> None:
+    whole = (model / SINGLE).read_bytes()
+    shard(model)
+    (model / SINGLE).write_bytes(whole)
+
+
+def other_name(model: Path) -> None:
+    (model / SINGLE).rename(model / "pytorch_model.safetensors")
+
+
+def beside(name: str) -> Callable[[Path], object]:
+    return lambda model: shutil.copy(model / SINGLE, model / name)
+
+
+def write(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda model: (model / name).write_bytes(content)
+
+
+SPOILT: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "a pointer": (write(SINGLE, LFS), [SINGLE, "Git LFS pointer", "git lfs pull"]),
+    "an empty file": (write(SINGLE, b""), [SINGLE, "is empty", "download it again"]),
+    "a few bytes": (write(SINGLE, b"abc"), [SINGLE, "cut short", "download it again"]),
+    "half a file": (
+        lambda model: os.truncate(model / SINGLE, (model / SINGLE).stat().st_size // 2),
+        [SINGLE, "bytes and its header describes", "download it again"],
+    ),
+    "half a header": (lambda model: os.truncate(model / SINGLE, 100), [SINGLE, "cut short"]),
+    "another header": (spoil_header, [SINGLE, "no valid safetensors header"]),
+    "a missing shard": (lose_a_shard, ["model-00002-of-00002.safetensors is missing", INDEX]),
+    "half an index": (spoil_index, [INDEX, "not valid JSON"]),
+    "an index of nothing": (write(INDEX, b"{}"), [INDEX, "no weight_map"]),
+    "a file and shards": (two_sets, [f"holds {SINGLE}, and an index of other files"]),
+    "a second file": (beside("consolidated.safetensors"), ["consolidated.safetensors lies beside", "another folder"]),
+    "an adapter": (write(ADAPTER_CONFIG, b"{}"), [ADAPTER_CONFIG, "an adapter in place of"]),
+    "another name": (other_name, ["there is pytorch_model.safetensors"]),
+    "half a configuration": (write("config.json", b'{"model_type": "qw'), ["config.json is not valid JSON"]),
+    "no configuration": (write("config.json", b"[]"), ["config.json holds no JSON object"]),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_folder_that_is_not_whole_gets_a_sentence(name: str, model: Path) -> None:
+    spoil, words = SPOILT[name]
+    spoil(model)
+    with pytest.raises(UserError, match=r"^model: ") as error:
+        resolve_model(str(model), model)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("name", [SINGLE, "config.json"])
+def test_a_file_that_may_not_be_read_is_named(name: str, model: Path) -> None:
+    for folder in (model, *list(model.parents)[:3]):
+        folder.chmod(0o755)
+    (model / name).chmod(0)
+    with unprivileged(), pytest.raises(UserError, match=rf"{name} cannot be read \(Permission denied\)"):
+        resolve_model(str(model), model)
+
+
+def test_of_a_hub_repository_all_that_a_model_needs_is_taken_and_nothing_twice() -> None:
+    needed = ["config.json", "merges.txt", "qwen.tiktoken", "tokenizer.model", "chat_template.jinja", SINGLE]
+    others = ["original/params.json", "original/model.safetensors", "consolidated.safetensors", "onnx/model.onnx"]
+    taken = filter_repo_objects(needed + others, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED)
+    assert list(taken) == needed
