@@ -1,6 +1,7 @@
 """Which models the learner can train, told from their configuration. Imports no torch."""
 
 from pathlib import Path
+from typing import Any
 
 # Settings of a head that is more than a linear layer: the chunked loss would silently leave them out.
 HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -8,23 +9,94 @@ HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 ATTENTION = {"full_attention", "sliding_attention", "attention"}
 STATEFUL = {"rwkv", "xlstm"}  # models whose configuration names no kinds of layers
 
+# What a model's code raises where it does not fit its configuration, or what it is called with.
+BROKEN = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)
+
+
+class Untrainable(ValueError):
+    """A model that the learner cannot train. The message is the reason, as a sentence or the end of one."""
+
 
 def why_not(path: Path) -> str | None:
     """The reason why the model of a local folder cannot be trained, as the end of a sentence; None if it can."""
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (ValueError, KeyError, OSError) as error:
-        return f"transformers does not know what its config.json describes ({str(error).split('. ')[0]})"
-    used = [name for name in HEAD if getattr(config, name, None) not in (None, 1, 1.0)]
+        config = read_config(path)
+    except Untrainable as error:
+        return str(error)
+    text = config.get_text_config()  # of a model that also sees or hears; else the same
+    if is_quantized(config):
+        return "its weights are quantized (quantization_config in config.json), and the learner trains whole ones"
+    used = [name for name in HEAD if getattr(text, name, None) not in (None, 1, 1.0)]
     if used:
         return f"its head uses {', '.join(used)}, which the loss does not compute"
-    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
-    others = set(kinds) - ATTENTION | ({config.model_type} & STATEFUL)
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
+    others = set(kinds) - ATTENTION | ({text.model_type} & STATEFUL)
     if others:
         return (
             f"it has layers other than attention ({', '.join(sorted(others))}), which would mix the sequences that are "
             f"packed together"
         )
+    if any(rope.get("rope_type") == "dynamic" and "alpha" not in rope for rope in _ropes(text)):
+        return "its rope_type is dynamic: positions would depend on the longest sequence that is packed with it"
     return None
+
+
+def read_config(path: Path) -> Any:
+    """transformers' configuration of a local model. Untrainable, with the end of a sentence, if it knows none."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (*BROKEN, OSError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise Untrainable(f"transformers does not know what its config.json describes ({reason})") from None
+
+
+def is_quantized(config: Any) -> bool:
+    """Of transformers' configuration of a model."""
+    return any(getattr(one, "quantization_config", None) for one in (config, config.get_text_config()))
+
+
+def longest_of_short_rope(path: Path) -> int | None:
+    """Tokens up to which a longrope model uses its short factors; None for other models.
+
+    Beyond, transformers would choose by the longest sequence of a pack, and engines choose once for all.
+    """
+    text = read_config(path).get_text_config()
+    limits = [
+        int(rope.get("original_max_position_embeddings") or text.original_max_position_embeddings)
+        for rope in _ropes(text)
+        if rope.get("rope_type") == "longrope"
+    ]
+    return min(limits, default=None)
+
+
+def misfit(loaded: dict[str, Any]) -> str | None:
+    """What is wrong with a folder's tensors, by transformers' loading info, as the end of a sentence; None: nothing.
+
+    Tensors that transformers ties, or ignores for the model's class, are no part of it.
+    """
+    if missing := sorted(loaded["missing_keys"]):
+        fault = f"its files lack {_named(missing)}, which config.json describes and would be random"
+    elif shapes := sorted(loaded["mismatched_keys"]):
+        name, has, needs = shapes[0]
+        fault = f"{name} has the shape {list(has)} and config.json describes {list(needs)}"
+    elif unexpected := sorted(loaded["unexpected_keys"]):
+        fault = f"its files hold {_named(unexpected)}, which config.json does not describe and would be left out"
+    elif loaded["error_msgs"]:
+        fault = f"transformers cannot load its weights ({loaded['error_msgs'][0]})"
+    else:
+        return None
+    return f"{fault}; correct config.json, or get the whole folder again"
+
+
+def _named(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return names[0] + more
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The settings of a model's rotary embeddings: one for all layers, or one for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [rope] if "rope_type" in rope else [one for one in rope.values() if isinstance(one, dict)]

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from sdft.learner.model.architecture import Untrainable
 from sdft.learner.model.cpu.short_attention import ShortAttention
 
 PACKED = "sdft_packed"
+# What models pass on beside what attention needs: arguments of the whole forward, with no part in attention.
+HARMLESS = {"cache_position", "output_attentions", "output_hidden_states", "position_ids", "read", "use_cache"}
 HALF = (torch.bfloat16, torch.float16)
 SHORT, SHORT_IN_HALF = 256, 512  # tokens; on such sequences a CPU's fused kernel takes as long or longer (see short)
 
@@ -29,16 +32,26 @@ def packed_attention(
     dropout: float = 0.0,
     lengths: tuple[int, ...] = (),
     sliding_window: int | None = None,
-    **_: Any,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each packed sequence: query [1, heads, T, D], key and value [1, kv heads, T, D].
 
-    Nothing is computed between sequences. sliding_window: how many tokens each sees, itself included. Returns
-    [1, T, heads, D].
+    Nothing is computed between sequences. sliding_window: how many tokens each sees, itself included. dropout is left
+    out: rollouts are sampled without it. Returns [1, T, heads, D]. Untrainable if a model's layers do not pass
+    `lengths` on, or ask for what is not computed here.
     """
+    unknown = sorted(name for name, given in others.items() if given is not None and name not in HARMLESS)
+    if attention_mask is not None:
+        unknown.append("a mask of its own")
+    if unknown or not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise Untrainable(f"its attention uses {', '.join(unknown) or 'later tokens'}, which the learner leaves out")
+    if not lengths:
+        raise Untrainable("its layers do not tell their attention where packed sequences end")
     window = sliding_window if sliding_window is not None and sliding_window < max(lengths) else None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.device.type == "cpu" and window is None and short(lengths, query.dtype):
+    same = key.shape == value.shape
+    if query.device.type == "cpu" and window is None and same and short(lengths, query.dtype):
         return ShortAttention.apply(query, key, value, lengths, scale).transpose(1, 2), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:

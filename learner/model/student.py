@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sdft.learner.config import LossConfig
 from sdft.learner.loss.chunked import divergence_loss
-from sdft.learner.model.architecture import why_not
+from sdft.learner.model.architecture import Untrainable, misfit, why_not
 from sdft.learner.model.attention import PACKED
 from sdft.learner.model.cpu.last_layer import only_where_read
 from sdft.learner.model.cpu.norm import replace_norms
@@ -20,20 +20,41 @@ from sdft.learner.packing import MicroBatch
 
 
 def load_student(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a local folder, dropout off, for packed input. ValueError if it is one that cannot be trained."""
+    """The model of a local folder, dropout off, for packed input. Untrainable if it is one that cannot be trained."""
     if reason := why_not(path):
-        raise ValueError(f"{path} cannot be trained: {reason}")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=PACKED)
+        raise Untrainable(f"{path} cannot be trained: {reason}")
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        attn_implementation=PACKED,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are told, not raised
+    )
+    if reason := misfit(loaded):
+        raise Untrainable(f"{path} cannot be trained: {reason}")
+    for tied, to in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if tied not in model.all_tied_weights_keys:
+            raise Untrainable(
+                f"{path} cannot be trained: its files hold {tied} with other values than {to}, and config.json ties "
+                f"the two; set tie_word_embeddings: false there"
+            )
     model.config.use_cache = False
     replace_norms(model)
     only_where_read(model)
+    without_dropout(model)
+    return model.train()
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Rollouts are sampled without it. Models name its probability in modules, and again in configurations."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    for module in model.modules():
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
-    return model.train()
+    configurations = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    for holder in (*model.modules(), *configurations.values()):
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, float) and "drop" in name:
+                setattr(holder, name, 0.0)
 
 
 class SelfDistillation(nn.Module):

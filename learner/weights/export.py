@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdft.actors.shared.adapters import merged
-from sdft.actors.shared.model_files import ADAPTER_CONFIG, COMPANIONS, SINGLE
+from sdft.actors.shared.model_files import ADAPTER_CONFIG, COMPANIONS, SINGLE, read_header, weight_files
 from sdft.learner.checkpoint.saving import TensorFile
 from sdft.learner.config import LoraConfig
 
@@ -39,12 +39,14 @@ def adapter_file(base: Path, adapters: dict[str, torch.Tensor], config: LoraConf
 def merge_adapter(adapter: Path, out: Path) -> None:
     """Make the folder `out`, which must not exist: the adapter's base model with the adapter in it, in its dtype.
 
-    FileNotFoundError if the base model is not where it was.
+    FileNotFoundError if the base model is not where it was, ValueError if it is not whole.
     """
     config = json.loads((adapter / ADAPTER_CONFIG).read_text())
     base = Path(config["base_model_name_or_path"])
     if not base.is_dir():
         raise FileNotFoundError(f"{base}, the adapter's base model, is not there")
+    for path in weight_files(base):
+        read_header(path)
     tensors = {
         name.removeprefix(PEFT_PREFIX): t for name, t in load_file(adapter / "adapter_model.safetensors").items()
     }

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sdft.actors.shared.adapters import DOWN, UP, adapted
+from sdft.actors.shared.model_files import read_header, weight_files
 from sdft.learner.checkpoint.state import CHANGE, Piece, StateFiles
 from sdft.learner.config import LoraConfig
+from sdft.learner.model.architecture import Untrainable
 from sdft.learner.weights.content import Content
 
 ADAPTER = "default"  # peft's name of a model's only adapter
@@ -50,6 +52,12 @@ class Lora:
             f"{name}.weight": (module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight)
             for name, module in layers.items()
         }
+        stored = {name for file in weight_files(base) for name in read_header(file)[0]}
+        if absent := sorted(self._pairs.keys() - stored):
+            raise Untrainable(
+                f"{base} cannot be trained with learner.lora: its files name the weight {absent[0]} otherwise, and "
+                f"adapters are merged by name; save the model again with transformers' save_pretrained"
+            )
         self._base = {
             name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if not p.requires_grad
         }

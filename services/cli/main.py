@@ -42,7 +42,6 @@ def _train(a: argparse.Namespace) -> None:
 
     from sdft.services.cli.summary import dtype_lines, print_outcome, stage_lines
     from sdft.services.config.load import load_config, resolved_yaml
-    from sdft.services.planning.models import check_trainable
     from sdft.services.planning.prepare import prepare
 
     path = Path(a.config)
@@ -53,7 +52,6 @@ def _train(a: argparse.Namespace) -> None:
 
         config, path = appended(run_dir, path.parent, a.set, Path(a.append)), run_dir / "config.yaml"
     prepared = prepare(config, path)
-    check_trainable(prepared.model)
     console = Console()
     shape = prepared.shape
     size = f"{shape.parameters / 1e6:.1f} M parameters"
@@ -75,12 +73,10 @@ def _train(a: argparse.Namespace) -> None:
 def _check(a: argparse.Namespace) -> None:
     from sdft.services.cli.summary import dtype_lines, stage_lines
     from sdft.services.config.load import load_config
-    from sdft.services.planning.models import check_trainable
     from sdft.services.planning.prepare import prepare
 
     path = Path(a.config)
     prepared = prepare(load_config(path, a.set), path)
-    check_trainable(prepared.model)
     longest = max(len(p.teacher_ids or []) for stage in prepared.stages for p in stage.prompts)
     print(f"{path}: good. The longest teacher prompt has {longest} tokens.", sep="\n")
     print(*dtype_lines(prepared.config), *stage_lines(prepared), sep="\n")
@@ -139,7 +135,7 @@ def _export_student(student: Path, out: Path) -> None:
 
     try:
         merge_adapter(student, out)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{student}: {error}; put it back, or load the adapter with peft on another base") from None
 
 
@@ -181,7 +177,7 @@ def _eval(a: argparse.Namespace) -> None:
     if a.regrade:
         results, samples = regrade(config, path.parent, Path(a.regrade))
     else:
-        prepared = prepare(config, path)
+        prepared = prepare(config, path, trains=False)
         from sdft.services.cli.evaluate import evaluate
 
         results, samples = evaluate(prepared, Console())
@@ -198,10 +194,12 @@ def _eval(a: argparse.Namespace) -> None:
 
 def _harness(a: argparse.Namespace, config: "RunConfig", base: Path) -> None:
     from sdft.services.evaluation.lm_eval import run_harness
-    from sdft.services.planning.models import resolve_model
+    from sdft.services.planning.models import examined, resolve_model
 
     out = Path(a.out) if a.out else None
     model = resolve_model(config.model, base)
+    with examined(model, trains=False):
+        pass
     for score in run_harness(config, model, a.harness, a.harness_tasks, a.harness_limit, out):
         print(score)
     if out:

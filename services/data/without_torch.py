@@ -18,6 +18,11 @@ def promise_tokenizers_only() -> None:
     _tokenizers_only = True
 
 
+def can_have_models() -> bool:
+    """Whether this process has torch already, and may use models of transformers."""
+    return not _tokenizers_only and sys.modules.get("torch") is not None
+
+
 @contextmanager
 def import_for_tokenizers() -> Iterator[None]:
     """Import transformers in it: without torch where that was promised, and torch is not there already."""

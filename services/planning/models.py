@@ -1,19 +1,27 @@
 """A model's local folder: an existing one, a built-in model made once from its package, or one from the hub."""
 
 import difflib
+import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sdft.actors.shared.model_files import COMPANIONS, INDEX
-from sdft.learner.model.architecture import why_not
+from sdft.actors.shared.process import large_imports
+from sdft.learner.model.architecture import longest_of_short_rope, why_not
 from sdft.services.base.errors import UserError
 from sdft.services.base.files import resolve_path
+from sdft.services.data.without_torch import can_have_models, import_for_tokenizers
 from sdft.services.planning.shape import check_files
 from sdft.services.planning.smollm2 import make_smollm2
 
 BUILT_IN = {"smollm2-135m": make_smollm2}
+CACHE = "SDFT_CACHE"  # environment variable: where they are kept
 # Of a hub repository. Subfolders and consolidated files hold the same weights once more, in other formats.
 DOWNLOADED = [*COMPANIONS, "*.safetensors"]
 NOT_DOWNLOADED = ["*/*", "consolidated*"]
@@ -25,9 +33,9 @@ def resolve_model(name: str, base: Path) -> Path:
         if candidate.is_dir():
             return _complete(candidate.resolve())
     if name in BUILT_IN:
-        folder = Path(os.environ.get("SDFT_CACHE", "~/.cache/sdft")).expanduser() / "models" / name
+        folder = _cache() / "models" / name
         if not folder.exists():
-            materialise(name, folder)
+            materialise(name, folder, CACHE)
         return _complete(folder)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -44,35 +52,101 @@ def resolve_model(name: str, base: Path) -> Path:
 
 
 def check_trainable(model: Path) -> None:
-    """UserError unless the learner can train the model in this folder."""
-    if reason := why_not(model):
+    """UserError unless config.json describes a model that the learner can train."""
+    with large_imports(), import_for_tokenizers():
+        reason = why_not(model)
+    if reason:
         raise UserError(f"model: {model} cannot be trained here: {reason}; choose another")
 
 
-def materialise(name: str, out: Path) -> None:
-    """Make a built-in model into the folder `out`, which must be new or empty; whole or not at all."""
+def check_positions(model: Path, tokens: int) -> None:
+    """UserError if the positions of a sequence of so many tokens depend on what else is computed with it."""
+    limit = longest_of_short_rope(model)
+    if limit is not None and tokens > limit:
+        raise UserError(
+            f"data.max_teacher_prompt_tokens and the longest answer add up to {tokens} tokens, but the model in "
+            f"{model} has other positions (longrope) beyond {limit}, which learner and engines would choose "
+            f"differently; lower data.max_teacher_prompt_tokens or max_new_tokens"
+        )
+
+
+@contextmanager
+def examined(model: Path, trains: bool) -> Iterator[None]:
+    """UserError at its end unless the folder's tensors are those that the model needs, and the learner can run it.
+
+    That needs torch. A process that has not imported it has another do it, beside what is done in here: 3 s.
+    """
+    if can_have_models():
+        from sdft.learner.model.examine import examine
+
+        yield
+        reason = examine(model, trains)
+    else:
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "sdft.learner.model.examine",
+            str(model),
+            *(["--trains"] if trains else []),
+        ]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the same modules as here
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        ) as process:
+            try:
+                yield
+                out, log = process.communicate()
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {log[-2000:]}")
+        reason = json.loads(out.splitlines()[-1])
+    if reason:
+        raise UserError(f"model: {model} cannot be {'trained' if trains else 'evaluated'} here: {reason}")
+
+
+def materialise(name: str, out: Path, setting: str = "--out") -> None:
+    """Make a built-in model into the folder `out`, which must be new or empty; whole or not at all.
+
+    setting: what to change if it cannot be written.
+    """
     if name not in BUILT_IN:
         near = difflib.get_close_matches(name, BUILT_IN, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(BUILT_IN)}"
         raise UserError(f"{name} is not a built-in model; {hint}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: there is something already; name a new or empty folder")
     try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{setting} {out}: there is something already; name a new or empty folder")
         out.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        raise UserError(f"--out {out}: its folder cannot be made ({error.strerror}); name another") from None
-    try:
-        BUILT_IN[name](part)
-        part.chmod(0o755)
         try:
-            part.rename(out)
-        except OSError:
-            if not out.is_dir() or not any(out.iterdir()):
-                raise
-            # Another process made it first: theirs is as good.
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+            _make(name, part, out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{setting} {out}: the model cannot be written there ({reason}); name another folder") from None
+
+
+def _make(name: str, part: Path, out: Path) -> None:
+    BUILT_IN[name](part)
+    part.chmod(0o755)
+    try:
+        part.rename(out)
+    except OSError:
+        if not out.is_dir() or not any(out.iterdir()):
+            raise
+        # Another process made it first: theirs is as good.
+
+
+def _cache() -> Path:
+    """Where built-in models are kept. UserError if it is a home directory's, and there is none."""
+    try:
+        return Path(os.environ.get(CACHE, "~/.cache/sdft")).expanduser()
+    except RuntimeError:
+        raise UserError(f"this user has no home directory; set {CACHE} to a folder that can be written") from None
 
 
 def _complete(folder: Path) -> Path:

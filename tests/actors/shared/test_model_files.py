@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from sdft.actors.shared.adapters import merged
 from sdft.actors.shared.model_files import ADAPTER_CONFIG, INDEX, SINGLE, weight_files
 from sdft.services.base.errors import UserError
+from sdft.services.cli.main import main
 from sdft.services.planning.models import DOWNLOADED, NOT_DOWNLOADED, resolve_model
 from sdft.services.planning.shape import ModelShape, sample_of_weights
+from sdft.services.records import checkpoints
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1000\n"
 
@@ -134,6 +136,22 @@ def test_a_file_that_may_not_be_read_is_named(name: str, model: Path) -> None:
     (model / name).chmod(0)
     with unprivileged(), pytest.raises(UserError, match=rf"{name} cannot be read \(Permission denied\)"):
         resolve_model(str(model), model)
+
+
+def test_an_adapter_whose_base_is_damaged_is_not_exported(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = checkpoints.begin(tmp_path, 1)
+    student = part / "student"
+    student.mkdir()
+    settings = {"base_model_name_or_path": str(model), "r": 1, "lora_alpha": 1}
+    (student / ADAPTER_CONFIG).write_text(json.dumps(settings))
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(1, 2)}, student / "adapter_model.safetensors")
+    checkpoints.commit(part, tmp_path, checkpoints.CheckpointState(1, 1, 1, "float32", "f"), keep=1)
+    os.truncate(model / SINGLE, 100)
+    assert main(["export", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert f"{SINGLE} is cut short" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_of_a_hub_repository_all_that_a_model_needs_is_taken_and_nothing_twice() -> None:

