@@ -21,6 +21,8 @@ from deepspeed.utils import (
 from sdft.actors.shared.types import ScoredRollout
 from sdft.learner.checkpoint.saving import TensorFile
 from sdft.learner.checkpoint.state import CHANGE, Piece, StateFiles, state_files
+from sdft.learner.model.architecture import Untrainable
+from sdft.learner.model.faithful import unfaithful
 from sdft.learner.model.student import SelfDistillation, load_student
 from sdft.learner.optimizer import MASTER, TEACHER, AdamWWithTeacher, learning_rate, teacher_alpha
 from sdft.learner.packing import assign, group, length, pack
@@ -42,7 +44,10 @@ class LearnerEngine:
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self._zero_stage = settings.config.zero_stage_for(settings.dtype)
         # In float32 the parameters are their own masters; in bf16 DeepSpeed makes the float32 copies from these.
-        model = SelfDistillation(load_student(Path(settings.model), self.dtype), settings.stages[0].loss)
+        student = load_student(Path(settings.model), self.dtype)
+        if settings.rank == 0 and (reason := unfaithful(student)):
+            raise Untrainable(f"{settings.model} cannot be trained: {reason}")
+        model = SelfDistillation(student, settings.stages[0].loss)
         if settings.config.gradient_checkpointing:
             model.model.gradient_checkpointing_enable()
         self._lora = None

@@ -11,11 +11,12 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from sdft.actors.reaper import end
 from sdft.actors.shared.types import IntArray, Process, ScoredRollout, Snapshot
 from sdft.actors.shared.waiting import all_within, silent_for, within
+from sdft.learner.model.architecture import Untrainable
 from sdft.learner.types import LearnerSettings, StepResult
 from sdft.learner.worker import learner_actor
 
@@ -42,7 +43,8 @@ class LearnerGroup:
     ) -> "LearnerGroup":
         """Start one rank per entry of `options` (Ray actor options) and let them meet. Takes 10 to 20 s.
 
-        LearnerLost if one dies on the way. Ranks that did start are gone when this raises.
+        LearnerLost if one dies on the way, Untrainable if the model cannot be trained. Ranks that did start are gone
+        when this raises.
         """
         actor = learner_actor(settings.device)
         group = cls([actor.options(**o).remote() for o in options], settings)
@@ -74,6 +76,10 @@ class LearnerGroup:
             )
         except RayActorError as error:
             raise LearnerLost("a learner process died while it started") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, Untrainable):
+                raise error.cause from None  # without the trace of another process: it is a sentence for the user
+            raise
         self._watching = [asyncio.create_task(self._watch(rank)) for rank in range(len(self.workers))]
         for task in self._watching:  # its words are in `_lost` too: nobody has to wait for them
             task.add_done_callback(lambda done: done.cancelled() or done.exception())

@@ -16,7 +16,7 @@ from sdft.services.base.signals import run_until_stopped
 from sdft.services.cluster.cluster import places
 from sdft.services.config.load import load_config
 from sdft.services.planning.plan import Plan
-from sdft.services.planning.prepare import Prepared, check_memory, learner_settings, prepare
+from sdft.services.planning.prepare import Prepared, check_memory, prepare
 from sdft.services.records import checkpoints
 from sdft.services.records.batches import read_batch, recorded_steps
 from sdft.services.records.rows import StepMetrics, read_rows
@@ -58,12 +58,12 @@ async def _run(
     prepared: Prepared, plan: Plan, run_dir: Path, start: Path | None, steps: range, console: Console
 ) -> str | None:
     from sdft.learner.checkpoint.state import first_difference
-    from sdft.learner.group import LearnerGroup
+    from sdft.services.training.learner import start_learner
 
     c = prepared.config
     rows = {row.step: row for row in read_rows(run_dir, StepMetrics)}
     async with places(c.ray, plan) as options:
-        group = await LearnerGroup.start(learner_settings(prepared), prepared.probe_ids, options["learner"])
+        group = await start_learner(prepared, options["learner"])
         if start is not None:
             await group.load(start)
         for step in steps:

@@ -28,10 +28,11 @@ from sdft.services.fleet.pool import EnginePool
 from sdft.services.monitoring.console import Progress
 from sdft.services.monitoring.log import RunLog
 from sdft.services.monitoring.watchdog import Watchdog
-from sdft.services.planning.prepare import Prepared, learner_settings
+from sdft.services.planning.prepare import Prepared
 from sdft.services.records import checkpoints
 from sdft.services.records.ledger import Ledger, restore_ledger
 from sdft.services.training.controller import Controller
+from sdft.services.training.learner import start_learner
 
 
 async def run(prepared: Prepared, run_dir: Path, start: Path | None, console: Console) -> None:
@@ -179,9 +180,7 @@ class _Run:
         return self._learner
 
     async def _start_learner(self) -> None:
-        self._learner = await LearnerGroup.start(
-            learner_settings(self._prepared), self._prepared.probe_ids, self._options["learner"]
-        )
+        self._learner = await start_learner(self._prepared, self._options["learner"])
 
     def _notice(self, text: str) -> None:
         with suppress(OSError):  # whoever is told goes on mending, also on a full disk

@@ -1,0 +1,87 @@
+"""Whether the learner's forward of a model is the model's own: a pack of short sequences against each of them alone.
+
+packed, twice, as in training  ─┬─►  the same both times?                      no: something in it is random
+                                └─►  log-probs of transformers' own forward?   no: a part of the model is left out
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sdft.learner.model.architecture import BROKEN, Untrainable
+from sdft.learner.model.attention import PACKED
+from sdft.learner.model.student import hidden_states
+
+LENGTHS = (9, 5)
+STRIDE = 7919  # a prime: neighbouring tokens are far apart in any vocabulary
+# Largest gap of a log-prob, in float32. Rounding: 1e-6 in tiny models, 5e-5 in SmolLM2-135M. Attention sinks or ALiBi
+# left out of tiny random models: 0.01 and more.
+BOUND = 2e-3
+
+
+@torch.no_grad()
+def unfaithful(model: PreTrainedModel) -> str | None:
+    """How the learner's forward differs from the model's, as the end of a sentence; None if it does not.
+
+    Computed in float32, on the model's device: for the time of it bfloat16 weights are there twice. Leaves the model as
+    it was, and takes nothing from torch's generators.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, sum(LENGTHS) + 1) * STRIDE % vocabulary
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])
+    read = (positions >= 3).nonzero()[:, 0]
+    try:
+        with torch.random.fork_rng(devices=[]), _in_float32(model):
+            once, again = (_log_probs(model, hidden_states(model, ids, positions, LENGTHS, read)) for _ in range(2))
+            with _as_evaluated(model):
+                own = torch.cat([_own_log_probs(model, one) for one in ids.split(LENGTHS)])[read]
+    except Untrainable as error:
+        return str(error)
+    except (*BROKEN, RuntimeError) as error:
+        return f"its forward fails ({type(error).__name__}: {error})"
+    if not torch.equal(once, again):
+        return "the same input gives other outputs each time: something in its training mode is random, as dropout"
+    gap = float((once - own).abs().max())
+    if not gap <= BOUND:  # also if it is no number
+        return (
+            f"the learner leaves out a part of it: its log-probs are up to {gap:.2g} from those of transformers' own "
+            f"forward"
+        )
+    return None
+
+
+def _log_probs(model: PreTrainedModel, states: Tensor) -> Tensor:
+    head = model.get_output_embeddings()
+    return torch.log_softmax(torch.nn.functional.linear(states, head.weight, head.bias), -1)
+
+
+def _own_log_probs(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Of one sequence [N]: [N, V], by the model's own head."""
+    return torch.log_softmax(model(input_ids=ids[None], use_cache=False).logits[0], -1)
+
+
+@contextmanager
+def _as_evaluated(model: PreTrainedModel) -> Iterator[None]:
+    """With eager attention, and as rollouts are sampled: without dropout."""
+    model.eval()
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(PACKED)
+        model.train()
+
+
+@contextmanager
+def _in_float32(model: PreTrainedModel) -> Iterator[None]:
+    own = [(parameter, parameter.data) for parameter in model.parameters()]
+    for parameter, data in own:
+        parameter.data = data.float()
+    try:
+        yield
+    finally:
+        for parameter, data in own:
+            parameter.data = data

@@ -1,0 +1,100 @@
+"""The learner's forward against the model's own, at a start: what is random or left out is refused."""
+
+import asyncio
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sdft.learner.model.attention import PACKED
+from sdft.learner.model.faithful import unfaithful
+from sdft.learner.model.student import load_student
+from sdft.services.base.errors import UserError
+from sdft.services.config.load import load_config
+from sdft.services.planning.prepare import prepare
+from sdft.services.training.learner import start_learner
+from tests.fakes.families import make_family
+from tests.runs.run import write_run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_faithful_model_is_left_as_it_was(tiny_model: Path, dtype: torch.dtype) -> None:
+    model = load_student(tiny_model, dtype)
+    before = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    assert unfaithful(model) is None
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, parameter in model.named_parameters():
+        place, values = before[name]
+        assert parameter.dtype == dtype
+        assert parameter.data_ptr() == place
+        assert torch.equal(parameter, values)
+        assert parameter.grad is None
+    assert model.training
+    assert model.config._attn_implementation == PACKED
+
+
+DROPOUT: dict[str, dict[str, float]] = {
+    "seed_oss": {"attention_dropout": 0.1, "residual_dropout": 0.2},
+    "opt": {"dropout": 0.3, "attention_dropout": 0.1, "layerdrop": 0.9},
+    "gpt2": {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2},
+    "gpt_neox": {"hidden_dropout": 0.2, "attention_dropout": 0.2},
+}
+
+
+@pytest.mark.parametrize("family", DROPOUT)
+def test_dropout_is_off_in_training_wherever_a_model_has_it(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"pad_token_id": 0, "ffn_dim": 128, "word_embed_proj_dim": 128} | DROPOUT[family]
+    make_family(tmp_path, family, **settings)
+    assert unfaithful(load_student(tmp_path, torch.float32)) is None
+    monkeypatch.setattr("learner.model.without_dropout", lambda model: None)
+    assert "other outputs each time" in (unfaithful(load_student(tmp_path, torch.float32)) or "")
+
+
+def packed(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=PACKED).train()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("bloom", {}),  # attention of its own, over the whole pack
+        ("minicpm3", {"dim_model_base": 32, "num_key_value_heads": 2}),
+        ("cohere", {"logit_scale": 0.5}),
+        ("granite", {"logits_scaling": 4.0}),
+    ],
+)
+def test_what_the_learner_leaves_out_of_a_forward_shows(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Models that are refused by name before, here as one whose settings nobody has put on a list."""
+    model = packed(make_family(tmp_path, family, **{"pad_token_id": 0} | settings))
+    assert "leaves out a part of it: its log-probs are up to" in (unfaithful(model) or "")
+
+
+def test_values_may_be_narrower_than_keys(tmp_path: Path) -> None:
+    """Multi-head latent attention."""
+    wide = {"num_key_value_heads": 2, "head_dim": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 16}
+    assert unfaithful(load_student(make_family(tmp_path, "youtu", **wide), torch.float32)) is None
+
+
+def test_a_forward_that_fails_is_a_reason(tmp_path: Path) -> None:
+    assert "where packed sequences end" in (unfaithful(packed(make_family(tmp_path, "stablelm"))) or "")
+    model = packed(make_family(tmp_path, "llama"))
+    model.base_model.layers[0].mlp = torch.nn.Linear(3, 3)
+    assert "its forward fails (RuntimeError" in (unfaithful(model) or "")
+
+
+def test_a_run_ends_at_its_start_with_the_reason(ray_cluster: None, tiny_model: Path, tmp_path: Path) -> None:
+    """Of a model that only its forward shows to be another: attention that looks to both sides within a window."""
+    model = make_family(tmp_path / "m", "modernbert-decoder", pad_token_id=0)
+    for path in tiny_model.glob("*token*"):
+        shutil.copy(path, model)
+    shutil.copy(tiny_model / "chat_template.jinja", model)
+    config = write_run(tmp_path, model, "float32")
+    prepared = prepare(load_config(config), config)
+    with pytest.raises(UserError, match=r"^model: .*m cannot be trained: the learner leaves out a part of it"):
+        asyncio.run(start_learner(prepared, [{"num_cpus": 0.5}]))
