@@ -65,7 +65,10 @@ class Publisher:
         )
 
     def _probe_logprobs(self, entries: Sequence[TensorEntry], memory: mmap.mmap, scale: float | None) -> FloatArray:
-        """By these very bytes: what the engines must reproduce is what was sent, for student and teacher alike."""
+        """By these very bytes: what the engines must reproduce is what was sent, for student and teacher alike.
+
+        ValueError if a parameter of the model is not among them.
+        """
         payload = torch.frombuffer(memory, dtype=torch.uint8)
         tensors = {
             e.name: payload[e.offset : e.offset + e.nbytes].view(getattr(torch, e.dtype)).view(e.shape) for e in entries
@@ -74,6 +77,8 @@ class Publisher:
             tensors = dict(merged(self._model, tensors, scale, self._dtype))
         # A folder may hold a tied head a second time.
         parameters = {f"model.{n}": t for n, t in tensors.items() if f"model.{n}" in self._probe_names}
+        if missing := self._probe_names - parameters.keys():  # torch would compute on with memory that is not there
+            raise ValueError(f"the weights to be published lack {min(missing).removeprefix('model.')}")
         ids = torch.from_numpy(self._probe_ids.astype(np.int64))
         with torch.no_grad():
             return functional_call(self._probe, parameters, (ids,)).numpy()

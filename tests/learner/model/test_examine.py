@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +16,9 @@ from sdft.learner.model.architecture import Untrainable, why_not
 from sdft.learner.model.attention import packed_attention
 from sdft.learner.model.examine import examine
 from sdft.learner.model.student import load_student
+from sdft.learner.weights.content import Content
 from sdft.learner.weights.lora import Lora
+from sdft.learner.weights.publisher import Publisher
 from sdft.services.base.errors import UserError
 from sdft.services.cli.main import main
 from sdft.services.planning.models import check_positions, examined
@@ -203,6 +206,19 @@ def test_attention_refuses_what_it_does_not_compute() -> None:
         packed_attention(module, q, q, q, q, lengths=(2, 1))
     with pytest.raises(Untrainable, match="where packed sequences end"):
         packed_attention(module, q, q, q, None)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", DOWN_PROJ])
+def test_weights_without_one_of_the_models_are_not_published(name: str, tiny_model: Path) -> None:
+    publisher = Publisher(tiny_model, torch.float32, np.arange(5, dtype=np.int32), "")
+    tensors = load_file(tiny_model / SINGLE)
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    whole = publisher.publish("student", 0, Content(tensors.items(), nbytes))
+    assert np.isfinite(whole.probe_logprobs).all()
+    publisher.release("student")
+    del tensors[name]
+    with pytest.raises(ValueError, match=rf"lack {name}"):
+        publisher.publish("student", 1, Content(tensors.items(), nbytes))
 
 
 def test_adapters_need_weights_of_the_names_that_they_are_merged_by(model: Path) -> None:
