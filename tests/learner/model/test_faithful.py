@@ -56,6 +56,17 @@ def test_dropout_is_off_in_training_wherever_a_model_has_it(
     assert "other outputs each time" in (unfaithful(load_student(tmp_path, torch.float32)) or "")
 
 
+def test_without_room_for_float32_it_is_compared_in_its_own_dtype(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("learner.faithful.available_memory_gib", lambda: 0.0)
+    monkeypatch.setattr("learner.faithful._in_float32", None)
+    model = load_student(tiny_model, torch.bfloat16)
+    assert unfaithful(model) is None
+    model.base_model.norm.register_forward_hook(lambda *given: given[2] * (1 if model.training else 2))
+    assert "leaves out a part of it" in (unfaithful(model) or "")
+
+
 def packed(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=PACKED).train()
 
