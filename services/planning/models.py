@@ -30,8 +30,11 @@ NOT_DOWNLOADED = ["*/*", "consolidated*"]
 def resolve_model(name: str, base: Path) -> Path:
     """The folder of `name`: a path (relative to `base` or here), a built-in name, or a hub id."""
     for candidate in (resolve_path(base, name), Path(name)):
-        if candidate.is_dir():
-            return _complete(candidate.resolve())
+        try:
+            if candidate.is_dir():
+                return _complete(candidate.resolve())
+        except OSError as error:
+            raise UserError(f"model: {candidate} cannot be read ({error.strerror}); check its permissions") from None
     if name in BUILT_IN:
         folder = _cache() / "models" / name
         if not folder.exists():

@@ -138,6 +138,18 @@ def test_a_file_that_may_not_be_read_is_named(name: str, model: Path) -> None:
         resolve_model(str(model), model)
 
 
+def test_a_folder_that_may_not_be_read_is_named(model: Path) -> None:
+    for folder in list(model.parents)[:3]:
+        folder.chmod(0o755)
+    model.chmod(0)
+    with (
+        unprivileged(),
+        pytest.raises(UserError, match=r"m cannot be read \(Permission denied\); check"),
+    ):
+        resolve_model(str(model), model)
+    model.chmod(0o755)
+
+
 def test_an_adapter_whose_base_is_damaged_is_not_exported(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
