@@ -77,7 +77,8 @@ def check_positions(model: Path, tokens: int) -> None:
 def examined(model: Path, trains: bool) -> Iterator[None]:
     """UserError at its end unless the folder's tensors are those that the model needs, and the learner can run it.
 
-    That needs torch. A process that has not imported it has another do it, beside what is done in here: 3 s.
+    The examination needs torch. A process that has not imported torch starts another one for it, which runs beside the
+    body of the `with` statement and takes 3 s.
     """
     if can_have_models():
         from sdft.learner.model.examine import examine
