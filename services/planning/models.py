@@ -16,7 +16,7 @@ from sdft.actors.shared.process import large_imports
 from sdft.learner.model.architecture import longest_of_short_rope, why_not
 from sdft.services.base.errors import UserError
 from sdft.services.base.files import resolve_path
-from sdft.services.data.without_torch import can_have_models, import_for_tokenizers
+from sdft.services.data.without_torch import import_for_tokenizers
 from sdft.services.planning.shape import check_files
 from sdft.services.planning.smollm2 import make_smollm2
 
@@ -73,42 +73,37 @@ def check_positions(model: Path, tokens: int) -> None:
         )
 
 
+_passed: set[tuple[object, ...]] = set()  # folders that this process has had examined, with the state of their files
+
+
 @contextmanager
 def examined(model: Path, trains: bool) -> Iterator[None]:
     """UserError at its end unless the folder's tensors are those that the model needs, and the learner can run it.
 
-    The examination needs torch. A process that has not imported torch starts another one for it, which runs beside the
-    body of the `with` statement and takes 3 s.
+    The examination needs torch, which this process does without. So another one does it, in 3 s, beside the body of the
+    `with` statement. A folder that has passed and has not changed is not examined again.
     """
-    if can_have_models():
-        from sdft.learner.model.examine import examine
-
+    state = model, trains, tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(model.iterdir()))
+    if state in _passed:
         yield
-        reason = examine(model, trains)
-    else:
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "sdft.learner.model.examine",
-            str(model),
-            *(["--trains"] if trains else []),
-        ]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the same modules as here
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        ) as process:
-            try:
-                yield
-                out, log = process.communicate()
-            except BaseException:
-                process.kill()
-                raise
-        if process.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {log[-2000:]}")
-        reason = json.loads(out.splitlines()[-1])
+        return
+    command = [sys.executable, "-P", "-m", "sdft.learner.model.examine", str(model), *(["--trains"] if trains else [])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the same modules as here
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            yield
+            out, log = process.communicate()
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {log[-2000:]}")
+    reason = json.loads(out.splitlines()[-1])
     if reason:
         raise UserError(f"model: {model} cannot be {'trained' if trains else 'evaluated'} here: {reason}")
+    _passed.add(state)
 
 
 def materialise(name: str, out: Path, setting: str = "--out") -> None:
