@@ -4,6 +4,7 @@ import fcntl
 import gc
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -55,6 +56,18 @@ def scratch_folder(prefix: str, parent: str | None = None) -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def usual_mode(path: Path) -> Iterator[None]:
+    """The file that is written to `path` in it gets the permissions that any other gets, as the umask has it.
+
+    safetensors gives it none but the owner's.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    yield
+    path.chmod(stat.S_IMODE(mode))
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Saving while the learner goes on: a thread writes the files, from the live tensors while these hold still."""
 
+import os
+import re
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -11,7 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdft.actors.shared.process import GIB, available_memory_gib
+from sdft.actors.shared.process import GIB, available_memory_gib, usual_mode
+
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in the text of a SafetensorError, which has no number
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,15 @@ class TensorFile:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def write(self) -> None:
-        """Not flushed to the disk: that is for whoever declares the checkpoint whole. OSError if it takes no more."""
+        """Not flushed to the disk: `checkpoint.commit` does that. OSError, with its number, if it cannot be written."""
         try:
-            save_file(self.tensors, self.path, self.metadata)
+            with usual_mode(self.path):
+                save_file(self.tensors, self.path, self.metadata)
         except SafetensorError as error:
-            raise OSError(f"{self.path}: {error}") from error
+            number = OS_ERROR.search(str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(self.path)) from error
 
 
 class Saver:

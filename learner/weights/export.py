@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sdft.actors.shared.adapters import merged
 from sdft.actors.shared.model_files import ADAPTER_CONFIG, COMPANIONS, SINGLE, read_header, weight_files
@@ -54,7 +54,7 @@ def merge_adapter(adapter: Path, out: Path) -> None:
     out.mkdir(parents=True)
     _copy_companions(base, out, dtype)
     weights = dict(merged(base, tensors, config["lora_alpha"] / config["r"], dtype))
-    save_file(weights, out / SINGLE, {"format": "pt"})
+    TensorFile(out / SINGLE, weights, {"format": "pt"}).write()
 
 
 def _copy_companions(base: Path, out: Path, dtype: torch.dtype) -> None:
@@ -62,7 +62,7 @@ def _copy_companions(base: Path, out: Path, dtype: torch.dtype) -> None:
     for pattern in COMPANIONS:
         for path in base.glob(pattern):
             if not path.match(WEIGHT_INDICES):
-                shutil.copy(path, out / path.name)
+                shutil.copyfile(path, out / path.name)  # not its permissions, which are for another folder
     config = json.loads((out / "config.json").read_text())
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")

@@ -129,7 +129,9 @@ def _export(a: argparse.Namespace) -> None:
 
 def _export_student(student: Path, out: Path) -> None:
     if not (student / "adapter_config.json").exists():
-        shutil.copytree(student, out)
+        out.mkdir(parents=True)
+        for path in student.iterdir():
+            shutil.copyfile(path, out / path.name)  # not its permissions
         return
     from sdft.learner.weights.export import merge_adapter
 

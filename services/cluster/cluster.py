@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -76,10 +77,19 @@ def _check_answers(address: str) -> None:
 
 
 def _keep_logs(scratch: Path, logs: Path) -> None:
-    """What the engines and the learner printed: one folder a start, beside the run's own files."""
-    for session in scratch.glob("session_2*"):
-        kept = logs / time.strftime("ray-%Y%m%d-%H%M%S")
-        shutil.copytree(session / "logs", kept, ignore=shutil.ignore_patterns("old"), dirs_exist_ok=True)
+    """What the engines and the learner printed: one folder a start, beside the run's own files.
+
+    A run whose logs cannot be kept is none the worse for it: a line on stderr says so.
+    """
+    kept = logs / time.strftime("ray-%Y%m%d-%H%M%S")
+    try:
+        for path in scratch.glob("session_2*/logs/**/*"):
+            name = Path(*path.relative_to(scratch).parts[2:])
+            if path.is_file() and "old" not in name.parts:
+                (kept / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, kept / name)  # Ray's folders are everybody's to write to, and these are not
+    except OSError as error:
+        print(f"Ray's logs could not be kept in {kept}: {error}", file=sys.stderr)
 
 
 @asynccontextmanager

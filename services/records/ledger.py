@@ -194,7 +194,7 @@ def restore_ledger(copy: Path | None, path: Path) -> None:
         path.unlink(missing_ok=True)
         return
     part = path.with_name(f".{path.name}.part")
-    shutil.copy(copy, part)
+    shutil.copyfile(copy, part)  # not its permissions: the run writes to it
     os.replace(part, path)
 
 

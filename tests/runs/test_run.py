@@ -1,6 +1,7 @@
 """Whole runs of `sdft train` with real Ray, vLLM and DeepSpeed on the tiny model. chaos/ kills their processes."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -43,6 +44,10 @@ def test_a_run_learns_accounts_for_every_sample_and_leaves_its_files(undisturbed
     manifest = json.loads((run_dir / "checkpoints" / f"step-{LONG:06d}" / "manifest.json").read_text())
     assert "student/model.safetensors" in manifest["files"]
     assert json.loads((run_dir / "run.json").read_text())["state"] == "finished"
+    umask = os.umask(0o022)
+    os.umask(umask)
+    modes = {path: path.stat().st_mode & 0o777 for path in run_dir.rglob("*")}
+    assert modes == {path: (0o777 if path.is_dir() else 0o666) & ~umask for path in modes}
     # What `sdft status` says of a run that stopped: its own configuration continues it.
     finish(run_dir / "config.yaml", run_dir)
     assert read_jsonl(run_dir / "metrics.jsonl") == rows
