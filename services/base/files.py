@@ -11,6 +11,13 @@ from sdft.services.base.errors import UserError
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+SQLITE_FILE = (
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_BUSY,
+)
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
 
@@ -86,6 +93,29 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def takes_no_more(error: BaseException) -> bool:
     """Whether it tells of a disk that is full, over quota or broken."""
+    error = _cause(error)
     if isinstance(error, sqlite3.OperationalError):
-        return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+        return _sqlite_code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
     return isinstance(error, OSError) and error.errno in DISK
+
+
+def of_a_file(error: BaseException) -> bool:
+    """Whether a file could not be made, read or written, for whatever reason.
+
+    A wait that met its limit (TimeoutError) and a lost peer (ConnectionError) are OSErrors too, but tell nothing of a
+    file. An error of a file has the operating system's number.
+    """
+    error = _cause(error)
+    if isinstance(error, sqlite3.OperationalError):
+        return _sqlite_code(error) in SQLITE_FILE
+    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What an actor raised: Ray's wrapper is of the same class, but lacks the number."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
+
+
+def _sqlite_code(error: sqlite3.OperationalError) -> int:
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF  # the rest says more of it

@@ -67,7 +67,8 @@ def _train(a: argparse.Namespace) -> None:
 
     report = train(prepared, run_dir, a.resume, console)
     print_outcome(run_dir)
-    console.print(f"report: {report}", markup=False, soft_wrap=True)
+    if report is not None:
+        console.print(f"report: {report}", markup=False, soft_wrap=True)
 
 
 def _check(a: argparse.Namespace) -> None:
@@ -105,17 +106,17 @@ def _matrix(a: argparse.Namespace) -> None:
 
 
 def _export(a: argparse.Namespace) -> None:
-    from sdft.services.records.checkpoints import damage, folder_of, newest
+    from sdft.services.records.checkpoints import damage, folder_of, newest_usable
 
     run_dir, out = Path(a.run_dir), Path(a.out)
-    folder, notes = newest(run_dir) if a.step is None else (folder_of(run_dir, a.step), [])
+    folder, notes = newest_usable(run_dir) if a.step is None else (folder_of(run_dir, a.step), [])
     for note in notes:
         print(note)
     if folder is None or not folder.is_dir():
         raise UserError(
             f"{run_dir} has no checkpoint{'' if a.step is None else f' of step {a.step}'}; see `sdft status`"
         )
-    # newest() has checked the folder that it chose.
+    # newest_usable() has checked the folder that it chose.
     if a.step is not None and (reason := damage(folder)) is not None:
         raise UserError(f"{folder} cannot be exported: {reason}")
     if out.exists():

@@ -25,8 +25,9 @@ from sdft.services.records.run_dir import write_state
 from sdft.services.training.session import run
 
 
-def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> Path:
-    """Run to the end and return the report's path. `resume`: auto, never, or a checkpoint folder."""
+def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> Path | None:
+    """Run to the end and return the report's path, None if it could not be written. `resume`: auto, never, or a
+    checkpoint folder."""
     if any(part.startswith("_ray_pkg_") for part in run_dir.resolve().parts):
         raise UserError(
             f"{run_dir} lies in this job's copy of the working directory, which Ray deletes; give an absolute path on "
@@ -41,20 +42,18 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
         raise UserError(f"--run-dir {run_dir}: no such folder can be made ({reason(error)}); name another") from None
     with _only_one(run_dir):
         start = _starting_point(prepared, run_dir, resume, console)
-        if start is None and resume == "never" and (run_dir / "metrics.jsonl").exists():
+        if resume == "never" and ((run_dir / "metrics.jsonl").exists() or checkpoints.folders(run_dir)):
             raise UserError(f"{run_dir} holds a run already; name another --run-dir, or resume it with --resume auto")
-        if start is not None and resume != "auto":
-            for folder in checkpoints.set_aside(run_dir, checkpoints.read_state(start).step):
-                console.print(f"a later checkpoint is kept as {folder}", soft_wrap=True)
-        check_disk(prepared, run_dir)
         first = checkpoints.read_state(start).step if start else 0
+        if start is not None:
+            for note in checkpoints.set_aside(run_dir, first):
+                console.print(note, soft_wrap=True)
+        check_disk(prepared, run_dir)
         total = prepared.schedule.total_steps
         if first >= total:
             console.print(f"{run_dir}: all {total} steps are done already", soft_wrap=True)
-            _finished_after_all(run_dir)
-            return write_report(run_dir)
+            return _ended(run_dir, _finished_after_all(run_dir), console)
         config = with_absolute_paths(prepared.config, prepared.path.parent)
-        write_atomically(run_dir / "config.yaml", resolved_yaml(config).encode())
         state: dict[str, Any] = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -64,8 +63,9 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
             "stages": [(stage.name, stage.schedule.last) for stage in prepared.stages],
             "started": time.time(),
         }
-        write_state(run_dir, state)
         try:
+            write_atomically(run_dir / "config.yaml", resolved_yaml(config).encode())
+            write_state(run_dir, state)
             run_until_stopped(run(prepared, run_dir, start, console))
         except KeyboardInterrupt:
             write_state(run_dir, state | {"state": "failed", "error": "stopped by a signal"})
@@ -82,24 +82,41 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
                     f"command goes on from the last checkpoint"
                 ) from error
             raise
-        write_state(run_dir, state | {"state": "finished"})
+        return _ended(run_dir, state | {"state": "finished"}, console)
+
+
+def _ended(run_dir: Path, state: dict[str, Any] | None, console: Console) -> Path | None:
+    """Write the record of a run whose last checkpoint is saved, and its report. The run is not lost with either."""
+    try:
+        if state is not None:
+            write_state(run_dir, state)
         return write_report(run_dir)
+    except (OSError, UserError) as error:
+        console.print(
+            f"{run_dir}: all steps are done and saved, but run.json or the report could not be written "
+            f"({reason(error)}); the same command writes them later",
+            soft_wrap=True,
+        )
+        return None
 
 
-def _finished_after_all(run_dir: Path) -> None:
-    """A run that was killed between its last checkpoint and its end has failed by its record, and is done."""
-    if (run_dir / "run.json").exists():
-        state = json.loads((run_dir / "run.json").read_text())
-        if state["state"] != "guarded":
-            write_state(run_dir, state | {"state": "finished", "error": None})
+def _finished_after_all(run_dir: Path) -> dict[str, Any] | None:
+    """The record of a run that was killed between its last checkpoint and its end: by the one there is it has failed.
+
+    None if there is none, or the retention guard has ended the run.
+    """
+    if not (run_dir / "run.json").exists():
+        return None
+    state: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
+    return None if state["state"] == "guarded" else state | {"state": "finished", "error": None}
 
 
 def _starting_point(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> Path | None:
-    """The checkpoint to continue from, or None to begin."""
+    """The checkpoint to continue from, or None to begin. UserError if there are some and none can be used."""
     if resume == "never":
         return None
     if resume == "auto":
-        folder, notes = checkpoints.newest(run_dir)
+        folder, notes = checkpoints.newest_usable(run_dir)
         for note in notes:
             console.print(note, soft_wrap=True)
         if folder is None:

@@ -5,20 +5,20 @@ learner: its state, ledger: a copy ─► a hidden folder ─► checkpoints.com
 
 import asyncio
 import sqlite3
-from contextlib import suppress
 from pathlib import Path
 
 from sdft.actors.shared.waiting import cancelled, within
 from sdft.learner.group import LearnerGroup
 from sdft.services.base.errors import PreflightError
 from sdft.services.base.failures import reason
+from sdft.services.base.files import of_a_file
 from sdft.services.monitoring.console import Progress
 from sdft.services.planning.prepare import Prepared
 from sdft.services.records import checkpoints
 from sdft.services.records.checkpoints import CheckpointState
 from sdft.services.records.ledger import Ledger
 
-DISK_ERRORS = (OSError, sqlite3.OperationalError)
+FILE_ERRORS = (OSError, sqlite3.OperationalError)  # if they are of a file
 
 
 class Checkpoints:
@@ -30,7 +30,7 @@ class Checkpoints:
         self._prepared, self._run_dir = prepared, run_dir
         self._learner, self._ledger, self._progress = learner, ledger, progress
         self._saving: asyncio.Task[None] | None = None
-        self._committing: asyncio.Future[Path] | None = None  # in a thread
+        self._committing: asyncio.Future[tuple[Path, list[str]]] | None = None  # in a thread
 
     async def save(self, step: int, held: int | None) -> None:
         """Write the state after `step`; it reaches the disk and its name while the next step is made.
@@ -42,16 +42,17 @@ class Checkpoints:
             part = checkpoints.begin(self._run_dir, step)
             await self._learner.save(part)
             self._ledger.copy_to(part / checkpoints.LEDGER)
-        except DISK_ERRORS as error:
+        except FILE_ERRORS as error:
             await self._not_written(step, error)
             return
+        finally:
+            self._progress.phase("training")
         c = self._prepared.config
         fingerprint = self._prepared.at(step).fingerprint
         state = CheckpointState(step, c.learner.ranks, c.learner.zero_stage_for(c.dtype), c.dtype, fingerprint)
         self._saving = asyncio.create_task(
             self._commit(part, state, held), name=f"the checkpoint of step {step} to be on the disk"
         )
-        self._progress.phase("training")
 
     async def saved(self) -> None:
         """Returns when what was begun is on the disk."""
@@ -65,9 +66,12 @@ class Checkpoints:
         a checkpoint into its place after another was chosen to go on from."""
         await cancelled([] if self._saving is None else [self._saving])
         if self._committing is not None:
-            with suppress(*DISK_ERRORS):
+            try:
                 limit = self._prepared.config.checkpoint.timeout_s
                 await within(self._committing, limit, "the newest checkpoint to be on the disk")
+            except FILE_ERRORS as error:
+                if not of_a_file(error):
+                    raise
 
     async def _commit(self, part: Path, state: CheckpointState, held: int | None) -> None:
         keep = self._prepared.config.checkpoint.keep
@@ -75,12 +79,22 @@ class Checkpoints:
             await self._learner.written()
             commit = asyncio.to_thread(checkpoints.commit, part, self._run_dir, state, keep, held)
             self._committing = asyncio.ensure_future(commit)
-            await asyncio.shield(self._committing)
-        except DISK_ERRORS as error:
+            _, notes = await asyncio.shield(self._committing)
+        except FILE_ERRORS as error:
             await self._not_written(state.step, error)
+            return
+        for note in notes:
+            self._progress.note(note)
 
-    async def _not_written(self, step: int, error: Exception) -> None:
-        """A full disk ends a run only if its last checkpoint does not fit: room may be made until then."""
+    async def _not_written(self, step: int, error: OSError | sqlite3.OperationalError) -> None:
+        """A full disk ends a run only if its last checkpoint does not fit: room may be made until then.
+
+        What was written of it is removed, so that metrics and the ledger have room. Anything but an error of a file,
+        such as a learner that does not answer in time, is raised.
+        """
+        if not of_a_file(error):
+            raise error
+        await asyncio.to_thread(checkpoints.remove_parts, self._run_dir)
         text = f"the checkpoint of step {step} could not be written ({reason(error)})"
         if step == self._prepared.schedule.total_steps:
             raise PreflightError(f"{text}; make room: the same command resumes from the last one") from error

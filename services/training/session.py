@@ -101,7 +101,7 @@ class _Run:
                         f"the learner was lost {times} times within an hour (learner.max_restarts: {limit}); the last "
                         f"time: {error}"
                     ) from error
-                start = await self._restart_learner(error, lost.back_off_s)
+                start = await self._restart_learner(error, lost.back_off_s) or start
 
     async def stop(self) -> None:
         """Engines first: what the learner has published goes with it."""
@@ -142,14 +142,19 @@ class _Run:
             await asyncio.sleep(EVERY_S)
 
     async def _restart_learner(self, error: LearnerLost, after_s: float) -> Path | None:
-        """The checkpoint that the new learner is to continue from."""
+        """The checkpoint that the new learner is to continue from; None: the run has saved none yet.
+
+        UserError if it has, and all of them are damaged: to begin again would remove what was written of the run.
+        """
         assert self._learner is not None
         self._progress.note(f"{error}; the learner is started again, from the last checkpoint")
         self._learner.kill(hangs=True)
         for pool in self._pools.values():
             pool.published.forget()
         await asyncio.sleep(after_s)
-        folder, notes = await asyncio.to_thread(checkpoints.newest, self._run_dir)
+        folder, notes = await asyncio.to_thread(checkpoints.newest_usable, self._run_dir)
+        if folder is not None:
+            notes += checkpoints.set_aside(self._run_dir, checkpoints.read_state(folder).step)
         for note in notes:
             self._progress.note(note)
         try:

@@ -89,10 +89,10 @@ class Monkey:
         """And spoil the newest checkpoint: the run is to go on from the one before."""
         began = time.monotonic()
         folder = self.run_dir / "checkpoints"
-        wait_until(lambda: any(folder.glob("step-*")), "there was a checkpoint", self.driver)
-        newest = max(folder.glob("step-*"))
+        wait_until(lambda: len(list(folder.glob("step-*"))) > 1, "there were two checkpoints", self.driver)
         self.driver.kill()
         self.driver.wait()
+        newest = max(folder.glob("step-*"))
         self.killed["driver killed"] += 1
         victim = self.random.choice([p for p in newest.rglob("*") if p.is_file() and p.stat().st_size])
         with victim.open("r+b") as file:

@@ -192,6 +192,24 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         2,
         ["cannot be used: state.json is not as it was written"],
     ),
+    "all checkpoints are damaged": (
+        two(damaged_checkpoint, NO_CLUSTER),
+        TRAIN,
+        2,
+        ["step-000002 is damaged (state.json is not as it was written)", "--resume PATH", "another --run-dir"],
+    ),
+    "checkpoints of a run without metrics": (
+        two(run_folder, lambda w: (w.folder / "runs/my/metrics.jsonl").unlink(), NO_CLUSTER),
+        f"{TRAIN} --resume never",
+        2,
+        ["runs/my holds a run already"],
+    ),
+    "export of damaged checkpoints": (
+        damaged_checkpoint,
+        "export runs/my --out o",
+        2,
+        ["step-000002 is damaged (state.json is not as it was written)"],
+    ),
     "no checkpoint to resume": (nothing, f"{TRAIN} --resume nowhere", 2, ["--resume nowhere"]),
     "a job's own folder": (
         nothing,

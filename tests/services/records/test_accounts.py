@@ -163,7 +163,9 @@ def save(run_dir: Path, step: int, keep: int = 2) -> Path:
     part = checkpoints.begin(run_dir, step)
     (part / "student").mkdir()
     (part / "student" / "weights").write_bytes(step.to_bytes(4) * 250)
-    return checkpoints.commit(part, run_dir, replace(STATE, step=step), keep)
+    folder, notes = checkpoints.commit(part, run_dir, replace(STATE, step=step), keep)
+    assert notes == []
+    return folder
 
 
 def test_the_newest_whole_checkpoint_is_found_and_the_oldest_go(tmp_path: Path) -> None:
@@ -206,7 +208,7 @@ def test_a_checkpoint_that_is_being_put_in_place_is_there_before_anybody_chooses
 
         async def written(self) -> None: ...
 
-    def slowly(*arguments: Any) -> Path:
+    def slowly(*arguments: Any) -> tuple[Path, list[str]]:
         time.sleep(0.2)
         return commit(*arguments)
 
@@ -310,9 +312,11 @@ def test_memory_that_holds_cached_files_counts_as_available(tmp_path: Path) -> N
 def test_a_run_that_goes_on_from_an_earlier_checkpoint_does_not_take_later_ones_for_its_newest(tmp_path: Path) -> None:
     for step in (2, 4, 6):
         save(tmp_path, step, keep=3)
-    (aside,) = checkpoints.set_aside(tmp_path, after=4)
+    (note,) = checkpoints.set_aside(tmp_path, after=4)
+    (aside,) = (tmp_path / "checkpoints").glob("aside-*-step-000006")
+    assert note == f"a later checkpoint is kept as {aside}"
     assert (aside / "manifest.json").exists()
-    assert aside.name.endswith("step-000006")
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000004"
     save(tmp_path, 5, keep=2)
     assert checkpoints.newest(tmp_path) == (tmp_path / "checkpoints" / "step-000005", [])
     assert (tmp_path / "checkpoints" / "step-000004").exists()
