@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from sdft.services.analysis.report import write_report
+from sdft.services.analysis.status import LOCK
 from sdft.services.base.errors import PreflightError, RetentionLost, UserError
 from sdft.services.base.failures import reason
 from sdft.services.base.files import takes_no_more, write_atomically
@@ -23,6 +24,8 @@ from sdft.services.planning.prepare import Prepared, check_disk, check_memory
 from sdft.services.records import checkpoints
 from sdft.services.records.run_dir import write_state
 from sdft.services.training.session import run
+
+LOCK_TRIES, LOCK_EVERY_S = 5, 0.1
 
 
 def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> Path | None:
@@ -148,9 +151,15 @@ def _starting_point(prepared: Prepared, run_dir: Path, resume: str, console: Con
 @contextmanager
 def _only_one(run_dir: Path) -> Iterator[None]:
     """Hold the run directory's lock; the kernel lets go of it when this process ends, however it ends."""
-    with (run_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{run_dir}: another process is training in this folder; name another --run-dir") from None
+    with (run_dir / LOCK).open("w") as file:
+        for left in reversed(range(LOCK_TRIES)):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not left:
+                    raise UserError(
+                        f"{run_dir}: another process is training in this folder; name another --run-dir"
+                    ) from None
+                time.sleep(LOCK_EVERY_S)  # `sdft status` holds it for a moment
         yield

@@ -1,7 +1,6 @@
 """What a run directory says about its run: state, stages, samples by state."""
 
 import json
-import os
 import socket
 import sqlite3
 from collections import Counter
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sdft.services.analysis.status import is_held
 from sdft.services.base.errors import UserError
 from sdft.services.base.files import write_atomically
 
@@ -42,8 +42,8 @@ def read_stages(run_dir: Path) -> list[tuple[str, int]]:
 
 
 def read_state(run_dir: Path) -> RunState:
-    """The state in run.json; a run that says it is running though its process is gone was stopped."""
-    path = run_dir / "run.json"
+    """The state in run.json; a run that says it is running though no process holds its lock was stopped."""
+    path, held = run_dir / "run.json", is_held(run_dir)  # in this order: a run that ends writes, then lets go
     if not path.exists():
         return RunState("new", "state unknown (no run.json)", None, None)
     try:
@@ -58,22 +58,13 @@ def read_state(run_dir: Path) -> RunState:
         return RunState("stopped", "ended by its retention guard", total, error_text)
     if state == "failed":
         return RunState("failed", "failed", total, error_text)
-    if host != socket.gethostname():
-        return RunState("running", f"running (pid {pid} on {host}; not seen from this host)", total, None)
-    if not process_exists(pid):
+    here = host == socket.gethostname()
+    if held:
+        return RunState("running", f"running (pid {pid}{'' if here else f' on {host}'})", total, None)
+    if here:
         return RunState("stopped", "stopped (killed)", total, None)
-    return RunState("running", f"running (pid {pid})", total, None)
-
-
-def process_exists(pid: int) -> bool:
-    """Whether this host has such a process, ours or not."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    # Not every shared file system shows one host the locks of another.
+    return RunState("running", f"running (pid {pid} on {host}; not seen from this host)", total, None)
 
 
 def read_ledger(run_dir: Path) -> dict[str, int]:

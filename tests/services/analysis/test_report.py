@@ -1,9 +1,12 @@
+import fcntl
 import json
 import os
 import re
 import socket
 import sqlite3
-import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,9 +15,10 @@ import pytest
 import yaml
 
 from sdft.services.analysis.report import write_report
-from sdft.services.analysis.status import status_text
+from sdft.services.analysis.status import LOCK, status_text
 from sdft.services.analysis.svg import lines
 from sdft.services.base.errors import UserError
+from sdft.services.cli.train import _only_one
 from sdft.services.config.sections import MonitoringConfig
 from sdft.services.monitoring.log import RunLog
 from sdft.services.records.rows import EvalResult, Sample, StepMetrics
@@ -30,6 +34,14 @@ SETS = [
     {"name": "general", "role": "retention"},
     {"name": "prose", "role": "retention", "grader": "perplexity"},
 ]
+
+
+@contextmanager
+def training(run_dir: Path) -> Iterator[None]:
+    """A process holds the run's lock."""
+    with (run_dir / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def begin(run_dir: Path, sets: list[dict[str, str]] | None = None, **run: object) -> Path:
@@ -278,7 +290,8 @@ def test_status_says_how_far_a_running_run_is(tmp_path: Path) -> None:
     assert (
         "Trained: 7 to 30 tokens, median 30; dropped: 99 to 99 tokens, median 99." in Page(write_report(tmp_path)).text
     )
-    lines = status_text(tmp_path).splitlines()
+    with training(tmp_path):
+        lines = status_text(tmp_path).splitlines()
     assert lines[1] == f"state       running (pid {os.getpid()})"
     assert re.fullmatch(r"step        2 of 4, \d+ s ago", lines[2])
     assert lines[3:] == [
@@ -307,12 +320,30 @@ def test_status_and_report_say_what_bounds_the_run(tmp_path: Path) -> None:
 
 
 def test_status_tells_a_killed_run_from_a_running_one(tmp_path: Path) -> None:
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    text = status_text(begin(tmp_path, pid=dead.pid))
+    """By its lock: its process number may be another process's by then, such as this one's."""
+    text = status_text(begin(tmp_path))
     assert "state       stopped (killed)\n" in text
     assert text.endswith(f"start again with: sdft train {tmp_path / 'config.yaml'} --run-dir {tmp_path}")
-    assert "not seen from this host" in status_text(begin(tmp_path, pid=dead.pid, host="another"))
+    with training(tmp_path):
+        assert "state       running (pid 1)\n" in status_text(begin(tmp_path, pid=1))
+    assert "state       stopped (killed)\n" in status_text(tmp_path)
+
+
+def test_of_a_run_on_another_host_only_a_lock_that_is_held_tells(tmp_path: Path) -> None:
+    begin(tmp_path, pid=1, host="another")
+    assert "state       running (pid 1 on another; not seen from this host)\n" in status_text(tmp_path)
+    with training(tmp_path):
+        assert "state       running (pid 1 on another)\n" in status_text(tmp_path)
+
+
+def test_a_run_can_start_while_somebody_looks_at_its_status(tmp_path: Path) -> None:
+    with (tmp_path / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        looked = threading.Timer(0.15, lambda: fcntl.flock(file, fcntl.LOCK_UN))
+        looked.start()
+        with _only_one(tmp_path):
+            assert "running" in status_text(begin(tmp_path))
+        looked.join()
 
 
 def test_status_of_a_failed_run_gives_the_error_and_how_to_resume(tmp_path: Path) -> None:
