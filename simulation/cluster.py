@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -184,6 +185,7 @@ def prepared(case: Case, batch: int) -> Prepared:
         stages=(Stage("", task, prompts, [], schedule, fingerprint=""),),
         common=[],
         plan=Plan((), (), ()),
+        begun=datetime.now(),
     )
 
 

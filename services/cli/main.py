@@ -43,6 +43,7 @@ def _train(a: argparse.Namespace) -> None:
     from sdft.services.cli.summary import dtype_lines, print_outcome, stage_lines
     from sdft.services.config.load import load_config, resolved_yaml
     from sdft.services.planning.prepare import prepare
+    from sdft.services.records.checkpoints import begun
 
     path = Path(a.config)
     config = load_config(path, a.set)
@@ -51,7 +52,7 @@ def _train(a: argparse.Namespace) -> None:
         from sdft.services.config.append import appended
 
         config, path = appended(run_dir, path.parent, a.set, Path(a.append)), run_dir / "config.yaml"
-    prepared = prepare(config, path)
+    prepared = prepare(config, path, begun=begun(run_dir, a.resume))
     console = Console()
     shape = prepared.shape
     size = f"{shape.parameters / 1e6:.1f} M parameters"

@@ -47,7 +47,8 @@ def replay(run_dir: Path, steps: str | None, console: Console) -> str | None:
             f"{run_dir}: the rollouts of step {missing[0]} were not recorded, and steps {first} to {last} can only be "
             f"reached from {start or 'the base model'}; give other --steps"
         )
-    prepared = prepare(load_config(run_dir / "config.yaml"), run_dir / "config.yaml")
+    begun = checkpoints.begun(run_dir, "auto")
+    prepared = prepare(load_config(run_dir / "config.yaml"), run_dir / "config.yaml", begun=begun)
     plan = Plan((), (), prepared.plan.learners)
     check_memory(prepared.config, plan)
     console.print(f"replaying steps {begin + 1} to {last} from {start or 'the base model'}", soft_wrap=True)

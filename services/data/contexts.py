@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +44,18 @@ class PromptBuilder:
     `template` is "paper" (the last user message holds the example), "turn" (the demonstration is an earlier assistant
     turn), "context" (the background alone), "feedback" (what was said of an attempt), "none" (the teacher sees what the
     student sees), or the path of a Jinja template, relative to the folder `base`, whose output is the teacher's last
-    user message. `system` is put before records that bring no system message.
+    user message. `system` is put before records that bring no system message. `now` is the time that a chat template
+    may write; None: that of this call.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str, base: Path, system: str | None) -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        template: str,
+        base: Path,
+        system: str | None,
+        now: datetime | None = None,
+    ) -> None:
         if not tokenizer.chat_template:
             raise UserError(
                 f"model: the tokenizer in {tokenizer.name_or_path} has no chat template; use an instruct model, or put "
@@ -55,6 +64,7 @@ class PromptBuilder:
         self._tokenizer = tokenizer
         self._template = template
         self._system = system
+        self._now = now or datetime.now()
         self._user_template = None if template in BUILT_IN_TEMPLATES else _user_template(template, base)
         self._shown = self._user_template.shown if self._user_template else BUILT_IN_TEMPLATES[template]
 
@@ -108,7 +118,11 @@ class PromptBuilder:
         try:
             # return_dict=False: the default is a BatchEncoding, whose length is its number of keys.
             ids: Any = self._tokenizer.apply_chat_template(
-                messages, tokenize=True, add_generation_prompt=True, return_dict=False
+                messages,
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=False,
+                strftime_now=self._now.strftime,  # in the place of transformers' own, which reads the clock
             )
         except TemplateError as e:
             raise UserError(f"{item.where}: the model's chat template refuses these messages: {e}") from None

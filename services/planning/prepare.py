@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,7 @@ class Prepared:
     stages: tuple[Stage, ...]
     common: list[LoadedSet]  # evaluation sets of no stage
     plan: Plan
+    begun: datetime  # local time, which the prompts may have in them
 
     @property
     def schedule(self) -> Schedule:
@@ -82,12 +84,13 @@ class Prepared:
         return self.stages[self.schedule.at(step).stage]
 
 
-def prepare(config: RunConfig, path: Path, trains: bool = True) -> Prepared:
+def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime | None = None) -> Prepared:
     """Check everything; UserError lists what is wrong. Relative paths start at the config file's folder.
 
-    trains: the model will be trained, not only evaluated.
+    trains: the model will be trained, not only evaluated. begun: of a run that is continued, when it was begun
+    (`checkpoints.begun`), for chat templates that write the date.
     """
-    base = path.parent
+    base, begun = path.parent, begun or datetime.now()
     check_sinks(config.monitoring)
     check_files(config, base)
     loaded = [
@@ -106,7 +109,7 @@ def prepare(config: RunConfig, path: Path, trains: bool = True) -> Prepared:
     if trains:
         check_positions(model, tokens)
     with examined(model, trains):
-        return _prepared(config, path, model, loaded, common)
+        return _prepared(config, path, model, loaded, common, begun)
 
 
 def _prepared(
@@ -115,6 +118,7 @@ def _prepared(
     model: Path,
     loaded: "list[tuple[TaskConfig, list[Record], Questions]]",
     common: "Questions",
+    begun: datetime,
 ) -> Prepared:
     """The rest, which needs the model's tokenizer. loaded: of each task its demonstrations and its own questions."""
     base = path.parent
@@ -123,7 +127,7 @@ def _prepared(
     kind = (model / "config.json").read_bytes() + sample_of_weights(model)
     stages: list[Stage] = []
     schedules = make_schedule(config.tasks, [len(demonstrations) for _, demonstrations, _ in loaded]).stages
-    builders = [PromptBuilder(tokenizer, task.data.template, base, task.data.system) for task in config.tasks]
+    builders = [PromptBuilder(tokenizer, task.data.template, base, task.data.system, begun) for task in config.tasks]
     each = zip(names, builders, loaded, schedules, strict=True)
     for name, builder, (task, demonstrations, questions), schedule in each:
         reply = task.sampling.max_new_tokens if on_demonstrations(task) else None
@@ -141,6 +145,7 @@ def _prepared(
         stages=tuple(stages),
         common=_sets(common, tokenizer, builders[0], stages[0].config),
         plan=make_plan(config, shape, longest),
+        begun=begun,
     )
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import xxhash
@@ -34,6 +35,7 @@ class CheckpointState:
     zero_stage: int
     dtype: str
     fingerprint: str  # of configuration and data
+    begun: str | None = None  # the driver's local time when the run was begun, ISO 8601: prompts may have it in them
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -179,6 +181,19 @@ def newest_usable(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 def read_state(folder: Path) -> CheckpointState:
     return CheckpointState(**json.loads((folder / STATE).read_text()))
+
+
+def begun(run_dir: Path, resume: str) -> datetime | None:
+    """When the run was begun that `resume` (auto, never, or a checkpoint folder) continues; None: it continues none,
+    or no checkpoint tells."""
+    places = [] if resume == "never" else list(reversed(folders(run_dir).values()))
+    for folder in places if resume in ("auto", "never") else [Path(resume)]:
+        try:
+            if (said := read_state(folder).begun) is not None:
+                return datetime.fromisoformat(said)
+        except (OSError, ValueError, TypeError):
+            continue  # it is damaged: whoever goes on from a checkpoint looks at it whole
+    return None
 
 
 @contextmanager

@@ -49,7 +49,8 @@ class Checkpoints:
             self._progress.phase("training")
         c = self._prepared.config
         fingerprint = self._prepared.at(step).fingerprint
-        state = CheckpointState(step, c.learner.ranks, c.learner.zero_stage_for(c.dtype), c.dtype, fingerprint)
+        begun = self._prepared.begun.isoformat()
+        state = CheckpointState(step, c.learner.ranks, c.learner.zero_stage_for(c.dtype), c.dtype, fingerprint, begun)
         self._saving = asyncio.create_task(
             self._commit(part, state, held), name=f"the checkpoint of step {step} to be on the disk"
         )

@@ -1,0 +1,120 @@
+"""From one `sdft train` to the next of the same run: what it goes on from, and what was kept for it."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from rich.console import Console
+
+from sdft.learner.group import LearnerGroup
+from sdft.services.cli import train
+from sdft.services.cli.main import main
+from sdft.services.monitoring.console import Progress
+from sdft.services.planning.prepare import Prepared
+from sdft.services.records import checkpoints
+from sdft.services.records.ledger import Ledger
+from sdft.services.training.checkpointer import Checkpoints
+from tests.fakes.tiny import TEMPLATE
+from tests.runs.run import write_run
+
+Run = Callable[[Prepared, Path, Path | None, Console], Coroutine[Any, Any, None]]
+
+
+class Saved:
+    """The learner's part of a checkpoint: nothing to write."""
+
+    async def save(self, folder: Path) -> None: ...
+
+    async def written(self) -> None: ...
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
+    """Where each run begins. In the place of training, it saves the next two checkpoints."""
+    starts: list[Path | None] = []
+
+    async def run(prepared: Prepared, run_dir: Path, start: Path | None, console: Console) -> None:
+        starts.append(start)
+        ledger, progress = Ledger(run_dir / "ledger.sqlite"), Progress(console, 6, "test")
+        checkpoints = Checkpoints(prepared, run_dir, cast(LearnerGroup, Saved()), ledger, progress)
+        first = checkpoints.read_state(start).step if start else 0
+        for step in (first + 1, first + 2):
+            await checkpoints.save(step, None)
+            await checkpoints.saved()
+        ledger.close()
+
+    monkeypatch.setattr(train, "run", run)
+    return starts
+
+
+def command(config: Path, *more: str) -> int:
+    return main(["train", str(config), "--run-dir", str(config.parent / "run"), *more])
+
+
+def dated(model: Path, folder: Path) -> Path:
+    """The model with a chat template that writes the time: another one in every prompt that is rendered."""
+    copy = Path(shutil.copytree(model, folder / "dated"))
+    (copy / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y %H:%M:%S.%f') }}" + TEMPLATE)
+    return copy
+
+
+def test_a_run_whose_prompts_have_the_date_goes_on_with_the_date_it_was_begun_on(
+    tiny_model: Path, tmp_path: Path, started: list[Path | None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_run(tmp_path, dated(tiny_model, tmp_path), "float32", steps=8)
+    assert (command(config), command(config), command(config)) == (0, 0, 0), capsys.readouterr().err
+    folder = checkpoints.folder_of
+    assert started == [None, folder(tmp_path / "run", 2), folder(tmp_path / "run", 4)]
+    assert len({checkpoints.read_state(folder(tmp_path / "run", step)).begun for step in (5, 6)}) == 1
+    # Another run that goes on from one of its checkpoints has the date with it.
+    moved = Path(shutil.copytree(folder(tmp_path / "run", 5), tmp_path / "moved"))
+    assert main(["train", str(config), "--run-dir", str(tmp_path / "other"), "--resume", str(moved)]) == 0
+    assert main(["train", str(config), "--run-dir", str(tmp_path / "new")]) == 0
+    assert started[3:] == [moved, None]
+
+
+def test_two_runs_of_another_date_have_other_prompts(
+    tiny_model: Path, tmp_path: Path, started: list[Path | None]
+) -> None:
+    """Or the test above would show nothing."""
+    config = write_run(tmp_path, dated(tiny_model, tmp_path), "float32")
+    states = []
+    for name in ("one", "two"):
+        assert main(["train", str(config), "--run-dir", str(tmp_path / name)]) == 0
+        states.append(checkpoints.read_state(checkpoints.folder_of(tmp_path / name, 2)))
+    assert states[0].fingerprint != states[1].fingerprint
+
+
+def test_a_damaged_checkpoint_is_set_aside_by_the_run_that_goes_on_before_it(
+    tiny_model: Path, tmp_path: Path, started: list[Path | None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run_dir = write_run(tmp_path, tiny_model, "float32"), tmp_path / "run"
+    assert command(config) == 0
+    (checkpoints.folder_of(run_dir, 2) / checkpoints.LEDGER).write_bytes(b"x")
+    assert command(config, "--set", "checkpoint.keep=1") == 0
+    said = capsys.readouterr().out
+    assert f"{checkpoints.folder_of(run_dir, 2)} is damaged (ledger.sqlite is not as it was written)" in said
+    (aside,) = (run_dir / "checkpoints").glob("aside-*-step-000002")
+    assert f"a later checkpoint is kept as {aside}" in said
+    assert list(checkpoints.folders(run_dir)) == [3]
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step-000003"
+
+
+def test_a_run_that_is_done_has_not_failed_because_its_report_cannot_be_written(
+    tiny_model: Path, tmp_path: Path, started: list[Path | None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_run(tmp_path, tiny_model, "float32", steps=2)
+    (tmp_path / "run" / "report.html" / "file").mkdir(parents=True)
+    assert command(config) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "finished"
+    assert re.search(r"all steps are done and saved, but .* \(.*report.html", capsys.readouterr().out)
+    assert command(config) == 0
+    (tmp_path / "run" / "report.html" / "file").rmdir()
+    (tmp_path / "run" / "report.html").rmdir()
+    assert command(config) == 0
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert started == [None]
