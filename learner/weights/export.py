@@ -16,6 +16,10 @@ WEIGHT_INDICES = "*.safetensors.index.json"  # of the base model, which must not
 PEFT_PREFIX = "base_model.model."  # of the names in a peft adapter
 
 
+class BaseModelGone(Exception):
+    """An adapter's base model is not where it was."""
+
+
 def student_file(base: Path, weights: dict[str, torch.Tensor], out: Path) -> TensorFile:
     """Make the folder `out`, which must not exist, with everything from `base` but the weights.
 
@@ -39,12 +43,12 @@ def adapter_file(base: Path, adapters: dict[str, torch.Tensor], config: LoraConf
 def merge_adapter(adapter: Path, out: Path) -> None:
     """Make the folder `out`, which must not exist: the adapter's base model with the adapter in it, in its dtype.
 
-    FileNotFoundError if the base model is not where it was, ValueError if it is not whole.
+    BaseModelGone if the base model is not where it was, ValueError if it is not whole.
     """
     config = json.loads((adapter / ADAPTER_CONFIG).read_text())
     base = Path(config["base_model_name_or_path"])
     if not base.is_dir():
-        raise FileNotFoundError(f"{base}, the adapter's base model, is not there")
+        raise BaseModelGone(f"{base}, the adapter's base model, is not there")
     for path in weight_files(base):
         read_header(path)
     tensors = {

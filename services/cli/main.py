@@ -124,8 +124,14 @@ def _export(a: argparse.Namespace) -> None:
         raise UserError(f"--out {out}: there is something already; name a new folder")
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    _export_student(folder / "student", part)
-    part.rename(out)
+    try:
+        _export_student(folder / "student", part)
+        part.rename(out)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise PreflightError(
+            f"--out {out}: the model could not be written ({error}); make room, or name another"
+        ) from None
     print(f"{out}: the student of {folder.name}, a plain Hugging Face folder")
 
 
@@ -135,11 +141,11 @@ def _export_student(student: Path, out: Path) -> None:
         for path in student.iterdir():
             shutil.copyfile(path, out / path.name)  # not its permissions
         return
-    from sdft.learner.weights.export import merge_adapter
+    from sdft.learner.weights.export import BaseModelGone, merge_adapter
 
     try:
         merge_adapter(student, out)
-    except (FileNotFoundError, ValueError) as error:
+    except (BaseModelGone, ValueError) as error:
         raise UserError(f"{student}: {error}; put it back, or load the adapter with peft on another base") from None
 
 
@@ -192,7 +198,13 @@ def _eval(a: argparse.Namespace) -> None:
         low, high = r.interval
         print(f"{r.label:<24}{percent(r.value):>8}  n {r.n:<5} 95 % interval {percent(low)} to {percent(high)}")
     if a.out:
-        write_answers(Path(a.out), results, samples)
+        try:
+            write_answers(Path(a.out), results, samples)
+        except OSError as error:
+            raise PreflightError(
+                f"--out {a.out}: the answers could not be written ({error}); the results above are those of the whole "
+                f"evaluation"
+            ) from None
         print(f"answers: {a.out}")
 
 

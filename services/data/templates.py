@@ -21,6 +21,7 @@ class UserTemplate:
         self._path = path
         source = read_text(path)
         env = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
+        del env.filters["random"], env.globals["lipsum"]  # other prompts each time: no run could be continued
         try:
             used = meta.find_undeclared_variables(env.parse(source))
             code = env.compile(source, filename=str(path))

@@ -250,8 +250,12 @@ class Controller:
             return
         fallen = {breach.now.task for breach in breaches}
         answers = self._run_dir / f"retention-step-{step:06d}.jsonl"
-        write_answers(answers, [b.now for b in breaches], [s for s in samples if s.task in fallen])
-        text = f"retention guard: {'; '.join(map(str, breaches))}; the answers are in {answers.name}"
+        where = f"are in {answers.name}"
+        try:
+            write_answers(answers, [b.now for b in breaches], [s for s in samples if s.task in fallen])
+        except OSError as error:  # what the guard is to do does not depend on them
+            where = f"could not be written ({error})"
+        text = f"retention guard: {'; '.join(map(str, breaches))}; the answers {where}"
         self._progress.note(text)
         if retention.action == "warn":
             return

@@ -210,6 +210,12 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         2,
         ["step-000002 is damaged (state.json is not as it was written)"],
     ),
+    "export below a file": (
+        two(run_folder, file("f", "")),
+        "export runs/my --out f/o",
+        3,
+        ["--out f/o: the model could not be written ([Errno 20]"],
+    ),
     "no checkpoint to resume": (nothing, f"{TRAIN} --resume nowhere", 2, ["--resume nowhere"]),
     "a job's own folder": (
         nothing,

@@ -147,6 +147,8 @@ def test_a_users_template_makes_the_last_message(tokenizer: Any, tmp_path: Path)
         ("{% include 'x' %}{{ demonstration }}", r"t\.jinja:1: "),
         ("{{ prompt }}", r"t\.jinja: uses neither demonstration nor context nor feedback"),
         ("{% if false %}{{ demonstration }}{% endif %}", r"t\.jinja: gives an empty message"),
+        ("\n{{ [demonstration] | random }}", r"t\.jinja:2: .*No filter named 'random'"),
+        ("{{ demonstration }}\n{{ lipsum() }}", r"t\.jinja:2: 'lipsum' is undefined"),
     ],
 )
 def test_a_mistake_in_a_users_template_names_file_and_line(

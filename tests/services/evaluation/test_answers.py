@@ -59,6 +59,14 @@ def test_answers_are_graded_again_by_another_grader(answers: Path, capsys: pytes
     assert [sample["correct"] for sample in samples] == [True, True]
 
 
+def test_answers_that_cannot_be_written_cost_no_results(answers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(".again.jsonl.part").mkdir()
+    assert evaluate("exact", "--out", "again.jsonl") == 3
+    said = capsys.readouterr()
+    assert "50.0 %  n 2" in said.out
+    assert "--out again.jsonl: the answers could not be written ([Errno 21]" in said.err
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [

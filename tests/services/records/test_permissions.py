@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdft.learner.config import LoraConfig
-from sdft.learner.weights.export import adapter_file, merge_adapter, student_file
+from sdft.learner.weights.export import BaseModelGone, adapter_file, merge_adapter, student_file
 from sdft.services.cli.main import main
 from sdft.services.cluster.cluster import _keep_logs
 from sdft.services.planning import models
@@ -65,6 +65,12 @@ def test_a_saved_adapter_and_what_it_is_merged_into(tiny_model: Path, tmp_path: 
     assert_usual(tmp_path / "adapter", umask)
     merge_adapter(tmp_path / "adapter", tmp_path / "out")
     assert_usual(tmp_path / "out", umask)
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):  # which says nothing of the base model
+        merge_adapter(tmp_path / "adapter", tmp_path / "again")
+    base.rename(tmp_path / "moved")
+    with pytest.raises(BaseModelGone, match=str(base)):
+        merge_adapter(tmp_path / "adapter", tmp_path / "again")
 
 
 def test_a_built_in_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int) -> None:

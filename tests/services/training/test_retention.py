@@ -153,6 +153,13 @@ def test_a_run_that_is_to_stop_stops_at_a_checkpoint_of_that_step(tmp_path: Path
     assert last_checkpoint(tmp_path) == "step-000004"
 
 
+def test_the_guard_acts_also_where_the_answers_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / ".retention-step-000004.jsonl.part").mkdir()
+    with pytest.raises(RetentionLost, match=r"the answers could not be written \(.*; rolled back to step-000002"):
+        trained(tmp_path, "rollback")
+    assert last_checkpoint(tmp_path) == "step-000002"
+
+
 def test_a_run_that_is_to_go_back_has_the_last_checkpoint_that_held_as_its_newest(tmp_path: Path) -> None:
     with pytest.raises(RetentionLost, match="rolled back to step-000002"):
         trained(tmp_path, "rollback")
