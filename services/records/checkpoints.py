@@ -91,7 +91,7 @@ def commit(
 def _prune(run_dir: Path, newest: int, keep: int, held: int | None) -> None:
     """Of the checkpoints up to step `newest`, leave the last `keep`, and the last one up to step `held`.
 
-    One of a later step is none that the run has come to: it must not count.
+    Later steps do not count: such a checkpoint is damaged, or the run went on from an earlier one.
     """
     steps = {step: folder for step, folder in folders(run_dir).items() if step <= newest}
     good = [step for step in steps if held is not None and step <= held][-1:]
@@ -184,15 +184,17 @@ def read_state(folder: Path) -> CheckpointState:
 
 
 def begun(run_dir: Path, resume: str) -> datetime | None:
-    """When the run was begun that `resume` (auto, never, or a checkpoint folder) continues; None: it continues none,
-    or no checkpoint tells."""
+    """When the run was begun that `resume` (auto, never, or a checkpoint folder) continues.
+
+    None if it continues no run, or no checkpoint has the time.
+    """
     places = [] if resume == "never" else list(reversed(folders(run_dir).values()))
     for folder in places if resume in ("auto", "never") else [Path(resume)]:
         try:
             if (said := read_state(folder).begun) is not None:
                 return datetime.fromisoformat(said)
         except (OSError, ValueError, TypeError):
-            continue  # it is damaged: whoever goes on from a checkpoint looks at it whole
+            continue  # a damaged one: digests are compared when the run goes on
     return None
 
 

@@ -3,10 +3,11 @@
 import asyncio
 import errno
 import io
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from ray.exceptions import RayTaskError
@@ -123,10 +124,10 @@ class Learner:
             raise self._done
 
 
-def checkpoints_of(run_dir: Path, learner: Learner) -> tuple[Checkpoints, io.StringIO]:
+def checkpoints_of(run_dir: Path, learner: Learner, timeout_s: float = 60) -> tuple[Checkpoints, io.StringIO]:
     """Those of a run of 3 steps that keeps one, and what it prints."""
     one, log = prepared(Case("saving", engines=1, steps=3), 8), io.StringIO()
-    settings = one.config.checkpoint.model_copy(update={"keep": 1})
+    settings = one.config.checkpoint.model_copy(update={"keep": 1, "timeout_s": timeout_s})
     one = replace(one, config=one.config.model_copy(update={"checkpoint": settings}))
     ledger, progress = Ledger(run_dir / "ledger.sqlite"), Progress(Console(file=log, width=400), 3, "test")
     return Checkpoints(one, run_dir, cast(LearnerGroup, learner), ledger, progress), log
@@ -162,6 +163,25 @@ def test_a_disk_without_room_is_a_note_and_gets_its_room_back(tmp_path: Path, ca
     assert any("the checkpoint of step 1 could not be written ([Errno 28] No space left" in line for line in lines)
     assert [line for line in lines if line in ("training", "saving step 1")] == ["saving step 1", "training"]
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_commit_that_does_not_end_in_time_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may still put its checkpoint into its place after another was chosen to go on from."""
+    checkpoints, _ = checkpoints_of(tmp_path, Learner(), timeout_s=0.1)
+    commit = checkpoints.commit
+
+    def slowly(*arguments: Any) -> tuple[Path, list[str]]:
+        time.sleep(0.5)
+        return commit(*arguments)
+
+    async def stopped() -> None:
+        await checkpoints.save(1, None)
+        await asyncio.sleep(0.05)
+        await checkpoints.stop()
+
+    monkeypatch.setattr(checkpoint, "commit", slowly)
+    with pytest.raises(TimeoutError, match=r"waited 0\.1 s for the newest checkpoint to be on the disk"):
+        asyncio.run(stopped())
 
 
 def block_latest(run_dir: Path) -> None:
