@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 
@@ -41,7 +41,7 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
     check_memory(prepared.config, prepared.plan)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise UserError(f"--run-dir {run_dir}: no such folder can be made ({reason(error)}); name another") from None
     with _only_one(run_dir):
         start = _starting_point(prepared, run_dir, resume, console)
@@ -151,15 +151,31 @@ def _starting_point(prepared: Prepared, run_dir: Path, resume: str, console: Con
 @contextmanager
 def _only_one(run_dir: Path) -> Iterator[None]:
     """Hold the run directory's lock; the kernel lets go of it when this process ends, however it ends."""
-    with (run_dir / LOCK).open("w") as file:
-        for left in reversed(range(LOCK_TRIES)):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not left:
-                    raise UserError(
-                        f"{run_dir}: another process is training in this folder; name another --run-dir"
-                    ) from None
-                time.sleep(LOCK_EVERY_S)  # `sdft status` holds it for a moment
+    try:
+        file = (run_dir / LOCK).open("w")
+    except OSError as error:
+        raise UserError(
+            f"{run_dir}: no file can be written there ({reason(error)}); mend that, or name another --run-dir"
+        ) from None
+    with file:
+        _lock(file, run_dir)
         yield
+
+
+def _lock(file: IO[str], run_dir: Path) -> None:
+    """A few tries: `sdft status` holds it for a moment."""
+    for left in reversed(range(LOCK_TRIES)):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not left:
+                raise UserError(
+                    f"{run_dir}: another process is training in this folder; name another --run-dir"
+                ) from None
+        except OSError as error:
+            raise PreflightError(
+                f"{run_dir}: its file system has no locks ({reason(error)}), and two processes could train there at "
+                f"once; name a --run-dir on another"
+            ) from None
+        time.sleep(LOCK_EVERY_S)

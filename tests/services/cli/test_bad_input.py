@@ -180,6 +180,12 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         2,
         ["runs/my: another process is training in this folder", "--run-dir"],
     ),
+    "a run's folder that takes no files": (
+        two(file("runs/my/.lock/file", ""), NO_CLUSTER),
+        TRAIN,
+        2,
+        ["runs/my: no file can be written there ([Errno 21] Is a directory"],
+    ),
     "too little disk": (
         two(setting("checkpoint.keep", 10**9), file("runs/my/empty", ""), NO_CLUSTER),
         TRAIN,
