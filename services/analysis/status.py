@@ -1,6 +1,5 @@
 """What a run directory says about its run (state, evaluation, samples, checkpoints), and `sdft status`'s text of it."""
 
-import fcntl
 import json
 import time
 from collections import Counter
@@ -17,7 +16,6 @@ from sdft.services.records.text import percent
 from sdft.services.records.waits import read_waiting
 
 ENDED = ("trained", "dropped")
-LOCK = ".lock"  # held by the process that trains
 
 
 @dataclass(frozen=True)
@@ -38,18 +36,6 @@ class SetProgress:
         if self.after is None:
             return f"{self.before.text} (n {self.before.n})"
         return f"{self.before.text} → {self.after.text.removeprefix('perplexity ')} (n {self.after.n})"
-
-
-def is_held(run_dir: Path) -> bool:
-    """Whether a process, on this host or another, is seen to hold the run's lock."""
-    try:
-        with (run_dir / LOCK).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    return False
 
 
 def read_sets(run_dir: Path, config: dict[str, Any]) -> list[SetProgress]:

@@ -13,7 +13,6 @@ from typing import IO, Any
 from rich.console import Console
 
 from sdft.services.analysis.report import write_report
-from sdft.services.analysis.status import LOCK
 from sdft.services.base.errors import PreflightError, RetentionLost, UserError
 from sdft.services.base.failures import reason
 from sdft.services.base.files import takes_no_more, write_atomically
@@ -22,7 +21,7 @@ from sdft.services.config.load import resolved_yaml
 from sdft.services.config.paths import with_absolute_paths
 from sdft.services.planning.prepare import Prepared, check_disk, check_memory
 from sdft.services.records import checkpoints
-from sdft.services.records.run_dir import write_state
+from sdft.services.records.run_dir import LOCK, write_state
 from sdft.services.training.session import run
 
 LOCK_TRIES, LOCK_EVERY_S = 5, 0.1

@@ -1,5 +1,6 @@
 """What a run directory says about its run: state, stages, samples by state."""
 
+import fcntl
 import json
 import socket
 import sqlite3
@@ -8,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sdft.services.analysis.status import is_held
 from sdft.services.base.errors import UserError
 from sdft.services.base.files import write_atomically
 
 SAMPLE_STATES = ("issued", "sampled", "scored", "trained", "dropped")  # the ledger's, in the order of their life
+LOCK = ".lock"  # held by the process that trains
 RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "ledger.sqlite")
 
 
@@ -65,6 +66,18 @@ def read_state(run_dir: Path) -> RunState:
         return RunState("stopped", "stopped (killed)", total, None)
     # Not every shared file system shows one host the locks of another.
     return RunState("running", f"running (pid {pid} on {host}; not seen from this host)", total, None)
+
+
+def is_held(run_dir: Path) -> bool:
+    """Whether a process, on this host or another, is seen to hold the run's lock."""
+    try:
+        with (run_dir / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
 
 
 def read_ledger(run_dir: Path) -> dict[str, int]:

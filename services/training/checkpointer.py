@@ -21,7 +21,7 @@ from sdft.services.records.ledger import Ledger
 FILE_ERRORS = (OSError, sqlite3.OperationalError)  # if they are of a file
 
 
-class Checkpoints:
+class Checkpointer:
     """One after the other."""
 
     def __init__(

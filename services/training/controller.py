@@ -30,7 +30,7 @@ from sdft.services.records import checkpoints
 from sdft.services.records.batches import write_batch
 from sdft.services.records.ledger import Ledger
 from sdft.services.records.rows import EvalResult, Sample, StepMetrics, first_of_each_set, read_rows
-from sdft.services.training.checkpointer import Checkpoints
+from sdft.services.training.checkpointer import Checkpointer
 from sdft.services.training.retention import RetentionGuard
 from sdft.services.training.rollouts import Rollouts, Times, now
 from sdft.services.training.weight_sync import WeightSync
@@ -70,7 +70,7 @@ class Controller:
         self._teacher_weights = None if teachers is None else self._weights("teacher", teachers)
         pools = [pool for pool in (students, teachers) if pool is not None and not pool.settings.strict]
         self._scalers = [(pool, Scaler(pool.settings.least, pool.settings.most)) for pool in pools]
-        self._checkpoints = Checkpoints(prepared, run_dir, learner, ledger, progress)
+        self._checkpoints = Checkpointer(prepared, run_dir, learner, ledger, progress)
         self._not_finite = 0  # steps in a row without a finite gradient
         self._teacher_moves = self._config.teacher.weights == "ema"
 

@@ -15,13 +15,14 @@ import pytest
 import yaml
 
 from sdft.services.analysis.report import write_report
-from sdft.services.analysis.status import LOCK, status_text
+from sdft.services.analysis.status import status_text
 from sdft.services.analysis.svg import lines
 from sdft.services.base.errors import UserError
 from sdft.services.cli.train import _only_one
 from sdft.services.config.sections import MonitoringConfig
 from sdft.services.monitoring.log import RunLog
 from sdft.services.records.rows import EvalResult, Sample, StepMetrics
+from sdft.services.records.run_dir import LOCK
 
 STEP = StepMetrics(
     step=1, stage=0, loss=0.5, divergence=0.25, direction="reverse", grad_norm=1.5, lr=1e-5, samples=8,

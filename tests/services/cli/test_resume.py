@@ -17,7 +17,7 @@ from sdft.services.monitoring.console import Progress
 from sdft.services.planning.prepare import Prepared
 from sdft.services.records import checkpoints
 from sdft.services.records.ledger import Ledger
-from sdft.services.training.checkpointer import Checkpoints
+from sdft.services.training.checkpointer import Checkpointer
 from tests.fakes.tiny import TEMPLATE
 from tests.runs.run import write_run
 
@@ -40,11 +40,11 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
     async def run(prepared: Prepared, run_dir: Path, start: Path | None, console: Console) -> None:
         starts.append(start)
         ledger, progress = Ledger(run_dir / "ledger.sqlite"), Progress(console, 6, "test")
-        checkpoints = Checkpoints(prepared, run_dir, cast(LearnerGroup, Saved()), ledger, progress)
+        writer = Checkpointer(prepared, run_dir, cast(LearnerGroup, Saved()), ledger, progress)
         first = checkpoints.read_state(start).step if start else 0
         for step in (first + 1, first + 2):
-            await checkpoints.save(step, None)
-            await checkpoints.saved()
+            await writer.save(step, None)
+            await writer.saved()
         ledger.close()
 
     monkeypatch.setattr(train, "run", run)

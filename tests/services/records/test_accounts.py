@@ -24,7 +24,7 @@ from sdft.services.planning.shape import ModelShape
 from sdft.services.records import checkpoints
 from sdft.services.records.checkpoints import CheckpointState
 from sdft.services.records.ledger import Ledger, LedgerError, restore_ledger
-from sdft.services.training.checkpointer import Checkpoints
+from sdft.services.training.checkpointer import Checkpointer
 from simulation.cluster import Case, prepared
 
 SHAPE = ModelShape(135_000_000, 30, 576, 1536, 49152, 9)
@@ -219,7 +219,7 @@ def test_a_checkpoint_that_is_being_put_in_place_is_there_before_anybody_chooses
     progress = Progress(Console(quiet=True), 3, "test")
 
     async def run() -> None:
-        writer = Checkpoints(one, tmp_path, cast(LearnerGroup, Saved()), ledger, progress)
+        writer = Checkpointer(one, tmp_path, cast(LearnerGroup, Saved()), ledger, progress)
         await writer.save(1, None)
         await asyncio.sleep(0.1)
         await writer.stop()

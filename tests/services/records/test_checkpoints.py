@@ -18,7 +18,7 @@ from sdft.services.base.errors import PreflightError, UserError
 from sdft.services.monitoring.console import Progress
 from sdft.services.records import checkpoints
 from sdft.services.records.ledger import Ledger
-from sdft.services.training.checkpointer import Checkpoints
+from sdft.services.training.checkpointer import Checkpointer
 from sdft.services.training.session import _Run
 from simulation.cluster import Case, prepared
 
@@ -54,7 +54,7 @@ def contents(run_dir: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_damaged_checkpoints_of_later_steps_displace_no_good_one(tmp_path: Path, keep: int) -> None:
+def test_damaged_checkpointer_of_later_steps_displace_no_good_one(tmp_path: Path, keep: int) -> None:
     save(tmp_path, 100)
     for step in (200, 250):
         spoil(save(tmp_path, step))
@@ -124,21 +124,21 @@ class Learner:
             raise self._done
 
 
-def checkpoints_of(run_dir: Path, learner: Learner, timeout_s: float = 60) -> tuple[Checkpoints, io.StringIO]:
+def checkpointer_of(run_dir: Path, learner: Learner, timeout_s: float = 60) -> tuple[Checkpointer, io.StringIO]:
     """Those of a run of 3 steps that keeps one, and what it prints."""
     one, log = prepared(Case("saving", engines=1, steps=3), 8), io.StringIO()
     settings = one.config.checkpoint.model_copy(update={"keep": 1, "timeout_s": timeout_s})
     one = replace(one, config=one.config.model_copy(update={"checkpoint": settings}))
     ledger, progress = Ledger(run_dir / "ledger.sqlite"), Progress(Console(file=log, width=400), 3, "test")
-    return Checkpoints(one, run_dir, cast(LearnerGroup, learner), ledger, progress), log
+    return Checkpointer(one, run_dir, cast(LearnerGroup, learner), ledger, progress), log
 
 
-async def saved(checkpoints: Checkpoints, step: int) -> None:
+async def saved(writer: Checkpointer, step: int) -> None:
     try:
-        await checkpoints.save(step, None)
-        await checkpoints.saved()
+        await writer.save(step, None)
+        await writer.saved()
     finally:
-        await checkpoints.stop()
+        await writer.stop()
 
 
 LATE = TimeoutError("waited 3600 s for the learner to begin saving")
@@ -148,17 +148,17 @@ GONE = ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
 @pytest.mark.parametrize("error", [LATE, GONE])
 @pytest.mark.parametrize("call", ["begun", "done"])
 def test_a_learner_that_does_not_answer_is_not_a_full_disk(tmp_path: Path, call: str, error: Exception) -> None:
-    checkpoints, log = checkpoints_of(tmp_path, Learner(**{call: error}))
+    writer, log = checkpointer_of(tmp_path, Learner(**{call: error}))
     with pytest.raises(type(error), match=str(error.args[-1])):
-        asyncio.run(saved(checkpoints, 1))
+        asyncio.run(saved(writer, 1))
     assert "could not be written" not in log.getvalue()
 
 
 @pytest.mark.parametrize("error", [FULL, RayTaskError("save", "…", FULL).as_instanceof_cause()])
 @pytest.mark.parametrize("call", ["begun", "done"])
 def test_a_disk_without_room_is_a_note_and_gets_its_room_back(tmp_path: Path, call: str, error: Exception) -> None:
-    checkpoints, log = checkpoints_of(tmp_path, Learner(**{call: error}))
-    asyncio.run(saved(checkpoints, 1))
+    writer, log = checkpointer_of(tmp_path, Learner(**{call: error}))
+    asyncio.run(saved(writer, 1))
     lines = log.getvalue().splitlines()
     assert any("the checkpoint of step 1 could not be written ([Errno 28] No space left" in line for line in lines)
     assert [line for line in lines if line in ("training", "saving step 1")] == ["saving step 1", "training"]
@@ -167,7 +167,7 @@ def test_a_disk_without_room_is_a_note_and_gets_its_room_back(tmp_path: Path, ca
 
 def test_a_commit_that_does_not_end_in_time_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may still put its checkpoint into its place after another was chosen to go on from."""
-    checkpoints, _ = checkpoints_of(tmp_path, Learner(), timeout_s=0.1)
+    writer, _ = checkpointer_of(tmp_path, Learner(), timeout_s=0.1)
     commit = checkpoints.commit
 
     def slowly(*arguments: Any) -> tuple[Path, list[str]]:
@@ -175,11 +175,11 @@ def test_a_commit_that_does_not_end_in_time_is_not_passed_over(tmp_path: Path, m
         return commit(*arguments)
 
     async def stopped() -> None:
-        await checkpoints.save(1, None)
+        await writer.save(1, None)
         await asyncio.sleep(0.05)
-        await checkpoints.stop()
+        await writer.stop()
 
-    monkeypatch.setattr(checkpoint, "commit", slowly)
+    monkeypatch.setattr(checkpoints, "commit", slowly)
     with pytest.raises(TimeoutError, match=r"waited 0\.1 s for the newest checkpoint to be on the disk"):
         asyncio.run(stopped())
 
@@ -196,13 +196,13 @@ def block_removal(run_dir: Path) -> None:
 @pytest.mark.parametrize("block", [block_latest, block_removal])
 def test_what_fails_once_a_checkpoint_has_its_name_is_a_note(tmp_path: Path, block: Callable[[Path], None]) -> None:
     """On the last step too, where a checkpoint that is not written ends the run."""
-    checkpoints, log = checkpoints_of(tmp_path, Learner())
+    writer, log = checkpointer_of(tmp_path, Learner())
     save(tmp_path, 2)
 
     async def last() -> None:
-        await checkpoints.save(3, None)
+        await writer.save(3, None)
         block(tmp_path)
-        await checkpoints.saved()
+        await writer.saved()
 
     asyncio.run(last())
     assert "the checkpoint of step 3 is saved, but" in log.getvalue()

@@ -21,7 +21,7 @@ from sdft.services.monitoring.log import RunLog
 from sdft.services.planning.prepare import prepare
 from sdft.services.records.ledger import Ledger
 from sdft.services.records.rows import Sample
-from sdft.services.training.checkpointer import Checkpoints
+from sdft.services.training.checkpointer import Checkpointer
 from tests.runs.run import write_run
 
 
@@ -70,7 +70,7 @@ def test_only_the_last_checkpoint_ends_the_run_in_a_sentence(tiny_model: Path, t
     run_dir.mkdir()
     (run_dir / "checkpoints").write_text("")  # where the folder should be: nothing can be written, nobody is asked
     progress = Progress(Console(file=out, width=400), last, "test")
-    checkpoints = Checkpoints(prepared, run_dir, cast(LearnerGroup, None), cast(Ledger, None), progress)
+    checkpoints = Checkpointer(prepared, run_dir, cast(LearnerGroup, None), cast(Ledger, None), progress)
     asyncio.run(checkpoints.save(last - 1, None))
     assert f"the checkpoint of step {last - 1} could not be written" in out.getvalue()
     with pytest.raises(PreflightError, match=f"the checkpoint of step {last} could not be written .* make room"):
