@@ -102,4 +102,5 @@ class EngineSettings:
     threads: int | None  # OpenMP threads on the CPU; None: every core
     kv_cache_gib: float | None  # None, on GPUs: what gpu_memory_utilization leaves for it
     alone: bool = False  # nobody else of the run computes while it does
+    stop_ids: tuple[int, ...] = ()  # tokens that end a reply, beside those that the model's folder names
     extension: str = "sdft.actors.vllm.extension.WorkerExtension"  # loaded in the engine's worker processes

@@ -182,6 +182,7 @@ def prepared(case: Case, batch: int) -> Prepared:
         model=Path("simulated"),
         shape=ModelShape(0, 0, 0, 0, 0, 0),
         tokenizer=None,
+        reply_end=0,
         stages=(Stage("", task, prompts, [], schedule, fingerprint=""),),
         common=[],
         plan=Plan((), (), ()),

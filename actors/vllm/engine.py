@@ -109,6 +109,7 @@ class Engine:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 seed=request.seed,
+                stop_token_ids=list(self.settings.stop_ids),
                 logprobs=0,  # the sampled token's only
                 flat_logprobs=True,
                 detokenize=False,

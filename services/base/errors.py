@@ -17,3 +17,8 @@ class RetentionLost(Exception):
     """The retention guard has ended the run. The message says what fell, and what is kept."""
 
     exit_code = 4
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's text as a part of one sentence: its first line, or its class where it has no text."""
+    return (str(error).strip() or type(error).__name__).split("\n", 1)[0].rstrip(".")

@@ -25,7 +25,8 @@ async def _run(prepared: Prepared, plan: Plan, console: Console) -> tuple[list[E
     async with places(c.ray, plan) as options:
         # Strict: which engine answers what depends on nothing but their number.
         c = c.model_copy(update={"training": c.training.model_copy(update={"max_staleness": 0})})
-        pool = engine_pool(c, prepared.model, "student", options["student"], console.print, _nothing_published)
+        model, end = prepared.model, prepared.reply_end
+        pool = engine_pool(c, model, end, "student", options["student"], console.print, _nothing_published)
         try:
             await pool.start()
             console.print(f"evaluating {prepared.model}", highlight=False, soft_wrap=True)

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sdft.services.base.errors import UserError
+from sdft.services.base.errors import UserError, first_line
 from sdft.services.base.files import existing_file
+from sdft.services.data.chat_template import ReplyEnd, left_out, reply_end
 from sdft.services.data.demonstrations import Message, Record
 from sdft.services.data.templates import UserTemplate
 
@@ -61,12 +62,20 @@ class PromptBuilder:
                 f"model: the tokenizer in {tokenizer.name_or_path} has no chat template; use an instruct model, or put "
                 "its chat_template.jinja into the folder"
             )
+        if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+            raise UserError(
+                f"model: the tokenizer in {tokenizer.name_or_path} has chat templates named "
+                f"{', '.join(sorted(tokenizer.chat_template))} and none named default; name one of them default, or "
+                f"leave that one alone in chat_template.jinja"
+            )
         self._tokenizer = tokenizer
         self._template = template
         self._system = system
         self._now = now or datetime.now()
         self._user_template = None if template in BUILT_IN_TEMPLATES else _user_template(template, base)
         self._shown = self._user_template.shown if self._user_template else BUILT_IN_TEMPLATES[template]
+        self._chat_template = f"the chat template of the tokenizer in {tokenizer.name_or_path}"
+        self._end: ReplyEnd | None = None
 
     def student(self, item: Record) -> list[int]:
         """Token ids of the prompt alone."""
@@ -99,12 +108,21 @@ class PromptBuilder:
                 messages=messages,
             )
             turns = [_user(text)]
-        return self._encode([*earlier, *turns], item)
+        return self._encode([*earlier, *turns], item, whole=len(earlier) + 1 if self._template == "turn" else None)
 
     def demonstration(self, item: Record) -> list[int]:
-        """Token ids of the demonstration as a reply behind the student's prompt, with the token that ends it."""
-        ids: list[int] = self._tokenizer.encode(item.demonstration or "", add_special_tokens=False)
-        return [*ids, self._tokenizer.eos_token_id]
+        """Token ids of the demonstration as a reply behind the student's prompt, with what ends it."""
+        end = self.end(item)
+        ids: list[int] = self._tokenizer.encode(f"{item.demonstration or ''}{end.text}", add_special_tokens=False)
+        return [*ids, end.token_id]
+
+    def end(self, item: Record) -> ReplyEnd:
+        """What ends a reply, found out by the prompt of the first item that is asked for. It is that of all."""
+        if self._end is None:
+            self._end = reply_end(
+                self._tokenizer, lambda messages, opened: self._render(messages, item, opened), self._with_system(item)
+            )
+        return self._end
 
     def _with_system(self, item: Record) -> list[Message]:
         messages = list(item.messages)
@@ -112,21 +130,47 @@ class PromptBuilder:
             messages.insert(0, Message(role="system", content=self._system))
         return messages
 
-    def _encode(self, messages: list[Message], item: Record) -> list[int]:
-        from jinja2 import TemplateError
+    def _encode(self, messages: list[Message], item: Record, whole: int | None = None) -> list[int]:
+        """UserError unless the chat template shows every message. whole: the index of a demonstration among them."""
+        text = self._render(messages, item, opened=True)
+        lost = left_out(text, messages, whole)
+        if lost is not None:
+            problem = _loss(lost, whole is not None and lost is messages[whole])
+            raise UserError(f"{item.where}: {self._chat_template} {problem}")
+        return [int(i) for i in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
 
+    def _render(self, messages: list[Message], item: Record, opened: bool) -> str:
+        """The text of a conversation. opened: it ends where the assistant's reply begins."""
         try:
-            # return_dict=False: the default is a BatchEncoding, whose length is its number of keys.
-            ids: Any = self._tokenizer.apply_chat_template(
-                messages,
-                tokenize=True,
-                add_generation_prompt=True,
-                return_dict=False,
-                strftime_now=self._now.strftime,  # in the place of transformers' own, which reads the clock
+            # A list of messages gives one text.
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=opened,
+                    strftime_now=self._now.strftime,  # in the place of transformers' own, which reads the clock
+                )
             )
-        except TemplateError as e:
-            raise UserError(f"{item.where}: the model's chat template refuses these messages: {e}") from None
-        return [int(i) for i in ids]
+        except Exception as e:  # noqa: BLE001 - a template is a program that came with the model: it raises anything
+            raise UserError(
+                f"{item.where}: {self._chat_template} fails on these messages: {first_line(e)}; change them, or the "
+                f"template"
+            ) from None
+
+
+def _loss(lost: Message, demonstration: bool) -> str:
+    """What a chat template does that leaves this message out, and the mend."""
+    if demonstration:
+        return (
+            "does not show the whole demonstration as an earlier turn (templates of reasoning models cut the reasoning "
+            "there); set data.template: paper, which puts it into the user's turn"
+        )
+    if lost["role"] == "system":
+        return "leaves out the system message; put its text into the first user message"
+    return (
+        f"does not show the {lost['role']}'s message as it is; use a template that writes a message's content, which "
+        f"is text here, unchanged"
+    )
 
 
 def shown_to_teacher(template: str, base: Path) -> str | None:
@@ -172,6 +216,21 @@ def build_prompts(
         mend = " and ".join(f"raise {key} to at least {tokens}" for key, tokens in needed.items())
         raise UserError("\n".join([*too_long, f"{mend}, or shorten these rows"]))
     return pairs
+
+
+def check_ids(items: Sequence[Record], pairs: Sequence[PromptPair], rows: int | None) -> None:
+    """UserError if a token of a prompt or reply has no row in the model's embedding, of `rows` rows; None: unknown."""
+    if rows is None:
+        return
+    for item, pair in zip(items, pairs, strict=True):
+        largest = max(
+            max(ids, default=0) for ids in (pair.student_ids, pair.teacher_ids, pair.demonstration_ids) if ids
+        )
+        if largest >= rows:
+            raise UserError(
+                f"{item.where}: the tokenizer gives token {largest}, and the model's embedding has rows for tokens 0 "
+                f"to {rows - 1} only; put the tokenizer that belongs to these weights into the model's folder"
+            )
 
 
 def text_prompts(tokenizer: "PreTrainedTokenizerBase", items: Sequence[Record], limit: int) -> list[PromptPair]:

@@ -13,8 +13,19 @@ from sdft.services.data.rows import BadRow, NumberedRow, hub_rows, json_kind, js
 
 MAX_REPORTED = 20
 ROLES = ("system", "user", "assistant")
+# Columns of a prompt's row that say more of what is asked, or of the reply, and that nothing here uses: without them
+# the model would be asked something else than the row's author meant. Other columns (ids, sources, dates) stay unused.
+MEANT = (
+    *("system", "system_prompt", "input", "history", "documents", "chat_template_kwargs"),
+    *("tools", "functions", "tool_calls", "function_call", "reasoning_content"),
+    *("image", "images", "audio", "audios", "video", "videos"),
+)
+# Members of a message beside role and content that say nothing to a model (weight: whether the message is trained on,
+# which no message of a prompt is). Any other is refused: templates read tool_calls, reasoning_content, name and more.
+HARMLESS = ("id", "message_id", "created", "created_at", "timestamp", "model", "metadata", "weight")
 # How much like a known optional column an unknown one must be to count as a typing error: contexts is, content is not.
 NEAR_OPTIONAL = 0.86
+NOTHING: tuple[Any, ...] = (None, False, "", [], {})  # what a column or member holds that says nothing
 
 
 class Message(TypedDict):
@@ -133,6 +144,10 @@ def _problems(
             problem = _text_problem(value, "text or a whole number" if column == "id" else "text")
             if problem:
                 yield f"{column} {problem}"
+    if "prompt" in required:
+        for name in MEANT:
+            if row.get(name) not in NOTHING:
+                yield f"{name} is not used, and belongs to what is asked; write it into the prompt, or remove it"
 
 
 def _near_column(column: str, row: dict[str, Any], required: bool) -> str | None:
@@ -164,6 +179,9 @@ def _prompt_problems(prompt: Any) -> Iterable[str]:
         problem = _text_problem(message.get("content"))
         if problem:
             yield f"{at}: content {problem}"
+        for name, value in message.items():
+            if name not in ("role", "content", *HARMLESS) and value not in NOTHING:
+                yield f"{at}: {name} is not used: a message is its role and content; write it into that, or remove it"
     if prompt[-1].get("role") in ("system", "assistant"):
         yield f"prompt: the last message must be the user's, not the {prompt[-1]['role']}'s"
 

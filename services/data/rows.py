@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdft.services.base.errors import UserError
+from sdft.services.base.errors import UserError, first_line
 
 
 class BadRow(str):
@@ -39,7 +39,7 @@ def parquet_rows(path: Path) -> Iterator[NumberedRow]:
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as e:
         cause = e.__cause__ or e
-        raise UserError(f"{path}: not a Parquet file that can be read: {_first_line(cause)}; write it again") from None
+        raise UserError(f"{path}: not a Parquet file that can be read: {first_line(cause)}; write it again") from None
     yield from _numbered(rows)
 
 
@@ -51,14 +51,14 @@ def hub_rows(name: str, split: str, hint: str) -> Iterator[NumberedRow]:
     try:
         rows = datasets.load_dataset(name, split=split)
     except datasets.exceptions.DatasetNotFoundError as e:
-        raise UserError(f"data.train: {name} is not on the hub: {_first_line(e)}; check the name {local}") from None
+        raise UserError(f"data.train: {name} is not on the hub: {first_line(e)}; check the name {local}") from None
     except (ConnectionError, TimeoutError) as e:
-        reason = _first_line(e)
+        reason = first_line(e)
         raise UserError(
             f"data.train: {name} is no local file, and the hub cannot be reached: {reason}; connect to it {local}"
         ) from None
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as e:
-        reason = _first_line(e)
+        reason = first_line(e)
         raise UserError(
             f"data.train: split {split} of the hub data set {name} cannot be loaded: {reason}; set data.split to one "
             f"that it has, {local}"
@@ -139,7 +139,3 @@ def json_kind(value: Any) -> str:
     if isinstance(value, str):
         return "text"
     return "an object" if isinstance(value, dict) else "a list"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n", 1)[0].rstrip(".")

@@ -4,7 +4,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from sdft.services.base.errors import UserError
+from sdft.services.base.errors import UserError, first_line
 from sdft.services.base.files import read_text
 
 
@@ -27,6 +27,8 @@ class UserTemplate:
             code = env.compile(source, filename=str(path))
         except TemplateSyntaxError as e:
             raise UserError(f"{path}:{e.lineno}: not a valid Jinja template: {e.message}") from None
+        except (RecursionError, SyntaxError) as e:  # nested deeper than Jinja's parser, or Python's, can go
+            raise UserError(f"{path}: not a valid Jinja template: {e}; nest it less") from None
         knowledge = [column for column in ("demonstration", "context", "feedback") if column in used]
         if not knowledge:
             raise UserError(
@@ -38,16 +40,14 @@ class UserTemplate:
 
     def render(self, where: str, **variables: Any) -> str:
         """The text for the item at `where`; a UserError with the template's line if that fails or gives nothing."""
-        from jinja2 import TemplateError
-
         try:
             text = self._template.render(**variables)
-        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as e:
+        except Exception as e:  # noqa: BLE001 - a template is a program of the user's: it raises anything
             frames = traceback.extract_tb(e.__traceback__)
             line = next((f.lineno for f in reversed(frames) if f.filename == str(self._path)), None)
             at = f"{self._path}:{line}" if line else str(self._path)
             names = ", ".join(variables)
-            raise UserError(f"{at}: {e} (for {where}); the variables are {names}") from None
+            raise UserError(f"{at}: {first_line(e)} (for {where}); the variables are {names}") from None
         if not text.strip():
             raise UserError(f"{self._path}: gives an empty message for {where}")
         return text

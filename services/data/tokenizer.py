@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdft.actors.shared.process import large_imports
-from sdft.services.base.errors import UserError
+from sdft.services.base.errors import UserError, first_line
 from sdft.services.data.without_torch import import_for_tokenizers
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ def load_tokenizer(model_path: Path) -> "PreTrainedTokenizerBase":
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(model_path), local_files_only=True)
-    except (OSError, ValueError) as e:
-        reason = str(e).strip().split("\n", 1)[0]
-        raise UserError(f"model: the tokenizer in {model_path} cannot be loaded: {reason}") from None
+    except Exception as e:  # noqa: BLE001 - what a folder's files make of it: tokenizers raises Exception itself
+        raise UserError(
+            f"model: the tokenizer in {model_path} cannot be loaded ({first_line(e)}); check tokenizer.json and "
+            f"tokenizer_config.json there, or download the model again"
+        ) from None
     return tokenizer

@@ -1,6 +1,7 @@
 """Pools of Ray actors with a vLLM engine in each, as the configuration wants them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sdft.services.planning.plan import engine_settings
 def engine_pool(
     config: RunConfig,
     model: Path,
+    reply_end: int,
     role: str,
     options: Sequence[dict[str, Any]],
     notice: Callable[[str], None],
@@ -28,11 +30,12 @@ def engine_pool(
 ) -> EnginePool:
     """A pool, not started yet.
 
+    reply_end: the token at which its engines stop.
     options: Ray's for the first engines, whose places are reserved; those that join later ask for as much, anywhere.
     payload: gives a snapshot's bytes to other nodes than the learner's. learner: that broadcasts, if there is one.
     """
     e = config.actors.of(role)
-    settings = engine_settings(config, model, role)
+    settings = replace(engine_settings(config, model, role), stop_ids=(reply_end,))
     actor = ray.remote(EngineWorker)
     gpus = e.gpus if config.device == "cuda" else 0
     where = labelled(e.labels)

@@ -4,7 +4,9 @@ import hashlib
 import json
 
 from sdft.services.config.run import TaskConfig
-from sdft.services.data.contexts import PromptPair
+from sdft.services.data.contexts import (
+    PromptPair,
+)
 from sdft.services.planning.plan import roles
 
 # Of a pool, what changes nothing that is computed.

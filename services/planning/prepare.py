@@ -18,7 +18,14 @@ from sdft.services.config.run import RunConfig, TaskConfig
 from sdft.services.config.sections import EvaluationSet
 from sdft.services.config.sinks import check_sinks
 from sdft.services.data.check_files import check_files
-from sdft.services.data.contexts import PromptBuilder, PromptPair, build_prompts, shown_to_teacher, text_prompts
+from sdft.services.data.contexts import (
+    PromptBuilder,
+    PromptPair,
+    build_prompts,
+    check_ids,
+    shown_to_teacher,
+    text_prompts,
+)
 from sdft.services.data.demonstrations import Record, load_demonstrations, load_questions
 from sdft.services.data.schedule import Schedule, StageSchedule, make_schedule
 from sdft.services.data.sets import LoadedSet
@@ -27,7 +34,7 @@ from sdft.services.grading.grade import answer_check
 from sdft.services.grading.judge import check_judge
 from sdft.services.planning.models import check_positions, check_trainable, examined, resolve_model
 from sdft.services.planning.plan import Plan, engine_settings, make_plan, roles
-from sdft.services.planning.shape import ModelShape, sample_of_weights
+from sdft.services.planning.shape import ModelShape, embedding_rows, sample_of_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +65,7 @@ class Prepared:
     model: Path
     shape: ModelShape
     tokenizer: "PreTrainedTokenizerBase"
+    reply_end: int  # the token that ends a reply, by the chat template: engines stop at it
     stages: tuple[Stage, ...]
     common: list[LoadedSet]  # evaluation sets of no stage
     plan: Plan
@@ -124,6 +132,7 @@ def _prepared(
     base = path.parent
     tokenizer = load_tokenizer(model)
     names = [s.name for s in config.stages] or [""]
+    rows = embedding_rows(model)  # no token may be beyond them
     kind = (model / "config.json").read_bytes() + sample_of_weights(model)
     stages: list[Stage] = []
     schedules = make_schedule(config.tasks, [len(demonstrations) for _, demonstrations, _ in loaded]).stages
@@ -132,8 +141,13 @@ def _prepared(
     for name, builder, (task, demonstrations, questions), schedule in each:
         reply = task.sampling.max_new_tokens if on_demonstrations(task) else None
         prompts = build_prompts(builder, demonstrations, *_limits(task), reply)
+        check_ids(demonstrations, prompts, rows)
         fingerprint = fingerprint_of(stages[-1].fingerprint if stages else "", task, kind, prompts)
-        stages.append(Stage(name, task, prompts, _sets(questions, tokenizer, builder, task), schedule, fingerprint))
+        sets = _sets(questions, tokenizer, builder, task, rows)
+        stages.append(Stage(name, task, prompts, sets, schedule, fingerprint))
+    first = loaded[0][1][0]
+    end = builders[0].end(first).token_id
+    check_ids([first], [PromptPair([end], None)], rows)
     shape = ModelShape.of(model, config.learner.lora)
     longest = [max(len(p.student_ids) for p in stage.prompts) for stage in stages]
     return Prepared(
@@ -142,8 +156,9 @@ def _prepared(
         model=model,
         shape=shape,
         tokenizer=tokenizer,
+        reply_end=end,
         stages=tuple(stages),
-        common=_sets(common, tokenizer, builders[0], stages[0].config),
+        common=_sets(common, tokenizer, builders[0], stages[0].config, rows),
         plan=make_plan(config, shape, longest),
         begun=begun,
     )
@@ -169,18 +184,20 @@ def _limits(task: TaskConfig) -> tuple[int, int]:
 
 
 def _sets(
-    questions: Questions, tokenizer: "PreTrainedTokenizerBase", builder: PromptBuilder, task: TaskConfig
+    questions: Questions,
+    tokenizer: "PreTrainedTokenizerBase",
+    builder: PromptBuilder,
+    task: TaskConfig,
+    rows: int | None,
 ) -> list[LoadedSet]:
-    """With prompts as the task's are made."""
+    """With prompts as the task's are made. rows: of the model's embedding."""
     limits = _limits(task)
-    return [
-        LoadedSet(
-            one,
-            items,
-            text_prompts(tokenizer, items, limits[1]) if one.is_text else build_prompts(builder, items, *limits),
-        )
-        for one, items in questions
-    ]
+    loaded = []
+    for one, items in questions:
+        prompts = text_prompts(tokenizer, items, limits[1]) if one.is_text else build_prompts(builder, items, *limits)
+        check_ids(items, prompts, rows)
+        loaded.append(LoadedSet(one, items, prompts))
+    return loaded
 
 
 def learner_settings(prepared: Prepared) -> LearnerSettings:

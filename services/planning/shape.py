@@ -11,6 +11,7 @@ from sdft.learner.config import LoraConfig
 from sdft.services.base.errors import UserError
 
 SAMPLED = 64  # bytes of each weight
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ def check_files(model: Path) -> None:
         raise UserError(f"model: {error}") from None
     for _ in _headers(model):
         pass
+
+
+def embedding_rows(model: Path) -> int | None:
+    """Tokens that the input embedding has a row for; None if it has none of the usual names."""
+    return min((shape[0] for name, shape in _weights(model).items() if name.endswith(EMBEDDINGS)), default=None)
 
 
 def sample_of_weights(model: Path) -> bytes:

@@ -168,6 +168,7 @@ class _Run:
         pool = engine_pool(
             self._prepared.config,
             self._prepared.model,
+            self._prepared.reply_end,
             role,
             self._options[role],
             self._notice,

@@ -123,6 +123,29 @@ def other_model(work: Work) -> Path:
     return folder
 
 
+def chat_template(text: str) -> Callable[[Work], None]:
+    """The model with another chat template."""
+
+    def spoil(work: Work) -> None:
+        folder = shutil.copytree(work.config["model"], work.folder / "m")
+        (folder / "chat_template.jinja").write_text(text)
+        work.set("model", str(folder))
+
+    return spoil
+
+
+def larger_tokenizer(work: Work) -> None:
+    """The model with a tokenizer of more tokens than it has rows, one of which a prompt holds."""
+    from sdft.services.data.tokenizer import load_tokenizer
+
+    folder = shutil.copytree(work.config["model"], work.folder / "m")
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens([f"<{i}>" for i in range(200)])
+    tokenizer.save_pretrained(folder)
+    work.set("model", str(folder))
+    work.rows("train.jsonl", ROW, {"prompt": "Say <199>.", "demonstration": "It is."})
+
+
 def two(*spoilers: Callable[[Work], None]) -> Callable[[Work], None]:
     def spoil(work: Work) -> None:
         for one in spoilers:

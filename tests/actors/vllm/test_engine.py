@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,15 @@ def watched() -> type:
             params = [scoring_request(len(prompt), k) for prompt, _ in pairs]
             outputs = await self._engine._run([np.concatenate(pair) for pair in pairs], params)
             return [output.num_cached_tokens for output in outputs]
+
+        async def generate_until(self, stop_id: int, requests: list, sampling: Sampling) -> list:
+            """As an engine that was started with this token among those that end a reply."""
+            settings = self._engine.settings
+            self._engine.settings = replace(settings, stop_ids=(stop_id,))
+            try:
+                return await self._engine.generate(requests, sampling)
+            finally:
+                self._engine.settings = settings
 
         async def norms(self, dtype: str) -> tuple[list[str], float]:
             """Whose kernels compute norms, and how far those we name are from plain torch, of the largest value."""
@@ -158,6 +168,19 @@ def test_a_model_with_norms_of_queries_and_keys_is_computed_as_it_is(ray_cluster
     ray.get(engine.start.remote(), timeout=300)
     compare(engine, model, 0)
     ray.get(engine.stop.remote(), timeout=60)
+
+
+def test_a_reply_ends_with_the_token_that_the_chat_template_ends_it_with(engines: list) -> None:
+    """Also where neither tokenizer nor generation_config.json names it as an end."""
+    request = [GenerateRequest(PROMPT, 7)]
+    (whole,) = ray.get(engines[0].generate.remote(request, PLAIN), timeout=60)
+    stop = int(whole.completion_ids[5])
+    end = whole.completion_ids.tolist().index(stop) + 1
+    assert end < len(whole.completion_ids)
+    (cut,) = ray.get(engines[0].generate_until.remote(stop, request, PLAIN), timeout=60)
+    assert cut.finish_reason == "stop"
+    np.testing.assert_array_equal(cut.completion_ids, whole.completion_ids[:end])
+    np.testing.assert_array_equal(cut.logprobs, whole.logprobs[:end])
 
 
 def changed(tiny_model: Path, seed: int = 1) -> torch.nn.Module:

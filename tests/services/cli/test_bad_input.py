@@ -12,9 +12,11 @@ from tests.fakes.spoiling import (
     Work,
     as_run,
     big,
+    chat_template,
     damaged_checkpoint,
     file,
     in_use,
+    larger_tokenizer,
     link,
     nothing,
     other_model,
@@ -23,6 +25,7 @@ from tests.fakes.spoiling import (
     setting,
     two,
 )
+from tests.fakes.tiny import TEMPLATE
 from tests.runs.leftovers import new_since, on_machine
 
 TRAIN = "train my.yaml"
@@ -109,6 +112,36 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         TRAIN,
         2,
         ["my.jinja:1", "shema"],
+    ),
+    "a chat template that shows the last message alone": (
+        chat_template(f"{{% set messages = messages[-1:] %}}{TEMPLATE}"),
+        TRAIN,
+        2,
+        ["train.jsonl:1: the chat template", "does not show the whole demonstration", "set data.template: paper"],
+    ),
+    "a chat template that opens no reply": (
+        chat_template(TEMPLATE.replace("add_generation_prompt", "false")),
+        TRAIN,
+        2,
+        ["model: the chat template", "ignores add_generation_prompt"],
+    ),
+    "a chat template that adds text and numbers": (
+        chat_template("{{ 'a' + 1 }}"),
+        TRAIN,
+        2,
+        ["train.jsonl:1: the chat template", "can only concatenate str", "change them, or the template"],
+    ),
+    "a tokenizer of another model": (
+        larger_tokenizer,
+        TRAIN,
+        2,
+        ["train.jsonl:2: the tokenizer gives token 551", "tokens 0 to 511 only", "put the tokenizer"],
+    ),
+    "tools beside a prompt": (
+        rows("train.jsonl", ROW | {"tools": [{"name": "f"}]}),
+        TRAIN,
+        2,
+        ["train.jsonl:1: tools is not used", "write it into the prompt"],
     ),
     "no such model": (setting("model", "smollm2-153m"), TRAIN, 2, ["smollm2-153m", "did you mean smollm2-135m?"]),
     "half a model": (

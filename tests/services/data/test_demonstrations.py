@@ -13,6 +13,8 @@ from sdft.services.grading.graders import GRADERS
 
 PAPER = Path(__file__).parents[4] / "shared" / "data"
 ROW = {"prompt": "What?", "demonstration": "That."}
+ROW_MESSAGE = {"role": "user", "content": "What?"}
+CALL = {"role": "assistant", "content": "I look.", "tool_calls": [{"function": {"name": "look"}}]}
 
 
 def write(folder: Path, *lines: Any) -> None:
@@ -113,6 +115,13 @@ def test_a_file_is_read_whole_and_in_order(tmp_path: Path) -> None:
         (ROW | {"prompt": [{"role": "user", "content": ""}]}, ["message 1", "content", "empty"]),
         (ROW | {"prompt": [{"role": "user", "content": 1}]}, ["message 1", "content", "text"]),
         (ROW | {"prompt": [{"role": "assistant", "content": "x"}]}, ["last", "must be the user's"]),
+        (ROW | {"tools": [{"name": "f"}]}, ["tools is not used", "write it into the prompt, or remove it"]),
+        (ROW | {"images": ["a.png"]}, ["images is not used"]),
+        (ROW | {"system": "Be brief."}, ["system is not used"]),
+        (ROW | {"input": "A text to summarise."}, ["input is not used"]),
+        (ROW | {"prompt": [CALL, ROW_MESSAGE]}, ["prompt message 1: tool_calls is not used"]),
+        (ROW | {"prompt": [ROW_MESSAGE | {"name": "Ann"}]}, ["prompt message 1: name is not used"]),
+        (ROW | {"prompt": [{"role": "assistant", "content": "x", "reasoning_content": "So."}]}, ["reasoning_content"]),
         (ROW | {"id": True}, ["id", "text or a whole number"]),
         (ROW | {"context": 3}, ["context", "must be text"]),
         (ROW | {"prompt": "a\0b"}, ["prompt", "NUL"]),
@@ -128,6 +137,25 @@ def test_a_bad_row_is_named_by_line_and_reason(tmp_path: Path, row: Any, words: 
     assert bad.startswith("train.jsonl:3: ")
     for word in words:
         assert word in bad
+
+
+def test_columns_and_members_that_say_nothing_are_left_unused(tmp_path: Path) -> None:
+    """Ids and sources, and what data sets write where a message has no tool calls or images."""
+    empty: dict[str, Any] = {"tool_calls": None, "name": "", "id": "m1", "timestamp": 3, "weight": 1}
+    row = ROW | {
+        "prompt": [ROW_MESSAGE | empty],
+        "tools": [],
+        "images": None,
+        "input": "",
+        "source": "wiki",
+        "score": 2,
+    }
+    write(tmp_path, row)
+    (one,) = load_demonstrations(DataConfig(train="train.jsonl"), tmp_path, ["demonstration"])
+    assert one.messages == (ROW_MESSAGE,)
+    renamed = DataConfig(train="train.jsonl", columns={"prompt": "input"})
+    write(tmp_path, {"input": "What?", "demonstration": "That."})
+    assert load_demonstrations(renamed, tmp_path, ["demonstration"])[0].messages == (ROW_MESSAGE,)
 
 
 def test_an_optional_column_may_be_empty(tmp_path: Path) -> None:

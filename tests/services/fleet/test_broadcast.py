@@ -96,7 +96,7 @@ def test_a_runs_pool_is_sent_weights_by_the_transport_that_is_configured(tmp_pat
     )
 
     async def run() -> None:
-        pool = engine_pool(config, tmp_path, "student", [], print, payload, Learner)
+        pool = engine_pool(config, tmp_path, 0, "student", [], print, payload, Learner)
         assert (pool._broadcast is not None) == (transport == "broadcast")
 
     asyncio.run(run())

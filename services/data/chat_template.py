@@ -1,0 +1,86 @@
+"""What a model's chat template does with messages: which of them it shows, where a reply begins, and what ends one.
+
+A template is a program that came with the model: it may leave a message out, or cut it, and say nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sdft.services.base.errors import UserError
+from sdft.services.data.demonstrations import Message
+from sdft.services.data.thoughts import without_thoughts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Render = Callable[[list[Message], bool], str]  # messages, whether the assistant's turn is opened -> text
+REPLY = "sdft-reply"  # stands for a reply; no template has it
+
+
+@dataclass(frozen=True)
+class ReplyEnd:
+    """What the template appends to a reply: text, mostly none, and the token at which an engine stops."""
+
+    text: str
+    token_id: int
+
+
+def left_out(text: str, messages: Sequence[Message], whole: int | None = None) -> Message | None:
+    """The first message whose content the rendered `text` does not hold in its place; None: it has all of them.
+
+    White space around a content may go: many templates trim it. A system message may stand anywhere: some templates put
+    it into a user's turn. Of an assistant's turn the reasoning may go, as templates of reasoning models do with earlier
+    turns, but not of the message with index `whole`.
+    """
+    position = 0
+    for i, message in enumerate(messages):
+        content = message["content"]
+        if message["role"] == "assistant" and i != whole:
+            content = without_thoughts(content)
+        content = content.strip()
+        found = text.find(content, 0 if message["role"] == "system" else position)
+        if found < 0:
+            return message
+        if message["role"] != "system":
+            position = found + len(content)
+    return None
+
+
+def reply_end(tokenizer: "PreTrainedTokenizerBase", render: Render, messages: list[Message]) -> ReplyEnd:
+    """What ends a reply to `messages`: the first special token behind it, of its own turn or, in templates that end no
+    turn, of the next; tokenizer.eos_token where the template has none there.
+
+    UserError if the prompt does not end where a reply begins, or if nothing would stop an engine.
+    """
+    folder = tokenizer.name_or_path
+    reply = Message(role="assistant", content=REPLY)
+    answered = render([*messages, reply], False)
+    before, _, behind = answered.rpartition(REPLY)
+    prompt = render(messages, True)
+    if prompt == render(messages, False) and before.rstrip() != prompt.rstrip():
+        raise UserError(
+            f"model: the chat template of the tokenizer in {folder} ignores add_generation_prompt: a prompt would end "
+            f"before the assistant's turn begins; put {{% if add_generation_prompt %}} and that turn's beginning at "
+            f"the template's end"
+        )
+    special = _special_tokens(tokenizer)
+    if REPLY in answered:
+        _, _, next_turn = render([*messages, reply, Message(role="user", content="Go on.")], False).rpartition(REPLY)
+        for tail in (behind, next_turn):
+            found = [(tail.find(token), -len(token), token) for token in special if token in tail]
+            if found:  # the first one; of two that begin there, the longer
+                at, _, token = min(found)
+                return ReplyEnd(tail[:at], special[token])
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model: nothing ends a reply: the chat template of the tokenizer in {folder} appends no special token to "
+            f"it, and the tokenizer has no eos_token; set eos_token in tokenizer_config.json"
+        )
+    return ReplyEnd("", int(tokenizer.eos_token_id))
+
+
+def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    found = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    known = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    return found | {token: i for token, i in known if i is not None}

@@ -1,0 +1,170 @@
+"""What chat templates swallow, where a reply begins and what ends one: found out before a run starts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdft.services.base.errors import UserError
+from sdft.services.data.chat_template import ReplyEnd
+from sdft.services.data.contexts import PromptBuilder, PromptPair, build_prompts, check_ids
+from sdft.services.data.demonstrations import Message, Record
+from sdft.services.data.tokenizer import load_tokenizer
+from tests.fakes.tiny import TEMPLATE
+
+EACH = "{% for m in messages %}"
+OPEN = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+INSTRUCT = (
+    f"{EACH}{{{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else ' ' + m['content'] + "
+    "'<|endoftext|>' }}{% endfor %}"
+)
+THOUGHT = "<think>The sea is near.</think>Oslo."
+# As templates of reasoning models do: of earlier turns the answer alone is left.
+CUTS_THOUGHTS = TEMPLATE.replace(
+    "{{ m['content'] }}",
+    "{{ m['content'].split('</think>')[-1] if m['role'] == 'assistant' else m['content'] }}",
+)
+
+
+def record(prompt: str = "Which city?", demonstration: str = "Oslo.", *earlier: Message) -> Record:
+    messages = (*earlier, Message(role="user", content=prompt))
+    return Record("a", messages, demonstration, None, None, None, "train.jsonl:7")
+
+
+def builder(model: Path, chat_template: Any, template: str = "turn", system: str | None = None, **more: Any) -> Any:
+    """Of the tiny model's tokenizer with another chat template. more: other attributes of the tokenizer."""
+    tokenizer: Any = load_tokenizer(model)
+    tokenizer.chat_template = chat_template
+    for name, value in more.items():
+        setattr(tokenizer, name, value)
+    return PromptBuilder(tokenizer, template, Path("."), system)
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "lost"),
+    [
+        (f"{EACH}{{% for part in m['content'] %}}{{{{ part.text }}}}{{% endfor %}}{OPEN}", "the user's message"),
+        (f"{{{{ messages[-1]['content'] }}}}{EACH}{OPEN}", "the whole demonstration as an earlier turn"),
+        (f"{EACH}{{{{ m['content'] | upper }}}}{OPEN}", "the user's message"),
+        (TEMPLATE.replace("{% for m in messages %}", "{% for m in messages[1:] %}"), "leaves out the system message"),
+    ],
+)
+def test_a_message_that_the_template_does_not_show_is_an_error(tiny_model: Path, chat_template: str, lost: str) -> None:
+    system = "Be brief." if "system" in lost else None
+    with pytest.raises(UserError, match=rf"train\.jsonl:7: the chat template of the tokenizer in .*{lost}"):
+        build_prompts(builder(tiny_model, chat_template, system=system), [record()], 1000, 1000)
+
+
+def test_a_demonstration_whose_reasoning_is_cut_is_an_error_that_names_a_template_that_shows_it(
+    tiny_model: Path,
+) -> None:
+    one = record(demonstration=THOUGHT)
+    with pytest.raises(UserError, match=r"train\.jsonl:7: .*cut the reasoning there.*data\.template: paper"):
+        builder(tiny_model, CUTS_THOUGHTS).teacher(one)
+    shown = builder(tiny_model, CUTS_THOUGHTS, "paper")
+    assert THOUGHT in shown._tokenizer.decode(shown.teacher(one))
+    whole = builder(tiny_model, TEMPLATE)
+    assert THOUGHT in whole._tokenizer.decode(whole.teacher(one))
+
+
+def test_the_reasoning_of_a_prompts_own_earlier_turns_may_be_cut(tiny_model: Path) -> None:
+    """That is how such a model is asked, whoever asks it."""
+    earlier = (Message(role="user", content="Hi"), Message(role="assistant", content=THOUGHT))
+    one = builder(tiny_model, CUTS_THOUGHTS)
+    text = one._tokenizer.decode(one.student(record("Which city?", "Oslo.", *earlier)))
+    assert "The sea" not in text
+    assert "Oslo." in text
+
+
+def test_white_space_may_be_trimmed_and_a_system_message_moved(tiny_model: Path) -> None:
+    moved = (
+        "{% set system = messages[0]['content'] %}{% for m in messages[1:] %}<|im_start|>{{ m['role'] }}\n"
+        "{% if loop.last %}{{ system }}\n{% endif %}{{ m['content'] | trim }}<|im_end|>\n" + OPEN
+    )
+    one = builder(tiny_model, moved, system="Be brief.")
+    text = one._tokenizer.decode(one.teacher(record(" Which city?\n", " Oslo. ")))
+    assert "Be brief.\nWhich city?<|im_end|>" in text
+
+
+def test_a_prompt_that_ends_before_the_reply_begins_is_an_error(tiny_model: Path) -> None:
+    with pytest.raises(UserError, match="ignores add_generation_prompt"):
+        builder(tiny_model, TEMPLATE.replace("add_generation_prompt", "false")).end(record())
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "end"),
+    [
+        (TEMPLATE, ReplyEnd("", 2)),
+        (TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] }}\n"), ReplyEnd("\n", 2)),
+        # As Mistral: nothing opens a reply, and the end of the text is that of a turn.
+        (INSTRUCT, ReplyEnd("", 0)),
+        # As GLM 4: the next turn's beginning ends a reply.
+        (f"{EACH}<|im_start|>{{{{ m['role'] }}}}\n{{{{ m['content'] }}}}{OPEN}", ReplyEnd("", 1)),
+        # Without any special token: the tokenizer's eos_token.
+        (f"{EACH}{{{{ m['role'] }}}}: {{{{ m['content'] }}}}\n{OPEN.replace('<|im_start|>', '')}", ReplyEnd("", 0)),
+    ],
+)
+def test_what_ends_a_reply_is_what_the_template_puts_behind_it(
+    tiny_model: Path, chat_template: str, end: ReplyEnd
+) -> None:
+    """Whatever the tokenizer's eos_token is, here one that no template but the last needs."""
+    one = builder(tiny_model, chat_template, eos_token="<|endoftext|>")
+    assert one.end(record()) == end
+    assert one.demonstration(record()) == [*one._tokenizer.encode(f"Oslo.{end.text}"), end.token_id]
+
+
+def test_a_tokenizer_without_eos_token_is_refused_only_where_nothing_else_ends_a_reply(tiny_model: Path) -> None:
+    assert builder(tiny_model, TEMPLATE, eos_token=None).demonstration(record())[-1] == 2
+    plain = f"{EACH}{{{{ m['role'] }}}}: {{{{ m['content'] }}}}\n{OPEN.replace('<|im_start|>', '')}"
+    with pytest.raises(UserError, match=r"nothing ends a reply: .*set eos_token"):
+        builder(tiny_model, plain, eos_token=None).demonstration(record())
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("{{ 'a' + 1 }}", "can only concatenate str"),
+        ("{{ messages[9]['content'] }}", "no element 9"),
+        ("{{ 1 // 0 }}", "by zero"),
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{{ messages | no_such_filter }}", "No filter named"),
+        ("{% for", "unexpected|Unexpected|expected"),
+    ],
+)
+def test_whatever_goes_wrong_in_a_chat_template_is_one_sentence(tiny_model: Path, source: str, why: str) -> None:
+    with pytest.raises(UserError, match=rf"train\.jsonl:7: the chat template of the tokenizer in .*({why}).*change"):
+        builder(tiny_model, source).student(record())
+
+
+def test_chat_templates_of_which_none_is_the_default_are_named(tiny_model: Path) -> None:
+    with pytest.raises(UserError, match="chat templates named rag, tool_use and none named default"):
+        builder(tiny_model, {"tool_use": TEMPLATE, "rag": TEMPLATE})
+    one = builder(tiny_model, {"tool_use": "no", "default": TEMPLATE})
+    assert one.student(record()) == builder(tiny_model, TEMPLATE).student(record())
+
+
+def test_a_token_without_a_row_in_the_embedding_is_an_error() -> None:
+    pairs = [PromptPair([1, 511], None, [3]), PromptPair([1], [512])]
+    check_ids([record()] * 2, pairs, 513)
+    check_ids([record()] * 2, pairs, None)
+    with pytest.raises(UserError, match=r"train\.jsonl:7: the tokenizer gives token 512, .*tokens 0 to 511 only"):
+        check_ids([record()] * 2, pairs, 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", '{"model": {"type": "of tomorrow"}}'),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}'),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_loaded_is_one_sentence(
+    tiny_model: Path, tmp_path: Path, name: str, content: str
+) -> None:
+    for file in tiny_model.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=r"model: the tokenizer in .* cannot be loaded \(.+\); check tokenizer\.json"):
+        load_tokenizer(tmp_path)
