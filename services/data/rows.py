@@ -32,15 +32,25 @@ def jsonl_rows(path: Path) -> Iterator[NumberedRow]:
 
 
 def parquet_rows(path: Path) -> Iterator[NumberedRow]:
-    """The rows of a Parquet file."""
-    import datasets
+    """The rows of one Parquet file, a batch in memory at a time."""
+    import pyarrow.parquet
 
     try:
-        rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as e:
-        cause = e.__cause__ or e
-        raise UserError(f"{path}: not a Parquet file that can be read: {first_line(cause)}; write it again") from None
-    yield from _numbered(rows)
+        file = path.open("rb")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}; check its permissions") from None
+    with file:
+        try:
+            # By the open file, not by its name: names may hold what libraries take for patterns, folders or hosts.
+            parquet = pyarrow.parquet.ParquetFile(file)
+            names = parquet.schema_arrow.names
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise UserError(f"{path}: two columns are called {twice}; rename or remove one")
+            batches = (row for batch in parquet.iter_batches() for row in batch.to_pylist())
+            yield from _numbered(batches)
+        except (pyarrow.ArrowException, ArithmeticError, OSError, ValueError) as e:
+            raise UserError(f"{path}: not a Parquet file that can be read: {first_line(e)}; write it again") from None
 
 
 def hub_rows(name: str, split: str, hint: str) -> Iterator[NumberedRow]:
@@ -48,6 +58,11 @@ def hub_rows(name: str, split: str, hint: str) -> Iterator[NumberedRow]:
     import datasets
 
     local = f"or put the rows into a local .jsonl file and name that{hint}"
+    if Path(name).exists():  # load_dataset would take it for a data set's folder
+        raise UserError(
+            f"data.train: {name} is no file beside the configuration, and {Path(name).absolute()} is there; name a "
+            f".jsonl or .parquet file by its path"
+        )
     try:
         rows = datasets.load_dataset(name, split=split)
     except datasets.exceptions.DatasetNotFoundError as e:
@@ -56,6 +71,11 @@ def hub_rows(name: str, split: str, hint: str) -> Iterator[NumberedRow]:
         reason = first_line(e)
         raise UserError(
             f"data.train: {name} is no local file, and the hub cannot be reached: {reason}; connect to it {local}"
+        ) from None
+    except PermissionError as e:
+        raise UserError(
+            f"data.train: the hub data set {name} cannot be kept: {first_line(e)}; set HF_HOME to a folder that can be "
+            f"written, {local}"
         ) from None
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as e:
         reason = first_line(e)
@@ -138,4 +158,6 @@ def json_kind(value: Any) -> str:
         return "a number"
     if isinstance(value, str):
         return "text"
-    return "an object" if isinstance(value, dict) else "a list"
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    return type(value).__name__  # of Parquet: bytes, dates

@@ -1,6 +1,9 @@
 """Demonstrations and questions: what is read, and how a bad row is named."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,13 @@ def write(folder: Path, *lines: Any) -> None:
     """train.jsonl of rows, or of bytes as they are."""
     raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
     (folder / "train.jsonl").write_bytes(b"\n".join(raw) + b"\n")
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 def problems(folder: Path, *lines: Any) -> list[str]:
@@ -226,6 +236,71 @@ def test_an_answer_in_parquet_has_only_its_own_members(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
     one = EvaluationSet(name="q", file="q.parquet", grader="tool_call")
     assert [q.answer for q in load_questions(one, tmp_path, GRADERS["tool_call"].check_answer)] == answers
+
+
+@pytest.mark.parametrize("name", ["run[1]/t.parquet", "a::b/t.parquet", "run=1/t.parquet", "a*/t?.parquet"])
+def test_a_parquet_file_is_read_as_that_file_whatever_its_name(tmp_path: Path, name: str) -> None:
+    """Beside files that a library would take for it, if it took the name for a pattern."""
+    for other in (name, "run1/t.parquet", "ab/t1.parquet"):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        write_parquet(tmp_path / other, [ROW | {"demonstration": other}])
+    (row,) = load_demonstrations(DataConfig(train=name), tmp_path, ["demonstration"])
+    assert row.demonstration == name
+
+
+def test_a_parquet_file_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    for text in ("one", "two"):
+        write_parquet(path, [ROW | {"demonstration": text}])
+        os.utime(path, (1, 1))
+        (row,) = load_demonstrations(DataConfig(train="train.parquet"), tmp_path, ["demonstration"])
+        assert row.demonstration == text
+
+
+def test_a_parquet_file_needs_no_home(tmp_path: Path) -> None:
+    """Read in a process of its own: libraries look at HOME when they are imported."""
+    write_parquet(tmp_path / "train.parquet", [ROW])
+    (tmp_path / "home").write_text("")  # what root, too, cannot make a folder in
+    code = (
+        "from pathlib import Path; from services.rows import parquet_rows; "
+        f"print(list(parquet_rows(Path({str(tmp_path / 'train.parquet')!r}))))"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))}
+    environment["HOME"] = str(tmp_path / "home")
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.stdout.strip() == str([(1, ROW)]), done.stderr
+
+
+def test_a_parquet_file_with_two_columns_of_one_name_is_an_error(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [pa.array([text]) for text in ("What?", "That.", "This.")]
+    table = pa.Table.from_arrays(columns, names=["prompt", "demonstration", "demonstration"])
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"train\.parquet: two columns are called demonstration; rename or remove one"):
+        load_demonstrations(DataConfig(train="train.parquet"), tmp_path, ["demonstration"])
+
+
+def test_a_folder_here_is_not_taken_for_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    write(tmp_path / "mine", ROW)
+    (tmp_path / "config").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"data\.train: mine is no file beside the configuration, and .*/mine is there"):
+        load_demonstrations(DataConfig(train="mine"), tmp_path / "config", ["demonstration"])
+
+
+def test_a_parquet_file_that_is_cut_in_its_middle_is_an_error(tmp_path: Path) -> None:
+    """Its end, with the description of all, is whole."""
+    path = tmp_path / "train.parquet"
+    write_parquet(path, [ROW | {"demonstration": f"{i} is a number"} for i in range(500)])
+    content = path.read_bytes()
+    path.write_bytes(content[:20] + b"\xff" * 400 + content[420:])
+    with pytest.raises(UserError, match=r"train\.parquet: not a Parquet file that can be read: .*; write it again"):
+        load_demonstrations(DataConfig(train="train.parquet"), tmp_path, ["demonstration"])
 
 
 def test_a_damaged_parquet_file_is_an_error(tmp_path: Path) -> None:
