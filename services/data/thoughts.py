@@ -1,6 +1,11 @@
 """The reasoning that a model writes before its answer, between marks such as <think> and </think>."""
 
 import re
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Of Qwen, DeepSeek and most others, Magistral, Seed-OSS, Command A. A reply has at most one kind of them.
 MARKS = (
@@ -9,6 +14,7 @@ MARKS = (
     ("<seed:think>", "</seed:think>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
 )
+LAST = 16  # tokens of a prompt, among which a mark at its end is
 
 
 def without_thoughts(text: str) -> str:
@@ -24,3 +30,32 @@ def without_thoughts(text: str) -> str:
         if begin in text:
             return ""
     return text
+
+
+class ReplyText:
+    """Replies as text: without special tokens, but with all marks of their reasoning."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def _special(self) -> dict[int, str]:
+        """The marks that are special tokens, which decoding leaves out."""
+        marks = {mark for pair in MARKS for mark in pair}
+        added = self._tokenizer.added_tokens_decoder.items()
+        return {i: token.content for i, token in added if token.special and token.content in marks}
+
+    def __call__(self, prompt_ids: list[int], reply_ids: list[int]) -> str:
+        """A mark that the prompt ends with, as some chat templates have it, is the reply's first."""
+        parts, begin = [], 0
+        for i, token in enumerate(reply_ids):
+            if token in self._special:
+                parts += [self._decoded(reply_ids[begin:i]), self._special[token]]
+                begin = i + 1
+        parts.append(self._decoded(reply_ids[begin:]))
+        prompt = str(self._tokenizer.decode(prompt_ids[-LAST:], skip_special_tokens=False)).rstrip()
+        opened = next((mark for mark, _ in MARKS if prompt.endswith(mark)), "")
+        return "".join([opened, *parts])
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))

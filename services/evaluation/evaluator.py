@@ -11,6 +11,7 @@ import numpy as np
 
 from sdft.actors.shared.types import GenerateRequest, Rollout, Sampling
 from sdft.services.data.schedule import seed_of
+from sdft.services.data.thoughts import ReplyText
 from sdft.services.fleet.pool import EnginePool
 from sdft.services.grading.grade import asked, grade
 from sdft.services.grading.pass_at_k import pass_at_k
@@ -29,7 +30,7 @@ class Evaluator:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", limit_s: float, say: Callable[[str], None]) -> None:
-        self._tokenizer = tokenizer
+        self._reply_text = ReplyText(tokenizer)
         self._limit_s = limit_s
         self._say = say
 
@@ -90,7 +91,7 @@ class Evaluator:
         return EvalResult(step, stage, loaded.settings.name, PERPLEXITY, float(np.exp(-logprobs.mean())), len(logprobs))
 
     def _text(self, rollout: Rollout) -> str:
-        return self._tokenizer.decode(rollout.completion_ids.tolist(), skip_special_tokens=True)
+        return self._reply_text(rollout.prompt_ids.tolist(), rollout.completion_ids.tolist())
 
     async def _run(
         self, pool: EnginePool, loaded: LoadedSet, metric: str, step: int, stage: int

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from sdft.actors.shared.waiting import all_of
 from sdft.services.base.errors import PreflightError, UserError
 from sdft.services.config.sections import JudgeConfig
+from sdft.services.data.thoughts import without_thoughts
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -63,7 +64,7 @@ async def judged(config: JudgeConfig, items: Sequence[tuple[str, str, str]]) -> 
 
 def verdict(text: str) -> bool | None:
     """What a judge said, after what it may have thought aloud; None: neither yes nor no."""
-    match = _VERDICT.match(text.rpartition("</think>")[2])
+    match = _VERDICT.match(without_thoughts(text))
     return None if match is None else match[1].lower() == "yes"
 
 

@@ -133,7 +133,7 @@ class Sample:
     id: str
     prompt: str
     answer: Any  # the gold answer, as JSON holds it
-    text: str  # what the model wrote
+    text: str  # what the model wrote, its reasoning included
     correct: bool
 
 

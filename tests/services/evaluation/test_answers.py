@@ -4,7 +4,7 @@ import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -97,6 +97,8 @@ def test_what_cannot_be_together_is_said(answers: Path, capsys: pytest.CaptureFi
 
 class Letters:
     """A pool whose answer is a letter of its seed, a tokenizer that reads it: a third of the sampled answers are A."""
+
+    added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return "ABC"[ids[0]]

@@ -109,6 +109,8 @@ class Forgetful(Student):
 class Tokens:
     """In the place of a tokenizer: what a student of that version says."""
 
+    added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
+
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return "right" if ids[0] < LOST_FROM else "forgotten"
 
