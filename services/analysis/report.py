@@ -17,7 +17,15 @@ from sdft.services.analysis.bottleneck import verdict
 from sdft.services.analysis.matrix import Estimate, Matrix, figure_text, make_matrix
 from sdft.services.analysis.status import SetProgress, ended_lengths, read_sets, spread
 from sdft.services.base.files import write_atomically
-from sdft.services.records.rows import PERPLEXITY, EvalResult, Sample, StepMetrics, divergence_names, read_rows
+from sdft.services.records.rows import (
+    PERPLEXITY,
+    EvalResult,
+    Sample,
+    StepMetrics,
+    divergence_names,
+    read_rows,
+    without_loss_tokens,
+)
 from sdft.services.records.run_dir import RunState, check_run_dir, read_ledger, read_stages, read_state
 from sdft.services.records.settings import max_staleness, method_of, read_config
 from sdft.services.records.text import percent, permille
@@ -72,6 +80,7 @@ def write_report(run_dir: Path) -> Path:
         state=state,
         progress=progress(steps, state),
         totals=totals(steps),
+        warning=without_loss_tokens(steps),
         sets=sets,
         when=when(sets),
         charts=[
@@ -113,8 +122,9 @@ def totals(steps: Sequence[StepMetrics]) -> str:
         return ""
     tokens, seconds = sum(m.completion_tokens for m in steps), sum(m.time_step_s for m in steps)
     speed = f", {tokens / seconds:,.0f} tokens/s" if seconds else ""
-    samples = sum(m.samples for m in steps)
-    return f"{samples:,} rollouts, {tokens:,} completion tokens in {duration(seconds)} of steps{speed}"
+    samples, counted = sum(m.samples for m in steps), [m.loss_tokens for m in steps if m.loss_tokens is not None]
+    learnt = f" ({sum(counted):,} in the loss)" if len(counted) == len(steps) else ""
+    return f"{samples:,} rollouts, {tokens:,} completion tokens{learnt} in {duration(seconds)} of steps{speed}"
 
 
 def duration(seconds: float) -> str:

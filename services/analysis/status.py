@@ -9,7 +9,15 @@ from typing import Any
 
 from sdft.services.analysis.bottleneck import verdict
 from sdft.services.records.checkpoints import MANIFEST, folders
-from sdft.services.records.rows import PERPLEXITY, STUDENT, TEACHER, EvalResult, StepMetrics, read_rows
+from sdft.services.records.rows import (
+    PERPLEXITY,
+    STUDENT,
+    TEACHER,
+    EvalResult,
+    StepMetrics,
+    read_rows,
+    without_loss_tokens,
+)
 from sdft.services.records.run_dir import RunState, check_run_dir, read_ledger, read_lengths, read_stages, read_state
 from sdft.services.records.settings import read_config
 from sdft.services.records.text import percent
@@ -116,6 +124,9 @@ def status_text(run_dir: Path) -> str:
         lines.append(
             ("loss", f"{recent}  ({last.divergence_name} {last.divergence:.4f}, {last.tokens_per_s:.0f} tok/s)")
         )
+        empty = without_loss_tokens(steps)
+        if empty is not None:
+            lines.append(("warning", empty))
         bound = verdict(steps, config)
         if bound is not None:
             lines.append(("bound by", bound))

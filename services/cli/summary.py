@@ -34,6 +34,8 @@ def stage_lines(prepared: Prepared) -> list[str]:
             f"{f'{stage.name}: ' if stage.name else ''}{len(stage.prompts)} demonstrations, "
             f"{schedule.last - schedule.before} steps of {c.training.batch_size} prompts, {learns}"
         )
+        if stage.warning is not None:
+            lines.append(f"warning: {stage.warning}")
     return lines
 
 

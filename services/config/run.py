@@ -101,6 +101,18 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _something_to_learn(self) -> "RunConfig":
+        places = [f"stages[{i}]." for i in range(len(self.stages))] or [""]
+        for place, task in zip(places, self.tasks, strict=True):
+            longest, skipped = task.sampling.max_new_tokens, task.loss.skip_first
+            if task.method in ("sdft", "off_policy") and longest <= skipped:
+                raise ValueError(
+                    f"{place}sampling.max_new_tokens {longest} is no more than {place}loss.skip_first {skipped}, the "
+                    f"tokens that are left out of the loss: nothing would be learnt; raise the one, or lower the other"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _guarded_sets_are_there(self) -> "RunConfig":
         if self.retention is not None:
             names = [s.name for s in self.sets]

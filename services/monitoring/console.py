@@ -74,7 +74,7 @@ class Progress:
             times = " ".join(f"{phase} {getattr(m, f'time_{phase}_s'):.1f}s" for phase in PHASES)
             self._line(
                 f"step {m.step}/{self._total}  loss {m.loss:.4f}  {m.divergence_name} {m.divergence:.4f}  "
-                f"{m.tokens_per_s:.0f} tok/s  {times}  ETA {self._eta()}"
+                f"{m.loss_tokens} loss tokens  {m.tokens_per_s:.0f} tok/s  {times}  ETA {self._eta()}"
             )
 
     def evaluation(self, results: list[EvalResult]) -> None:
@@ -122,6 +122,7 @@ class Progress:
             ("loss ", "dim"), f"{m.loss:.4f}",
             (f"   {m.divergence_name} ", "dim"), f"{m.divergence:.4f}",
             ("   gradient norm ", "dim"), f"{m.grad_norm:.2f}",
+            ("   loss tokens ", "dim"), f"{m.loss_tokens}",
             ("   speed ", "dim"), f"{m.tokens_per_s:.0f} tok/s",
         )  # fmt: skip
 

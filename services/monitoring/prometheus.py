@@ -53,6 +53,9 @@ BY_PATH: Mapping[str, Metric] = {
     "train/completion_tokens": Metric(
         "sdft_completion_tokens_total", "Completion tokens in the steps made", counter=True
     ),
+    "train/loss_tokens": Metric(
+        "sdft_loss_tokens_total", "Completion tokens that the loss was of, in the steps made", counter=True
+    ),
     "train/student_version": Metric("sdft_student_version", "Newest weights that sampled for the last step"),
     "train/teacher_version": Metric("sdft_teacher_version", "Oldest teacher weights that scored for the last step"),
     "train/staleness_mean": Metric("sdft_staleness_mean", "Steps that the rollouts' weights were behind, mean"),

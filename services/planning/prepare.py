@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 from sdft.services.planning.fingerprint import fingerprint_of
 
 PROBE_TOKENS = 48
+LOOKED_AT = 100  # demonstrations, for their length
 CHECKPOINT_BYTES_PER_PARAMETER = 20  # float32 masters, two moments, EMA, and the student in float32 at most
 
 
@@ -54,6 +55,7 @@ class Stage:
     sets: list[LoadedSet]  # its own
     schedule: StageSchedule
     fingerprint: str  # of whatever must not change between a run, up to this stage's end, and its continuation
+    warning: str | None = None  # of what may keep it from learning
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def _prepared(
         check_ids(demonstrations, prompts, rows)
         fingerprint = fingerprint_of(stages[-1].fingerprint if stages else "", task, kind, prompts)
         sets = _sets(questions, tokenizer, builder, task, rows)
-        stages.append(Stage(name, task, prompts, sets, schedule, fingerprint))
+        stages.append(Stage(name, task, prompts, sets, schedule, fingerprint, _short(builder, demonstrations, task)))
     first = loaded[0][1][0]
     end = builders[0].end(first).token_id
     check_ids([first], [PromptPair([end], None)], rows)
@@ -177,6 +179,19 @@ def _needed(task: TaskConfig, base: Path) -> list[str]:
 
 def _questions(sets: Sequence[EvaluationSet], base: Path) -> Questions:
     return [(one, load_questions(one, base, answer_check(one))) for one in sets]
+
+
+def _short(builder: PromptBuilder, items: Sequence[Record], task: TaskConfig) -> str | None:
+    """A warning if most replies will be too short to learn from, by the demonstrations; a few of them tell."""
+    skipped = loss_of(task).skip_first
+    some = [item for item in items[:: max(1, len(items) // LOOKED_AT)] if item.demonstration is not None]
+    short = sum(len(builder.demonstration(item)) <= skipped for item in some)
+    if 2 * short <= len(some):
+        return None
+    return (
+        f"{short} of {len(some)} demonstrations that were looked at have no more than loss.skip_first ({skipped}) "
+        f"tokens: replies as short have none in the loss; lower loss.skip_first, or train on longer replies"
+    )
 
 
 def _limits(task: TaskConfig) -> tuple[int, int]:

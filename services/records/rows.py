@@ -3,8 +3,8 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,6 +58,7 @@ class StepMetrics:
     trained: int
     dropped: int
     in_flight: int
+    loss_tokens: int | None = None  # of the completions' tokens those that were learnt from; None: not written yet then
 
     @property
     def divergence_name(self) -> str:
@@ -67,6 +68,19 @@ class StepMetrics:
 def divergence_names(steps: Iterable[StepMetrics]) -> str:
     """Of all steps: stages may have different ones."""
     return ", ".join(dict.fromkeys(m.divergence_name for m in steps))
+
+
+def without_loss_tokens(steps: Sequence[StepMetrics]) -> str | None:
+    """A sentence if steps had no token to learn from; None if all had some, as far as they say."""
+    empty = sum(m.loss_tokens == 0 for m in steps)
+    if empty == 0:
+        return None
+    if empty < len(steps):
+        return f"{empty} of {len(steps)} steps had no token in the loss: no completion was longer than loss.skip_first"
+    return (
+        "nothing was learnt: no completion was longer than loss.skip_first, so no token was in the loss; lower "
+        "loss.skip_first, or train on longer replies"
+    )
 
 
 DETERMINISTIC_FIELDS = tuple(
@@ -191,11 +205,13 @@ def read_rows(run_dir: Path, cls: type[Row]) -> list[Row]:
     """The lines of one kind in a run directory. A number that was not finite comes back as NaN."""
     path = run_dir / FILES[cls]
     names = [f.name for f in fields(cls)]
+    needed = [f.name for f in fields(cls) if f.default is MISSING]
     rows = []
     for row in read_jsonl(path):
-        missing = [name for name in names if name not in row]
+        missing = [name for name in needed if name not in row]
         if missing:
             raise UserError(f"{path}: a line of step {row['step']} has no {missing[0]!r}; another version wrote it")
-        values: dict[str, Any] = {k: math.nan if row[k] is None and k != "answer" else row[k] for k in names}
+        values: dict[str, Any] = {k: row[k] for k in names if k in row}
+        values |= {k: math.nan for k in needed if row[k] is None and k != "answer"}
         rows.append(cls(**values))
     return rows

@@ -191,6 +191,7 @@ class Controller:
             trained=trained,
             dropped=dropped,
             in_flight=in_flight,
+            loss_tokens=result.loss_tokens,
         )
         self._log.step(metrics)
         self._progress.step(metrics)

@@ -361,6 +361,28 @@ def test_a_ledger_that_has_only_been_created_counts_nothing(tmp_path: Path) -> N
     assert "samples" not in status_text(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ((0, 0), "nothing was learnt: no completion was longer than loss.skip_first"),
+        ((0, 7), "1 of 2 steps had no token in the loss"),
+        ((5, 7), None),
+        ((None, None), None),
+    ],
+)
+def test_a_run_that_learnt_nothing_says_so(tmp_path: Path, counts: tuple[int | None, ...], words: str | None) -> None:
+    begin(tmp_path)
+    log = RunLog(tmp_path, MonitoringConfig(tensorboard=False))
+    for step, count in enumerate(counts, 1):
+        log.step(replace(STEP, step=step, loss_tokens=count))
+    log.close()
+    text, page = status_text(tmp_path), Page(write_report(tmp_path)).text
+    for said in (text, page):
+        assert ("no token" in said) == (words is not None)
+        assert words is None or words in said
+    assert ("480 completion tokens (12 in the loss)" in page) == (counts == (5, 7))
+
+
 @pytest.mark.parametrize("read", [status_text, write_report])
 def test_a_folder_without_a_run_is_a_clear_error(tmp_path: Path, read: object) -> None:
     assert callable(read)

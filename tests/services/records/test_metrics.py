@@ -17,7 +17,15 @@ from sdft.services.config.sinks import check_sinks
 from sdft.services.monitoring.console import Progress
 from sdft.services.monitoring.log import RunLog
 from sdft.services.monitoring.sinks import MLflow, WeightsAndBiases
-from sdft.services.records.rows import DETERMINISTIC_FIELDS, EvalResult, Sample, StepMetrics, read_jsonl, read_rows
+from sdft.services.records.rows import (
+    DETERMINISTIC_FIELDS,
+    EvalResult,
+    Sample,
+    StepMetrics,
+    read_jsonl,
+    read_rows,
+    without_loss_tokens,
+)
 from sdft.services.records.text import percent
 
 FILES_ONLY = MonitoringConfig(tensorboard=False)
@@ -48,6 +56,7 @@ STEP = StepMetrics(
     trained=8,
     dropped=0,
     in_flight=0,
+    loss_tokens=216,
 )
 
 
@@ -89,6 +98,16 @@ def test_a_number_that_is_not_finite_is_valid_json_and_nan_again(tmp_path: Path)
     assert line["loss"] is None
     assert line["grad_norm"] is None
     assert math.isnan(read_rows(tmp_path, StepMetrics)[0].loss)
+
+
+def test_steps_of_a_version_that_counted_no_loss_tokens_are_read(tmp_path: Path) -> None:
+    write_run(tmp_path, 1)
+    old = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert old.pop("loss_tokens") == 216
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(old) + "\n")
+    steps = read_rows(tmp_path, StepMetrics)
+    assert steps == [replace(STEP, trained=8, loss_tokens=None)]
+    assert without_loss_tokens(steps) is None
 
 
 def test_deterministic_fields_leave_out_only_what_a_clock_measures() -> None:
@@ -244,7 +263,7 @@ def test_a_log_gets_one_plain_whole_line_a_step_however_narrow_it_is() -> None:
     assert out.getvalue().splitlines() == [
         "starting engines",
         "evaluation at step 0  tools 0.0 % (n 80)  tools (teacher) 90.0 % (n 80)",
-        "step 1/41  loss 0.5000  forward KL 0.2500  28 tok/s  "
+        "step 1/41  loss 0.5000  forward KL 0.2500  216 loss tokens  28 tok/s  "
         "rollout 2.0s score 1.0s learn 4.0s sync 1.0s wait 0.5s  ETA 5:40",
         "[checkpoint] saved",
     ]
