@@ -48,8 +48,8 @@ def left_out(text: str, messages: Sequence[Message], whole: int | None = None) -
 
 
 def reply_end(tokenizer: "PreTrainedTokenizerBase", render: Render, messages: list[Message]) -> ReplyEnd:
-    """What ends a reply to `messages`: the first special token behind it, of its own turn or, in templates that end no
-    turn, of the next; tokenizer.eos_token where the template has none there.
+    """What ends a reply to `messages`: the tokenizer's eos_token if the template puts it behind one; else the first
+    special token behind it, of its own turn or, in templates that end no turn, of the next; else eos_token.
 
     UserError if the prompt does not end where a reply begins, or if nothing would stop an engine.
     """
@@ -67,6 +67,9 @@ def reply_end(tokenizer: "PreTrainedTokenizerBase", render: Render, messages: li
     special = _special_tokens(tokenizer)
     if REPLY in answered:
         _, _, next_turn = render([*messages, reply, Message(role="user", content="Go on.")], False).rpartition(REPLY)
+        eos = tokenizer.eos_token
+        if eos in special and eos in behind:  # other special tokens may stand before it, as Command R7B has them
+            return ReplyEnd(behind[: behind.find(eos)], special[eos])
         for tail in (behind, next_turn):
             found = [(tail.find(token), -len(token), token) for token in special if token in tail]
             if found:  # the first one; of two that begin there, the longer

@@ -107,6 +107,11 @@ class PromptBuilder:
                 feedback=item.feedback,
                 messages=messages,
             )
+            if text.strip() == question.strip():
+                raise UserError(
+                    f"{self._template}: gives the prompt alone for {item.where}, so the teacher would know nothing "
+                    f"that the student does not; show {self._shown}"
+                )
             turns = [_user(text)]
         return self._encode([*earlier, *turns], item, whole=len(earlier) + 1 if self._template == "turn" else None)
 

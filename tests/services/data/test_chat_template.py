@@ -98,6 +98,7 @@ def test_a_prompt_that_ends_before_the_reply_begins_is_an_error(tiny_model: Path
         (TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] }}\n"), ReplyEnd("\n", 2)),
         # As Mistral: nothing opens a reply, and the end of the text is that of a turn.
         (INSTRUCT, ReplyEnd("", 0)),
+        (TEMPLATE.replace("<|im_end|>", "<|im_end|><|endoftext|>"), ReplyEnd("<|im_end|>", 0)),
         # As GLM 4: the next turn's beginning ends a reply.
         (f"{EACH}<|im_start|>{{{{ m['role'] }}}}\n{{{{ m['content'] }}}}{OPEN}", ReplyEnd("", 1)),
         # Without any special token: the tokenizer's eos_token.
@@ -107,7 +108,7 @@ def test_a_prompt_that_ends_before_the_reply_begins_is_an_error(tiny_model: Path
 def test_what_ends_a_reply_is_what_the_template_puts_behind_it(
     tiny_model: Path, chat_template: str, end: ReplyEnd
 ) -> None:
-    """Whatever the tokenizer's eos_token is, here one that no template but the last needs."""
+    """Whatever the tokenizer's eos_token is, here one that some of the templates do not use."""
     one = builder(tiny_model, chat_template, eos_token="<|endoftext|>")
     assert one.end(record()) == end
     assert one.demonstration(record()) == [*one._tokenizer.encode(f"Oslo.{end.text}"), end.token_id]

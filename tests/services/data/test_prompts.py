@@ -145,6 +145,7 @@ def test_a_users_template_makes_the_last_message(tokenizer: Any, tmp_path: Path)
         ("{{ prompt }}\n{% if %}{{ demonstration }}", r"t\.jinja:2: not a valid Jinja template"),
         ("{{ demonstration }}\n{{ 1 / 0 }}", r"t\.jinja:2: division by zero"),
         ("{{ demonstration.__class__.__mro__ }}", r"t\.jinja:1: .*unsafe"),
+        ("{% if false %}{{ demonstration }}{% endif %}{{ prompt }}", r"t\.jinja: gives the prompt alone for train"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}{{ demonstration }}", r"t\.jinja:1: .*recursion"),
         ("{{ demonstration.missing() }}", r"t\.jinja:1: .*has no attribute 'missing'"),
         ("{% for i in prompt %}" * 25 + "{{ demonstration }}" + "{% endfor %}" * 25, r"t\.jinja: .*nest it less"),
