@@ -68,7 +68,7 @@ def main() -> None:
     prompts = prepared.stages[0].prompts
     pairs = prompts[:: max(1, len(prompts) // PROMPTS)][:PROMPTS]
     for seed, pair in enumerate(pairs):
-        completion = sample(model, pair.student_ids, seed, prepared.tokenizer.eos_token_id)
+        completion = sample(model, pair.student_ids, seed, prepared.reply_end)
         if len(completion) <= SKIP:
             continue
         with torch.no_grad():

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(a: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from sdft.services.cli.summary import dtype_lines, print_outcome, stage_lines
+    from sdft.services.cli.summary import dtype_lines, print_outcome, reply_lines, stage_lines
     from sdft.services.config.load import load_config, resolved_yaml
     from sdft.services.planning.prepare import prepare
     from sdft.services.records.checkpoints import begun
@@ -58,7 +58,7 @@ def _train(a: argparse.Namespace) -> None:
     size = f"{shape.parameters / 1e6:.1f} M parameters"
     if shape.adapters:
         size += f" (LoRA trains {shape.adapters / 1e6:.1f} M)"
-    lines = [f"{size} in {config.dtype}", *dtype_lines(config), *stage_lines(prepared)]
+    lines = [f"{size} in {config.dtype}", *dtype_lines(config), *reply_lines(prepared), *stage_lines(prepared)]
     console.print(*lines, sep="\n", markup=False, highlight=False, soft_wrap=True)
     console.print(prepared.plan.text(), markup=False, highlight=False)
     if a.dry_run:
@@ -73,7 +73,7 @@ def _train(a: argparse.Namespace) -> None:
 
 
 def _check(a: argparse.Namespace) -> None:
-    from sdft.services.cli.summary import dtype_lines, stage_lines
+    from sdft.services.cli.summary import dtype_lines, reply_lines, stage_lines
     from sdft.services.config.load import load_config
     from sdft.services.planning.prepare import prepare
 
@@ -81,7 +81,7 @@ def _check(a: argparse.Namespace) -> None:
     prepared = prepare(load_config(path, a.set), path)
     longest = max(len(p.teacher_ids or []) for stage in prepared.stages for p in stage.prompts)
     print(f"{path}: good. The longest teacher prompt has {longest} tokens.", sep="\n")
-    print(*dtype_lines(prepared.config), *stage_lines(prepared), sep="\n")
+    print(*dtype_lines(prepared.config), *reply_lines(prepared), *stage_lines(prepared), sep="\n")
     print(f"evaluation: {', '.join(s.settings.name for s in prepared.sets) or 'none'}")
     print(prepared.plan.text())
 

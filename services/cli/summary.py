@@ -1,9 +1,12 @@
 """What `sdft train` and `sdft check` print of a run before it starts and after it has ended."""
 
+import json
 from pathlib import Path
 
 from sdft.services.algorithms.methods import on_demonstrations
 from sdft.services.analysis.status import status_text
+from sdft.services.base.errors import UserError, first_line
+from sdft.services.base.files import read_text
 from sdft.services.config.dtype import has_bfloat16
 from sdft.services.config.run import RunConfig
 from sdft.services.planning.prepare import Prepared
@@ -17,6 +20,23 @@ def dtype_lines(config: RunConfig) -> list[str]:
     return [
         "this processor has no instructions for bfloat16, which can take a hundred times as long here; "
         "set dtype: float32 (or auto)"
+    ]
+
+
+def reply_lines(prepared: Prepared) -> list[str]:
+    """A warning, if a server that knows no chat template would go on where a reply ends."""
+    end, folder = prepared.reply_end, prepared.model
+    path = next(folder / name for name in ("generation_config.json", "config.json") if (folder / name).is_file())
+    try:
+        named = json.loads(read_text(path)).get("eos_token_id")
+    except (AttributeError, ValueError) as error:
+        raise UserError(f"{path}: not a JSON object ({first_line(error)}); download the model again") from None
+    if end in (prepared.tokenizer.eos_token_id, named) or (isinstance(named, list) and end in named):
+        return []
+    token = prepared.tokenizer.convert_ids_to_tokens(end)
+    return [
+        f"warning: a reply ends with {token}, where engines stop here; other servers of the model stop there only if "
+        f"eos_token_id in {path} names it: add {end}"
     ]
 
 

@@ -1,15 +1,18 @@
 """What chat templates swallow, where a reply begins and what ends one: found out before a run starts."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sdft.services.base.errors import UserError
+from sdft.services.cli.main import main
 from sdft.services.data.chat_template import ReplyEnd
 from sdft.services.data.contexts import PromptBuilder, PromptPair, build_prompts, check_ids
 from sdft.services.data.demonstrations import Message, Record
 from sdft.services.data.tokenizer import load_tokenizer
+from tests.fakes.spoiling import Work, chat_template
 from tests.fakes.tiny import TEMPLATE
 
 EACH = "{% for m in messages %}"
@@ -119,6 +122,38 @@ def test_a_tokenizer_without_eos_token_is_refused_only_where_nothing_else_ends_a
     plain = f"{EACH}{{{{ m['role'] }}}}: {{{{ m['content'] }}}}\n{OPEN.replace('<|im_start|>', '')}"
     with pytest.raises(UserError, match=r"nothing ends a reply: .*set eos_token"):
         builder(tiny_model, plain, eos_token=None).demonstration(record())
+
+
+@pytest.mark.parametrize(
+    ("eos_token", "named", "warns"),
+    [
+        ("<|im_end|>", 0, False),
+        ("<|endoftext|>", [0, 2], False),
+        ("<|endoftext|>", 0, True),
+        ("<|endoftext|>", [], True),
+    ],
+)
+def test_check_warns_of_an_end_that_other_servers_of_the_model_do_not_know(
+    tmp_path: Path,
+    tiny_model: Path,
+    capsys: pytest.CaptureFixture[str],
+    eos_token: str,
+    named: int | list[int],
+    warns: bool,
+) -> None:
+    work = Work(tmp_path, tiny_model)
+    chat_template(TEMPLATE)(work)
+    for name, changes in (
+        ("generation_config.json", {"eos_token_id": named}),
+        ("tokenizer_config.json", {"eos_token": eos_token}),
+    ):
+        path = tmp_path / "m" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    work.save()
+    assert main(["check", str(tmp_path / "my.yaml")]) == 0
+    said = capsys.readouterr().out
+    assert ("warning: a reply ends with <|im_end|>" in said) == warns
+    assert ("names it: add 2" in said) == warns
 
 
 @pytest.mark.parametrize(
