@@ -13,19 +13,19 @@ from sdft.services.data.rows import BadRow, NumberedRow, hub_rows, json_kind, js
 
 MAX_REPORTED = 20
 ROLES = ("system", "user", "assistant")
-# Columns of a prompt's row that say more of what is asked, or of the reply, and that nothing here uses: without them
-# the model would be asked something else than the row's author meant. Other columns (ids, sources, dates) stay unused.
+# Columns that change what the model is asked, or hold a part of the reply, and that no code here reads. Rows that have
+# them are refused: without them the run would train on another question. Other columns (ids, sources) are ignored.
 MEANT = (
     *("system", "system_prompt", "input", "history", "documents", "chat_template_kwargs"),
     *("tools", "functions", "tool_calls", "function_call", "reasoning_content"),
     *("image", "images", "audio", "audios", "video", "videos"),
 )
-# Members of a message beside role and content that say nothing to a model (weight: whether the message is trained on,
-# which no message of a prompt is). Any other is refused: templates read tool_calls, reasoning_content, name and more.
+# Members of a message that are ignored (weight: whether the message is trained on; messages of a prompt never are). All
+# others beside role and content are refused: templates read tool_calls, reasoning_content, name and more.
 HARMLESS = ("id", "message_id", "created", "created_at", "timestamp", "model", "metadata", "weight")
 # How much like a known optional column an unknown one must be to count as a typing error: contexts is, content is not.
 NEAR_OPTIONAL = 0.86
-NOTHING: tuple[Any, ...] = (None, False, "", [], {})  # what a column or member holds that says nothing
+NOTHING: tuple[Any, ...] = (None, False, "", [], {})  # values of a column or member that is empty
 
 
 class Message(TypedDict):

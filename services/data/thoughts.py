@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Of Qwen, DeepSeek and most others, Magistral, Seed-OSS, Command A. A reply has at most one kind of them.
+# Used by Qwen, DeepSeek and most others; by Magistral; by Seed-OSS; by Command A.
 MARKS = (
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),
@@ -20,8 +20,8 @@ LAST = 16  # tokens of a prompt, among which a mark at its end is
 def without_thoughts(text: str) -> str:
     """A reply without its reasoning: what is left is the answer.
 
-    A reasoning that was begun in the prompt has its last mark only: all before that goes. One that does not end leaves
-    no answer: "".
+    Where the prompt began the reasoning, the reply has the end mark only: the text before it is removed. Reasoning
+    without an end mark leaves no answer: "".
     """
     for begin, end in MARKS:
         if begin not in text and end not in text:
