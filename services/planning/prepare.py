@@ -112,13 +112,13 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
         if one.judge is not None:
             check_judge(one.name, one.judge)
     model = resolve_model(config.model, base)
-    if trains:
-        check_trainable(model)
-    # Raises when the model or the cache is too short for the prompts.
-    tokens = max(engine_settings(config, model, role).max_model_len for role in roles(config))
-    if trains:
-        check_positions(model, tokens)
     with examined(model, trains):
+        if trains:
+            check_trainable(model)
+        # Raises when the model or the cache is too short for the prompts.
+        tokens = max(engine_settings(config, model, role).max_model_len for role in roles(config))
+        if trains:
+            check_positions(model, tokens)
         return _prepared(config, path, model, loaded, common, begun)
 
 
