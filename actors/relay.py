@@ -21,7 +21,12 @@ class SnapshotRelay:
         """Copy the role's newest payload, the only one in the list, over the one before; the path to map it by."""
         data: np.ndarray = ray.get(payload[0])  # a view of the node's object store, which has fetched it
         held = self._buffers.get(role)
-        if held is None or len(held[1]) != data.nbytes:
+        if held is not None and len(held[1]) != data.nbytes:
+            del self._buffers[role]
+            held[1].close()
+            os.close(held[0])  # an engine that has it mapped keeps the memory until it has loaded it
+            held = None
+        if held is None:
             fd = os.memfd_create(f"sdft-relay-{role}")
             os.ftruncate(fd, data.nbytes)
             self._buffers[role] = held = fd, mmap.mmap(fd, data.nbytes)

@@ -1,6 +1,7 @@
 """A snapshot on its way to nodes other than the learner's: once a node, and into memory that its engines can map."""
 
 import asyncio
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
+from sdft.actors.relay import SnapshotRelay
 from sdft.actors.shared.types import Snapshot
 from sdft.learner.group import LearnerLost
 from sdft.services.fleet.snapshots import Published
@@ -50,6 +52,17 @@ def test_all_engines_of_a_node_map_one_copy_that_was_fetched_once(ray_cluster: N
         published.stop()
 
     asyncio.run(run())
+
+
+def test_a_relay_keeps_one_buffer_a_role_whatever_was_sent_before(ray_cluster: None) -> None:
+    """A buffer of another size takes the place of the one before, which is closed."""
+    relay = SnapshotRelay()
+    for nbytes in (1000, 5000, 5000, 3000):
+        path = relay.hold("student", [ray.put(np.full(nbytes, 7, np.uint8))])
+        assert Path(path).read_bytes() == bytes([7]) * nbytes
+    open_ones = [fd for fd in Path("/proc/self/fd").iterdir() if fd.exists() and "sdft-relay" in os.readlink(fd)]
+    assert {fd.stat().st_ino for fd in open_ones} == {Path(path).stat().st_ino}
+    assert Path("/proc/self/maps").read_text().count("sdft-relay") == 1
 
 
 def test_a_relay_that_has_died_alone_is_no_engines_loss(ray_cluster: None) -> None:
