@@ -66,8 +66,8 @@ class ActorsConfig(BaseModel):
     teacher: EngineConfig = EngineConfig()
 
     def of(self, role: str) -> EngineConfig:
-        """The pool of a role, "student" or "teacher"."""
-        return self.student if role == "student" else self.teacher
+        """The pool of a role, "student" or "teacher"; KeyError for any other."""
+        return {"student": self.student, "teacher": self.teacher}[role]
 
 
 class SamplingConfig(BaseModel):

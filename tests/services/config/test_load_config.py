@@ -40,6 +40,13 @@ def test_defaults_are_filled_in(tmp_path: Path) -> None:
     assert config.loss.divergence == "forward"
 
 
+def test_a_pool_is_asked_for_by_a_role_that_there_is(tmp_path: Path) -> None:
+    actors = load(tmp_path, GOOD + "actors: {teacher: {replicas: 2}}").actors
+    assert (actors.of("student").replicas, actors.of("teacher").replicas) == (1, 2)
+    with pytest.raises(KeyError, match="students"):
+        actors.of("students")
+
+
 def test_an_exponent_without_a_dot_is_a_number(tmp_path: Path) -> None:
     for text in ("1e-5", "1E-5", "1.e-5", "1.0e-5", "0.00001"):
         assert load(tmp_path, GOOD + f"learner: {{optimizer: {{lr: {text}}}}}").learner.optimizer.lr == 1e-5
