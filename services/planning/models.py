@@ -17,7 +17,7 @@ from sdft.learner.model.architecture import longest_of_short_rope, why_not
 from sdft.services.base.errors import UserError
 from sdft.services.base.files import resolve_path
 from sdft.services.data.without_torch import import_for_tokenizers
-from sdft.services.planning.shape import check_files
+from sdft.services.planning.shape import check_files, refuse_experts
 from sdft.services.planning.smollm2 import make_smollm2
 
 BUILT_IN = {"smollm2-135m": make_smollm2}
@@ -60,6 +60,7 @@ def check_trainable(model: Path) -> None:
         reason = why_not(model)
     if reason:
         raise UserError(f"model: {model} cannot be trained here: {reason}; choose another")
+    refuse_experts(model)
 
 
 def check_positions(model: Path, tokens: int) -> None:
@@ -83,7 +84,8 @@ def examined(model: Path, trains: bool) -> Iterator[None]:
     The examination needs torch, which this process does without. So another one does it, in 3 s, beside the body of the
     `with` statement. A folder that has passed and has not changed is not examined again.
     """
-    state = model, trains, tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(model.iterdir()))
+    stats = [(path.name, path.stat()) for path in sorted(model.iterdir()) if path.is_file()]
+    state = model, trains, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
     if state in _passed:
         yield
         return

@@ -12,6 +12,7 @@ from sdft.services.base.errors import UserError
 
 SAMPLED = 64  # bytes of each weight
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # in config.json
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,20 @@ def check_files(model: Path) -> None:
 def embedding_rows(model: Path) -> int | None:
     """Tokens that the input embedding has a row for; None if it has none of the usual names."""
     return min((shape[0] for name, shape in _weights(model).items() if name.endswith(EMBEDDINGS)), default=None)
+
+
+def refuse_experts(model: Path) -> None:
+    """UserError if the model of a local folder is a mixture of experts: vLLM lays experts out for its kernels when it
+    loads them first, and an update leaves that layout behind, so rollouts would come from wrong weights."""
+    config = read_json(model / "config.json")
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):  # as text_config
+        for key in EXPERTS:
+            value = section.get(key)
+            if any(isinstance(n, int) and n > 1 for n in (value if isinstance(value, list) else [value])):
+                raise UserError(
+                    f"{model / 'config.json'}: {key} is {value}: this model is a mixture of experts, whose weights "
+                    f"vLLM does not update correctly after it has loaded them; choose a model without experts"
+                )
 
 
 def sample_of_weights(model: Path) -> bytes:
