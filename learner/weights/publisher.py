@@ -51,8 +51,7 @@ class Publisher:
         if buffer is None:
             buffer = self._buffers[role] = _allocate(role, content.nbytes)
         entries = buffer.entries = pack(content.weights, buffer.memory)
-        buffer.in_use = True
-        return Snapshot(
+        snapshot = Snapshot(
             role=role,
             version=version,
             path=f"/proc/{os.getpid()}/fd/{buffer.fd}",
@@ -63,6 +62,8 @@ class Publisher:
             probe_logprobs=self._probe_logprobs(entries, buffer.memory, content.scale),
             scale=content.scale,
         )
+        buffer.in_use = True  # by whoever gets the snapshot: one that cannot be probed is not released by anybody
+        return snapshot
 
     def _probe_logprobs(self, entries: Sequence[TensorEntry], memory: mmap.mmap, scale: float | None) -> FloatArray:
         """By these very bytes: what the engines must reproduce is what was sent, for student and teacher alike.

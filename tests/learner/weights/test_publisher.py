@@ -1,0 +1,26 @@
+"""The learner's snapshots."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sdft.learner.weights.content import Content
+from sdft.learner.weights.publisher import Publisher
+
+
+def test_a_snapshot_that_cannot_be_probed_leaves_room_for_the_next(tiny_model: Path) -> None:
+    """Nobody has it, so nobody releases it."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    weights = dict(model.named_parameters())
+    nbytes = sum(p.nbytes for p in weights.values())
+    publisher = Publisher(tiny_model, torch.float32, np.arange(9, dtype=np.int32), "")
+    norm = weights["model.norm.weight"]
+    with pytest.raises(RuntimeError, match=r"size of tensor"):
+        publisher.publish("student", 0, Content((weights | {"model.norm.weight": norm[:5]}).items(), nbytes))
+    snapshot = publisher.publish("student", 0, Content(weights.items(), nbytes))
+    assert np.isfinite(snapshot.probe_logprobs).all()
+    with pytest.raises(RuntimeError, match="the snapshot before it was not released"):
+        publisher.publish("student", 1, Content(weights.items(), nbytes))
