@@ -58,7 +58,11 @@ class Group:
             # Torch's own watchdog ends the process: it is to find nothing, our deadlines come first.
             options._timeout = timedelta(days=1)
             self._group: dist.Backend = dist.ProcessGroupNCCL(store, rank, size, options)
-            self.broadcast(torch.zeros(1, dtype=torch.uint8, device=device), time.monotonic() + timeout_s)  # connects
+            try:  # the first one connects
+                self.broadcast(torch.zeros(1, dtype=torch.uint8, device=device), time.monotonic() + timeout_s)
+            except BroadcastFailed:
+                self.close()
+                raise
             return
         gloo = dist.ProcessGroupGloo._Options()
         gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]

@@ -40,9 +40,10 @@ class Losses:
 def reason(error: BaseException) -> str:
     """What went wrong, in one line. Ray wraps what an actor raises into a text with its whole traceback, and tells of a
     death below a list of the actor's names and numbers."""
-    text = str(getattr(error, "cause", error))
+    cause = getattr(error, "cause", None) or error
+    text = f"{type(cause).__name__}: {cause}" if isinstance(cause, LookupError) else str(cause)  # a key is no sentence
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if isinstance(error, RayActorError) and len(lines) > 1:
         told = " ".join(line for line in lines[1:] if not NUMBERS.match(line))
         return told if len(told) <= LONGEST_REASON else told[:LONGEST_REASON].rpartition(" ")[0] + " …"
-    return lines[0] if lines else type(error).__name__
+    return lines[0] if lines else type(cause).__name__

@@ -60,6 +60,7 @@ class Broadcast:
         if group is None:
             yield None
             return
+        self._group = None  # until it has reached all its members
         since = time.monotonic()
         # Half: those who wait in vain still have time to load it another way.
         work = self._learner().send(self._role, timeout_s / 2)
@@ -69,16 +70,15 @@ class Broadcast:
             try:
                 await sending
             except Failure as error:
-                group.broken = True
-                self._failed(f"was broken off: {reason(error)}", since)
+                group.broken = reason(error)
+                self._failed(f"was broken off: {group.broken}", since)
             else:
                 if group.broken:
-                    self._failed("did not reach all engines whole", since)
+                    self._failed(f"did not reach all engines whole ({group.broken})", since)
         finally:
             await cancelled([sending])  # if the run ends meanwhile
-        if group.broken:
-            self._group = None
-        else:
+        if not group.broken:
+            self._group = group
             self._slow_failures = 0
 
     async def _formed(self, engines: Sequence[SupervisedEngine], limit_s: float) -> Group | None:

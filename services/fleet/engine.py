@@ -40,7 +40,7 @@ class Group:
 
     sender: object
     members: tuple[Process, ...]
-    broken: bool = False  # it did not reach all of them
+    broken: str = ""  # why it did not reach all of them
 
 
 class EngineLost(Exception):
@@ -130,7 +130,7 @@ class SupervisedEngine:
             pass  # the snapshot went with its publisher, whose death is found by who called it
         except WeightMismatch as error:
             if not self._proven:
-                raise
+                raise WeightMismatch(reason(error)) from error
             self._replace(actor, f"is wrong ({reason(error)})")
         else:
             self._proven = True
@@ -142,9 +142,12 @@ class SupervisedEngine:
         self.abandon()
         if self._started:
             stopping = asyncio.ensure_future(self._actor.call("stop"))
-            answered, _ = await asyncio.wait([stopping], timeout=20)
-            await cancelled([stopping])  # what it raised, if it was dead before, is of no concern
-            self._actor.kill(hangs=not answered)
+            try:
+                await asyncio.wait([stopping], timeout=20)
+            finally:
+                answered = stopping.done()
+                await cancelled([stopping])  # what it raised, if it was dead before, is of no concern
+                self._actor.kill(hangs=not answered)
         else:
             self._actor.kill()
 
@@ -171,8 +174,8 @@ class SupervisedEngine:
         try:
             work = actor.call("receive_weights", snapshot, self._published.timeout_s / 2)
             report: UpdateReport = await within(work, self._published.timeout_s, what)
-        except BroadcastFailed:
-            group.broken = True
+        except BroadcastFailed as error:
+            group.broken = group.broken or reason(error)
             return await self._take_weights(actor)
         return report
 

@@ -129,9 +129,11 @@ class EnginePool:
         """
         self.published.new(snapshot, timeout_s)
         serving = [engine for engine in self._engines if engine.up]
-        async with nullcontext() if self._broadcast is None else self._broadcast.to(serving, timeout_s) as group:
-            outcomes = await self._update(group)
-        self.published.arrived()
+        try:
+            async with nullcontext() if self._broadcast is None else self._broadcast.to(serving, timeout_s) as group:
+                outcomes = await self._update(group)
+        finally:
+            self.published.arrived()
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from sdft.actors.reaper import end
 from sdft.actors.shared.types import Process, Snapshot, SnapshotDamaged, UpdateReport, WeightMismatch
 from sdft.actors.worker import EngineWorker
-from sdft.services.base.failures import Losses
+from sdft.services.base.failures import Losses, reason
 from sdft.services.fleet.engine import Patience, SupervisedEngine
 from sdft.services.fleet.remote import RemoteActor
 from sdft.services.fleet.snapshots import Published
@@ -216,7 +216,9 @@ def test_weights_that_the_first_engine_refuses_are_not_the_engines_fault(ray_clu
     async def run() -> None:
         one = Place(tmp_path)
         await one.engine.start()
-        with pytest.raises(WeightMismatch, match="v1: log-probs differ"):
+        with pytest.raises(
+            WeightMismatch, match=r"^v1: log-probs differ by 3 on average$"
+        ):  # and no traceback of Ray's
             await one.update_weights(1)
         with pytest.raises(SnapshotDamaged, match="arrived damaged"):
             await one.update_weights(2, "damaged")
@@ -263,6 +265,19 @@ def test_losses_count_for_an_hour_and_until_it_has_worked_there_is_longer_to_wai
     assert ([losses.count() for _ in range(4)], losses.back_off_s) == ([1, 2, 2, 1], 7)
     losses.recovered()
     assert (losses.count(), losses.back_off_s) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("the first line\n  the second"), "the first line"),
+        (KeyError("layers.1.bias"), "KeyError: 'layers.1.bias'"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_what_went_wrong_is_said_in_a_line_that_is_never_empty_nor_a_bare_key(error: Exception, said: str) -> None:
+    assert reason(error) == said
+    assert reason(RayTaskError("load", "its traceback", error).as_instanceof_cause()) == said
 
 
 def test_a_result_that_was_lost_with_its_node_is_the_engines_loss() -> None:
