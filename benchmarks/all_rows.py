@@ -6,5 +6,6 @@ from sdft.actors.vllm.extension import WorkerExtension
 class Extension(WorkerExtension):
     """Loaded into the worker process in place of actors.engine.WorkerExtension."""
 
-    def score_completions_only(self) -> None:
+    def score_completions_only(self) -> bool:
         """Left out."""
+        return False

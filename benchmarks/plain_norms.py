@@ -8,8 +8,8 @@ from sdft.actors.vllm.extension import WorkerExtension
 class Extension(WorkerExtension):
     """Loaded into the worker process in place of actors.engine.WorkerExtension."""
 
-    def score_completions_only(self) -> None:
+    def score_completions_only(self) -> bool:
         """As it is, and plain norms from here on."""
-        super().score_completions_only()
         for op in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm):
             op.set_default(["native"])
+        return super().score_completions_only()

@@ -103,7 +103,7 @@ def measure(scratch: Path) -> tuple[dict[str, list[float]], dict[str, int]]:
 
     for i in range(ROUNDS + 1):
         for role in ("student", "teacher"):
-            taken, snapshot = timed(learner.publish.remote(role, i))
+            taken, snapshot = timed(learner.publish.remote(role, 1 + i))  # 0 is the folder's weights
             note(f"publish {role}", taken, snapshot.nbytes)
             taken, update = timed(engine.update_weights.remote(snapshot))
             note(f"load {role}, verified", taken, snapshot.nbytes)

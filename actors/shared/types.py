@@ -111,7 +111,7 @@ class Snapshot:
     """
 
     role: str  # "student" or "teacher"
-    version: int
+    version: int  # 0: the weights in the model's folder
     path: str
     node: str  # Ray's id of the machine whose memory `path` names
     nbytes: int
@@ -121,13 +121,17 @@ class Snapshot:
     scale: float | None = None
 
     def gap(self, logprobs: FloatArray) -> float:
-        """How far an engine's log-probs of the probe [N - 1] are from these: the mean of |difference| / max(1, |ours|).
+        """How far an engine's log-probs of the probe [N - 1] are from these: their relative_gap."""
+        return relative_gap(logprobs, self.probe_logprobs)
 
-        Relative, because bfloat16 rounds so: of a token with log-prob -25 two correct implementations differ by 0.9.
-        The mean, because of one token in fifty they differ by ten times as much as of the others.
-        """
-        ours = self.probe_logprobs
-        return float((np.abs(logprobs - ours) / np.maximum(1, np.abs(ours))).mean())
+
+def relative_gap(logprobs: FloatArray, expected: FloatArray) -> float:
+    """How far log-probs of a sequence [N] are from those expected: the mean of |difference| / max(1, |expected|).
+
+    Relative, because bfloat16 rounds so: of a token with log-prob -25 two correct implementations differ by 0.9.
+    The mean, because of one token in fifty they differ by ten times as much as of the others.
+    """
+    return float((np.abs(logprobs - expected) / np.maximum(1, np.abs(expected))).mean())
 
 
 class SnapshotDamaged(Exception):

@@ -15,10 +15,12 @@ batch or the next weights: a pause empties vLLM's cache.
 """
 
 import asyncio
+import logging
+import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,6 +38,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from sdft.actors.config import EngineSettings
+from sdft.actors.shared.agreement import Agreement
 from sdft.actors.shared.types import (
     BroadcastFailed,
     FloatArray,
@@ -47,14 +50,16 @@ from sdft.actors.shared.types import (
     Snapshot,
     TeacherScores,
     UpdateReport,
-    WeightMismatch,
 )
 from sdft.actors.vllm.kernels import fused_norms
-from sdft.actors.vllm.process import forked
+from sdft.actors.vllm.process import _EngineProcess, forked
 from sdft.actors.vllm.scoring import SharedPrompts, scores_of, scoring_request, versions_of
 from sdft.actors.vllm.transfer import BACKEND, check_digests
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
+RPC_FAILED = "Call to collective_rpc method failed: "  # what vLLM puts before the text of an error in its process
+LONGEST_NAMED = 600  # characters
 
 
 class Engine:
@@ -64,7 +69,8 @@ class Engine:
         self.settings = settings
         self._turn = asyncio.Lock()  # one batch at a time: a batch's neighbours must not depend on timing
         self._pausing = asyncio.Lock()  # who pauses the engine is the one to resume it
-        self._incomplete = False  # a broadcast broke off: until whole weights are loaded nothing may be computed
+        self._incomplete = False  # an update broke off: until whole weights are loaded nothing may be computed
+        self._agreement = Agreement(settings.max_probe_gap)
 
     async def start(self) -> None:
         """Load the model, in a process that vLLM starts."""
@@ -94,10 +100,19 @@ class Engine:
             distributed_executor_backend="uni",
             disable_log_stats=True,
         )
-        # A process that has used CUDA cannot be forked; the actor's has not, unless the platform did so at import.
-        with nullcontext() if torch.cuda.is_initialized() else forked():
-            self._llm = AsyncLLM.from_engine_args(arguments)
-        await self._llm.collective_rpc("score_completions_only")
+        processes: list[_EngineProcess] = []
+        try:
+            # A process that has used CUDA cannot be forked; the actor's has not, unless the platform did so at import.
+            with nullcontext() if torch.cuda.is_initialized() else forked(processes):
+                self._llm = AsyncLLM.from_engine_args(arguments)
+        except Exception as error:
+            # vLLM's own text refers to a log: what its process raised is in the process's `failure`.
+            causes = [process.failure for process in processes if process.failure]
+            raise RuntimeError(f"vLLM cannot start with {s.model}: {causes[0] if causes else _named(error)}") from error
+        if not all(await self._llm.collective_rpc("score_completions_only")):
+            log.warning(
+                "teacher scores: vLLM's V2 model runner computes the log-probs of prompts too, not of completions alone"
+            )
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest({}))
         await self._llm.update_weight_version("0")
 
@@ -138,54 +153,58 @@ class Engine:
     async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
         """Replace the weights and prove it: digest of every tensor before, log-probs of the probe after.
 
-        Requests in flight are kept and go on with the new weights. Raises SnapshotDamaged naming the tensor whose bytes
-        are wrong, before anything is touched, or WeightMismatch with the gap of the log-probs.
+        Requests in flight are kept and go on with the new weights. Raises FileNotFoundError if the snapshot's publisher
+        is gone and SnapshotDamaged naming the tensor whose bytes are wrong, both before anything is touched;
+        WeightMismatch with the gap of the log-probs; RuntimeError if the weights cannot be loaded: then nothing is
+        computed before others are.
         """
-        # Generation goes on meanwhile.
-        await asyncio.to_thread(check_digests, snapshot)
-        async with self._paused() as since:
-            await self._load(snapshot, path=snapshot.path)
-            self._incomplete = False
+        await self._probe_before(snapshot)
+        # Held open until it is loaded: if the publisher ends meanwhile the memory stays.
+        with open(snapshot.path, "rb") as file:
+            # Generation goes on meanwhile.
+            await asyncio.to_thread(check_digests, snapshot, file)
+            async with self._paused() as since:
+                await self._load(snapshot, RuntimeError, path=f"/proc/{os.getpid()}/fd/{file.fileno()}")
         return await self._verified(snapshot, since)
 
     async def join(self, where: Rendezvous, own_address: str) -> None:
         """Meet the others of a group for broadcasts; the group before is left. own_address: of this machine."""
         place = {"address": where.address, "port": where.port, "rank": where.rank, "size": where.size}
         more = {"own_address": own_address, "timeout_s": where.timeout_s}
-        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(place | more))
+        with _passed_on(BroadcastFailed, "the group for broadcasts"):
+            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(place | more))
 
     async def receive_weights(self, snapshot: Snapshot, timeout_s: float) -> UpdateReport:
         """As update_weights, while the learner broadcasts the snapshot to the group that this engine has joined.
 
         Verified by a sum of each bucket that arrives, and by the probe. BroadcastFailed if it does not arrive whole:
-        then nothing is computed any more before update_weights has loaded it.
+        then nothing is computed before update_weights has loaded it.
         """
+        await self._probe_before(snapshot)
         async with self._paused() as since:
-            self._incomplete = True
-            try:
-                await self._load(snapshot, within_s=timeout_s)
-            except Exception as error:  # vLLM passes on the text of what its process raised, and no type
-                raise BroadcastFailed(f"{snapshot.role} weights v{snapshot.version}: {error}") from error
-            self._incomplete = False
+            await self._load(snapshot, BroadcastFailed, within_s=timeout_s)
         return await self._verified(snapshot, since)
 
-    async def _load(self, snapshot: Snapshot, **how: object) -> None:
+    async def _load(self, snapshot: Snapshot, failure: type[Exception], **how: object) -> None:
+        """Within a pause, which is kept if the load fails. failure: what is raised then."""
         entries = [(t.name, t.dtype, list(t.shape), t.offset, t.nbytes) for t in snapshot.tensors]
-        await self._llm.start_weight_update()
-        update = {"entries": entries, "scale": snapshot.scale} | how
-        await self._llm.update_weights(WeightTransferUpdateRequest(update))
-        await self._llm.finish_weight_update(weight_version=str(snapshot.version))
+        self._incomplete = True
+        with _passed_on(failure, f"{snapshot.role} weights v{snapshot.version}"):
+            await self._llm.start_weight_update()
+            update = {"entries": entries, "scale": snapshot.scale} | how
+            await self._llm.update_weights(WeightTransferUpdateRequest(update))
+            await self._llm.finish_weight_update(weight_version=str(snapshot.version))
+        self._incomplete = False
+
+    async def _probe_before(self, snapshot: Snapshot) -> None:
+        """Before the first update. WeightMismatch if the engine, as it was loaded, disagrees with the learner."""
+        if self._agreement.untried:
+            self._agreement.before_first(snapshot, await self.probe(snapshot.probe_ids))
 
     async def _verified(self, snapshot: Snapshot, since: float) -> UpdateReport:
-        """Of an update that began then. WeightMismatch if the engine disagrees with the learner."""
+        """Of an update that began then. WeightMismatch if the engine disagrees with the learner, or with itself."""
         pause_s = time.monotonic() - since
-        gap = snapshot.gap(await self.probe(snapshot.probe_ids))
-        if not gap <= self.settings.max_probe_gap:  # written so that NaN fails too
-            raise WeightMismatch(
-                f"{snapshot.role} weights v{snapshot.version}: the engine's log-probs of the probe sequence differ "
-                f"from the learner's by {gap:.4f} of their size on average (allowed: {self.settings.max_probe_gap}): "
-                f"these are not the weights it was sent"
-            )
+        gap = self._agreement.after(snapshot, await self.probe(snapshot.probe_ids))
         return UpdateReport(snapshot.version, gap, pause_s)
 
     async def answer(self) -> None:
@@ -206,10 +225,21 @@ class Engine:
         """Nothing is computed within; requests in flight are kept. Yields when that began, on the monotonic clock."""
         async with self._pausing:
             since = time.monotonic()
-            await self._llm.pause_generation(mode="keep")
-            yield since
-            if not self._incomplete:
-                await self._llm.resume_generation()
+            try:
+                await self._llm.pause_generation(mode="keep")
+                yield since
+            finally:
+                if not self._incomplete:
+                    await self._llm.resume_generation()
+
+    @asynccontextmanager
+    async def _or_aborted(self, names: Sequence[str]) -> AsyncIterator[None]:
+        """Requests of these names that are in the engine are aborted if what is within does not end well."""
+        try:
+            yield
+        except BaseException:
+            await self._llm.abort(names)
+            raise
 
     async def _run(self, prompts: Sequence[IntArray], params: Sequence[SamplingParams]) -> list[RequestOutput]:
         """Run one batch, when its turn has come if batches are held. Outputs in the order of the prompts."""
@@ -217,19 +247,18 @@ class Engine:
             return await self._together(prompts, params)
 
     async def _together(self, prompts: Sequence[IntArray], params: Sequence[SamplingParams]) -> list[RequestOutput]:
-        """Run one batch, held until it is whole if batches are."""
+        """Run one batch, held until it is whole if batches are. If it cannot be run nothing of it stays behind: a later
+        batch would be computed with it, which gives other bits."""
         batch = uuid.uuid4().hex
+        names = [f"{batch}-{i}" for i in range(len(prompts))]
         queues = []
-        try:
-            async with self._paused() if self.settings.hold else nullcontext():
-                for i, (ids, p) in enumerate(zip(prompts, params, strict=True)):
+        async with self._or_aborted(names):
+            # The inner abort comes before the engine goes on.
+            async with self._paused() if self.settings.hold else nullcontext(), self._or_aborted(names):
+                for name, ids, p in zip(names, prompts, params, strict=True):
                     # In order, over one pipe to the engine: all of them are there before a held batch is released.
-                    queues.append(await self._llm.add_request(f"{batch}-{i}", {"prompt_token_ids": ids.tolist()}, p))
+                    queues.append(await self._llm.add_request(name, {"prompt_token_ids": ids.tolist()}, p))
             return [await _final(queue) for queue in queues]
-        except asyncio.CancelledError:
-            for queue in queues:
-                await self._llm.abort(queue.request_id, internal=True)
-            raise
 
 
 async def _final(queue: Any) -> RequestOutput:
@@ -253,3 +282,18 @@ def _rollout(prompt_ids: IntArray, output: RequestOutput) -> Rollout:
         versions=versions_of(output),
         finish_reason=completion.finish_reason or "stop",
     )
+
+
+def _named(error: BaseException) -> str:
+    """An error's type and text, in one line, where only text gets through."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= LONGEST_NAMED else f"{text[:LONGEST_NAMED]} …"
+
+
+@contextmanager
+def _passed_on(kind: type[Exception], what: str) -> Iterator[None]:
+    """What vLLM passes on of an error in its process, which is a text, is raised as one of this kind."""
+    try:
+        yield
+    except Exception as error:
+        raise kind(f"{what}: {str(error).removeprefix(RPC_FAILED)}") from error

@@ -9,9 +9,11 @@ from sdft.actors.vllm.scoring import completion_scores
 class WorkerExtension:
     """Named in the engine's settings, so that its worker processes import this file."""
 
-    def score_completions_only(self) -> None:
+    def score_completions_only(self) -> bool:
         """Compute prompt log-probs of the rows that `Engine.score` asks for; vLLM would compute those of the prompt
-        too. The V2 runner has no such method and goes on computing all."""
+        too. False for the V2 runner, on GPUs: it has no such method, and computes all rows, which are the same."""
         runner = self.model_runner  # type: ignore[attr-defined]
-        if hasattr(runner, "_get_prompt_logprobs_dict"):
-            runner._get_prompt_logprobs_dict = functools.partial(completion_scores, runner)
+        if not hasattr(runner, "_get_prompt_logprobs_dict"):
+            return False
+        runner._get_prompt_logprobs_dict = functools.partial(completion_scores, runner)
+        return True

@@ -3,15 +3,19 @@
 import ctypes
 import multiprocessing.context
 import multiprocessing.util
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.synchronize import SemLock
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
 import vllm.v1.engine.utils
+
+from sdft.actors.vllm.engine import LONGEST_NAMED, _named
 
 PR_SET_PDEATHSIG = 1
 
@@ -19,26 +23,45 @@ PR_SET_PDEATHSIG = 1
 class _EngineProcess(multiprocessing.context.ForkProcess):
     """vLLM's process for the engine, as a fork of the actor's."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._told = os.fdopen(os.memfd_create("sdft-failure"), "r+b", buffering=0)  # shared with the fork
+
+    @property
+    def failure(self) -> str:
+        """What the process raised, or the signal that killed it; "" if there is neither."""
+        told = os.pread(self._told.fileno(), 4 * LONGEST_NAMED, 0).decode()
+        if told or self.exitcode is None or self.exitcode >= 0:
+            return told
+        return f"its process was killed by {signal.Signals(-self.exitcode).name}"
+
     def run(self) -> None:
         die_with_parent()
         # As vLLM would, but in a fork of a process that Ray has renamed its way of doing so has no effect.
         ray._raylet.setproctitle("VLLM::EngineCore")
-        super().run()
-
-
-class _ForkContext(multiprocessing.context.ForkContext):
-    Process = _EngineProcess
+        try:
+            super().run()
+        except Exception as error:
+            os.pwrite(self._told.fileno(), _named(error).encode(), 0)
+            raise
 
 
 @contextmanager
-def forked() -> Iterator[None]:
+def forked(processes: list[_EngineProcess]) -> Iterator[None]:
     """vLLM forks the engines that are made in it: in a Ray actor it would spawn them, to import all of it once more.
+    processes: is filled with them.
 
     That is as long as all the rest of a start: 25 s instead of 5 on a GPU, with 16 busy cores. The fork has none of the
     actor's threads, and uses nothing of Ray's.
     """
+
+    class Context(multiprocessing.context.ForkContext):
+        def Process(self, *args: Any, **kwargs: Any) -> _EngineProcess:  # type: ignore[override]
+            processes.append(_EngineProcess(*args, **kwargs))
+            return processes[-1]
+
     spawning = vllm.v1.engine.utils.get_mp_context
-    vllm.v1.engine.utils.get_mp_context = _ForkContext
+    vllm.v1.engine.utils.get_mp_context = Context
     try:
         yield
     finally:

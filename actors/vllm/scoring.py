@@ -13,9 +13,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.request import Request
 
-from sdft.actors.shared.types import (
-    TeacherScores,
-)
+from sdft.actors.shared.types import TeacherScores
 
 T = TypeVar("T")
 

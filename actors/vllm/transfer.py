@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from sdft.actors.shared.adapters import merged
 from sdft.actors.shared.collective import Group, bucket, cut, visit, whole
 from sdft.actors.shared.types import BroadcastFailed, Snapshot, SnapshotDamaged
+from sdft.actors.vllm.engine import _named
 from sdft.actors.vllm.process import die_with_parent, forget_names
 
 BACKEND = "sdft"
@@ -68,19 +70,20 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: _UpdateInfo) -> None:
-        if update_info.path:
-            tensors = _tensors(mapped(update_info.path), update_info.entries)
-        else:
-            tensors = self._received(update_info.entries, time.monotonic() + update_info.within_s)
         try:
+            if update_info.path:
+                with open(update_info.path, "rb") as file:
+                    tensors = _tensors(mapped(file), update_info.entries)
+            else:
+                tensors = self._received(update_info.entries, time.monotonic() + update_info.within_s)
             if update_info.scale is not None:
                 base, dtype = Path(self.model_config.model), self.model_config.dtype
                 tensors = merged(base, dict(tensors), update_info.scale, dtype)
             self.model.load_weights(tensors)
-        except Exception:  # whatever it was, others of a group are not to wait for this engine
+        except Exception as error:  # whatever it was, others of a group are not to wait for this engine
             self.shutdown()
             finalize_layerwise_reload(self.model, self.model_config)  # or the next update could not begin
-            raise
+            raise RuntimeError(_named(error)) from error  # vLLM passes on the text alone
 
     def _received(self, entries: Sequence[Entry], deadline: float) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors as they come, bucket by bucket. BroadcastFailed if one does not, or is damaged."""
@@ -114,14 +117,13 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
             self._group = None
 
 
-def mapped(path: str) -> memoryview:
+def mapped(file: BinaryIO) -> memoryview:
     """A snapshot's payload, read-only."""
-    with open(path, "rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def check_digests(snapshot: Snapshot) -> None:
-    payload = mapped(snapshot.path)
+def check_digests(snapshot: Snapshot, file: BinaryIO) -> None:
+    payload = mapped(file)
     for t in snapshot.tensors:
         if xxhash.xxh3_128_hexdigest(payload[t.offset : t.offset + t.nbytes]) != t.digest:
             what = f"{snapshot.role} weights v{snapshot.version}: {t.name}"

@@ -1,6 +1,8 @@
 """A real vLLM engine against Hugging Face: log-probs before and after updates, and updates that must be refused."""
 
 import dataclasses
+import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from sdft.actors.config import EngineSettings
@@ -26,6 +29,7 @@ from sdft.actors.worker import EngineWorker
 from sdft.learner.weights.broadcaster import Broadcaster
 from sdft.learner.weights.content import Content
 from sdft.learner.weights.publisher import Publisher
+from sdft.services.base.failures import reason
 from tests.fakes.rollouts import logprobs
 
 PROMPT = np.arange(20, 45, dtype=np.int32)
@@ -74,6 +78,18 @@ def watched() -> type:
             finally:
                 self._engine.settings = settings
 
+        async def left(self) -> tuple[bool, int]:
+            """Whether the engine stands still, and how many requests are in it."""
+            return await self._engine._llm.is_paused(), self._engine._llm.get_num_unfinished_requests()
+
+        async def scores_completions_only(self) -> tuple[list[bool], bool]:
+            """Whether it does, and whether one with a runner of another kind would say so."""
+            from sdft.actors.vllm.extension import WorkerExtension
+
+            other = WorkerExtension()
+            other.model_runner = object()  # type: ignore[attr-defined]
+            return await self._engine._llm.collective_rpc("score_completions_only"), other.score_completions_only()
+
         async def norms(self, dtype: str) -> tuple[list[str], float]:
             """Whose kernels compute norms, and how far those we name are from plain torch, of the largest value."""
             import torch  # pickled with the class, it would take torch.ops along, which cannot be
@@ -102,15 +118,17 @@ def watched() -> type:
 
 @pytest.fixture(scope="module")
 def engines(ray_cluster: None, tiny_model: Path) -> Iterator[list]:
-    """A sound engine, and one that leaves the head's refresh out."""
+    """A sound engine, one that leaves the head's refresh out, and one that spoils a weight in every update."""
     actor = ray.remote(watched()).options(num_cpus=0.5)
-    both = [
-        actor.remote(engine_settings(tiny_model, e))
-        for e in ("sdft.actors.vllm.extension.WorkerExtension", "tests.fakes.no_refresh.Extension")
-    ]
-    ray.get([e.start.remote() for e in both], timeout=300)
-    yield both
-    ray.get([e.stop.remote() for e in both], timeout=60)
+    extensions = (
+        "sdft.actors.vllm.extension.WorkerExtension",
+        "tests.fakes.no_refresh.Extension",
+        "tests.fakes.spoiled_update.Extension",
+    )
+    all_of_them = [actor.remote(engine_settings(tiny_model, e)) for e in extensions]
+    ray.get([e.start.remote() for e in all_of_them], timeout=300)
+    yield all_of_them
+    ray.get([e.stop.remote() for e in all_of_them], timeout=60)
 
 
 def test_the_gap_of_log_probs_is_relative_to_their_size() -> None:
@@ -153,6 +171,11 @@ def test_norms_are_by_the_fused_kernels_and_equal_to_plain_ones(engines: list, d
     chosen, off = ray.get(engines[0].norms.remote(dtype), timeout=60)
     assert chosen == ["sdft_cpu"] * 2
     assert off < most
+
+
+def test_an_engine_knows_whether_it_scores_completions_only(engines: list) -> None:
+    """Else it would compute all rows of teacher prompts without a word, as with vLLM's V2 runner."""
+    assert ray.get(engines[0].scores_completions_only.remote(), timeout=60) == ([True], False)
 
 
 def test_a_model_with_norms_of_queries_and_keys_is_computed_as_it_is(ray_cluster: None, tmp_path: Path) -> None:
@@ -213,6 +236,30 @@ def broadcaster(engines: list) -> Iterator[Broadcaster]:
 
 def send(broadcaster: Broadcaster, publisher: Publisher) -> None:
     broadcaster.send("student", publisher.payload("student"), publisher.entries("student"), 30)
+
+
+def test_a_batch_that_is_refused_halfway_leaves_nothing_behind(engines: list) -> None:
+    """The next batch has the bits that it had before: nothing of the refused one is computed with it."""
+    requests = [GenerateRequest(PROMPT[: 10 + i % 3], 100 + i) for i in range(6)]
+    before = ray.get(engines[0].generate.remote(requests, Sampling(16)), timeout=60)
+    too_long = GenerateRequest(np.full(300, 20, dtype=np.int32), 1)
+    with pytest.raises(Exception, match=r"300.*256|256.*300"):
+        ray.get(engines[0].generate.remote([*requests[:3], too_long, *requests[3:]], Sampling(200)), timeout=60)
+    assert ray.get(engines[0].left.remote(), timeout=60) == (False, 0)
+    after = ray.get(engines[0].generate.remote(requests, Sampling(16)), timeout=60)
+    for a, b in zip(before, after, strict=True):
+        assert a.completion_ids.tolist() == b.completion_ids.tolist()
+        assert a.logprobs.tolist() == b.logprobs.tolist()
+
+
+def test_the_weights_that_an_engine_has_loaded_change_nothing_when_they_are_sent(
+    engines: list, tiny_model: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    snapshot = publisher_of(tiny_model).publish("student", 0, content(model))
+    assert ray.get(engines[0].update_weights.remote(snapshot), timeout=60).probe_gap < 1e-4
+    with pytest.raises(WeightMismatch, match=r"student weights v0: .* before and after an update to the same weights "):
+        ray.get(engines[2].update_weights.remote(snapshot), timeout=60)
 
 
 def test_log_probs_are_hugging_faces_before_and_after_a_weight_update(engines: list, tiny_model: Path) -> None:
@@ -299,7 +346,7 @@ def test_an_update_that_leaves_the_lm_head_stale_is_refused_and_the_gap_is_named
     snapshot = publisher_of(tiny_model).publish("teacher", 5, content(changed(tiny_model)))
     with pytest.raises(
         WeightMismatch,
-        match=r"teacher weights v5: .* from the learner's by \d+\.\d+ of their size on average \(allowed: 0.001\)",
+        match=r"teacher weights v5: .* and the learner's differ by \d+\.\d+ of their size .*\(allowed: 0.001\)",
     ):
         ray.get(engines[1].update_weights.remote(snapshot), timeout=60)
 
@@ -370,3 +417,47 @@ def test_a_sample_depends_on_its_prompt_and_seed_and_not_on_its_neighbours_or_th
         assert a.logprobs.tolist() == b.logprobs.tolist()
     assert len({tuple(r.completion_ids.tolist()) for r in first}) == 6
     assert between[1].completion_ids.tolist() == first[4].completion_ids.tolist()
+
+
+def test_weights_that_cannot_be_loaded_are_named_and_nothing_is_computed_before_others_are(
+    engines: list, tiny_model: Path
+) -> None:
+    model = changed(tiny_model, seed=31)
+    named = [*model.named_parameters(), ("model.layers.0.surplus", torch.zeros(4))]
+    publisher = publisher_of(tiny_model)
+    snapshot = publisher.publish("student", 31, Content(named, sum(p.nbytes for _, p in named)))
+    with pytest.raises(RuntimeError, match=r"student weights v31: \w+Error: .*surplus"):
+        ray.get(engines[0].update_weights.remote(snapshot), timeout=60)
+    assert ray.get(engines[0].left.remote(), timeout=60) == (True, 0)
+    publisher.release("student")
+    snapshot = publisher_of(tiny_model).publish("student", 32, content(model))
+    assert ray.get(engines[0].update_weights.remote(snapshot), timeout=60).version == 32
+    compare(engines[0], model, 32)
+
+
+def test_an_engine_that_computes_a_model_otherwise_than_the_learner_is_refused_before_any_update(
+    ray_cluster: None, tiny_model: Path
+) -> None:
+    engine = ray.remote(EngineWorker).options(num_cpus=0.5).remote(engine_settings(tiny_model))
+    ray.get(engine.start.remote(), timeout=300)
+    snapshot = publisher_of(tiny_model).publish("student", 0, content(changed(tiny_model)))
+    with pytest.raises(
+        WeightMismatch, match=r"student engine and learner with the weights in the model's folder: .* choose another"
+    ):
+        ray.get(engine.update_weights.remote(snapshot), timeout=60)
+    ray.get(engine.stop.remote(), timeout=60)
+
+
+def test_an_engine_that_cannot_load_its_model_says_what_its_process_raised(
+    ray_cluster: None, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Not that the cause is "above", which is another process's log."""
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"model.layers.0.surplus": torch.zeros(4)}, folder / "model.safetensors", {"format": "pt"})
+    engine = ray.remote(EngineWorker).options(num_cpus=0.5).remote(engine_settings(folder))
+    with pytest.raises(RuntimeError) as raised:
+        ray.get(engine.start.remote(), timeout=300)
+    said = reason(raised.value)
+    assert re.fullmatch(rf"vLLM cannot start with {folder}: \w+Error: .*surplus.*", said), said

@@ -1,0 +1,83 @@
+"""Whether an engine computes what the learner does: log-probs of the probe sequence before and after weight updates.
+
+    as loaded:  engine == learner                      both with the weights in the model's folder (version 0)
+    version 0:  engine after the update == before it   the same weights: what differs is spoiled by the update
+    any other:  engine == learner                      as nearly as rounding explains
+
+Rounding is what the engine has shown as loaded, and more the further training has moved the log-probs. An engine whose
+first update is not version 0 (after a resume, in a lost one's place) has shown nothing: `limit` alone bounds its gap.
+"""
+
+from sdft.actors.shared.types import FloatArray, Snapshot, WeightMismatch, relative_gap
+
+SAME = 1 / 64  # of the limit: between two probes of one engine, alone in it and by the same weights
+ROUNDING = 1 / 8  # of the limit, beside twice the gap as loaded
+OF_MOVED = 1 / 4  # of the distance that log-probs have moved since version 0
+
+
+class Agreement:
+    """One engine's. Gaps are those of `relative_gap`."""
+
+    def __init__(self, limit: float) -> None:
+        """limit: no gap may be larger (weights.max_probe_gap)."""
+        self._limit = limit
+        self._as_loaded: FloatArray | None = None  # the engine's log-probs before its first update
+        self._base: Snapshot | None = None  # version 0, if it was the first update
+
+    @property
+    def untried(self) -> bool:
+        """The engine has had no update."""
+        return self._as_loaded is None
+
+    def before_first(self, snapshot: Snapshot, logprobs: FloatArray) -> None:
+        """logprobs [N - 1]: the engine's, by the weights that it loaded itself; `snapshot` is its first update.
+
+        WeightMismatch if the learner computes something else by the same weights.
+        """
+        self._as_loaded = logprobs
+        if snapshot.version == 0:
+            self._base = snapshot
+            _agree(
+                snapshot.gap(logprobs),
+                self._limit,
+                f"{snapshot.role} engine and learner with the weights in the model's folder: their log-probs of the "
+                f"probe sequence",
+                "vLLM and transformers compute this model differently, so it cannot be trained here; choose another, "
+                "or, if dtype: float32 shows that it is rounding, raise weights.max_probe_gap",
+            )
+
+    def after(self, snapshot: Snapshot, logprobs: FloatArray) -> float:
+        """The gap to the learner. logprobs [N - 1]: the engine's, after an update to `snapshot`.
+
+        WeightMismatch if it is too large, or if an update to the weights that the engine had loaded changed something.
+        """
+        what = f"{snapshot.role} weights v{snapshot.version}: the engine's log-probs of the probe sequence"
+        if snapshot.version == 0 and self._as_loaded is not None:
+            _agree(
+                relative_gap(logprobs, self._as_loaded),
+                SAME * self._limit,
+                f"{what} before and after an update to the same weights",
+                "vLLM keeps copies of this model's weights that an update spoils, so it cannot be trained here; choose "
+                "another",
+            )
+        gap = snapshot.gap(logprobs)
+        _agree(
+            gap,
+            self._allowed(snapshot),
+            f"{what} and the learner's",
+            "these are not the weights it was sent; where the same model agrees at version 0 and its training is "
+            "sound, raise weights.max_probe_gap",
+        )
+        return gap
+
+    def _allowed(self, snapshot: Snapshot) -> float:
+        if self._base is None or self._as_loaded is None:
+            return self._limit
+        moved = relative_gap(snapshot.probe_logprobs, self._base.probe_logprobs)
+        shown = 2 * self._base.gap(self._as_loaded) + ROUNDING * self._limit + OF_MOVED * moved
+        return min(self._limit, shown)
+
+
+def _agree(gap: float, allowed: float, what: str, meaning: str) -> None:
+    if not gap <= allowed:  # written so that NaN fails too
+        raise WeightMismatch(f"{what} differ by {gap:.2g} of their size on average (allowed: {allowed:.2g}): {meaning}")

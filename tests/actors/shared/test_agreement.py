@@ -1,0 +1,71 @@
+"""What an engine's log-probs must be before and after weight updates."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from sdft.actors.shared.agreement import Agreement
+from sdft.actors.shared.types import FloatArray, Snapshot, WeightMismatch
+
+LIMIT = 0.08  # of bfloat16
+ENGINE = -np.linspace(1, 6, 47, dtype=np.float32)  # as loaded
+BASE = Snapshot("student", 0, "", "here", 0, (), np.arange(48, dtype=np.int32), ENGINE * np.float32(1.001))
+
+
+def apart(logprobs: FloatArray, gap: float) -> FloatArray:
+    """Log-probs of which each differs from these by that share of it."""
+    return logprobs * np.float32(1 + gap)
+
+
+def later(moved: float) -> Snapshot:
+    """The learner's after training that moved its log-probs."""
+    return dataclasses.replace(BASE, version=1, probe_logprobs=apart(BASE.probe_logprobs, moved))
+
+
+def started() -> Agreement:
+    """Of an engine that has been given the weights that it had loaded."""
+    agreement = Agreement(LIMIT)
+    agreement.before_first(BASE, ENGINE)
+    assert agreement.after(BASE, ENGINE) == pytest.approx(0.001, rel=0.01)
+    return agreement
+
+
+def test_a_model_that_engine_and_learner_compute_differently_is_refused_before_any_update() -> None:
+    with pytest.raises(WeightMismatch, match=r"^student engine and learner with the .* folder.* 0\.1 .*choose another"):
+        Agreement(LIMIT).before_first(BASE, apart(BASE.probe_logprobs, 0.1))
+
+
+def test_an_update_to_the_same_weights_changes_nothing() -> None:
+    """Though the change is far below what engine and learner may differ by: experts in bfloat16 showed 0.05."""
+    agreement = Agreement(LIMIT)
+    agreement.before_first(BASE, ENGINE)
+    with pytest.raises(
+        WeightMismatch, match=r"^student weights v0: .* same weights differ by 0\.02 .*allowed: 0\.0013"
+    ):
+        agreement.after(BASE, apart(ENGINE, 0.02))
+
+
+@pytest.mark.parametrize(("moved", "gap", "agrees"), [(0.01, 0.01, True), (0.01, 0.05, False), (0.4, 0.05, True)])
+def test_the_gap_after_training_may_be_larger_the_more_the_log_probs_have_moved(
+    moved: float, gap: float, agrees: bool
+) -> None:
+    snapshot = later(moved)
+    if agrees:
+        assert started().after(snapshot, apart(snapshot.probe_logprobs, gap)) == pytest.approx(gap, rel=0.01)
+    else:
+        with pytest.raises(
+            WeightMismatch, match=r"^student weights v1: .* learner's differ by 0\.05 .*allowed: 0\.014"
+        ):
+            started().after(snapshot, apart(snapshot.probe_logprobs, gap))
+
+
+@pytest.mark.parametrize("agreement", [started(), Agreement(LIMIT)])
+def test_no_gap_is_above_the_limit_and_one_that_is_no_number_does_not_agree(agreement: Agreement) -> None:
+    if agreement.untried:  # it takes the place of a lost one, and has other weights than the first it is sent
+        agreement.before_first(later(0.4), ENGINE)
+    snapshot = later(0.4)
+    assert agreement.after(snapshot, apart(snapshot.probe_logprobs, 0.07)) < LIMIT
+    for gap in (0.09, float("nan")):
+        with pytest.raises(WeightMismatch, match=r"weights v1: .*\(allowed: 0\.08\)"):
+            agreement.after(snapshot, apart(snapshot.probe_logprobs, gap))
