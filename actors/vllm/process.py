@@ -29,9 +29,9 @@ class _EngineProcess(multiprocessing.context.ForkProcess):
 
     @property
     def failure(self) -> str:
-        """What the process raised, or the signal that killed it; "" if there is neither."""
+        """What the process raised, or the signal that killed it, but vLLM's own; "" if there is neither."""
         told = os.pread(self._told.fileno(), 4 * LONGEST_NAMED, 0).decode()
-        if told or self.exitcode is None or self.exitcode >= 0:
+        if told or self.exitcode is None or self.exitcode >= 0 or self.exitcode == -signal.SIGTERM:
             return told
         return f"its process was killed by {signal.Signals(-self.exitcode).name}"
 

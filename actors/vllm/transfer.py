@@ -112,9 +112,9 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
 
     def shutdown(self) -> None:
         """Leave the group. Nothing else is held between updates."""
-        if self._group is not None:
-            self._group.close()
-            self._group = None
+        group, self._group = self._group, None
+        if group is not None:
+            group.close()
 
 
 def mapped(file: BinaryIO) -> memoryview:

@@ -62,7 +62,7 @@ class Publisher:
             probe_logprobs=self._probe_logprobs(entries, buffer.memory, content.scale),
             scale=content.scale,
         )
-        buffer.in_use = True  # by whoever gets the snapshot: one that cannot be probed is not released by anybody
+        buffer.in_use = True  # last: a snapshot that cannot be probed reaches no engine, and is never released
         return snapshot
 
     def _probe_logprobs(self, entries: Sequence[TensorEntry], memory: mmap.mmap, scale: float | None) -> FloatArray:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from sdft.actors.shared.types import (
     Sampling,
     Snapshot,
     SnapshotDamaged,
+    UpdateReport,
     WeightMismatch,
 )
 from sdft.actors.worker import EngineWorker
@@ -81,6 +82,22 @@ def watched() -> type:
         async def left(self) -> tuple[bool, int]:
             """Whether the engine stands still, and how many requests are in it."""
             return await self._engine._llm.is_paused(), self._engine._llm.get_num_unfinished_requests()
+
+        async def update_weights_that_go(self, snapshot: Snapshot) -> UpdateReport:
+            """The snapshot's memory loses its name once the digests are checked, as when its publisher ends."""
+            from sdft.actors.vllm import engine
+
+            check = engine._check_digests
+
+            def check_and_unlink(snapshot: Snapshot, file: BinaryIO) -> None:
+                check(snapshot, file)
+                Path(snapshot.path).unlink()
+
+            engine._check_digests = check_and_unlink
+            try:
+                return await self.update_weights(snapshot)
+            finally:
+                engine._check_digests = check
 
         async def scores_completions_only(self) -> tuple[list[bool], bool]:
             """Whether it does, and whether one with a runner of another kind would say so."""
@@ -369,6 +386,19 @@ def test_a_damaged_snapshot_is_refused_by_the_name_of_the_tensor(engines: list, 
     before = ray.get(engines[0].generate.remote([GenerateRequest(PROMPT, 1)], Sampling(4)), timeout=60)[0].versions
     assert before[0][0] != 4
     assert ray.get(engines[0].update_weights.remote(snapshot), timeout=60).version == 4
+
+
+def test_a_snapshot_whose_publisher_ends_while_it_is_loaded_is_loaded_to_the_end(
+    engines: list, tiny_model: Path, tmp_path: Path
+) -> None:
+    model, path = changed(tiny_model, seed=8), tmp_path / "snapshot"
+    snapshot = publisher_of(tiny_model).publish("student", 8, content(model))
+    shutil.copyfile(snapshot.path, path)
+    snapshot = dataclasses.replace(snapshot, path=str(path))
+    assert ray.get(engines[0].update_weights_that_go.remote(snapshot), timeout=60).version == 8
+    compare(engines[0], model, 8)
+    with pytest.raises(FileNotFoundError):
+        ray.get(engines[0].update_weights.remote(snapshot), timeout=60)
 
 
 def test_weights_by_broadcast_are_the_learners(engines: list, broadcaster: Broadcaster, tiny_model: Path) -> None:

@@ -12,7 +12,7 @@ from sdft.learner.weights.publisher import Publisher
 
 
 def test_a_snapshot_that_cannot_be_probed_leaves_room_for_the_next(tiny_model: Path) -> None:
-    """Nobody has it, so nobody releases it."""
+    """It reaches no engine, and so it is never released."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     weights = dict(model.named_parameters())
     nbytes = sum(p.nbytes for p in weights.values())
