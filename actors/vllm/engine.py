@@ -52,7 +52,7 @@ from sdft.actors.shared.types import (
     UpdateReport,
 )
 from sdft.actors.vllm.kernels import fused_norms
-from sdft.actors.vllm.process import _EngineProcess, forked
+from sdft.actors.vllm.process import EngineProcess, forked
 from sdft.actors.vllm.scoring import SharedPrompts, scores_of, scoring_request, versions_of
 from sdft.actors.vllm.transfer import BACKEND, check_digests
 
@@ -100,7 +100,7 @@ class Engine:
             distributed_executor_backend="uni",
             disable_log_stats=True,
         )
-        processes: list[_EngineProcess] = []
+        processes: list[EngineProcess] = []
         try:
             # A process that has used CUDA cannot be forked; the actor's has not, unless the platform did so at import.
             with nullcontext() if torch.cuda.is_initialized() else forked(processes):

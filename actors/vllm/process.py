@@ -20,7 +20,7 @@ from sdft.actors.vllm.engine import LONGEST_NAMED, _named
 PR_SET_PDEATHSIG = 1
 
 
-class _EngineProcess(multiprocessing.context.ForkProcess):
+class EngineProcess(multiprocessing.context.ForkProcess):
     """vLLM's process for the engine, as a fork of the actor's."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -47,7 +47,7 @@ class _EngineProcess(multiprocessing.context.ForkProcess):
 
 
 @contextmanager
-def forked(processes: list[_EngineProcess]) -> Iterator[None]:
+def forked(processes: list[EngineProcess]) -> Iterator[None]:
     """vLLM forks the engines that are made in it: in a Ray actor it would spawn them, to import all of it once more.
     processes: is filled with them.
 
@@ -56,8 +56,8 @@ def forked(processes: list[_EngineProcess]) -> Iterator[None]:
     """
 
     class Context(multiprocessing.context.ForkContext):
-        def Process(self, *args: Any, **kwargs: Any) -> _EngineProcess:  # type: ignore[override]
-            processes.append(_EngineProcess(*args, **kwargs))
+        def Process(self, *args: Any, **kwargs: Any) -> EngineProcess:  # type: ignore[override]
+            processes.append(EngineProcess(*args, **kwargs))
             return processes[-1]
 
     spawning = vllm.v1.engine.utils.get_mp_context

@@ -87,17 +87,17 @@ def watched() -> type:
             """The snapshot's memory loses its name once the digests are checked, as when its publisher ends."""
             from sdft.actors.vllm import engine
 
-            check = engine._check_digests
+            check = engine.check_digests
 
             def check_and_unlink(snapshot: Snapshot, file: BinaryIO) -> None:
                 check(snapshot, file)
                 Path(snapshot.path).unlink()
 
-            engine._check_digests = check_and_unlink
+            engine.check_digests = check_and_unlink
             try:
                 return await self.update_weights(snapshot)
             finally:
-                engine._check_digests = check
+                engine.check_digests = check
 
         async def scores_completions_only(self) -> tuple[list[bool], bool]:
             """Whether it does, and whether one with a runner of another kind would say so."""
