@@ -1,7 +1,7 @@
 """The command `sdft`.
 
 Exit 0: done; 1: a crash; 2: bad configuration or data; 3: it cannot run here; 4: the retention guard ended the run;
-130: stopped by SIGINT or SIGTERM.
+130: stopped by SIGINT or SIGTERM; 141: the reader of the output has gone.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdft.services.base.errors import PreflightError, RetentionLost, UserError
+from sdft.services.base.output import CLOSED, lasting_output, reader_gone
 from sdft.services.base.signals import sigterm_interrupts
 from sdft.services.data.without_torch import promise_tokenizers_only
 
@@ -22,6 +23,18 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    try:
+        try:
+            return _main(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if reader_gone():
+            return CLOSED
+        raise
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = parser().parse_args(argv)
     if argv is None and arguments.run in (_train, _check):  # the process is the command's own
         promise_tokenizers_only()
@@ -53,7 +66,7 @@ def _train(a: argparse.Namespace) -> None:
 
         config, path = appended(run_dir, path.parent, a.set, Path(a.append)), run_dir / "config.yaml"
     prepared = prepare(config, path, begun=begun(run_dir, a.resume))
-    console = Console()
+    console = Console(file=lasting_output())
     shape = prepared.shape
     size = f"{shape.parameters / 1e6:.1f} M parameters"
     if shape.adapters:
@@ -154,7 +167,7 @@ def _replay(a: argparse.Namespace) -> int:
 
     from sdft.services.cli.replay import replay
 
-    difference = replay(Path(a.run_dir), a.steps, Console(highlight=False))
+    difference = replay(Path(a.run_dir), a.steps, Console(file=lasting_output(), highlight=False))
     print(difference or "no difference: every figure and every saved state is the same bit for bit")
     return 0 if difference is None else 1
 
@@ -190,7 +203,7 @@ def _eval(a: argparse.Namespace) -> None:
         prepared = prepare(config, path, trains=False)
         from sdft.services.cli.evaluate import evaluate
 
-        results, samples = evaluate(prepared, Console())
+        results, samples = evaluate(prepared, Console(file=lasting_output()))
     for r in results:
         if r.metric == PERPLEXITY:
             print(f"{r.label:<24}{r.text}  n {r.n} tokens")

@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from sdft.actors.shared.process import scratch_folder
 from sdft.actors.shared.waiting import within
 from sdft.services.base.errors import PreflightError
+from sdft.services.base.failures import reason
 from sdft.services.base.signals import stop_on_signals
+from sdft.services.cluster.queries import ANSWER_S, FAILURES, in_thread
 from sdft.services.config.sections import RayConfig
 from sdft.services.planning.plan import Part, Plan
 
@@ -120,7 +122,8 @@ async def placement(config: RayConfig, plan: Plan) -> AsyncIterator[dict[str, li
             index += count
         yield options
     finally:
-        remove_placement_group(group)
+        with suppress(*FAILURES):  # Ray removes it with the driver's end too
+            in_thread(lambda: remove_placement_group(group)).result(ANSWER_S)
 
 
 @asynccontextmanager
@@ -173,8 +176,11 @@ def _parts(plan: Plan) -> str:
 
 
 def free() -> str:
-    """What nobody has reserved, on all nodes together."""
-    resources = ray.available_resources()
+    """What is not reserved, on all nodes together."""
+    try:
+        resources = in_thread(ray.available_resources).result(ANSWER_S)
+    except FAILURES as error:
+        return f"unknown ({reason(error)})"
     return needs(resources.get("CPU", 0), resources.get("GPU", 0))
 
 

@@ -1,17 +1,18 @@
 """Nodes of the Ray cluster: those that are about to go, and those that a run wants of an autoscaler."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 
+from sdft.services.cluster.queries import ANSWER_S, FAILURES, Outage, Query
+from sdft.services.fleet.pool import EnginePool
 from sdft.services.planning.plan import Plan
 
 EVERY_S = 5.0  # between two looks
 LASTS_S = 60.0  # what was asked for and not renewed since is withdrawn
-ANSWER_S = 10.0
 
 
 def draining() -> set[str]:
@@ -48,11 +49,9 @@ class NodeRequest:
         )
 
     def withdraw(self) -> None:
-        """Ask for nothing any more. If nobody answers, it is forgotten by itself."""
-        try:
+        """Ask for nothing any more. If that fails, the request expires by itself."""
+        with suppress(*FAILURES):
             ray.get(self._coordinator.cancel_request.remote(self._requester), timeout=ANSWER_S)
-        except RayError:  # the cluster is going, or a timeout
-            return
 
 
 @contextmanager
@@ -64,3 +63,30 @@ def requested(requester: str, plan: Plan, wait_s: float) -> Iterator[NodeRequest
         yield request
     finally:
         request.withdraw()
+
+
+async def watch_nodes(
+    pools: Mapping[str, EnginePool],
+    request: NodeRequest | None,
+    notice: Callable[[str], None],
+    drained: Callable[[], set[str]] = draining,
+    every_s: float = EVERY_S,
+) -> None:
+    """Let engines leave nodes that are being drained, and renew the request to the autoscaler; until cancelled.
+
+    Both only advise: a cluster that does not answer for a while does not end the run.
+    """
+    query = Query(drained)
+    draining_fails = Outage("the query for nodes that are being drained", notice)
+    renewal_fails = Outage("the request for nodes to Ray's autoscaler", notice)
+    moving = [pool for pool in pools.values() if not pool.settings.strict]
+    while True:
+        if moving:
+            with draining_fails.tolerated():
+                nodes = await query.answer()
+                for pool in moving if nodes else ():
+                    pool.vacate(nodes)
+        if request is not None:
+            with renewal_fails.tolerated():
+                request.renew({role: pool.size for role, pool in pools.items()})
+        await asyncio.sleep(every_s)

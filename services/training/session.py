@@ -22,7 +22,7 @@ from sdft.learner.group import LearnerGroup, LearnerLost
 from sdft.services.base.failures import Losses
 from sdft.services.base.files import write_atomically
 from sdft.services.cluster.cluster import cluster, placement
-from sdft.services.cluster.nodes import EVERY_S, NodeRequest, draining, requested
+from sdft.services.cluster.nodes import NodeRequest, requested, watch_nodes
 from sdft.services.fleet.factory import engine_pool
 from sdft.services.fleet.pool import EnginePool
 from sdft.services.monitoring.console import Progress
@@ -125,21 +125,12 @@ class _Run:
             controller = Controller(
                 self._prepared, run_dir, students, teachers, self._learner, ledger, log, self._progress
             )
-            failures = all_of([self._learner.until_lost(), self._watch_nodes()])
+            watching = watch_nodes(self._pools, self._request, self._progress.note)
+            failures = all_of([self._learner.until_lost(), watching])
             await unless(failures, controller.run(first))
         finally:
             log.close()
             ledger.close()
-
-    async def _watch_nodes(self) -> None:
-        """Leave those that are being drained, and ask for those that the pools want; until it is cancelled."""
-        while True:
-            if not self._prepared.config.strict and (nodes := await asyncio.to_thread(draining)):
-                for pool in self._pools.values():
-                    pool.vacate(nodes)
-            if self._request is not None:
-                self._request.renew({role: pool.size for role, pool in self._pools.items()})
-            await asyncio.sleep(EVERY_S)
 
     async def _restart_learner(self, error: LearnerLost, after_s: float) -> Path | None:
         """The checkpoint that the new learner is to continue from; None: the run has saved none yet.
@@ -189,14 +180,14 @@ class _Run:
         self._learner = await start_learner(self._prepared, self._options["learner"])
 
     def _notice(self, text: str) -> None:
-        with suppress(OSError):  # whoever is told goes on mending, also on a full disk
-            self._progress.note(text)
-            self._write_pids()
+        self._progress.note(text)
+        self._write_pids()
 
     def _write_pids(self) -> None:
-        """Which process is which, for people and for tests that kill them."""
+        """Which process is which, for people and for tests that kill them. A full disk does not end the run for it."""
         if self._learner is None:
             return
         pids = {role: [e.process.pid for e in pool.engines] for role, pool in self._pools.items()}
         pids["learner"] = self._learner.pids
-        write_atomically(self._run_dir / "pids.json", json.dumps(pids).encode())
+        with suppress(OSError):
+            write_atomically(self._run_dir / "pids.json", json.dumps(pids).encode())

@@ -1,0 +1,81 @@
+"""A command whose output is not read to its end, or cannot be written."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO
+
+import pytest
+from rich.console import Console
+
+from sdft.services.base.output import lasting_output
+from tests.services.records.test_metrics import write_run
+
+COMMAND = [sys.executable, "-m", "sdft.services.cli"]
+
+
+def closed_early(*words: str) -> subprocess.CompletedProcess[str]:
+    """A command whose standard output has no reader from the start."""
+    words = (*COMMAND, *words)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    _, errors = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(words, process.returncode, "", errors)
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_a_command_whose_reader_has_gone_ends_quietly(command: str, tmp_path: Path) -> None:
+    write_run(tmp_path, 3)
+    (tmp_path / "config.yaml").write_text("{}\n")
+    result = closed_early(command, str(tmp_path))
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_another_pipe_that_breaks_is_not_taken_for_the_output() -> None:
+    code = (
+        "import services.cli as cli\n"
+        "def broken(arguments): raise BrokenPipeError('a socket')\n"
+        "cli._status = broken\n"
+        "cli.main(['status', 'x'])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert "BrokenPipeError: a socket" in result.stderr
+
+
+def shown(stdout: int | IO[str]) -> subprocess.Popen[str]:
+    """A process that shows three notes of a run, and says on standard error that it has come to its end."""
+    code = (
+        "import sys; from rich.console import Console; from services.output import lasting_output\n"
+        "from services.progress import Progress\n"
+        "sys.stdin.readline()\n"
+        "with Progress(Console(file=lasting_output()), total_steps=4, title='demo') as progress:\n"
+        "    for _ in range(3): progress.note('a note')\n"
+        "print('ran to its end', file=sys.stderr)"
+    )
+    words = [sys.executable, "-u", "-c", code]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_run_goes_on_when_its_output_takes_nothing() -> None:
+    """/dev/full answers as a full disk does."""
+    with Path("/dev/full").open("w") as full:
+        _, errors = shown(stdout=full).communicate("go\n", timeout=60)
+    said = "sdft: the output cannot be written (No space left on device); the work goes on"
+    assert errors.splitlines() == [said, "ran to its end"]
+
+
+def test_a_run_goes_on_when_its_reader_has_gone() -> None:
+    process = shown(stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    _, errors = process.communicate("go\n", timeout=60)
+    said = "sdft: the output cannot be written (Broken pipe); the work goes on"
+    assert (process.returncode, errors.splitlines()) == (0, [said, "ran to its end"])
+
+
+def test_output_that_is_taken_is_what_was_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(file=lasting_output()).print("a note")
+    assert capsys.readouterr().out == "a note\n"
