@@ -212,7 +212,7 @@ def drive(
     """The real controller trains on simulated parts in virtual time, and tells of it in `out`: processor seconds of its
     own. student: makes an engine, by its number. teachers: how many; 0: the students score.
     first_step: after which it goes on, with the files of the steps before it in `run_dir`."""
-    ledger, log = Ledger(run_dir / "ledger.sqlite"), RunLog(run_dir, ready.config.monitoring)
+    ledger, log = Ledger(run_dir / "ledger.sqlite"), RunLog(run_dir)
 
     async def work() -> float:
         students = pool(case, "student", case.engines, student)

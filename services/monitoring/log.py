@@ -7,21 +7,21 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sdft.services.base.files import write_atomically
-from sdft.services.config.sections import MonitoringConfig
-from sdft.services.config.sinks import check_sinks
-from sdft.services.monitoring.sinks import open_sinks
+from sdft.services.monitoring.sinks import Sinks
 from sdft.services.records.rows import FILES, EvalResult, Sample, StepMetrics, json_line, read_jsonl
 
 
 class RunLog:
-    """metrics.jsonl, eval.jsonl and samples.jsonl of a run directory, and the sinks beside them."""
+    """metrics.jsonl, eval.jsonl and samples.jsonl of a run directory, and what is shown of them elsewhere."""
 
-    def __init__(self, run_dir: Path, monitoring: MonitoringConfig) -> None:
-        check_sinks(monitoring)
+    def __init__(self, run_dir: Path, sinks: Sinks | None = None) -> None:
+        """sinks: not closed with the log. A run whose learner is lost opens its log once more, and keeps them."""
         run_dir.mkdir(parents=True, exist_ok=True)
         written = [row["step"] for name in ("metrics.jsonl", "eval.jsonl") for row in read_jsonl(run_dir / name)]
         self._files = {cls: (run_dir / name).open("ab") for cls, name in FILES.items()}
-        self._sinks = open_sinks(run_dir, monitoring, first_step=max(written, default=-1) + 1)
+        self._sinks = sinks
+        if sinks is not None:
+            sinks.go_on(max(written, default=-1) + 1)
 
     def step(self, metrics: StepMetrics) -> None:
         self._append(metrics)
@@ -29,23 +29,21 @@ class RunLog:
         for name, value in asdict(metrics).items():
             if name not in ("step", "direction"):
                 named[f"time/{name[5:]}" if name.startswith("time_") else f"train/{name}"] = value
-        for sink in self._sinks:
-            sink.log(metrics.step, named)
+        if self._sinks is not None:
+            self._sinks.log(metrics.step, named)
 
     def evaluation(self, *results: EvalResult) -> None:
         """Written at once: a run that is killed has them all or none, and would not ask a second time for some."""
         self._append(*results)
         for result in results:
-            for sink in self._sinks:
-                sink.log(result.step, {f"eval/{result.task}/{result.metric}": result.value})
+            if self._sinks is not None:
+                self._sinks.log(result.step, {f"eval/{result.task}/{result.metric}": result.value})
 
     def sample(self, sample: Sample) -> None:
         self._append(sample)
 
     def close(self) -> None:
         with ExitStack() as stack:  # one that fails does not keep the others open
-            for sink in self._sinks:
-                stack.callback(sink.close)
             for file in self._files.values():
                 stack.callback(file.close)
 

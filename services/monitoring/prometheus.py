@@ -74,8 +74,7 @@ METRICS = (STEP, PROGRESS, NOT_FINITE, TIME, EVAL, *BY_PATH.values())
 class Prometheus:
     """A Sink. To be opened in a process that is connected to Ray."""
 
-    def __init__(self, run_dir: Path, first_step: int) -> None:
-        """first_step: the step the run goes on with, 0 for a new run."""
+    def __init__(self, run_dir: Path) -> None:
         import ray
         from ray.util.metrics import Counter, Gauge
 
@@ -85,6 +84,8 @@ class Prometheus:
         self._instruments: dict[str, Any] = {
             m.name: (Counter if m.counter else Gauge)(m.name, m.help, m.tags) for m in METRICS
         }
+
+    def go_on(self, first_step: int) -> None:
         self._set(STEP, max(0, first_step - 1))
         self._set(PROGRESS, time.time())
 

@@ -27,6 +27,7 @@ from sdft.services.fleet.factory import engine_pool
 from sdft.services.fleet.pool import EnginePool
 from sdft.services.monitoring.console import Progress
 from sdft.services.monitoring.log import RunLog
+from sdft.services.monitoring.sinks import Sinks
 from sdft.services.monitoring.watchdog import Watchdog
 from sdft.services.planning.prepare import Prepared
 from sdft.services.records import checkpoints
@@ -52,7 +53,8 @@ async def run(prepared: Prepared, run_dir: Path, start: Path | None, console: Co
                 one = _Run(prepared, run_dir, options, progress, request)
                 try:
                     await one.start()
-                    await one.train(start)
+                    with Sinks(run_dir, c.monitoring, progress.note) as sinks:
+                        await one.train(start, sinks)
                 finally:
                     await one.stop()
         finally:
@@ -84,12 +86,12 @@ class _Run:
         await all_of([self._start_learner(), *map(self._start_pool, roles)])
         self._write_pids()
 
-    async def train(self, start: Path | None) -> None:
+    async def train(self, start: Path | None, sinks: Sinks) -> None:
         """From a checkpoint, or from the base model, to the end."""
         limit, lost, reached = self._prepared.config.learner.max_restarts, Losses(), 0
         while True:
             try:
-                await self._train(start)
+                await self._train(start, sinks)
                 return
             except LearnerLost as error:
                 if self._progress.steps_seen > reached:
@@ -109,9 +111,9 @@ class _Run:
         if self._learner is not None:
             self._learner.kill()
 
-    async def _train(self, start: Path | None) -> None:
+    async def _train(self, start: Path | None, sinks: Sinks) -> None:
         assert self._learner is not None
-        c, run_dir, first = self._prepared.config, self._run_dir, 0
+        run_dir, first = self._run_dir, 0
         if start is not None:
             first = await self._learner.load(start)
             self._progress.note(f"continuing after step {first} from {start}")
@@ -119,7 +121,7 @@ class _Run:
         restore_ledger(start / checkpoints.LEDGER if start else None, run_dir / "ledger.sqlite")
         ledger = Ledger(run_dir / "ledger.sqlite")
         ledger.forget_in_flight()
-        log = RunLog(run_dir, c.monitoring)
+        log = RunLog(run_dir, sinks)
         try:
             students, teachers = self._pools["student"], self._pools.get("teacher")
             controller = Controller(

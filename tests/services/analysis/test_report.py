@@ -56,7 +56,7 @@ def begin(run_dir: Path, sets: list[dict[str, str]] | None = None, **run: object
 
 def train(run_dir: Path, steps: int, prompt: str = "2 + 2?") -> None:
     """Steps and evaluations: tools goes from 0 of 80 to 65, general from 80 to 79."""
-    log = RunLog(run_dir, MonitoringConfig(tensorboard=False))
+    log = RunLog(run_dir)
     log.evaluation(EvalResult(0, 0, "tools", "teacher_accuracy", 0.9, 80))
     for step in range(steps + 1):
         if step:
@@ -161,7 +161,7 @@ def test_a_streams_stage_is_in_its_status_and_its_tasks_are_in_a_heat_map(tmp_pa
 def test_the_note_on_the_loss_is_that_of_the_method(tmp_path: Path, method: str, direction: str, note: str) -> None:
     run_dir = begin(tmp_path)
     (run_dir / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "method": method}))
-    log = RunLog(run_dir, MonitoringConfig(tensorboard=False))
+    log = RunLog(run_dir)
     log.step(replace(STEP, direction=direction))
     log.close()
     assert note in Page(write_report(run_dir)).text
@@ -172,7 +172,7 @@ def test_of_a_stream_all_losses_are_named(tmp_path: Path) -> None:
     stages = [{"name": "a", "sets": [], "method": "sft"}, {"name": "b", "sets": [], "method": None}]
     config = {"model": "tiny", "evaluation": {"sets": []}, "stages": stages}
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
-    log = RunLog(run_dir, MonitoringConfig(tensorboard=False))
+    log = RunLog(run_dir)
     log.step(replace(STEP, direction="nll"))
     log.step(replace(STEP, step=2, stage=1, direction="sampled", loss=-0.5))
     log.close()
@@ -195,7 +195,7 @@ def test_what_is_below_zero_is_drawn_too() -> None:
 def test_pass_at_k_is_drawn_before_training_and_last_with_the_teachers(tmp_path: Path) -> None:
     run_dir = begin(tmp_path / "run", SETS)
     train(run_dir, 3)
-    log = RunLog(run_dir, MonitoringConfig(tensorboard=False))
+    log = RunLog(run_dir)
     for step, metric, share in ((0, "pass@", 0.01), (0, "teacher_pass@", 0.1), (3, "pass@", 0.05)):
         for k in (1, 4, 16):
             log.evaluation(EvalResult(step, 0, "tools", f"{metric}{k}", k * share / 2, 80))
@@ -249,7 +249,7 @@ def test_a_run_without_metrics_or_sets_has_a_report(tmp_path: Path) -> None:
 
 
 def test_a_run_without_evaluation_sets_tells_its_loss(tmp_path: Path) -> None:
-    log = RunLog(begin(tmp_path), MonitoringConfig(tensorboard=False))
+    log = RunLog(begin(tmp_path))
     log.step(STEP)
     log.step(replace(STEP, step=2, loss=float("nan")))
     log.step(replace(STEP, step=3, loss=0.125))

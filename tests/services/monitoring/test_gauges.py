@@ -18,6 +18,7 @@ import yaml
 from sdft.services.config.sections import MonitoringConfig
 from sdft.services.monitoring.log import RunLog
 from sdft.services.monitoring.prometheus import BY_PATH, EVAL, METRICS, PHASES, PREFIX, TIME
+from sdft.services.monitoring.sinks import Sinks
 from sdft.services.records.rows import PERPLEXITY, STUDENT, TEACHER, EvalResult, StepMetrics
 from tests.fakes.promql import Query, parse
 from tests.papers.readme import ROOT
@@ -67,14 +68,18 @@ def served_when(key: tuple[str, ...], value: float) -> dict[tuple[str, ...], flo
 def test_a_ray_node_serves_what_a_run_logs(tmp_path: Path) -> None:
     """Through a learner that is lost, after which the log is opened once more, to a step that is not finite."""
     run = tmp_path.name
-    log = RunLog(tmp_path, PROMETHEUS_ONLY)
+    notices: list[str] = []
+    sinks = Sinks(tmp_path, PROMETHEUS_ONLY, notices.append)
+    log = RunLog(tmp_path, sinks)
     log.step(replace(STEP, loss=0.75))
     log.close()
-    log = RunLog(tmp_path, PROMETHEUS_ONLY)
+    log = RunLog(tmp_path, sinks)
     began = time.time()
     log.step(replace(STEP, step=2, loss=math.nan, trained=16))
     log.evaluation(EvalResult(2, 0, "tools", "accuracy", 0.875, 80))
     log.close()
+    sinks.close()
+    assert notices == []
 
     found = served_when(("ray_sdft_step", run), 2)
     assert found["ray_sdft_eval_value", run, "tools", "accuracy"] == 0.875
@@ -88,7 +93,7 @@ def test_a_ray_node_serves_what_a_run_logs(tmp_path: Path) -> None:
     assert found["ray_sdft_divergence", run] == 0.25
     assert found["ray_sdft_step_seconds", run] == 8.5
     assert found["ray_sdft_samples_trained", run] == 16
-    # Work is added up, the repeated opening notwithstanding.
+    # Work is added up, also when the log is opened again.
     assert found["ray_sdft_completion_tokens_total", run] == 480
     assert began - 1 < found["ray_sdft_progress_timestamp_seconds", run] < time.time()
     # Ray serves no NaN: the loss is missing, and another metric says why.
@@ -124,10 +129,7 @@ def test_names_are_those_that_prometheus_asks_for() -> None:
 
 def test_without_ray_the_sink_says_what_it_needs(tmp_path: Path) -> None:
     """In a process of its own: others of this one may be connected."""
-    code = (
-        "from pathlib import Path; from sdft.services.monitoring.prometheus import Prometheus; "
-        f"Prometheus(Path({str(tmp_path)!r}), 0)"
-    )
+    code = f"from pathlib import Path; from services.gauges import Prometheus; Prometheus(Path({str(tmp_path)!r}))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert "monitoring.prometheus needs a process that is connected to Ray" in result.stderr
 

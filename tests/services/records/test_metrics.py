@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from sdft.services.config.sections import MonitoringConfig
 from sdft.services.config.sinks import check_sinks
 from sdft.services.monitoring.console import Progress
 from sdft.services.monitoring.log import RunLog
-from sdft.services.monitoring.sinks import MLflow, WeightsAndBiases
+from sdft.services.monitoring.sinks import MLflow, Sinks, TensorBoard, WeightsAndBiases
 from sdft.services.records.rows import (
     DETERMINISTIC_FIELDS,
     EvalResult,
@@ -65,7 +66,7 @@ def sample(step: int) -> Sample:
 
 
 def write_run(run_dir: Path, steps: int) -> None:
-    log = RunLog(run_dir, FILES_ONLY)
+    log = RunLog(run_dir)
     for step in range(1, steps + 1):
         log.step(replace(STEP, step=step, trained=8 * step))
         log.evaluation(EvalResult(step, 0, "tools", "accuracy", step / 10, 10))
@@ -83,7 +84,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
 def test_a_line_is_on_disk_before_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
-    log = RunLog(tmp_path, FILES_ONLY)
+    log = RunLog(tmp_path)
     log.step(STEP)
     assert synced == [str(tmp_path / "metrics.jsonl")]
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == asdict(STEP)
@@ -91,7 +92,7 @@ def test_a_line_is_on_disk_before_the_next_call(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_number_that_is_not_finite_is_valid_json_and_nan_again(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, FILES_ONLY)
+    log = RunLog(tmp_path)
     log.step(replace(STEP, loss=math.nan, grad_norm=math.inf))
     log.close()
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
@@ -125,7 +126,7 @@ def test_rewind_drops_what_came_after_the_checkpoint_and_the_half_written_line(t
     assert (tmp_path / "metrics.jsonl").read_bytes().splitlines() == before[:3]
     assert [row["step"] for row in read_jsonl(tmp_path / "eval.jsonl")] == [1, 2, 3]
     assert [row["step"] for row in read_jsonl(tmp_path / "samples.jsonl")] == [1, 2, 3]
-    log = RunLog(tmp_path, FILES_ONLY)
+    log = RunLog(tmp_path)
     log.step(replace(STEP, step=4))
     log.close()
     assert [m.step for m in read_rows(tmp_path, StepMetrics)] == [1, 2, 3, 4]
@@ -181,16 +182,17 @@ def test_percent_reads_as_people_write() -> None:
 def test_tensorboard_shows_the_curves_and_forgets_the_steps_that_were_rewound(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = RunLog(tmp_path, MonitoringConfig())
-    for step, loss in ((1, 0.5), (2, 0.25), (3, 9.0)):
-        log.step(replace(STEP, step=step, loss=loss))
-    log.evaluation(EvalResult(3, 0, "tools", "accuracy", 0.75, 80))
-    log.close()
-    RunLog.rewind(tmp_path, 2)
-    log = RunLog(tmp_path, MonitoringConfig())
-    log.step(replace(STEP, step=3, loss=0.125))
-    log.evaluation(EvalResult(3, 0, "tools", "accuracy", 0.5, 80))
-    log.close()
+    with Sinks(tmp_path, MonitoringConfig(), print) as sinks:
+        log = RunLog(tmp_path, sinks)
+        for step, loss in ((1, 0.5), (2, 0.25), (3, 9.0)):
+            log.step(replace(STEP, step=step, loss=loss))
+        log.evaluation(EvalResult(3, 0, "tools", "accuracy", 0.75, 80))
+        log.close()
+        RunLog.rewind(tmp_path, 2)
+        log = RunLog(tmp_path, sinks)
+        log.step(replace(STEP, step=3, loss=0.125))
+        log.evaluation(EvalResult(3, 0, "tools", "accuracy", 0.5, 80))
+        log.close()
 
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -241,6 +243,58 @@ def test_wandb_gets_the_configuration_as_the_run_reads_it(tmp_path: Path, monkey
     WeightsAndBiases(tmp_path, "demo")
     config = {"stages": [{"name": "2026-11-27", "optimizer": {"lr": 1e-5}}]}
     assert wandb.calls["init"][1]["config"] == config
+
+
+def test_wandb_gets_each_step_once_also_when_a_learner_repeats_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B takes steps in order only, and one run is begun, however often the log is opened."""
+    begun: list[dict[str, Any]] = []
+    sent: list[int] = []
+
+    class Run(ModuleType):
+        def init(self, **settings: Any) -> "Run":
+            begun.append(settings)
+            return self
+
+        def log(self, metrics: dict[str, float], step: int) -> None:
+            sent.append(step)
+
+        def finish(self) -> None:
+            sent.append(-1)
+
+    monkeypatch.setitem(sys.modules, "wandb", Run("wandb"))
+    with Sinks(tmp_path, MonitoringConfig(tensorboard=False, wandb_project="demo"), print) as sinks:
+        for first, last in ((1, 4), (3, 6)):  # the learner is lost after step 4, and step 2 has a checkpoint
+            RunLog.rewind(tmp_path, first - 1)
+            log = RunLog(tmp_path, sinks)
+            for step in range(first, last + 1):
+                log.step(replace(STEP, step=step))
+            log.evaluation(EvalResult(last, 0, "tools", "accuracy", 0.5, 80))
+            log.close()
+    assert len(begun) == 1
+    assert sent == [1, 2, 3, 4, 4, 4, 5, 6, 6, -1]
+
+
+@pytest.mark.parametrize("where", ["open", "go_on", "log", "close"])
+def test_a_sink_that_fails_is_reported_once_and_the_run_goes_on(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("the server said 500\nand more")
+
+    monkeypatch.setattr(TensorBoard, "__init__" if where == "open" else where, fail)
+    notices: list[str] = []
+    with Sinks(tmp_path, MonitoringConfig(), notices.append) as sinks:
+        log = RunLog(tmp_path, sinks)
+        for step in (1, 2, 3):
+            log.step(replace(STEP, step=step))
+        log.close()
+    assert [m.step for m in read_rows(tmp_path, StepMetrics)] == [1, 2, 3]
+    assert notices == [
+        "TensorBoard fails (ValueError: the server said 500) and is switched off until the run is started again; "
+        "metrics.jsonl has everything"
+    ]
 
 
 def test_a_folder_named_wandb_is_not_taken_for_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ from sdft.learner.group import LearnerGroup
 from sdft.services.base.errors import PreflightError
 from sdft.services.cli import train
 from sdft.services.config.load import load_config
-from sdft.services.config.sections import MonitoringConfig
 from sdft.services.monitoring.console import Progress
 from sdft.services.monitoring.log import RunLog
 from sdft.services.planning.prepare import prepare
@@ -55,7 +54,7 @@ def test_it_ends_the_run_in_a_sentence(
 def test_what_else_is_open_is_closed(tmp_path: Path) -> None:
     """/dev/full takes nothing: not when it is written to, and not when it is closed."""
     (tmp_path / "samples.jsonl").symlink_to("/dev/full")
-    log = RunLog(tmp_path, MonitoringConfig())
+    log = RunLog(tmp_path)
     with pytest.raises(OSError, match="No space left"):
         log.sample(Sample(0, "task", "1", "?", "!", "!", True))
     with pytest.raises(OSError, match="No space left"):
