@@ -76,8 +76,12 @@ class SamplingConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_new_tokens: int = Field(256, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="Training is at 1: importance weights correct for another up to a cap; mismatch_kl includes it",
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="The same; tokens that it leaves out are never trained on")
     generations: int = Field(1, ge=1, description="Rollouts per prompt; more than one gave negligible gain")
 
 

@@ -216,7 +216,11 @@ def draw(
         small: list[tuple[str, Callable[[Sequence[StepMetrics]], str], str]] = [
             ("Gradient norm", charts.gradient_chart, "Before clipping."),
             ("Learning rate", charts.lr_chart, ""),
-            ("Mismatch", charts.mismatch_chart, "How far the engine's log-probs are from the learner's, in nats."),
+            (
+                "Mismatch",
+                charts.mismatch_chart,
+                "How far the sampler's log-probs, at its temperature and top_p, are from the learner's.",
+            ),
             ("Tail mass", charts.tail_chart, "What the top-K of the teacher leaves to the tail bucket."),
         ]
         drawn += [Chart(title, chart(steps), note, wide=False) for title, chart, note in small]

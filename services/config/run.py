@@ -165,8 +165,12 @@ class RunConfig(Section):
                     f"actors.{role}.gpus {self.actors.of(role).gpus:g} lets the engine share a GPU, whose free memory "
                     f"it then cannot measure while others take of it; set actors.{role}.kv_cache_gib"
                 )
-        if self.device == "cpu" and self.learner.ranks > self.training.batch_size:
-            raise ValueError("learner.ranks must not exceed training.batch_size: some ranks would never have work")
+        rollouts = min(self.training.batch_size * task.sampling.generations for task in self.tasks)
+        if self.learner.ranks > rollouts:
+            raise ValueError(
+                f"learner.ranks {self.learner.ranks} must not exceed the {rollouts} rollouts of a step "
+                f"(training.batch_size by sampling.generations): some ranks would never have work"
+            )
         return self
 
 

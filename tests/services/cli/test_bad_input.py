@@ -66,7 +66,7 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         2,
         ["learner.lora.targets: lm_head is no linear layer", "that can be adapted"],
     ),
-    "more ranks than prompts": (setting("learner.ranks", 3), TRAIN, 2, ["learner.ranks must not exceed"]),
+    "more ranks than rollouts": (setting("learner.ranks", 3), TRAIN, 2, ["learner.ranks 3 must not exceed"]),
     "override without =": (nothing, f"{TRAIN} --set seed", 2, ["--set seed", "no ="]),
     "override of nothing": (nothing, f"{TRAIN} --set sead=1", 2, ["--set sead=1", "did you mean seed?"]),
     "no data file": (setting("data.train", "trian.jsonl"), TRAIN, 2, ["data.train", "did you mean train.jsonl?"]),

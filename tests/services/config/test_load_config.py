@@ -154,7 +154,8 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
         ),
         (
             "learner: {ranks: 64}",
-            "my.yaml: learner.ranks must not exceed training.batch_size: some ranks would never have work",
+            "my.yaml: learner.ranks 64 must not exceed the 32 rollouts of a step (training.batch_size by "
+            "sampling.generations): some ranks would never have work",
         ),
     ],
 )
@@ -324,6 +325,18 @@ def test_the_zero_stage_is_0_where_nothing_is_divided(tmp_path: Path, given: str
     assert config.learner.zero_stage_for(config.dtype) == expected
     chosen = config.learner.model_copy(update={"zero_stage": 2})
     assert chosen.zero_stage_for(config.dtype) == 2
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_learner_rank_has_a_rollout_of_each_step(device: str, tmp_path: Path) -> None:
+    ranks = (f"device={device}", "learner.ranks=8", "training.batch_size=4")
+    assert load(tmp_path, GOOD, *ranks, "sampling.generations=2").learner.ranks == 8
+    with pytest.raises(UserError, match=r"learner\.ranks 8 must not exceed the 4 rollouts of a step"):
+        load(tmp_path, GOOD, *ranks)
+    stage = "{name: a, data: {train: t.jsonl}, steps: 2, sampling: {generations: 1}}"
+    stages = f"model: m\ntraining: {{}}\nsampling: {{generations: 2}}\nstages: [{stage}]\n"
+    with pytest.raises(UserError, match=r"learner\.ranks 8 must not exceed the 4 rollouts of a step"):
+        load(tmp_path, stages, *ranks)
 
 
 @pytest.mark.parametrize("native", [True, False])
