@@ -1,4 +1,5 @@
-"""What ends a command but is no crash: bad input (exit 2), a machine that cannot run the plan (3), the guard (4)."""
+"""What ends a command in a sentence: bad input (exit 2), a machine that cannot run the plan (3), the guard (4), and a
+process of the run that failed (1)."""
 
 
 class UserError(Exception):
@@ -17,6 +18,12 @@ class RetentionLost(Exception):
     """The retention guard has ended the run. The message says what fell, and what is kept."""
 
     exit_code = 4
+
+
+class RunFailed(RuntimeError):
+    """A process of the run failed. The message is the root cause, what it means, and where the log is."""
+
+    exit_code = 1
 
 
 def first_line(error: BaseException) -> str:

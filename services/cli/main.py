@@ -1,20 +1,22 @@
 """The command `sdft`.
 
-Exit 0: done; 1: a crash; 2: bad configuration or data; 3: it cannot run here; 4: the retention guard ended the run;
-130: stopped by SIGINT or SIGTERM; 141: the reader of the output has gone.
+Exit 0: done; 1: a process of the run failed, or a crash; 2: bad configuration or data; 3: it cannot run here; 4: the
+retention guard ended the run; 130: stopped by SIGINT or SIGTERM; 141: the reader of the output has gone.
 """
 
 import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdft.services.base.errors import PreflightError, RetentionLost, UserError
+from sdft.services.base.environment import check_environment
+from sdft.services.base.errors import PreflightError, RetentionLost, RunFailed, UserError
 from sdft.services.base.output import CLOSED, lasting_output, reader_gone
-from sdft.services.base.signals import sigterm_interrupts
+from sdft.services.base.signals import STOPPED, sigterm_interrupts
 from sdft.services.data.without_torch import promise_tokenizers_only
 
 if TYPE_CHECKING:
@@ -40,14 +42,15 @@ def _main(argv: Sequence[str] | None) -> int:
         promise_tokenizers_only()
     try:
         with sigterm_interrupts():
+            check_environment()
             return int(arguments.run(arguments) or 0)
-    except (UserError, PreflightError, RetentionLost) as error:
+    except (UserError, PreflightError, RetentionLost, RunFailed) as error:
         print(f"sdft: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         resumes = "; the same command resumes from the last checkpoint" if arguments.run is _train else ""
         print(f"sdft: stopped{resumes}", file=sys.stderr)
-        return 130
+        return STOPPED
 
 
 def _train(a: argparse.Namespace) -> None:
@@ -79,10 +82,26 @@ def _train(a: argparse.Namespace) -> None:
         return
     from sdft.services.cli.train import train
 
-    report = train(prepared, run_dir, a.resume, console)
+    with _explained(run_dir):
+        report = train(prepared, run_dir, a.resume, console)
     print_outcome(run_dir)
     if report is not None:
         console.print(f"report: {report}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _explained(run_dir: Path | None) -> Iterator[None]:
+    """A failed engine or learner is a sentence, with the root cause from its log; the run has kept the rest there."""
+    try:
+        yield
+    except (UserError, PreflightError, RetentionLost):
+        raise
+    except Exception as error:
+        from sdft.services.cli.failures import explained
+
+        if (failure := explained(error, run_dir)) is None:
+            raise
+        raise failure from error
 
 
 def _check(a: argparse.Namespace) -> None:
@@ -203,7 +222,8 @@ def _eval(a: argparse.Namespace) -> None:
         prepared = prepare(config, path, trains=False)
         from sdft.services.cli.evaluate import evaluate
 
-        results, samples = evaluate(prepared, Console(file=lasting_output()))
+        with _explained(None):
+            results, samples = evaluate(prepared, Console(file=lasting_output()))
     for r in results:
         if r.metric == PERPLEXITY:
             print(f"{r.label:<24}{r.text}  n {r.n} tokens")

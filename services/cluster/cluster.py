@@ -1,9 +1,14 @@
 """The Ray cluster of a run: a running one if there is an address, else one of our own that ends with us."""
 
 import asyncio
+import json
 import os
+import re
+import secrets
+import select
 import shutil
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -17,15 +22,20 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from sdft.actors.shared.process import scratch_folder
 from sdft.actors.shared.waiting import within
-from sdft.services.base.errors import PreflightError
+from sdft.services.base.environment import check_temporary
+from sdft.services.base.errors import PreflightError, UserError
 from sdft.services.base.failures import reason
 from sdft.services.base.signals import stop_on_signals
+from sdft.services.cluster import head
 from sdft.services.cluster.queries import ANSWER_S, FAILURES, in_thread
 from sdft.services.config.sections import RayConfig
 from sdft.services.planning.plan import Part, Plan
 
 CONNECT_TIMEOUT_S = 10
+START_S = 180  # of Ray's processes: some 4 s on an idle machine
+STOP_S = head.STOP_S + 5
 SCRATCH = "sdft-ray-"
+ADDRESS = re.compile(r"(\[(?P<ipv6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^\s:/\[\]]+)):(?P<port>\d{1,5})")
 OBJECT_STORE_BYTES = 512 << 20  # batches are a few MiB; weights do not go through the object store
 
 
@@ -37,45 +47,121 @@ def cluster(config: RayConfig, plan: Plan, logs: Path | None) -> Iterator[None]:
     """
     address = config.running
     if address:
+        where = where_answers(address)
         try:
-            _check_answers(address)
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            if where is not None:  # Ray itself would try for eight minutes
+                socket.create_connection(where, timeout=CONNECT_TIMEOUT_S).close()
+            _connect(address)
         except OSError as error:
             raise PreflightError(
                 f"no Ray cluster answers at {address} ({error}); start one, or unset ray.address and RAY_ADDRESS"
             ) from None
-        try:
-            stop_on_signals()
+        with _connected():
             yield
-        finally:
-            ray.shutdown()
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    check_temporary(SCRATCH)
+    _ensure_token()
     with scratch_folder(SCRATCH) as scratch:
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, -int(-plan.cpus // 1)),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=str(scratch),
-            runtime_env={"env_vars": {"SDFT_SCRATCH": str(scratch)}},
-        )
         try:
-            stop_on_signals()
-            yield
+            with _head(scratch, plan) as own:
+                _connect(own, runtime_env={"env_vars": {"SDFT_SCRATCH": str(scratch)}})
+                with _connected():
+                    yield
         finally:
-            ray.shutdown()
             if logs:
                 _keep_logs(scratch, logs)
 
 
-def _check_answers(address: str) -> None:
-    """OSError unless something listens at a HOST:PORT address: Ray itself would try for eight minutes."""
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+def _ensure_token() -> None:
+    """Turn Ray's token on, as ray.init does for a cluster that it starts in its own process.
+
+    Without one in the environment or the home folder, where Ray would write it, the run gets its own.
+    """
+    if os.environ.setdefault("RAY_AUTH_MODE", "token").lower() == "token":
+        kept = os.path.expanduser("~/.ray/auth_token")  # as it stands for an unknown user without HOME
+        if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() and not os.access(kept, os.R_OK):
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        ray._raylet.Config.initialize("")  # Ray read the mode when it was imported
+
+
+def _connect(address: str, **options: Any) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+    except SystemExit:  # raised by Ray's own handler of SIGTERM
+        raise KeyboardInterrupt from None
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    try:
+        stop_on_signals()
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _head(scratch: Path, plan: Plan) -> Iterator[str]:
+    """Start Ray's processes here, beside the driver's process group; yields the cluster's address."""
+    settings = {
+        "num_cpus": max(os.cpu_count() or 1, -int(-plan.cpus // 1)),
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "logging_level": "ERROR",
+        "_temp_dir": str(scratch),
+    }
+    words = [sys.executable, "-P", head.__file__, json.dumps(settings)]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(words, stdin=pipe, stdout=pipe, bufsize=0, start_new_session=True)
+    assert process.stdin is not None
+    try:
+        answer = _answer(process)
+        if "error" in answer:
+            raise PreflightError(f"Ray could not be started here: {answer['error'].splitlines()[0]}")
+        yield answer["address"]
+    finally:
+        process.stdin.close()
+        try:
+            process.wait(timeout=STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _answer(process: "subprocess.Popen[bytes]") -> dict[str, str]:
+    """What the process says of its start. PreflightError if it ends or says nothing in time."""
+    output = process.stdout
+    assert output is not None
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        if select.select([output], [], [], 1)[0]:
+            line = output.readline()
+            if not line:
+                raise PreflightError(f"Ray could not be started here: its first process ended ({process.wait()})")
+            if line.startswith(b"{"):
+                answer: dict[str, str] = json.loads(line)
+                return answer
+    raise PreflightError(f"Ray could not be started here within {START_S} s; see whether it is overloaded")
+
+
+def where_answers(address: str) -> tuple[str, int] | None:
+    """Host and port of a cluster's address, HOST:PORT or [IPV6]:PORT; None for "auto": Ray looks for it on this
+    machine. UserError for any other."""
+    if address == "auto":
+        return None
+    protocol, _, rest = address.rpartition("://")
+    match = ADDRESS.fullmatch(rest)
+    if not protocol and match:
+        return match["ipv6"] or match["host"], int(match["port"])
+    kind = {
+        "": "names no port" if ":" not in rest else "is no HOST:PORT",
+        "ray": "is that of Ray's client, by which no run can be driven",
+        "http": "is that of a dashboard, which takes jobs (`sdft submit --address`)",
+    }.get(protocol.removesuffix("s"), "is of another kind")
+    raise UserError(
+        f"ray.address (or RAY_ADDRESS) {address} {kind}; give the cluster's own, as HOST:6379 or [IPV6]:6379, auto for "
+        f"one on this machine, or none to start one"
+    )
 
 
 def _keep_logs(scratch: Path, logs: Path) -> None:
@@ -122,8 +208,10 @@ async def placement(config: RayConfig, plan: Plan) -> AsyncIterator[dict[str, li
             index += count
         yield options
     finally:
-        with suppress(*FAILURES):  # Ray removes it with the driver's end too
-            in_thread(lambda: remove_placement_group(group)).result(ANSWER_S)
+        # Ray removes it with the driver's end too, and a cluster of our own ends as well.
+        if config.running:
+            with suppress(*FAILURES):
+                in_thread(lambda: remove_placement_group(group)).result(ANSWER_S)
 
 
 @asynccontextmanager

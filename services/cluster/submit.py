@@ -13,6 +13,7 @@ import shlex
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from sdft.services.base.errors import PreflightError, UserError
 
@@ -37,6 +38,7 @@ def submit(config: Path, run_dir: str | None, overrides: list[str], address: str
             f"--run-dir {run_dir or '(missing)'}: give an absolute path on storage that every node of the cluster "
             f"sees; a folder below the job's copy of the working directory would be lost with it"
         )
+    _check_address(address)
     client_class, refused = _client()
     _check_size(here)
     command = ["sdft", "train", str(inside), "--run-dir", run_dir]
@@ -75,12 +77,23 @@ async def follow(job: str, address: str) -> bool:
     return bool(status == "SUCCEEDED")
 
 
+def _check_address(address: str) -> None:
+    """UserError unless it can be a dashboard's."""
+    protocol, _, _ = address.rpartition("://")
+    if protocol not in ("http", "https") or not urlsplit(address).hostname:
+        kind = {"": "names no protocol", "ray": "is that of Ray's client"}.get(protocol, "is of another kind")
+        raise UserError(
+            f"--address {address} {kind}, and jobs are taken by the dashboard of a cluster; give its address, as "
+            f"http://HEAD:8265 or http://[IPV6]:8265"
+        )
+
+
 def _client() -> tuple[Any, tuple[type[Exception], ...]]:
     """Ray's client for jobs, and what it raises when it is refused.
 
     A cluster started on a machine that has a token asks for it; `ray job` and this client send it only when told to.
     """
-    if os.environ.get("RAY_AUTH_TOKEN") or Path("~/.ray/auth_token").expanduser().exists():
+    if os.environ.get("RAY_AUTH_TOKEN") or os.access(os.path.expanduser("~/.ray/auth_token"), os.R_OK):
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when ray is imported
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient

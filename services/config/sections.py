@@ -1,6 +1,7 @@
 """The sections of a configuration. Imports neither torch, ray nor vllm."""
 
 import os
+import re
 from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -97,6 +98,12 @@ class JudgeConfig(Section):
     max_tokens: int = Field(16, ge=1, description="More for a model that thinks aloud before its verdict")
     concurrency: int = Field(16, ge=1, description="Replies under judgement at once")
     timeout_s: float = Field(120, gt=0, description="For one of three tries at a verdict")
+
+    @model_validator(mode="after")
+    def _an_address(self) -> "JudgeConfig":
+        if not re.match(r"https?://(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+)(:\d+)?(/|$)", self.url):
+            raise ValueError(f"url {self.url} is no address of an API; write it as http://HOST:8000/v1")
+        return self
 
 
 class EvaluationSet(Section):
@@ -223,5 +230,6 @@ class RayConfig(Section):
 
     @property
     def running(self) -> str | None:
-        """Address of the running cluster to use; None: one of our own."""
-        return self.address or os.environ.get("RAY_ADDRESS")
+        """Address of the running cluster to use; None: one of our own, for which Ray's own word is "local"."""
+        address = self.address or os.environ.get("RAY_ADDRESS")
+        return None if address == "local" else address

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sdft.actors.shared.waiting import all_of
+from sdft.services.base.environment import is_loopback, named_proxies
 from sdft.services.base.errors import PreflightError, UserError
 from sdft.services.config.sections import JudgeConfig
 from sdft.services.data.thoughts import without_thoughts
@@ -92,8 +93,17 @@ def check_judge(name: str, config: JudgeConfig) -> None:
 
 
 def _client(config: JudgeConfig) -> "AsyncOpenAI":
-    from openai import AsyncOpenAI
+    """PreflightError if the environment names a proxy that the client cannot use."""
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
     # A server of one's own asks for no key, and the client insists on one.
     key = os.environ.get(config.api_key_env) or "none"
-    return AsyncOpenAI(base_url=config.url, api_key=key, timeout=config.timeout_s, max_retries=2)
+    try:
+        # A proxy of the environment cannot reach this machine's own addresses.
+        http = DefaultAsyncHttpxClient(trust_env=not is_loopback(config.url))
+    except (ImportError, ValueError) as error:  # SOCKS without the package for it, or an address that is none
+        raise PreflightError(
+            f"the judge {config.model} at {config.url} cannot be reached by the proxy that the environment names "
+            f"({named_proxies()}): {str(error).splitlines()[0]}; correct the variable, or install what it needs"
+        ) from None
+    return AsyncOpenAI(base_url=config.url, api_key=key, timeout=config.timeout_s, max_retries=2, http_client=http)

@@ -19,6 +19,7 @@ from rich.console import Console
 from sdft.actors.shared.process import collect_rarely
 from sdft.actors.shared.waiting import all_of, cancelled, unless
 from sdft.learner.group import LearnerGroup, LearnerLost
+from sdft.services.base.errors import RunFailed
 from sdft.services.base.failures import Losses
 from sdft.services.base.files import write_atomically
 from sdft.services.cluster.cluster import cluster, placement
@@ -99,7 +100,7 @@ class _Run:
                     reached = self._progress.steps_seen
                 times = lost.count()
                 if times > limit:
-                    raise RuntimeError(
+                    raise RunFailed(
                         f"the learner was lost {times} times within an hour (learner.max_restarts: {limit}); the last "
                         f"time: {error}"
                     ) from error

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -35,6 +37,23 @@ def test_a_signal_stops_the_work_after_its_clean_up(number: signal.Signals) -> N
     with pytest.raises(KeyboardInterrupt):
         run_until_stopped(work())
     assert cleaned == [number]
+
+
+def test_a_clean_up_that_never_ends_is_broken_off() -> None:
+    """As a call to Ray does whose control service got the signal too."""
+    code = (
+        "import asyncio, os, signal, time; import services.signals as s\n"
+        "async def work():\n"
+        "    s.stop_on_signals()\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    try: await asyncio.sleep(60)\n"
+        "    finally: time.sleep(60)\n"
+        "s.STOP_S = 0.5\n"
+        "s.run_until_stopped(work())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert result.returncode == 130
+    assert result.stderr == "sdft: stopped; Ray's processes did not answer within 0.5 s\n"
 
 
 def test_the_result_comes_back() -> None:

@@ -114,6 +114,38 @@ def test_before_a_run_starts_its_judge_is_asked_whether_it_is_there(endpoint: Ju
         check_judge("q", nowhere)
 
 
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9"])
+def test_a_judge_on_this_machine_is_asked_without_the_proxy_of_the_environment(
+    proxy: str, endpoint: JudgeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, proxy)
+    check_judge("q", endpoint)
+    assert asyncio.run(judged(endpoint, [("q", "a", "a")])) == [True]
+
+
+def test_a_proxy_that_cannot_be_used_is_named(endpoint: JudgeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "telnet://user:secret@proxy:1080")
+    far = endpoint.model_copy(update={"url": "http://judge.invalid:8000/v1"})
+    with pytest.raises(PreflightError, match=r"cannot be reached by the proxy .* \(ALL_PROXY=proxy:1080\)"):
+        check_judge("q", far)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1]:8000/v1", "https://api.example.com/v1", "http://judge:8000", "http://a/"]
+)
+def test_addresses_that_a_judge_may_have(url: str) -> None:
+    assert JudgeConfig(url=url, model="m").url == url
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000/v1", "localhost:8000", "ws://a/v1", "http://::1:8000/v1", "http:///v1"]
+)
+def test_what_is_no_address_of_a_judge_is_refused_with_the_right_form(url: str) -> None:
+    with pytest.raises(ValueError, match=r"is no address of an API; write it as http://HOST:8000/v1"):
+        JudgeConfig(url=url, model="m")
+
+
 def test_a_model_behind_vllms_own_server_judges(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

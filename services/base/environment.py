@@ -1,0 +1,68 @@
+"""What a command takes from its environment: proxies, the user, the folder of temporary files."""
+
+import ipaddress
+import os
+import pwd
+import tempfile
+from urllib.parse import urlsplit
+
+from sdft.services.base.errors import UserError
+
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+NOT_BY_PROXY = ("127.0.0.1", "localhost", "::1")
+USER_NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")  # where Python looks for a name before it asks for the user's id
+SOCKET_PATH = 107  # bytes of a Unix socket's path on Linux
+RAYS_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # below Ray's folder
+
+
+def check_environment() -> None:
+    """Mend what can be mended, before anything reads it; UserError for the rest."""
+    if named_proxies():
+        hosts = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")
+        hosts = list(dict.fromkeys([*(host.strip() for host in hosts if host.strip()), *NOT_BY_PROXY]))
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(hosts)
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:  # as in a container that is run with any user id
+        if not any(os.environ.get(name) for name in USER_NAMES):
+            os.environ["USER"] = f"uid-{os.getuid()}"
+        if not os.environ.get("HOME"):
+            raise UserError(
+                f"HOME is not set, and user id {os.getuid()} has no entry in the user database; set HOME to a folder "
+                f"that can be written to"
+            ) from None
+
+
+def check_temporary(prefix: str) -> None:
+    """UserError unless Ray's sockets can lie below the folder of temporary files, in a folder of that prefix."""
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError:
+        raise UserError("no folder for temporary files can be written to; set TMPDIR to one that can") from None
+    room = SOCKET_PATH - len(os.fsencode(f"/{prefix}12345678{RAYS_SOCKET}"))
+    if len(os.fsencode(folder)) > room:
+        raise UserError(
+            f"TMPDIR: the path {folder} has {len(os.fsencode(folder))} bytes, and Ray's sockets below it may have "
+            f"{SOCKET_PATH}; set TMPDIR to a folder whose path has at most {room}, such as /tmp"
+        )
+
+
+def named_proxies() -> str:
+    """The proxies that the environment names, as NAME=ADDRESS without a password; empty if there is none."""
+    found = []
+    for name in PROXIES:
+        address = os.environ.get(name) or os.environ.get(name.lower())
+        if address:
+            found.append(f"{name}={address.rpartition('@')[2]}")
+    return ", ".join(found)
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address such as http://localhost:8000/v1 is one of this machine only."""
+    host = urlsplit(url).hostname or ""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

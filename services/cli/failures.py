@@ -1,0 +1,67 @@
+"""What ended a run, as one sentence: the root cause, from the log of the process that failed where it is only there."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ray.exceptions import RayActorError, RayTaskError
+
+from sdft.actors.shared.types import WeightMismatch
+from sdft.learner.group import LearnerLost
+from sdft.services.base.errors import RunFailed
+from sdft.services.base.failures import reason
+
+FAILED_CALL = re.compile(r"ray::(\w+)\.(\w+)(?:\(\))?(?:\x1b\[\d+m)* \(pid=(\d+)")  # as Ray heads a remote traceback
+AN_ERROR = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Za-z_]*(?:Error|Exception|Interrupt): \S.*")
+# What only says that something else failed.
+OPAQUE = re.compile(r"core initialization failed|see root cause|RayTaskError|EngineDead|serializable|pickle", re.I)
+LONGEST = 400  # characters of a log's line
+PARTS = {"EngineWorker": "an engine", "LearnerWorker": "a learner process"}
+
+
+def explained(error: Exception, run_dir: Path | None) -> RunFailed | None:
+    """The sentence for what ended a command, or None: it is no failure of a process that the command started.
+
+    run_dir: where its logs are; None: none were kept.
+    """
+    where = "" if run_dir is None else f"; logs: {run_dir / 'logs'}"
+    if isinstance(error, WeightMismatch):
+        return RunFailed(
+            f"the weights were refused by the engine that received them: {reason(error)}. Engine and learner do not "
+            f"compute the same from this model: try dtype: float32, and if the gap is then within 0.001 raise "
+            f"weights.max_probe_gap, else the engine does not serve this architecture as it is trained{where}"
+        )
+    if isinstance(error, RayTaskError):
+        call = FAILED_CALL.search(str(error))
+        part = PARTS.get(call[1], "a process") if call else "a process"
+        doing = "could not start" if call and call[2] == "start" else f"failed in {call[2]}" if call else "failed"
+        why = reason(error)
+        if OPAQUE.search(why):
+            told = list(_errors(str(error)))
+            kept = None if run_dir is None else last_error(run_dir / "logs", int(call[3]) if call else None)
+            why = told[-1] if told else kept or why
+        return RunFailed(f"{part} {doing}: {why}{where}")
+    if isinstance(error, RayActorError):
+        return RunFailed(f"a process of the run was lost: {reason(error)}{where}")
+    if isinstance(error, LearnerLost | TimeoutError):
+        return RunFailed(f"{error}{where}")
+    return None
+
+
+def last_error(logs: Path, pid: int | None) -> str | None:
+    """The last line that names an error, in the newest start's log of the process; in all of its logs without a pid."""
+    starts = sorted(logs.glob("ray-*"))
+    if not starts:
+        return None
+    pattern = "worker-*" if pid is None else f"worker-*-{pid}.*"
+    files = sorted(starts[-1].glob(pattern), key=lambda path: path.stat().st_mtime)
+    found = [line for path in files for line in _errors(path.read_text(errors="replace"))]
+    return found[-1] if found else None
+
+
+def _errors(text: str) -> Iterator[str]:
+    """The lines that name an error, and more than that something else failed."""
+    for line in text.splitlines():
+        match = AN_ERROR.search(line)
+        if match and not OPAQUE.search(match[0]):
+            yield match[0][:LONGEST].strip()

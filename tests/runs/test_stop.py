@@ -1,0 +1,47 @@
+"""A run that is stopped as a scheduler does it, by a signal for every process of its group; a start that fails."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs.leftovers import new_since, on_machine
+from tests.runs.run import command, wait_for_step, wait_until, write_run
+
+
+@pytest.mark.parametrize("begun", ["starting", "training"])
+def test_a_signal_for_the_whole_group_stops_a_run_as_one_for_the_driver(
+    begun: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    before, run_dir, out = on_machine(), tmp_path / "run", tmp_path / "out.txt"
+    words = command(write_run(tmp_path, tiny_model, "float32", steps=500), run_dir)
+    with out.open("w") as file:
+        driver = subprocess.Popen(words, stdout=file, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    if begun == "training":
+        wait_for_step(1, run_dir, driver)
+    else:
+        wait_until(lambda: "starting engines" in out.read_text(), "its engines were started", driver)
+    began = time.monotonic()
+    os.killpg(driver.pid, signal.SIGTERM)
+    _, errors = driver.communicate(timeout=100)
+    assert (driver.returncode, errors) == (130, "sdft: stopped; the same command resumes from the last checkpoint\n")
+    assert time.monotonic() - began < 30
+    assert json.loads((run_dir / "run.json").read_text())["error"] == "stopped by a signal"
+    assert new_since(before) == set()
+
+
+def test_an_engine_that_cannot_start_ends_the_run_in_a_sentence(tiny_model: Path, tmp_path: Path) -> None:
+    """vLLM refuses its settings, by an exception that cannot be sent to the driver."""
+    config, run_dir = write_run(tmp_path, tiny_model, "float32"), tmp_path / "run"
+    broken = command(config, run_dir, "actors.student.max_num_seqs=100000000")
+    result = subprocess.run(broken, capture_output=True, text=True, timeout=300, check=False)
+    (sentence,) = result.stderr.splitlines()
+    assert sentence.startswith("sdft: an engine could not start: ")
+    assert "root cause" not in sentence
+    assert sentence.endswith(f"; logs: {run_dir / 'logs'}")
+    assert result.returncode == 1
+    assert list(run_dir.glob("logs/ray-*/worker-*"))

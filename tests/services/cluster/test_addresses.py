@@ -1,0 +1,64 @@
+"""Addresses of clusters: the forms that work, IPv6 among them, and the right form for those that cannot."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdft.services.base.errors import UserError
+from sdft.services.cluster.cluster import where_answers
+from sdft.services.config.sections import RayConfig
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("127.0.0.1:6379", ("127.0.0.1", 6379)),
+        ("head.example.com:6379", ("head.example.com", 6379)),
+        ("[::1]:6379", ("::1", 6379)),
+        ("[fe80::1%eth0]:6379", ("fe80::1%eth0", 6379)),
+        ("auto", None),
+    ],
+)
+def test_where_a_cluster_answers(address: str, expected: tuple[str, int] | None) -> None:
+    assert where_answers(address) == expected
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("ray://head:10001", "is that of Ray's client"),
+        ("http://head:8265", "is that of a dashboard, which takes jobs"),
+        ("https://head", "is that of a dashboard"),
+        ("head", "names no port"),
+        ("::1:6379", "is no HOST:PORT"),
+        ("head:six", "is no HOST:PORT"),
+        ("redis://head:6379", "is of another kind"),
+    ],
+)
+def test_an_address_that_cannot_work_is_refused_with_the_right_form(address: str, why: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"ray\.address .*{why}.*; give the cluster's own, as HOST:6379 or \[IPV6\]:6379"
+    ):
+        where_answers(address)
+
+
+def test_the_environment_may_say_local(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert RayConfig().running is None
+    monkeypatch.setenv("RAY_ADDRESS", "[::1]:6379")
+    assert RayConfig().running == "[::1]:6379"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:6379", "ray://head:10001", "auto", "http://", "grpc://head:8265"])
+def test_jobs_are_submitted_to_a_dashboard_only(address: str, tmp_path: Path, tiny_model: Path) -> None:
+    from tests.runs.run import write_run
+
+    config = write_run(tmp_path, tiny_model, "float32")
+    words = ["submit", config.name, "--address", address, "--run-dir", "/shared/run"]
+    command = [sys.executable, "-m", "sdft.services.cli", *words]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"sdft: --address {address} ")
+    assert "as http://HEAD:8265 or http://[IPV6]:8265" in result.stderr
