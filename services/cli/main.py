@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdft.services.base.environment import check_environment
+from sdft.services.base.environment import check_environment, named_proxies
 from sdft.services.base.errors import PreflightError, RetentionLost, RunFailed, UserError
 from sdft.services.base.output import CLOSED, lasting_output, reader_gone
 from sdft.services.base.signals import STOPPED, sigterm_interrupts
@@ -47,6 +47,15 @@ def _main(argv: Sequence[str] | None) -> int:
     except (UserError, PreflightError, RetentionLost, RunFailed) as error:
         print(f"sdft: {error}", file=sys.stderr)
         return error.exit_code
+    except ImportError as error:
+        if "socksio" not in str(error):
+            raise
+        print(
+            f"sdft: the environment names a SOCKS proxy ({named_proxies()}), which needs a package: "
+            f"pip install socksio, or unset the variable",
+            file=sys.stderr,
+        )
+        return UserError.exit_code
     except KeyboardInterrupt:
         resumes = "; the same command resumes from the last checkpoint" if arguments.run is _train else ""
         print(f"sdft: stopped{resumes}", file=sys.stderr)

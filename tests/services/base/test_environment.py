@@ -3,11 +3,15 @@
 import os
 import pwd
 import tempfile
+from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 
 from sdft.services.base.environment import check_environment, check_temporary, is_loopback, named_proxies
 from sdft.services.base.errors import UserError
+from sdft.services.cli.main import main
+from tests.runs.run import write_run
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +66,17 @@ def test_a_folder_whose_sockets_would_have_too_long_paths_is_named(monkeypatch: 
     monkeypatch.setattr(tempfile, "tempdir", "/scratch/users/someone/job-12345/temporary")
     with pytest.raises(UserError, match=r"TMPDIR: the path /scratch/.* has 42 bytes, .* at most 25, such as /tmp"):
         check_temporary("sdft-ray-")
+
+
+def test_a_socks_proxy_without_its_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hub is asked through it, by httpx."""
+    monkeypatch.setenv("all_proxy", "socks5://user:secret@proxy:1080")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    config = write_run(tmp_path, Path("someone/a-model"), "float32")
+    assert main(["check", str(config)]) == 2
+    assert capsys.readouterr().err == (
+        "sdft: the environment names a SOCKS proxy (ALL_PROXY=proxy:1080), which needs a package: pip install socksio, "
+        "or unset the variable\n"
+    )
