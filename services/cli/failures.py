@@ -26,11 +26,7 @@ def explained(error: Exception, run_dir: Path | None) -> RunFailed | None:
     """
     where = "" if run_dir is None else f"; logs: {run_dir / 'logs'}"
     if isinstance(error, WeightMismatch):
-        return RunFailed(
-            f"the weights were refused by the engine that received them: {reason(error)}. Engine and learner do not "
-            f"compute the same from this model: try dtype: float32, and if the gap is then within 0.001 raise "
-            f"weights.max_probe_gap, else the engine does not serve this architecture as it is trained{where}"
-        )
+        return RunFailed(f"an engine refused its weights: {reason(error)}{where}")
     if isinstance(error, RayTaskError):
         call = FAILED_CALL.search(str(error))
         part = PARTS.get(call[1], "a process") if call else "a process"

@@ -1,14 +1,12 @@
 """Nodes of the Ray cluster: those that are about to go, and those that a run wants of an autoscaler."""
 
-import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
 
-from sdft.services.cluster.queries import ANSWER_S, FAILURES, Outage, Query
-from sdft.services.fleet.pool import EnginePool
+from sdft.services.cluster.queries import ANSWER_S, FAILURES
 from sdft.services.planning.plan import Plan
 
 EVERY_S = 5.0  # between two looks
@@ -63,30 +61,3 @@ def requested(requester: str, plan: Plan, wait_s: float) -> Iterator[NodeRequest
         yield request
     finally:
         request.withdraw()
-
-
-async def watch_nodes(
-    pools: Mapping[str, EnginePool],
-    request: NodeRequest | None,
-    notice: Callable[[str], None],
-    drained: Callable[[], set[str]] = draining,
-    every_s: float = EVERY_S,
-) -> None:
-    """Let engines leave nodes that are being drained, and renew the request to the autoscaler; until cancelled.
-
-    Both only advise: a cluster that does not answer for a while does not end the run.
-    """
-    query = Query(drained)
-    draining_fails = Outage("the query for nodes that are being drained", notice)
-    renewal_fails = Outage("the request for nodes to Ray's autoscaler", notice)
-    moving = [pool for pool in pools.values() if not pool.settings.strict]
-    while True:
-        if moving:
-            with draining_fails.tolerated():
-                nodes = await query.answer()
-                for pool in moving if nodes else ():
-                    pool.vacate(nodes)
-        if request is not None:
-            with renewal_fails.tolerated():
-                request.renew({role: pool.size for role, pool in pools.items()})
-        await asyncio.sleep(every_s)

@@ -17,6 +17,7 @@ from ray.exceptions import RayActorError, RayError
 
 from sdft.actors.shared.types import BroadcastFailed, Process, SnapshotDamaged, UpdateReport, WeightMismatch
 from sdft.actors.shared.waiting import cancelled, silent_for, within
+from sdft.services.base.errors import RunFailed
 from sdft.services.base.failures import Losses, reason
 from sdft.services.fleet.remote import Remote
 from sdft.services.fleet.snapshots import Published
@@ -220,7 +221,7 @@ class SupervisedEngine:
             self._actor.kill(hangs=how != DIED)
             times = self._losses.count()
             if times > self._patience.max_restarts:
-                self.failure = RuntimeError(
+                self.failure = RunFailed(
                     f"{self.name} was lost {times} times within an hour (actors.*.max_restarts: "
                     f"{self._patience.max_restarts}); the last time it {how}"
                 )

@@ -15,7 +15,7 @@ import numpy as np
 from sdft.actors.shared.types import SampleId
 from sdft.learner.group import LearnerGroup
 from sdft.services.algorithms.methods import loss_of, on_demonstrations, on_policy
-from sdft.services.base.errors import RetentionLost
+from sdft.services.base.errors import RetentionLost, RunFailed
 from sdft.services.config.run import TaskConfig
 from sdft.services.data.schedule import StageSchedule
 from sdft.services.data.sets import LoadedSet
@@ -198,7 +198,7 @@ class Controller:
         self._scale(metrics)
 
     def _account(self, step: int, ids: list[SampleId], applied: bool) -> None:
-        """Samples whose gradient was not finite have changed no weight: they are dropped. RuntimeError after a few such
+        """Samples whose gradient was not finite have changed no weight: they are dropped. RunFailed after a few such
         steps in a row."""
         if applied:
             self._not_finite = 0
@@ -210,7 +210,7 @@ class Controller:
         text = f"step {step}: the gradient is not finite; no weight was changed, its {len(ids)} samples are dropped"
         self._progress.note(text)
         if self._not_finite == MOST_NOT_FINITE:
-            raise RuntimeError(
+            raise RunFailed(
                 f"{text}, the {MOST_NOT_FINITE}th step of that kind in a row; begin a new run from the last checkpoint "
                 f"that `sdft export` takes, with a lower learner.optimizer.lr or dtype: float32"
             )

@@ -23,8 +23,9 @@ from sdft.services.base.errors import RunFailed
 from sdft.services.base.failures import Losses
 from sdft.services.base.files import write_atomically
 from sdft.services.cluster.cluster import cluster, placement
-from sdft.services.cluster.nodes import NodeRequest, requested, watch_nodes
+from sdft.services.cluster.nodes import NodeRequest, requested
 from sdft.services.fleet.factory import engine_pool
+from sdft.services.fleet.node_watch import watch_nodes
 from sdft.services.fleet.pool import EnginePool
 from sdft.services.monitoring.console import Progress
 from sdft.services.monitoring.log import RunLog

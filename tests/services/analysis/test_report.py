@@ -19,7 +19,6 @@ from sdft.services.analysis.status import status_text
 from sdft.services.analysis.svg import lines
 from sdft.services.base.errors import UserError
 from sdft.services.cli.train import _only_one
-from sdft.services.config.sections import MonitoringConfig
 from sdft.services.monitoring.log import RunLog
 from sdft.services.records.rows import EvalResult, Sample, StepMetrics
 from sdft.services.records.run_dir import LOCK
@@ -372,7 +371,7 @@ def test_a_ledger_that_has_only_been_created_counts_nothing(tmp_path: Path) -> N
 )
 def test_a_run_that_learnt_nothing_says_so(tmp_path: Path, counts: tuple[int | None, ...], words: str | None) -> None:
     begin(tmp_path)
-    log = RunLog(tmp_path, MonitoringConfig(tensorboard=False))
+    log = RunLog(tmp_path)
     for step, count in enumerate(counts, 1):
         log.step(replace(STEP, step=step, loss_tokens=count))
     log.close()

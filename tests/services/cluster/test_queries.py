@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 from ray.exceptions import GetTimeoutError, RpcError
 
-from sdft.services.cluster.nodes import watch_nodes
 from sdft.services.cluster.queries import Outage, Query
+from sdft.services.fleet.node_watch import watch_nodes
 from simulation.engine import SimulatedEngine
 from tests.fakes.pool_bench import Bench
 

@@ -15,7 +15,9 @@ from rich.console import Console
 
 from sdft.learner.group import LearnerGroup, LearnerLost
 from sdft.services.base.errors import PreflightError, UserError
+from sdft.services.config.sections import MonitoringConfig
 from sdft.services.monitoring.console import Progress
+from sdft.services.monitoring.sinks import Sinks
 from sdft.services.records import checkpoints
 from sdft.services.records.ledger import Ledger
 from sdft.services.training.checkpointer import Checkpointer
@@ -209,6 +211,10 @@ def test_what_fails_once_a_checkpoint_has_its_name_is_a_note(tmp_path: Path, blo
     assert checkpoints.newest(tmp_path)[0] == checkpoints.folder_of(tmp_path, 3)
 
 
+def no_sinks(run_dir: Path) -> Sinks:
+    return Sinks(run_dir, MonitoringConfig(tensorboard=False), print)
+
+
 class LostOnce(_Run):
     """A run whose learner is lost in the first try; `tried`: the checkpoints that it was to go on from."""
 
@@ -224,7 +230,7 @@ class LostOnce(_Run):
 
     def _write_pids(self) -> None: ...
 
-    async def _train(self, start: Path | None) -> None:
+    async def _train(self, start: Path | None, sinks: Sinks) -> None:
         self.tried.append(start)
         if len(self.tried) == 1:
             raise LearnerLost("learner rank 0 died")
@@ -234,7 +240,7 @@ def test_a_learner_that_is_lost_goes_on_from_the_newest_good_checkpoint(tmp_path
     run, start = LostOnce(tmp_path), save(tmp_path / "another", 1)
     good, bad = save(tmp_path, 2), save(tmp_path, 4)
     spoil(bad)
-    asyncio.run(run.train(start))
+    asyncio.run(run.train(start, no_sinks(tmp_path)))
     assert run.tried == [start, good]
     assert names(tmp_path) == [good.name]
     assert len(list((tmp_path / "checkpoints").glob("aside-*-step-000004"))) == 1
@@ -242,7 +248,7 @@ def test_a_learner_that_is_lost_goes_on_from_the_newest_good_checkpoint(tmp_path
 
 def test_before_its_first_checkpoint_it_goes_on_from_where_the_run_began(tmp_path: Path) -> None:
     run, start = LostOnce(tmp_path / "run"), save(tmp_path / "another", 1)
-    asyncio.run(run.train(start))
+    asyncio.run(run.train(start, no_sinks(tmp_path)))
     assert run.tried == [start, start]
 
 
@@ -255,6 +261,6 @@ def test_without_a_good_checkpoint_the_run_ends_and_nothing_is_wiped(
     harm(folder)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(error, match=str(folder)):
-        asyncio.run(run.train(None))
+        asyncio.run(run.train(None, no_sinks(tmp_path)))
     assert run.tried == [None]
     assert sorted(tmp_path.rglob("*")) == before
