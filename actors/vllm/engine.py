@@ -52,14 +52,13 @@ from sdft.actors.shared.types import (
     UpdateReport,
 )
 from sdft.actors.vllm.kernels import fused_norms
-from sdft.actors.vllm.process import EngineProcess, forked
+from sdft.actors.vllm.process import EngineProcess, error_line, forked
 from sdft.actors.vllm.scoring import SharedPrompts, scores_of, scoring_request, versions_of
 from sdft.actors.vllm.transfer import BACKEND, check_digests
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 RPC_FAILED = "Call to collective_rpc method failed: "  # what vLLM puts before the text of an error in its process
-LONGEST_NAMED = 600  # characters
 
 
 class Engine:
@@ -108,7 +107,9 @@ class Engine:
         except Exception as error:
             # vLLM's own text refers to a log: what its process raised is in the process's `failure`.
             causes = [process.failure for process in processes if process.failure]
-            raise RuntimeError(f"vLLM cannot start with {s.model}: {causes[0] if causes else _named(error)}") from error
+            raise RuntimeError(
+                f"vLLM cannot start with {s.model}: {causes[0] if causes else error_line(error)}"
+            ) from error
         if not all(await self._llm.collective_rpc("score_completions_only")):
             log.warning(
                 "teacher scores: vLLM's V2 model runner computes the log-probs of prompts too, not of completions alone"
@@ -282,12 +283,6 @@ def _rollout(prompt_ids: IntArray, output: RequestOutput) -> Rollout:
         versions=versions_of(output),
         finish_reason=completion.finish_reason or "stop",
     )
-
-
-def _named(error: BaseException) -> str:
-    """An error's type and text, in one line, where only text gets through."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= LONGEST_NAMED else f"{text[:LONGEST_NAMED]} …"
 
 
 @contextmanager

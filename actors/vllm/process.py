@@ -15,9 +15,8 @@ import ray
 import torch
 import vllm.v1.engine.utils
 
-from sdft.actors.vllm.engine import LONGEST_NAMED, _named
-
 PR_SET_PDEATHSIG = 1
+LONGEST_LINE = 600  # characters of an error
 
 
 class EngineProcess(multiprocessing.context.ForkProcess):
@@ -30,7 +29,7 @@ class EngineProcess(multiprocessing.context.ForkProcess):
     @property
     def failure(self) -> str:
         """What the process raised, or the signal that killed it, but vLLM's own; "" if there is neither."""
-        told = os.pread(self._told.fileno(), 4 * LONGEST_NAMED, 0).decode()
+        told = os.pread(self._told.fileno(), 4 * LONGEST_LINE, 0).decode()
         if told or self.exitcode is None or self.exitcode >= 0 or self.exitcode == -signal.SIGTERM:
             return told
         return f"its process was killed by {signal.Signals(-self.exitcode).name}"
@@ -42,7 +41,7 @@ class EngineProcess(multiprocessing.context.ForkProcess):
         try:
             super().run()
         except Exception as error:
-            os.pwrite(self._told.fileno(), _named(error).encode(), 0)
+            os.pwrite(self._told.fileno(), error_line(error).encode(), 0)
             raise
 
 
@@ -85,3 +84,9 @@ def forget_names() -> None:
         store = store.underlying_store
     if isinstance(store, torch.distributed.FileStore):
         Path(store.path).unlink(missing_ok=True)
+
+
+def error_line(error: BaseException) -> str:
+    """An error's type and text, in one line, where only text gets through."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} …"

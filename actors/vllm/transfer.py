@@ -21,8 +21,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from sdft.actors.shared.adapters import merged
 from sdft.actors.shared.collective import Group, bucket, cut, visit, whole
 from sdft.actors.shared.types import BroadcastFailed, Snapshot, SnapshotDamaged
-from sdft.actors.vllm.engine import _named
-from sdft.actors.vllm.process import die_with_parent, forget_names
+from sdft.actors.vllm.process import die_with_parent, error_line, forget_names
 
 BACKEND = "sdft"
 Entry = tuple[str, str, list[int], int, int]  # name, dtype, shape, offset, bytes
@@ -83,7 +82,7 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         except Exception as error:  # whatever it was, others of a group are not to wait for this engine
             self.shutdown()
             finalize_layerwise_reload(self.model, self.model_config)  # or the next update could not begin
-            raise RuntimeError(_named(error)) from error  # vLLM passes on the text alone
+            raise RuntimeError(error_line(error)) from error  # vLLM passes on the text alone
 
     def _received(self, entries: Sequence[Entry], deadline: float) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors as they come, bucket by bucket. BroadcastFailed if one does not, or is damaged."""

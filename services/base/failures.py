@@ -9,6 +9,7 @@ from ray.exceptions import RayActorError
 HOUR_S = 3600
 LONGEST_BACK_OFF_S = 60
 LONGEST_REASON = 240  # characters
+IN_ITS_START = "creation task"  # Ray, of an actor whose __init__ raised
 NUMBERS = re.compile(r"(class_name|actor_id|pid|name|namespace|ip): ")
 
 
@@ -43,6 +44,8 @@ def reason(error: BaseException) -> str:
     cause = getattr(error, "cause", None) or error
     text = f"{type(cause).__name__}: {cause}" if isinstance(cause, LookupError) else str(cause)  # a key is no sentence
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if isinstance(error, RayActorError) and lines and IN_ITS_START in lines[0]:
+        return lines[-1]  # below the traceback
     if isinstance(error, RayActorError) and len(lines) > 1:
         told = " ".join(line for line in lines[1:] if not NUMBERS.match(line))
         return told if len(told) <= LONGEST_REASON else told[:LONGEST_REASON].rpartition(" ")[0] + " …"

@@ -1,4 +1,4 @@
-"""The cluster's nodes, watched for the pools: engines leave nodes that are drained, the request for nodes is renewed."""
+"""Nodes, watched for the pools: engines leave nodes that are drained, and the request for nodes is renewed."""
 
 import asyncio
 from collections.abc import Callable, Mapping

@@ -52,15 +52,15 @@ def test_dropout_is_off_in_training_wherever_a_model_has_it(
     settings: dict[str, Any] = {"pad_token_id": 0, "ffn_dim": 128, "word_embed_proj_dim": 128} | DROPOUT[family]
     make_family(tmp_path, family, **settings)
     assert unfaithful(load_student(tmp_path, torch.float32)) is None
-    monkeypatch.setattr("learner.model.without_dropout", lambda model: None)
+    monkeypatch.setattr("sdft.learner.model.student.without_dropout", lambda model: None)
     assert "other outputs each time" in (unfaithful(load_student(tmp_path, torch.float32)) or "")
 
 
 def test_without_room_for_float32_it_is_compared_in_its_own_dtype(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("learner.faithful.available_memory_gib", lambda: 0.0)
-    monkeypatch.setattr("learner.faithful._in_float32", None)
+    monkeypatch.setattr("sdft.learner.model.faithful.available_memory_gib", lambda: 0.0)
+    monkeypatch.setattr("sdft.learner.model.faithful._in_float32", None)
     model = load_student(tiny_model, torch.bfloat16)
     assert unfaithful(model) is None
     model.base_model.norm.register_forward_hook(lambda *given: given[2] * (1 if model.training else 2))

@@ -35,7 +35,7 @@ def test_a_command_whose_reader_has_gone_ends_quietly(command: str, tmp_path: Pa
 
 def test_another_pipe_that_breaks_is_not_taken_for_the_output() -> None:
     code = (
-        "import services.cli as cli\n"
+        "import sdft.services.cli.main as cli\n"
         "def broken(arguments): raise BrokenPipeError('a socket')\n"
         "cli._status = broken\n"
         "cli.main(['status', 'x'])"
@@ -47,8 +47,8 @@ def test_another_pipe_that_breaks_is_not_taken_for_the_output() -> None:
 def shown(stdout: int | IO[str]) -> subprocess.Popen[str]:
     """A process that shows three notes of a run, and says on standard error that it has come to its end."""
     code = (
-        "import sys; from rich.console import Console; from services.output import lasting_output\n"
-        "from services.progress import Progress\n"
+        "import sys; from rich.console import Console; from sdft.services.base.output import lasting_output\n"
+        "from sdft.services.monitoring.console import Progress\n"
         "sys.stdin.readline()\n"
         "with Progress(Console(file=lasting_output()), total_steps=4, title='demo') as progress:\n"
         "    for _ in range(3): progress.note('a note')\n"

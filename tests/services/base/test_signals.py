@@ -42,7 +42,7 @@ def test_a_signal_stops_the_work_after_its_clean_up(number: signal.Signals) -> N
 def test_a_clean_up_that_never_ends_is_broken_off() -> None:
     """As a call to Ray does whose control service got the signal too."""
     code = (
-        "import asyncio, os, signal, time; import services.signals as s\n"
+        "import asyncio, os, signal, time; import sdft.services.base.signals as s\n"
         "async def work():\n"
         "    s.stop_on_signals()\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"

@@ -262,7 +262,7 @@ def test_a_parquet_file_needs_no_home(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", [ROW])
     (tmp_path / "home").write_text("")  # what root, too, cannot make a folder in
     code = (
-        "from pathlib import Path; from services.rows import parquet_rows; "
+        "from pathlib import Path; from sdft.services.data.rows import parquet_rows; "
         f"print(list(parquet_rows(Path({str(tmp_path / 'train.parquet')!r}))))"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))}

@@ -280,6 +280,19 @@ def test_what_went_wrong_is_said_in_a_line_that_is_never_empty_nor_a_bare_key(er
     assert reason(RayTaskError("load", "its traceback", error).as_instanceof_cause()) == said
 
 
+def test_an_actor_that_fails_while_it_is_made_is_told_by_its_error_and_not_by_its_traceback(ray_cluster: None) -> None:
+    @ray.remote
+    class Broken:
+        def __init__(self) -> None:
+            raise ImportError("no module of that name")
+
+        def call(self) -> None: ...
+
+    with pytest.raises(RayActorError) as lost:
+        ray.get(Broken.remote().call.remote(), timeout=60)
+    assert reason(lost.value) == "ImportError: no module of that name"
+
+
 def test_a_result_that_was_lost_with_its_node_is_the_engines_loss() -> None:
     class Method:
         async def remote(self, *arguments: object) -> None:

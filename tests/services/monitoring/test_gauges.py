@@ -129,7 +129,10 @@ def test_names_are_those_that_prometheus_asks_for() -> None:
 
 def test_without_ray_the_sink_says_what_it_needs(tmp_path: Path) -> None:
     """In a process of its own: others of this one may be connected."""
-    code = f"from pathlib import Path; from services.gauges import Prometheus; Prometheus(Path({str(tmp_path)!r}))"
+    code = (
+        "from pathlib import Path; from sdft.services.monitoring.prometheus import Prometheus; "
+        f"Prometheus(Path({str(tmp_path)!r}))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert "monitoring.prometheus needs a process that is connected to Ray" in result.stderr
 
