@@ -281,7 +281,6 @@ def test_what_went_wrong_is_said_in_a_line_that_is_never_empty_nor_a_bare_key(er
 
 
 def test_an_actor_that_fails_while_it_is_made_is_told_by_its_error_and_not_by_its_traceback(ray_cluster: None) -> None:
-    @ray.remote
     class Broken:
         def __init__(self) -> None:
             raise ImportError("no module of that name")
@@ -289,7 +288,7 @@ def test_an_actor_that_fails_while_it_is_made_is_told_by_its_error_and_not_by_it
         def call(self) -> None: ...
 
     with pytest.raises(RayActorError) as lost:
-        ray.get(Broken.remote().call.remote(), timeout=60)
+        ray.get(ray.remote(Broken).remote().call.remote(), timeout=60)
     assert reason(lost.value) == "ImportError: no module of that name"
 
 
