@@ -1,1 +1,1 @@
-"""Status, report, matrix and charts of a run directory. Reads records; imports nothing that runs."""
+"""Status, report, matrix and charts of a run directory. Reads records; imports no code that runs a training."""

@@ -1,4 +1,4 @@
-"""What bounds a run and what would change it, in one sentence, from the times of its last steps."""
+"""The bottleneck of a run and its remedy, in one sentence, from the times of the last steps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from sdft.services.records.settings import max_staleness, sampler_and_scorer, te
 from sdft.services.records.text import percent
 
 LAST = 20  # steps that are looked at
-WAITING = 0.1  # share of a step from which on the learner is said to wait
+WAITING = 0.1  # share of a step from which the learner counts as waiting
 PHASES = {
     "rollout": "sampling",
     "score": "the teacher's scoring",
@@ -19,9 +19,9 @@ PHASES = {
 
 
 def verdict(steps: Sequence[StepMetrics], config: dict[str, Any]) -> str | None:
-    """None while there are too few steps of a stage to tell: the run's first is left out, since it warms everything up.
+    """Return the sentence; None while the stage has too few steps. The run's first step is left out as warm-up.
 
-    config: the resolved one.
+    config: the resolved configuration.
     """
     recent = [m for m in steps[1:][-LAST:] if m.stage == steps[-1].stage]
     total = sum(m.time_step_s for m in recent)
@@ -43,8 +43,10 @@ def verdict(steps: Sequence[StepMetrics], config: dict[str, Any]) -> str | None:
 
 
 def _one_after_the_other(phase: str, config: dict[str, Any], stage: int) -> list[str]:
-    """What would shorten the longest phase, or let others go on meanwhile, where each begins when the one before ends:
-    in a strict run, and where nobody samples."""
+    """Return remedies for runs with sequential phases: strict runs, and methods without sampling.
+
+    A remedy shortens the longest phase or overlaps it with others.
+    """
     engines = sampler_and_scorer(config, stage)
     if engines is None:
         return ["fewer of them (checkpoint.every)" if phase == "wait" else "more learner ranks (learner.ranks)"]

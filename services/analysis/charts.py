@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from sdft.services.analysis.matrix import Matrix
 
 PHASE_COLOURS = {"rollout": "#0072b2", "score": "#4a9fd4", "learn": "#009e73", "sync": "#e69f00", "wait": "#999999"}
-MOST_BARS = 400  # more would not be seen, and would make the page megabytes
+MOST_BARS = 400  # more bars are invisible and add megabytes to the page
 LENGTH_BARS, LENGTH_COLOURS = 40, (COLOURS[0], COLOURS[1])
 
 
 def accuracy_chart(results: Sequence[EvalResult], roles: dict[str, str], stages: Sequence[tuple[str, int]] = ()) -> str:
     """Accuracy of each set over steps with its 95 % interval; retention dashed, the teacher's accuracy dotted.
 
-    `roles`: every set's role; the order of the sets is that of their colours. `stages`: name and last step of each.
+    `roles`: role of each set; colours follow their order. `stages`: (name, last step) of each stage.
     """
     with chart(WIDE, "Accuracy over steps, by evaluation set") as (figure, done):
         reached = max(r.step for r in results)
@@ -74,7 +74,7 @@ def perplexity_chart(results: Sequence[EvalResult]) -> str:
 
 
 def pass_at_chart(task: str, results: Sequence[EvalResult]) -> str:
-    """pass@k of one set against k: at the first evaluation and at the last; the teacher's dotted."""
+    """pass@k of one set against k at the first and the last evaluation; the teacher's is dotted."""
     teachers, students = ([r for r in results if r.task == task and r.by_teacher == which] for which in (True, False))
     first, last = min(r.step for r in students), max(r.step for r in students)
     lines_of = [(f"step {last}", COLOURS[0], "-", [r for r in students if r.step == last])]
@@ -88,7 +88,7 @@ def pass_at_chart(task: str, results: Sequence[EvalResult]) -> str:
         axes.set_xlabel("answers to each question")
         labels = []
         for name, colour, style, rows in lines_of:
-            shares = {r.k: 100 * r.value for r in rows if r.k}  # a resumed run may have asked twice: the later counts
+            shares = {r.k: 100 * r.value for r in rows if r.k}  # a resumed run may repeat a row: the later counts
             axes.plot(list(shares), list(shares.values()), style, color=colour, marker="o", markersize=4)
             labels.append((list(shares.values())[-1], name, colour))
         axes.set_xscale("log", base=2)
@@ -134,7 +134,7 @@ def loss_chart(steps: Sequence[StepMetrics]) -> str:
 
 
 def time_chart(steps: Sequence[StepMetrics]) -> str:
-    """Seconds of each phase, stacked (of a long run the mean of a few steps at a time); labels: the overall median."""
+    """Seconds of each phase, stacked; long runs show means of several steps. Labels: the median over all steps."""
     together = math.ceil(len(steps) / MOST_BARS)
     groups = [steps[i : i + together] for i in range(0, len(steps), together)]
     with chart(WIDE, "Time of each step by phase") as (figure, done):
@@ -153,7 +153,7 @@ def time_chart(steps: Sequence[StepMetrics]) -> str:
 
 
 def length_chart(lengths: Mapping[str, "Counter[int]"]) -> str:
-    """Histogram of completion lengths, a colour for each state of the samples."""
+    """Histogram of completion lengths, one colour per sample state."""
     top = max(max(counts) for counts in lengths.values())
     width = math.ceil((top + 1) / LENGTH_BARS)
     edges = list(range(0, top + width + 1, width))

@@ -1,4 +1,4 @@
-"""What a stream of tasks did to a model: the accuracy of every task before the first stage and after each, R[i][j].
+"""The accuracy matrix R[i][j] of a stream of tasks: every task before the first stage and after each stage.
 
 With T tasks, R[0] before training and R[i] after stage i:
 
@@ -7,7 +7,7 @@ With T tasks, R[0] before training and R[i] after stage i:
     forward transfer    mean over j > 1 of R[j-1][j] - R[0][j]      (the same)
     forgetting of j     max over j <= i < T of R[i][j], less R[T][j]  (Chaudhry et al. 2018)
 
-A task whose sets came later than the run has no R[0][j], and no part in the means of what is then unknown.
+A task whose sets were added after the start of the run has no R[0][j]; the means leave unknown values out.
 """
 
 import math
@@ -23,7 +23,7 @@ from sdft.services.records.run_dir import check_run_dir, read_stages
 from sdft.services.records.settings import read_config
 from sdft.services.records.text import permille
 
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; from the normal distribution's beyond.
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them Z_95 of the normal distribution is used.
 T_975 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
@@ -32,9 +32,9 @@ T_975 = (
 
 @dataclass(frozen=True)
 class Matrix:
-    """Of one run, as far as it has come."""
+    """The accuracy matrix of one run so far; values are shares."""
 
-    stages: tuple[str, ...]  # of the whole stream, in order
+    stages: tuple[str, ...]  # all stages of the stream, in order
     tasks: tuple[str, ...]  # the stages that have evaluation sets of their own: the first columns
     retention: tuple[str, ...]  # sets with role retention: the other columns
     rows: tuple[tuple[float, ...], ...]  # before training, then after each stage that is done; NaN: not evaluated
@@ -48,7 +48,7 @@ class Matrix:
         return tuple(["before", *(f"after {name}" for name in self.stages)][: len(self.rows)])
 
     def metrics(self) -> dict[str, float]:
-        """Shares by name, of the tasks whose stage is done; NaN or absent where there is nothing to say."""
+        """Return metrics by name, as shares, over the tasks whose stage is done; NaN or absent if undefined."""
         done = len(self.rows) - 1
         own = [(self.stages.index(task) + 1, j) for j, task in enumerate(self.tasks)]  # (its stage from 1, column)
         own = [(i, j) for i, j in own if i <= done]
@@ -66,14 +66,14 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure over runs that differ by their seed alone."""
+    """A figure over runs that differ only in their seed."""
 
     mean: float
-    half: float  # of the 95 % interval by Student's t; NaN of one run
+    half: float  # half of the 95 % interval (Student's t); NaN for one run
 
 
 def read_matrix(run_dir: Path) -> Matrix:
-    """Of a run directory. UserError if its configuration has no stages, or nothing was evaluated."""
+    """Read the matrix of a run directory. UserError if the run has no stages or no evaluation yet."""
     check_run_dir(run_dir)
     config, stages = read_config(run_dir), read_stages(run_dir)
     if not config.get("stages") or not stages:
@@ -85,7 +85,7 @@ def read_matrix(run_dir: Path) -> Matrix:
 
 
 def make_matrix(config: dict[str, Any], stages: Sequence[tuple[str, int]], results: Sequence[EvalResult]) -> Matrix:
-    """config: the resolved one. stages: (name, last step) in order."""
+    """Make the matrix. config: the resolved configuration. stages: (name, last step) in order."""
     of_task = {
         s["name"]: [one["name"] for one in s["sets"] if one["role"] == "task" and one.get("grader") != PERPLEXITY]
         for s in config["stages"]
@@ -104,7 +104,7 @@ def make_matrix(config: dict[str, Any], stages: Sequence[tuple[str, int]], resul
 
 
 def over_runs(figures: Sequence[dict[str, float]]) -> dict[str, Estimate]:
-    """Mean and interval of each figure that all runs have."""
+    """Return mean and 95 % interval of each figure that all runs have."""
     common = [name for name in figures[0] if all(name in one for one in figures)]
     estimates = {}
     for name in common:
@@ -116,7 +116,10 @@ def over_runs(figures: Sequence[dict[str, float]]) -> dict[str, Estimate]:
 
 
 def matrix_text(matrices: Sequence[Matrix]) -> str:
-    """The matrix of one run, or the mean of several with its interval over them, and the metrics. For a terminal."""
+    """Format the matrix and metrics for a terminal: of one run, or means of several with intervals.
+
+    UserError if the runs differ in stages, sets or progress.
+    """
     one = matrices[0]
     if any((m.stages, m.columns, len(m.rows)) != (one.stages, one.columns, len(one.rows)) for m in matrices):
         raise UserError("these runs have other stages or sets, or are not equally far; give runs that differ by seed")
@@ -136,7 +139,7 @@ def matrix_text(matrices: Sequence[Matrix]) -> str:
 
 
 def figure_text(name: str, e: Estimate) -> str:
-    """A metric's figure in percent; a transfer has its sign."""
+    """Format a metric in percent, with a sign if it is a transfer."""
     return _share(e, sign="transfer" in name)
 
 

@@ -1,4 +1,4 @@
-"""report.html: what a run did, on one page that needs nothing beside itself."""
+"""report.html: a run on one self-contained page."""
 
 import json
 import math
@@ -42,7 +42,7 @@ LOSS_NOTES = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """One question answered before and after; `after` is None while there is no second evaluation."""
+    """Replies to one question before and after; `after` is None until there is a second evaluation."""
 
     before: Sample
     after: Sample | None
@@ -57,7 +57,7 @@ class Chart:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write run_dir/report.html from the run's files, as far as the run has come. UserError if there is no run."""
+    """Write run_dir/report.html from the run's files so far and return its path. UserError if there is no run."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -111,13 +111,13 @@ def headline(sets: Sequence[SetProgress], steps: Sequence[StepMetrics], state: R
 
 
 def progress(steps: Sequence[StepMetrics], state: RunState) -> str:
-    """How far the run came."""
+    """State and last step of the run."""
     of = f" of {state.total_steps}" if state.total_steps else ""
     return f"{state.text} at step {steps[-1].step if steps else 0}{of}"
 
 
 def totals(steps: Sequence[StepMetrics]) -> str:
-    """What went through the run."""
+    """Rollouts, tokens and time of the run; "" without steps."""
     if not steps:
         return ""
     tokens, seconds = sum(m.completion_tokens for m in steps), sum(m.time_step_s for m in steps)
@@ -134,8 +134,8 @@ def duration(seconds: float) -> str:
 
 
 def points(one: SetProgress) -> str:
-    """Change in percentage points, with its sign: the difference of the two shares as they are shown. Of a perplexity
-    its relative change."""
+    """Signed change in percentage points: the difference of the two shares as shown. For a perplexity: the relative
+    change in percent."""
     if one.before is None or one.after is None or math.isnan(one.after.value - one.before.value):
         return "–"
     if one.after.metric == PERPLEXITY:
@@ -144,7 +144,7 @@ def points(one: SetProgress) -> str:
 
 
 def when(sets: Sequence[SetProgress]) -> str:
-    """The steps of the results before and after; a set that came later than the others has a step of its own before."""
+    """Steps of the results before and after. A set that was added later has its own step before."""
     steps = {one.name: one.before.step for one in sets if one.before}
     if not steps:
         return ""
@@ -162,7 +162,7 @@ def interval(result: EvalResult) -> str:
 
 
 def gist(text: str) -> str:
-    """Beginning and end of a long text, on one line: instructions stand at its beginning, the question at its end."""
+    """Beginning and end of a long text on one line: instructions come first, the question last."""
     line = " ".join(text.split())
     return line if len(line) <= 160 else f"{line[:70].rpartition(' ')[0]} … {line[-80:].partition(' ')[2]}"
 
@@ -172,7 +172,7 @@ def as_json(value: object) -> str:
 
 
 def compare(samples: Sequence[Sample], sets: Sequence[str]) -> dict[str, list[Comparison]]:
-    """For each set, in the order of `sets`, the first and the latest answer to each question."""
+    """Return for each set, in the order of `sets`, the first and the latest reply to each question."""
     answers: dict[str, dict[str, dict[int, Sample]]] = {name: {} for name in sets}
     for sample in samples:
         answers.setdefault(sample.task, {}).setdefault(sample.id, {})[sample.step] = sample
@@ -195,8 +195,8 @@ def draw(
     stages: Sequence[tuple[str, int]],
     matrix: Matrix | None,
 ) -> list[Chart]:
-    """The charts there are numbers for. `config`: the resolved one; `lengths`: how many samples had how many tokens, by
-    state; `stages`: name and last step of each."""
+    """Draw the charts that have data. `config`: the resolved configuration; `lengths`: {state: {tokens: samples}};
+    `stages`: (name, last step) of each stage."""
     drawn = []
     if matrix is not None and matrix.rows and matrix.columns:
         drawn.append(Chart("Tasks across stages", charts.matrix_chart(matrix), transfer(matrix)))
@@ -239,7 +239,7 @@ def draw(
 
 
 def loss_note(steps: Sequence[StepMetrics], config: dict[str, Any]) -> str:
-    """What divergence and loss are of, for each method that the run was trained by."""
+    """Describe divergence and loss for each method of the run."""
     by_method: dict[str, list[StepMetrics]] = {}
     for m in steps:
         by_method.setdefault(method_of(config, m.stage), []).append(m)
@@ -249,7 +249,7 @@ def loss_note(steps: Sequence[StepMetrics], config: dict[str, Any]) -> str:
 
 
 def transfer(matrix: Matrix) -> str:
-    """The metrics of a stream in a sentence."""
+    """Summarise the metrics of a stream of tasks in a sentence."""
     parts = [
         f"{name} {figure_text(name, Estimate(value, math.nan))}"
         for name, value in matrix.metrics().items()
@@ -259,7 +259,7 @@ def transfer(matrix: Matrix) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that decide the numbers, as installed where the report is written."""
+    """Versions of Python and of PACKAGES, as installed where the report is written."""
     found = {"Python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""What a run directory says about its run (state, evaluation, samples, checkpoints), and `sdft status`'s text of it."""
+"""Read the state, evaluation, samples and checkpoints of a run directory; the text of `sdft status`."""
 
 import json
 import time
@@ -28,7 +28,7 @@ ENDED = ("trained", "dropped")
 
 @dataclass(frozen=True)
 class SetProgress:
-    """One evaluation set: the first result, the latest (None while there is no second one) and the teacher's."""
+    """Results of one evaluation set: the first, the latest (None until there is a second) and the teacher's."""
 
     name: str
     role: str  # task, retention, or "" if the configuration does not name the set
@@ -38,7 +38,7 @@ class SetProgress:
 
     @property
     def change(self) -> str:
-        """From before to after, as people read it."""
+        """The change from before to after, as text."""
         if self.before is None:
             return "not evaluated yet"
         if self.after is None:
@@ -47,8 +47,8 @@ class SetProgress:
 
 
 def read_sets(run_dir: Path, config: dict[str, Any]) -> list[SetProgress]:
-    """The evaluation sets in the configuration's order, then any others that have results."""
-    # A run resumed in the middle of an evaluation repeats it: the later line counts.
+    """Return the evaluation sets in the configuration's order, then any others that have results."""
+    # A run resumed in the middle of an evaluation repeats it; the later line counts.
     latest = {(r.task, r.metric, r.step): r for r in read_rows(run_dir, EvalResult)}
     named = [config.get("evaluation") or {}, *(config.get("stages") or [])]
     roles = {s["name"]: s["role"] for section in named for s in section.get("sets", [])}
@@ -68,7 +68,7 @@ def read_sets(run_dir: Path, config: dict[str, Any]) -> list[SetProgress]:
     return sets
 
 
-OWN = (STUDENT, PERPLEXITY)  # metrics of the model as it stands
+OWN = (STUDENT, PERPLEXITY)  # metrics of the student
 
 
 def step_of(row: EvalResult) -> int:
@@ -76,7 +76,7 @@ def step_of(row: EvalResult) -> int:
 
 
 def read_engines(run_dir: Path) -> dict[str, int]:
-    """How many engines each role of a live run has, {} while they start."""
+    """Return the number of engines of each role of a running run; {} while they start."""
     path = run_dir / "pids.json"
     if not path.exists():
         return {}
@@ -85,20 +85,20 @@ def read_engines(run_dir: Path) -> dict[str, int]:
 
 
 def ended_lengths(run_dir: Path) -> "dict[str, Counter[int]]":
-    """The same of the samples that were trained, and of those that were dropped, as far as they have a length."""
+    """Return {state: {tokens: samples}} of trained and dropped samples; samples without a length are left out."""
     found = read_lengths(run_dir)
     known = {s: Counter({t: n for t, n in found[s].items() if t is not None}) for s in ENDED if s in found}
     return {state: lengths for state, lengths in known.items() if lengths}
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The whole checkpoint (one with a manifest) of the highest step."""
+    """Return the whole checkpoint (one with a manifest) of the highest step; None if there is none."""
     saved = [folder for folder in folders(run_dir).values() if (folder / MANIFEST).exists()]
     return saved[-1] if saved else None
 
 
 def status_text(run_dir: Path) -> str:
-    """A screenful on a run, for a terminal. UserError if there is no run in the folder."""
+    """Format the status of a run for a terminal. UserError if there is no run in the folder."""
     check_run_dir(run_dir)
     config, state = read_config(run_dir), read_state(run_dir)
     steps, sets, ledger = read_rows(run_dir, StepMetrics), read_sets(run_dir, config), read_ledger(run_dir)
@@ -144,7 +144,7 @@ def status_text(run_dir: Path) -> str:
 
 
 def _stage(stages: list[tuple[str, int]], step: int) -> str:
-    """Which stage the step after `step` is in; of a run that is at its end the last."""
+    """Describe the stage of the step after `step`; the last stage at the end of a run."""
     lasts = [last for _, last in stages]
     index = next((i for i, last in enumerate(lasts) if step < last), len(stages) - 1)
     first = lasts[index - 1] + 1 if index else 1
@@ -152,7 +152,7 @@ def _stage(stages: list[tuple[str, int]], step: int) -> str:
 
 
 def spread(lengths: "Counter[int]") -> str:
-    """Of completion lengths: least, median and most."""
+    """Format minimum, maximum and median of completion lengths."""
     ordered = sorted(lengths.elements())
     return f"{ordered[0]} to {ordered[-1]} tokens, median {ordered[len(ordered) // 2]}"
 

@@ -1,4 +1,4 @@
-"""Figures in the report's style, as SVG text to stand inside an HTML page."""
+"""Figures in the report's style, as SVG text for embedding in an HTML page."""
 
 import io
 import math
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
+# Okabe and Ito's colour-blind safe palette.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 GREY, INK = "#6a737d", "#24292f"
 WIDE, HALF = (9.4, 2.9), (4.6, 2.3)  # inches; the page scales them
-LABEL_GAP = 0.075  # least distance of two labels, as a share of the axis
+LABEL_GAP = 0.075  # smallest distance of two labels, as a share of the axis
 
 
 def lines(
@@ -26,7 +26,7 @@ def lines(
 ) -> None:
     labels = []
     lowest = highest = 0.0
-    marker = "o" if len(steps) == 1 else ""  # a line of one point would not be seen
+    marker = "o" if len(steps) == 1 else ""  # a line of one point is invisible
     for name, value, colour in series:
         values = [value(m) for m in steps]
         axes.plot([m.step for m in steps], values, color=colour, marker=marker, markersize=4)
@@ -39,7 +39,7 @@ def lines(
 
 
 def label_ends(axes: "Axes", labels: list[tuple[float, str, str]]) -> None:
-    """Name each line where it ends: (height, text, colour). Labels too close are moved apart, in their order."""
+    """Label each line at its end: (height, text, colour). Labels that are too close are moved apart, in order."""
     low, high = axes.get_ylim()
     gap = LABEL_GAP * (high - low)
     placed = [height for height, _, _ in sorted(labels)]
@@ -68,13 +68,13 @@ def axes_of(figure: "Figure", title: str, last_step: int) -> "Axes":
 
 @contextmanager
 def chart(size: tuple[float, float], description: str) -> "Iterator[tuple[Figure, Callable[[], str]]]":
-    """A figure in the report's style, and what turns it into SVG. Needs no display and leaves no global state."""
+    """Yield a figure in the report's style and a function that renders it as SVG. No display, no global state."""
     import matplotlib
     from matplotlib.figure import Figure
 
     style = {
-        "svg.fonttype": "none",  # text stays text: small, and it can be searched
-        "svg.hashsalt": description,  # the same run gives the same file; two charts of a page share no id
+        "svg.fonttype": "none",  # keep text as text: smaller and searchable
+        "svg.hashsalt": description,  # reproducible files; no id is shared by two charts of a page
         "font.family": "sans-serif",
         "font.size": 10,
         "text.color": INK,
@@ -105,7 +105,7 @@ def chart(size: tuple[float, float], description: str) -> "Iterator[tuple[Figure
 
 
 def _inline(svg: str, description: str) -> str:
-    """An SVG file as an element of a page: no prolog, no size, only the ids that are referred to, and a spoken name."""
+    """Turn an SVG file into an HTML element: no prolog, no size, no unreferenced ids, and an aria-label."""
     svg = svg[svg.index("<svg ") + len("<svg ") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(?:width|height)="[\d.]+pt" ', "", svg, count=2)

@@ -1,6 +1,6 @@
-"""What a model's chat template does with messages: which of them it shows, where a reply begins, and what ends one.
+"""Checks of a model's chat template: which messages it renders, where a reply begins, and what ends a reply.
 
-A template is a program that came with the model: it may leave a message out, or cut it, and say nothing.
+A template is a program that comes with the model. It can drop or cut a message without an error.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Render = Callable[[list[Message], bool], str]  # messages, whether the assistant's turn is opened -> text
-REPLY = "sdft-reply"  # stands for a reply; no template has it
+REPLY = "sdft-reply"  # placeholder for a reply; it occurs in no template
 
 
 @dataclass(frozen=True)
 class ReplyEnd:
-    """What the template appends to a reply: text, mostly none, and the token at which an engine stops."""
+    """What the template appends to a reply: text (usually empty) and the token at which an engine stops."""
 
     text: str
     token_id: int
 
 
 def left_out(text: str, messages: Sequence[Message], whole: int | None = None) -> Message | None:
-    """The first message whose content the rendered `text` does not hold in its place; None: it has all of them.
+    """Return the first message whose content the rendered `text` lacks or has out of order; None if all are there.
 
-    White space around a content may go: many templates trim it. A system message may stand anywhere: some templates put
-    it into a user's turn. Of an assistant's turn the reasoning may go, as templates of reasoning models do with earlier
-    turns, but not of the message with index `whole`.
+    White space around a content is ignored, because many templates trim it. A system message may occur anywhere,
+    because some templates put it into a user's turn. The reasoning of an assistant's turn may be missing, because
+    templates of reasoning models remove it from earlier turns; the message with index `whole` must keep it.
     """
     position = 0
     for i, message in enumerate(messages):
@@ -48,10 +48,12 @@ def left_out(text: str, messages: Sequence[Message], whole: int | None = None) -
 
 
 def reply_end(tokenizer: "PreTrainedTokenizerBase", render: Render, messages: list[Message]) -> ReplyEnd:
-    """What ends a reply to `messages`: the tokenizer's eos_token if the template puts it behind one; else the first
-    special token behind it, of its own turn or, in templates that end no turn, of the next; else eos_token.
+    """Find what ends a reply to `messages`.
 
-    UserError if the prompt does not end where a reply begins, or if nothing would stop an engine.
+    The end is the tokenizer's eos_token if the template puts it after a reply; else the first special token after the
+    reply, in its own turn or, in templates that do not end a turn, in the next turn; else eos_token.
+
+    UserError if the prompt does not end where a reply begins, or if no token would stop an engine.
     """
     folder = tokenizer.name_or_path
     reply = Message(role="assistant", content=REPLY)
@@ -68,11 +70,11 @@ def reply_end(tokenizer: "PreTrainedTokenizerBase", render: Render, messages: li
     if REPLY in answered:
         _, _, next_turn = render([*messages, reply, Message(role="user", content="Go on.")], False).rpartition(REPLY)
         eos = tokenizer.eos_token
-        if eos in special and eos in behind:  # other special tokens may stand before it, as Command R7B has them
+        if eos in special and eos in behind:  # other special tokens may come before it, as in Command R7B
             return ReplyEnd(behind[: behind.find(eos)], special[eos])
         for tail in (behind, next_turn):
             found = [(tail.find(token), -len(token), token) for token in special if token in tail]
-            if found:  # the first one; of two that begin there, the longer
+            if found:  # the earliest; the longest if several begin there
                 at, _, token = min(found)
                 return ReplyEnd(tail[:at], special[token])
     if tokenizer.eos_token_id is None:

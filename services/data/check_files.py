@@ -1,4 +1,4 @@
-"""The files that a configuration names exist."""
+"""Check that the files that a configuration names exist."""
 
 from pathlib import Path
 
@@ -9,9 +9,10 @@ from sdft.services.config.templates import BUILT_IN_TEMPLATES
 
 
 def check_files(config: RunConfig, base: Path, sent: Path | None = None) -> None:
-    """Raise UserError unless the files that `config` names, relative to the folder `base`, are there.
+    """Raise UserError unless the files that `config` names, relative to the folder `base`, exist.
 
-    sent: of a run on other machines the folder that they get; absolute paths that lead elsewhere are theirs.
+    sent: for a run on other machines, the folder that is sent to them. Absolute paths outside it are not checked,
+    because they are paths on those machines.
     """
     places = [f"stages[{i}]." for i in range(len(config.stages))] or [""]
     for place, task in zip(places, config.tasks, strict=True):

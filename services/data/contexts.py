@@ -1,4 +1,4 @@
-"""The two contexts of a demonstration as token ids: the student sees the prompt, the teacher the demonstration too."""
+"""Prompts of student and teacher as token ids: the teacher's prompt also contains the demonstration."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 from sdft.services.config.templates import BUILT_IN_TEMPLATES
 
 MAX_REPORTED = 20
-# The wording of the SDFT paper (arXiv 2601.19897); the context, which the paper has no words for, stands before it.
+# Wording of the SDFT paper (arXiv 2601.19897). The paper has no wording for a context; it comes before the example.
 _CONTEXT = "This is background for the question:\n{context}\n\n"
 _PAPER = (
     "{question}\n\n{context}This is an example for a response to the question:\n{demonstration}\n\n"
     "Now answer with a response of your own, including the thinking process."
 )
-# As in self-distilled policy optimisation: what was said of an attempt stands in the place of an example.
+# As in self-distilled policy optimisation: feedback on an attempt takes the place of the example.
 _FEEDBACK = (
     "{question}\n\nThis is feedback on an earlier response to the question:\n{feedback}\n\n"
     "Now answer with a response of your own that needs no such feedback."
@@ -32,10 +32,10 @@ _FEEDBACK = (
 
 @dataclass(frozen=True)
 class PromptPair:
-    """Token ids of one record's contexts, both ending where the assistant's reply begins."""
+    """Token ids of one record's prompts; both end where the assistant's reply begins."""
 
     student_ids: list[int]
-    teacher_ids: list[int] | None  # None: the record has nothing to show to a teacher
+    teacher_ids: list[int] | None  # None: the record has nothing for a teacher
     demonstration_ids: list[int] | None = None  # as a reply, with the token that ends it
 
 
@@ -43,10 +43,10 @@ class PromptBuilder:
     """Turns records into prompts with a tokenizer's chat template and a teacher template.
 
     `template` is "paper" (the last user message holds the example), "turn" (the demonstration is an earlier assistant
-    turn), "context" (the background alone), "feedback" (what was said of an attempt), "none" (the teacher sees what the
-    student sees), or the path of a Jinja template, relative to the folder `base`, whose output is the teacher's last
-    user message. `system` is put before records that bring no system message. `now` is the time that a chat template
-    may write; None: that of this call.
+    turn), "context" (the background alone), "feedback" (feedback on an attempt), "none" (the teacher's prompt is the
+    student's), or the path of a Jinja template, relative to the folder `base`, whose output is the teacher's last
+    user message. `system` is prepended to records without a system message. `now` is the time for chat templates that
+    write the date; None: the current time. UserError if the tokenizer has no usable chat template.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class PromptBuilder:
         return self._encode(self._with_system(item), item)
 
     def teacher(self, item: Record) -> list[int] | None:
-        """Token ids of the prompt with what the template shows; None if the record does not have that."""
+        """Token ids of the prompt with the column that the template shows; None if the record lacks that column."""
         if self._shown is not None and getattr(item, self._shown) is None:
             return None
         messages = self._with_system(item)
@@ -116,13 +116,13 @@ class PromptBuilder:
         return self._encode([*earlier, *turns], item, whole=len(earlier) + 1 if self._template == "turn" else None)
 
     def demonstration(self, item: Record) -> list[int]:
-        """Token ids of the demonstration as a reply behind the student's prompt, with what ends it."""
+        """Token ids of the demonstration as a reply to the student's prompt, with the tokens that end it."""
         end = self.end(item)
         ids: list[int] = self._tokenizer.encode(f"{item.demonstration or ''}{end.text}", add_special_tokens=False)
         return [*ids, end.token_id]
 
     def end(self, item: Record) -> ReplyEnd:
-        """What ends a reply, found out by the prompt of the first item that is asked for. It is that of all."""
+        """Return what ends a reply. It is found once, with the first `item`'s prompt, and is the same for all items."""
         if self._end is None:
             self._end = reply_end(
                 self._tokenizer, lambda messages, opened: self._render(messages, item, opened), self._with_system(item)
@@ -136,7 +136,7 @@ class PromptBuilder:
         return messages
 
     def _encode(self, messages: list[Message], item: Record, whole: int | None = None) -> list[int]:
-        """UserError unless the chat template shows every message. whole: the index of a demonstration among them."""
+        """Render and tokenize `messages`. UserError if the template drops one. whole: index of the demonstration."""
         text = self._render(messages, item, opened=True)
         lost = left_out(text, messages, whole)
         if lost is not None:
@@ -145,18 +145,18 @@ class PromptBuilder:
         return [int(i) for i in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
 
     def _render(self, messages: list[Message], item: Record, opened: bool) -> str:
-        """The text of a conversation. opened: it ends where the assistant's reply begins."""
+        """Render a conversation to text. opened: the text ends where the assistant's reply begins."""
         try:
-            # A list of messages gives one text.
+            # A list of messages renders to one text.
             return str(
                 self._tokenizer.apply_chat_template(
                     messages,
                     tokenize=False,
                     add_generation_prompt=opened,
-                    strftime_now=self._now.strftime,  # in the place of transformers' own, which reads the clock
+                    strftime_now=self._now.strftime,  # overrides that of transformers, which reads the clock
                 )
             )
-        except Exception as e:  # noqa: BLE001 - a template is a program that came with the model: it raises anything
+        except Exception as e:  # noqa: BLE001 - a template is a program from the model: it can raise anything
             raise UserError(
                 f"{item.where}: {self._chat_template} fails on these messages: {first_line(e)}; change them, or the "
                 f"template"
@@ -164,7 +164,7 @@ class PromptBuilder:
 
 
 def _loss(lost: Message, demonstration: bool) -> str:
-    """What a chat template does that leaves this message out, and the mend."""
+    """Describe, for an error message, how the chat template drops this message, and the fix."""
     if demonstration:
         return (
             "does not show the whole demonstration as an earlier turn (templates of reasoning models cut the reasoning "
@@ -179,7 +179,7 @@ def _loss(lost: Message, demonstration: bool) -> str:
 
 
 def shown_to_teacher(template: str, base: Path) -> str | None:
-    """The column that rows must have for this template; None: the prompt alone. A UserError if there is no such one."""
+    """Return the column that rows need for this template; None: only the prompt. UserError if the file is unusable."""
     if template in BUILT_IN_TEMPLATES:
         return BUILT_IN_TEMPLATES[template]
     return _user_template(template, base).shown
@@ -196,9 +196,9 @@ def build_prompts(
     max_teacher_prompt_tokens: int,
     max_demonstration_tokens: int | None = None,
 ) -> list[PromptPair]:
-    """The prompts of all items in order; nothing is cut: a UserError lists the items whose prompts are too long.
+    """Build the prompts of all items in order. Nothing is truncated: UserError lists the items that are too long.
 
-    max_demonstration_tokens: None leaves out the demonstrations as replies.
+    max_demonstration_tokens: None leaves demonstration_ids empty (None).
     """
     pairs: list[PromptPair] = []
     too_long: list[str] = []
@@ -224,7 +224,7 @@ def build_prompts(
 
 
 def check_ids(items: Sequence[Record], pairs: Sequence[PromptPair], rows: int | None) -> None:
-    """UserError if a token of a prompt or reply has no row in the model's embedding, of `rows` rows; None: unknown."""
+    """UserError if a token id of a prompt or reply is not below `rows`, the model's embedding rows (None: unknown)."""
     if rows is None:
         return
     for item, pair in zip(items, pairs, strict=True):
@@ -239,7 +239,7 @@ def check_ids(items: Sequence[Record], pairs: Sequence[PromptPair], rows: int | 
 
 
 def text_prompts(tokenizer: "PreTrainedTokenizerBase", items: Sequence[Record], limit: int) -> list[PromptPair]:
-    """The ids of each text as it is, outside of any chat; a UserError if one is longer than the engines take."""
+    """Tokenize each text as it is, without a chat template. UserError unless it has 2 to `limit` tokens."""
     pairs = []
     for item in items:
         ids: list[int] = tokenizer(item.text).input_ids

@@ -1,4 +1,4 @@
-"""Demonstrations and questions from files or the hub: every row is checked before any is used."""
+"""Load demonstrations and questions from files or the hub; every row is checked before any is used."""
 
 import difflib
 from collections.abc import Callable, Iterable
@@ -13,19 +13,19 @@ from sdft.services.data.rows import BadRow, NumberedRow, hub_rows, json_kind, js
 
 MAX_REPORTED = 20
 ROLES = ("system", "user", "assistant")
-# Columns that change what the model is asked, or hold a part of the reply, and that no code here reads. Rows that have
-# them are refused: without them the run would train on another question. Other columns (ids, sources) are ignored.
+# Columns that change the prompt or hold part of the reply, and that no code here reads. Rows that have them are
+# refused, because the run would train on a different question. Other columns (ids, sources) are ignored.
 MEANT = (
     *("system", "system_prompt", "input", "history", "documents", "chat_template_kwargs"),
     *("tools", "functions", "tool_calls", "function_call", "reasoning_content"),
     *("image", "images", "audio", "audios", "video", "videos"),
 )
-# Members of a message that are ignored (weight: whether the message is trained on; messages of a prompt never are). All
-# others beside role and content are refused: templates read tool_calls, reasoning_content, name and more.
+# Members of a message that are ignored (weight: whether the message is trained on; messages of a prompt never are).
+# All others except role and content are refused: templates read tool_calls, reasoning_content, name and more.
 HARMLESS = ("id", "message_id", "created", "created_at", "timestamp", "model", "metadata", "weight")
-# How much like a known optional column an unknown one must be to count as a typing error: contexts is, content is not.
+# difflib ratio from which an unknown column counts as a typo of an optional one: contexts does, content does not.
 NEAR_OPTIONAL = 0.86
-NOTHING: tuple[Any, ...] = (None, False, "", [], {})  # values of a column or member that is empty
+NOTHING: tuple[Any, ...] = (None, False, "", [], {})  # values of an empty column or member
 
 
 class Message(TypedDict):
@@ -37,22 +37,23 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Record:
-    """A row: a prompt, what an expert's reply to it or other knowledge of it is, and the answer that a grader needs;
-    or a text."""
+    """One row: a prompt with an expert's reply (or other knowledge about it) and the answer for a grader; or a text."""
 
     id: str
-    messages: tuple[Message, ...]  # the last one is the user's; none of a text
+    messages: tuple[Message, ...]  # the last one is the user's; empty for a text
     demonstration: str | None
     context: str | None
     feedback: str | None
     answer: Any
     where: str  # "file:line", for errors
-    text: str | None = None  # instead of a prompt: to be scored as it is
+    text: str | None = None  # instead of a prompt; scored as it is
 
 
 def load_demonstrations(data: DataConfig, base: Path, needed: Iterable[str]) -> list[Record]:
-    """All rows of data.train, a file relative to the folder `base` or a hub name, with the `needed` columns; raises
-    UserError."""
+    """Load all rows of data.train, a file relative to the folder `base` or a hub name.
+
+    UserError if a row is bad or lacks one of the `needed` columns.
+    """
     name = data.train
     if is_data_file(data.train) or resolve_path(base, data.train).exists() or not is_hub_name(data.train):
         rows = _file_rows("data.train", data.train, base)
@@ -64,7 +65,7 @@ def load_demonstrations(data: DataConfig, base: Path, needed: Iterable[str]) -> 
 
 
 def load_questions(s: EvaluationSet, base: Path, check: Callable[[Any], str | None]) -> list[Record]:
-    """The questions or texts of an evaluation set; `check` says what is wrong with an answer. Raises UserError."""
+    """Load the questions or texts of an evaluation set. `check` returns the problem of an answer. Raises UserError."""
     rows = _file_rows(f"evaluation.sets ({s.name}).file", s.file, base)
     needed = ("text",) if s.is_text else ("prompt", "answer")
     all_of_them = _checked(str(resolve_path(base, s.file)), renamed(rows, s.columns), needed, check)
@@ -82,7 +83,7 @@ def _file_rows(key: str, value: str, base: Path) -> Iterable[NumberedRow]:
 def _checked(
     name: str, rows: Iterable[NumberedRow], required: tuple[str, ...], check_answer: Callable[[Any], str | None]
 ) -> list[Record]:
-    """The rows, checked; one UserError lists every bad row, up to MAX_REPORTED of them."""
+    """Check the rows; one UserError lists all bad rows, up to MAX_REPORTED."""
     good: list[Record] = []
     bad: list[str] = []
     line_of_id: dict[str, int] = {}
@@ -111,7 +112,7 @@ def _checked(
 
 
 def _without_blanks(row: dict[str, Any], required: tuple[str, ...]) -> dict[str, Any]:
-    """The row, with null for blank text in optional columns: some data sets have that for nothing."""
+    """Replace blank text in optional columns by null: some data sets use it for a missing value."""
     optional = {column: row.get(column) for column in COLUMNS if column not in required}
     return row | {column: None for column, v in optional.items() if isinstance(v, str) and not v.strip()}
 
@@ -119,10 +120,10 @@ def _without_blanks(row: dict[str, Any], required: tuple[str, ...]) -> dict[str,
 def _problems(
     row: dict[str, Any], required: tuple[str, ...], check_answer: Callable[[Any], str | None]
 ) -> Iterable[str]:
-    """Everything that is wrong with a row, each problem beginning with the column's name."""
+    """Yield every problem of a row; each one begins with the column's name."""
     for column in COLUMNS:
         if column == "text" and column not in required:
-            continue  # a common name, for what has no part in this
+            continue  # a common column name, ignored unless it is required
         value = row.get(column)
         if value is None:
             near = _near_column(column, row, column in required)
@@ -151,8 +152,8 @@ def _problems(
 
 
 def _near_column(column: str, row: dict[str, Any], required: bool) -> str | None:
-    """A column of the row that is probably a mistyped `column`."""
-    # id is too short: idx and uid are columns of their own. answer, where nobody grades, is read by nobody.
+    """Return a column of the row that is probably a typo of `column`."""
+    # id is too short: idx and uid are columns of their own. answer is only read where replies are graded.
     if column in row or column == "id" or (column == "answer" and not required):
         return None
     others = [str(name) for name in row if name not in COLUMNS]
@@ -195,8 +196,8 @@ def _text_problem(value: Any, expected: str = "text") -> str | None:
 
 
 def _bad_text_within(value: Any) -> str | None:
-    """What is wrong with the characters of a text, or of any text in a list or object."""
-    left = [value]  # not by recursion: JSON may be nested deeper than calls can be
+    """Return the problem with the characters of a text, or of any text in a list or object."""
+    left = [value]  # iterative: JSON may be nested deeper than the recursion limit
     while left:
         one = left.pop()
         if isinstance(one, dict):

@@ -1,4 +1,4 @@
-"""Rows of a JSONL file, a Parquet file or a hub data set, numbered from 1; a row that cannot be read says why."""
+"""Read rows of a JSONL file, a Parquet file or a hub data set, numbered from 1; an unreadable row is a BadRow."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,7 +9,7 @@ from sdft.services.base.errors import UserError, first_line
 
 
 class BadRow(str):
-    """Why a row cannot be read."""
+    """The reason why a row cannot be read."""
 
     __slots__ = ()
 
@@ -18,7 +18,7 @@ NumberedRow = tuple[int, dict[str, Any] | BadRow]
 
 
 def jsonl_rows(path: Path) -> Iterator[NumberedRow]:
-    """The objects of a JSONL file with their lines; blank lines are left out."""
+    """Yield the objects of a JSONL file with their line numbers; blank lines are skipped."""
     try:
         file = path.open("rb")
     except OSError as e:
@@ -32,7 +32,7 @@ def jsonl_rows(path: Path) -> Iterator[NumberedRow]:
 
 
 def parquet_rows(path: Path) -> Iterator[NumberedRow]:
-    """The rows of one Parquet file, a batch in memory at a time."""
+    """Yield the rows of one Parquet file, with one batch in memory at a time."""
     import pyarrow.parquet
 
     try:
@@ -41,7 +41,7 @@ def parquet_rows(path: Path) -> Iterator[NumberedRow]:
         raise UserError(f"{path}: cannot be read: {e.strerror}; check its permissions") from None
     with file:
         try:
-            # By the open file, not by its name: names may hold what libraries take for patterns, folders or hosts.
+            # Pass the open file, not its name: libraries may interpret a name as a pattern, folder or host.
             parquet = pyarrow.parquet.ParquetFile(file)
             names = parquet.schema_arrow.names
             twice = next((name for name in names if names.count(name) > 1), None)
@@ -54,11 +54,11 @@ def parquet_rows(path: Path) -> Iterator[NumberedRow]:
 
 
 def hub_rows(name: str, split: str, hint: str) -> Iterator[NumberedRow]:
-    """The rows of a hub data set's split; `hint` is said when there is none of that name."""
+    """Yield the rows of a split of a hub data set. `hint` is added to the errors that suggest a local file."""
     import datasets
 
     local = f"or put the rows into a local .jsonl file and name that{hint}"
-    if Path(name).exists():  # load_dataset would take it for a data set's folder
+    if Path(name).exists():  # load_dataset would load it as a data set folder
         raise UserError(
             f"data.train: {name} is no file beside the configuration, and {Path(name).absolute()} is there; name a "
             f".jsonl or .parquet file by its path"
@@ -87,8 +87,7 @@ def hub_rows(name: str, split: str, hint: str) -> Iterator[NumberedRow]:
 
 
 def renamed(rows: Iterable[NumberedRow], columns: Mapping[Any, str]) -> Iterator[NumberedRow]:
-    """The rows with our names for their columns (ours -> theirs). A demonstration that is a list of lines becomes one
-    text."""
+    """Rename columns (`columns` maps our name -> their name). A demonstration given as a list of lines is joined."""
     for number, row in rows:
         if isinstance(row, BadRow):
             yield number, row
@@ -106,13 +105,13 @@ def renamed(rows: Iterable[NumberedRow], columns: Mapping[Any, str]) -> Iterator
 
 
 def _numbered(rows: Iterable[dict[str, Any]]) -> Iterator[NumberedRow]:
-    """The rows of Arrow, in which every object of a column has the members of all others, null where it had none."""
+    """Number rows of Arrow and drop null members: Arrow gives every object of a column the members of all others."""
     for number, row in enumerate(rows, start=1):
         yield number, {column: _without_nulls(value) for column, value in row.items()}
 
 
 def _without_nulls(value: Any) -> Any:
-    """A value without the members of objects that are null."""
+    """Return the value with null members of objects removed."""
     if isinstance(value, dict):
         return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -149,7 +148,7 @@ def _no_constant(name: str) -> float:
 
 
 def json_kind(value: Any) -> str:
-    """What a value is, in words for an error."""
+    """Name the kind of a value, for an error message."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -160,4 +159,4 @@ def json_kind(value: Any) -> str:
         return "text"
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
-    return type(value).__name__  # of Parquet: bytes, dates
+    return type(value).__name__  # Parquet: bytes, dates

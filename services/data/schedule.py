@@ -12,7 +12,7 @@ from sdft.services.config.run import TaskConfig
 
 @dataclass(frozen=True)
 class StageSchedule:
-    """Demonstrations in a new order each epoch, cut into batches of prompts; a batch may reach into the next epoch."""
+    """Demonstrations, reshuffled each epoch and cut into batches of prompts. A batch may span two epochs."""
 
     demonstrations: int
     batch_size: int  # prompts
@@ -20,15 +20,15 @@ class StageSchedule:
     seed: int
     prompts: int  # prompts of the whole stage
     stage: int = 0
-    before: int = 0  # optimizer steps of the stages before it
+    before: int = 0  # optimizer steps of all earlier stages
 
     @property
     def last(self) -> int:
-        """Its last optimizer step; its first is before + 1."""
+        """Last optimizer step of the stage; the first is before + 1."""
         return self.before + -(-self.prompts // self.batch_size)
 
     def batch(self, step: int) -> list[SampleId]:
-        """Samples of optimizer step `step`. The last batch may be short."""
+        """Return the samples of optimizer step `step`. The last batch may be short."""
         first = (step - self.before - 1) * self.batch_size
         samples = []
         for position in range(first, min(first + self.batch_size, self.prompts)):
@@ -38,7 +38,7 @@ class StageSchedule:
         return samples
 
     def issued_through(self, step: int) -> dict[tuple[int, int], int]:
-        """Samples of its steps up to and including `step`, by (stage, epoch)."""
+        """Count the stage's samples up to and including `step`, by (stage, epoch)."""
         issued = max(0, min((step - self.before) * self.batch_size, self.prompts))
         whole, rest = divmod(issued, self.demonstrations)
         prompts = [self.demonstrations] * whole + ([rest] if rest else [])
@@ -47,7 +47,7 @@ class StageSchedule:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The stages of a run, one after the other; steps are counted from 1 through all of them."""
+    """The stages of a run in sequence. Steps are counted from 1 across all stages."""
 
     stages: tuple[StageSchedule, ...]
 
@@ -56,28 +56,28 @@ class Schedule:
         return self.stages[-1].last
 
     def at(self, step: int) -> StageSchedule:
-        """The stage that optimizer step `step` is in; of step 0, before the first, the first."""
+        """Return the stage of optimizer step `step`; the first stage for step 0."""
         return next(stage for stage in self.stages if step <= stage.last)
 
     def batch(self, step: int) -> list[SampleId]:
-        """Samples of optimizer step `step`."""
+        """Return the samples of optimizer step `step`."""
         return self.at(step).batch(step)
 
     def issued_through(self, step: int) -> dict[tuple[int, int], int]:
-        """Samples of all steps up to and including `step`, by (stage, epoch)."""
+        """Count the samples of all steps up to and including `step`, by (stage, epoch)."""
         return {key: count for stage in self.stages for key, count in stage.issued_through(step).items()}
 
 
-@lru_cache(maxsize=4)  # a batch is of one epoch or two, and its samples ask one after the other
+@lru_cache(maxsize=4)  # a batch usually spans one or two epochs; batch() calls this once per prompt
 def _order(demonstrations: int, seed: str) -> list[int]:
-    """All rows, shuffled."""
+    """Return the indices of all rows, shuffled by `seed`."""
     order = list(range(demonstrations))
     random.Random(seed).shuffle(order)
     return order
 
 
 def make_schedule(tasks: Sequence[TaskConfig], demonstrations: Sequence[int]) -> Schedule:
-    """The schedule of a run over its tasks, which have so many demonstrations."""
+    """Make the schedule of a run. demonstrations: the number of demonstrations of each task."""
     stages: list[StageSchedule] = []
     for task, rows in zip(tasks, demonstrations, strict=True):
         t = task.training
@@ -90,11 +90,11 @@ def make_schedule(tasks: Sequence[TaskConfig], demonstrations: Sequence[int]) ->
 
 
 def sample_seed(run_seed: int, sample: SampleId) -> int:
-    """The sampling seed of one sample: it does not depend on which engine makes it, or when."""
+    """Return the sampling seed of one sample. It does not depend on the engine or the time of sampling."""
     return seed_of(f"{run_seed}/{sample}")
 
 
 def seed_of(name: str) -> int:
-    """A sampling seed for whatever has this name."""
+    """Derive a 63-bit sampling seed from a name."""
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

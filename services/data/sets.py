@@ -19,9 +19,9 @@ class LoadedSet:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether every question brings something to show to the teacher."""
+        """Whether every question has a teacher prompt that differs from the student's."""
         return all(p.teacher_ids not in (None, p.student_ids) for p in self.prompts)
 
     def prompts_of(self, metric: str) -> list[list[int] | None]:
-        """The token ids that STUDENT or TEACHER is asked with."""
+        """Return the prompts, as token ids, for the metric STUDENT or TEACHER."""
         return [p.student_ids if metric == STUDENT else p.teacher_ids for p in self.prompts]

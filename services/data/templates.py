@@ -1,4 +1,4 @@
-"""A user's own Jinja template for the teacher's last message, run in a sandbox; mistakes name its file and line."""
+"""A user's Jinja template for the teacher's last message, rendered in a sandbox; errors name its file and line."""
 
 import traceback
 from pathlib import Path
@@ -11,7 +11,8 @@ from sdft.services.base.files import read_text
 class UserTemplate:
     """The template in the file `path`.
 
-    Its variables: prompt (last user text), demonstration, context, feedback, messages.
+    Variables: prompt (last user text), demonstration, context, feedback, messages. UserError if the template cannot
+    be parsed or uses none of demonstration, context and feedback.
     """
 
     def __init__(self, path: Path) -> None:
@@ -21,13 +22,13 @@ class UserTemplate:
         self._path = path
         source = read_text(path)
         env = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
-        del env.filters["random"], env.globals["lipsum"]  # other prompts each time: no run could be continued
+        del env.filters["random"], env.globals["lipsum"]  # non-deterministic prompts would prevent a resume
         try:
             used = meta.find_undeclared_variables(env.parse(source))
             code = env.compile(source, filename=str(path))
         except TemplateSyntaxError as e:
             raise UserError(f"{path}:{e.lineno}: not a valid Jinja template: {e.message}") from None
-        except (RecursionError, SyntaxError) as e:  # nested deeper than Jinja's parser, or Python's, can go
+        except (RecursionError, SyntaxError) as e:  # nested too deep for Jinja's or Python's parser
             raise UserError(f"{path}: not a valid Jinja template: {e}; nest it less") from None
         knowledge = [column for column in ("demonstration", "context", "feedback") if column in used]
         if not knowledge:
@@ -39,10 +40,10 @@ class UserTemplate:
         self._template = Template.from_code(env, code, env.make_globals(None))
 
     def render(self, where: str, **variables: Any) -> str:
-        """The text for the item at `where`; a UserError with the template's line if that fails or gives nothing."""
+        """Render the text for the item at `where`. UserError, with the template's line, if it fails or is empty."""
         try:
             text = self._template.render(**variables)
-        except Exception as e:  # noqa: BLE001 - a template is a program of the user's: it raises anything
+        except Exception as e:  # noqa: BLE001 - a template is a user's program: it can raise anything
             frames = traceback.extract_tb(e.__traceback__)
             line = next((f.lineno for f in reversed(frames) if f.filename == str(self._path)), None)
             at = f"{self._path}:{line}" if line else str(self._path)

@@ -14,14 +14,14 @@ MARKS = (
     ("<seed:think>", "</seed:think>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
 )
-LAST = 16  # tokens of a prompt, among which a mark at its end is
+LAST = 16  # tokens at the end of a prompt that are decoded to find a mark
 
 
 def without_thoughts(text: str) -> str:
-    """A reply without its reasoning: what is left is the answer.
+    """Remove the reasoning from a reply; the rest is the answer.
 
-    Where the prompt began the reasoning, the reply has the end mark only: the text before it is removed. Reasoning
-    without an end mark leaves no answer: "".
+    If the prompt began the reasoning, the reply has only the end mark, and the text before it is removed. Reasoning
+    without an end mark leaves an empty answer.
     """
     for begin, end in MARKS:
         if begin not in text and end not in text:
@@ -33,20 +33,20 @@ def without_thoughts(text: str) -> str:
 
 
 class ReplyText:
-    """Replies as text: without special tokens, but with all marks of their reasoning."""
+    """Decode replies to text: without special tokens, but with all marks of the reasoning."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
 
     @cached_property
     def _special(self) -> dict[int, str]:
-        """The marks that are special tokens, which decoding leaves out."""
+        """Marks that are special tokens, by token id; decoding would drop them."""
         marks = {mark for pair in MARKS for mark in pair}
         added = self._tokenizer.added_tokens_decoder.items()
         return {i: token.content for i, token in added if token.special and token.content in marks}
 
     def __call__(self, prompt_ids: list[int], reply_ids: list[int]) -> str:
-        """A mark that the prompt ends with, as some chat templates have it, is the reply's first."""
+        """Return the text of a reply. A begin mark at the end of the prompt (some chat templates) is prepended."""
         parts, begin = [], 0
         for i, token in enumerate(reply_ids):
             if token in self._special:

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(model_path: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer in a local model folder; nothing is downloaded."""
+    """Load the tokenizer of a local model folder; nothing is downloaded. UserError if it cannot be loaded."""
     with large_imports(), import_for_tokenizers():
         from transformers import AutoTokenizer
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(model_path), local_files_only=True)
-    except Exception as e:  # noqa: BLE001 - what a folder's files make of it: tokenizers raises Exception itself
+    except Exception as e:  # noqa: BLE001 - tokenizers raises plain Exception for bad files
         raise UserError(
             f"model: the tokenizer in {model_path} cannot be loaded ({first_line(e)}); check tokenizer.json and "
             f"tokenizer_config.json there, or download the model again"

@@ -1,1 +1,1 @@
-"""Graders of answers, rules and judges. Imports data and below."""
+"""Graders of replies: rules and judges. Imports data and below."""

@@ -1,4 +1,4 @@
-"""Replies to an evaluation set's questions, graded: by a program, or by a judge."""
+"""Grade replies to the questions of an evaluation set, by a rule or by a judge."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,10 +14,10 @@ from sdft.services.grading.judge import judged
 async def grade(
     settings: EvaluationSet, questions: Sequence[Record], replies: Sequence[str], limit_s: float
 ) -> list[bool]:
-    """Whether each reply to the question in its place is right. limit_s: of a judge, for all of them.
+    """Return for each reply whether it is right; replies and questions are in the same order.
 
-    Graders and judges see the reply without its reasoning, which is no part of the answer. A judge is asked of no empty
-    answer: it is wrong.
+    limit_s: seconds that a judge may take for all replies together. Reasoning is removed from a reply before grading.
+    An empty reply is wrong and is not sent to a judge.
     """
     answers = [without_thoughts(reply) for reply in replies]
     pairs = list(zip(questions, answers, strict=True))
@@ -31,14 +31,14 @@ async def grade(
 
 
 def asked(question: Record) -> str:
-    """A question as people read it: the message, or all of them with who speaks."""
+    """Format a question for a judge: the message, or all messages with their roles."""
     if len(question.messages) == 1:
         return question.messages[0]["content"]
     return "\n\n".join(f"{m['role']}: {m['content']}" for m in question.messages)
 
 
 def answer_check(settings: EvaluationSet) -> Callable[[Any], str | None]:
-    """What tells whether a row's answer can be used: None, or the reason why not."""
+    """Return the check of a row's answer; the check returns None, or the reason why the answer cannot be used."""
     if settings.is_text:
         return lambda answer: None
     if settings.judge is not None:

@@ -1,4 +1,4 @@
-"""A language model as grader, behind any endpoint that speaks OpenAI's protocol: vLLM's own server, or a provider's.
+"""A language model as grader, at any endpoint with OpenAI's protocol: a vLLM server or a provider.
 
 question, right answer, reply ─► chat completion at temperature 0 ─► yes | no
 """
@@ -24,13 +24,16 @@ PROMPT = (
     "Question:\n{question}\n\nReference answer:\n{answer}\n\nReply:\n{reply}\n\n"
     "Is the reply right? Answer with yes or no, and nothing else."
 )
-UNCLEAR = 0.1  # share of verdicts that may be neither yes nor no: they count as no
+UNCLEAR = 0.1  # largest share of verdicts that may be neither yes nor no; they count as no
 _VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 
 
 async def judged(config: JudgeConfig, items: Sequence[tuple[str, str, str]]) -> list[bool]:
-    """Whether each (question, right answer, reply) is right. UserError if too many verdicts are neither yes nor no,
-    PreflightError if the endpoint refuses or does not answer in time."""
+    """Return for each (question, right answer, reply) whether the reply is right.
+
+    UserError if more than UNCLEAR of the verdicts are neither yes nor no. PreflightError if the endpoint refuses or
+    times out.
+    """
     from openai import OpenAIError
 
     client, turns = _client(config), asyncio.Semaphore(config.concurrency)
@@ -64,13 +67,13 @@ async def judged(config: JudgeConfig, items: Sequence[tuple[str, str, str]]) -> 
 
 
 def verdict(text: str) -> bool | None:
-    """What a judge said, after what it may have thought aloud; None: neither yes nor no."""
+    """Parse a judge's verdict, ignoring its reasoning; None if it is neither yes nor no."""
     match = _VERDICT.match(without_thoughts(text))
     return None if match is None else match[1].lower() == "yes"
 
 
 def check_judge(name: str, config: JudgeConfig) -> None:
-    """PreflightError unless the endpoint of this evaluation set answers, and has the model."""
+    """PreflightError unless the judge's endpoint of the evaluation set `name` answers and serves the model."""
 
     async def models() -> list[str]:
         async with _client(config) as client:
@@ -93,15 +96,15 @@ def check_judge(name: str, config: JudgeConfig) -> None:
 
 
 def _client(config: JudgeConfig) -> "AsyncOpenAI":
-    """PreflightError if the environment names a proxy that the client cannot use."""
+    """Make the client. PreflightError if the environment names a proxy that the client cannot use."""
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-    # A server of one's own asks for no key, and the client insists on one.
+    # A self-hosted server needs no key, but the client requires one.
     key = os.environ.get(config.api_key_env) or "none"
     try:
-        # A proxy of the environment cannot reach this machine's own addresses.
+        # A proxy from the environment cannot reach loopback addresses of this machine.
         http = DefaultAsyncHttpxClient(trust_env=not is_loopback(config.url))
-    except (ImportError, ValueError) as error:  # SOCKS without the package for it, or an address that is none
+    except (ImportError, ValueError) as error:  # SOCKS without its package, or an invalid address
         raise PreflightError(
             f"the judge {config.model} at {config.url} cannot be reached by the proxy that the environment names "
             f"({named_proxies()}): {str(error).splitlines()[0]}; correct the variable, or install what it needs"

@@ -1,1 +1,1 @@
-"""Everything that is checked before a process starts: model, memory, plan, fingerprint. No ray."""
+"""Checks before any process of a run starts: model, memory, plan, fingerprint. Does not import ray."""

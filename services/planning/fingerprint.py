@@ -1,4 +1,4 @@
-"""The fingerprint of a run: settings, model and tokens that must not change when it is continued."""
+"""The fingerprint of a run: settings, model and tokens that must not change on resume."""
 
 import hashlib
 import json
@@ -9,16 +9,16 @@ from sdft.services.data.contexts import (
 )
 from sdft.services.planning.plan import roles
 
-# Of a pool, what changes nothing that is computed.
+# Settings of a pool that never affect the results.
 LIMITS = ("start_timeout_s", "health_timeout_s", "drain_timeout_s", "max_restarts")
 ELSEWHERE = (*LIMITS, "max_replicas", "cpus", "gpus", "labels")
 
 
 def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: list[PromptPair]) -> str:
-    """Settings that change the result, the model, and the very tokens that are trained on, up to this task.
+    """Hash the settings that change the result, the model and the training tokens, up to and including this task.
 
-    before: that of the task before it. model: what tells it from others. No paths: a run may be continued after its
-    files were moved.
+    before: the fingerprint of the previous task. model: bytes that identify the model. Paths are not hashed, so a run
+    can be resumed after its files were moved. Returns a SHA-256 hex digest.
     """
     elsewhere = {"model", "data", "stages", "run_dir", "ray", "monitoring", "checkpoint", "evaluation", "retention"}
     settings = config.model_dump(mode="json", exclude=elsewhere)
@@ -26,10 +26,10 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: list[
         for role in roles(config):
             for key in ELSEWHERE:
                 del settings["actors"][role][key]
-    else:  # no two runs are the same, whatever engines there are
+    else:  # a run ahead is not reproducible, whatever its engines are
         del settings["actors"]
         settings["training"]["max_staleness"] = "some"
-    # The rest of these changes how it is computed, not what.
+    # The other settings of these sections change how the result is computed, not what it is.
     settings["weights"] = {key: settings["weights"][key] for key in ("sync_every", "teacher_sync_every")}
     settings["learner"] = {key: settings["learner"][key] for key in ("optimizer", "lora")}
     digest = hashlib.sha256(before.encode() + json.dumps(settings, sort_keys=True).encode())

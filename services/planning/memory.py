@@ -1,16 +1,16 @@
-"""How much main memory a learner rank takes at its peak: state by what ZeRO divides, activations by the model's shape.
+"""Estimate of the peak main memory of a learner rank: state as ZeRO divides it, activations by the model's shape.
 
 The factors of the activations are fitted to measured peaks of SmolLM2-135M (bfloat16 and float32, 1024 to 8192 tokens,
 with and without gradient checkpointing, with and without LoRA; within 7 %). tests/services/planning/test_memory.py
-measures again.
+repeats the measurement.
 """
 
 from sdft.actors.shared.process import GIB
 from sdft.learner.config import ATTENTION_KEPT, CHUNK_BYTES, LearnerConfig, TeacherConfig
 from sdft.services.planning.shape import ModelShape
 
-WIDTH = {"bfloat16": 2, "float32": 4}  # bytes of a number
-FILE_BYTES = 2  # of a number in a model's files, usually
+WIDTH = {"bfloat16": 2, "float32": 4}  # bytes a number
+FILE_BYTES = 2  # bytes a number in a model's files, usually
 PROCESS_GIB = 0.6  # Python, Ray, torch, transformers, DeepSpeed
 PEFT_GIB = 0.1
 
@@ -25,8 +25,10 @@ def learner_gib(
     sequence: int,
     stages: int = 1,
 ) -> float:
-    """Peak of the first rank, which also holds the snapshots, for forwards of `tokens`, `rows` of them in the loss, in
-    sequences of `sequence` tokens."""
+    """Estimate the peak in GiB of the first rank, which also holds the snapshots.
+
+    tokens: of one forward. rows: those of them in the loss. sequence: tokens a sequence. stages: stages of the run.
+    """
     if config.lora is None:
         process, total = PROCESS_GIB, _state_bytes(config, teacher, dtype, shape)
     else:
@@ -38,10 +40,10 @@ def learner_gib(
 def _state_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape) -> float:
     width, stage = WIDTH[dtype], config.zero_stage_for(dtype)
     ema = 0 if teacher.weights == "live" else 4
-    masters = 4 if stage > 0 else 0  # at stage 0 the weights are their own
+    masters = 4 if stage > 0 else 0  # at ZeRO stage 0 the weights are the masters
     optimizer = (masters + 8 + ema) / (config.ranks if stage > 0 else 1)
     accumulated = 0 if stage == 0 else 4 / (config.ranks if stage > 1 else 1)  # gradients, in float32
-    weights = 2 * width / (config.ranks if stage > 2 else 1)  # and their gradients
+    weights = 2 * width / (config.ranks if stage > 2 else 1)  # weights and their gradients
     snapshots = width * (1 if teacher.weights == "live" else 2)
     return shape.parameters * (optimizer + accumulated + weights + snapshots)
 
@@ -49,8 +51,10 @@ def _state_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shap
 def _lora_state_bytes(
     config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, stages: int
 ) -> float:
-    """The model, frozen; the teacher's change of it in float32, if it ever changes, and its snapshot. While a student's
-    snapshot is verified, the model merged and the file that it is merged from."""
+    """Bytes of the frozen model, of the teacher's float32 change of it (if the teacher ever changes) and its snapshot.
+
+    The verification of a student's snapshot also takes the merged model and the file that it is merged from.
+    """
     width = WIDTH[dtype]
     becomes_student = stages > 1 and teacher.weights in ("ema", "frozen")
     moves = teacher.weights == "ema" and teacher.alpha > 0
@@ -62,18 +66,21 @@ def _lora_state_bytes(
 
 
 def _activation_bytes(config: LearnerConfig, dtype: str, shape: ModelShape, tokens: int, sequence: int) -> float:
-    """What autograd keeps: in the model's dtype about 7 vectors of the hidden size and 4 of the feed-forward's in each
-    layer, of short sequences the attention weights, and 3.5 vectors of the hidden size in float32."""
+    """Bytes that autograd keeps in a forward of `tokens` tokens.
+
+    Per token and layer, in the model's dtype: about 7 vectors of the hidden size, 4 of the feed-forward size, and the
+    attention weights of short sequences. Also 3.5 vectors of the hidden size in float32.
+    """
     width = WIDTH[dtype]
-    attention = shape.heads * min(sequence, ATTENTION_KEPT)  # however long the longest may be, most are shorter
+    attention = shape.heads * min(sequence, ATTENTION_KEPT)  # capped: most sequences are shorter than the longest
     layer = width * (7 * shape.hidden + 4 * shape.intermediate + attention) + 14 * shape.hidden
     if not config.gradient_checkpointing:
         return tokens * shape.layers * layer
-    # Each layer's input, and the layers at work: measured, not derived.
+    # The input of each layer and up to 8 active layers: measured, not derived.
     return tokens * (shape.layers * width * shape.hidden + min(8, shape.layers) * layer)
 
 
 def _loss_bytes(config: LearnerConfig, dtype: str, shape: ModelShape, rows: int) -> float:
     width, chunk = WIDTH[dtype], CHUNK_BYTES // max(1, WIDTH[dtype] * shape.vocabulary)
-    gradient = 0 if config.lora is not None else width + (4 if rows > chunk else 0)  # of the head
+    gradient = 0 if config.lora is not None else width + (4 if rows > chunk else 0)  # of the output head
     return shape.vocabulary * (min(rows, chunk) * width + shape.hidden * gradient)

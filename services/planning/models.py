@@ -1,4 +1,4 @@
-"""A model's local folder: an existing one, a built-in model made once from its package, or one from the hub."""
+"""Resolve a model to a local folder: an existing one, a built-in model made from its package, or one from the hub."""
 
 import difflib
 import json
@@ -21,14 +21,14 @@ from sdft.services.planning.shape import check_files, refuse_experts
 from sdft.services.planning.smollm2 import make_smollm2
 
 BUILT_IN = {"smollm2-135m": make_smollm2}
-CACHE = "SDFT_CACHE"  # environment variable: where they are kept
-# Of a hub repository. Subfolders and consolidated files hold the same weights once more, in other formats.
+CACHE = "SDFT_CACHE"  # environment variable: folder of the built-in models
+# File patterns in a hub repository. Subfolders and consolidated files repeat the same weights in other formats.
 DOWNLOADED = [*COMPANIONS, "*.safetensors"]
 NOT_DOWNLOADED = ["*/*", "consolidated*"]
 
 
 def resolve_model(name: str, base: Path) -> Path:
-    """The folder of `name`: a path (relative to `base` or here), a built-in name, or a hub id."""
+    """Return the folder of `name`: a path (relative to `base` or the working directory), a built-in name, a hub id."""
     for candidate in (resolve_path(base, name), Path(name)):
         try:
             if candidate.is_dir():
@@ -64,7 +64,10 @@ def check_trainable(model: Path) -> None:
 
 
 def check_positions(model: Path, tokens: int) -> None:
-    """UserError if the positions of a sequence of so many tokens depend on what else is computed with it."""
+    """UserError if sequences of `tokens` tokens exceed the short range of longrope positions.
+
+    Beyond it the positions depend on what else is computed with a sequence.
+    """
     limit = longest_of_short_rope(model)
     if limit is not None and tokens > limit:
         raise UserError(
@@ -74,15 +77,15 @@ def check_positions(model: Path, tokens: int) -> None:
         )
 
 
-_passed: set[tuple[object, ...]] = set()  # folders that this process has had examined, with the state of their files
+_passed: set[tuple[object, ...]] = set()  # folders that passed in this process, with the state of their files
 
 
 @contextmanager
 def examined(model: Path, trains: bool) -> Iterator[None]:
-    """UserError at its end unless the folder's tensors are those that the model needs, and the learner can run it.
+    """UserError at exit unless the folder's tensors are those that the model needs and the learner can run it.
 
-    The examination needs torch, which this process does without. So another one does it, in 3 s, beside the body of the
-    `with` statement. A folder that has passed and has not changed is not examined again.
+    The examination needs torch, which this process does not import. A subprocess runs it in 3 s, in parallel with the
+    body of the `with` statement. A folder that passed and has not changed is not examined again.
     """
     stats = [(path.name, path.stat()) for path in sorted(model.iterdir()) if path.is_file()]
     state = model, trains, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
@@ -90,7 +93,7 @@ def examined(model: Path, trains: bool) -> Iterator[None]:
         yield
         return
     command = [sys.executable, "-P", "-m", "sdft.learner.model.examine", str(model), *(["--trains"] if trains else [])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the same modules as here
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the same modules as this process
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
@@ -109,9 +112,9 @@ def examined(model: Path, trains: bool) -> Iterator[None]:
 
 
 def materialise(name: str, out: Path, setting: str = "--out") -> None:
-    """Make a built-in model into the folder `out`, which must be new or empty; whole or not at all.
+    """Make a built-in model in the folder `out`, which must be new or empty. The folder appears whole or not at all.
 
-    setting: what to change if it cannot be written.
+    setting: the option or variable that the errors name. UserError if `name` is not built-in or `out` cannot be used.
     """
     if name not in BUILT_IN:
         near = difflib.get_close_matches(name, BUILT_IN, n=1)
@@ -132,18 +135,18 @@ def materialise(name: str, out: Path, setting: str = "--out") -> None:
 
 
 def _make(name: str, part: Path, out: Path) -> None:
-    part.mkdir()  # with the permissions of any other folder; the temporary one around it is the owner's alone
+    part.mkdir()  # default permissions; the temporary parent folder is private to the owner
     BUILT_IN[name](part)
     try:
         part.rename(out)
     except OSError:
         if not out.is_dir() or not any(out.iterdir()):
             raise
-        # Another process made it first: theirs is as good.
+        # Another process made the same model first; keep that one.
 
 
 def _cache() -> Path:
-    """Where built-in models are kept. UserError if it is a home directory's, and there is none."""
+    """Return the folder for built-in models. UserError if it needs a home directory and the user has none."""
     try:
         return Path(os.environ.get(CACHE, "~/.cache/sdft")).expanduser()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""What a run will start and need: processes, memory of each part, what Ray must offer. Estimates."""
+"""The plan of a run: its processes, their estimated memory and their Ray resources."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,12 @@ from sdft.services.config.run import RunConfig, TaskConfig
 from sdft.services.planning.memory import WIDTH, learner_gib
 from sdft.services.planning.shape import ModelShape
 
-# Of an engine's two processes together, beside weights and KV cache. Measured on the CPU build: 0.8 with a model of
-# 0.26 M parameters, 1.0 after steps of SmolLM2-135M in float32; the rest is for larger batches.
+# GiB of an engine's two processes together, without weights and KV cache. Measured on the CPU build: 0.8 with a model
+# of 0.26 M parameters, 1.0 after steps of SmolLM2-135M in float32; the rest is a margin for larger batches.
 ENGINE_BASE_GIB = 1.3
-# Share of a GPU that vLLM wants free at a start where the cache's size is given, so that nothing else follows from it.
+# gpu_memory_utilization with an explicit KV cache size: it is only the share of the GPU that must be free at a start.
 FREE_AT_LEAST = 0.05
-# Ray's own processes and the driver.
+# GiB of Ray's processes and the driver.
 RAY_BASE_GIB = 1.2
 
 
@@ -31,11 +31,11 @@ class Part:
     cpus: float  # Ray CPUs
     gpus: float
     memory_gib: float  # main memory with device: cpu
-    labels: Mapping[str, str] = field(default_factory=dict)  # of the nodes that may hold it
+    labels: Mapping[str, str] = field(default_factory=dict)  # labels of the nodes where it may be placed
 
     @property
     def bundle(self) -> dict[str, float]:
-        """What it takes of a node, in Ray's words."""
+        """Its placement group bundle: Ray resources by name."""
         return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
 
 
@@ -46,7 +46,7 @@ class Plan:
     students: tuple[Part, ...]
     teachers: tuple[Part, ...]
     learners: tuple[Part, ...]
-    growing: Mapping[str, int] = field(default_factory=dict)  # engines that a role may come to, if more than at first
+    growing: Mapping[str, int] = field(default_factory=dict)  # most engines of a role, if more than at the start
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -65,7 +65,7 @@ class Plan:
         return RAY_BASE_GIB + sum(p.memory_gib for p in self.parts)
 
     def text(self) -> str:
-        """The plan as people read it."""
+        """Format the plan as a table for a terminal."""
         lines = [f"{'process':<22}{'Ray CPUs':>10}{'GPUs':>6}{'memory':>12}"]
         lines += [f"{p.name:<22}{p.cpus:>10g}{p.gpus:>6g}{p.memory_gib:>8.1f} GiB" for p in self.parts]
         lines.append(f"{'Ray and driver':<22}{0:>10g}{0:>6g}{RAY_BASE_GIB:>8.1f} GiB")
@@ -77,14 +77,14 @@ class Plan:
 
 
 def make_plan(config: RunConfig, shape: ModelShape, longest_prompts: Sequence[int]) -> Plan:
-    """The plan for a model, and prompts (the student's) of at most so many tokens in each task."""
+    """Make the plan of a run. longest_prompts: tokens of the longest student prompt of each task."""
     cuda = config.device == "cuda"
     width = WIDTH[config.dtype]
     weights = shape.parameters * width / GIB
 
     def engines(role: str) -> tuple[Part, ...]:
         e = config.actors.of(role)
-        # Weights twice for a moment while they are replaced (the snapshot is mapped), the KV cache, logits of a batch.
+        # An update holds the weights twice (the snapshot is mapped). KV cache and logits of a batch come on top.
         memory = ENGINE_BASE_GIB + 2 * weights + (0 if cuda else e.cpu_cache_gib)
         gpus = e.gpus if cuda else 0
         return tuple(Part(f"{role} engine {i}", e.cpus, gpus, memory, e.labels) for i in range(e.replicas))
@@ -102,7 +102,7 @@ def make_plan(config: RunConfig, shape: ModelShape, longest_prompts: Sequence[in
 
 
 def _largest_forward(config: TaskConfig, longest_prompt: int) -> tuple[int, int, int]:
-    """Of a rank's largest forward if every answer is as long as it may be: tokens, those in the loss, a sequence's."""
+    """Return (tokens, loss tokens, tokens a sequence) of a rank's largest forward, with completions of full length."""
     sequence = longest_prompt + config.sampling.max_new_tokens
     share = -(-config.training.batch_size * config.sampling.generations // config.learner.ranks)
     sequences = max(1, min(share, config.learner.micro_batch_tokens // sequence))
@@ -110,12 +110,16 @@ def _largest_forward(config: TaskConfig, longest_prompt: int) -> tuple[int, int,
 
 
 def roles(config: RunConfig) -> tuple[str, ...]:
-    """Whose engines are started: with a live teacher the students score too, and without one nobody does."""
+    """Return the roles that get engines. With a live teacher the student engines also score;
+    without a teacher (`teacher_of` returns "live") no engine scores."""
     return ("student",) if teacher_of(config).weights == "live" else ("student", "teacher")
 
 
 def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings:
-    """How an engine of this role is started. Student engines also evaluate, and score when the teacher is live."""
+    """Settings of an engine of this role. Student engines also evaluate, and score if teacher.weights is live.
+
+    UserError if the longest sequence exceeds the model's positions or the KV cache.
+    """
     e = config.actors.of(role)
     longest_answer = max([t.sampling.max_new_tokens for t in config.tasks] + [s.max_new_tokens for s in config.sets])
     max_model_len = max(task.data.max_teacher_prompt_tokens for task in config.tasks) + longest_answer + 1
@@ -133,7 +137,7 @@ def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings
             f"(data.max_teacher_prompt_tokens and the longest answer) needs {cache:.2g} GiB; raise it"
         )
     cache_gib = e.cpu_cache_gib if config.device == "cpu" else e.kv_cache_gib
-    # Correct engines: up to 1e-5 and, of models that were trained for long, 0.04; other weights: 0.4 and more.
+    # Gaps of correct engines: up to 1e-5, and 0.04 for models after long training. Gaps of wrong weights: 0.4 and more.
     default_gap = 0.001 if config.dtype == "float32" else 0.08
     return EngineSettings(
         model=str(model),
@@ -154,7 +158,7 @@ def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings
 
 
 def _cache_bytes_per_token(shape: dict[str, Any], width: int) -> int:
-    """Keys and values of one token in all layers, by config.json; 0 if it names its shape otherwise."""
+    """Bytes of the keys and values of one token in all layers, from config.json; 0 if it lacks the usual names."""
     heads = shape.get("num_key_value_heads") or shape.get("num_attention_heads")
     layers, hidden = shape.get("num_hidden_layers"), shape.get("hidden_size")
     if not (heads and layers and hidden):

@@ -1,4 +1,4 @@
-"""From a configuration to everything a run needs before a process is started: model, data, prompts, schedule, plan."""
+"""Prepare a run from its configuration, before a process is started: model, data, prompts, schedule, plan."""
 
 import shutil
 from collections.abc import Sequence
@@ -41,41 +41,41 @@ if TYPE_CHECKING:
 from sdft.services.planning.fingerprint import fingerprint_of
 
 PROBE_TOKENS = 48
-LOOKED_AT = 100  # demonstrations, for their length
+LOOKED_AT = 100  # demonstrations whose length is checked
 CHECKPOINT_BYTES_PER_PARAMETER = 20  # float32 masters, two moments, EMA, and the student in float32 at most
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One task of a run, checked."""
+    """One stage of a run, checked."""
 
     name: str  # "" in a run without stages
     config: TaskConfig
     prompts: list[PromptPair]  # of the demonstrations, in file order
-    sets: list[LoadedSet]  # its own
+    sets: list[LoadedSet]  # evaluation sets of this stage
     schedule: StageSchedule
-    fingerprint: str  # of whatever must not change between a run, up to this stage's end, and its continuation
-    warning: str | None = None  # of what may keep it from learning
+    fingerprint: str  # what must not change on resume, up to the end of this stage
+    warning: str | None = None  # a reason why the stage may not learn
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has been checked as far as it can be without starting it."""
+    """A run, checked as far as possible without starting it."""
 
     config: RunConfig
     path: Path  # of the config file
     model: Path
     shape: ModelShape
     tokenizer: "PreTrainedTokenizerBase"
-    reply_end: int  # the token that ends a reply, by the chat template: engines stop at it
+    reply_end: int  # the token that ends a reply in the chat template; engines stop at it
     stages: tuple[Stage, ...]
-    common: list[LoadedSet]  # evaluation sets of no stage
+    common: list[LoadedSet]  # evaluation sets that belong to no stage
     plan: Plan
-    begun: datetime  # local time, which the prompts may have in them
+    begun: datetime  # local time; chat templates may write it into prompts
 
     @property
     def schedule(self) -> Schedule:
-        """Of all stages."""
+        """The schedule of all stages."""
         return Schedule(tuple(stage.schedule for stage in self.stages))
 
     @property
@@ -85,20 +85,20 @@ class Prepared:
 
     @property
     def probe_ids(self) -> IntArray:
-        """A real prompt's first tokens: what weight updates are verified on."""
+        """The probe: the first PROBE_TOKENS tokens, int32, of the longest of the first 32 prompts."""
         ids = max((p.teacher_ids or p.student_ids for p in self.stages[0].prompts[:32]), key=len)
         return np.asarray(ids[:PROBE_TOKENS], dtype=np.int32)
 
     def at(self, step: int) -> Stage:
-        """The stage that optimizer step `step` is in; of step 0 the first."""
+        """Return the stage of optimizer step `step`; the first stage for step 0."""
         return self.stages[self.schedule.at(step).stage]
 
 
 def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime | None = None) -> Prepared:
-    """Check everything; UserError lists what is wrong. Relative paths start at the config file's folder.
+    """Check everything; UserError lists the problems. Relative paths start at the config file's folder.
 
-    trains: the model will be trained, not only evaluated. begun: of a run that is continued, when it was begun
-    (`checkpoints.begun`), for chat templates that write the date.
+    trains: the model is trained, not only evaluated. begun: the start time of a resumed run (`checkpoints.begun`), for
+    chat templates that write the date.
     """
     base, begun = path.parent, begun or datetime.now()
     check_sinks(config.monitoring)
@@ -130,11 +130,11 @@ def _prepared(
     common: "Questions",
     begun: datetime,
 ) -> Prepared:
-    """The rest, which needs the model's tokenizer. loaded: of each task its demonstrations and its own questions."""
+    """The part that needs the tokenizer. loaded: (task, its demonstrations, its own questions) for each task."""
     base = path.parent
     tokenizer = load_tokenizer(model)
     names = [s.name for s in config.stages] or [""]
-    rows = embedding_rows(model)  # no token may be beyond them
+    rows = embedding_rows(model)  # every token id must be below it
     kind = (model / "config.json").read_bytes() + sample_of_weights(model)
     stages: list[Stage] = []
     schedules = make_schedule(config.tasks, [len(demonstrations) for _, demonstrations, _ in loaded]).stages
@@ -170,7 +170,7 @@ Questions = list[tuple[EvaluationSet, list[Record]]]
 
 
 def _needed(task: TaskConfig, base: Path) -> list[str]:
-    """Columns that its rows must have beside the prompt."""
+    """Return the columns that the task's rows need besides the prompt."""
     if on_demonstrations(task):
         return ["demonstration"]
     column = shown_to_teacher(task.data.template, base)
@@ -182,7 +182,7 @@ def _questions(sets: Sequence[EvaluationSet], base: Path) -> Questions:
 
 
 def _short(builder: PromptBuilder, items: Sequence[Record], task: TaskConfig) -> str | None:
-    """A warning if most replies will be too short to learn from, by the demonstrations; a few of them tell."""
+    """Return a warning if more than half of a sample of demonstrations has at most loss.skip_first tokens."""
     skipped = loss_of(task).skip_first
     some = [item for item in items[:: max(1, len(items) // LOOKED_AT)] if item.demonstration is not None]
     short = sum(len(builder.demonstration(item)) <= skipped for item in some)
@@ -205,7 +205,7 @@ def _sets(
     task: TaskConfig,
     rows: int | None,
 ) -> list[LoadedSet]:
-    """With prompts as the task's are made. rows: of the model's embedding."""
+    """Build the prompts of the questions with the task's settings. rows: rows of the model's embedding."""
     limits = _limits(task)
     loaded = []
     for one, items in questions:
@@ -216,7 +216,7 @@ def _sets(
 
 
 def learner_settings(prepared: Prepared) -> LearnerSettings:
-    """How the learner of a run is started."""
+    """Return the settings of a run's learner."""
     c = prepared.config
     stages = tuple(
         StageSettings(
@@ -241,7 +241,7 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
 
 
 def check_memory(config: RunConfig, plan: Plan) -> None:
-    """PreflightError if this machine's memory cannot hold the plan; on a running cluster Ray decides that."""
+    """PreflightError if the plan does not fit this machine's memory. Not checked on a running cluster or on GPUs."""
     free = available_memory_gib()
     if config.ray.running is None and config.device == "cpu" and plan.memory_gib > free:
         raise PreflightError(
@@ -251,8 +251,8 @@ def check_memory(config: RunConfig, plan: Plan) -> None:
 
 
 def check_disk(prepared: Prepared, run_dir: Path) -> None:
-    """PreflightError if the disk of the run directory, which exists, cannot hold the checkpoints."""
-    keep = prepared.config.checkpoint.keep + 1  # the newest is written before the oldest goes
+    """PreflightError if the checkpoints do not fit the disk of the run directory, which must exist."""
+    keep = prepared.config.checkpoint.keep + 1  # the newest is written before the oldest is removed
     shape = prepared.shape
     trained = shape.adapters or shape.parameters
     needed = (trained * CHECKPOINT_BYTES_PER_PARAMETER + 4 * shape.adapted) * keep

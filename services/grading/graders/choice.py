@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-# The inner guard makes the match start at the nearest <answer>, so that an unclosed one before it changes nothing.
+# The negative lookahead starts the match at the nearest <answer>, so an unclosed tag before it has no effect.
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
 

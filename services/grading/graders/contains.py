@@ -1,11 +1,11 @@
-"""contains: an accepted string occurs in the reply, letter case aside, as whole words and whole numbers."""
+"""contains: an accepted string occurs in the reply, ignoring case, as whole words and whole numbers."""
 
 import re
 from typing import Any
 
 from sdft.services.grading.graders import exact
 
-# "5" is neither part of "15" or "x5", nor of "5.2", "1.5" or "5,000", nor of "-5"; in "5." and "3-5" it stands alone.
+# "5" does not match within "15", "x5", "5.2", "1.5", "5,000" or "-5"; it matches in "5." and "3-5".
 _NOT_AFTER = r"(?<!\w)"
 _NOT_WITHIN_NUMBER = r"(?<!\d[.,])(?<!(?<!\w)[-−])"
 _NOT_BEFORE = r"(?!\w)"
@@ -23,7 +23,7 @@ def check_answer(answer: Any) -> str | None:
 
 
 def _pattern(accepted: str) -> str:
-    """A boundary is asked for only where the accepted string itself begins or ends with a word character."""
+    """Build the pattern. A boundary is required only where the accepted string begins or ends with a word character."""
     words = accepted.split()
     first, last = words[0][0], words[-1][-1]
     before = after = ""

@@ -23,5 +23,5 @@ def check_answer(answer: Any) -> str | None:
 
 
 def accepted_strings(answer: str | list[str]) -> list[str]:
-    """An answer may be written as one string or as a list of them."""
+    """Return the accepted strings as a list; an answer is one string or a list of strings."""
     return [answer] if isinstance(answer, str) else answer

@@ -1,6 +1,6 @@
-"""instruction: the reply keeps every rule of the answer, each of which a program can check.
+"""instruction: the reply keeps every rule of the answer; each rule is checked by code.
 
-answer: a list of rules such as {"rule": "lines", "n": 3} or {"rule": "contains", "text": "river"}; RULES has them all.
+answer: a list of rules such as {"rule": "lines", "n": 3} or {"rule": "contains", "text": "river"}; RULES lists them.
 """
 
 import json
@@ -28,21 +28,21 @@ def _is_json(text: str) -> bool:
         return False
 
 
-# Each has the stripped reply and the rule's one parameter, if it takes one.
+# Rule name -> (name of its parameter, if it takes one; check(stripped reply, parameter)).
 RULES: dict[str, tuple[str | None, Callable[[str, Any], bool]]] = {
-    "contains": ("text", _has),  # as a word or words of its own, in whatever case
+    "contains": ("text", _has),  # as whole words, ignoring case
     "lacks": ("text", lambda reply, word: not _has(reply, word)),
     "starts_with": ("text", lambda reply, text: reply.startswith(text)),
     "ends_with": ("text", lambda reply, text: reply.endswith(text)),
     "words_at_most": ("n", lambda reply, n: 0 < len(_words(reply)) <= n),
     "words_at_least": ("n", lambda reply, n: len(_words(reply)) >= n),
-    "lines": ("n", lambda reply, n: len(_lines(reply)) == n),  # those that are not empty
+    "lines": ("n", lambda reply, n: len(_lines(reply)) == n),  # non-empty lines
     "sentences": ("n", lambda reply, n: len(re.findall(r"[.!?]+(?=\s|$)", reply)) == n),
     "bullets": ("n", lambda reply, n: sum(line.lstrip().startswith(("- ", "* ")) for line in _lines(reply)) == n),
     "numbered": ("n", lambda reply, n: len(re.findall(r"^\s*\d+[.)] ", reply, re.MULTILINE)) == n),
     "uppercase": (None, lambda reply, _: reply.upper() == reply and reply.lower() != reply),
     "lowercase": (None, lambda reply, _: reply.lower() == reply and reply.upper() != reply),
-    "json": (None, lambda reply, _: _is_json(reply)),  # an object, and nothing beside it
+    "json": (None, lambda reply, _: _is_json(reply)),  # one object and nothing else
 }
 
 

@@ -1,16 +1,16 @@
-"""numeric: the last number in the reply is the right one, within a tolerance."""
+"""numeric: the last number in the reply equals the answer within a tolerance."""
 
 import math
 import re
 from typing import Any
 
-# Thousands may be set off by commas; "3.", at the end of a sentence, is 3; the hyphen of "2024-11" is no minus.
+# Commas may separate thousands. "3." at the end of a sentence is 3. The hyphen of "2024-11" is not a minus sign.
 _NUMBER = re.compile(
-    # A number begins behind the comma of "(3,4)", but not within "1,2345": there the comma sets off thousands.
+    # A number begins after the comma of "(3,4)", but not within "1,2345", where the comma separates thousands.
     r"(?<![\w.])(?!(?<=\d,)(?<!\d{4},)\d{3})[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?"
     r"|(?<![\w.])[-+−]?\.\d+"
 )
-EXACT = 1e-9  # relative: what floating point loses, and no more
+EXACT = 1e-9  # relative tolerance: floating-point rounding only
 
 
 def grade(text: str, answer: Any) -> bool:
@@ -38,7 +38,7 @@ def _is_number(value: Any) -> bool:
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer that no float can hold
+    except OverflowError:  # an integer too large for a float
         return False
 
 

@@ -1,7 +1,7 @@
 """tool_call: the calls in the reply are the expected ones (the rule of the SDFT paper, arXiv 2601.19897).
 
-A call is a pair of lines, `Action: NAME` and `Action Input: JSON object`. A reply is right when its action names, as a
-multiset, and its arguments, all calls' objects merged in order, both equal those of the answer.
+A call is a pair of lines, `Action: NAME` and `Action Input: JSON object`. A reply is right if the multiset of its
+action names and its arguments (the objects of all calls, merged in order) both equal those of the answer.
 """
 
 import json
@@ -20,7 +20,7 @@ class Call(NamedTuple):
 
 
 def grade(text: str, answer: Any) -> bool:
-    """Whether `text` makes the calls of `answer`; an action without a readable input makes it wrong."""
+    """Whether `text` makes the calls of `answer`; a reply with an action whose input is not a JSON object is wrong."""
     made = parse_calls(text)
     if made is None:
         return False
@@ -43,9 +43,9 @@ def check_answer(answer: Any) -> str | None:
 
 
 def parse_calls(text: str) -> list[Call] | None:
-    """The calls of a reply in order; None when an `Action:` line has no JSON object as its input.
+    """Parse the calls of a reply in order; None if an `Action:` line has no JSON object as its input.
 
-    Reading goes on behind each object, so an "Action:" within an argument is not taken for a call.
+    The search continues after each object, so an "Action:" within an argument is not parsed as a call.
     """
     calls: list[Call] = []
     position = 0
@@ -62,16 +62,16 @@ def parse_calls(text: str) -> list[Call] | None:
 
 
 def _decode(text: str, start: int) -> tuple[dict[str, Any], int] | None:
-    """The JSON object at `start` and where it ends, or None."""
+    """Return the JSON object at `start` and its end position, or None."""
     try:
         value, end = json.JSONDecoder().raw_decode(text, start)
-    except (ValueError, RecursionError):  # not JSON, a number too long to read, or brackets without end
+    except (ValueError, RecursionError):  # not JSON, too long a number, or nested too deep
         return None
     return (value, end) if isinstance(value, dict) else None
 
 
 def _arguments(action_input: Any) -> dict[str, Any] | None:
-    """An answer's input as an object, or None when it is neither an object nor exactly the text of one."""
+    """Return an answer's input as an object; None if it is neither an object nor exactly the text of one."""
     if isinstance(action_input, dict):
         return action_input
     if not isinstance(action_input, str):
@@ -90,8 +90,8 @@ def _merged(calls: list[Call]) -> dict[str, Any]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two JSON values are equal: 1 is 1.0, but not true, as it is to Python."""
-    left = [(one, other)]  # not by recursion: JSON may be nested deeper than calls can be
+    """Whether two JSON values are equal. 1 equals 1.0, but unlike in Python 1 does not equal true."""
+    left = [(one, other)]  # iterative: JSON may be nested deeper than the recursion limit
     while left:
         a, b = left.pop()
         if isinstance(a, dict) and isinstance(b, dict):
