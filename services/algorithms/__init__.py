@@ -1,1 +1,1 @@
-"""Training methods: who samples, who scores, which loss. Imports config."""
+"""Training methods: sampler, scorer and loss of each. Imports config."""

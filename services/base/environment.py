@@ -1,4 +1,4 @@
-"""What a command takes from its environment: proxies, the user, the folder of temporary files."""
+"""The environment of a command: proxies, the user, the folder of temporary files."""
 
 import ipaddress
 import os
@@ -10,20 +10,24 @@ from sdft.services.base.errors import UserError
 
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 NOT_BY_PROXY = ("127.0.0.1", "localhost", "::1")
-USER_NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")  # where Python looks for a name before it asks for the user's id
-SOCKET_PATH = 107  # bytes of a Unix socket's path on Linux
+USER_NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")  # Python reads the user name here before the user id
+SOCKET_PATH = 107  # bytes in the path of a Unix socket on Linux, at most
 RAYS_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # below Ray's folder
 
 
 def check_environment() -> None:
-    """Mend what can be mended, before anything reads it; UserError for the rest."""
+    """Correct the environment before any library reads it.
+
+    Adds loopback addresses to no_proxy if there are proxies, and sets USER if the user id has no name. Raises UserError
+    if such a user has no HOME either.
+    """
     if named_proxies():
         hosts = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")
         hosts = list(dict.fromkeys([*(host.strip() for host in hosts if host.strip()), *NOT_BY_PROXY]))
         os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(hosts)
     try:
         pwd.getpwuid(os.getuid())
-    except KeyError:  # as in a container that is run with any user id
+    except KeyError:  # as in a container that runs with an arbitrary user id
         if not any(os.environ.get(name) for name in USER_NAMES):
             os.environ["USER"] = f"uid-{os.getuid()}"
         if not os.environ.get("HOME"):
@@ -34,7 +38,7 @@ def check_environment() -> None:
 
 
 def check_temporary(prefix: str) -> None:
-    """UserError unless Ray's sockets can lie below the folder of temporary files, in a folder of that prefix."""
+    """Raise UserError unless paths of Ray's sockets fit below the temporary folder, in a folder with this prefix."""
     try:
         folder = tempfile.gettempdir()
     except FileNotFoundError:
@@ -48,7 +52,7 @@ def check_temporary(prefix: str) -> None:
 
 
 def named_proxies() -> str:
-    """The proxies that the environment names, as NAME=ADDRESS without a password; empty if there is none."""
+    """Return the proxies in the environment, as NAME=ADDRESS without a password; empty if there are none."""
     found = []
     for name in PROXIES:
         address = os.environ.get(name) or os.environ.get(name.lower())
@@ -58,7 +62,7 @@ def named_proxies() -> str:
 
 
 def is_loopback(url: str) -> bool:
-    """Whether an address such as http://localhost:8000/v1 is one of this machine only."""
+    """Return whether an address such as http://localhost:8000/v1 is a loopback address."""
     host = urlsplit(url).hostname or ""
     if host == "localhost":
         return True

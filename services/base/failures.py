@@ -1,4 +1,4 @@
-"""Failures: the reason in one line, and how many there were within an hour."""
+"""Failures: the reason in one line, the number within an hour, and the back-off."""
 
 import re
 import time
@@ -9,19 +9,19 @@ from ray.exceptions import RayActorError
 HOUR_S = 3600
 LONGEST_BACK_OFF_S = 60
 LONGEST_REASON = 240  # characters
-IN_ITS_START = "creation task"  # Ray, of an actor whose __init__ raised
+IN_ITS_START = "creation task"  # in Ray's message for an actor whose __init__ raised
 NUMBERS = re.compile(r"(class_name|actor_id|pid|name|namespace|ip): ")
 
 
 class Losses:
-    """How often something was lost in the last hour, and how long to wait before it is started once more."""
+    """Counts the losses of the last hour, and computes the back-off before the next start."""
 
     def __init__(self) -> None:
         self._when: deque[float] = deque()
         self._in_a_row = 0
 
     def count(self) -> int:
-        """One more: how many there were within an hour."""
+        """Count one loss, and return the number within the last hour."""
         self._in_a_row += 1
         self._when.append(time.monotonic())
         while self._when[-1] - self._when[0] > HOUR_S:
@@ -29,20 +29,24 @@ class Losses:
         return len(self._when)
 
     def recovered(self) -> None:
-        """It has worked since."""
+        """Reset the back-off after a success."""
         self._in_a_row = 0
 
     @property
     def back_off_s(self) -> float:
-        """None after the first in a row, then 1 s, 3 s, 7 s and so on."""
+        """Back-off in seconds: 0 after the first loss in a row, then 1, 3, 7 and so on, at most LONGEST_BACK_OFF_S."""
         return min(2.0 ** min(self._in_a_row - 1, 10) - 1, LONGEST_BACK_OFF_S)
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in one line. Ray wraps what an actor raises into a text with its whole traceback, and tells of a
-    death below a list of the actor's names and numbers."""
+    """Return the reason of a failure in one line.
+
+    Ray wraps an exception of an actor into a text with its whole traceback, and puts the reason of a death below a list
+    of the actor's names and numbers.
+    """
     cause = getattr(error, "cause", None) or error
-    text = f"{type(cause).__name__}: {cause}" if isinstance(cause, LookupError) else str(cause)  # a key is no sentence
+    # The text of a KeyError is only the key.
+    text = f"{type(cause).__name__}: {cause}" if isinstance(cause, LookupError) else str(cause)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if isinstance(error, RayActorError) and lines and IN_ITS_START in lines[0]:
         return lines[-1]  # below the traceback

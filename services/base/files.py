@@ -1,4 +1,4 @@
-"""Files: those a configuration names, found or missed in a sentence that names the nearest one; writing at once."""
+"""Files: finding those in a configuration, with errors that suggest the nearest name; atomic writes; disk errors."""
 
 import difflib
 import errno
@@ -22,17 +22,17 @@ _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
 
 def is_data_file(value: str) -> bool:
-    """Whether `value` is written like a file of rows (else it may be a hub name)."""
+    """Return whether `value` has the suffix of a data file (else it may be a hub name)."""
     return value.endswith(DATA_SUFFIXES)
 
 
 def is_hub_name(value: str) -> bool:
-    """Whether `value` has the form `name` or `owner/name` of something on the Hugging Face hub."""
+    """Return whether `value` has the form `name` or `owner/name` of a Hugging Face hub id."""
     return _HUB_NAME.match(value) is not None
 
 
 def near_names(wanted: str, folder: Path) -> list[str]:
-    """Up to three names in `folder` that look like `wanted`, the nearest first."""
+    """Return up to three names in `folder` that resemble `wanted`, the nearest first."""
     try:
         names = sorted(p.name for p in folder.iterdir())
     except OSError:
@@ -41,13 +41,13 @@ def near_names(wanted: str, folder: Path) -> list[str]:
 
 
 def resolve_path(base: Path, value: str) -> Path:
-    """A path of the configuration, relative to the folder of the config file."""
+    """Return the path `value`, relative to the folder `base` of the config file unless it is absolute."""
     path = Path(value).expanduser()
     return path if path.is_absolute() else (base / path)
 
 
 def existing_file(key: str, value: str, base: Path) -> Path:
-    """The file that setting `key` names, relative to the folder `base`; a UserError if it is not there."""
+    """Return the file of setting `key`, relative to the folder `base`. Raises UserError if it does not exist."""
     path = resolve_path(base, value)
     if path.is_file():
         return path
@@ -65,7 +65,7 @@ def existing_file(key: str, value: str, base: Path) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; a UserError if it cannot be read as that."""
+    """Return the text of a UTF-8 file. Raises UserError if it cannot be read or decoded."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
@@ -82,7 +82,7 @@ def read_text(path: Path) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: a reader, or a run that is killed, sees the old file or the new one."""
+    """Replace `path` by `content` atomically: a reader, or a killed run, finds the old file or the new one."""
     part = path.with_name(f".{path.name}.part")
     with part.open("wb") as file:
         file.write(content)
@@ -92,7 +92,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def takes_no_more(error: BaseException) -> bool:
-    """Whether it tells of a disk that is full, over quota or broken."""
+    """Return whether the error comes from a disk that is full, over quota, read-only or broken."""
     error = _cause(error)
     if isinstance(error, sqlite3.OperationalError):
         return _sqlite_code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
@@ -100,10 +100,10 @@ def takes_no_more(error: BaseException) -> bool:
 
 
 def of_a_file(error: BaseException) -> bool:
-    """Whether a file could not be made, read or written, for whatever reason.
+    """Return whether the error means that a file could not be made, read or written, for any reason.
 
-    A wait that met its limit (TimeoutError) and a lost peer (ConnectionError) are OSErrors too, but tell nothing of a
-    file. An error of a file has the operating system's number.
+    A timeout (TimeoutError) and a lost peer (ConnectionError) are OSErrors too, but not errors of a file. An error of a
+    file has the operating system's error number.
     """
     error = _cause(error)
     if isinstance(error, sqlite3.OperationalError):
@@ -112,10 +112,10 @@ def of_a_file(error: BaseException) -> bool:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What an actor raised: Ray's wrapper is of the same class, but lacks the number."""
+    """Return the exception that an actor raised: Ray's wrapper has the same class, but not the error number."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, BaseException) else error
 
 
 def _sqlite_code(error: sqlite3.OperationalError) -> int:
-    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF  # the rest says more of it
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF  # without the extended code

@@ -1,4 +1,4 @@
-"""Standard output of a command. A reader that has gone ends neither a run nor, with a traceback, any other command."""
+"""Standard output of a command. A closed reader does not end a run, and ends other commands without a traceback."""
 
 import os
 import select
@@ -6,14 +6,14 @@ import sys
 from contextlib import suppress
 from typing import Any, TextIO, cast
 
-CLOSED = 141  # exit code of a command whose reader has gone: what a shell reports of a program ended by SIGPIPE
+CLOSED = 141  # exit code after the reader has closed, as a shell reports it for SIGPIPE
 
 
 class Output:
-    """The stream that a long command is shown on. What it does not take is dropped, and the command goes on.
+    """Output stream of a long command. Text that cannot be written is dropped, and the command goes on.
 
-    A reader that has gone does not come back: the rest of the process then writes to /dev/null. A full disk may have
-    room again, so writing is tried again each time.
+    A closed reader does not come back, so the rest of the process writes to /dev/null. A full disk may have room again,
+    so each write is tried.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -46,12 +46,12 @@ class Output:
 
 
 def lasting_output() -> TextIO:
-    """Standard output for a command that is to go on without it."""
+    """Return standard output wrapped for a command that goes on without it."""
     return cast(TextIO, Output(sys.stdout))
 
 
 def discard(stream: TextIO) -> None:
-    """Let what is still in the stream's buffer, and what follows, go to /dev/null."""
+    """Send the stream's buffer, and all later writes, to /dev/null."""
     null = os.open(os.devnull, os.O_WRONLY)
     with suppress(OSError):  # a stream in memory has no descriptor
         os.dup2(null, stream.fileno())
@@ -59,7 +59,7 @@ def discard(stream: TextIO) -> None:
 
 
 def reader_gone() -> bool:
-    """Whether standard output or standard error is a pipe without a reader; what follows is discarded then."""
+    """Return whether standard output or standard error is a pipe without a reader. Such a stream is discarded."""
     gone = False
     for stream in (sys.stdout, sys.stderr):
         poll = select.poll()

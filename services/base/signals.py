@@ -1,4 +1,4 @@
-"""A command's work until its end, or until SIGTERM or SIGINT; every clean-up runs in both cases."""
+"""Run a command's work until its end, or until SIGTERM or SIGINT. Every clean-up runs in both cases."""
 
 import asyncio
 import os
@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 STOPPED = 130  # exit code
-STOP_S = 30.0  # for the clean-up
+STOP_S = 30.0  # limit of the clean-up
 
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as SIGINT does, until somebody has another handler for it."""
+    """Make SIGTERM raise KeyboardInterrupt, as SIGINT does, until another handler is installed."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -26,10 +26,10 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def run_until_stopped(work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, in an event loop of its own. KeyboardInterrupt if it was stopped by a signal.
+    """Run `work` in its own event loop and return its result. Raises KeyboardInterrupt if a signal stopped it.
 
-    RuntimeError if something in it was cancelled though nobody stopped it: otherwise a run that failed would look like
-    one that was stopped.
+    Raises RuntimeError if `work` was cancelled without a signal, because a failed run would otherwise look like a
+    stopped one.
     """
     try:
         return asyncio.run(_told_apart(work))
@@ -38,11 +38,10 @@ def run_until_stopped(work: Coroutine[Any, Any, T]) -> T:
 
 
 def stop_on_signals() -> None:
-    """From here on SIGTERM and SIGINT cancel the running task. Called after ray.init, which puts its own handler in the
-    place of any before it.
+    """Cancel the running task on SIGTERM and SIGINT. Must be called after ray.init, which replaces earlier handlers.
 
-    Where every process of a job gets the signal, Ray's control service may end first, and a call to it never returns:
-    a clean-up that takes longer than STOP_S is broken off with the process.
+    If every process of a job gets the signal, Ray's control service may end first, and a call to it never returns. The
+    process therefore exits if the clean-up takes longer than STOP_S.
     """
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None

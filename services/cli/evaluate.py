@@ -1,4 +1,4 @@
-"""`sdft eval`: the evaluation sets of a configuration on a model as it stands; nothing is trained."""
+"""`sdft eval`: run the evaluation sets of a configuration on a model, without training."""
 
 import ray
 from rich.console import Console
@@ -13,7 +13,7 @@ from sdft.services.records.rows import EvalResult, Sample
 
 
 def evaluate(prepared: Prepared, console: Console) -> tuple[list[EvalResult], list[Sample]]:
-    """Results (student's and, where there are demonstrations, teacher's) and every answer of the student."""
+    """Return results (of the student and, with demonstrations, of the teacher) and every reply of the student."""
     plan = Plan(prepared.plan.students, (), ())
     check_memory(prepared.config, plan)
     return run_until_stopped(_run(prepared, plan, console))
@@ -23,7 +23,7 @@ async def _run(prepared: Prepared, plan: Plan, console: Console) -> tuple[list[E
     c = prepared.config
     console.print("starting engines", highlight=False)
     async with places(c.ray, plan) as options:
-        # Strict: which engine answers what depends on nothing but their number.
+        # Strict, so that the assignment of questions to engines depends only on the number of engines.
         c = c.model_copy(update={"training": c.training.model_copy(update={"max_staleness": 0})})
         model, end = prepared.model, prepared.reply_end
         pool = engine_pool(c, model, end, "student", options["student"], console.print, _nothing_published)

@@ -1,4 +1,4 @@
-"""What ended a run, as one sentence: the root cause, from the log of the process that failed where it is only there."""
+"""The failure of a run as one sentence: the root cause, from the failed process's log if it is only there."""
 
 import re
 from collections.abc import Iterator
@@ -11,18 +11,18 @@ from sdft.learner.group import LearnerLost
 from sdft.services.base.errors import RunFailed
 from sdft.services.base.failures import reason
 
-FAILED_CALL = re.compile(r"ray::(\w+)\.(\w+)(?:\(\))?(?:\x1b\[\d+m)* \(pid=(\d+)")  # as Ray heads a remote traceback
+FAILED_CALL = re.compile(r"ray::(\w+)\.(\w+)(?:\(\))?(?:\x1b\[\d+m)* \(pid=(\d+)")  # head of a remote traceback in Ray
 AN_ERROR = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Za-z_]*(?:Error|Exception|Interrupt): \S.*")
-# What only says that something else failed.
+# Messages that only report the failure of something else.
 OPAQUE = re.compile(r"core initialization failed|see root cause|RayTaskError|EngineDead|serializable|pickle", re.I)
-LONGEST = 400  # characters of a log's line
+LONGEST = 400  # characters of a log line
 PARTS = {"EngineWorker": "an engine", "LearnerWorker": "a learner process"}
 
 
 def explained(error: Exception, run_dir: Path | None) -> RunFailed | None:
-    """The sentence for what ended a command, or None: it is no failure of a process that the command started.
+    """Return the failure of a process that the command started as a sentence; None for any other error.
 
-    run_dir: where its logs are; None: none were kept.
+    run_dir: the run directory with the logs; None: no logs were kept.
     """
     where = "" if run_dir is None else f"; logs: {run_dir / 'logs'}"
     if isinstance(error, WeightMismatch):
@@ -45,7 +45,7 @@ def explained(error: Exception, run_dir: Path | None) -> RunFailed | None:
 
 
 def last_error(logs: Path, pid: int | None) -> str | None:
-    """The last line that names an error, in the newest start's log of the process; in all of its logs without a pid."""
+    """Return the last line with an error in the newest start's log of the process; without a pid, in all its logs."""
     starts = sorted(logs.glob("ray-*"))
     if not starts:
         return None
@@ -56,7 +56,7 @@ def last_error(logs: Path, pid: int | None) -> str | None:
 
 
 def _errors(text: str) -> Iterator[str]:
-    """The lines that name an error, and more than that something else failed."""
+    """Yield the errors in the lines of a log, except those that only report the failure of something else."""
     for line in text.splitlines():
         match = AN_ERROR.search(line)
         if match and not OPAQUE.search(match[0]):

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     arguments = parser().parse_args(argv)
-    if argv is None and arguments.run in (_train, _check):  # the process is the command's own
+    if argv is None and arguments.run in (_train, _check):  # the process runs this command only
         promise_tokenizers_only()
     try:
         with sigterm_interrupts():
@@ -100,7 +100,7 @@ def _train(a: argparse.Namespace) -> None:
 
 @contextmanager
 def _explained(run_dir: Path | None) -> Iterator[None]:
-    """A failed engine or learner is a sentence, with the root cause from its log; the run has kept the rest there."""
+    """Convert a failed engine or learner into RunFailed, with the root cause from its log. The log has the rest."""
     try:
         yield
     except (UserError, PreflightError, RetentionLost):
@@ -158,7 +158,7 @@ def _export(a: argparse.Namespace) -> None:
         raise UserError(
             f"{run_dir} has no checkpoint{'' if a.step is None else f' of step {a.step}'}; see `sdft status`"
         )
-    # newest_usable() has checked the folder that it chose.
+    # newest_usable() has checked the folder that it returns.
     if a.step is not None and (reason := damage(folder)) is not None:
         raise UserError(f"{folder} cannot be exported: {reason}")
     if out.exists():
@@ -180,7 +180,7 @@ def _export_student(student: Path, out: Path) -> None:
     if not (student / "adapter_config.json").exists():
         out.mkdir(parents=True)
         for path in student.iterdir():
-            shutil.copyfile(path, out / path.name)  # not its permissions
+            shutil.copyfile(path, out / path.name)  # without permissions
         return
     from sdft.learner.weights.export import BaseModelGone, merge_adapter
 
@@ -211,7 +211,7 @@ def _eval(a: argparse.Namespace) -> None:
     path = Path(a.config)
     if a.regrade and a.model:
         raise UserError("--regrade grades the answers in a file: --model has no part in it; leave one of them out")
-    # A path on the command line starts here, one in the file at the file's folder.
+    # A path on the command line is relative to the working directory, one in the file to the file's folder.
     overrides = a.set + ([f"model={json.dumps(str(_local(a.model)))}"] if a.model else [])
     config = load_config(path, overrides)
     if a.out and not Path(a.out).absolute().parent.is_dir():

@@ -1,8 +1,8 @@
-"""`sdft replay`: the learner alone, once more, on the batches that a run recorded; the first difference is reported.
+"""`sdft replay`: run the learner alone on the batches that a run recorded, and report the first difference.
 
     rollouts/step-N.npz -> learner: step -> its figures and state -> compared with metrics.jsonl and checkpoints/
 
-No engine is started: what differs comes from the learner.
+No engine is started, so any difference comes from the learner.
 """
 
 import math
@@ -26,9 +26,10 @@ COMPARED = ("loss", "divergence", "mismatch_kl", "tail_mass", "grad_norm", "lr")
 
 
 def replay(run_dir: Path, steps: str | None, console: Console) -> str | None:
-    """Run steps "a:b" again (both included; None: all recorded). Returns the first difference, None if there is none.
+    """Replay steps "a:b" (both included; None: all recorded) and return the first difference, None if there is none.
 
-    UserError if the run did not record them, or nothing is there to begin from.
+    Starts from the newest undamaged checkpoint before step a, else from the base model. Raises UserError if the run did
+    not record all steps from there on.
     """
     check_run_dir(run_dir)
     recorded = recorded_steps(run_dir)
@@ -90,7 +91,7 @@ async def _run(
 
 
 def _range(steps: str | None, recorded: list[int]) -> tuple[int, int]:
-    """First and last step of "a:b", "a:", ":b" or "a"."""
+    """Return the first and the last step of "a:b", "a:", ":b" or "a"."""
     first, colon, last = (steps or ":").partition(":")
     try:
         a = int(first) if first else recorded[0]

@@ -1,4 +1,4 @@
-"""What `sdft train` and `sdft check` print of a run before it starts and after it has ended."""
+"""Lines that `sdft train` and `sdft check` print before a run starts and after it has ended."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from sdft.services.records.rows import Sample, read_rows
 
 
 def dtype_lines(config: RunConfig) -> list[str]:
-    """A warning, if the run is in a dtype that this processor has no instructions for."""
+    """Return a warning if this processor has no instructions for the run's dtype."""
     if config.device != "cpu" or config.dtype != "bfloat16" or has_bfloat16():
         return []
     return [
@@ -24,7 +24,7 @@ def dtype_lines(config: RunConfig) -> list[str]:
 
 
 def reply_lines(prepared: Prepared) -> list[str]:
-    """A warning, if a server that knows no chat template would go on where a reply ends."""
+    """Return a warning if a server without the chat template would not stop at the end of a reply."""
     end, folder = prepared.reply_end, prepared.model
     path = next(folder / name for name in ("generation_config.json", "config.json") if (folder / name).is_file())
     try:
@@ -41,7 +41,7 @@ def reply_lines(prepared: Prepared) -> list[str]:
 
 
 def stage_lines(prepared: Prepared) -> list[str]:
-    """A line for each stage: what is trained on, for how long, and by what."""
+    """Return a line for each stage: demonstrations, steps and loss; and its warning, if there is one."""
     lines = []
     for stage in prepared.stages:
         c, schedule = stage.config, stage.schedule
@@ -60,12 +60,12 @@ def stage_lines(prepared: Prepared) -> list[str]:
 
 
 def print_outcome(run_dir: Path) -> None:
-    """Results and a few answers, for whoever does not open the report."""
+    """Print the results and a few replies, so that they can be read without the report."""
     print(status_text(run_dir))
     samples = read_rows(run_dir, Sample)
     for task in dict.fromkeys(s.task for s in samples):
         rows = [s for s in samples if s.task == task]
-        for identity in list(dict.fromkeys(s.id for s in rows))[:3]:  # the file's first, not the best
+        for identity in list(dict.fromkeys(s.id for s in rows))[:3]:  # the first in the file, not the best
             answers = {s.step: s for s in rows if s.id == identity}
             print(f"\n{task}: {next(iter(answers.values())).prompt.strip().splitlines()[-1]}")
             for step in dict.fromkeys((min(answers), max(answers))):

@@ -1,4 +1,4 @@
-"""`sdft train`: from checked configuration to a finished, resumable run directory."""
+"""`sdft train`: from a checked configuration to a finished, resumable run directory."""
 
 import fcntl
 import json
@@ -28,8 +28,10 @@ LOCK_TRIES, LOCK_EVERY_S = 5, 0.1
 
 
 def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> Path | None:
-    """Run to the end and return the report's path, None if it could not be written. `resume`: auto, never, or a
-    checkpoint folder."""
+    """Run to the end and return the report's path, None if it could not be written.
+
+    resume: auto, never, or a checkpoint folder. Raises UserError if the run directory or the checkpoint cannot be used.
+    """
     if any(part.startswith("_ray_pkg_") for part in run_dir.resolve().parts):
         raise UserError(
             f"{run_dir} lies in this job's copy of the working directory, which Ray deletes; give an absolute path on "
@@ -76,7 +78,7 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
             write_state(run_dir, state | {"state": "guarded", "error": str(error)})
             raise
         except BaseException as error:
-            with suppress(OSError):  # without room for this record `sdft status` finds that the process is gone
+            with suppress(OSError):  # without this record `sdft status` still detects that the process is gone
                 write_state(run_dir, state | {"state": "failed", "error": f"{type(error).__name__}: {error}"})
             if takes_no_more(error):
                 raise PreflightError(
@@ -88,7 +90,7 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
 
 
 def _ended(run_dir: Path, state: dict[str, Any] | None, console: Console) -> Path | None:
-    """Write the record of a run whose last checkpoint is saved, and its report. The run is not lost with either."""
+    """Write run.json and the report of a run whose last checkpoint is saved. A failure is printed, not raised."""
     try:
         if state is not None:
             write_state(run_dir, state)
@@ -103,9 +105,10 @@ def _ended(run_dir: Path, state: dict[str, Any] | None, console: Console) -> Pat
 
 
 def _finished_after_all(run_dir: Path) -> dict[str, Any] | None:
-    """The record of a run that was killed between its last checkpoint and its end: by the one there is it has failed.
+    """Return run.json of a run whose steps are all done, with its state set to finished.
 
-    None if there is none, or the retention guard has ended the run.
+    A run killed between its last checkpoint and its end has another state there. None if there is no run.json, or the
+    retention guard has ended the run.
     """
     if not (run_dir / "run.json").exists():
         return None
@@ -114,7 +117,7 @@ def _finished_after_all(run_dir: Path) -> dict[str, Any] | None:
 
 
 def _starting_point(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> Path | None:
-    """The checkpoint to continue from, or None to begin. UserError if there are some and none can be used."""
+    """Return the checkpoint to resume from, None to start anew. Raises UserError if none of them can be used."""
     if resume == "never":
         return None
     if resume == "auto":
@@ -149,7 +152,7 @@ def _starting_point(prepared: Prepared, run_dir: Path, resume: str, console: Con
 
 @contextmanager
 def _only_one(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory's lock; the kernel lets go of it when this process ends, however it ends."""
+    """Hold the run directory's lock. The kernel releases it when this process ends for any reason."""
     try:
         file = (run_dir / LOCK).open("w")
     except OSError as error:
@@ -162,7 +165,7 @@ def _only_one(run_dir: Path) -> Iterator[None]:
 
 
 def _lock(file: IO[str], run_dir: Path) -> None:
-    """A few tries: `sdft status` holds it for a moment."""
+    """Take the lock, in a few tries, because `sdft status` holds it for a moment."""
     for left in reversed(range(LOCK_TRIES)):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

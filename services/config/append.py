@@ -1,8 +1,8 @@
-"""`sdft train CONFIG --append STAGE.yaml`: one more task for a run that is finished, or on its way.
+"""`sdft train CONFIG --append STAGE.yaml`: add a stage to a run that is finished or interrupted.
 
-    the run's own config.yaml + STAGE.yaml ─► a configuration with one stage more ─► the run goes on from its last step
+    the run's own config.yaml + STAGE.yaml ─► a configuration with one stage more ─► resume from the last step
 
-The same command again, after an interruption, adds nothing.
+The same command after an interruption adds nothing.
 """
 
 import re
@@ -19,9 +19,10 @@ from sdft.services.config.sections import StageConfig, TrainingConfig
 
 
 def appended(run_dir: Path, base: Path, overrides: Sequence[str], stage_file: Path) -> RunConfig:
-    """The configuration of the run in `run_dir` with the stage in the file behind its others; or UserError.
+    """Return the configuration of the run in `run_dir` with the stage in `stage_file` added as the last one.
 
-    base: where relative paths in the overrides begin.
+    base: the folder that relative paths in the overrides start from. Raises UserError if there is no run in `run_dir`,
+    if another stage has the same name, or if the result is invalid.
     """
     own = run_dir / "config.yaml"
     if not own.exists():
@@ -30,7 +31,7 @@ def appended(run_dir: Path, base: Path, overrides: Sequence[str], stage_file: Pa
         )
     name = stage_name(run_dir)
     stages = load_config(own).stages
-    if stages and stages[0].name == name:  # made a stage by an --append before
+    if stages and stages[0].name == name:  # an earlier --append made it a stage
         overrides = [_of_stage(stages[0], override) for override in overrides]
     config = as_stream(with_absolute_paths(load_config(own, overrides), base), name)
     stage = stage_with_absolute_paths(load_stage(stage_file, config), stage_file.parent)
@@ -43,17 +44,17 @@ def appended(run_dir: Path, base: Path, overrides: Sequence[str], stage_file: Pa
         )
     try:
         return RunConfig.model_validate(config.model_dump() | {"stages": (*config.stages, stage)})
-    except ValidationError as error:  # a stage that is good alone, and not behind these
+    except ValidationError as error:  # valid alone, but not after the run's other stages
         raise UserError(f"{stage_file}: {error.errors()[0]['ctx']['error']}") from None
 
 
 def stage_name(run_dir: Path) -> str:
-    """What a run's only task is called once it is a stage: like the run."""
+    """Return the stage name for a run's only task: the name of its run directory, in lower case."""
     return re.sub(r"[^a-z0-9_-]+", "-", run_dir.resolve().name.lower())
 
 
 def _of_stage(stage: StageConfig, override: str) -> str:
-    """A setting of a run's only task, as one of the stage that it has become; others as they are."""
+    """Rewrite an override of a run's only task as one of the stage made from it. Other overrides are unchanged."""
     key = override.partition("=")[0].strip()
     if key in ("training.epochs", "training.steps"):
         return f"stages.{stage.name}.{override.strip().removeprefix('training.')}"
@@ -63,7 +64,7 @@ def _of_stage(stage: StageConfig, override: str) -> str:
 
 
 def as_stream(config: RunConfig, name: str) -> RunConfig:
-    """The same run as a stream of one stage of that name; a stream as it is."""
+    """Return the same run as a stream of one stage named `name`. A run with stages is returned unchanged."""
     if config.data is None:
         return config
     training = config.training

@@ -1,15 +1,15 @@
-"""Whether this machine's processor has instructions for bfloat16. Without them it takes a hundred times as long."""
+"""Detection of bfloat16 instructions on this processor. Without them bfloat16 takes a hundred times as long."""
 
 from pathlib import Path
 
 from sdft.actors.config import Dtype
 
-# oneDNN's kernels need AVX-512 (or what came after it) on x86, the bf16 extension on ARM: flags that Linux lists.
+# CPU flags, as Linux lists them, that oneDNN's kernels need: AVX-512 or a successor on x86, the bf16 extension on ARM.
 ENOUGH = {"avx512bw", "avx512_bf16", "amx_bf16", "bf16"}
 
 
 def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """As the processor's flags say; no where there are none to be read."""
+    """Return whether the flags in `cpuinfo` include one of ENOUGH; False if the file cannot be read."""
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
@@ -19,5 +19,5 @@ def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def native_dtype(device: str) -> Dtype:
-    """The narrowest that the device computes at its full speed."""
+    """Return the narrowest dtype that the device computes at full speed."""
     return "bfloat16" if device == "cuda" or has_bfloat16() else "float32"

@@ -1,4 +1,4 @@
-"""pydantic's errors as sentences: the key, what is wrong with its value, and the mend."""
+"""pydantic's errors as sentences: the key, what is wrong with its value, and the fix."""
 
 import difflib
 import math
@@ -28,14 +28,17 @@ _LIMITS = {
 
 
 class Problem(NamedTuple):
-    """One mistake: where, and the rest of the sentence after `source: dotted.key`."""
+    """One mistake: its place, and the rest of the sentence after `source: dotted.key`."""
 
     loc: Loc
     what: str
 
 
 def explain(error: ValidationError) -> list[Problem]:
-    """Unknown keys first, because a mistyped key is often the cause of a missing one, which is then left out."""
+    """Return the problems, unknown keys first.
+
+    A mistyped key often causes a missing one. The missing key that an unknown one was meant for is left out.
+    """
     errors = error.errors(include_url=False)
     problems, meant = [], set()
     for e in errors:
@@ -53,9 +56,9 @@ def explain(error: ValidationError) -> list[Problem]:
 
 
 def _unknown(parent: Loc, key: str) -> tuple[str, Loc | None]:
-    """What to say of an unknown key, and the place of the setting that was probably meant."""
+    """Return the message for an unknown key, and the place of the setting that was probably meant."""
     names = list(_fields(parent))
-    # What a stage sets is said of the run, but to whoever writes a stage.
+    # Settings of a stage are suggested only for keys inside `stages`. Elsewhere the run's own settings are.
     settings = [loc for loc in all_settings(RunConfig, ()) if loc[0] != "stages" or parent[:1] == ("stages",)]
     elsewhere = [loc for loc in settings if loc[-1] == key]
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.8 if elsewhere else 0.6)
@@ -68,7 +71,7 @@ def _unknown(parent: Loc, key: str) -> tuple[str, Loc | None]:
 
 
 def _no_column(loc: Loc) -> str:
-    """What to say of a name in `columns`, the only mapping whose keys are fixed."""
+    """Return the message for an unknown name in `columns`, the only mapping whose keys are fixed."""
     columns = _choices(loc[:-1])
     near = difflib.get_close_matches(str(loc[-1]), columns, n=1)
     if near:
@@ -107,7 +110,7 @@ def _sentence(kind: str, loc: Loc, given: Any, ctx: dict[str, Any], message: str
 
 
 def loose_values(value: Any, loc: Loc) -> Iterator[Problem]:
-    """What strict validation lets pass: true for a 1 among fixed choices, and numbers that are not finite."""
+    """Yield the problems that strict validation misses: true for a 1 among fixed choices, and non-finite numbers."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from loose_values(inner, (*loc, key))
@@ -123,7 +126,7 @@ def loose_values(value: Any, loc: Loc) -> Iterator[Problem]:
 
 
 def _fields(section: Loc) -> dict[str, FieldInfo]:
-    """The settings of the section at `section`; empty if there is no such section."""
+    """Return the settings of the section at `section`; empty if there is no such section."""
     model: type[BaseModel] = RunConfig
     for part in section:
         if isinstance(part, int):
@@ -139,14 +142,14 @@ def _fields(section: Loc) -> dict[str, FieldInfo]:
 
 
 def _choices(loc: Loc) -> tuple[Any, ...]:
-    """The fixed choices of the setting at `loc`, whether null is one more or they are a mapping's keys; empty if it has
+    """Return the fixed choices of the setting at `loc`, or those of a mapping's keys, without null; empty if there are
     none."""
     annotation = _fields(loc[:-1])[str(loc[-1])].annotation
     return next((get_args(a) for a in (annotation, *get_args(annotation)) if get_origin(a) is Literal), ())
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that an annotation is, may be, or is a list of."""
+    """Return the section class in an annotation: the class itself, an optional one, or the item of a list."""
     kinds = (annotation, *get_args(annotation))
     return next((t for t in kinds if isinstance(t, type) and issubclass(t, BaseModel)), None)
 
@@ -164,7 +167,7 @@ def dotted(loc: Loc) -> str:
 
 
 def given_text(value: Any) -> str:
-    """A value as it was given, short."""
+    """Return a short text for a value as it was given."""
     if value is None:
         return "empty"
     if isinstance(value, dict):

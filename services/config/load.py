@@ -1,4 +1,4 @@
-"""From a YAML file and `--set` overrides to a RunConfig; every mistake is one sentence that says how to mend it."""
+"""Load a RunConfig from a YAML file and `--set` overrides. Every mistake is one sentence with its fix."""
 
 import json
 import re
@@ -17,15 +17,15 @@ from sdft.services.config.yaml import YamlError, dump_yaml, parse_yaml
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration in the YAML file `path`, overrides like "training.batch_size=8" applied; or UserError."""
+    """Load the YAML file `path` and apply overrides like "training.batch_size=8". Raises UserError."""
     data = _mapping(path, "model, data.train and training.epochs or training.steps")
     overridden = {_apply(data, override): override for override in overrides}
     return _validated(path, data, overridden)
 
 
 def load_stage(path: Path, run: RunConfig) -> StageConfig:
-    """One stage for this run, in a YAML file of its own; or UserError."""
-    # As the only stage of a run: what is wrong with it is then said by what says it of a run's.
+    """Load one stage for this run from its own YAML file. Raises UserError."""
+    # Validated as the only stage of a run, so that its mistakes get the same sentences as those of a run.
     given = _mapping(path, "name, data.train and epochs or steps")
     whole = run.model_dump(mode="json", include={"dtype", "device", "learner", "actors"})
     training = run.training.model_dump(include={"batch_size", "max_staleness"})
@@ -38,7 +38,7 @@ def load_stage(path: Path, run: RunConfig) -> StageConfig:
 
 
 def _mapping(path: Path, least: str) -> dict[str, Any]:
-    """The settings in a YAML file. `least`: what there must be."""
+    """Return the settings in a YAML file. `least`: the required settings, for the error message."""
     try:
         data = parse_yaml(read_text(path))
     except YamlError as e:
@@ -56,7 +56,7 @@ def _validated(path: Path, data: dict[str, Any], overridden: dict[Loc, str]) -> 
     problems: list[Problem] = []
     config = None
     try:
-        # Strict, through JSON: no true for 1 and no "8" for 8, but lists for tuples and whole numbers for floats.
+        # Strict, through JSON: rejects true for 1 and "8" for 8, accepts lists for tuples and whole numbers for floats.
         config = RunConfig.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as e:
         problems = explain(e)
@@ -67,7 +67,7 @@ def _validated(path: Path, data: dict[str, Any], overridden: dict[Loc, str]) -> 
 
 
 def _report(path: Path, overridden: dict[Loc, str], problems: list[Problem]) -> str:
-    """The sentence for the first problem, with the file or the override it comes from."""
+    """Return the sentence for the first problem, with the file or the override that it comes from."""
     loc, what = problems[0]
     by_override = [text for o, text in overridden.items() if loc and (o[: len(loc)] == loc or loc[: len(o)] == o)]
     source = f"--set {by_override[0]}" if by_override else str(path)
@@ -78,12 +78,12 @@ def _report(path: Path, overridden: dict[Loc, str], problems: list[Problem]) -> 
 
 
 def resolved_yaml(config: RunConfig) -> str:
-    """Every setting of `config`, defaults included, as YAML that loads to an equal configuration."""
+    """Return every setting of `config`, defaults included, as YAML that loads to an equal configuration."""
     return dump_yaml(config.model_dump(mode="json"))
 
 
 def _apply(data: dict[str, Any], override: str) -> Loc:
-    """Set one "a.b=v" in `data`; returns its key. An item of a list goes by its name: stages.NAME.steps=20."""
+    """Set one "a.b=v" in `data` and return its key. A list item is addressed by its name: stages.NAME.steps=20."""
     key, equals, text = override.partition("=")
     parts = [part.strip() for part in key.split(".")]
     if not equals:
@@ -111,7 +111,7 @@ def _apply(data: dict[str, Any], override: str) -> Loc:
 
 
 def _item(items: list[Any], name: str, what: str) -> int:
-    """Place of the item with this name. what: beginning of the sentence if there is none."""
+    """Return the index of the item with this name. what: beginning of the error sentence if there is none."""
     places = {str(item["name"]): i for i, item in enumerate(items) if isinstance(item, dict) and "name" in item}
     if name not in places:
         there = f"there are {', '.join(places)}" if places else "its items have no names; set it as a whole"

@@ -1,4 +1,4 @@
-"""The files that a configuration names: whether they are there, and their paths for a configuration that moves."""
+"""Absolute paths for the files in a configuration, so that the configuration can move to another folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +10,9 @@ from sdft.services.config.templates import BUILT_IN_TEMPLATES
 
 
 def with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
-    """The same configuration for a file in any other folder, used in any other: no path in it is relative."""
+    """Return the configuration with absolute paths, so that it works from any folder. Missing paths are unchanged."""
     model = _absolute(config.model, base)
-    if Path(model).is_dir():  # resolve_model takes a folder of the working directory too
+    if Path(model).is_dir():  # resolve_model also accepts a folder in the working directory
         model = str(Path(model).resolve())
     stages = tuple(stage_with_absolute_paths(stage, base) for stage in config.stages)
     sets = _absolute_sets(config.evaluation.sets, base)
@@ -27,7 +27,7 @@ def with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
 
 
 def stage_with_absolute_paths(stage: StageConfig, base: Path) -> StageConfig:
-    """The same for a stage alone."""
+    """Return one stage with absolute paths."""
     return stage.model_copy(update={"data": _absolute_data(stage.data, base), "sets": _absolute_sets(stage.sets, base)})
 
 

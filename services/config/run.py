@@ -24,7 +24,7 @@ from sdft.services.config.sections import (
 
 
 class RunConfig(Section):
-    """A run, whole."""
+    """The configuration of a whole run."""
 
     model: str = Field(description="A built-in name (smollm2-135m), a local folder or a hub id")
     method: Method = Field(
@@ -33,7 +33,7 @@ class RunConfig(Section):
     )
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Dtype = Field(
-        # Here and not later: what is computed from a configuration, and kept of it, has the one that is used.
+        # Resolved here, so that everything computed from the configuration, and every saved copy, has the dtype in use.
         default_factory=lambda data: native_dtype(data.get("device", "cpu")),
         description="auto, the default: float32 if the driver's processor has no instructions for bfloat16, else that",
     )
@@ -56,12 +56,12 @@ class RunConfig(Section):
 
     @property
     def strict(self) -> bool:
-        """One batch after the other, each by the weights of the step before: the same bits in every run."""
+        """Whether each batch is sampled with the weights of the step before: the same bits in every run."""
         return self.training.max_staleness == 0
 
     @property
     def tasks(self) -> "tuple[TaskConfig, ...]":
-        """The run's stages as they would be configured alone; of a run without stages itself."""
+        """The run's stages, each as the configuration of a run of its own; the run itself if it has no stages."""
         own = {name: getattr(self, name) for name in type(self).model_fields}
         if not self.stages:
             return (TaskConfig.model_construct(**own),)
@@ -147,7 +147,7 @@ class RunConfig(Section):
         apart = self.weights.teacher_sync_every
         saved = {"checkpoint.every": self.checkpoint.every}
         if self.retention is not None and self.retention.action == "stop" and self.evaluation.every:
-            saved["evaluation.every"] = self.evaluation.every  # the guard saves where it stops
+            saved["evaluation.every"] = self.evaluation.every  # the guard saves a checkpoint where it stops the run
         for key, every in saved.items():
             if self.strict and self.teacher.weights == "ema" and every % apart:
                 raise ValueError(
@@ -175,14 +175,14 @@ class RunConfig(Section):
 
 
 class TaskConfig(RunConfig):
-    """One stage of a run, as a run of its own would be configured."""
+    """One stage of a run, as the configuration of a run of its own."""
 
     data: DataConfig
     keep_moments: bool = False
 
 
 def _of_stage(run: RunConfig, stage: StageConfig) -> dict[str, object]:
-    """What a stage's configuration has in the place of the run's."""
+    """Return the settings with which a stage replaces those of the run."""
     own = {name: value for name in ("method", "sampling", "loss") if (value := getattr(stage, name)) is not None}
     training = run.training.model_copy(update={"epochs": stage.epochs, "steps": stage.steps})
     learner = run.learner

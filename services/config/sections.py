@@ -14,17 +14,17 @@ Grader = Literal["exact", "contains", "choice", "numeric", "tool_call", "instruc
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values do not change."""
+    """A part of the configuration. Unknown keys are errors; values cannot be changed after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 Column = Literal["prompt", "demonstration", "id", "context", "feedback", "answer", "text"]
-COLUMNS: tuple[str, ...] = get_args(Column)  # what a row may have
+COLUMNS: tuple[str, ...] = get_args(Column)  # columns that a row may have
 
 
 class DataConfig(Section):
-    """Demonstrations, and how the two contexts are made from them."""
+    """Demonstrations, and how the prompts of student and teacher are made from them."""
 
     train: str = Field(description="A .jsonl or .parquet file (relative to the config file), or a hub data set's name")
     split: str = Field("train", description="Split of a hub data set")
@@ -47,7 +47,7 @@ class DataConfig(Section):
 
 
 class TrainingConfig(Section):
-    """How much is trained: `epochs` over the demonstrations, or a number of `steps`; with stages each says its own."""
+    """Length of training: `epochs` over the demonstrations, or a number of `steps`. With stages, each sets its own."""
 
     batch_size: int = Field(32, ge=1, description="Prompts per optimizer step")
     epochs: int | None = Field(None, ge=1)
@@ -90,7 +90,7 @@ class WeightsConfig(Section):
 
 
 class JudgeConfig(Section):
-    """A language model that grades, behind an endpoint that speaks OpenAI's protocol."""
+    """A language model that grades replies, behind an endpoint with OpenAI's protocol."""
 
     url: str = Field(description="Of the API, as http://127.0.0.1:8000/v1")
     model: str
@@ -107,7 +107,7 @@ class JudgeConfig(Section):
 
 
 class EvaluationSet(Section):
-    """One file of questions with answers; with grader: perplexity one of texts, which the model is to find likely."""
+    """One file of questions with answers. With grader: perplexity, a file of texts that the model scores."""
 
     name: str = Field(pattern=r"^[a-z0-9_-]+$")
     file: str
@@ -125,12 +125,12 @@ class EvaluationSet(Section):
 
     @property
     def sampled(self) -> int:
-        """Answers to a question beside the greedy one."""
+        """Replies sampled for each question, beside the greedy one; 0 without pass_at."""
         return self.pass_samples or 2 * max(self.pass_at) if self.pass_at else 0
 
     @property
     def is_text(self) -> bool:
-        """Nothing is asked: texts are scored."""
+        """Whether the set holds texts to score instead of questions."""
         return self.grader == "perplexity"
 
     @model_validator(mode="after")
@@ -165,7 +165,7 @@ class EvaluationConfig(Section):
 
 
 class StageConfig(Section):
-    """One task of a stream. What is left out is the run's."""
+    """One task of a stream of tasks. Method, sampling, loss and optimizer default to those of the run."""
 
     name: str = Field(pattern=r"^[a-z0-9_-]+$")
     data: DataConfig
@@ -186,7 +186,7 @@ class StageConfig(Section):
 
 
 class RetentionConfig(Section):
-    """A guard over what the model could before: accuracy of retention sets against that before training."""
+    """The retention guard: compares accuracy or perplexity of retention sets with that before training."""
 
     sets: tuple[str, ...] = Field((), description="Names of evaluation sets; empty: all with role: retention")
     max_drop: float = Field(
@@ -200,7 +200,7 @@ class RetentionConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When to save, and how many saves to keep. The last step is always saved."""
+    """When to save, and how many checkpoints to keep. The last step is always saved."""
 
     every: int = Field(50, ge=1)
     keep: int = Field(2, ge=1)
@@ -208,12 +208,12 @@ class CheckpointConfig(Section):
 
 
 class MonitoringConfig(Section):
-    """Where metrics go beside metrics.jsonl."""
+    """Sinks for metrics beside metrics.jsonl, the stall notice, and the recording of rollouts."""
 
     tensorboard: bool = True
     wandb_project: str | None = None
     mlflow_experiment: str | None = None
-    # Off: a cluster of the run's own is on ports that change with every run, where nobody looks for them.
+    # Off: a run's own cluster uses ports that change with every run, so no Prometheus server is configured for them.
     prometheus: bool = Field(False, description="Serve metrics with those of the Ray node, for Prometheus to fetch")
     stall_s: float = Field(
         600, gt=0, description="After so long without an end of any wait, what is waited for is named"
@@ -222,7 +222,7 @@ class MonitoringConfig(Section):
 
 
 class RayConfig(Section):
-    """Which cluster: a running one (`address`, or RAY_ADDRESS in the environment), else one of our own here."""
+    """The Ray cluster: a running one (`address`, or RAY_ADDRESS in the environment), else one started by the run."""
 
     address: str | None = None
     wait_s: float = Field(300, gt=0, description="How long to wait for the cluster's resources")
@@ -230,6 +230,6 @@ class RayConfig(Section):
 
     @property
     def running(self) -> str | None:
-        """Address of the running cluster to use; None: one of our own, for which Ray's own word is "local"."""
+        """Address of the running cluster to use; None (Ray's "local"): the run starts its own."""
         address = self.address or os.environ.get("RAY_ADDRESS")
         return None if address == "local" else address

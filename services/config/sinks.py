@@ -1,4 +1,4 @@
-"""The packages of the monitoring sinks that a configuration asks for are installed."""
+"""Check that the packages of the configured monitoring sinks are installed."""
 
 from importlib.util import find_spec
 
@@ -7,13 +7,13 @@ from sdft.services.config.sections import MonitoringConfig
 
 
 def check_sinks(monitoring: MonitoringConfig) -> None:
-    """UserError if a sink the configuration asks for is not installed. To be called before anything starts."""
+    """Raise UserError if a configured sink is not installed. Must be called before any process starts."""
     asked = {
         "tensorboard": ("monitoring.tensorboard", monitoring.tensorboard),
         "wandb": ("monitoring.wandb_project", monitoring.wandb_project),
         "mlflow": ("monitoring.mlflow_experiment", monitoring.mlflow_experiment),
     }
     for package, (key, value) in asked.items():
-        # A mere folder of this name (W&B leaves a wandb/ behind) is found too, but has no origin.
+        # find_spec also finds a plain folder of this name (W&B leaves a wandb/ behind), but its spec has no origin.
         if value and ((spec := find_spec(package)) is None or spec.origin is None):
             raise UserError(f"{key} is set, but {package} is not installed: pip install {package}, or remove the key")

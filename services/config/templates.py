@@ -1,6 +1,6 @@
 """Names of the built-in teacher templates."""
 
-# What each shows to the teacher beside the prompt: a column of the data.
+# Template -> the column of the data that the teacher sees beside the prompt; None: the prompt alone.
 BUILT_IN_TEMPLATES: dict[str, str | None] = {
     "paper": "demonstration",
     "turn": "demonstration",

@@ -1,4 +1,4 @@
-"""YAML as a configuration needs it: a key given twice is an error, 1e-5 is a number, a date is text."""
+"""YAML for configurations: a key given twice is an error, 1e-5 is a number, a date is text."""
 
 import re
 from typing import Any
@@ -11,7 +11,7 @@ _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with text keys only, none of them twice in a mapping."""
+    """SafeLoader that accepts only text keys, each once in a mapping."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
@@ -24,7 +24,7 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen[key.value] = line
         self.flatten_mapping(node)
-        # The key as written: YAML 1.1 would make a boolean of `on` and `no`.
+        # Keys stay as written: YAML 1.1 would turn `on` and `no` into booleans.
         return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
 
 
@@ -33,7 +33,7 @@ def _construct_map(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes text which _Loader would take for a number."""
+    """SafeDumper that quotes text that _Loader would read as a number."""
 
 
 def _resolvers(base: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def _resolvers(base: dict[str, Any]) -> dict[str, Any]:
 
 _Loader.yaml_implicit_resolvers = _resolvers(yaml.SafeLoader.yaml_implicit_resolvers)
 _Dumper.yaml_implicit_resolvers = _resolvers(yaml.SafeDumper.yaml_implicit_resolvers)
-# Plain data only: no dates, sets or bytes, even when a tag asks for them.
+# Plain data only: no dates, sets or bytes, even with an explicit tag.
 _PLAIN = ("null", "bool", "int", "float", "str", "seq")
 _Loader.yaml_constructors = {
     None: yaml.SafeLoader.yaml_constructors[None],
@@ -63,7 +63,7 @@ class YamlError(ValueError):
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of one YAML document; raises YamlError."""
+    """Return the value of one YAML document. Raises YamlError."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as e:
@@ -78,5 +78,5 @@ def parse_yaml(text: str) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """The YAML text of plain data, in the order given; parse_yaml gives it back."""
+    """Return the YAML text of plain data, in the given order. parse_yaml returns the same data."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

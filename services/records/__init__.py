@@ -1,1 +1,1 @@
-"""The files of a run directory, read and written. Imports base, config and algorithms; no torch, ray or vllm."""
+"""Reading and writing the files of a run directory. Imports base, config and algorithms; no torch, ray or vllm."""

@@ -1,4 +1,4 @@
-"""Recorded batches: what the learner was given at every step, a file each, so that it can be run again alone."""
+"""Recorded batches: the learner's input at every step, one file a step, so that the learner can be replayed alone."""
 
 import io
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def path_of(run_dir: Path, step: int) -> Path:
 
 
 def write_batch(run_dir: Path, step: int, samples: Sequence[ScoredRollout]) -> None:
-    """Keep the batch that optimizer step `step` trains on: numpy arrays, sequences end to end."""
+    """Write the batch of optimizer step `step` as numpy arrays, with the sequences concatenated."""
     rollouts, scores = [s.rollout for s in samples], [s.scores for s in samples]
     versions = [span for r in rollouts for span in r.versions]
     arrays = {
@@ -43,7 +43,7 @@ def write_batch(run_dir: Path, step: int, samples: Sequence[ScoredRollout]) -> N
 
 
 def read_batch(run_dir: Path, step: int) -> list[ScoredRollout]:
-    """The batch that was given to the learner, bit for bit."""
+    """Return the learner's batch of optimizer step `step`, bit for bit."""
     with np.load(path_of(run_dir, step)) as file:
         a = {name: file[name] for name in file.files}
     prompts, completions, spans = (_cuts(a[n]) for n in ("prompt_lengths", "completion_lengths", "version_counts"))
@@ -67,7 +67,7 @@ def read_batch(run_dir: Path, step: int) -> list[ScoredRollout]:
 
 
 def recorded_steps(run_dir: Path) -> list[int]:
-    """The steps whose batches are there, ascending."""
+    """Return the steps whose batches were recorded, ascending."""
     return sorted(int(path.stem.removeprefix("step-")) for path in (run_dir / FOLDER).glob("step-*.npz"))
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints: one folder with everything, whole or not there at all.
+"""Checkpoints: one folder with all that a resumed run needs, either whole or absent.
 
-Written under a hidden name, closed with a manifest of every file's size and digest, flushed to disk, then renamed.
-`latest` and resume see only folders with a manifest that holds. A damaged checkpoint is renamed when a run goes on from
-an earlier one, and never counts against `checkpoint.keep`.
+A checkpoint is written under a hidden name, closed with a manifest of every file's size and digest, flushed to disk,
+then renamed. `latest` and resume use only folders whose manifest matches the files. A damaged checkpoint is renamed
+when a run resumes from an earlier one, and never counts against `checkpoint.keep`.
 """
 
 import json
@@ -23,19 +23,19 @@ from sdft.services.base.files import write_atomically
 MANIFEST = "manifest.json"
 STATE = "state.json"
 LEDGER = "ledger.sqlite"
-PART = ".part-"  # begins the name of a folder that is no checkpoint: not one yet, or to be removed
+PART = ".part-"  # prefix of a folder that is no checkpoint: incomplete, or about to be removed
 
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """What the controller adds to the learner's own state."""
+    """The controller's part of a checkpoint, beside the learner's own state."""
 
     step: int
     ranks: int  # learner ranks that wrote it
     zero_stage: int
     dtype: str
     fingerprint: str  # of configuration and data
-    begun: str | None = None  # the driver's local time when the run was begun, ISO 8601: prompts may have it in them
+    begun: str | None = None  # the driver's local time at the run's first start, ISO 8601: prompts may contain it
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -43,7 +43,7 @@ def folder_of(run_dir: Path, step: int) -> Path:
 
 
 def begin(run_dir: Path, step: int) -> Path:
-    """An empty folder to write the checkpoint of `step` into; leftovers of a killed writer are removed."""
+    """Make an empty folder for the checkpoint of `step`. Leftovers of a killed writer are removed."""
     remove_parts(run_dir)
     folder = run_dir / "checkpoints" / f"{PART}{folder_of(run_dir, step).name}"
     folder.parent.mkdir(exist_ok=True)
@@ -52,7 +52,7 @@ def begin(run_dir: Path, step: int) -> Path:
 
 
 def remove_parts(run_dir: Path) -> None:
-    """Remove what is no checkpoint. What cannot be removed (a file that NFS keeps open) stays for another time."""
+    """Remove incomplete folders. A folder that cannot be removed (NFS keeps a file open) stays until the next call."""
     for left in (run_dir / "checkpoints").glob(f"{PART}*"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -60,11 +60,11 @@ def remove_parts(run_dir: Path) -> None:
 def commit(
     part: Path, run_dir: Path, state: CheckpointState, keep: int, held: int | None = None
 ) -> tuple[Path, list[str]]:
-    """Make the written folder a checkpoint and remove all older ones but the newest `keep`, and the newest of those up
-    to step `held`, to which the retention guard may have to go back.
+    """Make the written folder a checkpoint, and prune older ones.
 
-    Returns its folder and notes for people. OSError: nothing has changed. What fails once the checkpoint has its name
-    is a note.
+    The newest `keep` checkpoints stay, and the newest one up to step `held`, because the retention guard may roll back
+    to it. Returns the checkpoint's folder and notes for the user. Raises OSError if the checkpoint could not be made;
+    nothing has changed then. A failure after the rename is returned as a note.
     """
     (part / STATE).write_text(json.dumps(vars(state), indent=2))
     files = sorted(p for p in part.rglob("*") if p.is_file())
@@ -73,7 +73,7 @@ def commit(
     for path in [*files, part / MANIFEST, *(p for p in part.rglob("*") if p.is_dir()), part]:
         _sync(path)
     final = folder_of(run_dir, state.step)
-    if final.exists():  # a damaged one
+    if final.exists():  # a damaged checkpoint
         shutil.rmtree(final)
     part.rename(final)
     try:
@@ -89,22 +89,22 @@ def commit(
 
 
 def _prune(run_dir: Path, newest: int, keep: int, held: int | None) -> None:
-    """Of the checkpoints up to step `newest`, leave the last `keep`, and the last one up to step `held`.
+    """Remove the checkpoints up to step `newest`, except the last `keep` and the last one up to step `held`.
 
-    Later steps do not count: such a checkpoint is damaged, or the run went on from an earlier one.
+    Later steps do not count: such a checkpoint is damaged, or the run resumed from an earlier one.
     """
     steps = {step: folder for step, folder in folders(run_dir).items() if step <= newest}
     good = [step for step in steps if held is not None and step <= held][-1:]
     for old in list(steps)[:-keep]:
         if old not in good:
-            # Renamed first: a removal that is cut off would leave a checkpoint that looks damaged.
+            # Renamed first, because an interrupted removal would leave a checkpoint that looks damaged.
             shutil.rmtree(steps[old].rename(steps[old].with_name(f"{PART}old-{steps[old].name}")))
 
 
 def folders(run_dir: Path) -> dict[int, Path]:
-    """Every checkpoint by its step, in their order: a millionth step is not the first by its name.
+    """Return every checkpoint folder by step, in numerical order (by name, step-1000000 would come first).
 
-    PreflightError if their folder cannot be read.
+    Raises PreflightError if the folder of checkpoints cannot be read.
     """
     root = run_dir / "checkpoints"
     with _readable(root):
@@ -117,8 +117,11 @@ def folders(run_dir: Path) -> dict[int, Path]:
 
 
 def set_aside(run_dir: Path, after: int) -> list[str]:
-    """Rename the checkpoints of later steps than `after`, from which a run goes on that had come further, or whose
-    later ones are damaged: the highest step would count as the newest. Returns a note for each."""
+    """Rename the checkpoints of steps later than `after`, the step that the run resumes from.
+
+    The run had come further, or its later checkpoints are damaged. The highest step would count as the newest. Returns
+    a note for each renamed checkpoint.
+    """
     notes, steps = [], folders(run_dir)
     for step, folder in steps.items():
         if step > after:
@@ -136,9 +139,9 @@ def set_aside(run_dir: Path, after: int) -> list[str]:
 
 
 def damage(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None if every file is as it was written.
+    """Return why a checkpoint is damaged, or None if every file is as it was written.
 
-    PreflightError if a file cannot be read: that does not tell what is in it.
+    Raises PreflightError if a file cannot be read, because its content may still be right.
     """
     with _readable(folder):
         try:
@@ -156,7 +159,7 @@ def damage(folder: Path) -> str | None:
 
 
 def newest(run_dir: Path, before: int | None = None) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint (of a step before `before`), and a sentence for each damaged one passed over."""
+    """Return the newest undamaged checkpoint (of a step before `before`), and a note for each damaged one skipped."""
     notes: list[str] = []
     for step, folder in reversed(folders(run_dir).items()):
         if before is not None and step >= before:
@@ -169,7 +172,7 @@ def newest(run_dir: Path, before: int | None = None) -> tuple[Path | None, list[
 
 
 def newest_usable(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The same, of all steps; None only if there is no checkpoint at all. UserError if there are some, all damaged."""
+    """Return newest() of all steps; None only if there is no checkpoint. Raises UserError if all are damaged."""
     folder, notes = newest(run_dir)
     if folder is None and notes:
         raise UserError(
@@ -184,9 +187,9 @@ def read_state(folder: Path) -> CheckpointState:
 
 
 def begun(run_dir: Path, resume: str) -> datetime | None:
-    """When the run was begun that `resume` (auto, never, or a checkpoint folder) continues.
+    """Return the first start of the run that `resume` (auto, never, or a checkpoint folder) continues.
 
-    None if it continues no run, or no checkpoint has the time.
+    None if no run is continued, or no checkpoint holds the time.
     """
     places = [] if resume == "never" else list(reversed(folders(run_dir).values()))
     for folder in places if resume in ("auto", "never") else [Path(resume)]:
@@ -194,13 +197,13 @@ def begun(run_dir: Path, resume: str) -> datetime | None:
             if (said := read_state(folder).begun) is not None:
                 return datetime.fromisoformat(said)
         except (OSError, ValueError, TypeError):
-            continue  # a damaged one: digests are compared when the run goes on
+            continue  # a damaged checkpoint: digests are compared when the run resumes
     return None
 
 
 @contextmanager
 def _readable(what: Path) -> Iterator[None]:
-    """An error of the disk or the network, which may pass, becomes a PreflightError."""
+    """Convert an OSError of the disk or the network, which may be temporary, into a PreflightError."""
     try:
         yield
     except OSError as error:

@@ -1,11 +1,12 @@
 """Every sample of a run, from issue to training: issued -> sampled -> scored -> trained, or dropped with a reason.
 
-    Accounts: the state machine, in memory, with what is in flight and how many ended how
-    Ledger:   the same in SQLite, written some moves at a time and part of each checkpoint
+    Accounts: the state machine, in memory: samples in flight, and counts by state
+    Ledger:   the same in SQLite, written several moves at a time and part of each checkpoint
 
-A resumed run continues from the ledger that belongs to its weights, so nothing is lost or trained twice. Moves reach
-the file within WRITE_EVERY_S, and before a step's metrics do; they survive the death of the process, not of the
-machine: after that a checkpoint's copy takes the file's place anyway.
+A resumed run continues from the ledger that belongs to its weights, so no sample is lost or trained twice. `advance`
+writes moves to the file once WRITE_EVERY_S have passed since the last write; `audit` writes them before a step's
+metrics are written. Written moves survive the death of the process, but not of the machine: after that a checkpoint's
+copy replaces the file anyway.
 """
 
 import os
@@ -26,19 +27,19 @@ Account = tuple[int, int, str]  # stage, epoch, state
 
 
 class LedgerError(Exception):
-    """The accounts do not add up: a sample was lost, trained twice or moved out of turn."""
+    """The accounts do not add up: a sample was lost, trained twice or moved out of order."""
 
 
 class Accounts:
-    """What may become of a sample, and how many became what. A call that raises has changed nothing."""
+    """The state machine of samples, with counts by state. A call that raises changes nothing."""
 
     def __init__(self, counts: Counter[Account], open_: dict[SampleId, str]) -> None:
-        """counts: of all samples there are; open_: the state of those in flight."""
+        """counts: samples by stage, epoch and state; open_: the state of each sample in flight."""
         self._counts = counts
         self._open = open_
 
     def issue(self, samples: Sequence[SampleId]) -> None:
-        """They must be new; the file knows all that ever were."""
+        """Enter new samples. The caller checks that they are new, against the file, which holds all samples."""
         for s in samples:
             self._open[s] = "issued"
             self._counts[s.stage, s.epoch, "issued"] += 1
@@ -70,7 +71,7 @@ class Accounts:
 
     @property
     def counts(self) -> dict[Account, int]:
-        """Samples by stage, epoch and state, where there are any."""
+        """Samples by stage, epoch and state, without zero counts."""
         return {account: count for account, count in self._counts.items() if count}
 
 
@@ -89,11 +90,11 @@ class Ledger:
         self._db.commit()
         rows = self._db.execute(f"SELECT stage, epoch, idx, generation, state FROM samples WHERE state IN {IN_FLIGHT}")
         self._accounts = Accounts(self._filed(), {SampleId(*key): state for *key, state in rows})
-        self._moves: dict[SampleId, tuple[str, int | None, str | None]] = {}  # not written yet: state, tokens, reason
+        self._moves: dict[SampleId, tuple[str, int | None, str | None]] = {}  # not written yet: (state, tokens, reason)
         self._written = time.monotonic()
 
     def issue(self, samples: Sequence[SampleId], step: int) -> None:
-        """Enter samples that optimizer step `step` is to train on. LedgerError if one was issued before."""
+        """Enter the samples of optimizer step `step`. Raises LedgerError if one was issued before."""
         try:
             self._write([(*_key(s), "issued", step) for s in samples])
         except sqlite3.IntegrityError as error:
@@ -101,7 +102,10 @@ class Ledger:
         self._accounts.issue(samples)
 
     def advance(self, samples: Sequence[SampleId], state: str, tokens: Sequence[int] | None = None) -> None:
-        """Move samples to `state`, the one after their present one; `tokens`: completion lengths, when known."""
+        """Move samples to `state`, the next one after their current state. tokens: completion lengths, when known.
+
+        Raises LedgerError if a sample is in any other state.
+        """
         self._accounts.advance(samples, state)
         for i, s in enumerate(samples):
             known = self._moves.get(s)
@@ -111,29 +115,30 @@ class Ledger:
             self._write()
 
     def drop(self, sample: SampleId, reason: str) -> None:
-        """A sample that will not be trained, and why."""
+        """Mark a sample as dropped, with the reason. Raises LedgerError if it is not in flight."""
         self._accounts.drop(sample)
         known = self._moves.get(sample)
         self._moves[sample] = "dropped", known[1] if known is not None else None, reason
 
     def forget_in_flight(self) -> int:
-        """After a restart: what was being made is lost with its makers, and will be issued anew. Returns how many."""
+        """Delete the samples in flight and return how many. A restart loses their work; they are issued again."""
         self._write()
         with self._db:
             self._db.execute(f"DELETE FROM samples WHERE state IN {IN_FLIGHT}")
         return self._accounts.forget_in_flight()
 
     def counts(self) -> dict[str, int]:
-        """Samples in each state."""
+        """Return the number of samples in each state."""
         counts: Counter[str] = Counter()
         for (_, _, state), count in self._accounts.counts.items():
             counts[state] += count
         return dict(counts)
 
     def audit(self, issued: dict[tuple[int, int], int]) -> tuple[int, int, int]:
-        """(trained, dropped, in flight), which in each stage and epoch must add up to the samples issued so far.
+        """Return (trained, dropped, in flight), and write all moves to the file.
 
-        issued: by (stage, epoch). All moves are in the file when this returns.
+        issued: samples issued so far, by (stage, epoch). Raises LedgerError unless the three add up to it in each stage
+        and epoch.
         """
         self._write()
         found: dict[tuple[int, int], Counter[str]] = {key: Counter() for key in issued}
@@ -150,7 +155,7 @@ class Ledger:
         return total["trained"], total["dropped"], total["in flight"]
 
     def copy_to(self, path: Path) -> None:
-        """A consistent copy, for a checkpoint. The file must agree with the accounts: LedgerError if it does not."""
+        """Write a consistent copy for a checkpoint. Raises LedgerError if the file differs from the accounts."""
         self._write()
         filed = dict(self._filed())
         if filed != self._accounts.counts:
@@ -166,12 +171,12 @@ class Ledger:
         self._db.close()
 
     def _filed(self) -> "Counter[Account]":
-        """What the file holds."""
+        """Return the counts in the file."""
         rows = self._db.execute("SELECT stage, epoch, state, COUNT(*) FROM samples GROUP BY stage, epoch, state")
         return Counter({(stage, epoch, state): count for stage, epoch, state, count in rows})
 
     def _write(self, issued: Iterable[tuple[object, ...]] = ()) -> None:
-        """Put into the file what it has not got yet, all of it or nothing."""
+        """Write pending moves and newly issued samples to the file in one transaction."""
         moves = [(*move, *_key(s)) for s, move in self._moves.items()]
         with self._db:
             self._db.executemany(
@@ -187,14 +192,14 @@ class Ledger:
 
 
 def restore_ledger(copy: Path | None, path: Path) -> None:
-    """Put a checkpoint's copy in the place of the run's ledger; None: begin an empty one."""
+    """Replace the run's ledger by a checkpoint's copy. None: remove the ledger, so that an empty one begins."""
     for side in ("-journal", "-wal", "-shm"):
         path.with_name(path.name + side).unlink(missing_ok=True)
     if copy is None:
         path.unlink(missing_ok=True)
         return
     part = path.with_name(f".{path.name}.part")
-    shutil.copyfile(copy, part)  # not its permissions: the run writes to it
+    shutil.copyfile(copy, part)  # without permissions, because the run writes to it
     os.replace(part, path)
 
 

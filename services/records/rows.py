@@ -1,4 +1,4 @@
-"""What a run writes down: a JSON line for each step, result and sample answer, on disk before the run goes on."""
+"""The JSON lines of a run: one for each step, result and sample reply, on disk before the run goes on."""
 
 import json
 import math
@@ -19,7 +19,7 @@ DIVERGENCE_NAMES = {
     "nll": "NLL",
     "dft": "NLL",
 }
-STUDENT, TEACHER = "accuracy", "teacher_accuracy"  # metrics of eval.jsonl; the teacher is shown the demonstration
+STUDENT, TEACHER = "accuracy", "teacher_accuracy"  # metrics of eval.jsonl; the teacher's prompt has the demonstration
 PERPLEXITY, PASS_AT = "perplexity", "pass@"
 Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
 
@@ -28,15 +28,15 @@ Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
 class StepMetrics:
     """One optimizer step. Times in seconds, divergences in nats a token; trained, dropped: samples since the start.
 
-    With max_staleness above 0 the times of rollout and score are how long the batch took to be made, its turn awaited,
-    beside earlier steps; then time_wait_s is how long the learner waited for it.
+    With max_staleness above 0, time_rollout_s and time_score_s are how long the batch took to make, queueing included,
+    beside earlier steps. time_wait_s is then how long the learner waited for the batch.
     """
 
     step: int
     stage: int
     loss: float
     divergence: float
-    direction: str  # which divergence: forward, reverse, jsd or sampled; nll or dft of demonstrations
+    direction: str  # divergence: forward, reverse, jsd or sampled; for demonstrations nll or dft
     grad_norm: float
     lr: float
     samples: int
@@ -58,7 +58,7 @@ class StepMetrics:
     trained: int
     dropped: int
     in_flight: int
-    loss_tokens: int | None = None  # of the completions' tokens those that were learnt from; None: not written yet then
+    loss_tokens: int | None = None  # completion tokens in the loss; None if the file does not have it
 
     @property
     def divergence_name(self) -> str:
@@ -66,12 +66,12 @@ class StepMetrics:
 
 
 def divergence_names(steps: Iterable[StepMetrics]) -> str:
-    """Of all steps: stages may have different ones."""
+    """Return the divergence names of all steps, joined: stages may have different ones."""
     return ", ".join(dict.fromkeys(m.divergence_name for m in steps))
 
 
 def without_loss_tokens(steps: Sequence[StepMetrics]) -> str | None:
-    """A sentence if steps had no token to learn from; None if all had some, as far as they say."""
+    """Return a warning if any step had no token in the loss, else None. Steps without loss_tokens do not count."""
     empty = sum(m.loss_tokens == 0 for m in steps)
     if empty == 0:
         return None
@@ -101,35 +101,35 @@ class EvalResult:
 
     @property
     def by_teacher(self) -> bool:
-        """Whether the teacher answered, who is shown the demonstration."""
+        """Whether the teacher replied, with the demonstration in its prompt."""
         return self.metric.startswith("teacher_")
 
     @property
     def k(self) -> int | None:
-        """Of a pass@k how many answers a question may have."""
+        """k of a pass@k metric; None for any other metric."""
         _, found, k = self.metric.partition(PASS_AT)
         return int(k) if found else None
 
     @property
     def label(self) -> str:
-        """The set's name, pass@k where that was asked, and whether it is the teacher that answered."""
+        """The set's name, with pass@k for such a metric, and "(teacher)" for a result of the teacher."""
         asked = self.task if self.k is None else f"{self.task} {PASS_AT}{self.k}"
         return f"{asked} (teacher)" if self.by_teacher else asked
 
     @property
     def text(self) -> str:
-        """The value as people read it."""
+        """The value formatted for display."""
         return f"perplexity {self.value:.2f}" if self.metric == PERPLEXITY else percent(self.value)
 
     def loss_since(self, before: "EvalResult") -> float:
-        """What was lost since then: questions as a share of all of them; of a perplexity its relative rise."""
+        """Return the loss since `before`: the drop in the share of questions; for a perplexity, its relative rise."""
         if self.metric == PERPLEXITY:
             return self.value / before.value - 1
         return before.value - self.value
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % Wilson score interval of the share (Wilson 1927). Nothing asked: all of 0 to 1."""
+        """The 95 % Wilson score interval of the share (Wilson 1927). Without questions: (0, 1)."""
         if self.n < 1 or math.isnan(self.value):
             return 0.0, 1.0
         z2 = Z_95**2 / self.n
@@ -140,22 +140,22 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer to one evaluation question, to be read by people."""
+    """One reply to one evaluation question, for display."""
 
     step: int
     task: str
     id: str
     prompt: str
-    answer: Any  # the gold answer, as JSON holds it
-    text: str  # what the model wrote, its reasoning included
+    answer: Any  # the right answer, as a JSON value
+    text: str  # the model's reply, its reasoning included
     correct: bool
 
 
-SHOWN = 6  # answers of each set that are kept to be read
+SHOWN = 6  # replies of each set that are kept for display
 
 
 def first_of_each_set(samples: Iterable[Sample]) -> list[Sample]:
-    """The first SHOWN answers of each set."""
+    """Return the first SHOWN replies of each set."""
     seen: Counter[str] = Counter()
     shown = []
     for sample in samples:
@@ -169,7 +169,7 @@ Row = TypeVar("Row", StepMetrics, EvalResult, Sample)
 
 
 def json_line(row: StepMetrics | EvalResult | Sample) -> bytes:
-    # JSON has no NaN: a number that is not finite is null in the file, and NaN again when read.
+    # JSON has no NaN: a non-finite number is written as null, and read back as NaN.
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(row).items()}
     return json.dumps(finite, allow_nan=False).encode() + b"\n"
 
@@ -178,8 +178,11 @@ FILES: dict[type, str] = {StepMetrics: "metrics.jsonl", EvalResult: "eval.jsonl"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file, [] if there is none. A last line without its end (a run killed while writing) is left
-    out when it cannot be read; any other bad line is a UserError."""
+    """Return the objects of a file, [] if there is none.
+
+    An unterminated last line (a run killed while writing) is skipped if it cannot be parsed. Any other bad line raises
+    UserError.
+    """
     if not path.exists():
         return []
     rows = []
@@ -202,7 +205,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def read_rows(run_dir: Path, cls: type[Row]) -> list[Row]:
-    """The lines of one kind in a run directory. A number that was not finite comes back as NaN."""
+    """Return the rows of one class in a run directory. A non-finite number is read as NaN.
+
+    Raises UserError if a line lacks a required field.
+    """
     path = run_dir / FILES[cls]
     names = [f.name for f in fields(cls)]
     needed = [f.name for f in fields(cls) if f.default is MISSING]

@@ -1,4 +1,4 @@
-"""What a run directory says about its run: state, stages, samples by state."""
+"""The state, the stages and the samples by state of a run, read from its run directory."""
 
 import fcntl
 import json
@@ -12,14 +12,14 @@ from typing import Any, Literal
 from sdft.services.base.errors import UserError
 from sdft.services.base.files import write_atomically
 
-SAMPLE_STATES = ("issued", "sampled", "scored", "trained", "dropped")  # the ledger's, in the order of their life
+SAMPLE_STATES = ("issued", "sampled", "scored", "trained", "dropped")  # states of the ledger, in order
 LOCK = ".lock"  # held by the process that trains
 RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "ledger.sqlite")
 
 
 @dataclass(frozen=True)
 class RunState:
-    """`text` says it to people. `total_steps` and `error` are None where the run has not written them."""
+    """The state of a run. text: for display. total_steps, error: None if the run has not written them."""
 
     kind: Literal["new", "running", "finished", "failed", "stopped"]
     text: str
@@ -28,7 +28,7 @@ class RunState:
 
 
 def check_run_dir(run_dir: Path) -> None:
-    """UserError unless a run has begun in this folder."""
+    """Raise UserError unless a run has begun in this folder."""
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: there is no such folder; give the run directory that `sdft train` printed")
     if not any((run_dir / name).exists() for name in RUN_FILES):
@@ -36,15 +36,15 @@ def check_run_dir(run_dir: Path) -> None:
 
 
 def read_stages(run_dir: Path) -> list[tuple[str, int]]:
-    """Name and last step of each stage, [] in a run without stages."""
+    """Return the name and last step of each stage, [] for a run without stages."""
     path = run_dir / "run.json"
     stages = json.loads(path.read_text()).get("stages", []) if path.exists() else []
     return [(name, last) for name, last in stages if name]
 
 
 def read_state(run_dir: Path) -> RunState:
-    """The state in run.json; a run that says it is running though no process holds its lock was stopped."""
-    path, held = run_dir / "run.json", is_held(run_dir)  # in this order: a run that ends writes, then lets go
+    """Return the state in run.json. A run recorded as running on this host whose lock is free was stopped."""
+    path, held = run_dir / "run.json", is_held(run_dir)  # checked before the read: an ending run writes, then unlocks
     if not path.exists():
         return RunState("new", "state unknown (no run.json)", None, None)
     try:
@@ -64,12 +64,12 @@ def read_state(run_dir: Path) -> RunState:
         return RunState("running", f"running (pid {pid}{'' if here else f' on {host}'})", total, None)
     if here:
         return RunState("stopped", "stopped (killed)", total, None)
-    # Not every shared file system shows one host the locks of another.
+    # Some shared file systems do not show one host the locks of another.
     return RunState("running", f"running (pid {pid} on {host}; not seen from this host)", total, None)
 
 
 def is_held(run_dir: Path) -> bool:
-    """Whether a process, on this host or another, is seen to hold the run's lock."""
+    """Return whether a process, on this host or visibly on another, holds the run's lock."""
     try:
         with (run_dir / LOCK).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -81,15 +81,15 @@ def is_held(run_dir: Path) -> bool:
 
 
 def read_ledger(run_dir: Path) -> dict[str, int]:
-    """Samples in each state, {} if there is no ledger."""
+    """Return the number of samples in each state, {} if there is no ledger."""
     counts = {state: lengths.total() for state, lengths in read_lengths(run_dir).items()}
     return {state: counts[state] for state in dict.fromkeys([*SAMPLE_STATES, *counts]) if state in counts}
 
 
 def read_lengths(run_dir: Path) -> "dict[str, Counter[int | None]]":
-    """Of each state, how many samples have how many completion tokens; None: they were not sampled yet.
+    """Return, for each state, the number of samples by completion length in tokens; None: not sampled yet.
 
-    Opened read-only: the run may be writing.
+    The ledger is opened read-only, because the run may be writing. Raises UserError if it cannot be read.
     """
     path = run_dir / "ledger.sqlite"
     lengths: dict[str, Counter[int | None]] = {}

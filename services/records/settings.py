@@ -1,4 +1,4 @@
-"""What the resolved configuration in a run directory says. Not validated: a run of another version stays readable."""
+"""The resolved configuration in a run directory, not validated, so that runs of other versions stay readable."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ Role = Literal["student", "teacher"]
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """The resolved configuration, {} before it is written."""
+    """Return the resolved configuration, {} before it is written. Raises UserError if it is not YAML."""
     path = run_dir / "config.yaml"
     try:
         config = parse_yaml(path.read_text()) if path.exists() else {}
@@ -21,24 +21,24 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 
 def max_staleness(config: dict[str, Any]) -> int:
-    """0 where it does not say."""
+    """Return training.max_staleness, by default 0."""
     return int((config.get("training") or {}).get("max_staleness") or 0)
 
 
 def method_of(config: dict[str, Any], stage: int) -> str:
-    """Of a stage, counted from 0."""
+    """Return the method of a stage (counted from 0), by default that of the run."""
     stages = config.get("stages") or []
     own = stages[stage].get("method") if stage < len(stages) else None
     return str(own or config.get("method") or "sdft")
 
 
 def teacher_weights(config: dict[str, Any]) -> str:
-    """How the teacher follows the student: ema where it does not say."""
+    """Return teacher.weights, by default ema."""
     return str((config.get("teacher") or {}).get("weights") or "ema")
 
 
 def sampler_and_scorer(config: dict[str, Any], stage: int) -> tuple[Role, Role] | None:
-    """Whose engines sample in a stage, and whose score; None: nobody does either."""
+    """Return the roles whose engines sample and score in a stage; None if no engine does either."""
     method = method_of(config, stage)
     if method in TOKEN_LOSSES:
         return None

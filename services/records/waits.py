@@ -1,4 +1,4 @@
-"""waiting.json: what a live run waits for."""
+"""waiting.json: the current waits of a live run."""
 
 import json
 from contextlib import suppress
@@ -10,14 +10,14 @@ WAITING = "waiting.json"
 
 @dataclass(frozen=True)
 class Waiting:
-    """One wait, as a run directory holds it."""
+    """One wait, as in waiting.json."""
 
     what: str
     since: float  # seconds since the epoch
 
 
 def read_waiting(run_dir: Path) -> list[Waiting]:
-    """What a live run waits for, the longest first; [] if it has not said so."""
+    """Return the waits of a live run, the longest first; [] if there is no waiting.json."""
     with suppress(FileNotFoundError):
         return [Waiting(**row) for row in json.loads((run_dir / WAITING).read_text())]
     return []
