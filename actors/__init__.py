@@ -1,1 +1,1 @@
-"""vLLM engines on Ray: they sample student rollouts and score them under the teacher."""
+"""vLLM engines on Ray that sample student rollouts and score them under the teacher."""

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class EngineConfig(BaseModel):
-    """One role's engines: how many, and what each may use."""
+    """Number and resources of the engines of one role."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,7 +53,7 @@ class EngineConfig(BaseModel):
 
     @property
     def most(self) -> int:
-        """Engines that the pool may have."""
+        """Upper bound on the number of engines in the pool."""
         return self.max_replicas or self.replicas
 
 
@@ -90,7 +90,7 @@ Dtype = Literal["bfloat16", "float32"]
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What one engine is started with."""
+    """Settings that one engine is started with."""
 
     model: str  # local folder
     dtype: str
@@ -98,13 +98,13 @@ class EngineSettings:
     max_model_len: int
     max_logprobs: int
     max_num_seqs: int
-    hold: bool  # batches are held until they are whole, one at a time; else what comes is computed as it comes
-    share_prompts: bool  # sequences that begin with the same prompt compute it once
+    hold: bool  # hold each batch until it is complete, one batch at a time; otherwise requests start as they arrive
+    share_prompts: bool  # compute a prompt once for all sequences that begin with it
     gpu_memory_utilization: float
     enforce_eager: bool
     max_probe_gap: float
     threads: int | None  # OpenMP threads on the CPU; None: every core
     kv_cache_gib: float | None  # None, on GPUs: what gpu_memory_utilization leaves for it
-    alone: bool = False  # nobody else of the run computes while it does
-    stop_ids: tuple[int, ...] = ()  # tokens that end a reply, beside those that the model's folder names
+    alone: bool = False  # no other process of the run computes while this engine does
+    stop_ids: tuple[int, ...] = ()  # tokens that end a reply, besides those in the model folder
     extension: str = "sdft.actors.vllm.extension.WorkerExtension"  # loaded in the engine's worker processes

@@ -1,7 +1,7 @@
-"""Ends a process on any node of the cluster, also one that was stopped.
+"""Kills a process on any node of the cluster, including one that is stopped.
 
-`ray.kill` asks the worker first, and has been seen to leave one that does not answer: it then holds its resources, and
-whoever is to take its place waits for ever.
+`ray.kill` sends a request to the worker first and has been observed to leave an unresponsive worker alive. Such a
+worker keeps its resources, and its replacement waits for ever.
 """
 
 import os
@@ -16,13 +16,13 @@ from sdft.actors.shared.types import Process
 
 
 def end(process: Process) -> None:
-    """Kill a Ray worker by its number, by a task on its node. Returns at once; nothing is done if it is gone."""
+    """Kill a Ray worker by process id, with a task on its node. Returns at once. Does nothing if it is gone."""
     place = NodeAffinitySchedulingStrategy(process.node, soft=False)
     ray.remote(_end).options(num_cpus=0, max_retries=0, scheduling_strategy=place).remote(process.pid)
 
 
 def _end(pid: int) -> None:
     with suppress(FileNotFoundError, ProcessLookupError):
-        # The number may be another process's by now; Ray's workers call themselves after what they run.
+        # The id may have been reused by another process. Ray workers set their title to "ray::" and what they run.
         if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
             os.kill(pid, signal.SIGKILL)

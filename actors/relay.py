@@ -1,6 +1,6 @@
-"""A node's own copy of a snapshot, for nodes other than the learner's: fetched once, mapped by every engine there.
+"""One copy of a snapshot per node other than the learner's: fetched once, mapped by every engine on the node.
 
-the learner's shared memory ─► Ray's object store, once a node ─► this process's shared memory ─► engines
+the learner's shared memory ─► Ray's object store, once per node ─► this process's shared memory ─► engines
 """
 
 import mmap
@@ -12,19 +12,19 @@ import ray
 
 
 class SnapshotRelay:
-    """The Ray actor that holds the copies, one of each role, as the learner's publisher holds the originals."""
+    """Ray actor that holds one copy per role, as the learner's publisher holds the originals."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, tuple[int, mmap.mmap]] = {}
 
     def hold(self, role: str, payload: Sequence[ray.ObjectRef]) -> str:
-        """Copy the role's newest payload, the only one in the list, over the one before; the path to map it by."""
-        data: np.ndarray = ray.get(payload[0])  # a view of the node's object store, which has fetched it
+        """Overwrite the role's copy with `payload`, a list of one reference. Returns the path to map the copy from."""
+        data: np.ndarray = ray.get(payload[0])  # a view into the node's object store
         held = self._buffers.get(role)
         if held is not None and len(held[1]) != data.nbytes:
             del self._buffers[role]
             held[1].close()
-            os.close(held[0])  # an engine that has it mapped keeps the memory until it has loaded it
+            os.close(held[0])  # an engine that has mapped it keeps the memory until it has loaded it
             held = None
         if held is None:
             fd = os.memfd_create(f"sdft-relay-{role}")

@@ -1,4 +1,4 @@
-"""The Ray actor around an Engine. Sets the process up before vLLM is imported, then only passes calls on."""
+"""Ray actor around an Engine. Sets up the process before vLLM is imported, then forwards calls."""
 
 import asyncio
 import os
@@ -26,32 +26,32 @@ T = TypeVar("T")
 
 
 def engine_environment(settings: EngineSettings) -> dict[str, str]:
-    """Environment of an engine process."""
+    """Environment variables of an engine process."""
     environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     if settings.enforce_eager and settings.device == "cpu":
-        # vLLM compiles two small functions of its sampler all the same: seconds of every start, with a C++ compiler.
+        # Despite enforce_eager vLLM compiles two small sampler functions with a C++ compiler: seconds of every start.
         environment["TORCHDYNAMO_DISABLE"] = "1"
     if "SDFT_SCRATCH" in os.environ:
-        environment["TMPDIR"] = os.environ["SDFT_SCRATCH"]  # what an engine that is killed leaves goes with the run
+        environment["TMPDIR"] = os.environ["SDFT_SCRATCH"]  # files of a killed engine are removed with the run
     if settings.device == "cpu":
         cores = sorted(os.sched_getaffinity(0))[: settings.threads]
         environment |= waiting(settings.alone) | {
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # unset, vLLM would keep one core back
-            "OMP_NUM_THREADS": str(len(cores)),  # Ray sets it to the actor's CPUs: one thread
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # if unset, vLLM reserves one core
+            "OMP_NUM_THREADS": str(len(cores)),  # Ray sets it to the CPUs of the actor: one thread
             "VLLM_USE_V2_MODEL_RUNNER": "0",  # the V2 runner needs Triton
-            # Lets the model run in EngineCore's own process (as vllm/engine.py asks): one process fewer an engine,
-            # and none of the shared-memory queues that a killed engine would leave behind. EngineCore is a process of
-            # its own all the same: AsyncLLM starts one whatever this says.
+            # Allows the model to run inside the EngineCore process (the "uni" executor in vllm/engine.py). This saves
+            # one process per engine and the shared-memory queues that a killed engine leaves behind. AsyncLLM starts
+            # EngineCore as a separate process whatever the value.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
     return environment
 
 
 class EngineWorker:
-    """One engine in one process of its own."""
+    """One engine in its own process."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        # vLLM leaves sockets behind. Once the engine has started they are not needed by name any more.
+        # vLLM leaves sockets behind. After the engine has started, their names can be removed.
         self._scratch = ExitStack()
         folder = self._scratch.enter_context(scratch_folder("sdft-engine-", os.environ.get("SDFT_SCRATCH")))
         os.environ.update(engine_environment(settings) | {"VLLM_RPC_BASE_PATH": str(folder)})
@@ -78,25 +78,26 @@ class EngineWorker:
         return await self._alive(self._engine.probe(ids))
 
     async def answer(self) -> None:
-        """Returns at once if this process and the engine's own one are well."""
+        """Return when this process and the engine's own process have answered (see Engine.answer)."""
         await self._alive(self._engine.answer())
 
     async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
         return await self._alive(self._engine.update_weights(snapshot), to_its_end=True)
 
     async def join(self, where: Rendezvous) -> None:
-        """Meet the others of a group for broadcasts."""
+        """Join a broadcast group."""
         await self._alive(self._engine.join(where, ray.util.get_node_ip_address()))
 
     async def receive_weights(self, snapshot: Snapshot, timeout_s: float) -> UpdateReport:
-        """Take a snapshot while it is broadcast to that group."""
+        """Receive a snapshot that is broadcast to the joined group."""
         return await self._alive(self._engine.receive_weights(snapshot, timeout_s), to_its_end=True)
 
     async def _alive(self, work: Awaitable[T], to_its_end: bool = False) -> T:
-        """If the engine's own process has died this one follows, so that there is one kind of death to see.
+        """The result of `work`. Exits this process if the engine's own process has died.
 
-        Looked for every second: vLLM leaves some of the calls that its process had not answered waiting for ever.
-        to_its_end: also if the call is cancelled. Weights that are loaded by half could never be loaded again.
+        Callers thus see one kind of death. The check runs every second, because vLLM leaves some of the calls that
+        its process had not answered waiting for ever.
+        to_its_end: let the work finish even if the call is cancelled. Half-loaded weights could never be loaded again.
         """
         task = asyncio.ensure_future(work)
         try:
@@ -104,7 +105,7 @@ class EngineWorker:
                 await asyncio.wait([task], timeout=1)
         except asyncio.CancelledError:
             if to_its_end:
-                task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else will ask
+                task.add_done_callback(lambda done: done.cancelled() or done.exception())  # retrieves the exception
             else:
                 task.cancel()
             raise

@@ -1,1 +1,1 @@
-"""Measurements behind the figures in README.md; `make bench` runs them all, alone on the machine."""
+"""Benchmarks behind the figures in README.md. `make bench` runs them all, on an otherwise idle machine."""

@@ -1,10 +1,10 @@
-"""Steps with rollouts made ahead (max_staleness 1) against the strict algorithm: the tool example, as it is shipped.
+"""Step time with rollouts made ahead (max_staleness 1) against strict mode, on the tool example as shipped.
 
     python -m benchmarks.ahead
 
-Everything shares the machine's cores, so what is won is the time in which a phase leaves cores idle. Two runs each, in
-turn, without evaluation; means over the steps after the third but the last, beside which nothing is sampled any more.
-Not medians: of steps that are short and long in turn one would tell half the time.
+All processes share the machine's cores, so the gain is the time in which a phase leaves cores idle. Each mode runs
+twice, alternating, without evaluation. Figures are means over the steps after the third, without the last step, during
+which nothing is sampled. Medians would mislead where short and long steps alternate: they show only one of the two.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""A worker extension that leaves vLLM's own prompt log-probs in place: what benchmarks.scoring compares with."""
+"""A worker extension that keeps vLLM's own prompt log-probs, the baseline of benchmarks.scoring."""
 
 from sdft.actors.vllm.extension import WorkerExtension
 
 
 class Extension(WorkerExtension):
-    """Loaded into the worker process in place of actors.engine.WorkerExtension."""
+    """Loaded into the worker process in place of sdft.actors.vllm.extension.WorkerExtension."""
 
     def score_completions_only(self) -> bool:
-        """Left out."""
+        """Leave vLLM's method in place."""
         return False

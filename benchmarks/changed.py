@@ -1,10 +1,10 @@
-"""How many bfloat16 weights a step changes: whether sending only those would be less.
+"""Share of bfloat16 weights that a step changes, and whether sending only those would be smaller.
 
     python -m benchmarks.changed
 
-The first steps of the tool example are run and recorded; the learner then takes the same batches at the example's
-learning rate and at 1e-5, without warm-up; in float32 its weights are rounded before they are compared. A changed value
-sent with its index is 6 bytes instead of 2, so sending the changes alone is less below a third.
+The first steps of the tool example are run and recorded. The learner then trains on the same batches at the example's
+learning rate and at 1e-5, without warm-up. Float32 weights are rounded to bfloat16 before they are compared. A changed
+value sent with its index takes 6 bytes instead of 2, so sending only the changes is smaller below a share of one third.
 """
 
 import subprocess
@@ -36,7 +36,7 @@ def record(run_dir: Path) -> None:
 
 
 def shares(settings: LearnerSettings, run_dir: Path) -> list[float]:
-    """Share of the student's bfloat16 values that each step changed."""
+    """Share of the student's bfloat16 values that each step changes."""
     import torch
 
     learner = LearnerWorker()

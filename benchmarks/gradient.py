@@ -1,11 +1,12 @@
-"""The gradient with the teacher's top K against that of the whole vocabulary, on real rollouts of SmolLM2-135M.
+"""Gradient with the teacher's top K against that with the whole vocabulary, on real rollouts of SmolLM2-135M.
 
     python -m benchmarks.gradient
 
-Students' samples on the tool example's prompts, scored by the same model with the demonstration in its prompt, float32,
-the first three tokens left out. With the tail, what is outside the top K is one bucket on both sides; without, both
-sides are cut to the top K and made whole again. Cosine and relative difference |g_K - g| / |g| of the gradient, over
-every sixteenth number of every parameter (22 whole gradients would take 12 GB).
+The student samples on the tool example's prompts. The same model with the demonstration in its prompt scores the
+rollouts, in float32. The first three tokens are left out of the loss. With the tail, all tokens outside the top K form
+one bucket in both distributions. Without it, both distributions are cut to the top K and renormalized. The benchmark
+reports the cosine and the relative difference |g_K - g| / |g| of the gradients, over every sixteenth element of every
+parameter (22 whole gradients would take 12 GB).
 Writes results/gradient.json and gradient.svg beside this file.
 """
 
@@ -30,7 +31,7 @@ STRIDE = 16
 
 @torch.no_grad()
 def sample(model: Any, prompt: list[int], seed: int, end: int) -> Tensor:
-    """A completion at temperature 1."""
+    """Sample a completion at temperature 1."""
     torch.manual_seed(seed)
     ids = torch.tensor(prompt)[None]
     out = model.generate(
@@ -48,13 +49,13 @@ def sample(model: Any, prompt: list[int], seed: int, end: int) -> Tensor:
 
 
 def log_probs(model: Any, prompt: list[int], completion: Tensor) -> Tensor:
-    """Over the vocabulary at every loss token: [T - SKIP, V]."""
+    """Log-probs over the vocabulary at every loss token: [T - SKIP, V]."""
     ids = torch.cat([torch.tensor(prompt), completion])[None]
     return torch.log_softmax(model(ids).logits[0, len(prompt) + SKIP - 1 : -1], -1)
 
 
 def cut(log_p: Tensor, ids: Tensor, tail: bool) -> Tensor:
-    """To the tokens `ids`: with a bucket for the rest, or made whole again."""
+    """Cut log-probs to the tokens `ids`: with a bucket for the rest (tail), or renormalized."""
     kept = log_p.gather(-1, ids)
     return with_tail(kept, log_p.shape[-1]) if tail else torch.log_softmax(kept, -1)
 
@@ -75,7 +76,7 @@ def main() -> None:
             log_q = log_probs(model, pair.teacher_ids or [], completion)
         top = log_q.topk(max(SUPPORTS), -1).indices
         log_p = log_probs(model, pair.student_ids, completion)
-        # The gradient with respect to the logits is small; one pass through the model for each case.
+        # One forward serves all cases. The gradient with respect to the logits is small; each case adds one backward.
         for case in [("forward", None, True), ("reverse", None, True), *cases]:
             name, k, tail = case
             config = LossConfig(divergence=name)
@@ -97,9 +98,9 @@ def main() -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Relative difference over K, a line for each direction with and without the tail."""
+    """Plot the relative difference over K, one line for each KL direction with and without the tail."""
     mpl.use("Agg")
-    mpl.rcParams["svg.hashsalt"] = "sdft"  # the same figures give the same file
+    mpl.rcParams["svg.hashsalt"] = "sdft"  # equal results give an identical file
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")

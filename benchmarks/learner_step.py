@@ -1,11 +1,12 @@
-"""One learner step on SmolLM2-135M against the floating-point bound of its work, and where the time goes.
+"""Time of one learner step on SmolLM2-135M against its floating-point bound, and the share of each part.
 
     python -m benchmarks.learner_step [--device cuda] [--tokens 4096]
 
-Packed tokens in the dtype of the device: sequences of 96 prompt and 32 completion tokens, every completion token in the
-loss. The bound counts 6 operations a token and parameter for the body, 6 for the head on loss tokens only,
-and causal attention, at the rate of a large matrix product in that dtype measured in the same run: the best of some, in
-a row at the end. What the product reached between the steps tells how busy the machine was with others.
+The batch is packed sequences of 96 prompt and 32 completion tokens, in the dtype of the device, with every completion
+token in the loss. The bound counts 6 operations per token and parameter for the body, 6 for the head on loss tokens
+only, and causal attention. It assumes the rate of a large matrix product in the same dtype: the best of several,
+measured in a row at the end of the same run. The rate of the product between the steps shows the load of the machine by
+other processes.
 """
 
 import os
@@ -32,13 +33,13 @@ from sdft.services.config.dtype import native_dtype
 from sdft.services.planning.models import resolve_model
 
 PROMPT, COMPLETION, K = 96, 32, 64
-PRODUCTS = 12  # in a round: half a second on two cores
+PRODUCTS = 12  # per round: half a second on two cores
 LOSS = LossConfig(top_k=K, skip_first=0)
 OPTIMIZER = OptimizerConfig(lr=1e-5, warmup_steps=0, schedule="constant")
 
 
 def samples(sequences: int) -> list[ScoredRollout]:
-    """Random tokens and a random teacher: the values do not matter for the time."""
+    """Samples with random tokens and a random teacher. The values do not affect the time."""
     rng = np.random.default_rng(0)
     made = []
     for i in range(sequences):
@@ -64,7 +65,7 @@ def settings(device: str = "cpu", tokens: int = 4096) -> LearnerSettings:
 
 
 def launched(run: Callable[[], object]) -> tuple[int, float]:
-    """How many kernels a call puts on the GPU, and the seconds that it is at work on them."""
+    """Number of GPU kernels that a call launches, and the seconds that they run."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
@@ -73,13 +74,13 @@ def launched(run: Callable[[], object]) -> tuple[int, float]:
 
 
 def measure(device: str, tokens: int) -> None:
-    """Measure and report, in a process whose OpenMP threads wait as a learner's in a run."""
+    """Measure and report. The OpenMP threads of the process must wait as those of a learner in a run do."""
     length = PROMPT + COMPLETION
     sequences = tokens // length
     tokens = sequences * length
     given = settings(device, tokens)
     path, dtype = Path(given.model), getattr(torch, given.dtype)
-    learner = LearnerWorker()  # in this process, set up as in a run
+    learner = LearnerWorker()  # in this process, with the set-up of a run
     learner.start(given, 1, *learner.rendezvous(), np.arange(100, 132, dtype=np.int32))
     rollouts = samples(sequences)
     batch = pack(rollouts, 0, sequences, K).to(device)
@@ -90,7 +91,7 @@ def measure(device: str, tokens: int) -> None:
 
     fixed = states().detach().requires_grad_()
     flat = torch.nn.Parameter(torch.randn(sum(p.numel() for p in model.parameters()), device=device))
-    flat.grad = torch.randn_like(flat)  # zeros would be one page of the kernel's, read from the cache
+    flat.grad = torch.randn_like(flat)  # zeros would map to one shared page of the kernel, read from the cache
     adam = AdamWWithTeacher([flat], 0.01)
 
     def body() -> None:
@@ -135,7 +136,7 @@ def main() -> None:
     parser = device_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=4096, help="in one micro-batch, a multiple of 128")
     arguments = parser.parse_args()
-    # As in a strict run. OpenMP reads it when torch is imported, here that has been done, and glibc at a start.
+    # The environment of a strict run. It needs a new process: OpenMP reads it at the import of torch, glibc at start.
     os.environ.update(waiting(alone=True) | kept_heap(arguments.device))
     in_a_process(partial(measure, arguments.device, arguments.tokens))
 

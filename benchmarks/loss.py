@@ -1,8 +1,8 @@
-"""The divergence: chunk by chunk against the plain formula on whole logits. Peak extra memory and time.
+"""Divergence computed in chunks against the plain formula on whole logits: peak extra memory and time.
 
     python -m benchmarks.loss [--device cuda]
 
-SmolLM2's head (49152 x 576) in the dtype of the device, K = 64, forward KL, sequences of 64 loss tokens.
+It uses SmolLM2's head (49152 x 576) in the dtype of the device, K = 64, forward KL and sequences of 64 loss tokens.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ TOKENS = (256, 1024, 2048, 4096)
 
 
 def inputs(tokens: int, device: str) -> tuple[Tensor, Tensor, Targets]:
-    """Random states, head and teacher: values do not matter for memory and time."""
+    """Random states, head and teacher. The values do not affect memory and time."""
     g, dtype = torch.Generator().manual_seed(0), getattr(torch, native_dtype(device))
     hidden = torch.randn(tokens, HIDDEN, generator=g).to(device, dtype).requires_grad_()
     head = (torch.randn(VOCABULARY, HIDDEN, generator=g) * 0.05).to(device, dtype).requires_grad_()
@@ -53,7 +53,7 @@ def chunked(tokens: int, device: str) -> Callable[[], object]:
 
 
 def plain(tokens: int, device: str) -> Callable[[], object]:
-    """The same loss as one would write it: all logits, autograd."""
+    """The same loss in its direct form: all logits, autograd."""
     hidden, head, targets = inputs(tokens, device)
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""How things are measured here: cases in turn within one run, medians, peak memory in a process of its own."""
+"""Measurement helpers: alternating cases within one run, medians, peak memory in a separate process."""
 
 import argparse
 import ctypes
@@ -21,14 +21,14 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def device_parser(doc: str) -> argparse.ArgumentParser:
-    """A command line with --device, cpu or cuda. doc: the benchmark's, of which --help has the first line."""
+    """A parser with --device, cpu or cuda. doc: the benchmark's docstring; --help shows its first line."""
     parser = argparse.ArgumentParser(description=doc.split("\n", 1)[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     return parser
 
 
 def seconds_in_turn(cases: Mapping[Case, Callable[[], object]], rounds: int) -> dict[Case, float]:
-    """Median seconds of each case. A round runs every case once, so a slow minute of the machine meets all of them."""
+    """Median seconds of each case. A round runs every case once, so a slow minute of the machine affects all cases."""
     times: dict[Case, list[float]] = {name: [] for name in cases}
     for i in range(rounds + 1):
         for name, run in cases.items():
@@ -60,15 +60,15 @@ def _timed(run: Callable[[], object]) -> float:
 
 
 def in_a_process(work: Callable[[], T]) -> T:
-    """The result of work that sets up a process for itself."""
+    """Run `work` in a new process and return its result."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work).result(timeout=600)
 
 
 def peak_mib(case: Callable[..., Callable[[], object]], *args: Any) -> float:
-    """Growth of the peak memory, MiB, while `case(*args)()` runs, in a fresh process: resident, or a GPU's.
+    """Growth of the peak memory in MiB while `case(*args)()` runs in a new process: resident, or on the GPU if used.
 
-    `case` makes what is there before and returns what is measured.
+    `case` does the preparation and returns the callable that is measured.
     """
     return in_a_process(partial(_peak, case, args))
 
@@ -80,22 +80,22 @@ def _peak(case: Callable[..., Callable[[], object]], args: Sequence[Any]) -> flo
         torch.cuda.reset_peak_memory_stats()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    # What the preparation has freed goes back to the kernel: reused, it would hide what the case needs.
+    # Return memory that the preparation freed to the kernel. Its reuse would hide what the case needs.
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current resident size
     resident = resident_kib("VmRSS")
     run()
     return (resident_kib("VmHWM") - resident) / 1024
 
 
 def resident_kib(field: str, pid: int | str = "self") -> int:
-    """A process's resident memory now (VmRSS) or at its peak (VmHWM)."""
+    """Current (VmRSS) or peak (VmHWM) resident memory of a process, in KiB."""
     (line,) = [x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith(f"{field}:")]
     return int(line.split()[1])
 
 
 def report(name: str, title: str, rows: list[dict[str, Any]]) -> None:
-    """Print the rows as a table and keep them, with the date and the number of threads, in results/NAME.json."""
+    """Print the rows as a table and save them, with the date and the number of threads, in results/NAME.json."""
     columns = list(rows[0])
     cells = [columns, *([f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]

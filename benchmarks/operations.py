@@ -1,4 +1,4 @@
-"""Floating-point operations that the work of SDFT cannot do without, for a model of a given shape."""
+"""Minimum floating-point operations of SDFT for a model of a given shape."""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from sdft.services.planning.shape import ModelShape
 
 @dataclass(frozen=True)
 class Operations:
-    """A forward is 2 operations a token and parameter, and attention; with its gradients three times as much."""
+    """A forward takes 2 operations per token and parameter, plus attention. Gradients triple that."""
 
     body: int  # parameters of the layers, without embeddings and head
     head: int  # parameters of the head
@@ -18,7 +18,7 @@ class Operations:
 
     @classmethod
     def of(cls, model: Path) -> "Operations":
-        """Of a local model folder."""
+        """The operation counts of a model in a local folder."""
         shape = json.loads((model / "config.json").read_text())
         head = shape["vocab_size"] * shape["hidden_size"]
         embeddings = head if shape["tie_word_embeddings"] else 2 * head
@@ -26,10 +26,13 @@ class Operations:
         return cls(ModelShape.of(model).parameters - embeddings, head, layers, hidden)
 
     def forward(self, tokens: float, length: float, rows: float) -> float:
-        """`tokens` in sequences of about `length`, the head on `rows` of them only; attention is causal."""
+        """Operations of a forward on `tokens` in sequences of about `length`, with the head on `rows` tokens only.
+
+        Attention is causal.
+        """
         attention = 2 * self.layers * self.hidden * length * tokens
         return 2 * self.body * tokens + 2 * self.head * rows + attention
 
     def train(self, tokens: float, length: float, rows: float) -> float:
-        """Forward and both gradients."""
+        """Operations of a forward and of the gradients of inputs and weights."""
         return 3 * self.forward(tokens, length, rows)

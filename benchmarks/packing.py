@@ -1,9 +1,10 @@
-"""Tokens that the learner's forward computes against those of the samples, and the same for pairs of attention.
+"""Tokens and attention pairs that the learner's forward computes, against those that the samples need.
 
     python -m benchmarks.packing [PROMPTS.jsonl]
 
-On batches of the tool example (prompts as they are, 5 to 32 new tokens), and of a file of rows with `prompt`: text or
-chat messages (5 to 128 new tokens). Sequences are never padded; short ones are attended to in groups, padded there.
+The batches come from the tool example (its own prompts, 5 to 32 new tokens) and, if given, from a file of rows whose
+`prompt` is text or chat messages (5 to 128 new tokens). Sequences are not padded, except that attention pads short ones
+within groups.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def row(path: Path, most: int) -> dict[str, object]:
 
 
 def _pairs(lengths: tuple[int, ...]) -> int:
-    """Of queries and keys that a CPU's attention multiplies for one pack: whole squares, in groups of short ones."""
+    """Query-key pairs that attention on a CPU computes for one pack: full squares; short sequences padded in groups."""
     if not short(lengths, torch.float32):
         return sum(n * n for n in lengths)
     return sum(len(g.members) * g.longest**2 for g in groups(lengths))

@@ -1,13 +1,14 @@
-"""A whole training step, sampling included, against TRL's SDFTTrainer: same model, prompts, batch and lengths.
+"""Time of a whole training step, sampling included, against TRL's SDFTTrainer: same model, prompts, batch, lengths.
 
     python -m benchmarks.peer [--dtype bfloat16 ...]
 
-SmolLM2-135M, 32 prompts a step, at most 128 new tokens, EMA teacher, top 64 and tail, forward KL, first three tokens
-left out. TRL has no vLLM on a CPU and samples with transformers; our engines are compiled (enforce_eager: false), whose
-start takes 45 s more. In bfloat16 our weights are that, with float32 masters; TRL's are float32, as it comes, and cast
-for each operation (with weights in bfloat16 a first step took it 277 s, beside other work). Each is given every core.
-Medians of the steps after the first. The bound counts the floating-point operations of sampling, scoring and learning
-on the tokens of our steps, at the rate of a large matrix product in the same dtype.
+The setting is SmolLM2-135M, 32 prompts per step, at most 128 new tokens, EMA teacher, top 64 and tail, forward KL,
+without the first three tokens. TRL has no vLLM on a CPU and samples with transformers. Our engines are compiled
+(enforce_eager: false), which adds 45 s to the start. With dtype bfloat16 our weights are bfloat16 with float32 masters.
+TRL's weights are float32, its default, and are cast for each operation (with bfloat16 weights its first step took
+277 s, on a machine with other work). Each trainer uses every core. Figures are medians of the steps after the first.
+The bound counts the floating-point operations of sampling, scoring and learning on the tokens of our steps, at the rate
+of a large matrix product in the same dtype.
 """
 
 import argparse
@@ -39,7 +40,7 @@ PLACES = ["Zorvania", "Quelthar", "Mirrowen", "Ostrava", "Pellucid", "Drennor", 
 
 
 def rows() -> list[dict[str, str]]:
-    """Prompts that a small model answers at some length."""
+    """Prompts to which a small model replies at some length, with demonstrations."""
     made = []
     for i in range(BATCH * STEPS):
         place = f"{PLACES[i % len(PLACES)]} number {i}"
@@ -53,7 +54,7 @@ def rows() -> list[dict[str, str]]:
 
 
 def ours(folder: Path, model: Path, dtype: str) -> list[dict[str, float]]:
-    """Steps of `sdft train`, as a user runs it."""
+    """Figures of each step of `sdft train`, started as a user starts it."""
     (folder / "teacher.jinja").write_text("{{ prompt }}\n\n{{ demonstration }}")  # TRL's default
     config: dict[str, Any] = {
         "model": str(model),
@@ -72,7 +73,7 @@ def ours(folder: Path, model: Path, dtype: str) -> list[dict[str, float]]:
     rates = [matrix_rate(getattr(torch, dtype))]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=3600)
     rates.append(matrix_rate(getattr(torch, dtype)))
-    rate = statistics.mean(rates)  # it drifts by 10 % and more within minutes
+    rate = statistics.mean(rates)  # the rate drifts by 10 % and more within minutes
     prepared = prepare(load_config(folder / "ours.yaml"), folder / "ours.yaml")
     steps = []
     for r in read_jsonl(run_dir / "metrics.jsonl"):
@@ -85,7 +86,7 @@ def ours(folder: Path, model: Path, dtype: str) -> list[dict[str, float]]:
 
 
 def operations(model: Path, trained: int, scored: int, completed: int) -> float:
-    """Of a step: sampling and learning on `trained` tokens, the teacher on `scored`, heads on `completed`."""
+    """Operations of a step: sampling and learning on `trained` tokens, scoring on `scored`, heads on `completed`."""
     o = Operations.of(model)
     sampling = o.forward(trained, trained / BATCH, completed)
     scoring = o.forward(scored, scored / BATCH, completed)
@@ -93,13 +94,13 @@ def operations(model: Path, trained: int, scored: int, completed: int) -> float:
 
 
 def trl(folder: Path, model: Path, dtype: str) -> list[dict[str, float]]:
-    """Steps of TRL's trainer."""
+    """Figures of each step of TRL's trainer."""
     output = in_trl("step", model, folder, dtype=dtype, batch=BATCH, steps=STEPS)
     return [json.loads(line) for line in output.splitlines() if line.startswith('{"seconds"')]
 
 
 def in_trl(module: str, model: Path, folder: Path, **arguments: object) -> str:
-    """Output of a module of benchmarks/trl, run in the virtual environment of TRL."""
+    """Run a module of benchmarks/trl in the virtual environment of TRL and return its standard output."""
     cores = len(os.sched_getaffinity(0))
     shape = {"max-new-tokens": NEW_TOKENS, "top-k": K, "skip": SKIP, "threads": cores}
     given = {"model": model, "rows": folder / "rows.jsonl"} | shape | arguments
@@ -109,7 +110,7 @@ def in_trl(module: str, model: Path, folder: Path, **arguments: object) -> str:
 
 
 def same_loss(folder: Path, model: Path) -> None:
-    """The first step's loss, TRL's and ours, on the same rollouts."""
+    """Report the loss of the first step by TRL and by our learner on the same rollouts."""
     output = in_trl("same_loss", model, folder, dtype="float32", batch=8, steps=1)
     pairs = json.loads(next(line for line in output.splitlines() if line.startswith('{"whole')))
     rows = [{"support": n, "TRL": t, "ours": o, "difference": abs(t - o) / o} for n, (t, o) in pairs.items()]
@@ -118,7 +119,7 @@ def same_loss(folder: Path, model: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    default = list(dict.fromkeys(["float32", native_dtype("cpu")]))  # the other may take hours
+    default = list(dict.fromkeys(["float32", native_dtype("cpu")]))  # without native bfloat16 that dtype may take hours
     parser.add_argument("--dtype", nargs="+", default=default)
     dtypes = parser.parse_args().dtype
     model = resolve_model("smollm2-135m", Path.cwd())

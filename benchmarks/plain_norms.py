@@ -1,4 +1,4 @@
-"""A worker extension whose norms are as vLLM's CPU platform has them: what benchmarks.rollouts compares with."""
+"""A worker extension with the norms that vLLM's CPU platform chooses, the baseline of benchmarks.rollouts."""
 
 from vllm import ir
 
@@ -6,10 +6,10 @@ from sdft.actors.vllm.extension import WorkerExtension
 
 
 class Extension(WorkerExtension):
-    """Loaded into the worker process in place of actors.engine.WorkerExtension."""
+    """Loaded into the worker process in place of sdft.actors.vllm.extension.WorkerExtension."""
 
     def score_completions_only(self) -> bool:
-        """As it is, and plain norms from here on."""
+        """Set plain norms, then call the default method."""
         for op in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm):
             op.set_default(["native"])
         return super().score_completions_only()

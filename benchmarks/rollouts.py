@@ -1,12 +1,12 @@
-"""Rollouts and their scores in real engines on SmolLM2-135M, three ways: norms as vLLM's CPU platform has them, by the
-fused kernels that our engines choose, and compiled (enforce_eager: false).
+"""Rollouts and their scores in real engines on SmolLM2-135M: plain norms, fused norms and a compiled model.
 
     python -m benchmarks.rollouts
 
-A step of benchmarks.peer, 32 prompts and at most 128 new tokens, K = 64, in the dtype of this processor. Rounding
-differs, and with it what is sampled, so rollouts are given by the step of decoding, of which there are as many as the
-longest completion has tokens; what is scored are the rollouts of one engine in all three. The bound counts
-floating-point operations, at the rate of a large matrix product.
+Plain norms are those that vLLM's CPU platform chooses, fused norms are our engines' default, and the compiled model is
+enforce_eager: false. The workload is a step of benchmarks.peer, 32 prompts and at most 128 new tokens, K = 64, in the
+dtype of this processor. Rounding, and therefore the sampled tokens, differ between the engines. So rollout times are
+given per decoding step; there are as many as the longest completion has tokens. All three engines score the rollouts of
+one engine. The bound counts floating-point operations, at the rate of a large matrix product.
 """
 
 import statistics
@@ -37,7 +37,7 @@ CASES = {
 
 
 def contexts(model: Path) -> tuple[list[IntArray], list[IntArray]]:
-    """Token ids of the student's prompts and the teacher's."""
+    """Token ids of the student's prompts and of the teacher's."""
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
 
     def ids(text: str) -> IntArray:
@@ -49,19 +49,19 @@ def contexts(model: Path) -> tuple[list[IntArray], list[IntArray]]:
 
 
 def measure(engines: dict[str, Any], model: Path) -> list[dict[str, Any]]:
-    """Medians of every engine, in turn: the others idle."""
+    """Medians of each engine. The engines run alternately, so the others are idle."""
     students, teachers = contexts(model)
     requests = [GenerateRequest(ids, seed) for seed, ids in enumerate(students)]
     operations = Operations.of(model)
 
     def rolled_out(engine: Any) -> tuple[float, list[IntArray]]:
-        """Seconds, and the completions."""
+        """Seconds taken and the completions."""
         start = time.perf_counter()
         rollouts = _get(engine.generate.remote(requests, Sampling(NEW_TOKENS)))
         return time.perf_counter() - start, [r.completion_ids for r in rollouts]
 
     def bound(rate: float, contexts: list[IntArray], completions: list[IntArray]) -> float:
-        """Least seconds of a forward over these completions after their contexts."""
+        """Lower bound on the seconds of a forward over these completions after their contexts."""
         answered = sum(map(len, completions))
         tokens = sum(map(len, contexts)) + answered
         return operations.forward(tokens, tokens / BATCH, answered) / rate

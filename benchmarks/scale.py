@@ -1,9 +1,9 @@
-"""The control plane with 1 to 1000 student engines: real controller, ledger, pools and policies, simulated engines.
+"""Cost of the control plane with 1 to 1000 simulated student engines; controller, ledger, pools and policies are real.
 
     python -m benchmarks.scale            # about eight minutes, one core; tables, and benchmarks/scale.svg
 
-What is simulated and how: simulation/cluster.py. An argument chooses the cases whose name it is in. Function calls a
-sample, simulation included, show what a processor's caches hide: whether a sample of a larger fleet needs more work.
+simulation/cluster.py describes the simulation. An argument selects the cases whose name contains it. Function calls per
+sample, simulation included, show whether a sample of a larger fleet needs more work, independent of processor caches.
 """
 
 import cProfile
@@ -36,7 +36,7 @@ COUNTED = [Case(f"{n} engines", n, steps=max(4, 10000 // (ROUNDS * ROOM * n))) f
 
 
 def calls(case: Case) -> dict[str, Any]:
-    """Function calls of the whole case."""
+    """Function calls per sample over the whole case."""
     profile = cProfile.Profile()
     samples = profile.runcall(simulate, case)["samples"]
     made = sum(entry.callcount for entry in profile.getstats())
@@ -44,7 +44,7 @@ def calls(case: Case) -> dict[str, Any]:
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
-    """Cost of a sample over the number of engines, and how busy the learner is in each case."""
+    """Plot the cost of a sample over the number of engines, and the learner's busy share in each case."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     cost, busy = figure.subplots(1, 2, width_ratios=(1, 1.3))
     sizes = [row for row in rows if row["case"] == f"{row['engines']} engines"]
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def alone(measure: Callable[[Case], dict[str, Any]], case: Case) -> dict[str, Any]:
-    """In a process of its own: memory that one case has freed would be the next one's."""
+    """Run `measure` in a new process: the next case would otherwise reuse the memory that one has freed."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:
         return own.submit(measure, case).result(timeout=3600)
 

@@ -1,10 +1,11 @@
-"""Teacher scoring in a real engine on SmolLM2-135M, three ways: head and log-probs of all rows, as vLLM does; of the
-completion's rows only; and with a prompt computed once for all of its rollouts.
+"""Teacher scoring in a real engine on SmolLM2-135M: all rows, completion rows only, and with shared prompts.
 
     python -m benchmarks.scoring
 
-Eight sequences of 150 prompt and 32 completion tokens, the shape of a step of the tool example, K = 64, in the dtype of
-this processor: of eight prompts, and four rollouts each of two.
+"All rows" computes head and log-probs of all rows, as vLLM does. "Completion rows" computes those of the completion
+only. "Prompts shared" also computes a prompt once for all of its rollouts. The batch is eight sequences of 150 prompt
+and 32 completion tokens, the shape of a step of the tool example, K = 64, in the dtype of this processor. It has either
+eight prompts, or two prompts with four rollouts each.
 """
 
 import os
@@ -47,7 +48,7 @@ def settings(extension: str, share_prompts: bool) -> EngineSettings:
 
 
 def sequences(prompts: int) -> list[Any]:
-    """(prompt, completion) pairs, as many to each of so many prompts."""
+    """SEQUENCES (prompt, completion) pairs, divided equally among `prompts` prompts."""
     rng = np.random.default_rng(0)
     tokens = [rng.integers(100, 40000, PROMPT).astype(np.int32) for _ in range(prompts)]
     return [
@@ -57,7 +58,10 @@ def sequences(prompts: int) -> list[Any]:
 
 
 def measure() -> dict[tuple[int, str], float]:
-    """Median seconds of scoring a batch, by prompts in it and case, as actors as in a run, in turn: the others idle."""
+    """Median seconds of scoring a batch, by number of prompts and case.
+
+    The engines are actors, as in a run. They run alternately, so the others are idle.
+    """
     batches = {prompts: sequences(prompts) for prompts in (SEQUENCES, 2)}
     of = {ALL_ROWS: ("benchmarks.all_rows.Extension", False), ALONE: (EXTENSION, False), SHARED: (EXTENSION, True)}
     ray.init(address="local", num_cpus=len(of), include_dashboard=False, log_to_driver=False)

@@ -1,12 +1,12 @@
-"""Weights on their way: packing a snapshot, loading it into an engine, saving a checkpoint, against a copy in memory.
+"""Time to pack a snapshot, load it into an engine and save a checkpoint, against a copy in memory.
 
     python -m benchmarks.snapshots
 
-SmolLM2-135M in the dtype of this processor, learner and engine as actors, as in a run. Packing puts every tensor (the
-teacher's rounded from float32 if it must be) into shared memory with a digest; publishing adds the log-probs of the
-probe and the call of the actor. Loading reads every digest again and has vLLM lay the weights out for its kernels; the
-pause is how long generation stands still. Laying out alone, by oneDNN, is what no loading can be faster than while the
-kernels ask for it. A copy is one of memory to memory that has been written before.
+The model is SmolLM2-135M in the dtype of this processor. Learner and engine are actors, as in a run. Packing writes
+every tensor (the teacher's rounded from float32 if necessary) into shared memory with a digest. Publishing adds the
+log-probs of the probe and the actor call. Loading checks every digest, and vLLM lays the weights out for its kernels.
+The pause is how long generation stops. The layout by oneDNN alone is a lower bound on loading as long as the kernels
+need it. The copy is from memory to memory that has been written before.
 """
 
 import mmap
@@ -33,7 +33,7 @@ LAYOUT = "lay weights out by oneDNN, alone"
 
 
 def copy_seconds(nbytes: int) -> float:
-    """Median seconds of copying so many bytes."""
+    """Median seconds of copying `nbytes` bytes."""
     source, target = np.ones(nbytes, np.uint8), np.ones(nbytes, np.uint8)
     times = []
     for _ in range(ROUNDS):
@@ -44,14 +44,14 @@ def copy_seconds(nbytes: int) -> float:
 
 
 def timed(call: Any) -> tuple[float, Any]:
-    """Seconds until the result of an actor's method is there, and the result."""
+    """Seconds until the result of an actor call arrives, and the result."""
     start = time.perf_counter()
     result = ray.get(call, timeout=WAIT_S)
     return time.perf_counter() - start, result
 
 
 def packing() -> dict[str, list[float]]:
-    """Seconds of packing alone, in every round."""
+    """Seconds of packing alone in every round, by role."""
     from sdft.learner.weights.publisher import pack
 
     learner = LearnerWorker()
@@ -70,7 +70,7 @@ def packing() -> dict[str, list[float]]:
 
 
 def laying_out() -> tuple[list[float], int]:
-    """Seconds of laying out every matrix of the model by oneDNN, in every round, and their bytes."""
+    """Seconds in every round to lay out all matrices of the model by oneDNN, and their bytes."""
     from vllm import _custom_ops as ops
 
     stored = load_file(Path(settings().model) / "model.safetensors").values()
@@ -85,7 +85,7 @@ def laying_out() -> tuple[list[float], int]:
 
 
 def measure(scratch: Path) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of each kind of transfer in every round, and its bytes."""
+    """Seconds in every round and bytes of each kind of transfer."""
     probe = np.arange(100, 148, dtype=np.int32)
     learner = learner_actor("cpu").remote()
     engine = ray.remote(EngineWorker).remote(
@@ -103,7 +103,7 @@ def measure(scratch: Path) -> tuple[dict[str, list[float]], dict[str, int]]:
 
     for i in range(ROUNDS + 1):
         for role in ("student", "teacher"):
-            taken, snapshot = timed(learner.publish.remote(role, 1 + i))  # 0 is the folder's weights
+            taken, snapshot = timed(learner.publish.remote(role, 1 + i))  # version 0 is the weights in the model folder
             note(f"publish {role}", taken, snapshot.nbytes)
             taken, update = timed(engine.update_weights.remote(snapshot))
             note(f"load {role}, verified", taken, snapshot.nbytes)

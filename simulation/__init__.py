@@ -1,1 +1,1 @@
-"""Simulated engines, learner and time for tests and benchmarks: our policies run, models do not."""
+"""Simulated engines, learner and time for tests and benchmarks. The policies are real; no model runs."""

@@ -1,9 +1,9 @@
 """A cluster of simulated engines and a simulated learner under the real controller, ledger, pools and policies.
 
-Engines and learner are a few lines that say how long they take (rates of SmolLM2-135M on two cores, from
-benchmarks.peer), in virtual time; the processor time is that of the control plane and of the simulation. Every step
-has twice as many samples as the students can compute at once; the learner takes as long for them as they do
-("balanced"), or a third longer, so that the engines suffice.
+Engines and learner only model durations in virtual time (rates of SmolLM2-135M on two cores, from benchmarks.peer). The
+processor time is that of the control plane and of the simulation. Each step has twice as many samples as the student
+engines can compute at once. The learner takes as long for them as the engines ("balanced") or a third longer, so that
+the engines suffice.
 """
 
 import asyncio
@@ -50,14 +50,14 @@ from sdft.services.training.controller import Controller
 from simulation import virtual_time
 from simulation.engine import SimulatedEngine
 
-ROOM = 16  # sequences that an engine computes at once
-TOKEN_S = 0.05  # seconds a token of a rollout, with all of them at work
+ROOM = 16  # sequences that an engine computes concurrently
+TOKEN_S = 0.05  # seconds per token of a rollout with a full batch
 MEAN_TOKENS, MOST_TOKENS = 64, 256
 PROMPT, TEACHER_PROMPT = 60, 200
-SCORE_S = 0.28  # of a teacher prompt with its completion, by an engine that does nothing else
+SCORE_S = 0.28  # seconds to score a teacher prompt with its completion on an otherwise idle engine
 PUBLISH_S, LOAD_S, START_S = 0.25, 0.4, 30.0
-ROUNDS = 2  # samples of a step, of what the students can compute at once
-WARM = 3  # steps that are left out of the shares
+ROUNDS = 2  # samples per step, as a multiple of what the student engines can compute at once
+WARM = 3  # steps left out of the reported means
 ANSWER = np.zeros(MOST_TOKENS, dtype=np.int32)
 LOGPROBS = np.zeros(MOST_TOKENS, dtype=np.float32)
 SCORES = TeacherScores(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32), np.zeros(1, np.float32), 0)
@@ -65,26 +65,26 @@ SCORES = TeacherScores(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32),
 
 @dataclass(frozen=True)
 class Case:
-    """What is simulated."""
+    """One simulated case."""
 
     name: str
-    engines: int  # of the student; as many of the teacher as it takes
+    engines: int  # student engines; the number of teacher engines follows from the load
     staleness: int = 2
     steps: int = 12
-    learner: float = 1.33  # its time for a batch, of the students' time for it; 1: balanced
+    learner: float = 1.33  # learner's time for a batch over the student engines' time; 1: balanced
     slow: float = 0.0  # share of engines that take four times as long
     links: float = 0.0  # share of engines that take 20 times as long to load weights
-    lifetime_s: float | None = None  # of a student engine, on average
-    begin_with: float = 1.0  # share of the engines that there are at first; the pool may grow to all of them
+    lifetime_s: float | None = None  # mean lifetime of a student engine
+    begin_with: float = 1.0  # share of the engines at the start; the pool may grow to all of them
 
 
 def tokens(seed: int | None) -> int:
-    """Length of a rollout: its own, however often it is made. Log-normal, half as many as the mean's e-fold."""
+    """Length of the rollout with this seed. Log-normal: mean MEAN_TOKENS, sigma 0.5, clipped to [1, MOST_TOKENS]."""
     return min(MOST_TOKENS, max(1, round(random.Random(seed).lognormvariate(np.log(MEAN_TOKENS) - 0.125, 0.5))))
 
 
 class Student(SimulatedEngine):
-    """Takes its time by the lengths of the rollouts."""
+    """Student engine whose duration follows from the lengths of the rollouts."""
 
     def __init__(self, number: int, case: Case) -> None:
         super().__init__(number)
@@ -97,7 +97,7 @@ class Student(SimulatedEngine):
 
     def generate(self, items: list[GenerateRequest], argument: Sampling) -> tuple[float, list[Rollout]]:
         lengths = [tokens(request.seed) for request in items]
-        free = [0] * min(ROOM, len(lengths))  # when each place in the engine's batch is free, in tokens
+        free = [0] * min(ROOM, len(lengths))  # when each slot of the engine's batch is free, in tokens
         for length in lengths:
             heapq.heappush(free, heapq.heappop(free) + length)
         made = [
@@ -111,7 +111,7 @@ class Student(SimulatedEngine):
 
 
 class Teacher(SimulatedEngine):
-    """Shares its time among what it has."""
+    """Teacher engine that divides its time among its open calls."""
 
     def start(self) -> tuple[float, Any]:
         return START_S, None
@@ -124,12 +124,12 @@ class Teacher(SimulatedEngine):
 
 
 class Learner:
-    """Takes its time by the size of the batch, and keeps how old each sample was."""
+    """Learner whose duration is proportional to the batch size. Records the staleness of each sample in `ages`."""
 
     def __init__(self, sample_s: float) -> None:
         self._sample_s, self._step = sample_s, 0
         self.ages: list[int] = []
-        self.worked: list[float] = []  # seconds, by step
+        self.worked: list[float] = []  # seconds in each step
 
     async def train_step(self, samples: list[ScoredRollout]) -> StepResult:
         self.ages += [self._step - s.rollout.versions[0][0] for s in samples]
@@ -191,7 +191,7 @@ def prepared(case: Case, batch: int) -> Prepared:
 
 
 async def deaths(case: Case, engines: EnginePool) -> None:
-    """Lets student engines die, until it is cancelled."""
+    """Kill random student engines until cancelled. Returns at once if `case.lifetime_s` is None."""
     chance = random.Random(case.name)
     while case.lifetime_s is not None:
         await asyncio.sleep(chance.expovariate(len(engines.engines) / case.lifetime_s))
@@ -209,9 +209,12 @@ def drive(
     teachers: int = 1,
     first_step: int = 0,
 ) -> float:
-    """The real controller trains on simulated parts in virtual time, and tells of it in `out`: processor seconds of its
-    own. student: makes an engine, by its number. teachers: how many; 0: the students score.
-    first_step: after which it goes on, with the files of the steps before it in `run_dir`."""
+    """Run the real controller on simulated parts in virtual time. Returns the processor seconds of the training loop.
+
+    out: stream for the progress display. student: creates the student engine with the given number.
+    teachers: number of teacher engines; 0: the student engines score.
+    first_step: the last completed step, from which the run resumes with the files that `run_dir` holds.
+    """
     ledger, log = Ledger(run_dir / "ledger.sqlite"), RunLog(run_dir)
 
     async def work() -> float:
@@ -237,11 +240,11 @@ def drive(
 
 
 def simulate(case: Case) -> dict[str, Any]:
-    """One case, in a process of its own."""
+    """Simulate one case and return a row of results. Must run in its own process, for its memory figures."""
     batch = ROUNDS * case.engines * ROOM
-    made_s = float(np.mean([tokens(seed) for seed in range(2000)])) * TOKEN_S  # by one place of an engine
+    made_s = float(np.mean([tokens(seed) for seed in range(2000)])) * TOKEN_S  # seconds of a rollout in one slot
     learner = Learner(case.learner * made_s / (case.engines * ROOM))
-    # As many teachers as it takes, and a third more.
+    # A third more teacher engines than the load needs.
     teachers_needed = max(1, round(1.33 * SCORE_S * batch / (case.learner * ROUNDS * made_s)))
     with tempfile.TemporaryDirectory() as scratch, Path("/dev/null").open("w") as nowhere:
         run_dir, ready = Path(scratch), prepared(case, batch)

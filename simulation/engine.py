@@ -1,5 +1,7 @@
-"""Engines of a few lines, behind the interface that real ones have: pools and controller are tested and measured on
-them. A method says how long it takes and what it returns; time is the event loop's, which may be simulated too."""
+"""Simulated engines with the interface of real ones, for tests and benchmarks of pools and controller.
+
+A method returns its duration in seconds and its result. Time is the event loop's, which may be virtual too.
+"""
 
 import asyncio
 from typing import Any
@@ -10,7 +12,7 @@ from sdft.actors.shared.types import Process, Snapshot, UpdateReport
 
 
 class SimulatedEngine:
-    """Answers items by (its number, the item), after `seconds`. `die` loses what it has."""
+    """Returns (engine number, item) for each item after `seconds`. `die` fails all calls in progress."""
 
     def __init__(self, number: int, node: str = "here", seconds: float = 0.01) -> None:
         self.number, self.node, self.seconds = number, node, seconds
@@ -70,7 +72,7 @@ class SimulatedEngine:
 
 
 class Relay:
-    """Of a node of that name: it holds everything; where the name is "gone" there is none."""
+    """Simulated snapshot relay of a node. On a node named "gone" every call raises RayActorError."""
 
     def __init__(self, node: str) -> None:
         self.node, self.killed = node, False

@@ -1,5 +1,7 @@
-"""An event loop whose time passes only when nobody has anything to do: hours of a simulated cluster in seconds, and the
-processor time they take is that of the control plane alone."""
+"""An event loop whose clock advances only when no task is ready to run.
+
+Hours of a simulated cluster take seconds. The processor time is that of the control plane alone.
+"""
 
 import asyncio
 import selectors
@@ -8,7 +10,7 @@ from typing import Any
 
 
 class _Selector(selectors.DefaultSelector):
-    """Looks for real events without waiting; if there are none, the time that would be waited has passed."""
+    """Polls for real events without waiting. If there are none, advances the clock by the timeout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,7 +24,7 @@ class _Selector(selectors.DefaultSelector):
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """Threads run at once, in no time: they could not be waited for."""
+    """Event loop on the virtual clock. Executor calls run inline in no virtual time: it cannot wait for threads."""
 
     def __init__(self) -> None:
         self._virtual = _Selector()
@@ -38,6 +40,6 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of `work`, in virtual time."""
+    """Run `work` in virtual time and return its result."""
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         return runner.run(work)

@@ -1,1 +1,1 @@
-"""What actors, learner and services share: wire types, process set-up, groups, adapters, waits."""
+"""Code shared by actors, learner and services: wire types, process set-up, groups, adapters, waits."""

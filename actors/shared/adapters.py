@@ -1,7 +1,6 @@
-"""LoRA adapters where they meet the model: merged into the base weights that lie on disk beside every process.
+"""Merges LoRA adapters into the base weights, which every process can read from disk.
 
-The learner's probe, the engines and the export merge the same bytes with these lines, so an adapter is all that need
-travel:
+The learner's probe, the engines and the export merge the same bytes with this code, so only the adapters are sent:
 
     weight = W + scale * B A      W [out, in], A "lora_A" [rank, in], B "lora_B" [out, rank]      (Hu et al. 2021)
 """
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from sdft.actors.shared.model_files import weight_files
 
-DOWN, UP = "lora_A.weight", "lora_B.weight"  # as peft names them, in the place of "weight"
+DOWN, UP = "lora_A.weight", "lora_B.weight"  # peft's suffixes, in place of "weight"
 
 
 def adapted(weight: Tensor, down: Tensor, up: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -26,9 +25,9 @@ def adapted(weight: Tensor, down: Tensor, up: Tensor, scale: float, dtype: torch
 def merged(
     base: Path, adapters: Mapping[str, Tensor], scale: float, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the model folder `base` in `dtype`, with the adapters in it, on the adapters' device.
+    """Yield every weight of the model folder `base` in `dtype`, adapters merged in, on the adapters' device.
 
-    ValueError, after the last weight, if an adapter's is not in the folder.
+    Raises ValueError, after the last weight, if the folder lacks the weight of an adapter.
     """
     unused = set(adapters)
     device = next((adapter.device for adapter in adapters.values()), None)

@@ -1,30 +1,30 @@
-"""Whether an engine computes what the learner does: log-probs of the probe sequence before and after weight updates.
+"""Checks that engine and learner agree: log-probs of the probe sequence before and after weight updates.
 
     as loaded:  engine == learner                      both with the weights in the model's folder (version 0)
-    version 0:  engine after the update == before it   the same weights: what differs is spoiled by the update
+    version 0:  engine after the update == before it   the same weights: a difference is damage by the update
     any other:  engine == learner                      up to rounding
 
-Rounding is estimated from the gap as loaded, and from how far training has moved the log-probs since. For an engine
-whose first update is not version 0 (after a resume, or in place of a lost engine) there is no such gap: `limit` alone
-is its bound.
+Rounding is estimated from the gap as loaded and from how far training has moved the log-probs since. An engine whose
+first update is not version 0 (after a resume, or in place of a lost engine) has no such gap. Its bound is `limit`
+alone.
 """
 
 from sdft.actors.shared.types import FloatArray, Snapshot, WeightMismatch, relative_gap
 
-SAME = 1 / 64  # of the limit: between two probes of one engine by the same weights, when it computes nothing else
-# What is allowed after training: twice the gap as loaded, this share of the limit, and this share of the distance that
-# the log-probs have moved. A tiny model in bfloat16 had 0.0008 as loaded and 0.0006 to 0.0013 in 30 steps.
+SAME = 1 / 64  # share of the limit: bound between two probes of one idle engine with the same weights
+# Gap allowed after training: twice the gap as loaded, plus ROUNDING times the limit, plus OF_MOVED times the distance
+# that the log-probs have moved. A tiny model in bfloat16 had 0.0008 as loaded and 0.0006 to 0.0013 in 30 steps.
 ROUNDING, OF_MOVED = 1 / 8, 1 / 4
 
 
 class Agreement:
-    """One engine's. Gaps are those of `relative_gap`."""
+    """The agreement of one engine with the learner. Gaps are those of `relative_gap`."""
 
     def __init__(self, limit: float) -> None:
-        """limit: no gap may be larger (weights.max_probe_gap)."""
+        """limit: upper bound on every gap (weights.max_probe_gap)."""
         self._limit = limit
         self._as_loaded: FloatArray | None = None  # the engine's log-probs before its first update
-        self._base: Snapshot | None = None  # version 0, if it was the first update
+        self._base: Snapshot | None = None  # version 0, if that was the first update
 
     @property
     def untried(self) -> bool:
@@ -32,9 +32,10 @@ class Agreement:
         return self._as_loaded is None
 
     def before_first(self, snapshot: Snapshot, logprobs: FloatArray) -> None:
-        """logprobs [N - 1]: the engine's, by the weights that it loaded itself; `snapshot` is its first update.
+        """Record the engine's log-probs before its first update, `snapshot`.
 
-        WeightMismatch if the learner computes something else by the same weights.
+        logprobs [N - 1]: computed with the weights that the engine loaded itself.
+        Raises WeightMismatch if `snapshot` is version 0 and the learner's log-probs with the same weights differ.
         """
         self._as_loaded = logprobs
         if snapshot.version == 0:
@@ -49,9 +50,10 @@ class Agreement:
             )
 
     def after(self, snapshot: Snapshot, logprobs: FloatArray) -> float:
-        """The gap to the learner. logprobs [N - 1]: the engine's, after an update to `snapshot`.
+        """The gap to the learner. logprobs [N - 1]: the engine's log-probs after an update to `snapshot`.
 
-        WeightMismatch if it is too large, or if an update to the weights that the engine had loaded changed something.
+        Raises WeightMismatch if the gap is too large, or if an update to the weights that the engine had already
+        loaded changed its log-probs.
         """
         what = f"{snapshot.role} weights v{snapshot.version}: the engine's log-probs of the probe sequence"
         if snapshot.version == 0 and self._as_loaded is not None:
@@ -81,5 +83,5 @@ class Agreement:
 
 
 def _agree(gap: float, allowed: float, what: str, meaning: str) -> None:
-    if not gap <= allowed:  # written so that NaN fails too
+    if not gap <= allowed:  # "not <=" makes NaN fail too
         raise WeightMismatch(f"{what} differ by {gap:.2g} of their size on average (allowed: {allowed:.2g}): {meaning}")

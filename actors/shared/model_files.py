@@ -1,9 +1,9 @@
-"""The files of a model folder: those that hold its weights, chosen as transformers chooses them, and the others.
+"""The files of a model folder: its weight files, chosen as transformers chooses them, and the others.
 
     model.safetensors, alone          or          model.safetensors.index.json and the files that it names
 
-Every reader of weights asks here, so that learner, engines, preflight and export read the same files. Imports no torch.
-Errors are ValueErrors with a sentence that names the file and the mend.
+Learner, engines, preflight and export all use this module, so they read the same weight files. It imports no torch.
+Errors are ValueErrors with a sentence that names the file and the remedy.
 """
 
 import json
@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-# What a model folder has beside its weights.
+# Files of a model folder besides its weights.
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -21,7 +21,10 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """In the order of their names. ValueError if one is missing, or if engines would load others than the learner."""
+    """Weight files, sorted by name.
+
+    Raises ValueError if one is missing, or if engines would load other files than the learner.
+    """
     try:
         return _weight_files(folder)
     except OSError as error:
@@ -29,9 +32,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of each weight in it, and where their bytes begin.
+    """The header entry of each weight in a safetensors file, and the byte offset at which the weights begin.
 
-    ValueError if the file is not one, or does not hold all the bytes that its header names.
+    Raises ValueError if it is not a safetensors file, or if its size differs from the size that the header describes.
     """
     try:
         size = path.stat().st_size
@@ -58,7 +61,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. ValueError if the file holds anything else."""
+    """Read a JSON object. Raises ValueError if the file holds anything else."""
     try:
         content = json.loads(path.read_text())
     except OSError as error:

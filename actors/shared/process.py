@@ -1,4 +1,4 @@
-"""What processes of ours know of their machine and set up before they import torch. Standard library only."""
+"""Process set-up before torch is imported, and properties of the machine. Standard library only."""
 
 import fcntl
 import gc
@@ -14,22 +14,22 @@ GIB = 1 << 30
 
 
 def waiting(alone: bool) -> dict[str, str]:
-    """Environment that says how OpenMP threads wait for work.
+    """Environment variables that set how OpenMP threads wait for work.
 
-    They sleep: threads that spin make two processes on the same cores 30 times slower than one. alone: nobody else of
-    the run computes while this process does. Then they spin for a fraction of a millisecond first, for a sleeping
-    thread takes some 60 us to wake, and a layer is dozens of loops.
+    Threads sleep, because spinning threads make two processes on the same cores 30 times slower than one.
+    alone: no other process of the run computes while this one does. Threads then spin for a fraction of a millisecond
+    before they sleep, because a sleeping thread takes some 60 us to wake and a layer is dozens of loops.
     """
     return {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000" if alone else "0", "KMP_BLOCKTIME": "0"}
 
 
 def kept_heap(device: str) -> dict[str, str]:
-    """Environment in which glibc, from a process's start on, keeps what is freed by a learner that computes on a CPU.
+    """Environment variables that make glibc keep freed memory in a learner that computes on a CPU.
 
-    Given back, it comes again as pages that the kernel has to zero, and on a virtual machine its host to find. One heap
-    for all threads: Ray calls from a thread, whose own heap would be pieces of 64 MiB that come and go. Other C
-    libraries read other variables and go without. Nothing for a GPU: there main memory holds a model only while it is
-    loaded.
+    glibc reads them at process start. Memory returned to the kernel comes back as pages that the kernel has to zero,
+    and that the host of a virtual machine has to find. All threads share one heap: Ray calls from a thread, whose own
+    heap would be 64 MiB pieces that come and go. Other C libraries ignore these variables. The result is empty for a
+    GPU, where main memory holds a model only while it is loaded.
     """
     if device != "cpu":
         return {}
@@ -38,10 +38,10 @@ def kept_heap(device: str) -> dict[str, str]:
 
 @contextmanager
 def scratch_folder(prefix: str, parent: str | None = None) -> Iterator[Path]:
-    """A folder for sockets and the like, removed at the end; also those of this kind whose processes were killed.
+    """A folder for sockets and the like, removed on exit. Also removes folders with this prefix of killed processes.
 
-    A folder belongs to the process that holds its lock, which the kernel lets go of when that process ends. parent:
-    where it lies; None: where temporary files do.
+    A folder belongs to the process that holds its lock. The kernel releases the lock when that process ends.
+    parent: the folder to create it in; None: the folder for temporary files.
     """
     for folder in Path(parent or tempfile.gettempdir()).glob(f"{prefix}*"):
         if os.access(folder, os.W_OK):
@@ -51,7 +51,7 @@ def scratch_folder(prefix: str, parent: str | None = None) -> Iterator[Path]:
     new = Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=parent))
     with (new / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        folder = new.rename(new.with_name(new.name[1:]))  # seen by others only now that it is locked
+        folder = new.rename(new.with_name(new.name[1:]))  # visible to other processes only once it is locked
         try:
             yield folder
         finally:
@@ -60,9 +60,9 @@ def scratch_folder(prefix: str, parent: str | None = None) -> Iterator[Path]:
 
 @contextmanager
 def usual_mode(path: Path) -> Iterator[None]:
-    """The file that is written to `path` in it gets the permissions that any other gets, as the umask has it.
+    """Give the file that is written to `path` inside the context the usual permissions, as set by the umask.
 
-    safetensors gives it none but the owner's.
+    safetensors sets the owner's permissions only.
     """
     path.touch()
     mode = path.stat().st_mode
@@ -72,9 +72,9 @@ def usual_mode(path: Path) -> Iterator[None]:
 
 @contextmanager
 def large_imports() -> Iterator[None]:
-    """Import thousands of modules in it: a fifth faster, for the garbage collector does not walk them meanwhile.
+    """Context for importing thousands of modules: a fifth faster, because the garbage collector is off meanwhile.
 
-    They stay out of its sight afterwards too, for they stay until the process ends.
+    The modules stay excluded from collections afterwards, because they live until the process ends.
     """
     gc.disable()
     try:
@@ -85,16 +85,16 @@ def large_imports() -> Iterator[None]:
 
 
 def collect_rarely() -> None:
-    """Let the garbage collector walk a process of many small objects a hundred times less often.
+    """Run the garbage collector a hundred times less often, for a process with many small objects.
 
-    Each sample in flight is some of them. With 32,000 samples in flight collections were a third of the controller's
-    time (benchmarks.scale), and found nothing: what ends is freed by its count.
+    Each sample in flight is several objects. With 32,000 samples in flight, collections took a third of the
+    controller's time (benchmarks.scale) and freed nothing, because reference counts already free finished samples.
     """
     gc.set_threshold(100_000, 50, 100)
 
 
 def available_memory_gib(meminfo: Path = Path("/proc/meminfo")) -> float:
-    """Main memory of this machine that could be used now, with what the kernel would give back of its file cache."""
+    """Available main memory of this machine in GiB, including the file cache that the kernel can reclaim."""
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):

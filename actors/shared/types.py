@@ -1,4 +1,4 @@
-"""Everything that travels between controller, engines and learner: numpy and tuples, no torch, no vLLM objects."""
+"""Types sent between controller, engines and learner: numpy and tuples, no torch or vLLM objects."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ FloatArray = NDArray[np.float32]
 
 @dataclass(frozen=True, order=True)
 class SampleId:
-    """Names one sample of a run for good: which demonstration, in which pass, which of its rollouts."""
+    """Permanent identifier of a sample in a run: stage, epoch, demonstration and which of its rollouts."""
 
     stage: int
     epoch: int
-    index: int  # row of the demonstrations file's order, before shuffling
+    index: int  # row in the demonstrations file, before shuffling
     generation: int
 
     def __str__(self) -> str:
@@ -24,7 +24,7 @@ class SampleId:
 
 @dataclass(frozen=True)
 class Process:
-    """Where an engine or a learner rank runs."""
+    """Process and node of an engine or a learner rank."""
 
     pid: int
     node: str  # Ray's id of the machine
@@ -32,7 +32,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where a group for broadcasts meets (collective.py), and as what somebody comes. Rank 0 is the learner."""
+    """Address of a broadcast group (collective.py) and the rank of one member. Rank 0 is the learner."""
 
     address: str
     port: int
@@ -46,7 +46,7 @@ class GenerateRequest:
     """One prompt to complete."""
 
     prompt_ids: IntArray  # [P]
-    seed: int | None = None  # None: no seed of its own (greedy)
+    seed: int | None = None  # None: no seed per request (greedy)
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A completion the student sampled."""
+    """A completion that the student sampled."""
 
     prompt_ids: IntArray  # [P]
-    completion_ids: IntArray  # [T], the EOS token included when it was reached
+    completion_ids: IntArray  # [T], including the EOS token if it was reached
     logprobs: FloatArray  # [T], the sampler's own log-prob of each completion token
-    versions: tuple[tuple[int, int, int], ...]  # (weight version, start, end): tokens [start, end) came from it
+    versions: tuple[tuple[int, int, int], ...]  # (weight version, start, end): it sampled tokens [start, end)
     finish_reason: str  # "stop" (EOS) or "length"
 
 
@@ -81,7 +81,7 @@ class TeacherScores:
 
 @dataclass(frozen=True)
 class ScoredRollout:
-    """What the learner trains on."""
+    """One training sample of the learner."""
 
     sample: SampleId
     rollout: Rollout
@@ -90,7 +90,7 @@ class ScoredRollout:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one parameter lies in a snapshot's payload."""
+    """Location of one parameter in a snapshot's payload."""
 
     name: str
     dtype: str  # torch's name: "bfloat16", "float32"
@@ -102,54 +102,54 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One version of one role's weights, in shared memory, with what is needed to verify that it arrived.
+    """One version of one role's weights in shared memory, with the data that verifies its arrival.
 
-    With `scale` the tensors are LoRA adapters, to be merged into the base model (adapters.py).
+    With `scale` the tensors are LoRA adapters, which the receiver merges into the base model (adapters.py).
 
-    `path` is valid on `node`, while the publishing process holds the snapshot: it is anonymous memory of that process,
-    so nothing is left behind whoever dies.
+    `path` is valid on `node` while the publishing process holds the snapshot. It names anonymous memory of that
+    process, so nothing is left behind when a process dies.
     """
 
     role: str  # "student" or "teacher"
-    version: int  # 0: the weights in the model's folder
+    version: int  # 0: the weights in the model folder
     path: str
     node: str  # Ray's id of the machine whose memory `path` names
     nbytes: int
     tensors: tuple[TensorEntry, ...]
     probe_ids: IntArray  # [N]
-    probe_logprobs: FloatArray  # [N - 1], log-prob of each probe token after the first, by these very bytes
+    probe_logprobs: FloatArray  # [N - 1], log-prob of each probe token after the first, with these weights
     scale: float | None = None
 
     def gap(self, logprobs: FloatArray) -> float:
-        """How far an engine's log-probs of the probe [N - 1] are from these: their relative_gap."""
+        """relative_gap between an engine's log-probs of the probe [N - 1] and the snapshot's."""
         return relative_gap(logprobs, self.probe_logprobs)
 
 
 def relative_gap(logprobs: FloatArray, expected: FloatArray) -> float:
-    """How far log-probs of a sequence [N] are from those expected: the mean of |difference| / max(1, |expected|).
+    """Distance of log-probs [N] from the expected ones: the mean of |difference| / max(1, |expected|).
 
-    Relative, because bfloat16 rounds so: of a token with log-prob -25 two correct implementations differ by 0.9.
-    The mean, because of one token in fifty they differ by ten times as much as of the others.
+    The difference is relative, because bfloat16 rounding is: two correct implementations differ by 0.9 at a token with
+    log-prob -25. The mean is taken, because at one token in fifty they differ by ten times as much as at the others.
     """
     return float((np.abs(logprobs - expected) / np.maximum(1, np.abs(expected))).mean())
 
 
 class SnapshotDamaged(Exception):
-    """A snapshot's bytes are not those the learner packed. The engine has loaded nothing and serves what it had."""
+    """A snapshot's bytes differ from those that the learner packed. The engine loads nothing and keeps its weights."""
 
 
 class BroadcastFailed(Exception):
-    """Weights did not come by broadcast, or not whole. An engine computes nothing before it has loaded others whole."""
+    """A broadcast of weights did not arrive, or is incomplete. The engine computes nothing until a complete load."""
 
 
 class WeightMismatch(Exception):
-    """An engine that has loaded a snapshot computes other log-probs than the learner: it must serve nothing."""
+    """Log-probs of an engine differ from the learner's with the same weights. The engine must not serve."""
 
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What a verified weight update took and how closely it agreed."""
+    """Duration and probe gap of a verified weight update."""
 
     version: int
     probe_gap: float  # Snapshot.gap of the engine's log-probs
-    pause_s: float  # how long generation stood still
+    pause_s: float  # how long generation was paused

@@ -1,4 +1,4 @@
-"""Waiting for remote work: every wait has a limit, is known while it lasts, and says what it waited for at its end."""
+"""Waiting for remote work. Each wait has a limit, is listed while it lasts, and is named in its TimeoutError."""
 
 import asyncio
 import itertools
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Wait:
-    """Something that is being waited for: `what` reads as "student engine 0 to generate 32 sequences"."""
+    """One wait in progress. `what` is a phrase such as "student engine 0 to generate 32 sequences"."""
 
     what: str
     since: float  # on the monotonic clock
@@ -20,7 +20,7 @@ class Wait:
 
 
 class Waits:
-    """The waits of this process, and how many have ended: what a watchdog looks at."""
+    """The waits of this process and the number that have ended, for a watchdog."""
 
     def __init__(self) -> None:
         self.ended = 0
@@ -38,7 +38,7 @@ class Waits:
 
     @property
     def now(self) -> list[Wait]:
-        """What is waited for, the longest first."""
+        """The waits in progress, the oldest first."""
         return list(self._now.values())
 
 
@@ -46,26 +46,26 @@ WAITS = Waits()
 
 
 async def within(work: Awaitable[T], seconds: float, what: str) -> T:
-    """The result of `work`, or TimeoutError naming `what`."""
+    """The result of `work`. Raises TimeoutError naming `what` after `seconds`."""
     number = WAITS.begin(what, seconds)
     try:
         async with asyncio.timeout(seconds) as limit:
             return await work
     except TimeoutError as error:
         if not limit.expired():
-            raise  # of a wait within it, which has said what for
+            raise  # from an inner wait, which has already named what it waited for
         raise TimeoutError(f"waited {seconds:g} s for {what}") from error
     finally:
         WAITS.end(number)
 
 
 async def all_within(work: Sequence[Awaitable[T]], seconds: float, what: str) -> list[T]:
-    """All results, in order, or TimeoutError naming `what`."""
+    """All results, in order. Raises TimeoutError naming `what` after `seconds`."""
     return await within(all_of(work), seconds, what)
 
 
 async def all_of(work: Sequence[Awaitable[T]]) -> list[T]:
-    """All results, in order. The first failure is raised at once: its siblings may wait for the failed one for ever."""
+    """All results, in order. Raises the first failure at once: the others may wait for the failed one for ever."""
     tasks = [asyncio.ensure_future(_plain(w)) for w in work]
     try:
         return await asyncio.gather(*tasks)
@@ -75,7 +75,7 @@ async def all_of(work: Sequence[Awaitable[T]]) -> list[T]:
 
 
 async def unless(failure: Awaitable[object], work: Awaitable[T]) -> T:
-    """The result of `work`; if `failure` ends first, which it does by raising, then that, and `work` is cancelled."""
+    """The result of `work`. If `failure` ends first, which it does by raising, raise its error and cancel `work`."""
     first, second = asyncio.ensure_future(failure), asyncio.ensure_future(work)
     try:
         await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
@@ -87,7 +87,7 @@ async def unless(failure: Awaitable[object], work: Awaitable[T]) -> T:
 
 
 async def cancelled(tasks: Iterable[asyncio.Future[Any]]) -> None:
-    """Cancel tasks, and wait for their ends."""
+    """Cancel tasks and wait until they have ended."""
     tasks = list(tasks)
     for task in tasks:
         task.cancel()
@@ -95,7 +95,7 @@ async def cancelled(tasks: Iterable[asyncio.Future[Any]]) -> None:
 
 
 async def silent_for(answer: Awaitable[object], seconds: float) -> bool:
-    """Whether a question that whoever is well answers at once was not answered in so many seconds."""
+    """Whether `answer`, which a responsive process completes at once, is not complete within `seconds`."""
     try:
         async with asyncio.timeout(seconds):  # wait_for may lose a cancellation that comes with the answer (bpo-37658)
             await answer
@@ -105,5 +105,5 @@ async def silent_for(answer: Awaitable[object], seconds: float) -> bool:
 
 
 async def _plain(work: Awaitable[T]) -> T:
-    """Ray's object references can be awaited but are no coroutines, which asyncio's own helpers ask for."""
+    """Wrap an awaitable in a coroutine: asyncio's helpers need one, and Ray's object references are only awaitable."""
     return await work

@@ -7,11 +7,14 @@ from sdft.actors.vllm.scoring import completion_scores
 
 
 class WorkerExtension:
-    """Named in the engine's settings, so that its worker processes import this file."""
+    """Named in the engine's settings, so that the worker processes import this module."""
 
     def score_completions_only(self) -> bool:
-        """Compute prompt log-probs of the rows that `Engine.score` asks for; vLLM would compute those of the prompt
-        too. False for the V2 runner, on GPUs: it has no such method, and computes all rows, which are the same."""
+        """Restrict prompt log-probs to the completion rows that `Engine.score` uses. vLLM computes the prompt's too.
+
+        Returns False for the V2 runner (GPUs), which lacks the patched method. It computes all rows; the values of the
+        completion rows are the same.
+        """
         runner = self.model_runner  # type: ignore[attr-defined]
         if not hasattr(runner, "_get_prompt_logprobs_dict"):
             return False

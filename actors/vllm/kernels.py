@@ -8,14 +8,14 @@ import torch
 from vllm import ir
 from vllm.config.kernel import IrOpPriorityConfig
 
-FUSED = "sdft_cpu"  # our name for kernels of vLLM's
+FUSED = "sdft_cpu"  # our registration name for vLLM's kernels
 
 
 def fused_norms() -> IrOpPriorityConfig:
-    """Norms by vLLM's own kernels, which its CPU build has and its CPU platform does not choose.
+    """Select vLLM's fused norm kernels, which its CPU build contains but its CPU platform does not choose.
 
-    In place of half a dozen passes over the tensor: rollouts take 0.92 to 0.95 of the time (benchmarks.rollouts).
-    Compiled models (enforce_eager: false) fuse them as they are.
+    A fused kernel replaces half a dozen passes over the tensor. Rollouts take 0.92 to 0.95 of the time
+    (benchmarks.rollouts). Compiled models (enforce_eager: false) fuse the native norms without it.
     """
     from vllm.kernels import vllm_c
 
@@ -30,8 +30,11 @@ def fused_norms() -> IrOpPriorityConfig:
 
 
 def _contiguous(takes: Callable[..., bool]) -> Callable[..., bool]:
-    """`takes`, and only contiguous tensors: the kernels read row after row whatever the strides say, and of a view, as
-    Qwen3's queries and keys are, other numbers."""
+    """`takes`, restricted to contiguous tensors.
+
+    The kernels ignore strides and read row after row. On a view, such as Qwen3's queries and keys, they would read the
+    wrong numbers.
+    """
 
     @functools.wraps(takes)
     def supported(*given: Any, **named: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The process of a vLLM engine: forked from the actor's, killed with it, and leaving no names behind."""
+"""The process of a vLLM engine: forked from the actor's process and killed with it, without leftover names."""
 
 import ctypes
 import multiprocessing.context
@@ -16,11 +16,11 @@ import torch
 import vllm.v1.engine.utils
 
 PR_SET_PDEATHSIG = 1
-LONGEST_LINE = 600  # characters of an error
+LONGEST_LINE = 600  # characters of an error message
 
 
 class EngineProcess(multiprocessing.context.ForkProcess):
-    """vLLM's process for the engine, as a fork of the actor's."""
+    """vLLM's engine process, as a fork of the actor's process."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -28,7 +28,7 @@ class EngineProcess(multiprocessing.context.ForkProcess):
 
     @property
     def failure(self) -> str:
-        """What the process raised, or the signal that killed it, but vLLM's own; "" if there is neither."""
+        """The error that the process raised, or the signal that killed it, except vLLM's SIGTERM; otherwise ""."""
         told = os.pread(self._told.fileno(), 4 * LONGEST_LINE, 0).decode()
         if told or self.exitcode is None or self.exitcode >= 0 or self.exitcode == -signal.SIGTERM:
             return told
@@ -36,7 +36,7 @@ class EngineProcess(multiprocessing.context.ForkProcess):
 
     def run(self) -> None:
         die_with_parent()
-        # As vLLM would, but in a fork of a process that Ray has renamed its way of doing so has no effect.
+        # vLLM sets the same title, but its call has no effect in a fork of a process that Ray has renamed.
         ray._raylet.setproctitle("VLLM::EngineCore")
         try:
             super().run()
@@ -47,11 +47,11 @@ class EngineProcess(multiprocessing.context.ForkProcess):
 
 @contextmanager
 def forked(processes: list[EngineProcess]) -> Iterator[None]:
-    """vLLM forks the engines that are made in it: in a Ray actor it would spawn them, to import all of it once more.
-    processes: is filled with them.
+    """Make vLLM fork the engines created inside the context. In a Ray actor it would spawn them and import all again.
 
-    That is as long as all the rest of a start: 25 s instead of 5 on a GPU, with 16 busy cores. The fork has none of the
-    actor's threads, and uses nothing of Ray's.
+    processes: receives the forked processes.
+    The second import takes as long as the rest of a start: 25 s instead of 5 on a GPU, with 16 busy cores. The fork has
+    none of the actor's threads and uses no part of Ray.
     """
 
     class Context(multiprocessing.context.ForkContext):
@@ -68,17 +68,17 @@ def forked(processes: list[EngineProcess]) -> Iterator[None]:
 
 
 def die_with_parent() -> None:
-    """This process is killed when the one that started it ends, also when that one is killed."""
+    """Have the kernel kill this process when its parent ends, even if the parent is killed."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def forget_names() -> None:
-    """Remove what this process has open by a name that nobody needs any more, and that a kill would leave behind."""
-    # Semaphores in /dev/shm (the executor has one, tqdm another): what multiprocessing would do at a clean exit.
+    """Remove names of open resources that are not needed after the start and that a kill would leave behind."""
+    # Semaphores in /dev/shm (one of the executor, one of tqdm). multiprocessing removes them only at a clean exit.
     for finalizer in list(multiprocessing.util._finalizer_registry.values()):  # type: ignore[attr-defined]
         if finalizer._callback is SemLock._cleanup:  # type: ignore[attr-defined]
             finalizer()
-    # The file in which the ranks of an engine met.
+    # The rendezvous file of the engine's ranks.
     store = torch.distributed.distributed_c10d._get_default_store()
     while isinstance(store, torch.distributed.PrefixStore):
         store = store.underlying_store
@@ -87,6 +87,6 @@ def forget_names() -> None:
 
 
 def error_line(error: BaseException) -> str:
-    """An error's type and text, in one line, where only text gets through."""
+    """An error's type and text in one line, cut after LONGEST_LINE characters, for channels that carry text only."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} …"

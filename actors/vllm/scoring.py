@@ -1,4 +1,4 @@
-"""Scoring with vLLM: log-probs of completion rows only, after a prompt from the cache."""
+"""Scoring with vLLM: log-probs of completion rows only, after a prompt that may come from the cache."""
 
 import functools
 from collections.abc import Callable
@@ -18,26 +18,27 @@ from sdft.actors.shared.types import TeacherScores
 T = TypeVar("T")
 
 
-FIRST_ROW = "sdft_first_row"  # extra argument of a scoring request: the prompt position that predicts its first token
+FIRST_ROW = "sdft_first_row"  # extra argument of a scoring request: the position that predicts the first scored token
 
 
 def scoring_request(prompt: int, k: int) -> SamplingParams:
-    """A request for the log-probs of a prompt's tokens after the first `prompt`, and of the top k at each place."""
+    """A request for the log-probs of the tokens after the first `prompt`, and for the top k at each position."""
     return SamplingParams(
         max_tokens=1,
         prompt_logprobs=k,
         extra_args={FIRST_ROW: prompt - 1},
         flat_logprobs=True,
         detokenize=False,
-        skip_reading_prefix_cache=False,  # the default of requests like this one; see SharedPrompts
+        skip_reading_prefix_cache=False,  # by default prompt_logprobs skips it; see SharedPrompts
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
 def scores_of(output: RequestOutput, tokens: int, k: int) -> TeacherScores:
-    """The last `tokens` rows of a request's prompt log-probs: [sampled token, top 1, ..., top k] at each.
+    """The last `tokens` rows of a request's prompt log-probs: [sampled token, top 1, ..., top k] in each row.
 
-    The prompt is computed in one piece, by the weights that then sample the token nobody needs.
+    The version is that of the one generated token, which is discarded: the whole prompt is computed in one piece with
+    the same weights.
     """
     flat = output.prompt_logprobs
     begin = flat.start_indices[-tokens]
@@ -49,7 +50,10 @@ def scores_of(output: RequestOutput, tokens: int, k: int) -> TeacherScores:
 
 
 def versions_of(output: RequestOutput) -> tuple[tuple[int, int, int], ...]:
-    """(weight version, first token, after the last) of each part of a completion."""
+    """(weight version, start, end) of each span [start, end) of a completion.
+
+    Raises RuntimeError if the output has no versions.
+    """
     spans = output.outputs[0].weight_versions
     if not spans:
         raise RuntimeError(f"request {output.request_id} came back without the version of its weights")
@@ -57,9 +61,10 @@ def versions_of(output: RequestOutput) -> tuple[tuple[int, int, int], ...]:
 
 
 class SharedPrompts(AsyncScheduler):
-    """Of a sequence to be scored only what lies before its first row comes from the cache: what does has no log-probs.
+    """Scheduler that takes only the part before the first scored row from the cache.
 
-    vLLM would take as much as there is, the beginnings of completions included, or nothing.
+    Cached positions have no log-probs. vLLM itself takes either all that is cached, including beginnings of
+    completions, or nothing.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -71,7 +76,7 @@ class SharedPrompts(AsyncScheduler):
 
 
 def cached_before_scores(find: Callable[[Request], T], block: int, request: Request) -> T:
-    """What `find` finds, had the request no more whole blocks than lie before its row FIRST_ROW."""
+    """The result of `find` for the request cut to the whole blocks before its row FIRST_ROW."""
     extra = request.sampling_params.extra_args if request.sampling_params else None
     if not extra:
         return find(request)
@@ -86,7 +91,10 @@ def cached_before_scores(find: Callable[[Request], T], block: int, request: Requ
 def completion_scores(
     runner: Any, hidden_states: torch.Tensor, scheduled: dict[str, int]
 ) -> dict[str, LogprobsTensors | None]:
-    """The runner's `_get_prompt_logprobs_dict` from FIRST_ROW on. Prompts are not cut, but may begin in the cache."""
+    """Replacement of the runner's `_get_prompt_logprobs_dict` that computes the rows from FIRST_ROW on.
+
+    Prompts are not chunked, but their beginning may come from the cache.
+    """
     scores: dict[str, LogprobsTensors | None] = {}
     for request_id in [r for r in runner.num_prompt_logprobs if r in scheduled]:
         k = runner.num_prompt_logprobs.pop(request_id)

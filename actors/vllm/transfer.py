@@ -1,4 +1,4 @@
-"""Weights into a vLLM worker: from shared memory, or by broadcast."""
+"""Loads weights into a vLLM worker, from shared memory or by broadcast."""
 
 import mmap
 import time
@@ -29,7 +29,7 @@ Entry = tuple[str, str, list[int], int, int]  # name, dtype, shape, offset, byte
 
 @dataclass
 class _InitInfo(WeightTransferInitInfo):
-    """Of a group for broadcasts; port 0: of none."""
+    """Address and rank of a broadcast group. Port 0: no group."""
 
     address: str = ""
     port: int = 0
@@ -41,14 +41,14 @@ class _InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class _UpdateInfo(WeightTransferUpdateInfo):
-    path: str = ""  # in shared memory; "": by broadcast
+    path: str = ""  # in shared memory; "": receive by broadcast
     within_s: float = 0.0
     entries: list[Entry] = field(default_factory=list)
-    scale: float | None = None  # of adapters
+    scale: float | None = None  # for adapters only
 
 
 class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
-    """Reads snapshots out of shared memory, or receives them, in the engine's worker process."""
+    """Reads snapshots from shared memory, or receives them by broadcast, in the engine's worker process."""
 
     _group: Group | None = None
 
@@ -62,7 +62,7 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
             store = visit(i.address, i.port, i.timeout_s)
             self._group = Group(store, i.rank, i.size, self.device, i.own_address, i.timeout_s)
             return
-        die_with_parent()  # a fork does so from its first moment, a spawned one (on GPUs) from here on
+        die_with_parent()  # a fork has already called it at its start; a spawned process (on GPUs) has not
         forget_names()
 
     def start_weight_update(self) -> None:
@@ -79,19 +79,19 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
                 base, dtype = Path(self.model_config.model), self.model_config.dtype
                 tensors = merged(base, dict(tensors), update_info.scale, dtype)
             self.model.load_weights(tensors)
-        except Exception as error:  # whatever it was, others of a group are not to wait for this engine
+        except Exception as error:  # any error: the other members of the group must not wait for this engine
             self.shutdown()
-            finalize_layerwise_reload(self.model, self.model_config)  # or the next update could not begin
-            raise RuntimeError(error_line(error)) from error  # vLLM passes on the text alone
+            finalize_layerwise_reload(self.model, self.model_config)  # otherwise the next update cannot begin
+            raise RuntimeError(error_line(error)) from error  # vLLM forwards the text only
 
     def _received(self, entries: Sequence[Entry], deadline: float) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors as they come, bucket by bucket. BroadcastFailed if one does not, or is damaged."""
+        """Yield the tensors as they arrive, bucket by bucket. Raises BroadcastFailed if one is missing or damaged."""
         if self._group is None:
             raise BroadcastFailed("this engine is in no group")
         for part in cut([nbytes for *_, nbytes in entries]):
             here = [entries[i] for i in part]
             start = here[0][3]
-            full = bucket(here[-1][3] + here[-1][4] - start, self.device)  # vLLM keeps what is made of it for a while
+            full = bucket(here[-1][3] + here[-1][4] - start, self.device)  # not reused: vLLM keeps views of it
             self._group.broadcast(full, deadline)
             if not whole(full):
                 raise BroadcastFailed(f"{here[0][0]} or one of the {len(here) - 1} tensors after it arrived damaged")
@@ -103,14 +103,17 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         self.refresh_head()
 
     def refresh_head(self) -> None:
-        """Repack the lm_head. With tied embeddings the CPU backend keeps a repacked copy of it that an update does not
-        reach: hidden states are exact then and logits silently stale."""
+        """Repack the lm_head.
+
+        With tied embeddings the CPU backend keeps a repacked copy of it that an update does not reach. Without a repack
+        the hidden states are exact and the logits silently stale.
+        """
         head = getattr(self.model, "lm_head", None)
         if head is not None and getattr(head, "quant_method", None) is not None:
             head.quant_method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:
-        """Leave the group. Nothing else is held between updates."""
+        """Leave the group. No other resource is held between updates."""
         group, self._group = self._group, None
         if group is not None:
             group.close()

@@ -1,10 +1,10 @@
-"""The loss of a first step by TRL and by our learner, on the same rollouts, in float32.
+"""Loss of a first step by TRL and by our learner, on the same rollouts, in float32.
 
-benchmarks.peer starts it in the virtual environment of TRL, from the project's folder. Prints one line of JSON: name of
-the support -> [TRL's, ours].
+benchmarks.peer starts it in the virtual environment of TRL, from the project folder. It prints one line of JSON: name
+of the support -> [TRL's loss, our loss].
 
-TRL's support is the student's top K, ours the teacher's. So they are compared on the whole vocabulary and on the
-student's top K, which our loss takes as well; `teacher's top K` is what ours does in a run.
+TRL's support is the student's top K, ours is the teacher's. So the losses are compared on the whole vocabulary and on
+the student's top K, which our loss accepts as well. `teacher's top K` is our loss as it is in a run.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main() -> None:
     a = arguments()
     trainer = make_trainer(a)
     trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1  # what its training loop sets
+    trainer.current_gradient_accumulation_steps = 1  # normally set by its training loop
     batch = trainer._prepare_training_batch([trainer.train_dataset[i] for i in range(a.batch)])
     pairs = {}
     with torch.no_grad():
@@ -42,7 +42,7 @@ def main() -> None:
 
 @torch.no_grad()
 def ours(a: argparse.Namespace, batch: dict[str, Any]) -> dict[str, float]:
-    """Our loss of a batch of TRL's, with three supports."""
+    """Our loss on a batch of TRL's, with three supports."""
     model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
     samples: dict[str, list[ScoredRollout]] = {}
     for i in range(len(batch["prompt_ids"])):
@@ -50,7 +50,7 @@ def ours(a: argparse.Namespace, batch: dict[str, Any]) -> dict[str, float]:
         prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()]
         teacher = batch["teacher_input_ids"][i][batch["teacher_attention_mask"][i].bool()]
         p = logprobs(model, torch.cat([prompt, completion]), len(completion))
-        q = logprobs(model, teacher, len(completion))  # the completion is its end
+        q = logprobs(model, teacher, len(completion))  # the sequence ends with the completion
         supports = {
             "whole vocabulary": torch.arange(q.shape[-1]).expand_as(q),
             "student's top K": p.topk(a.top_k).indices,
@@ -77,7 +77,7 @@ def ours(a: argparse.Namespace, batch: dict[str, Any]) -> dict[str, float]:
 
 
 def logprobs(model: Any, ids: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Of the last `tokens` ids, over the vocabulary."""
+    """Log-probs over the vocabulary at the last `tokens` ids: [tokens, V]."""
     return torch.log_softmax(model(ids[None]).logits[0, -tokens - 1 : -1].float(), -1)
 
 

@@ -1,5 +1,7 @@
-"""Steps of TRL's SDFTTrainer, in a virtual environment of its own; benchmarks.peer starts it. Prints a line of JSON for
-each step."""
+"""Runs steps of TRL's SDFTTrainer and prints a line of JSON for each step.
+
+benchmarks.peer starts it in the virtual environment of TRL.
+"""
 
 import argparse
 import json
@@ -13,7 +15,7 @@ from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
 
 class Timed(TrainerCallback):
-    """Seconds of every step, and what the trainer logs of it."""
+    """Prints the seconds of each step with the length and loss that the trainer logs."""
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.start = time.perf_counter()
@@ -28,7 +30,7 @@ class Timed(TrainerCallback):
 
 
 def arguments() -> argparse.Namespace:
-    """What benchmarks.peer gives; sets the threads."""
+    """Parse the arguments from benchmarks.peer and set the number of threads."""
     parser = argparse.ArgumentParser()
     for name in ("model", "rows", "dtype"):
         parser.add_argument(f"--{name}", required=True)
@@ -40,7 +42,7 @@ def arguments() -> argparse.Namespace:
 
 
 def make_trainer(a: argparse.Namespace) -> SDFTTrainer:
-    """TRL's trainer on our rows, with its names for them."""
+    """TRL's trainer on our rows, with columns renamed to TRL's names."""
     with open(a.rows) as file:
         rows = [json.loads(line) for line in file]
     data = Dataset.from_list(
@@ -51,7 +53,7 @@ def make_trainer(a: argparse.Namespace) -> SDFTTrainer:
 
 
 def configuration(a: argparse.Namespace) -> SDFTConfig:
-    """TRL's settings, as near to ours as they come."""
+    """TRL's settings, as close to ours as possible."""
     return SDFTConfig(
         output_dir=f"{a.rows}.trl",
         per_device_train_batch_size=a.batch,
