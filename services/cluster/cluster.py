@@ -1,4 +1,4 @@
-"""The Ray cluster of a run: a running one if there is an address, else one of our own that ends with us."""
+"""The Ray cluster of a run: a running one if an address is set, else its own, which ends with the driver."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ from sdft.services.config.sections import RayConfig
 from sdft.services.planning.plan import Part, Plan
 
 CONNECT_TIMEOUT_S = 10
-START_S = 180  # of Ray's processes: some 4 s on an idle machine
+START_S = 180  # limit for the start of Ray's processes: some 4 s on an idle machine
 STOP_S = head.STOP_S + 5
 SCRATCH = "sdft-ray-"
 ADDRESS = re.compile(r"(\[(?P<ipv6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^\s:/\[\]]+)):(?P<port>\d{1,5})")
@@ -41,9 +41,10 @@ OBJECT_STORE_BYTES = 512 << 20  # batches are a few MiB; weights do not go throu
 
 @contextmanager
 def cluster(config: RayConfig, plan: Plan, logs: Path | None) -> Iterator[None]:
-    """Connect to the configured cluster, or start one here; leave nothing behind but its logs, in the folder `logs`.
+    """Connect to the configured cluster, or start one on this machine; keep only its logs, in the folder `logs`.
 
-    From here on SIGTERM and SIGINT cancel the running task, so that every clean-up runs.
+    Inside the block, SIGTERM and SIGINT cancel the running task, so that every clean-up runs. PreflightError if no
+    cluster answers or none can be started.
     """
     address = config.running
     if address:
@@ -74,15 +75,15 @@ def cluster(config: RayConfig, plan: Plan, logs: Path | None) -> Iterator[None]:
 
 
 def _ensure_token() -> None:
-    """Turn Ray's token on, as ray.init does for a cluster that it starts in its own process.
+    """Turn on Ray's token authentication, as ray.init does for a cluster that it starts in its own process.
 
-    Without one in the environment or the home folder, where Ray would write it, the run gets its own.
+    Without a token in the environment or the home folder, where Ray would write it, the run gets its own.
     """
     if os.environ.setdefault("RAY_AUTH_MODE", "token").lower() == "token":
-        kept = os.path.expanduser("~/.ray/auth_token")  # as it stands for an unknown user without HOME
+        kept = os.path.expanduser("~/.ray/auth_token")  # unexpanded for an unknown user without HOME
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() and not os.access(kept, os.R_OK):
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        ray._raylet.Config.initialize("")  # Ray read the mode when it was imported
+        ray._raylet.Config.initialize("")  # Ray reads the mode at import, so read it again
 
 
 def _connect(address: str, **options: Any) -> None:
@@ -103,7 +104,7 @@ def _connected() -> Iterator[None]:
 
 @contextmanager
 def _head(scratch: Path, plan: Plan) -> Iterator[str]:
-    """Start Ray's processes here, beside the driver's process group; yields the cluster's address."""
+    """Start Ray's processes here, outside the driver's process group; yield the cluster's address."""
     settings = {
         "num_cpus": max(os.cpu_count() or 1, -int(-plan.cpus // 1)),
         "object_store_memory": OBJECT_STORE_BYTES,
@@ -129,7 +130,7 @@ def _head(scratch: Path, plan: Plan) -> Iterator[str]:
 
 
 def _answer(process: "subprocess.Popen[bytes]") -> dict[str, str]:
-    """What the process says of its start. PreflightError if it ends or says nothing in time."""
+    """Return the message of the started process. PreflightError if it ends or prints none within START_S."""
     output = process.stdout
     assert output is not None
     deadline = time.monotonic() + START_S
@@ -145,8 +146,8 @@ def _answer(process: "subprocess.Popen[bytes]") -> dict[str, str]:
 
 
 def where_answers(address: str) -> tuple[str, int] | None:
-    """Host and port of a cluster's address, HOST:PORT or [IPV6]:PORT; None for "auto": Ray looks for it on this
-    machine. UserError for any other."""
+    """Return host and port of a cluster's address, HOST:PORT or [IPV6]:PORT; None for "auto", for which Ray searches
+    this machine. UserError for any other address."""
     if address == "auto":
         return None
     protocol, _, rest = address.rpartition("://")
@@ -165,9 +166,9 @@ def where_answers(address: str) -> tuple[str, int] | None:
 
 
 def _keep_logs(scratch: Path, logs: Path) -> None:
-    """What the engines and the learner printed: one folder a start, beside the run's own files.
+    """Copy the output of the engines and the learner to the run's logs, one folder per start.
 
-    A run whose logs cannot be kept is none the worse for it: a line on stderr says so.
+    A failure does not fail the run; it only prints a line on stderr.
     """
     kept = logs / time.strftime("ray-%Y%m%d-%H%M%S")
     try:
@@ -175,17 +176,17 @@ def _keep_logs(scratch: Path, logs: Path) -> None:
             name = Path(*path.relative_to(scratch).parts[2:])
             if path.is_file() and "old" not in name.parts:
                 (kept / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, kept / name)  # Ray's folders are everybody's to write to, and these are not
+                shutil.copyfile(path, kept / name)  # without the modes: Ray's folders are world-writable
     except OSError as error:
         print(f"Ray's logs could not be kept in {kept}: {error}", file=sys.stderr)
 
 
 @asynccontextmanager
 async def placement(config: RayConfig, plan: Plan) -> AsyncIterator[dict[str, list[dict[str, Any]]]]:
-    """Reserve the plan, on as few nodes as there is room on. Yields Ray actor options for "student", "teacher" and
+    """Reserve the plan's resources, packed onto few nodes. Yields Ray actor options for "student", "teacher" and
     "learner".
 
-    PreflightError if the cluster is too small and is not said to grow, or there is no room in time.
+    PreflightError if the cluster is too small and ray.autoscaling is off, or if there is no room within ray.wait_s.
     """
     if not config.autoscaling:
         _check_capacity(plan)
@@ -208,7 +209,7 @@ async def placement(config: RayConfig, plan: Plan) -> AsyncIterator[dict[str, li
             index += count
         yield options
     finally:
-        # Ray removes it with the driver's end too, and a cluster of our own ends as well.
+        # The run's own cluster ends anyway. In a running one Ray also removes the group when the driver ends.
         if config.running:
             with suppress(*FAILURES):
                 in_thread(lambda: remove_placement_group(group)).result(ANSWER_S)
@@ -216,20 +217,20 @@ async def placement(config: RayConfig, plan: Plan) -> AsyncIterator[dict[str, li
 
 @asynccontextmanager
 async def places(config: RayConfig, plan: Plan) -> AsyncIterator[dict[str, list[dict[str, Any]]]]:
-    """A cluster, and the plan's places in it, for work that leaves no logs."""
+    """Enter `cluster` and `placement`, without keeping logs."""
     with cluster(config, plan, None):
         async with placement(config, plan) as options:
             yield options
 
 
 async def _reserved(group: PlacementGroup) -> None:
-    """Returns when there is room. Ray waits without asyncio: signals are heard, and limits met, once a second."""
+    """Return once the group is placed. Ray's wait blocks asyncio: signals and limits take effect once a second."""
     while not group.wait(1):
         await asyncio.sleep(0)
 
 
 def _check_capacity(plan: Plan) -> None:
-    """PreflightError unless the nodes that there are could hold the plan if they were free: largest part first."""
+    """PreflightError unless the live nodes, if free, could hold the plan; the check places the largest part first."""
     alive = [n for n in ray.nodes() if n["Alive"]]
     nodes, labels = [n["Resources"] for n in alive], [n["Labels"].items() for n in alive]
     room = [[n.get("CPU", 0.0), n.get("GPU", 0.0)] for n in nodes]
@@ -248,23 +249,23 @@ def _check_capacity(plan: Plan) -> None:
 
 
 def needs(cpus: float, gpus: float) -> str:
-    """As people read it."""
+    """Return the resources as text, such as "4 CPUs and 1 GPUs"."""
     return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
 
 
 def labelled(labels: Mapping[str, str]) -> str:
-    """Which nodes, in words that follow "node"."""
+    """Return the labels as text that follows "node"; empty without labels."""
     return f" labelled {', '.join(f'{key}={value}' for key, value in labels.items())}" if labels else ""
 
 
 def _parts(plan: Plan) -> str:
-    """What the plan needs, and its parts each, of which none is cut in two."""
+    """The resources of the plan and of each part, as text. A part must fit on one node."""
     parts = ", ".join(f"{p.name} {needs(p.cpus, p.gpus)}" for p in plan.parts)
     return f"{needs(plan.cpus, plan.gpus)} ({parts})"
 
 
 def free() -> str:
-    """What is not reserved, on all nodes together."""
+    """Return as text the resources that are not reserved, summed over all nodes."""
     try:
         resources = in_thread(ray.available_resources).result(ANSWER_S)
     except FAILURES as error:

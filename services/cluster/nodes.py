@@ -1,4 +1,4 @@
-"""Nodes of the Ray cluster: those that are about to go, and those that a run wants of an autoscaler."""
+"""Nodes of the Ray cluster: those that are being drained, and those that a run requests from an autoscaler."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -9,34 +9,35 @@ import ray
 from sdft.services.cluster.queries import ANSWER_S, FAILURES
 from sdft.services.planning.plan import Plan
 
-EVERY_S = 5.0  # between two looks
-LASTS_S = 60.0  # what was asked for and not renewed since is withdrawn
+EVERY_S = 5.0  # between two queries
+LASTS_S = 60.0  # a request expires if it is not renewed for so long
 
 
 def draining() -> set[str]:
-    """Ids of the nodes that take nothing new, and will end: a preemption notice, or the autoscaler's drain."""
-    # Ray's own libraries (Train, Serve) ask the same; there is no public call for it in 2.60.
+    """Return the ids of the nodes that take no new work and will end: a preemption notice, or an autoscaler's drain."""
+    # Ray's own libraries (Train, Serve) use this private call; Ray 2.60 has no public one.
     return set(ray._private.state.state.get_draining_nodes())
 
 
 class NodeRequest:
-    """Room that the cluster is to have for a run, as Ray's autoscaler is told through its SDK.
+    """A run's request for resources to Ray's autoscaler.
 
-    For actors that wait for a place it grows as fast as it likes to; this says at once what the run is to have in all.
-    The SDK keeps one request for the whole cluster, for ever. So Ray's own libraries (Data, Train) put an actor before
-    it that adds up what each of them asks for, and forgets what was not renewed. This asks that actor.
+    For actors that wait for a place the autoscaler grows at its own pace; this requests all resources of the run at
+    once. The autoscaler's SDK keeps one request for the whole cluster, without expiry. Ray's own libraries (Data,
+    Train) therefore use a coordinator actor, which adds up the requests of all requesters and drops those that are not
+    renewed. This class sends its request to that actor.
     """
 
     def __init__(self, requester: str, plan: Plan) -> None:
-        """requester: the same one replaces what it asked for before."""
-        # Here: a second of imports that no other run needs.
+        """requester: a request replaces the earlier one of the same requester."""
+        # Imported here: it takes a second, and other runs do not need it.
         from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
 
         self._requester, self._plan = requester, plan
         self._coordinator: Any = coordinator.get_or_create_autoscaling_coordinator()
 
     def renew(self, engines: Mapping[str, int], lasts_s: float = LASTS_S) -> None:
-        """Ask for the learner and so many engines of each role; returns at once."""
+        """Request resources for the learner and `engines` (role to number), for lasts_s; returns at once."""
         pools = {"student": self._plan.students, "teacher": self._plan.teachers}
         parts = [*self._plan.learners, *(pools[role][0] for role, size in engines.items() for _ in range(size))]
         self._coordinator.request_resources.remote(
@@ -47,14 +48,14 @@ class NodeRequest:
         )
 
     def withdraw(self) -> None:
-        """Ask for nothing any more. If that fails, the request expires by itself."""
+        """Cancel the request. If that fails, the request expires by itself."""
         with suppress(*FAILURES):
             ray.get(self._coordinator.cancel_request.remote(self._requester), timeout=ANSWER_S)
 
 
 @contextmanager
 def requested(requester: str, plan: Plan, wait_s: float) -> Iterator[NodeRequest]:
-    """Room for the plan is asked for, first for as long as it may take to come; withdrawn at the end."""
+    """Request resources for the plan, the first time for wait_s + LASTS_S; withdraw the request at the end."""
     request = NodeRequest(requester, plan)
     request.renew({"student": len(plan.students), "teacher": len(plan.teachers)}, wait_s + LASTS_S)
     try:

@@ -1,4 +1,4 @@
-"""Questions to the cluster that only advise a run: a failure is reported once an outage, and the run goes on."""
+"""Advisory queries to the cluster: a failure is reported once per outage, and the run goes on."""
 
 import asyncio
 import threading
@@ -14,16 +14,16 @@ from sdft.services.base.failures import reason
 
 T = TypeVar("T")
 
-ANSWER_S = 10.0  # for one question
-# What a question to Ray's control service (GCS) raises: RpcError, GetTimeoutError and RaySystemError, which are
-# RayErrors, and OSError for what its C++ code calls an I/O error.
+ANSWER_S = 10.0  # limit for one query
+# A query to Ray's control service (GCS) raises RpcError, GetTimeoutError and RaySystemError, which are RayErrors, and
+# OSError for I/O errors of its C++ code. TimeoutError is an OSError.
 FAILURES = (RayError, OSError)
 
 
 def in_thread(ask: Callable[[], T]) -> "Future[T]":
-    """Ask in a thread that keeps neither the event loop nor the end of the process waiting.
+    """Run `ask` in a daemon thread, which blocks neither the event loop nor the end of the process.
 
-    Ray's own calls have no time limit: while the control service is away they wait for it.
+    Ray's own calls have no time limit: they wait while the control service is away.
     """
     answer: Future[T] = Future()
 
@@ -38,15 +38,15 @@ def in_thread(ask: Callable[[], T]) -> "Future[T]":
 
 
 class Query(Generic[T]):
-    """A question that is asked again and again. One that is not answered in time stays open, and the next `answer`
-    waits for the same one: there is never a second thread."""
+    """A repeated query. One that is not answered in time stays open, and the next `answer` waits for the same one:
+    there is never a second thread."""
 
     def __init__(self, ask: Callable[[], T], limit_s: float = ANSWER_S) -> None:
         self._ask, self._limit_s = ask, limit_s
         self._open: Future[T] | None = None
 
     async def answer(self) -> T:
-        """The answer, or what the question raises; TimeoutError after `limit_s`."""
+        """Return the result of `ask`, or raise its error; TimeoutError after `limit_s`."""
         asked = self._open = self._open or in_thread(self._ask)
         deadline = time.monotonic() + self._limit_s
         while not asked.done():
@@ -58,16 +58,16 @@ class Query(Generic[T]):
 
 
 class Outage:
-    """Whether something that only advises fails at present: reported when that begins, and when it ends."""
+    """Reports the start and the end of an outage of an advisory query."""
 
     def __init__(self, what: str, notice: Callable[[str], None]) -> None:
-        """what: the subject of the sentence, such as "the query for draining nodes"."""
+        """what: the subject of the notices, such as "the query for draining nodes"."""
         self._what, self._notice = what, notice
         self._since: float | None = None
 
     @contextmanager
     def tolerated(self) -> Iterator[None]:
-        """What is done within may fail by one of FAILURES."""
+        """Catch FAILURES of the block, and report when an outage begins or ends."""
         try:
             yield
         except FAILURES as error:

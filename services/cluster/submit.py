@@ -1,9 +1,9 @@
 """`sdft submit`: send the working directory to a Ray cluster and run `sdft train` there as a job.
 
-    working directory, without what Ray need not have ─► job on the cluster: sdft train CONFIG --run-dir RUN
+    working directory, without excluded files ─► job on the cluster: sdft train CONFIG --run-dir RUN
 
-The run directory is a path of the cluster, on storage that outlives the job: a job that is submitted again with the
-same one resumes.
+The run directory is a path on the cluster, on storage that outlives the job. A job that is submitted again with the
+same run directory resumes.
 """
 
 import asyncio
@@ -20,11 +20,14 @@ from sdft.services.base.errors import PreflightError, UserError
 EXCLUDES = (".git", ".venv", "venv", "runs", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache")
 AGENT_WAIT_S = 90
 END_WAIT_S = 60
-LIMIT_BYTES = 100 << 20  # of the files sent; Ray itself refuses at 500 MiB, after it has packed them
+LIMIT_BYTES = 100 << 20  # limit for the files sent; Ray itself refuses at 500 MiB, after packing them
 
 
 def submit(config: Path, run_dir: str | None, overrides: list[str], address: str) -> str:
-    """Submit the job and return its id. The working directory is the current one, and `config` a file in it."""
+    """Submit the job and return its id. `config` is a file below the current directory, which is sent.
+
+    UserError for a bad path, address or size; PreflightError if no cluster takes jobs at the address.
+    """
     here = Path.cwd()
     try:
         inside = config.resolve().relative_to(here)
@@ -64,7 +67,7 @@ def submit(config: Path, run_dir: str | None, overrides: list[str], address: str
 
 
 async def follow(job: str, address: str) -> bool:
-    """Print the job's output until it ends; whether it succeeded."""
+    """Print the job's output until it ends; return whether it succeeded. TimeoutError END_WAIT_S after its output."""
     client_class, _ = _client()
     client = client_class(address)
     async for lines in client.tail_job_logs(job):
@@ -78,7 +81,7 @@ async def follow(job: str, address: str) -> bool:
 
 
 def _check_address(address: str) -> None:
-    """UserError unless it can be a dashboard's."""
+    """UserError unless the address can be that of a dashboard."""
     protocol, _, _ = address.rpartition("://")
     if protocol not in ("http", "https") or not urlsplit(address).hostname:
         kind = {"": "names no protocol", "ray": "is that of Ray's client"}.get(protocol, "is of another kind")
@@ -89,9 +92,10 @@ def _check_address(address: str) -> None:
 
 
 def _client() -> tuple[Any, tuple[type[Exception], ...]]:
-    """Ray's client for jobs, and what it raises when it is refused.
+    """Return Ray's job client class, and the exceptions that it raises on refusal.
 
-    A cluster started on a machine that has a token asks for it; `ray job` and this client send it only when told to.
+    A cluster started on a machine with a token requires it. `ray job` and this client send it only if RAY_AUTH_MODE is
+    "token".
     """
     if os.environ.get("RAY_AUTH_TOKEN") or os.access(os.path.expanduser("~/.ray/auth_token"), os.R_OK):
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when ray is imported
@@ -102,8 +106,8 @@ def _client() -> tuple[Any, tuple[type[Exception], ...]]:
 
 
 def _check_size(folder: Path) -> None:
-    """UserError if what would be sent is large: mostly that is a model or a data set nobody meant to send."""
-    # Ray's own walk: it leaves out what .gitignore and .rayignore name, in every folder, and follows links.
+    """UserError if the files to send exceed LIMIT_BYTES: they mostly hold a model or data set by mistake."""
+    # Ray's own walk: it skips files named by .gitignore and .rayignore in every folder, and follows links.
     from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE
     from ray._private.runtime_env import packaging
 

@@ -1,9 +1,10 @@
-"""Weights to all engines of a role at once, from the learner: NCCL on GPUs, gloo on CPUs.
+"""Broadcasts weights from the learner to all engines of a role at once: NCCL on GPUs, gloo on CPUs.
 
     engines that serve ─► the same as last time? else form a group ─► learner sends, every engine receives and verifies
-                                                                  └─► whoever did not get them loads them from memory
+                                                                  └─► fallback: load the snapshot from shared memory
 
-A broadcast only makes it faster: whom it does not reach, or not whole, takes the way of engines that come later.
+A broadcast only saves time. Engines that the broadcast misses, or reaches incompletely, fall back to loading the
+snapshot from shared memory, as late joiners do.
 """
 
 import asyncio
@@ -20,39 +21,39 @@ from sdft.learner.group import LearnerLost
 from sdft.services.base.failures import reason
 from sdft.services.fleet.engine import EngineLost, Group, SupervisedEngine
 
-JOIN_S = 30.0  # at most for all members to meet
-SLOW_S = 5.0  # a failure that took so long was waited for in vain
-TRIES = 3  # such failures in a row before no more is tried; quick ones cost nothing, as when an engine has died
+JOIN_S = 30.0  # limit for all members to form a group
+SLOW_S = 5.0  # a failure after longer than this is slow
+TRIES = 3  # slow failures in a row that end broadcasts; quick ones, as after an engine's death, cost nothing
 Failure = (RayError, TimeoutError, EngineLost, LearnerLost)
 
 
 class Sender(Protocol):
-    """What a broadcast needs of the learner."""
+    """The interface of the learner for broadcasts."""
 
     async def meet(self, role: str) -> tuple[str, int]:
-        """Where the next group of the role meets."""
+        """Return the address and port where the role's next group forms."""
 
     async def join(self, role: str, size: int, timeout_s: float) -> None:
-        """Returns when all members are there."""
+        """Join the role's group of `size` members; return when all have joined."""
 
     async def send(self, role: str, timeout_s: float) -> None:
-        """The role's last snapshot, to all members."""
+        """Send the role's last snapshot to all members."""
 
 
 class Broadcast:
-    """Of one role."""
+    """The broadcasts of one role."""
 
     def __init__(self, role: str, learner: Callable[[], Sender], notice: Callable[[str], None]) -> None:
-        """learner: whoever it is at the time."""
+        """learner(): returns the current learner. notice(text): a broadcast failed."""
         self._role, self._learner, self._notice = role, learner, notice
         self._group: Group | None = None
         self._slow_failures = 0  # in a row
 
     @asynccontextmanager
     async def to(self, engines: Sequence[SupervisedEngine], timeout_s: float) -> AsyncIterator[Group | None]:
-        """Send the role's last snapshot to these engines while they receive it, which they must within.
+        """Send the role's last snapshot to these engines; they must receive it inside the `async with` block.
 
-        Yields the group; None if there is none, and they have to load it from memory.
+        Yields the group; None if there is none, and the engines load the snapshot from memory.
         """
         group = None
         if engines and self._slow_failures < TRIES:
@@ -60,9 +61,9 @@ class Broadcast:
         if group is None:
             yield None
             return
-        self._group = None  # until it has reached all its members
+        self._group = None  # until the broadcast has reached all members
         since = time.monotonic()
-        # Half: those who wait in vain still have time to load it another way.
+        # Half of the limit, so that engines that receive nothing have time for the fallback.
         work = self._learner().send(self._role, timeout_s / 2)
         sending = asyncio.ensure_future(within(work, timeout_s, f"the learner to broadcast {self._role} weights"))
         try:
@@ -76,7 +77,7 @@ class Broadcast:
                 if group.broken:
                     self._failed(f"did not reach all engines whole ({group.broken})", since)
         finally:
-            await cancelled([sending])  # if the run ends meanwhile
+            await cancelled([sending])  # still running if the block raises or the run ends
         if not group.broken:
             self._group = group
             self._slow_failures = 0

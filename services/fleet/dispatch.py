@@ -1,8 +1,8 @@
-"""Who takes the next item: of those that have room the one with the least to do; items wait in the order they came.
+"""Least-loaded dispatch with a per-worker limit; FIFO queue when all workers are full.
 
     worker = await slots.take() ── work ── slots.give_back(worker)
 
-Owns no workers: they are names in its books. Cost of an item: logarithmic in the number of workers.
+Workers are only keys: Slots neither starts, calls nor stops them. Cost per item: logarithmic in the number of workers.
 """
 
 import asyncio
@@ -16,40 +16,40 @@ W = TypeVar("W", bound=Hashable)
 
 
 class Slots(Generic[W]):
-    """Each worker may have `room` items at once."""
+    """Assigns items to workers; each worker has at most `room` items at once. `clock` returns seconds."""
 
     def __init__(self, room: int, clock: Callable[[], float]) -> None:
         self._room, self._clock = room, clock
         self._members: set[W] = set()
-        self._load: dict[W, int] = {}  # items in their hands, of those who have left too
-        self._free: list[tuple[int, int, W]] = []  # a heap by load; an entry that is no longer true is passed over
+        self._load: dict[W, int] = {}  # items in flight, including those of workers that have left
+        self._free: list[tuple[int, int, W]] = []  # a heap by load; `_next` skips stale entries
         self._number = itertools.count()
         self._waiting: deque[asyncio.Future[W]] = deque()
         self._idle: dict[W, asyncio.Event] = {}
         self._error: Exception | None = None
-        self._used = self._offered = 0.0  # slot seconds since `busy` was last asked
+        self._used = self._offered = 0.0  # slot seconds since the last call of `busy`
         self._since = clock()
         self._taken = 0
 
     def join(self, worker: W) -> None:
-        """It takes items from now on."""
+        """Add a worker; it takes items at once."""
         self._meter()
         self._members.add(worker)
         self._offer(worker)
         self._serve()
 
     def leave(self, worker: W) -> None:
-        """It takes no more; what it has in hand goes on."""
+        """Remove a worker: it takes no more items, and its items in flight continue."""
         self._meter()
         self._members.discard(worker)
 
     async def idle(self, worker: W) -> None:
-        """Returns when it has nothing in hand. For one that has left."""
+        """Return when a worker that has left has no item in flight."""
         if self._load.get(worker):
             await self._idle.setdefault(worker, asyncio.Event()).wait()
 
     async def take(self) -> W:
-        """A worker for one item, once there is one. Raises what `fail` was told."""
+        """Return a worker for one item, once one has room. Raises the error given to `fail`."""
         if self._error is not None:
             raise self._error
         if not self._waiting and (worker := self._next()) is not None:
@@ -64,7 +64,7 @@ class Slots(Generic[W]):
             raise
 
     def give_back(self, worker: W) -> None:
-        """One of its items is done, or is somebody else's now."""
+        """Free one slot of the worker: its item is done, or goes to another worker."""
         self._meter()
         self._load[worker] -= 1
         self._taken -= 1
@@ -77,7 +77,7 @@ class Slots(Generic[W]):
                 event.set()
 
     def fail(self, error: Exception) -> None:
-        """There will be nobody any more: whoever waits, or comes, gets the error."""
+        """Raise the error from every waiting and every later `take`: there will be no worker any more."""
         self._error = error
         for place in self._waiting:
             if not place.done():
@@ -86,7 +86,7 @@ class Slots(Generic[W]):
 
     @property
     def loads(self) -> dict[W, int]:
-        """How many items each has in hand, of those who have any."""
+        """Items in flight by worker, for the workers that have any."""
         return {worker: load for worker, load in self._load.items() if load}
 
     @property
@@ -95,7 +95,7 @@ class Slots(Generic[W]):
         return len(self._waiting)
 
     def busy(self) -> float:
-        """Share of all slots that were in use since this was last asked, 0 to 1."""
+        """Return the share of all slots in use since the last call, 0 to 1."""
         self._meter()
         share = self._used / self._offered if self._offered else 0.0
         self._used = self._offered = 0.0
@@ -109,14 +109,14 @@ class Slots(Generic[W]):
 
     def _offer(self, worker: W) -> None:
         load = self._load.setdefault(worker, 0)
-        if len(self._free) > 8 * len(self._members) + 64:  # mostly entries that were true once
+        if len(self._free) > 8 * len(self._members) + 64:  # mostly stale entries
             self._free = [(self._load[w], next(self._number), w) for w in self._members if self._load[w] < self._room]
             heapq.heapify(self._free)
         elif load < self._room:
             heapq.heappush(self._free, (load, next(self._number), worker))
 
     def _next(self) -> W | None:
-        """Give an item to the one with the least to do; None if nobody has room."""
+        """Assign an item to the least-loaded worker; None if no worker has room."""
         while self._free:
             load, _, worker = heapq.heappop(self._free)
             if worker in self._members and self._load[worker] == load:

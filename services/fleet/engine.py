@@ -1,11 +1,11 @@
-"""One engine's place in a pool. An engine that is dead, hung or wrong is replaced, and its work done once more.
+"""Supervision of one engine: an engine that is dead, hung or wrong is replaced, and its work repeated.
 
     up ── an actor's death (every call fails) ──────────────┐
-     │ ── no answer for health_timeout_s: killed ───────────┼─► replaced: start, load the newest weights, verified ─► up
+     │ ── no answer for health_timeout_s: killed ───────────┼─► replaced: start, load and verify newest weights ─► up
      │ ── log-probs that are not the learner's: killed ─────┘    (too often: every call raises, the run ends)
 
-A batch's share is enqueued whole in whatever engine does it, with the samples' own seeds, so the result is the same to
-the last bit. In a pool that streams what was lost goes to any engine that is up (`attempt`).
+A batch's share is enqueued whole in the engine or its replacement, with the samples' own seeds, so the result has the
+same bits. In a streamed pool lost work goes to any engine that is up (`attempt`).
 """
 
 import asyncio
@@ -22,34 +22,34 @@ from sdft.services.base.failures import Losses, reason
 from sdft.services.fleet.remote import Remote
 from sdft.services.fleet.snapshots import Published
 
-HEALTH_EVERY_S = 10  # at most
+HEALTH_EVERY_S = 10  # longest pause between two health checks
 DIED = "died"
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long an engine may take, and how often it is replaced."""
+    """Time limits of an engine, and how often it is replaced."""
 
     start_s: float
-    health_s: float  # without an answer before it counts as hung
-    max_restarts: int  # in an hour
+    health_s: float  # time without an answer after which it counts as hung
+    max_restarts: int  # within an hour
 
 
 @dataclass
 class Group:
-    """Who receives weights by broadcast (broadcast.py), beside the learner that sends them."""
+    """The receivers of a broadcast (broadcast.py), and the learner that sends it."""
 
     sender: object
     members: tuple[Process, ...]
-    broken: str = ""  # why it did not reach all of them
+    broken: str = ""  # why a broadcast did not reach all members
 
 
 class EngineLost(Exception):
-    """It was lost with the work it was asked to do, and is being replaced."""
+    """The engine was lost with its work, and is being replaced unless it was abandoned."""
 
 
 class SupervisedEngine:
-    """The engine that holds a place in a pool, whoever that is at the time."""
+    """An engine of a pool: one name, and one process after another when engines are lost."""
 
     def __init__(
         self,
@@ -60,37 +60,41 @@ class SupervisedEngine:
         notice: Callable[[str], None],
         changed: Callable[["SupervisedEngine"], None],
     ) -> None:
-        """name: "teacher engine 0". create: starts a process in this place. published: the weights to serve.
+        """name: such as "teacher engine 0". create(): starts a process. published: the weights to serve.
 
-        notice: is told what happens to it, for people. changed: is told when it is up, lost, or given up.
+        notice(text): the engine is lost, back, or failed to start. changed(engine): it is up, lost, or given up.
         """
         self.name = name
         self.process = Process(0, "")
-        self.placed = False  # Ray had room for its process
-        self.failure: Exception | None = None  # why it was given up
+        self.placed = False  # Ray has placed its process
+        self.failure: Exception | None = None  # why it is not replaced any more
         self._losses = Losses()
         self._create, self._patience = create, patience
         self._published, self._notice, self._changed = published, notice, changed
         self._actor = create()
         self._started = self._abandoned = False
         self._replacing: asyncio.Task[None] | None = None
-        self._proven = False  # has loaded a snapshot and agreed with the learner
+        self._proven = False  # has loaded and verified a snapshot
         self._watching: asyncio.Task[None] | None = None
 
     @property
     def up(self) -> bool:
-        """It serves the newest weights."""
+        """Whether it serves the newest weights."""
         return self._started and self._replacing is None
 
     async def start(self) -> None:
-        """Load the model, which is mostly imports, and the newest weights if there are any."""
+        """Load the model (mostly the time of imports), and the newest weights if there are any."""
         await self._start()
         await self._load()
         self._started = True
         self._changed(self)
 
     async def call(self, what: str, timeout_s: float, method: str, *arguments: Any) -> Any:
-        """The result of an engine's method, by a successor if it is lost on the way. RuntimeError if too many were."""
+        """Return the result of an engine's method; a replacement repeats the call if the engine is lost.
+
+        RunFailed if engines were lost too often, TimeoutError if one takes longer than timeout_s, EngineLost if the
+        engine was lost after `abandon`.
+        """
         while True:
             while self._replacing is not None:
                 await asyncio.shield(self._replacing)
@@ -99,11 +103,11 @@ class SupervisedEngine:
             try:
                 return await within(self.attempt(method, *arguments), timeout_s, f"{self.name} {what}")
             except EngineLost:
-                if self._abandoned:  # nobody will take its place
+                if self._abandoned:  # no replacement will come
                     raise
 
     async def attempt(self, method: str, *arguments: Any) -> Any:
-        """The result of an engine's method, by who is there now. EngineLost if it is lost on the way."""
+        """Return the result of the current engine's method. EngineLost if the engine is lost meanwhile."""
         actor = self._actor
         try:
             return await actor.call(method, *arguments)
@@ -112,11 +116,12 @@ class SupervisedEngine:
             raise EngineLost(self.name) from error
 
     async def update_weights(self, group: Group | None = None) -> UpdateReport | None:
-        """Load what was published; the caller holds its lock. None: it is being replaced, its successor will load it.
+        """Load the newest snapshot; the caller holds the lock of `published`.
 
-        group: by which it is being broadcast.
+        group: the members of the broadcast, if any. None is returned if the engine is being replaced (the replacement
+        loads the snapshot), or if the snapshot was lost with its publisher.
 
-        Raises SnapshotDamaged, and WeightMismatch if it was the engine's first.
+        Raises SnapshotDamaged, and WeightMismatch if this is the engine's first snapshot.
         """
         if not self.up:
             return None
@@ -128,7 +133,7 @@ class SupervisedEngine:
         except TimeoutError as error:
             self._replace(actor, f"hangs ({error})")
         except FileNotFoundError:
-            pass  # the snapshot went with its publisher, whose death is found by who called it
+            pass  # the snapshot was lost with its publisher; the caller detects that death
         except WeightMismatch as error:
             if not self._proven:
                 raise WeightMismatch(reason(error)) from error
@@ -139,7 +144,7 @@ class SupervisedEngine:
         return None
 
     async def stop(self) -> None:
-        """Shut it down; killed if it does not answer within 20 s."""
+        """Shut the engine down, with 20 s to answer, then kill its actor."""
         self.abandon()
         if self._started:
             stopping = asyncio.ensure_future(self._actor.call("stop"))
@@ -147,13 +152,13 @@ class SupervisedEngine:
                 await asyncio.wait([stopping], timeout=20)
             finally:
                 answered = stopping.done()
-                await cancelled([stopping])  # what it raised, if it was dead before, is of no concern
+                await cancelled([stopping])  # ignores its error, as from a dead engine
                 self._actor.kill(hangs=not answered)
         else:
             self._actor.kill()
 
     def abandon(self) -> None:
-        """It is nobody's concern any more: whatever becomes of it, it is not replaced."""
+        """Stop supervising: later failures do not trigger a replacement."""
         self._abandoned = True
         for task in (self._watching, self._replacing):
             if task is not None:
@@ -188,14 +193,14 @@ class SupervisedEngine:
             report: UpdateReport = await within(actor.call("update_weights", snapshot), published.timeout_s, what)
         except FileNotFoundError:
             if snapshot is published.newest:
-                raise  # it went with its publisher
-            published.leave(self.process.node)  # it went with the node's relay
+                raise  # the snapshot was lost with its publisher
+            published.leave(self.process.node)  # the copy was lost with the node's relay
             snapshot = await published.on(self.process.node)
             report = await within(actor.call("update_weights", snapshot), published.timeout_s, what)
         return report
 
     async def _watch(self, actor: Remote) -> None:
-        """Find out that it hangs. Not while it loads weights: that may take long, and has a limit of its own."""
+        """Replace the engine if it dies or hangs. Silence while weights load is no hang: loading has its own limit."""
         patience = self._patience.health_s
         while actor is self._actor:
             await asyncio.sleep(min(HEALTH_EVERY_S, patience / 4))
@@ -209,9 +214,9 @@ class SupervisedEngine:
 
     def _replace(self, lost: Remote, how: str) -> None:
         if lost is not self._actor or self._replacing is not None or self._abandoned:
-            return  # found out before, by another call, or of no concern
+            return  # already found by another call, or not supervised
         if not self._started:
-            return  # `start` finds out, and whoever called it decides
+            return  # `start` raises, and its caller decides
         self._notice(f"{self.name} (process {self.process.pid}) {how}; another takes its place")
         self._replacing = asyncio.create_task(self._successor(how))
         self._changed(self)
@@ -243,7 +248,7 @@ class SupervisedEngine:
             return
 
     async def _load(self) -> None:
-        """Load the newest snapshot. If its publisher has died, that is the one which the next publisher brings."""
+        """Load the newest snapshot. If its publisher has died, wait for the next publisher's."""
         published = self._published
         while True:
             await published.readable.wait()

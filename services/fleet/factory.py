@@ -1,4 +1,4 @@
-"""Pools of Ray actors with a vLLM engine in each, as the configuration wants them."""
+"""Builds a pool of vLLM engines in Ray actors from the configuration."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,11 +28,12 @@ def engine_pool(
     payload: Payload,
     learner: Callable[[], Sender] | None = None,
 ) -> EnginePool:
-    """A pool, not started yet.
+    """Return a pool that is not started.
 
-    reply_end: the token at which its engines stop.
-    options: Ray's for the first engines, whose places are reserved; those that join later ask for as much, anywhere.
-    payload: gives a snapshot's bytes to other nodes than the learner's. learner: that broadcasts, if there is one.
+    reply_end: id of the token at which the engines stop.
+    options: Ray actor options of the first engines, whose places are reserved. Later engines request the same
+    resources on any node with the labels.
+    payload(role): the snapshot's bytes, for nodes other than the learner's. learner(): the broadcasts' sender, if any.
     """
     e = config.actors.of(role)
     settings = replace(engine_settings(config, model, role), stop_ids=(reply_end,))

@@ -1,4 +1,4 @@
-"""Nodes, watched for the pools: engines leave nodes that are drained, and the request for nodes is renewed."""
+"""Watches nodes for the pools: engines leave nodes that are drained, and the request for nodes is renewed."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -15,9 +15,9 @@ async def watch_nodes(
     drained: Callable[[], set[str]] = draining,
     every_s: float = EVERY_S,
 ) -> None:
-    """Let engines leave nodes that are being drained, and renew the request to the autoscaler; until cancelled.
+    """Let engines leave nodes that are being drained, and renew the request to the autoscaler, until cancelled.
 
-    Both only advise: a cluster that does not answer for a while does not end the run.
+    Both are advisory: a cluster that does not answer for a while does not end the run.
     """
     query = Query(drained)
     draining_fails = Outage("the query for nodes that are being drained", notice)

@@ -1,9 +1,9 @@
-"""A role's engines as one. Batches are cut among them, weights go to all; engines join and leave.
+"""A pool: the engines of one role. It divides batches among them and sends weights to all; engines join and leave.
 
-    strict:   a batch in equal, contiguous shares, one an engine: the same bits in every run; the pool keeps its size
-    streamed: every sequence by itself, to the engine with the least to do; what a lost engine had goes to another
+    strict:   a batch in equal, contiguous shares, one per engine: the same bits in every run; the pool keeps its size
+    streamed: each sequence by itself, to the least-loaded engine; another engine repeats the work of a lost one
 
-Joining: start, load the newest weights, verified, serve. Leaving: take no more, finish, stop.
+Joining: start, load and verify the newest weights, serve. Leaving: take no more work, finish, stop.
 """
 
 import asyncio
@@ -23,23 +23,23 @@ from sdft.services.fleet.engine import EngineLost, Group, Patience, SupervisedEn
 from sdft.services.fleet.remote import Remote
 from sdft.services.fleet.snapshots import Published
 
-SOONEST_S = 1.0  # between two tries to bring a pool to its least
-PLACED_S = 60.0  # an engine that has no place by then says so; a node may take as long to come
+SOONEST_S = 1.0  # shortest delay before a pool below its least size retries
+PLACED_S = 60.0  # a notice follows if Ray has not placed an engine by then; a new node may take that long
 
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """How a pool works."""
+    """Settings of one pool."""
 
     role: str  # "student" or "teacher"
-    least: int  # engines it begins with, and never has fewer
+    least: int  # engines at the start, and the lower bound
     most: int
     strict: bool
-    room: int  # sequences that an engine computes at once
+    room: int  # most sequences in flight per engine
     patience: Patience
-    work_s: float  # how long a batch may take
-    drain_s: float  # how long an engine that leaves may finish what it has
-    one_by_one: bool  # engines take new weights in turn
+    work_s: float  # limit for a batch
+    drain_s: float  # limit for a leaving engine to finish its work
+    one_by_one: bool  # engines load new weights in turn
 
 
 class EnginePool:
@@ -54,41 +54,41 @@ class EnginePool:
         wanting: Callable[[], str],
         broadcast: Broadcast | None = None,
     ) -> None:
-        """create: starts the process of the engine of that number. notice: is told who is lost, joins and leaves.
+        """create(number): starts an engine's process. notice(text): an engine is lost, joins or leaves.
 
-        wanting: says what an engine needs, and what the cluster has. broadcast: how weights go to all at once; None:
-        each loads them from memory.
+        wanting(): returns as text what an engine needs and what the cluster has. broadcast: sends weights to all
+        engines at once; None: each engine loads them from memory.
         """
         self.settings, self.published = settings, published
         self._create, self._notice, self._wanting = create, notice, wanting
         self._broadcast = broadcast
-        self._engines: list[SupervisedEngine] = []  # those that leave are no longer among them
+        self._engines: list[SupervisedEngine] = []  # without those that are leaving
         self._slots: Slots[SupervisedEngine] = Slots(settings.room, lambda: asyncio.get_running_loop().time())
-        self._moving: set[asyncio.Task[None]] = set()  # engines that join or leave
+        self._moving: set[asyncio.Task[None]] = set()  # tasks of engines that join or leave
         self._joining: set[SupervisedEngine] = set()
         self._number = 0
         self._refusals = Losses()  # engines that did not join
-        self._not_before = 0.0  # nobody is to join, on the loop's clock
+        self._not_before = 0.0  # no engine joins earlier, on the loop's clock
 
     async def start(self) -> None:
-        """Start the first engines, at once."""
+        """Start the first engines concurrently."""
         engines = [self._new() for _ in range(self.settings.least)]
         self._engines += engines
         await all_of([engine.start() for engine in engines])
 
     @property
     def engines(self) -> Sequence[SupervisedEngine]:
-        """Those that there are now."""
+        """The current engines, without those that join or leave."""
         return self._engines
 
     @property
     def size(self) -> int:
-        """How many engines there are, those that are on their way here included."""
+        """Number of engines, including those that are joining."""
         return len(self._engines) + len(self._joining)
 
     @property
     def changing(self) -> bool:
-        """Somebody joins or leaves, or is being replaced."""
+        """Whether any engine joins, leaves or is being replaced."""
         return bool(self._moving or self._joining) or not all(engine.up for engine in self._engines)
 
     @property
@@ -98,34 +98,38 @@ class EnginePool:
 
     @property
     def at_work(self) -> str:
-        """Who has how many sequences, as people read it; in a pool that streams."""
+        """Sequences in flight by engine, as text for people; only a streamed pool counts them."""
         loads = [f"{engine.name} has {load}" for engine, load in self._slots.loads.items()]
         return ", ".join([*loads, f"{self._slots.queued} wait for a {self.settings.role} engine"])
 
     def busy(self) -> float:
-        """Share of the engines' room that was used since this was last asked, 0 to 1."""
+        """Return the share of the engines' room in use since the last call, 0 to 1."""
         return self._slots.busy()
 
     async def generate(
         self, requests: Sequence[GenerateRequest], sampling: Sampling, limited: bool = True
     ) -> list[Rollout]:
-        """Complete every prompt; in the order of the requests.
+        """Return one rollout per request, in the order of the requests.
 
-        limited: in at most settings.work_s; else, in a pool that streams, the caller limits what this is a part of.
+        limited: TimeoutError after settings.work_s. If False, a streamed pool leaves the limit to the caller; a strict
+        pool limits each attempt anyway.
         """
         return await self._spread("generate", requests, sampling, limited)
 
     async def score(
         self, pairs: Sequence[tuple[IntArray, IntArray]], k: int, limited: bool = True
     ) -> list[TeacherScores]:
-        """Score every (teacher prompt, completion) pair; in order. limited: as above."""
+        """Return teacher scores with the top k, one per (teacher prompt, completion) pair, in order.
+
+        limited: as in `generate`.
+        """
         return await self._spread("score", pairs, k, limited)
 
     async def update_weights(self, snapshot: Snapshot, timeout_s: float) -> list[UpdateReport]:
-        """Give every engine the snapshot; each verifies it. The caller holds the lock of `published`.
+        """Update every engine to the snapshot; each verifies it. The caller holds the lock of `published`.
 
-        Returns when none loads any more, also if one raises: the snapshot's memory is free again then. No report comes
-        from engines that are being replaced; their successors load it before they do anything.
+        Returns or raises once no engine loads any more, so the snapshot's memory is free again. Engines that are being
+        replaced send no report; their replacements load the snapshot before they serve.
         """
         self.published.new(snapshot, timeout_s)
         serving = [engine for engine in self._engines if engine.up]
@@ -149,7 +153,7 @@ class EnginePool:
         return await asyncio.gather(*map(update, self._engines), return_exceptions=True)
 
     def resize(self, wanted: int) -> None:
-        """Let engines join, or leave, the newest first, until there are so many. They do so beside the work."""
+        """Let engines join, or leave (newest first), until the pool has `wanted`. Returns at once; work goes on."""
         if asyncio.get_running_loop().time() >= self._not_before:
             for _ in range(self.size, wanted):
                 self._join()
@@ -157,16 +161,16 @@ class EnginePool:
             self._leave(engine, "is not needed any more")
 
     def vacate(self, nodes: set[str]) -> None:
-        """Engines on these nodes, which are to be lost, leave; others join for them."""
+        """Let engines leave these nodes, which are being drained, and let as many join elsewhere."""
         if self.settings.strict:
-            return  # they keep their places: when they are lost they are replaced
+            return  # a strict pool keeps its engines; they are replaced once lost
         for engine in [e for e in self._engines if e.process.node in nodes]:
-            # Until the other one is there it keeps its place: a place that is free on such a node passes for one that
-            # can be had, and no autoscaler would bring another node.
+            # The engine keeps its place until the other one has joined: Ray counts a free place on a draining node as
+            # available, and its autoscaler would add no node.
             self._leave(engine, "leaves its node, which is being drained", self._join())
 
     async def stop(self) -> None:
-        """Shut every engine down."""
+        """Stop every engine and the relays."""
         await cancelled(self._moving)
         await asyncio.gather(*(engine.stop() for engine in (*self._engines, *self._joining)))
         self.published.stop()
@@ -184,7 +188,7 @@ class EnginePool:
 
     def _changed(self, engine: SupervisedEngine) -> None:
         if engine in self._joining and engine.up:
-            # At once, in the step in which it has let go of the lock: or an update could come between, and miss it.
+            # No await separates the lock's release from this append: an update in between would miss the engine.
             self._joining.discard(engine)
             self._refusals.recovered()
             self._engines.append(engine)
@@ -234,7 +238,7 @@ class EnginePool:
             starting.cancel()
             await engine.stop()
             raise
-        except (RayError, TimeoutError) as error:  # the run goes on without it
+        except (RayError, TimeoutError) as error:  # the run goes on without the engine
             self._joining.discard(engine)
             await engine.stop()
             self._refusals.count()
@@ -244,20 +248,20 @@ class EnginePool:
                 self._move(self._join_later())
 
     async def _join_later(self) -> None:
-        """A pool that has too few engines tries again by itself: without them there may be no step after which to."""
+        """Retry by itself in a pool with too few engines: without them no step may end, and steps trigger `resize`."""
         await asyncio.sleep(max(self._refusals.back_off_s, SOONEST_S))
         if self.size < self.settings.least:
             self._join()
 
     async def _left(self, engine: SupervisedEngine, after: asyncio.Task[None] | None) -> None:
         try:
-            # What it has not finished by then fails with it, and is done by another.
+            # Work that is unfinished after drain_s fails with the engine, and another engine repeats it.
             idle = asyncio.ensure_future(self._slots.idle(engine))
             await asyncio.wait([idle] if after is None else [idle, after], timeout=self.settings.drain_s)
         finally:
             await engine.stop()
             if all(other.process.node != engine.process.node for other in (*self._engines, *self._joining)):
-                self.published.leave(engine.process.node)  # what it held would keep the node from being given back
+                self.published.leave(engine.process.node)  # a relay would keep the node from being released
 
     @property
     def _engines_now(self) -> str:
@@ -275,7 +279,7 @@ class EnginePool:
         return await within(work, self.settings.work_s, what)
 
     async def _shares(self, method: str, items: Sequence[Any], argument: Any) -> list[Any]:
-        """Contiguous, equal shares: which engine gets which item depends on nothing but their number."""
+        """Contiguous, equal shares: the assignment depends only on the numbers of items and engines."""
         n = len(self._engines)
         bounds = [len(items) * i // n for i in range(n + 1)]
         calls = [
@@ -286,7 +290,7 @@ class EnginePool:
         return [result for part in await all_of(calls) for result in part]
 
     async def _one(self, method: str, item: Any, argument: Any) -> Any:
-        """The result for one item, by whoever has room; by another if that one is lost."""
+        """The result for one item from an engine with room; another engine repeats it if that one is lost."""
         while True:
             engine = await self._slots.take()
             try:

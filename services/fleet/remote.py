@@ -1,4 +1,4 @@
-"""A process elsewhere, as whoever supervises it sees it: its methods can be called, and it can be killed."""
+"""A remote process as its supervisor uses it: call its methods, kill it."""
 
 import asyncio
 from typing import Any, Protocol
@@ -12,16 +12,16 @@ from sdft.actors.shared.types import Process
 
 
 class Remote(Protocol):
-    """What an engine's place needs of whoever fills it. The benchmarks simulate one."""
+    """The interface of an engine's process or a relay. The benchmarks simulate one."""
 
     async def placed(self) -> Process:
-        """Where it is, once the cluster has had room for it."""
+        """Return its process id and node, once the cluster has placed it."""
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        """The method's result, or what it raises; RayActorError if the process is gone, or goes on the way."""
+        """Return the method's result or raise its error; RayActorError if the process is dead or dies meanwhile."""
 
     def kill(self, hangs: bool = False) -> None:
-        """End it. `hangs`: it may not answer."""
+        """End the process. hangs: it may not answer."""
 
 
 class RemoteActor:
@@ -39,10 +39,10 @@ class RemoteActor:
         work = getattr(self._handle, method).remote(*arguments)
         try:
             return await work
-        except ObjectLostError as error:  # it lay on the process's node until somebody fetched it
+        except ObjectLostError as error:  # the result was lost with the process's node before it was fetched
             raise RayActorError from error
         except asyncio.CancelledError:
-            if ray.is_initialized():  # else Ray would connect anew to be told
+            if ray.is_initialized():  # else ray.cancel would connect anew
                 ray.cancel(work)
             raise
 

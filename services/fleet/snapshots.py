@@ -1,9 +1,9 @@
-"""A role's newest weights: given to all engines when they are published, and to those that come later.
+"""The newest snapshot of a role: all engines load it when it is published, and late joiners when they start.
 
     async with published.lock:                      # from publication until no engine loads any more
         published.new(await learner.publish(...))   # then every engine loads published.on(its node)
 
-The memory of a snapshot is overwritten by the next, so whoever loads one later takes the lock for that time.
+The next snapshot overwrites the memory of the last, so a late joiner holds the lock while it loads.
 """
 
 import asyncio
@@ -20,15 +20,15 @@ from sdft.actors.shared.waiting import within
 from sdft.learner.group import LearnerLost
 from sdft.services.fleet.remote import Remote, RemoteActor
 
-Payload = Callable[[str], Awaitable[list[ray.ObjectRef]]]  # of a role: its snapshot's bytes in Ray's object store
+Payload = Callable[[str], Awaitable[list[ray.ObjectRef]]]  # payload(role): the snapshot's bytes in Ray's object store
 
 
 @dataclass
 class _Copy:
-    """What another node has of a role."""
+    """The copy of a role's snapshot on a node other than the learner's."""
 
     relay: Remote
-    of: Snapshot | None = None  # the original
+    of: Snapshot | None = None  # the original; None: nothing copied
     path: str = ""
 
 
@@ -36,10 +36,10 @@ class Published:
     """The newest snapshot of one role."""
 
     def __init__(self, payload: Payload, relay: Callable[[str], Remote] | None = None) -> None:
-        """relay: starts the relay of a node; None: a Ray actor."""
+        """payload: see Payload. relay(node): starts the relay of a node; None: a Ray actor."""
         self.lock = asyncio.Lock()
-        self.newest: Snapshot | None = None  # None: the model as it was loaded
-        self.timeout_s = 0.0  # of loading it
+        self.newest: Snapshot | None = None  # None: engines serve the model that they started with
+        self.timeout_s = 0.0  # limit for loading it
         self.readable = asyncio.Event()
         self.readable.set()
         self._payload, self._relay = payload, relay or _relay
@@ -49,22 +49,24 @@ class Published:
         self._stored: list[ray.ObjectRef] | None = None  # the newest snapshot's bytes in Ray's object store
 
     def new(self, snapshot: Snapshot, timeout_s: float) -> None:
+        """Set the newest snapshot and the limit for loading it."""
         self.newest, self.timeout_s = snapshot, timeout_s
         self._stored = None
         self.readable.set()
 
     def arrived(self) -> None:
-        """All engines have it, so nobody needs it in the object store any more; who comes later asks for it again."""
+        """Drop the object-store copy once all engines have loaded it. Late joiners request a new one."""
         self._stored = None
 
     def forget(self) -> None:
-        """Its publisher has died, and its memory with it: whoever comes does nothing before there is another."""
+        """Make loads wait for the next snapshot, because this one was lost with its publisher."""
         self.readable.clear()
 
     async def on(self, node: str) -> Snapshot:
-        """The newest snapshot with a path that is valid on `node`.
+        """Return the newest snapshot with a path that is valid on `node`.
 
-        FileNotFoundError if it went with its publisher, RayActorError if no relay can be had there: the node is lost.
+        FileNotFoundError if it was lost with its publisher. RayActorError if no relay can run on the node, which is
+        lost then.
         """
         snapshot = self.newest
         assert snapshot is not None
@@ -77,7 +79,7 @@ class Published:
                 if copy is not None:
                     try:
                         await self._give(copy, snapshot, node, stored)
-                    except RayActorError:  # it alone may have died
+                    except RayActorError:  # perhaps only the relay has died
                         self.leave(node)
                         copy = None
                 if copy is None:
@@ -90,7 +92,7 @@ class Published:
         return replace(snapshot, node=node, path=copy.path)
 
     async def _in_store(self, snapshot: Snapshot) -> list[ray.ObjectRef]:
-        """Its bytes in Ray's object store: put there once, for however many nodes."""
+        """The snapshot's bytes in Ray's object store: put there once for all nodes."""
         async with self._putting:
             if self._stored is None:
                 try:
@@ -105,7 +107,7 @@ class Published:
         copy.of = snapshot
 
     def leave(self, node: str) -> None:
-        """End the node's relay: nobody there needs it, or it is lost. The next engine there begins with another."""
+        """End the node's relay: no engine there needs it, or it is lost. The next engine there gets a new relay."""
         copy = self._copies.pop(node, None)
         if copy is not None:
             copy.relay.kill()
