@@ -1,1 +1,1 @@
-"""Evaluation sets on engines, answers, lm-eval. Imports fleet and below."""
+"""Evaluation sets on engines, files of replies, lm-eval. Imports fleet and below."""

@@ -1,7 +1,7 @@
-"""The file of an evaluation: its results first, then every question with its answer and grade, one JSON object a line.
+"""The file of an evaluation: the results, then every question with its reply and grade, one JSON object per line.
 
-`sdft eval --out` writes it; `sdft eval --regrade` grades its answers again, by the graders and right answers that the
-configuration names now, and starts no model.
+`sdft eval --out` writes it. `sdft eval --regrade` grades its replies again with the graders and answers of the current
+configuration, and starts no model.
 """
 
 import asyncio
@@ -22,15 +22,17 @@ FIELDS = {f.name for f in fields(Sample)}
 
 
 def write_answers(path: Path, results: list[EvalResult], samples: list[Sample]) -> None:
-    """Replace the file."""
+    """Write results and replies to the file, or replace it, atomically."""
     rows = [asdict(r) for r in results] + [asdict(s) for s in samples]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def regrade(config: RunConfig, base: Path, path: Path) -> tuple[list[EvalResult], list[Sample]]:
-    """Results and answers, graded again. UserError if an answer is to no question of the configuration's sets, or if
-    they are of several steps."""
-    whole = [s.model_copy(update={"rows": None}) for s in config.sets if not s.is_text]  # others may have been asked
+    """Grade the replies of a file again; return results and replies.
+
+    UserError if the question of a reply is not in the configuration's sets, or if the replies are from several steps.
+    """
+    whole = [s.model_copy(update={"rows": None}) for s in config.sets if not s.is_text]  # the file may have other rows
     sets = {s.name: (s, {q.id: q for q in load_questions(s, base, answer_check(s))}) for s in whole}
     by_set: dict[str, list[tuple[Sample, Record]]] = {}
     for sample in _read(path):
@@ -61,7 +63,7 @@ def regrade(config: RunConfig, base: Path, path: Path) -> tuple[list[EvalResult]
 
 
 def _read(path: Path) -> list[Sample]:
-    """The answers; results are passed over."""
+    """Return the replies in a file, without the results. UserError if there are none, or from several steps."""
     samples = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
@@ -76,7 +78,7 @@ def _read(path: Path) -> list[Sample]:
     if not samples:
         raise UserError(f"{path}: there are no answers in it; give a file that `sdft eval --out` wrote")
     steps = dict.fromkeys(s.step for s in samples)
-    if len(steps) > 1:  # a run's samples.jsonl: a share over all of them would be of no model
+    if len(steps) > 1:  # as in a run's samples.jsonl; an accuracy over several models means nothing
         listed = ", ".join(map(str, steps))
         raise UserError(f"{path}: answers of several steps ({listed}); give a file with those of one")
     return samples

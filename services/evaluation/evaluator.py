@@ -1,6 +1,6 @@
-"""Evaluation on the student engines: questions in, graded answers and shares out. Greedy, but for pass@k.
+"""Evaluation on the student engines: questions in, graded replies and accuracies out. Greedy, except for pass@k.
 
-Of texts the perplexity: exp of the mean of -log p over all their tokens but the first of each.
+A set of texts has a perplexity instead: exp(mean of -log p) over all tokens except the first of each text.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,8 +25,8 @@ from sdft.services.data.sets import LoadedSet
 class Evaluator:
     """Runs evaluation sets on a pool of engines.
 
-    limit_s: how long a judge may take for one set.
-    say: is told what is asked before it is, as "tools (teacher): 80 questions"; it may take minutes.
+    limit_s: seconds that a judge may take for one set.
+    say(text): called before the questions of a set, which may take minutes, with "tools (teacher): 80 questions".
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", limit_s: float, say: Callable[[str], None]) -> None:
@@ -37,7 +37,7 @@ class Evaluator:
     async def students(
         self, pool: EnginePool, sets: Sequence[LoadedSet], step: int, stage: int
     ) -> tuple[list[EvalResult], list[Sample]]:
-        """Every set, answered without demonstrations: shares, and all answers."""
+        """Evaluate every set without demonstrations. Returns the results and all graded replies."""
         results, samples = [], []
         for loaded in sets:
             if loaded.settings.is_text:
@@ -50,7 +50,7 @@ class Evaluator:
         return results, samples
 
     async def teachers(self, pool: EnginePool, sets: Sequence[LoadedSet], step: int, stage: int) -> list[EvalResult]:
-        """The sets whose questions have demonstrations, answered with them in the prompt: what there is to learn."""
+        """Evaluate the sets that have demonstrations, with these in the prompt: the accuracy to learn from."""
         results = []
         for loaded in (one for one in sets if one.has_teacher):
             results.append((await self._run(pool, loaded, TEACHER, step, stage))[0])
@@ -60,9 +60,9 @@ class Evaluator:
     async def _pass_at(
         self, pool: EnginePool, loaded: LoadedSet, metric: str, step: int, stage: int
     ) -> list[EvalResult]:
-        """pass@k for each k of the set, of the same sampled answers.
+        """Return pass@k for each k of the set, from the same sampled replies.
 
-        Their seeds are the same at every step, so that two evaluations differ by the weights alone.
+        The seeds are the same at every step, so that two evaluations differ only by the weights.
         """
         s = loaded.settings
         if not s.pass_at:

@@ -1,5 +1,6 @@
-"""`sdft eval --harness`: the benchmarks of EleutherAI's lm-eval on a model, by its own backend (Hugging Face on a CPU,
-vLLM on a GPU), in a process of its own.
+"""`sdft eval --harness`: run the benchmarks of EleutherAI's lm-eval on a model, in a separate process.
+
+lm-eval uses its own backend: Hugging Face on a CPU, vLLM on a GPU.
 
     model folder, tasks ─► python -m lm_eval ─► its results file ─► a line for each task and metric
 """
@@ -22,17 +23,17 @@ from sdft.services.base.files import write_atomically
 from sdft.services.config.run import RunConfig
 from sdft.services.records.rows import Z_95
 
-LAST_LINES = 40  # of its output, in which a reason is looked for
+LAST_LINES = 40  # of lm-eval's output, searched for the reason of a failure
 
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task, as lm-eval gives it: mostly a share, a perplexity for some tasks."""
+    """One metric of one task, in lm-eval's unit: mostly a share, a perplexity for some tasks."""
 
     task: str
     metric: str
     value: float
-    stderr: float  # NaN where lm-eval has none
+    stderr: float  # NaN if lm-eval reports none
     n: int
 
     def __str__(self) -> str:
@@ -43,9 +44,10 @@ class Score:
 def run_harness(
     config: RunConfig, model: Path, tasks: str, include: str | None, limit: int | None, out: Path | None
 ) -> list[Score]:
-    """Scores of the comma-separated `tasks`. include: a folder with task files of one's own. limit: questions a task.
+    """Return the scores of the comma-separated `tasks`.
 
-    out: lm-eval's results file is kept there. UserError for a task that there is not, PreflightError for data that
+    include: a folder with the user's own task files. limit: questions per task. out: path for a copy of lm-eval's
+    results file. UserError for an unknown task or a missing folder, PreflightError if lm-eval is not installed or data
     cannot be downloaded, TimeoutError after evaluation.timeout_s.
     """
     if importlib.util.find_spec("lm_eval") is None:
@@ -68,8 +70,8 @@ def run_harness(
 
 
 def scores(results: dict[str, Any]) -> list[Score]:
-    """From lm-eval's results: {"results": {task: {"acc,none": 0.5, "acc_stderr,none": 0.1}}, "n-samples": ...}. A group
-    of tasks has no n-samples, but a "sample_len" among its figures: the sum of its tasks'."""
+    """Return the scores in lm-eval's results: {"results": {task: {"acc,none": 0.5, "acc_stderr,none": 0.1}},
+    "n-samples": ...}. A group of tasks has no n-samples; its "sample_len" is the sum over its tasks."""
     found = []
     for task, figures in results["results"].items():
         n = results.get("n-samples", {}).get(task, {}).get("effective", figures.get("sample_len", 0))
@@ -83,7 +85,7 @@ def scores(results: dict[str, Any]) -> list[Score]:
 
 
 def _run(command: Sequence[str], tasks: str, timeout_s: float) -> None:
-    """Its output goes to our stderr as it comes."""
+    """Run a command and copy its output to stderr line by line. Raises TimeoutError, or the error of `_reason`."""
     last: deque[str] = deque(maxlen=LAST_LINES)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     late = threading.Event()

@@ -1,1 +1,1 @@
-"""What a live run tells: its log, sinks, Prometheus, the console, the watchdog. Imports records and below."""
+"""Reporting of a live run: log, sinks, Prometheus, console, watchdog. Imports records and below."""

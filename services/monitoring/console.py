@@ -1,4 +1,4 @@
-"""The live display of a run: a panel on a terminal, one plain line a step in a log."""
+"""The live display of a run: a panel on a terminal, otherwise one plain line per step."""
 
 import time
 from types import TracebackType
@@ -14,19 +14,20 @@ from rich.text import Text
 from sdft.services.records.rows import EvalResult, StepMetrics
 
 PHASES = {"rollout": "blue", "score": "magenta", "learn": "green", "sync": "yellow", "wait": "bright_black"}
-# Evaluations shown on a terminal: the first, and the last few, so that the panel fits the screen.
+# Evaluations shown on a terminal: the first and the last ones, so that the panel fits the screen.
 SHOWN_EVALUATIONS = 8
 
 
 class Progress:
-    """`with Progress(console, total_steps=40, title="demo") as progress:` and then one call for each event."""
+    """Shows the progress of a run: `with Progress(console, total_steps=40, title="demo") as progress:`, then one method
+    call per event."""
 
     def __init__(self, console: Console, total_steps: int, title: str) -> None:
         self._console, self._total, self._title = console, total_steps, title
         self._last: StepMetrics | None = None
-        self._began = 0.0  # when the first step of this process began, on the monotonic clock
+        self._began = 0.0  # start of this process's first step, on the monotonic clock
         self._steps_seen = 0
-        self._ends = 0.0  # when the last step should be done, on the same clock
+        self._ends = 0.0  # estimated end of the last step, on the same clock
         self._results: list[EvalResult] = []
         self._phase = "starting"
         self._spinner = Spinner("dots", self._phase)
@@ -47,18 +48,18 @@ class Progress:
 
     @property
     def steps_seen(self) -> int:
-        """Steps that this process has done, those that were done again included."""
+        """Number of steps that this process has done, including repeated ones."""
         return self._steps_seen
 
     def phase(self, text: str) -> None:
-        """What the run does now, such as "starting engines"."""
+        """Show the current phase of the run, such as "starting engines"."""
         self._phase = text
         self._spinner.update(text=Text(text))
         if not self._live:
             self._line(text)
 
     def part(self, text: str) -> None:
-        """What of the phase it does now: beside the phase in the panel, and not in a log."""
+        """Show the current part of the phase, beside it in the panel. Not shown without a terminal."""
         self._spinner.update(text=Text(f"{self._phase}, {text}"))
 
     def step(self, metrics: StepMetrics) -> None:
@@ -67,7 +68,7 @@ class Progress:
             self._began = now - metrics.time_step_s
         self._steps_seen += 1
         self._last = metrics
-        # The pace so far, evaluations and checkpoints between the steps included.
+        # From the mean time per step, including evaluations and checkpoints between the steps.
         self._ends = now + (now - self._began) / self._steps_seen * (self._total - metrics.step)
         if not self._live:
             m = metrics
@@ -78,18 +79,18 @@ class Progress:
             )
 
     def evaluation(self, results: list[EvalResult]) -> None:
-        """The results of one evaluation, all of the same step."""
+        """Show the results of one evaluation, all of the same step."""
         self._results += results
         if results and not self._live:
             cells = [f"{r.label} {r.text} (n {r.n})" for r in results]
             self._line(f"evaluation at step {results[0].step}  {'  '.join(cells)}")
 
     def note(self, text: str) -> None:
-        """A line that stays, above the panel."""
+        """Print a permanent line, above the panel."""
         self._line(text)
 
     def _line(self, text: str) -> None:
-        # soft_wrap: neither wrapped nor cut, however narrow the log's terminal is said to be.
+        # soft_wrap: lines are neither wrapped nor cut at the reported width of the console.
         self._console.print(Text(text), soft_wrap=True)
 
     def _eta(self) -> str:
@@ -133,7 +134,7 @@ class Progress:
         return line
 
     def _evaluations(self) -> RenderableType:
-        answers = [result for result in self._results if result.k is None]  # of pass@k there may be a dozen a set
+        answers = [result for result in self._results if result.k is None]  # no pass@k: a set may have a dozen
         sizes = {result.task: result.n for result in answers}
         rows: dict[str, dict[str, str]] = {}  # "teacher" or the step -> set -> share
         for result in answers:

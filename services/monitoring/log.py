@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, eval.jsonl and samples.jsonl, and the sinks beside them."""
+"""The log of a run: metrics.jsonl, eval.jsonl and samples.jsonl, copied to the sinks."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from sdft.services.records.rows import FILES, EvalResult, Sample, StepMetrics, j
 
 
 class RunLog:
-    """metrics.jsonl, eval.jsonl and samples.jsonl of a run directory, and what is shown of them elsewhere."""
+    """Appends to the three files of a run directory, and sends metrics and results to the sinks."""
 
     def __init__(self, run_dir: Path, sinks: Sinks | None = None) -> None:
-        """sinks: not closed with the log. A run whose learner is lost opens its log once more, and keeps them."""
+        """sinks: not closed with the log. After the loss of a learner a run opens its log again with the same sinks."""
         run_dir.mkdir(parents=True, exist_ok=True)
         written = [row["step"] for name in ("metrics.jsonl", "eval.jsonl") for row in read_jsonl(run_dir / name)]
         self._files = {cls: (run_dir / name).open("ab") for cls, name in FILES.items()}
@@ -33,7 +33,10 @@ class RunLog:
             self._sinks.log(metrics.step, named)
 
     def evaluation(self, *results: EvalResult) -> None:
-        """Written at once: a run that is killed has them all or none, and would not ask a second time for some."""
+        """Append the results of an evaluation in one write.
+
+        A killed run has all of them or none. An evaluation with only some of its results would not be repeated.
+        """
         self._append(*results)
         for result in results:
             if self._sinks is not None:
@@ -43,12 +46,12 @@ class RunLog:
         self._append(sample)
 
     def close(self) -> None:
-        with ExitStack() as stack:  # one that fails does not keep the others open
+        with ExitStack() as stack:  # closes every file even if one raises
             for file in self._files.values():
                 stack.callback(file.close)
 
     def _append(self, *rows: StepMetrics | EvalResult | Sample) -> None:
-        """Rows of one kind."""
+        """Append rows of one class to its file, and flush it to disk."""
         file = self._files[type(rows[0])]
         file.write(b"".join(json_line(row) for row in rows))
         file.flush()
@@ -56,9 +59,10 @@ class RunLog:
 
     @staticmethod
     def rewind(run_dir: Path, step: int | None) -> None:
-        """Forget what came after `step`, the checkpoint resumed from (None or -1: everything), in each file at once.
+        """Remove the rows after `step` (None or -1: all rows), the step of the checkpoint to resume from.
 
-        Also answers without the results of their evaluation, which was cut off: it is made again.
+        Each file is replaced atomically. Replies without results are removed too: their evaluation was interrupted and
+        is repeated.
         """
         last = -1 if step is None else step
         evaluated = {(row["step"], row.get("task")) for row in read_jsonl(run_dir / FILES[EvalResult])}

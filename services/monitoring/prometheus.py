@@ -1,9 +1,9 @@
-"""Metrics for Prometheus, through Ray: the agent of the driver's node serves them, each as ray_<name>.
+"""Metrics for Prometheus through Ray: the agent of the driver's node serves each metric as ray_<name>.
 
     StepMetrics, EvalResult -> ray.util.metrics -> agent of the node -> http://NODE:METRICS_PORT/metrics
 
-They show that a run lives and how it goes, not what it did: the agent forgets the gauges of a driver 20 s after its
-end, and Ray serves no value that is not finite. The record is metrics.jsonl.
+The metrics show the state of a live run. They are no record: the agent drops the gauges of a driver 20 s after its end,
+and Ray serves no value that is not finite. The record is metrics.jsonl.
 """
 
 import math
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PREFIX = "ray_"  # Ray puts it before every name
+PREFIX = "ray_"  # Ray prepends it to every name
 RUN = "run"  # tag of every metric: the run directory's name
 PHASES = ("rollout", "score", "learn", "sync", "wait")
 NOT_FINITE_IF = ("train/loss", "train/divergence", "train/grad_norm")
@@ -21,7 +21,7 @@ NOT_FINITE_IF = ("train/loss", "train/divergence", "train/grad_norm")
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric as Prometheus knows it, without Ray's prefix. `counter`: the values of all steps are added up."""
+    """One Prometheus metric, named without Ray's prefix. counter: the values of all steps are added up."""
 
     name: str
     help: str
@@ -41,7 +41,7 @@ TIME = Metric(
 )
 EVAL = Metric("sdft_eval_value", "Last share of right answers, 0 to 1; of texts perplexity", (RUN, "task", "metric"))
 
-# By the name that a Sink is given. Counters are of this process's work: a step that a resumed run repeats counts again.
+# Keys are the metric names of Sink.log. Counters add up the work of this process: repeated steps count again.
 BY_PATH: Mapping[str, Metric] = {
     "train/stage": Metric("sdft_stage", "Stage that the last step belongs to"),
     "train/loss": Metric("sdft_loss", "Loss of the last step"),
@@ -72,7 +72,7 @@ METRICS = (STEP, PROGRESS, NOT_FINITE, TIME, EVAL, *BY_PATH.values())
 
 
 class Prometheus:
-    """A Sink. To be opened in a process that is connected to Ray."""
+    """Sink that sets Ray metrics. RuntimeError if the process is not connected to Ray."""
 
     def __init__(self, run_dir: Path) -> None:
         import ray
@@ -105,11 +105,11 @@ class Prometheus:
         self._set(PROGRESS, time.time())
 
     def close(self) -> None:
-        """What was set last is sent when the process disconnects from Ray."""
+        """Nothing to do: Ray sends the last values when the process disconnects from it."""
 
     def _set(self, metric: Metric, value: float, /, **tags: str) -> None:
         instrument = self._instruments[metric.name]
         if not metric.counter:
             instrument.set(value, self._run | tags)
-        elif value > 0:  # Ray refuses to add nothing
+        elif value > 0:  # Ray rejects an increment of 0
             instrument.inc(value, self._run | tags)

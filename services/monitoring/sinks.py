@@ -1,7 +1,7 @@
-"""Where metrics go beside the run's own files: TensorBoard, Weights & Biases, MLflow, Prometheus (prometheus.py).
+"""Sinks for metrics besides the run's own files: TensorBoard, Weights & Biases, MLflow, Prometheus (prometheus.py).
 
-metrics.jsonl is the record of a run. These only show it: one that fails is reported once and switched off, and the run
-goes on.
+metrics.jsonl is the record of a run; sinks only display it. A sink that fails is reported once and switched off, and
+the run continues.
 """
 
 import time
@@ -15,10 +15,10 @@ from sdft.services.records.settings import read_config
 
 
 class Sink(Protocol):
-    """One place that shows curves. Metric names are paths: train/loss, time/rollout_s, eval/<set>/<metric>."""
+    """A display of metrics. Metric names are paths: train/loss, time/rollout_s, eval/<set>/<metric>."""
 
     def go_on(self, first_step: int) -> None:
-        """The run goes on with this step (0: it begins), which may be one that was logged before."""
+        """Continue with this step (0: the run begins). It may have been logged before."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
 
@@ -26,10 +26,10 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Event files in run_dir/tensorboard. Curves are cut off where the run goes on."""
+    """Writes event files to run_dir/tensorboard. Curves are cut off at the step the run continues with."""
 
     def __init__(self, run_dir: Path) -> None:
-        # Not torch.utils.tensorboard, around the same writer: torch takes two seconds to import.
+        # Not torch.utils.tensorboard, which wraps the same writer: importing torch takes two seconds.
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -50,9 +50,9 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One W&B run a process; a resumed run is another of the same group, so the curves lie over each other.
+    """Logs to one W&B run per process. A resumed run is another one in the same group, so their curves overlay.
 
-    W&B takes each step once and in order. Those that are repeated after the loss of a learner are left out.
+    W&B accepts each step once and in order. Steps repeated after the loss of a learner are left out.
     """
 
     def __init__(self, run_dir: Path, project: str) -> None:
@@ -66,7 +66,7 @@ class WeightsAndBiases:
         """Nothing to do."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        if step >= self._last:  # a step's metrics and its evaluations come one after the other
+        if step >= self._last:  # equal: a step's metrics and its evaluations are separate calls
             self._run.log(metrics, step=step)
             self._last = step
 
@@ -75,7 +75,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """One MLflow run a process, named after the run directory, on the server MLFLOW_TRACKING_URI names."""
+    """Logs to one MLflow run per process, named after the run directory, on the server at MLFLOW_TRACKING_URI."""
 
     def __init__(self, run_dir: Path, experiment: str) -> None:
         import mlflow
@@ -87,12 +87,12 @@ class MLflow:
             mlflow.log_artifact(str(run_dir / "config.yaml"))
 
     def go_on(self, first_step: int) -> None:
-        """Nothing to do: MLflow keeps both values of a step that is repeated."""
+        """Nothing to do: MLflow keeps both values of a repeated step."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        # It takes no @ in a name, as of pass@8.
+        # MLflow rejects names with @, such as pass@8.
         named = {name.replace("@", "_at_"): value for name, value in metrics.items()}
-        # Not synchronous: a training step does not wait for a server, nor end because it is away.
+        # Asynchronous: a training step neither waits for the server nor fails when it cannot be reached.
         self._mlflow.log_metrics(named, step=step, synchronous=False)
 
     def close(self) -> None:
@@ -101,10 +101,10 @@ class MLflow:
 
 
 class Sinks:
-    """The sinks that the configuration asks for, from the beginning of a process's work to its end."""
+    """The configured sinks, open for the lifetime of a process's work."""
 
     def __init__(self, run_dir: Path, monitoring: MonitoringConfig, notice: Callable[[str], None]) -> None:
-        """notice: takes the sentence about a sink that fails."""
+        """notice(text): called when a sink fails."""
         self._notice = notice
         self._sinks: dict[str, Sink] = {}
         opening: dict[str, Callable[[], Sink]] = {}
@@ -123,7 +123,7 @@ class Sinks:
                 self._failed(name, error)
 
     def go_on(self, first_step: int) -> None:
-        """The run begins (0), or goes on with this step, which may be one that was logged before."""
+        """Continue with this step in every sink, as in `Sink.go_on`."""
         self._each(lambda sink: sink.go_on(first_step))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -142,7 +142,7 @@ class Sinks:
         for name, sink in list(self._sinks.items()):
             try:
                 work(sink)
-            except Exception as error:  # noqa: BLE001 - another's library, with a server behind it, may raise anything
+            except Exception as error:  # noqa: BLE001 - a library with a server behind it may raise anything
                 del self._sinks[name]
                 self._failed(name, error)
 

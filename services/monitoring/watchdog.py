@@ -1,4 +1,4 @@
-"""Who waits for what: written down for `sdft status` while a run lives, and said aloud when nothing moves any more."""
+"""Watchdog of the driver's waits: writes them to a file for `sdft status`, and reports a stall."""
 
 import asyncio
 import io
@@ -16,10 +16,10 @@ EVERY_S = 2.0
 
 
 class Watchdog:
-    """Looks at the waits of this process. `run` goes on until it is cancelled."""
+    """Watches the waits of this process. `run` runs until it is cancelled."""
 
     def __init__(self, run_dir: Path, stall_s: float, notice: Callable[[str], None], waits: Waits = WAITS) -> None:
-        """stall_s: how long no wait may end before it is told to `notice`."""
+        """stall_s: notice(text) is called after so many seconds in which no wait has ended."""
         self._run_dir, self._stall_s = run_dir, stall_s
         self._notice, self._waits = notice, waits
 
@@ -33,7 +33,7 @@ class Watchdog:
                     ended, moved, told = self._waits.ended, now, False
                 waits = self._waits.now
                 if waits != written:
-                    with suppress(OSError):  # a full disk; when there is room again it is written
+                    with suppress(OSError):  # as on a full disk: the next round tries again
                         self._write(waits)
                         written = waits
                 if now - moved >= self._stall_s and not told:
@@ -49,7 +49,7 @@ class Watchdog:
         write_atomically(self._run_dir / WAITING, json.dumps(rows).encode())
 
     def _stalled(self, waits: list[Wait], now: float) -> str:
-        """The sentence, after a file with every task's stack has been written, if the disk takes it."""
+        """Write a file with the waits and every task's stack. Return the notice, also if the file cannot be written."""
         path = self._run_dir / "logs" / time.strftime("stall-%Y%m%d-%H%M%S.txt")
         lines = [f"{now - w.since:8.1f} s (at most {w.limit_s:g} s) for {w.what}" for w in waits]
         stacks = io.StringIO()

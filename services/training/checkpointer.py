@@ -1,6 +1,6 @@
-"""The checkpoints of a run as they are made: begun between two steps, on the disk while the next steps go on.
+"""Writing of checkpoints: begun between two steps, flushed to disk during the next steps.
 
-learner: its state, ledger: a copy ─► a hidden folder ─► checkpoints.commit: whole, flushed, renamed
+the learner's state, a copy of the ledger ─► a hidden folder ─► checkpoints.commit: complete, flushed, renamed
 """
 
 import asyncio
@@ -18,11 +18,11 @@ from sdft.services.records import checkpoints
 from sdft.services.records.checkpoints import CheckpointState
 from sdft.services.records.ledger import Ledger
 
-FILE_ERRORS = (OSError, sqlite3.OperationalError)  # if they are of a file
+FILE_ERRORS = (OSError, sqlite3.OperationalError)  # further filtered by of_a_file
 
 
 class Checkpointer:
-    """One after the other."""
+    """Writes the checkpoints of a run, one after the other."""
 
     def __init__(
         self, prepared: Prepared, run_dir: Path, learner: LearnerGroup, ledger: Ledger, progress: Progress
@@ -33,9 +33,9 @@ class Checkpointer:
         self._committing: asyncio.Future[tuple[Path, list[str]]] | None = None  # in a thread
 
     async def save(self, step: int, held: int | None) -> None:
-        """Write the state after `step`; it reaches the disk and its name while the next step is made.
+        """Write the state after `step`. Flush and rename follow in the background, during the next step.
 
-        held: the newest checkpoint up to this step is kept, however many come after it.
+        held: the newest checkpoint up to this step is kept, however many follow.
         """
         self._progress.phase(f"saving step {step}")
         try:
@@ -56,15 +56,17 @@ class Checkpointer:
         )
 
     async def saved(self) -> None:
-        """Returns when what was begun is on the disk."""
+        """Wait until the checkpoint that was begun is on the disk. TimeoutError after checkpoint.timeout_s."""
         if self._saving is not None:
             limit = self._prepared.config.checkpoint.timeout_s
             await within(self._saving, limit, self._saving.get_name())
             self._saving = None
 
     async def stop(self) -> None:
-        """Begin nothing more. What a thread has begun comes to its end first: nobody can stop it, and it must not put
-        a checkpoint into its place after another was chosen to go on from."""
+        """Cancel the background write and wait for a commit that runs in a thread.
+
+        A thread cannot be cancelled. It must not rename a checkpoint after another one was chosen to resume from.
+        """
         await cancelled([] if self._saving is None else [self._saving])
         if self._committing is not None:
             try:
@@ -88,10 +90,11 @@ class Checkpointer:
             self._progress.note(note)
 
     async def _not_written(self, step: int, error: OSError | sqlite3.OperationalError) -> None:
-        """A full disk ends a run only if its last checkpoint does not fit: room may be made until then.
+        """Report a checkpoint that could not be written; PreflightError if it is the run's last.
 
-        What was written of it is removed, so that metrics and the ledger have room. Anything but an error of a file,
-        such as a learner that does not answer in time, is raised.
+        A full disk ends a run only at the last checkpoint, because room may be made until then. The incomplete folder
+        is removed, so that metrics and the ledger have room. Other errors than those of a file are raised, such as a
+        learner that does not answer in time.
         """
         if not of_a_file(error):
             raise error

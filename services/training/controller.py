@@ -2,9 +2,9 @@
 
     rollouts.py: batches -> learner: step -> snapshots -> student and teacher engines
 
-The controller moves references and small arrays; it owns no model. With max_staleness 0 one batch is made after the
-other, each by the weights of the step before: the strict algorithm. With more, the next are made while the learner
-steps.
+The controller moves references and small arrays; it owns no model. With max_staleness 0 the batches are made one after
+the other, each by the weights of the previous step: the strict algorithm. With more, the next batches are made while
+the learner steps.
 """
 
 from collections.abc import Sequence
@@ -35,11 +35,11 @@ from sdft.services.training.retention import RetentionGuard
 from sdft.services.training.rollouts import Rollouts, Times, now
 from sdft.services.training.weight_sync import WeightSync
 
-MOST_NOT_FINITE = 8  # steps in a row
+MOST_NOT_FINITE = 8  # steps in a row without a finite gradient until the run fails
 
 
 class Controller:
-    """One run, from the step it begins at to its last."""
+    """The loop of steps of one run, from its first step, or the one it resumes at, to its last."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Controller:
         self._config = prepared.config
         self._run_dir = run_dir
         self._students = students
-        self._teachers = teachers  # None: live weights, the students score
+        self._teachers = teachers  # None: the teacher's weights are live, and the student engines score
         self._learner = learner
         self._ledger = ledger
         self._log = log
@@ -71,20 +71,21 @@ class Controller:
         pools = [pool for pool in (students, teachers) if pool is not None and not pool.settings.strict]
         self._scalers = [(pool, Scaler(pool.settings.least, pool.settings.most)) for pool in pools]
         self._checkpoints = Checkpointer(prepared, run_dir, learner, ledger, progress)
-        self._not_finite = 0  # steps in a row without a finite gradient
+        self._not_finite = 0  # steps in a row without a finite gradient, so far
         self._teacher_moves = self._config.teacher.weights == "ema"
 
     def _weights(self, role: str, pool: EnginePool) -> WeightSync:
         return WeightSync(role, pool, self._learner, self._config.weights.timeout_s, self._progress.note)
 
     async def run(self, first_step: int) -> None:
-        """Train from the state after optimizer step `first_step` (0: from the base model) to the end."""
+        """Train to the end, from the state after optimizer step `first_step` (0: from the base model)."""
         schedule, every = self._prepared.schedule, self._config.evaluation.every
         scoring = self._teachers or self._students
         student, teacher = self._student_weights, self._teacher_weights
         rollouts = Rollouts(self._prepared, self._students, scoring, self._ledger, self._teachers_ready, first_step)
         try:
-            # Always once: after a resume the engines hold the base model, and each side would wait for the other.
+            # Unconditional: after a resume the engines hold the base model, and learner and engines would wait for each
+            # other.
             gap = await student.now(first_step)
             if gap is not None:
                 self._progress.note(
@@ -93,7 +94,7 @@ class Controller:
                 )
             if teacher is not None:
                 await teacher.now(first_step)
-            # Before any training; sets that came later than the run, before it goes on.
+            # The first results precede training. Sets added to a run are evaluated before it resumes.
             await self._evaluate(first_step, self._never_asked, teachers=True)
             if not self._config.strict:
                 student.arrived = rollouts.begin
@@ -119,7 +120,7 @@ class Controller:
                     await weights.stop()
 
     async def _begin_stage(self, stage: StageSchedule) -> None:
-        """Learner and engines as its first batch is to find them."""
+        """Prepare learner and engines for the first batch of a stage."""
         step, config = stage.before, self._prepared.stages[stage.stage].config
         self._progress.note(f"stage {stage.stage + 1}, {self._prepared.stages[stage.stage].name}: from step {step + 1}")
         await self._learner.begin_stage()
@@ -129,7 +130,7 @@ class Controller:
             await self._teacher_weights.now(step)
 
     def _follows(self, config: TaskConfig) -> bool:
-        """Whether the student engines need every step's weights: they sample, or are the live teacher."""
+        """Return whether the student engines need new weights: they sample, or score as the live teacher."""
         return on_policy(config) or (self._teachers is None and not on_demonstrations(config))
 
     async def _step(self, step: int, rollouts: Rollouts) -> None:
@@ -154,9 +155,9 @@ class Controller:
             await times.of("sync", student.now(step) if self._config.strict else student.send(step))
         scored = self._teacher_moves and step < stage.last and not on_demonstrations(config)
         if teacher is not None and scored and step % every.teacher_sync_every == 0:
-            # The teacher is not needed before there is something to score: meanwhile the students sample.
+            # Not awaited: the teacher engines load while the student engines sample the next rollouts.
             await times.of("sync", teacher.send(step))
-        # So a step that is in the metrics has a checkpoint before it that is on the disk.
+        # Before the metrics are written: each step in them follows a checkpoint that is on the disk.
         await self._checkpoints.saved()
         took = now() - began
         waited = took - sum(times.seconds.values())
@@ -198,8 +199,10 @@ class Controller:
         self._scale(metrics)
 
     def _account(self, step: int, ids: list[SampleId], applied: bool) -> None:
-        """Samples whose gradient was not finite have changed no weight: they are dropped. RunFailed after a few such
-        steps in a row."""
+        """Mark the samples of a step as trained, or as dropped if the gradient was not finite and changed no weight.
+
+        Raises RunFailed after MOST_NOT_FINITE steps without a finite gradient in a row.
+        """
         if applied:
             self._not_finite = 0
             self._ledger.advance(ids, "trained")
@@ -216,7 +219,7 @@ class Controller:
             )
 
     def _scale(self, metrics: StepMetrics) -> None:
-        """Let engines join that the learner waited for, and leave that had nothing to do."""
+        """Resize the pools: grow while the learner waits for samples, shrink while engines are idle."""
         for pool, scaler in self._scalers:
             waited = metrics.time_wait_s / metrics.time_step_s
             seen = Seen(waited, pool.busy(), pool.queued)
@@ -228,7 +231,7 @@ class Controller:
             await self._teacher_weights.done()
 
     async def _evaluate(self, step: int, sets: Sequence[LoadedSet], teachers: bool = False) -> None:
-        """teachers: also with the demonstrations in the prompt, where there are some."""
+        """Evaluate the sets and log the results. teachers: also with demonstrations in the prompt, if there are any."""
         if not sets:
             return
         self._progress.phase(f"evaluating at step {step}")
@@ -236,7 +239,7 @@ class Controller:
         results, samples = await self._evaluator.students(self._students, sets, step, stage)
         if teachers:
             results += await self._evaluator.teachers(self._students, sets, step, stage)
-        # Answers first: if the run is killed in between, without results the evaluation counts as not made.
+        # Replies before results: if the run is killed in between, the evaluation has no results and is repeated.
         for sample in first_of_each_set(samples):
             self._log.sample(sample)
         self._log.evaluation(*results)
@@ -245,7 +248,7 @@ class Controller:
         self._progress.phase("training")
 
     async def _judge(self, step: int, results: list[EvalResult], samples: list[Sample]) -> None:
-        """What the retention guard says of an evaluation, and what the configuration has it do."""
+        """Apply the retention guard. On a breach: warn, or save and raise RetentionLost to stop or roll back."""
         breaches, retention = self._guard.judge(results), self._config.retention
         if not breaches or retention is None:
             return
@@ -254,7 +257,7 @@ class Controller:
         where = f"are in {answers.name}"
         try:
             write_answers(answers, [b.now for b in breaches], [s for s in samples if s.task in fallen])
-        except OSError as error:  # what the guard is to do does not depend on them
+        except OSError as error:  # the guard's action does not depend on this file
             where = f"could not be written ({error})"
         text = f"retention guard: {'; '.join(map(str, breaches))}; the answers {where}"
         self._progress.note(text)

@@ -1,4 +1,4 @@
-"""A run's learner, started; a model that it finds it cannot train is the user's to change."""
+"""Start of a run's learner. A model that cannot be trained is a UserError."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from sdft.services.planning.prepare import Prepared, learner_settings
 
 
 async def start_learner(prepared: Prepared, options: Sequence[dict[str, Any]]) -> LearnerGroup:
-    """One rank per entry of `options` (Ray actor options). UserError if the model cannot be trained."""
+    """Start one rank per entry of `options` (Ray actor options). UserError if the model cannot be trained."""
     try:
         return await LearnerGroup.start(learner_settings(prepared), prepared.probe_ids, options)
     except Untrainable as error:

@@ -1,8 +1,9 @@
-"""The retention guard: what the model could before training it can after it, or the run does as it was told.
+"""The retention guard: detects guarded sets whose results fall during training; the controller takes the action.
 
-results of an evaluation ─► breaches: guarded sets that lost more than max_drop of their questions since their first
+results of an evaluation ─► breaches: guarded sets that fell by more than max_drop since their first result
 
-A set's first result is of step 0, or, if it came later, of the step from which training then went on.
+A set's first result is from step 0. The first result of a set that was added later is from the step at which the run
+was resumed with it.
 """
 
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from sdft.services.records.rows import PERPLEXITY, STUDENT, EvalResult
 
 @dataclass(frozen=True)
 class Breach:
-    """A guarded set that fell too far."""
+    """A guarded set that fell by more than is allowed."""
 
     before: EvalResult
     now: EvalResult
@@ -28,13 +29,13 @@ class Breach:
 
 
 class RetentionGuard:
-    """Judges evaluations as they come, those of a run before its interruption first."""
+    """Judges the evaluations of a run in order. earlier: the results from before a resume, judged first."""
 
     def __init__(self, config: RunConfig, earlier: Iterable[EvalResult]) -> None:
         self._guarded = set(config.guarded)
         self._allowed = config.retention.max_drop if config.retention is not None else 1.0
         self._before: dict[str, EvalResult] = {}
-        self.held: int | None = None  # the last step at which all guarded sets that were asked by then held
+        self.held: int | None = None  # last step at which all guarded sets evaluated by then held
         by_step: dict[int, list[EvalResult]] = {}
         for result in earlier:
             by_step.setdefault(result.step, []).append(result)
@@ -42,7 +43,7 @@ class RetentionGuard:
             self.judge(by_step[step])
 
     def judge(self, results: Iterable[EvalResult]) -> list[Breach]:
-        """The guarded sets among the results of one step that fell too far. A set's first result is what it had."""
+        """Return the breaches among the results of one step. A set's first result is the reference for later ones."""
         guarded = [r for r in results if r.metric in (STUDENT, PERPLEXITY) and r.task in self._guarded]
         breaches = []
         for result in guarded:

@@ -1,10 +1,10 @@
-"""Batches of scored rollouts, made ahead of the learner as far as the allowed staleness reaches.
+"""Batches of scored rollouts, made ahead of the learner as far as max_staleness allows.
 
     schedule -> ids -> student engines: rollouts -> teacher engines: scores -> the learner, in the order of the steps
 
-Pacing, not discarding: batch b is begun once the students hold weights of which batch b would be no more than
-`max_staleness` steps old, so nothing is made that could not be trained on. In a strict run a batch is sampled whole and
-then scored whole; else every sample goes its own way, and is scored as soon as its rollout has ended.
+Batches are paced, not discarded: a batch is begun once the student engines hold weights that will be at most
+`max_staleness` steps old when it is trained on. No batch is too old to be trained on. In a strict run a batch is
+sampled whole and then scored whole. Otherwise each sample is scored as soon as its rollout has ended.
 """
 
 import asyncio
@@ -36,13 +36,13 @@ T = TypeVar("T")
 
 
 def now() -> float:
-    """The running loop's clock, in seconds: the monotonic one, unless time is simulated."""
+    """Return the running loop's time in seconds: the monotonic clock, unless time is simulated."""
     return asyncio.get_running_loop().time()
 
 
 @dataclass
 class Times:
-    """Seconds by phase."""
+    """Adds up seconds by phase."""
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -56,7 +56,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Batch:
-    """What an optimizer step trains on, and how long it took to make."""
+    """The scored rollouts of one optimizer step, and the time they took."""
 
     step: int
     samples: list[ScoredRollout]
@@ -70,14 +70,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Part:
-    """Some of a batch, and when it was sampled, the teachers were ready for it, and it was scored."""
+    """A part of a batch. ends: times at which it was sampled, the teachers were ready, and it was scored."""
 
     samples: list[ScoredRollout]
     ends: tuple[float, float, float]
 
 
 class Rollouts:
-    """Makes the batches of a run, each once."""
+    """Makes each batch of a run once."""
 
     def __init__(
         self,
@@ -88,21 +88,21 @@ class Rollouts:
         teachers_ready: Callable[[], Awaitable[None]],
         first_step: int,
     ) -> None:
-        """teachers_ready: waits for weights that are on their way to the teachers."""
+        """teachers_ready(): waits until the teacher engines have the weights that were sent."""
         self._prepared = prepared
         self._students, self._teachers = students, teachers
         self._ledger = ledger
         self._teachers_ready = teachers_ready
         self._making: dict[int, asyncio.Task[Batch]] = {}
-        self.begun = first_step  # the last step whose batch has been begun
-        self._open = first_step  # the last step of the stages that were opened
+        self.begun = first_step  # last step whose batch was begun
+        self._open = first_step  # last step of the opened stages
 
     def open(self, stage: StageSchedule) -> None:
-        """Let a stage's batches be begun: its teacher is the one to score them."""
+        """Allow the batches of a stage to begin, once its teacher is in place to score them."""
         self._open = stage.last
 
     def begin(self, student_version: int) -> None:
-        """Begin every batch of an open stage that weights of this version may still be used for."""
+        """Begin every batch of the opened stages that may be sampled with weights of this version."""
         schedule = self._prepared.schedule
         last = min(self._open, student_version + 1 + self._prepared.config.training.max_staleness)
         for step in range(self.begun + 1, last + 1):
@@ -112,7 +112,7 @@ class Rollouts:
             self.begun = step
 
     async def take(self, step: int) -> Batch:
-        """The batch of a step, once. Raises what went wrong in its making, or RuntimeError if it is too old."""
+        """Return the batch of a step, once. Raises the error of making it, or RuntimeError if a rollout is too old."""
         batch = await self._making.pop(step)
         behind, allowed = max(batch.staleness), self._prepared.config.training.max_staleness
         if behind > allowed:
@@ -120,7 +120,7 @@ class Rollouts:
         return batch
 
     async def stop(self) -> None:
-        """Give up what is being made."""
+        """Cancel the batches in progress."""
         await cancelled(self._making.values())
 
     async def _make(self, step: int, ids: list[SampleId]) -> Batch:
@@ -130,11 +130,11 @@ class Rollouts:
         elif self._prepared.config.strict:
             parts = [await self._part(step, ids)]
         else:
-            # One wait for all of it: a sample's own begins when an engine has room.
+            # One limit for the whole batch: samples queue until an engine has room, so they have no limit of their own.
             limit = self._students.settings.work_s * (1 + self._prepared.config.training.max_staleness)
             work = asyncio.ensure_future(all_of([self._part(step, [sample]) for sample in ids]))
             try:
-                # Shielded: who has what can still be told when it took too long.
+                # Shielded, so that after a timeout the error can still list which engine has what.
                 parts = await within(asyncio.shield(work), limit, f"the rollouts and scores of step {step}")
             except TimeoutError as error:
                 raise TimeoutError(f"{error}: {self._students.at_work}; {self._teachers.at_work}") from error
@@ -146,7 +146,7 @@ class Rollouts:
         return Batch(step, [sample for part in parts for sample in part.samples], times)
 
     def _demonstrations(self, step: int, ids: list[SampleId]) -> _Part:
-        """The demonstrations as if the weights of the step before had sampled them; nobody scores them."""
+        """Return the demonstrations as if the previous step's weights had sampled them. No teacher scores them."""
         samples, prompts = [], self._prepared.at(step).prompts
         for sample in ids:
             pair = prompts[sample.index]
@@ -159,13 +159,13 @@ class Rollouts:
         return _Part(samples, (now(), now(), now()))
 
     async def _part(self, step: int, ids: list[SampleId]) -> _Part:
-        """Samples that are sampled together, and scored together."""
+        """Sample the given samples together, then score them together."""
         stage = self._prepared.at(step)
         config, prompts = stage.config, [stage.prompts[s.index] for s in ids]
         seeds = [sample_seed(config.seed, s) for s in ids]
         s = config.sampling
         sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p)
-        limited = self._prepared.config.strict  # else all of the batch is, by _make
+        limited = self._prepared.config.strict  # otherwise _make limits the whole batch
         if on_policy(config):
             requests = [GenerateRequest(_array(p.student_ids), seed) for p, seed in zip(prompts, seeds, strict=True)]
             rollouts = await self._students.generate(requests, sampling, limited)
@@ -192,7 +192,7 @@ def _array(ids: list[int] | None) -> IntArray:
 
 
 def _off_policy(step: int, pair: PromptPair, completion: IntArray, finish_reason: str) -> Rollout:
-    """A completion that the student did not sample, as a rollout: it knows no log-prob of it, and its age is none."""
+    """Return a completion not sampled by the student as a rollout: log-probs NaN, weight version step - 1."""
     n = len(completion)
     unknown = np.full(n, np.nan, dtype=np.float32)
     return Rollout(_array(pair.student_ids), completion, unknown, ((step - 1, 0, n),), finish_reason)

@@ -1,10 +1,10 @@
-"""A run while it lives: engines and learner are started, the controller trains, and a learner that is lost comes back.
+"""A live run: start engines and learner, train with the controller, restart a lost learner.
 
-    start: engines and learner, at once ─► train ─► done
-                                            ▲  └─► the learner is lost ─► started again, with the last checkpoint ─┐
-                                            └──────────────────────────────────────────────────────────────────────┘
+    start engines and learner concurrently ─► train ─► done
+                                               ▲  └─► learner lost ─► restart it from the last checkpoint ─┐
+                                               └───────────────────────────────────────────────────────────┘
 
-Engines that are lost come back by themselves (fleet/engine.py); the driver's death ends the run, which can be resumed.
+fleet/engine.py replaces lost engines. The run ends if the driver dies, and can be resumed.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ from sdft.services.training.learner import start_learner
 
 
 async def run(prepared: Prepared, run_dir: Path, start: Path | None, console: Console) -> None:
-    """From the checkpoint `start`, or from the base model, to the end."""
+    """Train to the end, from the checkpoint `start` or, if it is None, from the base model."""
     c = prepared.config
     collect_rarely()
     with (
@@ -64,7 +64,7 @@ async def run(prepared: Prepared, run_dir: Path, start: Path | None, console: Co
 
 
 class _Run:
-    """Engines and learner of a run. A learner that is lost is started again, and goes on from the last checkpoint."""
+    """Engines and learner of a run. A lost learner is restarted from the last checkpoint."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class _Run:
         progress: Progress,
         request: NodeRequest | None,
     ) -> None:
-        """options: Ray's, for each process of each role. request: to an autoscaler, if there is one."""
+        """options: Ray actor options, role -> one per process. request: the node request to an autoscaler, if any."""
         self._prepared, self._run_dir = prepared, run_dir
         self._options, self._progress = options, progress
         self._request = request
@@ -82,14 +82,17 @@ class _Run:
         self._learner: LearnerGroup | None = None
 
     async def start(self) -> None:
-        """All at once."""
+        """Start the learner and all engines concurrently."""
         self._progress.phase("starting engines and learner")
         roles = [role for role in ("student", "teacher") if self._options[role]]
         await all_of([self._start_learner(), *map(self._start_pool, roles)])
         self._write_pids()
 
     async def train(self, start: Path | None, sinks: Sinks) -> None:
-        """From a checkpoint, or from the base model, to the end."""
+        """Train to the end, from a checkpoint or the base model.
+
+        RunFailed if the learner is lost more than learner.max_restarts times within an hour.
+        """
         limit, lost, reached = self._prepared.config.learner.max_restarts, Losses(), 0
         while True:
             try:
@@ -108,7 +111,7 @@ class _Run:
                 start = await self._restart_learner(error, lost.back_off_s) or start
 
     async def stop(self) -> None:
-        """Engines first: what the learner has published goes with it."""
+        """Stop the engines, then the learner: its published snapshots are lost with it."""
         await asyncio.gather(*(pool.stop() for pool in self._pools.values()))
         if self._learner is not None:
             self._learner.kill()
@@ -137,9 +140,9 @@ class _Run:
             ledger.close()
 
     async def _restart_learner(self, error: LearnerLost, after_s: float) -> Path | None:
-        """The checkpoint that the new learner is to continue from; None: the run has saved none yet.
+        """Start a new learner and return the checkpoint to resume from; None if the run has saved none.
 
-        UserError if it has, and all of them are damaged: to begin again would remove what was written of the run.
+        UserError if there are checkpoints and all are damaged: a new start would remove the files of the run.
         """
         assert self._learner is not None
         self._progress.note(f"{error}; the learner is started again, from the last checkpoint")
@@ -154,7 +157,7 @@ class _Run:
             self._progress.note(note)
         try:
             await self._start_learner()
-        except (LearnerLost, TimeoutError) as again:  # counted with the others when its first call fails
+        except (LearnerLost, TimeoutError) as again:  # counted as a loss when the first call to it fails
             self._progress.note(str(again))
         self._write_pids()
         return folder
@@ -188,7 +191,7 @@ class _Run:
         self._write_pids()
 
     def _write_pids(self) -> None:
-        """Which process is which, for people and for tests that kill them. A full disk does not end the run for it."""
+        """Write pids.json for people and for tests that kill processes. Ignores a full disk and other file errors."""
         if self._learner is None:
             return
         pids = {role: [e.process.pid for e in pool.engines] for role, pool in self._pools.items()}

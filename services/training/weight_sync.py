@@ -1,9 +1,9 @@
-"""A role's weights on their way from the learner to the role's engines, one version after the other.
+"""Delivery of a role's weights from the learner to the role's engines, one version after the other.
 
-    learner: publish ─► every engine: load, verify ─► release      a lock of the pool from the first to the last
+    learner: publish ─► every engine: load, verify ─► release      under a lock of the pool, from publish to release
 
-`now` waits for all of it. `send` waits for the publication alone, after which the learner may change its weights: the
-engines load while the learner goes on.
+`now` waits for the whole delivery. `send` waits only for the publication, after which the learner may change its
+weights: the engines load while the learner continues.
 """
 
 import asyncio
@@ -15,11 +15,11 @@ from sdft.learner.group import LearnerGroup
 from sdft.services.base.failures import reason
 from sdft.services.fleet.pool import EnginePool
 
-TRIES = 3  # of a snapshot that arrives damaged
+TRIES = 3  # damaged snapshots in a row until SnapshotDamaged is raised
 
 
 class WeightSync:
-    """One role's."""
+    """Delivers the weights of one role."""
 
     def __init__(
         self, role: str, pool: EnginePool, learner: LearnerGroup, timeout_s: float, notice: Callable[[str], None]
@@ -27,15 +27,16 @@ class WeightSync:
         self._role, self._pool, self._learner = role, pool, learner
         self._timeout_s, self._notice = timeout_s, notice
         self._sending: asyncio.Task[None] | None = None
-        self._damaged = 0  # in a row
+        self._damaged = 0  # damaged snapshots in a row
         self._gap: float | None = None
-        self.version = -1  # that all engines have which are not being replaced; -1: what they were started with
-        self.arrived: Callable[[int], None] = lambda version: None  # is told each version that they have
+        self.version = -1  # newest version on all engines but those being replaced; -1: the weights they started with
+        self.arrived: Callable[[int], None] = lambda version: None  # called with each new value of `version`
 
     async def now(self, version: int) -> float | None:
         """Publish the learner's weights, which are this version, and wait until all engines have verified them.
 
-        Returns the largest gap of log-probs; None if all engines are being replaced: their successors will verify them.
+        Returns the largest gap of an engine. Returns None if all engines are being replaced: their replacements verify
+        the weights before they serve.
         """
         while True:
             await self.send(version)
@@ -44,7 +45,7 @@ class WeightSync:
                 return self._gap
 
     async def send(self, version: int) -> None:
-        """Publish the learner's weights, which are this version. Waits for those that were sent before."""
+        """Publish the learner's weights, which are this version. Waits for an earlier delivery first."""
         await self.done()
         lock = self._pool.published.lock
         await lock.acquire()
@@ -54,33 +55,36 @@ class WeightSync:
             lock.release()
             raise
         self._sending = asyncio.create_task(self._deliver(snapshot), name=f"{self._role} weights v{version}")
-        # Not in the task itself: one that is cancelled before it begins would keep the lock.
+        # The lock is not released in the task itself, because a task cancelled before it begins would keep the lock.
         self._sending.add_done_callback(lambda _: lock.release())
 
     async def done(self) -> None:
-        """Returns when the engines have what was sent. In a strict run damaged ones are sent again at once, since the
-        learner has not gone on; else the next ones will do."""
+        """Wait until the engines have the weights that were sent.
+
+        In a strict run a damaged snapshot is sent again at once: the learner still has that version. Otherwise the next
+        version replaces it.
+        """
         sent = await self._arrived()
         if sent is not None and self.version != sent and self._pool.settings.strict:
             await self.now(sent)
 
     async def until(self, least: int, current: int) -> None:
-        """Returns when the engines have version `least` or a later one; `current`: what the learner has now."""
+        """Wait until the engines have version `least` or a later one. current: the learner's version."""
         await self.done()
         if self.version < least:
             await self.now(current)
 
     async def stop(self) -> None:
-        """Wait for nothing more."""
+        """Cancel the delivery in progress."""
         if self._sending is not None:
             await cancelled([self._sending])
 
     async def _arrived(self) -> int | None:
-        """Wait for what was sent; its version, None if nothing is on its way."""
+        """Wait for the delivery in progress and return its version; None if there is none."""
         sending = self._sending
         if sending is None:
             return None
-        await asyncio.shield(sending)  # others wait for it too
+        await asyncio.shield(sending)  # shielded: other callers may wait for the same delivery
         if self._sending is sending:
             self._sending = None
         newest = self._pool.published.newest
@@ -90,7 +94,7 @@ class WeightSync:
         try:
             reports = await self._pool.update_weights(snapshot, self._timeout_s)
         except SnapshotDamaged as error:
-            # What is damaged on the way arrives whole another time; what never does was not damaged on the way.
+            # Damage in transit does not persist over retries. A snapshot that is damaged each time has another cause.
             self._damaged += 1
             if self._damaged == TRIES:
                 raise
