@@ -1,17 +1,17 @@
-"""Settings of the learner: loss, teacher weights, optimizer, DeepSpeed. Imports neither torch, ray nor vllm."""
+"""Settings of the learner: loss, teacher weights, optimizer, DeepSpeed. Does not import torch, ray or vllm."""
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-CHUNK_BYTES = 96 << 20  # of logits exist at once: of a vocabulary of 49152 1024 positions in bfloat16, 512 in float32
-ATTENTION_KEPT = 192  # tokens: of sequences up to this a CPU keeps the attention weights for the gradient
+CHUNK_BYTES = 96 << 20  # of logits at once; at a vocabulary of 49152, 1024 positions in bfloat16 or 512 in float32
+ATTENTION_KEPT = 192  # tokens; a CPU keeps the attention weights of sequences up to this length for the gradient
 
 
 class TeacherConfig(BaseModel):
     """The teacher's weights: `ema` follows the student slowly, `live` is the student.
 
-    `frozen` stays what the student was at the start of the stage, `base` what it was at the start of the run.
+    `frozen` is the student at the start of the stage, `base` the student at the start of the run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,7 +34,7 @@ class LossConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    # Forward KL(q||p) is what the published numbers used, though the paper's theory is reverse KL.
+    # The published numbers use forward KL(q||p), though the paper's theory is reverse KL.
     divergence: Literal["forward", "reverse", "jsd", "sampled"] = "forward"
     beta: float = Field(0.5, gt=0, lt=1, description="JSD's weight of the teacher in the mixture")
     top_k: int = Field(64, ge=1, le=1024, description="Teacher tokens per position; the rest is one tail bucket")
@@ -43,11 +43,11 @@ class LossConfig(BaseModel):
 
 
 class TokenLoss(LossConfig):
-    """Instead of a divergence: a loss of tokens that somebody else chose, without a teacher. No user writes it."""
+    """Loss on a demonstration's tokens instead of a divergence, without a teacher. Users do not configure it."""
 
     divergence: Literal["nll", "dft"] = "nll"  # type: ignore[assignment]
     skip_first: int = 0  # a demonstration's first tokens are learnt like the others
-    importance: ImportanceConfig = ImportanceConfig(level="off")  # nobody sampled them
+    importance: ImportanceConfig = ImportanceConfig(level="off")  # there is no sampler
 
 
 class OptimizerConfig(BaseModel):
@@ -65,7 +65,7 @@ class OptimizerConfig(BaseModel):
 
 
 class LoraConfig(BaseModel):
-    """Low-rank adapters beside frozen weights: weight + alpha / rank * B A, of which only A and B are trained."""
+    """Low-rank adapters on frozen weights: weight + alpha / rank * B A. Only A and B are trained."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -97,8 +97,11 @@ class LearnerConfig(BaseModel):
     max_restarts: int = Field(3, ge=0, description="Losses of the learner within an hour before the run gives up")
 
     def zero_stage_for(self, dtype: str) -> int:
-        """Of weights in this dtype. Where there is nothing to divide, and the weights are their own masters, the other
-        stages would only copy every gradient twice (a fifth of a small step)."""
+        """Return the ZeRO stage for weights in this dtype.
+
+        The default is 0 for one rank in float32. There is nothing to divide and the weights are their own masters, so
+        the other ZeRO stages would only copy every gradient twice (a fifth of a small step).
+        """
         if self.zero_stage is not None:
             return self.zero_stage
         return 0 if self.ranks == 1 and dtype == "float32" else 1

@@ -1,7 +1,6 @@
 """The DeepSpeed engine around the student: one optimizer step, full weights out, save and load.
 
-The only file that touches DeepSpeed's API. Every rank runs the same calls in the same order; what is a collective says
-so.
+Only this file uses DeepSpeed's API. Every rank runs the same calls in the same order. Docstrings mark collectives.
 """
 
 import math
@@ -38,12 +37,12 @@ class LearnerEngine:
         self.step = 0
         torch.manual_seed(settings.seed)
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: 8 % of a step
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs 8 % of a step
         _compile_nothing()
-        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())  # takes torch's group, which is there
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())  # uses torch's existing group
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self._zero_stage = settings.config.zero_stage_for(settings.dtype)
-        # In float32 the parameters are their own masters; in bf16 DeepSpeed makes the float32 copies from these.
+        # In float32 the parameters are their own masters. In bf16 DeepSpeed makes float32 masters from them.
         student = load_student(Path(settings.model), self.dtype)
         if settings.rank == 0 and (reason := unfaithful(student)):
             raise Untrainable(f"{settings.model} cannot be trained: {reason}")
@@ -57,18 +56,18 @@ class LearnerEngine:
             self._lora = Lora(model.model, settings.config.lora, Path(settings.model), self.dtype)
         trained = [p for p in model.parameters() if p.requires_grad]
         alpha = teacher_alpha(settings.teacher)
-        # At ZeRO stage 0 DeepSpeed tells no norm, and steps on whatever the gradient is.
+        # At ZeRO stage 0 DeepSpeed returns no gradient norm, and steps on gradients that are not finite too.
         clip = settings.config.optimizer.grad_clip if self._zero_stage == 0 else None
         optimizer = AdamWWithTeacher(trained, None if self._lora else alpha, clip)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._deepspeed_config()
         )
         self._adam = optimizer
-        self._begin()  # not left to the first step, which is not taken if its gradient is not finite
-        optimizer.set_steps(0)  # stage 3 takes one while it sets itself up, on zero gradients
+        self._begin()  # the first step would skip it if its gradient is not finite
+        optimizer.set_steps(0)  # DeepSpeed's set-up of ZeRO stage 3 takes a step on zero gradients
         self.ranks = torch.distributed.get_world_size()
-        # At stage 0, and at 1 in bfloat16, DeepSpeed copies all gradients into one piece and back to add them up, also
-        # over a single rank. Else they have to go through it: that is how they come into the partitions.
+        # At ZeRO stage 0, and at 1 in bfloat16, DeepSpeed adds gradients up by copying all of them into one buffer and
+        # back, for a single rank too. At the others the reduction also puts the gradients into the partitions.
         nobody_else = self.ranks == 1 and self._zero_stage <= (1 if settings.dtype == "bfloat16" else 0)
         self._engine.enable_backward_allreduce = not nobody_else
         if self._lora is not None:
@@ -82,7 +81,7 @@ class LearnerEngine:
         stage = self._zero_stage
         config: dict[str, object] = {
             "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,  # boundaries are set by hand: their number changes from step to step
+            "gradient_accumulation_steps": 1,  # boundaries are set by hand: the number of micro-batches varies
             "gradient_clipping": clip if stage > 0 else 0.0,
             "zero_optimization": {"stage": stage, "overlap_comm": False},
             "zero_allow_untested_optimizer": True,
@@ -91,22 +90,22 @@ class LearnerEngine:
         }
         if bf16:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
-            if stage <= 1:  # whole gradients, that are added up once a step: rounded, they would depend on the ranks
+            if stage <= 1:  # sums whole gradients once a step: rounded, they would depend on the ranks
                 config["communication_data_type"] = "fp32"
         return config
 
     def _begin(self) -> None:
-        """Give every master its optimizer state."""
+        """Create the optimizer state of every master."""
         for p in self._masters:
             self._adam.begin(p)
-        # DeepSpeed links parameters to their optimizer state at the first step.
+        # DeepSpeed itself links parameters to their optimizer state only at the first step.
         link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
 
     @property
     def divided(self) -> bool:
-        """Whether a rank has only a part of each parameter."""
+        """Whether each rank holds only a part of each parameter."""
         return self._zero_stage == 3
 
     @property
@@ -115,9 +114,9 @@ class LearnerEngine:
         return self.settings.teacher.weights in ("ema", "frozen") and len(self.settings.stages) > 1
 
     def begin_stage(self) -> None:
-        """Before the first step of a stage: the teacher becomes the student, moments begin anew where they are to.
+        """Reset the teacher to the student and the moments to zero, where configured, before a stage's first step.
 
-        Done twice it is the same. Collective with LoRA.
+        Idempotent. Collective with LoRA.
         """
         stage = self.settings.stages[self.settings.stage_of(self.step + 1)]
         self._adam.begin_stage(self._masters, teacher=self._resets and self._lora is None, moments=stage.keep_moments)
@@ -126,14 +125,14 @@ class LearnerEngine:
 
     @property
     def _masters(self) -> list[torch.Tensor]:
-        """What the optimizer steps on: this rank's part of the float32 weights."""
-        if self._zero_stage == 3:  # puts them into the optimizer for the time of a step only
+        """This rank's part of the float32 weights, which the optimizer updates."""
+        if self._zero_stage == 3:  # the optimizer holds them only during a step
             parts: list[torch.Tensor] = self._optimizer.fp32_partitioned_groups_flat
             return parts
         return [p for param_group in self._adam.param_groups for p in param_group["params"]]
 
     def train_step(self, samples: Sequence[ScoredRollout]) -> StepResult:
-        """One optimizer step on a whole batch, of which this rank computes its share. Collective."""
+        """Take one optimizer step on a whole batch. This rank computes its share of it. Collective."""
         s = self.settings
         stage = s.stages[s.stage_of(self.step + 1)]
         one = stage.optimizer
@@ -145,21 +144,21 @@ class LearnerEngine:
         lr = learning_rate(self.step + 1 - stage.before, stage.steps, one)
         for param_group in self._optimizer.param_groups:
             param_group |= {"lr": lr, "betas": one.betas, "eps": one.eps, "weight_decay": one.weight_decay}
-        sums = torch.zeros(4, dtype=torch.float64, device=self._engine.device)  # NCCL adds up what lies on GPUs
+        sums = torch.zeros(4, dtype=torch.float64, device=self._engine.device)  # NCCL reduces tensors on GPUs only
         count = max(len(p) for p in packs)  # the same on every rank: each micro-batch is a collective
         for i in range(count):
             members = [samples[mine[j]] for j in my_packs[i]] if i < len(my_packs) else []
             batch = pack(members, stage.loss.skip_first, len(samples), stage.loss.top_k).to(self._engine.device)
             self._engine.set_gradient_accumulation_boundary(i == count - 1)
             loss, *rest = self._engine(batch)
-            # DeepSpeed averages gradients over ranks; shares of the batch are to be added.
+            # DeepSpeed averages gradients over ranks, but the shares of the batch must be summed.
             self._engine.backward(loss * self.ranks, scale_wrt_gas=False)
             self._engine.step()
             sums += torch.stack([loss.detach(), *rest])
         torch.distributed.all_reduce(sums)
         self.step += 1
         norm = self._adam.norm if self._adam.clip is not None else float(self._engine.get_global_grad_norm())
-        applied = math.isfinite(norm)  # else DeepSpeed's optimizers and ours take no step
+        applied = math.isfinite(norm)  # if not, neither DeepSpeed's optimizers nor AdamWWithTeacher take a step
         if self._lora is not None and applied:
             self._lora.follow(self._forward)
         tokens = sum(max(0, len(sample.rollout.completion_ids) - stage.loss.skip_first) for sample in samples)
@@ -168,10 +167,10 @@ class LearnerEngine:
         return StepResult(loss, divergence, *means, norm, lr, tokens, applied)
 
     def weights(self, role: str, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter whole, by its Hugging Face name, one at a time. Collective.
+        """Yield every parameter whole, with its Hugging Face name, one at a time. Collective.
 
-        role: "student", or "teacher" for the EMA (which is the student until the first step, and with live weights).
-        dtype: None is the engines' dtype, rounded from the float32 masters.
+        role: "student", or "teacher" for the EMA, which equals the student until the first step and with live weights.
+        dtype: None means the engines' dtype, rounded from the float32 masters.
         """
         wanted = dtype or self.dtype
         if self._lora is not None:
@@ -181,13 +180,16 @@ class LearnerEngine:
             yield name.removeprefix("model."), self._whole(param, role, wanted).to(wanted)
 
     def snapshot(self, role: str) -> Content:
-        """What the engines of a role need: every weight in their dtype; of a student with LoRA the adapters alone."""
+        """Return the weights that a role's engines load: all in their dtype, or only the adapters of a LoRA student."""
         if self._lora is not None:
             return self._lora.snapshot(role, self._forward)
         return Content(self.weights(role), self.dtype.itemsize * sum(map(_numel, self._engine.module.parameters())))
 
     def _whole(self, param: torch.nn.Parameter, role: str, dtype: torch.dtype) -> torch.Tensor:
-        """In float32, or in the engines' dtype where it lies ready: the model's weights are the masters rounded."""
+        """Return a parameter whole, in float32 or, where it is available without rounding, in the engines' dtype.
+
+        The model's own weights are the rounded masters.
+        """
         stage = self._zero_stage
         if role == "teacher" and self.step > 0 and self._adam.alpha is not None:
             if stage == 0:
@@ -198,22 +200,22 @@ class LearnerEngine:
         return self._forward(param) if dtype == self.dtype else safe_get_full_fp32_param(param)
 
     def _forward(self, param: torch.nn.Parameter) -> torch.Tensor:
-        """A parameter as the forward uses it, whole. Collective."""
+        """Return a parameter whole, as the forward uses it. Collective."""
         if self._zero_stage < 3:
             return param.detach()
         with deepspeed.zero.GatheredParameters([param]):
             return param.detach().clone()
 
     def state(self, folder: Path) -> list[TensorFile]:
-        """This rank's files of all that a continued run needs: masters, moments, EMA, RNG, step. No communication.
+        """Return this rank's files of all that a resume needs: masters, moments, EMA, RNG, step. No communication.
 
-        They hold the live tensors, so they are to be written before the next step, or copied.
+        The files hold the live tensors, so they must be written or copied before the next step.
         """
         return state_files(folder, self.settings.rank, self.step, self._adam.steps, self._pieces())
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Continue from what any number of ranks of any ZeRO stage saved. Raises ValueError if it is not whole."""
+        """Load a state saved by any number of ranks at any ZeRO stage. Raises ValueError if it is not whole."""
         files = StateFiles(folder)
         keys = [key for key in self._adam.keys if key != TEACHER or self._has_teacher(files, TEACHER)]
         for name, param in self._trained():
@@ -226,8 +228,12 @@ class LearnerEngine:
         torch.set_rng_state(files.rng(self.settings.rank))
 
     def _has_teacher(self, files: StateFiles, kind: str) -> bool:
-        """Whether a state holds one. A run that had none, or whose model was it, gets it with the stage that is next:
-        `base` is there already, the others are the student then. ValueError if it should be there and is not."""
+        """Whether a state holds a teacher.
+
+        A run without a teacher, or with the live student as teacher, saves none. Its teacher begins with the next
+        stage: `base` is there already, the others are the student at that point. Raises ValueError if a teacher other
+        than `base` is missing in the middle of a stage.
+        """
         has = any(name.startswith(f"{kind}/") for name in files.names)
         stage = self.settings.stages[self.settings.stage_of(files.step)]
         ends = files.step == stage.before + stage.steps
@@ -242,7 +248,7 @@ class LearnerEngine:
         if self._lora is not None:
             yield from self._lora.pieces()
         if self._zero_stage == 0 and self.settings.rank > 0:
-            return  # every rank has all of it
+            return  # every rank holds the whole state, and rank 0 saves it
         for name, param in self._trained():
             for key in self._adam.keys:
                 found = self._piece(param, key)
@@ -250,7 +256,7 @@ class LearnerEngine:
                     yield Piece(f"{key}/{name}", *found)
 
     def _piece(self, param: torch.nn.Parameter, key: str) -> tuple[int, torch.Tensor] | None:
-        """Where this rank's part of a parameter's state begins, and the part; None if it has none."""
+        """Return the offset of this rank's part of a parameter's flat state, and the part, or None if it has none."""
         stage, state = self._zero_stage, None if key == MASTER else key
         if stage == 0:
             return 0, (param.detach() if state is None else self._adam.state[param][state]).view(-1)
@@ -265,21 +271,21 @@ class LearnerEngine:
         return mapping.lp_fragment_address.start, mapping.get_hp_fragment(state).detach()
 
     def _put(self, param: torch.nn.Parameter, key: str, whole: torch.Tensor) -> None:
-        """Take this rank's part of a parameter's state from the whole of it, flat; from the master also the weights."""
+        """Copy this rank's part of a parameter's state from `whole`, flat; for the master also set the weights."""
         place = self._piece(param, key)
         if place is not None:
             start, part = place
             part.copy_(whole[start : start + part.numel()])
         if key == MASTER:
-            with deepspeed.zero.GatheredParameters([param], modifier_rank=0):  # does nothing below stage 3
+            with deepspeed.zero.GatheredParameters([param], modifier_rank=0):  # no effect below ZeRO stage 3
                 param.data.copy_(whole.view(param.shape))
 
 
 def _compile_nothing() -> None:
-    """Keep DeepSpeed from building its shared-memory reduction at a start, for which it needs a C++ compiler.
+    """Keep DeepSpeed from building its shared-memory reduction at start, which needs a C++ compiler.
 
-    Torch guards such a build by a file in the user's cache that a killed process leaves behind, and waits for its end
-    without a limit: every learner of this user after that would hang. Gloo reduces instead.
+    Torch guards such a build by a lock file in the user's cache. A killed process leaves the file behind, and torch
+    waits for its removal without a limit, so every later learner of this user would hang. Gloo reduces instead.
     """
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None:
@@ -287,5 +293,5 @@ def _compile_nothing() -> None:
 
 
 def _numel(param: torch.nn.Parameter) -> int:
-    """Of the whole parameter, which under ZeRO-3 is not there."""
+    """The number of elements of the whole parameter, of which a rank holds only a part at ZeRO stage 3."""
     return getattr(param, "ds_numel", param.numel())

@@ -1,6 +1,6 @@
-"""All learner ranks as one: every call goes to each of them, since most are collectives.
+"""All learner ranks as one object. Collectives are called on every rank, the delivery of snapshots on rank 0 only.
 
-One rank that dies or hangs takes the others with it: whatever is waited for then raises LearnerLost.
+If one rank dies or hangs, the group ends the others. Pending calls then raise LearnerLost.
 """
 
 import asyncio
@@ -20,15 +20,15 @@ from sdft.learner.model.architecture import Untrainable
 from sdft.learner.types import LearnerSettings, StepResult
 from sdft.learner.worker import learner_actor
 
-HEALTH_EVERY_S = 10  # at most
+HEALTH_EVERY_S = 10  # longest pause between two health checks
 
 
 class LearnerLost(Exception):
-    """A rank has died, or answers no more. What was trained since the last checkpoint is gone with it."""
+    """A rank died or does not answer. The training since the last checkpoint is lost."""
 
 
 class LearnerGroup:
-    """The ranks. Created by `start`."""
+    """The learner ranks. Created by `start`."""
 
     def __init__(self, workers: Sequence[ActorHandle], settings: LearnerSettings) -> None:
         self.workers = workers
@@ -41,10 +41,10 @@ class LearnerGroup:
     async def start(
         cls, settings: LearnerSettings, probe_ids: IntArray, options: Sequence[dict[str, Any]]
     ) -> "LearnerGroup":
-        """Start one rank per entry of `options` (Ray actor options) and let them meet. Takes 10 to 20 s.
+        """Start one rank per entry of `options` (Ray actor options) and connect them. Takes 10 to 20 s.
 
-        LearnerLost if one dies on the way, Untrainable if the model cannot be trained. Ranks that did start are gone
-        when this raises.
+        Raises LearnerLost if one dies during the start, Untrainable if the model cannot be trained. Ranks that did
+        start are ended before it raises.
         """
         actor = learner_actor(settings.device)
         group = cls([actor.options(**o).remote() for o in options], settings)
@@ -78,19 +78,19 @@ class LearnerGroup:
             raise LearnerLost("a learner process died while it started") from error
         except RayTaskError as error:
             if isinstance(error.cause, Untrainable):
-                raise error.cause from None  # without the trace of another process: it is a sentence for the user
+                raise error.cause from None  # without the worker's traceback: the message is a sentence for the user
             raise
         self._watching = [asyncio.create_task(self._watch(rank)) for rank in range(len(self.workers))]
-        for task in self._watching:  # its words are in `_lost` too: nobody has to wait for them
+        for task in self._watching:  # read the exception, so that asyncio does not log it: `_lost` holds the reason
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     @property
     def pids(self) -> list[int]:
-        """Of the ranks' processes, in order."""
+        """The process ids of the ranks, in order."""
         return [process.pid for process in self.processes]
 
     def kill(self, hangs: bool = False) -> None:
-        """End every rank. `hangs`: some may not answer."""
+        """End every rank. hangs: some may not answer, so their processes are ended directly too."""
         for task in self._watching:
             task.cancel()
         self._end(hangs)
@@ -102,16 +102,16 @@ class LearnerGroup:
             end(process)
 
     async def until_lost(self) -> None:
-        """Raises LearnerLost once a rank has died, hangs or was ended, also while nobody waits for its work."""
+        """Wait until a rank dies, hangs or is ended, then raise LearnerLost. No other call has to be pending."""
         (ended, *_), _ = await asyncio.wait(self._watching, return_when=asyncio.FIRST_COMPLETED)
         if not ended.cancelled():
-            await ended  # raises why
+            await ended  # raises LearnerLost with the reason
         raise self._reason()
 
     async def _watch(self, rank: int) -> None:
-        """When this rank is lost, end all of them, so that those who wait for them hear of it.
+        """End all ranks when this rank is lost, so that pending calls raise.
 
-        It answers in a thread of its own, also in the middle of a step.
+        A rank answers in a separate thread, also in the middle of a step.
         """
         worker, patience = self.workers[rank], self._settings.config.health_timeout_s
         how = None
@@ -127,58 +127,58 @@ class LearnerGroup:
         raise self._reason()
 
     async def train_step(self, samples: Sequence[ScoredRollout]) -> StepResult:
-        """One optimizer step on a batch."""
+        """Take one optimizer step on a batch."""
         results = await self._all("train_step", "the learner's step", ray.put(samples))
         return results[0]
 
     async def begin_stage(self) -> None:
-        """Before the first step of a stage but the run's first."""
+        """Prepare the first step of a stage. The run's first stage does not need it."""
         await self._all("begin_stage", "the learner to begin a stage")
 
     async def publish(self, role: str, version: int) -> Snapshot:
-        """A snapshot of a role's weights. It stays until `release`."""
+        """Make a snapshot of a role's weights. It stays until `release`."""
         results = await self._all("publish", f"the learner to publish {role} weights v{version}", role, version)
         return results[0]
 
     async def release(self, role: str) -> None:
-        """Every engine has taken the role's last snapshot."""
+        """Let the learner reuse the memory of the role's last snapshot, after its delivery."""
         await self._first("release", 60, f"the learner to release {role} weights", role)
 
     async def payload(self, role: str) -> list[ray.ObjectRef]:
-        """The bytes of the role's last snapshot in Ray's object store, for as long as the reference is held."""
+        """Put the bytes of the role's last snapshot into Ray's object store, for as long as the reference is held."""
         refs: list[ray.ObjectRef] = await self._first(
             "payload", self._settings.config.step_timeout_s, f"the learner to send {role} weights to other nodes", role
         )
         return refs
 
     async def meet(self, role: str) -> tuple[str, int]:
-        """Address and port at which the next group for broadcasts to the role's engines meets."""
+        """Return address and port at which the next group for broadcasts to the role's engines meets."""
         place: tuple[str, int] = await self._first("meet", 60, "the learner to find a port", role)
         return place
 
     async def join(self, role: str, size: int, timeout_s: float) -> None:
-        """Returns when all members of that group are there, `size` with the learner."""
+        """Wait until all members of that group have joined, `size` including the learner."""
         await self._first("join", 2 * timeout_s, f"{size - 1} {role} engines to meet", role, size, timeout_s)
 
     async def send(self, role: str, timeout_s: float) -> None:
-        """Broadcast the role's last snapshot to them."""
+        """Broadcast the role's last snapshot to that group."""
         await self._first("send", 2 * timeout_s, f"the learner to broadcast {role} weights", role, timeout_s)
 
     async def save(self, folder: Path) -> None:
-        """Begin to write the training state and the student into an existing folder; steps may go on meanwhile."""
+        """Begin to write the training state and the student into an existing folder. Steps may run meanwhile."""
         await self._all("save", f"the learner to begin saving into {folder}", str(folder))
 
     async def written(self) -> None:
-        """What `save` began is written, though not flushed to the disk."""
+        """Wait until all that `save` began is written, though not flushed to the disk."""
         await self._all("written", "the learner to write its checkpoint")
 
     async def load(self, folder: Path) -> int:
-        """Continue from a saved folder; returns its step."""
+        """Load the state of a saved folder and return its step."""
         results = await self._all("load", f"the learner to load {folder}", str(folder))
         return results[0]
 
     async def parameters(self, role: str) -> dict[str, Any]:
-        """All parameters as float32 arrays; for small models."""
+        """Return all parameters as float32 arrays; for small models."""
         results = await self._all("parameters", f"the learner's {role} parameters", role)
         return results[0]
 

@@ -1,8 +1,8 @@
-"""AdamW that carries the EMA teacher in its own state.
+"""AdamW that keeps the EMA teacher in its own state.
 
-DeepSpeed hands an optimizer its fp32 master partition, whatever the ZeRO stage. Keeping the teacher beside Adam's
-moments makes its update local (no communication, 4 bytes per parameter divided by the ranks) and puts it into every
-checkpoint that holds the moments.
+DeepSpeed gives an optimizer its fp32 master partition at every ZeRO stage. Keeping the teacher beside Adam's moments
+makes its update local (no communication, 4 bytes per parameter divided by the ranks) and puts it into every checkpoint
+that holds the moments.
 """
 
 import math
@@ -13,24 +13,24 @@ import torch
 
 from sdft.learner.config import OptimizerConfig, TeacherConfig
 
-MASTER = "master"  # the parameter itself among the tensors of the training state
+MASTER = "master"  # key of the parameter itself in the training state
 TEACHER = "teacher"  # key of the EMA in a parameter's optimizer state
 
 
 class AdamWWithTeacher(torch.optim.AdamW):
     """torch's AdamW; after every step teacher <- alpha * parameter + (1 - alpha) * teacher, in the master's precision.
 
-    alpha None: no teacher is kept (live weights). alpha 0: it stays as it began, at no cost per step.
+    alpha None: no teacher is kept (live weights). alpha 0: the teacher keeps its first value, at no cost per step.
     """
 
     def __init__(self, params: Iterable[Any], alpha: float | None, clip: float | None = None) -> None:
-        """clip: the gradient's norm is cut to it, and a step whose gradient is not finite is not taken; None: somebody
-        else sees to both."""
-        # lr 0 until the stage's settings speak: an optimizer step of DeepSpeed's own set-up must not move a weight.
+        """clip: largest norm of the gradient; a step whose gradient is not finite is skipped. None: neither is done
+        here, because DeepSpeed does both."""
+        # lr is 0 until the stage's settings replace it: a step in DeepSpeed's set-up must not change a weight.
         super().__init__(params, lr=0.0, weight_decay=0.0, fused=True)
         self.alpha = alpha
         self.clip = clip
-        self.norm = 0.0  # of the last gradient before it was clipped, where that is done here
+        self.norm = 0.0  # of the last gradient before clipping; only if `clip` is given
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -49,21 +49,24 @@ class AdamWWithTeacher(torch.optim.AdamW):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """What the training state holds of every parameter."""
+        """The kinds of tensors that the training state holds for every parameter."""
         return (MASTER, "exp_avg", "exp_avg_sq", *(() if self.alpha is None else (TEACHER,)))
 
     def begin(self, p: torch.Tensor) -> None:
-        """Give a parameter its state, unless it has one: AdamW's, which takes any state for its own, and the EMA."""
+        """Create a parameter's state unless it has one: AdamW's and the EMA.
+
+        AdamW creates its own state only for a parameter without any, so with the EMA alone it would create none.
+        """
         if not self.state[p]:
             p0 = p.detach()
-            steps = torch.zeros((), device=p.device)  # where the fused kernel of a GPU wants it
+            steps = torch.zeros((), device=p.device)  # the fused kernel needs it on the parameter's device
             self.state[p].update(step=steps, exp_avg=torch.zeros_like(p0), exp_avg_sq=torch.zeros_like(p0))
         if self.alpha is not None and TEACHER not in self.state[p]:
             self.state[p][TEACHER] = p.detach().clone()
 
     @torch.no_grad()
     def begin_stage(self, params: Iterable[torch.Tensor], teacher: bool, moments: bool) -> None:
-        """Of parameters that have a state: `teacher` makes the EMA the parameter, `moments` keeps what AdamW has."""
+        """Reset parameters that have a state. teacher: set the EMA to the parameter. moments: keep AdamW's state."""
         for p in params:
             state = self.state.get(p)
             if not state:
@@ -78,7 +81,7 @@ class AdamWWithTeacher(torch.optim.AdamW):
 
     @property
     def steps(self) -> int:
-        """How many steps AdamW's bias correction counts."""
+        """The step count of AdamW's bias correction."""
         return next((int(state["step"]) for state in self.state.values() if state), 0)
 
     def set_steps(self, steps: int) -> None:
@@ -87,14 +90,14 @@ class AdamWWithTeacher(torch.optim.AdamW):
 
 
 def teacher_alpha(teacher: TeacherConfig) -> float | None:
-    """The alpha of AdamWWithTeacher for a kind of teacher weights."""
+    """Return AdamWWithTeacher's alpha for a kind of teacher weights."""
     return {"ema": teacher.alpha, "frozen": 0.0, "base": 0.0, "live": None}[teacher.weights]
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
     """Learning rate of optimizer step `step` (1-based): linear warm-up, then constant or cosine to zero at the end.
 
-    A pure function of the step: there is no scheduler state to lose.
+    It is a pure function of the step, so there is no scheduler state to save.
     """
     warmup = min(config.warmup_steps, max(0, total_steps - 1))
     if step <= warmup:

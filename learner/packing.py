@@ -1,7 +1,7 @@
-"""Scored rollouts to packed micro-batches: sequences end to end, no padding, shares fixed before anything is cut up.
+"""Pack scored rollouts into micro-batches: sequences end to end, without padding.
 
 The loss is the mean over a batch's sequences of the mean over a sequence's loss tokens. Each row carries its share of
-that, so packing, order, micro-batch size and number of ranks cannot change it.
+that mean, so packing, order, micro-batch size and number of ranks cannot change the loss.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class MicroBatch:
     targets: Targets
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        """The same on another device."""
+        """Return the micro-batch on another device."""
         return MicroBatch(
             self.input_ids.to(device),
             self.position_ids.to(device),
@@ -36,7 +36,7 @@ class MicroBatch:
 
 
 def assign(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Balance sequences over ranks by tokens: longest first, each to the rank with the least. Indices per rank."""
+    """Balance sequences over ranks by tokens: longest first, each to the least loaded rank. Indices per rank."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -47,7 +47,10 @@ def assign(lengths: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def group(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Fill micro-batches up to `budget` tokens, longest first (a longer one goes alone). Indices per micro-batch."""
+    """Fill micro-batches up to `budget` tokens, longest first. Returns indices per micro-batch.
+
+    A sequence longer than the budget gets its own micro-batch.
+    """
     bins: list[list[int]] = []
     loads: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -63,15 +66,15 @@ def group(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def length(sample: ScoredRollout) -> int:
-    """Tokens that the student's forward computes for a sample."""
+    """Return the number of tokens that the student's forward computes for a sample."""
     return len(sample.rollout.prompt_ids) + len(sample.rollout.completion_ids)
 
 
 def pack(samples: Sequence[ScoredRollout], skip_first: int, batch_size: int, top_k: int) -> MicroBatch:
     """Pack samples into one micro-batch; `batch_size` is the number of sequences of the whole batch, over all ranks.
 
-    A completion not longer than `skip_first` has no rows: it contributes zero. With no samples at all the micro-batch
-    is two tokens without rows: a rank with nothing to do still takes part in every collective.
+    A completion not longer than `skip_first` has no rows and contributes zero. Without samples the micro-batch is two
+    tokens without rows, because a rank without work still takes part in every collective.
     """
     ids, positions, predicting, offset = [], [], [], 0
     sampled, sampler, teacher_ids, teacher_logprobs, teacher_sampled, sequence, share = [], [], [], [], [], [], []

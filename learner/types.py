@@ -1,4 +1,4 @@
-"""What goes into a learner rank and what a step gives back; no torch, so the controller may import it."""
+"""Settings of a learner rank and the result of a step. Does not import torch, so the controller can import it."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from sdft.learner.config import LearnerConfig, LossConfig, OptimizerConfig, Teac
 
 @dataclass(frozen=True)
 class StageSettings:
-    """One stage of the run, as the learner knows it."""
+    """The learner's settings of one stage of the run."""
 
     before: int  # optimizer steps of the stages before it
     steps: int
@@ -18,7 +18,7 @@ class StageSettings:
 
 @dataclass(frozen=True)
 class LearnerSettings:
-    """What one rank is started with; the same on every rank but for `rank`."""
+    """The settings that a rank is started with; the same on every rank except `rank`."""
 
     model: str  # local folder
     dtype: str
@@ -28,22 +28,22 @@ class LearnerSettings:
     stages: tuple[StageSettings, ...]
     teacher: TeacherConfig
     rank: int = 0
-    alone: bool = False  # nobody else of the run computes while it does
+    alone: bool = False  # no other process of the run computes while this one does
 
     def stage_of(self, step: int) -> int:
-        """Which stage optimizer step `step` is in; what comes after the last is in the last."""
+        """Return the index of the stage that optimizer step `step` is in. Steps after the last stage belong to it."""
         return max(i for i, stage in enumerate(self.stages) if i == 0 or step > stage.before)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, over all ranks."""
+    """The result of one optimizer step, over all ranks."""
 
-    loss: float  # what was differentiated
+    loss: float  # the value that is differentiated
     divergence: float  # the same without importance weights
     mismatch_kl: float  # mean over loss tokens, k3 estimate of KL(sampler || trainer)
     tail_mass: float  # mean over loss tokens of the teacher's mass outside its top K
-    grad_norm: float  # before clipping; not finite: see applied
+    grad_norm: float  # before clipping; if it is not finite, see applied
     lr: float
     loss_tokens: int
-    applied: bool = True  # False: the gradient was not finite, and no weight was changed
+    applied: bool = True  # False: the gradient is not finite, and no weight changed

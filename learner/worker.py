@@ -1,4 +1,4 @@
-"""The Ray actor around one learner rank. Sets the process up before torch is imported, then only passes calls on."""
+"""The Ray actor around one learner rank. It sets up the process before torch is imported, then only forwards calls."""
 
 import os
 import socket
@@ -13,26 +13,28 @@ from sdft.actors.shared.process import kept_heap, large_imports, waiting
 from sdft.actors.shared.types import IntArray, Process, ScoredRollout, Snapshot
 from sdft.learner.types import LearnerSettings, StepResult
 
-# Ray runs the methods of these groups beside the others.
+# Concurrency groups. Ray runs their methods concurrently with the others.
 SAVING, SENDING, COPYING, HEALTH = "saving", "sending", "copying", "health"
-LIMIT = timedelta(minutes=10)  # of one collective: who is lost is found much earlier, by not answering
+LIMIT = timedelta(minutes=10)  # for one collective; the health check detects a lost rank much earlier
 
 
 class LearnerWorker:
-    """One rank in one process of its own."""
+    """One rank in its own process."""
 
     def where(self) -> Process:
         return Process(os.getpid(), ray.get_runtime_context().get_node_id())
 
     def rendezvous(self) -> tuple[str, int]:
-        """Address and port of this process's machine for the ranks to meet at, held from now on: chosen and let go, it
-        might be another's by the time that torch is imported."""
+        """Return address and port of this process's machine at which the ranks meet.
+
+        The port is held from this call on: another process could take a released port while torch is imported.
+        """
         address = _own_address()
         self._meeting = socket.create_server((address, 0), backlog=1024)
         return address, self._meeting.getsockname()[1]
 
     def start(self, settings: LearnerSettings, ranks: int, address: str, port: int, probe_ids: IntArray) -> None:
-        """Load the model. Every rank must be called at once: they wait for each other, where rank 0 listens."""
+        """Load the model. Call it on all ranks at once: they wait for each other at the port of rank 0."""
         os.environ.update(_environment(settings, ranks))
         with large_imports():
             import torch
@@ -46,7 +48,7 @@ class LearnerWorker:
         limit_s = settings.config.start_timeout_s
         store = serve(self._meeting) if settings.rank == 0 else visit(address, port, limit_s)
         store.set_timeout(timedelta(seconds=limit_s))
-        several = settings.device == "cuda" and ranks > 1  # then NCCL is told the device, as DeepSpeed would
+        several = settings.device == "cuda" and ranks > 1  # NCCL then gets the device, as DeepSpeed would pass it
         torch.distributed.init_process_group(
             "gloo" if settings.device == "cpu" else "nccl",
             store=store,
@@ -69,12 +71,12 @@ class LearnerWorker:
         return self._engine.train_step(samples)
 
     def begin_stage(self) -> None:
-        """What changes before the first step of a stage. Collective."""
+        """Prepare the first step of a stage. Collective."""
         self._saver.detach()
         self._engine.begin_stage()
 
     def publish(self, role: str, version: int) -> Snapshot | None:
-        """The snapshot, on the first rank; the others give their parts of the weights."""
+        """Return the snapshot on rank 0, and None on the others, which contribute their parts of the weights."""
         content = self._engine.snapshot(role)
         if self._publisher is not None:
             return self._publisher.publish(role, version, content)
@@ -84,37 +86,40 @@ class LearnerWorker:
 
     @ray.method(concurrency_group=HEALTH)
     def release(self, role: str) -> None:
-        """At once, also in the middle of a step: until then no engine can be given the weights."""
+        """Release the role's last snapshot. Runs at once, also in the middle of a step, because weight updates wait for
+        it."""
         if self._publisher is not None:
             self._publisher.release(role)
 
     @ray.method(concurrency_group=COPYING)
     def payload(self, role: str) -> list[ray.ObjectRef]:
-        """The bytes of the role's last snapshot in Ray's object store, for other nodes; in a list, so that the caller
-        gets the reference and not the bytes."""
+        """Put the bytes of the role's last snapshot into Ray's object store, for other nodes.
+
+        The reference is returned in a list, so that the caller gets the reference and not the bytes.
+        """
         assert self._publisher is not None
         return [ray.put(self._publisher.payload(role))]
 
     @ray.method(concurrency_group=SENDING)
     def meet(self, role: str) -> tuple[str, int]:
-        """Where the next group for broadcasts to the role's engines meets."""
+        """Return address and port at which the next group for broadcasts to the role's engines meets."""
         return self._broadcaster.meet(role)
 
     @ray.method(concurrency_group=SENDING)
     def join(self, role: str, size: int, timeout_s: float) -> None:
-        """Returns when all members are there."""
+        """Wait until all members of that group have joined."""
         self._broadcaster.join(role, size, timeout_s)
 
     @ray.method(concurrency_group=SENDING)
     def send(self, role: str, timeout_s: float) -> None:
-        """The role's last snapshot, to all members."""
+        """Broadcast the role's last snapshot to all members."""
         assert self._publisher is not None
         self._broadcaster.send(role, self._publisher.payload(role), self._publisher.entries(role), timeout_s)
 
     def save(self, folder: str) -> None:
         """Begin to write the training state, and the student as a Hugging Face or peft folder beside it. Collective.
 
-        `written` tells when it is done; steps may go on meanwhile.
+        `written` returns when it is done. Steps may run meanwhile.
         """
         from sdft.learner.weights.export import adapter_file, student_file
 
@@ -122,7 +127,7 @@ class LearnerWorker:
         files = self._engine.state(Path(folder))
         weights = {}
         for name, tensor in self._engine.snapshot("student").weights:
-            if self._publisher is not None:  # at ZeRO-3 the whole of a weight, which no GPU has room to keep
+            if self._publisher is not None:  # at ZeRO stage 3 one GPU has no room for all whole weights
                 weights[name] = (tensor.cpu() if self._engine.divided else tensor).contiguous()
         if self._publisher is not None and settings.config.lora is not None:
             files.append(adapter_file(Path(settings.model), weights, settings.config.lora, out))
@@ -132,27 +137,27 @@ class LearnerWorker:
 
     @ray.method(concurrency_group=SAVING)
     def written(self) -> None:
-        """Returns when all that `save` began is written, though not flushed to the disk."""
+        """Return when all that `save` began is written, though not flushed to the disk."""
         self._saver.finish()
 
     @ray.method(concurrency_group=HEALTH)
     def answer(self) -> None:
-        """Returns at once, also in the middle of a step."""
+        """Return at once, also in the middle of a step: the health check."""
 
     def load(self, folder: str) -> int:
-        """Returns the step that the state belongs to."""
+        """Load the state of a folder and return the step that it belongs to."""
         self._engine.load(Path(folder))
         return self._engine.step
 
     def parameters(self, role: str) -> dict[str, Any]:
-        """All parameters as float32 numpy arrays, for comparisons on small models. Collective."""
+        """Return all parameters as float32 numpy arrays, for comparisons on small models. Collective."""
         import torch
 
         return {name: tensor.cpu().numpy().copy() for name, tensor in self._engine.weights(role, torch.float32)}
 
 
 def learner_actor(device: str) -> Any:
-    """The Ray actor class of a rank on a device, cpu or cuda."""
+    """Return the Ray actor class of a rank on a device, cpu or cuda."""
     groups = {SAVING: 1, SENDING: 2, COPYING: 1, HEALTH: 1}
     return ray.remote(concurrency_groups=groups, runtime_env={"env_vars": kept_heap(device)})(LearnerWorker)
 
@@ -160,7 +165,7 @@ def learner_actor(device: str) -> Any:
 def _environment(settings: LearnerSettings, ranks: int) -> dict[str, str]:
     environment = waiting(settings.alone) | {
         "RANK": str(settings.rank),
-        "LOCAL_RANK": str(settings.rank) if settings.device == "cpu" else "0",  # Ray shows each rank its own GPU only
+        "LOCAL_RANK": str(settings.rank) if settings.device == "cpu" else "0",  # a rank sees only its own GPU
         "WORLD_SIZE": str(ranks),
         "HF_HUB_OFFLINE": "1",
         "DS_ACCELERATOR": settings.device,

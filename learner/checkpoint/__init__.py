@@ -1,1 +1,1 @@
-"""The learner's state on disk: which pieces, and how they are written beside the next step."""
+"""The learner's state on disk: its pieces, and how they are written while the next step runs."""

@@ -1,4 +1,4 @@
-"""Saving while the learner goes on: a thread writes the files, from the live tensors while these hold still."""
+"""Saving while the learner continues: a thread writes the files from the live tensors until these change."""
 
 import os
 import re
@@ -15,19 +15,22 @@ from torch import Tensor
 
 from sdft.actors.shared.process import GIB, available_memory_gib, usual_mode
 
-OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in the text of a SafetensorError, which has no number
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in the text of a SafetensorError, which has no errno
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """One safetensors file to be written."""
+    """One safetensors file to write."""
 
     path: Path
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
 
     def write(self) -> None:
-        """Not flushed to the disk: `checkpoint.commit` does that. OSError, with its number, if it cannot be written."""
+        """Write the file without a flush to the disk, which `checkpoints.commit` does.
+
+        Raises OSError, with its errno, if it cannot be written.
+        """
         try:
             with usual_mode(self.path):
                 save_file(self.tensors, self.path, self.metadata)
@@ -39,25 +42,26 @@ class TensorFile:
 
 
 class Saver:
-    """Writes files in their order, one lot at a time."""
+    """Writes files in order in a thread, one set of files at a time."""
 
     def __init__(self) -> None:
         self._waiting: deque[TensorFile] = deque()
-        self._lock = threading.Lock()  # of the queue
+        self._lock = threading.Lock()  # guards the queue
         self._writing = threading.Lock()  # held while a file is written
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saving")
         self._done: Future[None] | None = None
 
     def begin(self, files: Iterable[TensorFile]) -> None:
-        """Start to write. The tensors must not change before `detach` has been called."""
+        """Start to write. The tensors must not change before `detach` returns."""
         self.finish()
         self._waiting.extend(files)
         self._done = self._thread.submit(self._run)
 
     def detach(self) -> None:
-        """Call before the tensors change: what has not been written is copied, a file on its way is waited for.
+        """Copy the tensors of files that are not yet written, and wait for the file in progress.
 
-        Where the copy would take more than half of the free memory, all files are waited for.
+        Call it before the tensors change. If the copy would take more than half of the free memory, it waits for all
+        files instead.
         """
         with self._lock:
             needed = sum(t.nbytes for file in self._waiting for t in file.tensors.values())
@@ -72,13 +76,13 @@ class Saver:
             pass
 
     def finish(self) -> None:
-        """Wait until all is written. Raises the error that stopped it, once."""
+        """Wait until all files are written. Raises the error that stopped the writing, once."""
         done = self._done
         if done is not None:
             try:
                 done.result()
             finally:
-                self._done = None  # only now: `detach` may come meanwhile, from another thread
+                self._done = None  # not earlier: another thread may call `detach` meanwhile
 
     def _run(self) -> None:
         try:
@@ -94,4 +98,4 @@ class Saver:
                     self._writing.release()
         finally:
             with self._lock:
-                self._waiting.clear()  # what comes after a file that could not be written is not
+                self._waiting.clear()  # after a failed file the rest is not written

@@ -1,8 +1,8 @@
-"""The training state on disk: its tensors in pieces that know their place, independent of ranks and ZeRO stage.
+"""The training state on disk: tensors in pieces with their offsets, independent of the ranks and the ZeRO stage.
 
-Each rank writes the pieces that it holds, asking nobody; whoever loads puts a tensor together from all files and takes
-the part that is its own now. (DeepSpeed's universal checkpoints do the same for Adam's two moments only: their
-converter would leave the EMA teacher behind.)
+Each rank writes the pieces that it holds, without communication. A rank that loads assembles each tensor from all files
+and takes its own part. (DeepSpeed's universal checkpoints do the same for Adam's two moments only: their converter
+would leave out the EMA teacher.)
 """
 
 import json
@@ -17,21 +17,21 @@ from torch import Tensor
 from sdft.learner.checkpoint.saving import TensorFile
 
 RNG = "rng"
-CHANGE = "teacher_change"  # kind of a LoRA teacher among the tensors of the training state
+CHANGE = "teacher_change"  # kind of a LoRA teacher's tensors in the training state
 FILE_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of one state tensor, both seen flat."""
+    """A part of one flattened state tensor."""
 
     name: str  # kind and parameter: "exp_avg/model.embed_tokens.weight"
-    start: int  # of the part, in numbers
+    start: int  # offset of the part, in elements
     values: Tensor  # [n]
 
 
 def state_files(folder: Path, rank: int, step: int, adam_steps: int, pieces: Iterable[Piece]) -> list[TensorFile]:
-    """One rank's files, of about FILE_BYTES each. adam_steps: what AdamW's bias correction counts."""
+    """Return one rank's files, of about FILE_BYTES each. adam_steps: the step count of AdamW's bias correction."""
     files: list[TensorFile] = []
     held: list[Piece] = []
 
@@ -54,7 +54,7 @@ def state_files(folder: Path, rank: int, step: int, adam_steps: int, pieces: Ite
 
 
 class StateFiles:
-    """The files of all ranks that wrote a state."""
+    """The files of all ranks that wrote a state. Raises ValueError if the folder has none."""
 
     def __init__(self, folder: Path) -> None:
         paths = sorted(folder.glob("rank-*.safetensors"))
@@ -71,11 +71,11 @@ class StateFiles:
 
     @property
     def names(self) -> list[str]:
-        """Of all tensors."""
+        """The names of all tensors, sorted."""
         return sorted(self._places)
 
     def whole(self, name: str, numel: int) -> Tensor:
-        """A tensor of `numel` numbers, flat. ValueError unless the pieces cover it exactly."""
+        """Return a tensor of `numel` elements, flat. Raises ValueError unless the pieces cover it exactly."""
         pieces = self.pieces(name)
         ends = [0, *(piece.start + len(piece.values) for piece in pieces)]
         if [piece.start for piece in pieces] == ends[:-1] and ends[-1] == numel:
@@ -83,18 +83,18 @@ class StateFiles:
         raise ValueError(f"{self._folder}: the pieces of {name} do not add up to its {numel} numbers")
 
     def pieces(self, name: str) -> list[Piece]:
-        """Of one tensor, in their order."""
+        """Return the pieces of one tensor, in order."""
         places = sorted(self._places.get(name, ()), key=lambda place: place[1])
         return [Piece(name, start, self._files[i].get_tensor(name)) for i, start in places]
 
     def rng(self, rank: int) -> Tensor:
-        """The random state of a rank; a rank that there was not begins with the first one's."""
+        """Return the random state of a rank. A rank that did not write one gets the first rank's."""
         states = [file.get_tensor(RNG) for file in self._files if RNG in file.keys()]  # noqa: SIM118
         return states[rank if rank < len(states) else 0]
 
 
 def first_difference(one: Path, other: Path) -> str | None:
-    """Name of the first tensor that is not the same, bit for bit, in two saved states; None if all are."""
+    """Return the name of the first tensor whose bits differ between two saved states, or None if none does."""
     a, b = StateFiles(one), StateFiles(other)
     if a.names != b.names:
         return sorted(set(a.names) ^ set(b.names))[0]

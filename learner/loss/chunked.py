@@ -4,7 +4,7 @@ Forward is KL(q||p), reverse is KL(p||q), for teacher q and student p; jsd mixes
 distributions to the teacher's K tokens and one bucket for the rest is a coarsening, so the divergence is a lower bound
 of the full one and equals it for K = V. No gradient reaches the teacher or the importance weights.
 
-Logits exist for one chunk of positions at a time: `divergence_loss` returns value and gradient without ever holding a
+Logits exist for one chunk of positions at a time, so `divergence_loss` computes value and gradient without a
 [tokens, vocabulary] array.
 """
 
@@ -19,16 +19,16 @@ from sdft.learner.loss.divergences import support, support_objective
 from sdft.learner.loss.importance import importance_weights
 from sdft.learner.loss.targets import Targets
 
-# Of a chunk, worked on in float32 at once: on a CPU what stays in its cache; on a GPU, where starting kernels takes the
-# time, a quarter of a chunk's size more.
+# Bytes of float32 scratch per block: on a CPU it fits the cache; on a GPU it adds a quarter of a chunk's size, because
+# kernel launches dominate.
 FLOAT32_BYTES = {"cpu": 3 << 20, "cuda": 24 << 20}
-VOCABULARY_ROWS = {"cpu": 8192, "cuda": 1 << 30}  # of the head's gradient are added up at once
+VOCABULARY_ROWS = {"cpu": 8192, "cuda": 1 << 30}  # rows of the head's gradient that are added up at once
 
 
 class _Chunked(torch.autograd.Function):
-    """Loss of all rows with both gradients, chunk by chunk; backward only scales what forward has computed.
+    """Loss of all rows with its gradients, chunk by chunk; backward only scales the gradients from forward.
 
-    The objective depends on the logits z through the log-probs l = z[support] - logsumexp(z) alone. With
+    The objective depends on the logits z only through the log-probs l = z[support] - logsumexp(z). With
     g = d objective / d l, a small [N, S] array, d objective / d z = scatter(g) - softmax(z) * sum(g).
     """
 
@@ -46,10 +46,10 @@ class _Chunked(torch.autograd.Function):
         groups = _groups(targets.sequence, config.importance.level, rows_at_once)
         chunks = sum(map(len, groups))
         longest = max((rows.stop - rows.start for group in groups for rows in group), default=0)
-        buffer = hidden.new_empty(longest, len(head))  # logits of a chunk, then their gradient: fresh pages cost time
+        buffer = hidden.new_empty(longest, len(head))  # a chunk's logits, then their gradient. Fresh pages cost time
         trainer, scale, values = torch.empty(3, len(hidden), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
-        trained = head.requires_grad  # it is not with LoRA, and then its gradient is not computed
+        trained = head.requires_grad  # False with LoRA: the head's gradient is then not computed
         shape = head.shape if trained else (0,)
         grad_head = torch.zeros(shape, dtype=wide if chunks > 1 else head.dtype, device=head.device)
         grad_bias = torch.zeros(0 if bias is None else len(bias), dtype=wide, device=head.device)
@@ -58,7 +58,7 @@ class _Chunked(torch.autograd.Function):
             here = _rows(targets, of_group)
             ids = support(here, config)
             wanted = torch.cat([here.sampled_ids[:, None], ids], -1)
-            known = hidden.new_empty(wanted.shape, dtype=wide)  # at once: small blocks among large fragment the heap
+            known = hidden.new_empty(wanted.shape, dtype=wide)  # one block: small ones among large fragment the heap
             parts = [slice(rows.start - of_group.start, rows.stop - of_group.start) for rows in group]
             for rows, part in zip(group, parts, strict=True):
                 logits = _logits(hidden[rows], head, bias, buffer)
@@ -72,7 +72,7 @@ class _Chunked(torch.autograd.Function):
             total = grad_log_p.sum(-1, keepdim=True)
             at_ids = (grad_log_p - log_p.detach().exp() * total).to(logits.dtype)
             for rows, part in zip(group, parts, strict=True):
-                if len(group) > 1:  # the buffer holds the last chunk's
+                if len(group) > 1:  # the buffer holds the last chunk's logits
                     logits = _logits(hidden[rows], head, bias, buffer)
                 _to_gradient(logits, total[part], ids[part], at_ids[part])
                 torch.mm(logits, head, out=grad_hidden[rows])
@@ -80,7 +80,7 @@ class _Chunked(torch.autograd.Function):
                     _add_product(grad_head, logits, hidden[rows])
                 if bias is not None:
                     grad_bias += logits.sum(0)
-        logits = buffer = hidden.new_empty(0)  # before the head's gradient is there a second time
+        logits = buffer = hidden.new_empty(0)  # frees the buffer before the head's gradient is copied
         head_grad = grad_head.to(head.dtype) if trained else None
         ctx.grads = grad_hidden, head_grad, None if bias is None else grad_bias.to(bias.dtype)
         difference = trainer - targets.sampler_logprobs
@@ -99,48 +99,48 @@ class _Chunked(torch.autograd.Function):
 def divergence_loss(
     hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Targets, config: LossConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """This micro-batch's part of the batch: adding the parts of all micro-batches and ranks gives the batch's figures.
+    """Return this micro-batch's part of the batch's figures. The parts of all micro-batches and ranks add up to them.
 
-    hidden: [N, H] states that predict the loss tokens, in the model's dtype, as `head` [V, H] and `bias` [V].
-    Returns four scalars: the importance-weighted loss (differentiable in the three), the divergence without weights,
-    the sum over tokens of the k3 estimate of KL(sampler || trainer), the sum over tokens of the teacher's mass outside
-    its top K.
+    hidden: [N, H] states that predict the loss tokens, in the model's dtype, like `head` [V, H] and `bias` [V].
+    Returns four scalars: the importance-weighted loss (differentiable once, in hidden, head and bias), the divergence
+    without weights, the sum over tokens of the k3 estimate of KL(sampler || trainer), and the sum over tokens of the
+    teacher's mass outside its top K.
     """
     return _Chunked.apply(hidden, head, bias, targets, config)
 
 
 def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
-    """Logits [n, V] in the model's dtype, in the first rows of `buffer`."""
+    """Compute logits [n, V] in the model's dtype, into the first rows of `buffer`."""
     out = buffer[: len(hidden)]
     return torch.mm(hidden, head.T, out=out) if bias is None else torch.addmm(bias, hidden, head.T, out=out)
 
 
 def _blocks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of a few rows of each at a time."""
+    """Yield views of a few rows of each tensor at a time."""
     most = max(1, FLOAT32_BYTES[logits.device.type] // (4 * logits.shape[1]))
     return zip(*(x.split(most) for x in (logits, *others)), strict=True)
 
 
 def _log_probs(logits: Tensor, ids: Tensor, out: Tensor) -> None:
-    """Of the tokens `ids`, [n, V] and [n, S] -> [n, S], in the dtype of `out`."""
+    """Write the log-probs of the tokens `ids` to `out`: [n, V] and [n, S] -> [n, S], in the dtype of `out`."""
     for block, its_ids, its_out in _blocks(logits, ids, out):
         torch.gather(torch.log_softmax(block, -1, dtype=out.dtype), -1, its_ids, out=its_out)
 
 
 def _to_gradient(logits: Tensor, total: Tensor, ids: Tensor, at_ids: Tensor) -> None:
-    """Put -softmax * total, [n, V] and [n, 1], in the place of the logits, and at the tokens `ids` what is given."""
+    """Overwrite the logits with -softmax * total, [n, V] and [n, 1], and with `at_ids` at the tokens `ids`."""
     for block, its_total in _blocks(logits, -total):
-        # Without a name it is given back before the next block needs as much.
+        # A temporary without a name is freed before the next block allocates its own.
         block.copy_(torch.softmax(block, -1, dtype=its_total.dtype).mul_(its_total))
     rows = torch.arange(len(logits), device=logits.device)[:, None]
     with _any_order():
-        logits[rows, ids] = at_ids  # not by scatter_, which on a CPU in half precision copies the whole to float32
+        logits[rows, ids] = at_ids  # scatter_ on a CPU in half precision would copy all to float32
 
 
 @contextmanager
 def _any_order() -> Iterator[None]:
-    """Let a GPU put elements in any order. The ids of a row are distinct, so every element is put once; told to keep an
-    order, it sorts, by twenty small kernels a call."""
+    """Let a GPU write elements in any order. The ids of a row are distinct, so every element is written once. In
+    deterministic mode the GPU would sort them first, with twenty small kernels per call."""
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode(0)
     try:
@@ -150,18 +150,19 @@ def _any_order() -> Iterator[None]:
 
 
 def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """total [V, H] += grad.T @ hidden; on a CPU some rows at a time: the product itself is never whole in memory."""
+    """total [V, H] += grad.T @ hidden. On a CPU some rows at a time, so that the product is never whole in memory."""
     most = VOCABULARY_ROWS[total.device.type]
     for part, columns in zip(total.split(most), grad.split(most, dim=1), strict=True):
         part += columns.T @ hidden
 
 
 def _groups(sequence: Tensor, level: str, most: int) -> list[list[slice]]:
-    """Chunks of at most `most` rows, in groups whose objectives are computed at once.
+    """Split the rows into chunks of at most `most`, in groups whose objectives are computed at once.
 
-    The logits of a group of one chunk are computed once, those of others twice. On a CPU products are what takes the
-    time: a chunk is a group, and ends where a sequence ends if the importance weights need all of its tokens; only one
-    longer than a chunk is cut. On a GPU that is the many small kernels of the objective: all rows are one group.
+    The logits of a group of one chunk are computed once, those of other groups twice. On a CPU the products dominate,
+    so a chunk is a group. If the importance weights need all tokens of a sequence, a chunk ends where a sequence ends,
+    and only a sequence longer than a chunk is cut. On a GPU the many small kernels of the objective dominate, so all
+    rows are one group.
     """
     rows = len(sequence)
     if sequence.is_cuda:

@@ -1,4 +1,4 @@
-"""Divergences between teacher and student over a support: the formulas."""
+"""The formulas of the divergences between teacher and student over a support."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from sdft.learner.config import LossConfig
 from sdft.learner.loss.targets import Targets
 
-OF_ONE_TOKEN = ("sampled", "nll", "dft")  # divergences that look at the sequence's own tokens alone
+OF_ONE_TOKEN = ("sampled", "nll", "dft")  # divergences that use only the sequence's own tokens
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def with_tail(logprobs: Tensor, vocabulary: int) -> Tensor:
-    """Append log(1 - sum exp) as one more column: [N, K] -> [N, K + 1]; nothing to add when K is the vocabulary."""
+    """Append log(1 - sum exp) as one more column, [N, K] -> [N, K + 1], unless K is the vocabulary."""
     if logprobs.shape[-1] >= vocabulary:
         return logprobs
     floor = 8 * torch.finfo(logprobs.dtype).eps  # below this, 1 - sum is rounding noise
@@ -26,7 +26,10 @@ def with_tail(logprobs: Tensor, vocabulary: int) -> Tensor:
 
 
 def divergence(log_p: Tensor, log_q: Tensor, config: LossConfig) -> Tensor:
-    """Per-row divergence of two log-distributions over the same support: [N, S], [N, S] -> [N]."""
+    """Return the per-row divergence of two log-distributions over the same support: [N, S], [N, S] -> [N].
+
+    Raises ValueError for a divergence that is not over a support.
+    """
     if config.divergence == "forward":
         return (log_q.exp() * (log_q - log_p)).sum(-1)
     if config.divergence == "reverse":
@@ -41,16 +44,16 @@ def divergence(log_p: Tensor, log_q: Tensor, config: LossConfig) -> Tensor:
 
 
 def support(targets: Targets, config: LossConfig) -> Tensor:
-    """The tokens whose log-probs the objective is a function of: [N, S] int64."""
+    """Return the tokens whose log-probs the objective is a function of: [N, S] int64."""
     return targets.sampled_ids[:, None] if config.divergence in OF_ONE_TOKEN else targets.teacher_ids
 
 
 def support_objective(log_p: Tensor, targets: Targets, vocabulary: int, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Objective to differentiate and value to report, per row: student's log-probs of the support [N, S] -> [N], [N].
+    """Return per row the objective to differentiate and the value to report: log_p of the support [N, S] -> [N], [N].
 
-    They are the same but for `sampled`, whose value is the log-ratio log p(y) - log q(y) and whose objective is
-    stop_gradient(log-ratio) * log p(y): the unbiased one-sample gradient of reverse KL (much noisier than a support);
-    and for `dft`, whose value is -log p(y) and whose objective is that times stop_gradient(p(y)).
+    Both are the same, except for two divergences. For `sampled` the value is the log-ratio log p(y) - log q(y), and the
+    objective is stop_gradient(log-ratio) * log p(y): the unbiased one-sample gradient of reverse KL (much noisier than
+    a support). For `dft` the value is -log p(y), and the objective is the value times stop_gradient(p(y)).
     """
     if config.divergence in ("nll", "dft"):
         value = -log_p[:, 0]
@@ -64,6 +67,6 @@ def support_objective(log_p: Tensor, targets: Targets, vocabulary: int, config: 
 
 
 def token_objective(logits: Tensor, targets: Targets, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """The same from whole logits, [N, V] -> [N], [N]: the plain formula, for comparisons."""
+    """Return objective and value from whole logits, [N, V] -> [N], [N]: the plain formula, for comparisons."""
     log_p = logits.gather(-1, support(targets, config)) - torch.logsumexp(logits, -1, keepdim=True)
     return support_objective(log_p, targets, logits.shape[-1], config)

@@ -8,8 +8,10 @@ from sdft.learner.loss.targets import Targets
 
 
 def importance_weights(trainer: Tensor, targets: Targets, config: LossConfig) -> Tensor:
-    """Truncated importance weight of every row, [N]: min(cap, exp(logp_trainer - logp_sampler)), by token or as the
-    mean over the loss tokens of a sequence (the reference's form)."""
+    """Return the truncated importance weight of every row, [N]: min(cap, exp(logp_trainer - logp_sampler)).
+
+    It is per token, or its mean over the loss tokens of a sequence (the reference's form).
+    """
     if config.importance.level == "off":
         return torch.ones_like(trainer)
     ratio = torch.exp(trainer - targets.sampler_logprobs).clamp(max=config.importance.cap)

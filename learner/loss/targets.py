@@ -1,4 +1,4 @@
-"""What the loss compares with, one row per loss token."""
+"""The loss's inputs besides the student's forward, one row per loss token."""
 
 from dataclasses import dataclass
 
@@ -8,16 +8,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Targets:
-    """What the loss compares with, one row per loss token."""
+    """The loss's inputs besides the student's forward, one row per loss token."""
 
     sampled_ids: Tensor  # [N] int64, the student's own tokens
-    sampler_logprobs: Tensor  # [N] float32, by the engine that sampled them
+    sampler_logprobs: Tensor  # [N] float32, from the engine that sampled them
     teacher_ids: Tensor  # [N, K] int64
     teacher_logprobs: Tensor  # [N, K] float32
     teacher_sampled: Tensor  # [N] float32, the teacher's log-prob of the sampled token
-    sequence: Tensor  # [N] int64, which sequence of the micro-batch a row belongs to, ascending
+    sequence: Tensor  # [N] int64, index of the row's sequence in the micro-batch, ascending
     share: Tensor  # [N] float32, 1 / (loss tokens of the sequence * sequences of the global batch)
 
     def to(self, device: torch.device | str) -> "Targets":
-        """The same on another device."""
+        """Return the targets on another device."""
         return Targets(**{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})

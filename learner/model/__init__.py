@@ -1,1 +1,1 @@
-"""The student model: packed sequences, attention, log-probs. transformers and torch."""
+"""The student model: packed sequences, attention, log-probs. Imports transformers and torch."""

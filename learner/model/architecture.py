@@ -1,29 +1,29 @@
-"""Which models the learner can train, told from their configuration. Imports no torch."""
+"""Decide from a model's configuration whether the learner can train it. Does not import torch."""
 
 from pathlib import Path
 from typing import Any
 
-# Settings of a head that is more than a linear layer: the chunked loss would silently leave them out.
+# Settings of a head that is more than a linear layer. The chunked loss would silently leave them out.
 HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-# Layers that keep packed sequences apart by their lengths; others carry a state from one of a pack into the next.
+# Layer types that keep packed sequences apart by their lengths. Others carry a state from one sequence into the next.
 ATTENTION = {"full_attention", "sliding_attention", "attention"}
-STATEFUL = {"rwkv", "xlstm"}  # models whose configuration names no kinds of layers
+STATEFUL = {"rwkv", "xlstm"}  # models whose configuration lists no layer types
 
-# What a model's code raises where it does not fit its configuration, or what it is called with.
+# Exceptions that a model's code raises when it does not fit its configuration or its arguments.
 BROKEN = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 class Untrainable(ValueError):
-    """A model that the learner cannot train. The message is the reason, as a sentence or the end of one."""
+    """The learner cannot train the model. The message is the reason, as a sentence or the end of one."""
 
 
 def why_not(path: Path) -> str | None:
-    """The reason why the model of a local folder cannot be trained, as the end of a sentence; None if it can."""
+    """Return why the model in a local folder cannot be trained, as the end of a sentence, or None if it can."""
     try:
         config = read_config(path)
     except Untrainable as error:
         return str(error)
-    text = config.get_text_config()  # of a model that also sees or hears; else the same
+    text = config.get_text_config()  # differs from `config` in multimodal models only
     if is_quantized(config):
         return "its weights are quantized (quantization_config in config.json), and the learner trains whole ones"
     used = [name for name in HEAD if getattr(text, name, None) not in (None, 1, 1.0)]
@@ -42,7 +42,10 @@ def why_not(path: Path) -> str | None:
 
 
 def read_config(path: Path) -> Any:
-    """transformers' configuration of a local model. Untrainable, with the end of a sentence, if it knows none."""
+    """Read transformers' configuration of a local model.
+
+    Raises Untrainable, with the end of a sentence, if transformers cannot read it.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -54,14 +57,15 @@ def read_config(path: Path) -> Any:
 
 
 def is_quantized(config: Any) -> bool:
-    """Of transformers' configuration of a model."""
+    """Whether transformers' configuration of a model, or its text part, has a quantization_config."""
     return any(getattr(one, "quantization_config", None) for one in (config, config.get_text_config()))
 
 
 def longest_of_short_rope(path: Path) -> int | None:
-    """Tokens up to which a longrope model uses its short factors; None for other models.
+    """Return up to how many tokens a longrope model uses its short factors, or None for other models.
 
-    Beyond, transformers would choose by the longest sequence of a pack, and engines choose once for all.
+    Beyond that, transformers would choose the factors by the longest sequence of a pack. Engines choose them once, for
+    all sequences.
     """
     text = read_config(path).get_text_config()
     limits = [
@@ -73,9 +77,9 @@ def longest_of_short_rope(path: Path) -> int | None:
 
 
 def misfit(loaded: dict[str, Any]) -> str | None:
-    """What is wrong with a folder's tensors, by transformers' loading info, as the end of a sentence; None: nothing.
+    """Return what is wrong with a folder's tensors, by transformers' loading info, as the end of a sentence, or None.
 
-    Tensors that transformers ties, or ignores for the model's class, are no part of it.
+    The loading info leaves out tensors that transformers ties, or ignores for the model's class.
     """
     if missing := sorted(loaded["missing_keys"]):
         fault = f"its files lack {_named(missing)}, which config.json describes and would be random"
@@ -97,6 +101,6 @@ def _named(names: list[str]) -> str:
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:
-    """The settings of a model's rotary embeddings: one for all layers, or one for each kind of layer."""
+    """The settings of a model's rotary embeddings: one for all layers, or one for each layer type."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [rope] if "rope_type" in rope else [one for one in rope.values() if isinstance(one, dict)]

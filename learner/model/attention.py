@@ -1,7 +1,7 @@
-"""Causal attention inside each sequence of a pack, and nothing between them: no mask, no padding that is computed.
+"""Causal attention inside each sequence of a pack, and none between sequences.
 
-On a GPU in half precision by torch's variable-length kernel (flash attention), which takes the whole pack at once; on a
-CPU short sequences several at a time by matrix products; else one sequence after the other.
+On a GPU in half precision, torch's variable-length kernel (flash attention) takes the whole pack at once. On a CPU,
+matrix products take several short sequences at once. Otherwise the sequences are computed one after the other.
 """
 
 from functools import lru_cache
@@ -16,10 +16,10 @@ from sdft.learner.model.architecture import Untrainable
 from sdft.learner.model.cpu.short_attention import ShortAttention
 
 PACKED = "sdft_packed"
-# What models pass on beside what attention needs: arguments of the whole forward, with no part in attention.
+# Arguments of the whole forward that models also pass to attention, on which they have no effect.
 HARMLESS = {"cache_position", "output_attentions", "output_hidden_states", "position_ids", "read", "use_cache"}
 HALF = (torch.bfloat16, torch.float16)
-SHORT, SHORT_IN_HALF = 256, 512  # tokens; on such sequences a CPU's fused kernel takes as long or longer (see short)
+SHORT, SHORT_IN_HALF = 256, 512  # tokens; up to this length a CPU's fused kernel takes as long or longer (see short)
 
 
 def packed_attention(
@@ -37,9 +37,9 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention inside each packed sequence: query [1, heads, T, D], key and value [1, kv heads, T, D].
 
-    Nothing is computed between sequences. sliding_window: how many tokens each sees, itself included. dropout is left
-    out: rollouts are sampled without it. Returns [1, T, heads, D]. Untrainable if a model's layers do not pass
-    `lengths` on, or ask for what is not computed here.
+    Nothing is computed between sequences. sliding_window: how many tokens each token attends to, itself included.
+    dropout is ignored, because rollouts are sampled without it. Returns [1, T, heads, D]. Raises Untrainable if a
+    model's layers do not pass `lengths` on, or need what is not computed here.
     """
     unknown = sorted(name for name, given in others.items() if given is not None and name not in HARMLESS)
     if attention_mask is not None:
@@ -69,16 +69,16 @@ def packed_attention(
 
 
 def short(lengths: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether matrix products over several sequences are a CPU's fastest way to attend inside each.
+    """Whether matrix products over several sequences are the fastest attention inside each on a CPU.
 
-    Of its fused kernel's time, forward and backward, they take 0.1 to 0.2 in bfloat16 up to 160 tokens, 0.5 at 512 and
-    all of it at 1024; in float32 0.5 to 0.8 up to 160 tokens, all of it at 256 and 1.4 at 512.
+    Their time relative to the CPU's fused kernel, forward and backward: in bfloat16 0.1 to 0.2 up to 160 tokens, 0.5 at
+    512 and 1 at 1024; in float32 0.5 to 0.8 up to 160 tokens, 1 at 256 and 1.4 at 512.
     """
     return max(lengths) <= (SHORT_IN_HALF if dtype in HALF else SHORT)
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """What each token sees: itself and the window - 1 before it, [length, length] bool."""
+    """Mask under which each token attends to itself and the window - 1 tokens before it: [length, length] bool."""
     ones = torch.ones(length, length, dtype=torch.bool, device=device)
     return ones.tril().triu(1 - window)
 
@@ -86,8 +86,8 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
 def _varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float, window: int | None
 ) -> Tensor:
-    """The same for a GPU in half precision: [1, heads, T, D] each -> [T, heads, D]."""
-    from torch.nn.attention.varlen import varlen_attn  # seconds to import, and of no use on a CPU
+    """Packed attention on a GPU in half precision: [1, heads, T, D] each -> [T, heads, D]."""
+    from torch.nn.attention.varlen import varlen_attn  # takes seconds to import, and a CPU does not need it
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     bounds, longest = _bounds(lengths, query.device), max(lengths)
@@ -96,9 +96,9 @@ def _varlen_attention(
     return out
 
 
-@lru_cache(maxsize=2)  # of a forward every layer asks for the same
+@lru_cache(maxsize=2)  # every layer of a forward passes the same arguments
 def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each sequence begins, and where the last one ends: [n + 1] int32."""
+    """The offset of each sequence's start, and of the end of the last one: [n + 1] int32."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 

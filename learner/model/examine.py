@@ -1,10 +1,10 @@
-"""Whether a folder's tensors are those that its model needs, and whether the learner can run it: no weight is read.
+"""Check whether a folder's tensors are those that its model needs, and whether the learner can run it. Reads no weight.
 
     python -m sdft.learner.model.examine FOLDER [--trains]     prints the reason why not, as JSON; null if there is none
 
-transformers loads the folder as it always does, but from the headers of its files and onto torch's meta device, which
-has no memory: so its own rules say which tensors are renamed, tied or ignored. A packed forward on the same device
-shows what the learner's attention is asked for.
+transformers loads the folder with its usual code, but from the headers of its files and onto torch's meta device, which
+allocates no memory. So its own rules decide which tensors are renamed, tied or ignored. A packed forward on the same
+device shows which arguments the model's layers pass to the learner's attention.
 """
 
 import json
@@ -39,9 +39,9 @@ COUNTED = "sdft_examined"
 
 
 def examine(path: Path, trains: bool) -> str | None:
-    """The reason why a model folder's weights cannot be used, or with `trains` not be trained; None if they can.
+    """Return why a model folder's weights cannot be used, or with `trains` not be trained, or None if they can.
 
-    As the end of a sentence, with the mend. ValueError if the files are not whole.
+    The reason is the end of a sentence, and includes the remedy. Raises ValueError if the files are not whole.
     """
     tensors = {
         name: torch.empty(entry["shape"], dtype=DTYPES.get(entry["dtype"], torch.uint8), device="meta")
@@ -51,10 +51,10 @@ def examine(path: Path, trains: bool) -> str | None:
     try:
         config = read_config(path)
         if not trains and is_quantized(config):
-            return None  # engines unpack it
+            return None  # engines load quantized weights
         _, loaded = _loaded(config, tensors, "eager")
     except Untrainable as error:
-        return str(error) if trains else None  # engines have models of their own
+        return str(error) if trains else None  # engines have their own model code
     except BROKEN as error:
         return f"transformers cannot build what its config.json describes ({_words(error)})" if trains else None
     reason = misfit(loaded)
@@ -64,7 +64,7 @@ def examine(path: Path, trains: bool) -> str | None:
 
 
 def _loaded(config: Any, tensors: dict[str, torch.Tensor], attention: str) -> tuple[PreTrainedModel, dict[str, Any]]:
-    with torch.device("meta"):  # for its class alone, and its part of a configuration of several
+    with torch.device("meta"):  # only for its class, and its part of a multimodal configuration
         empty = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     loaded: tuple[PreTrainedModel, dict[str, Any]] = type(empty).from_pretrained(
         None,
@@ -74,14 +74,14 @@ def _loaded(config: Any, tensors: dict[str, torch.Tensor], attention: str) -> tu
         dtype=torch.float32,
         attn_implementation=attention,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are told, not raised
+        ignore_mismatched_sizes=True,  # reported in the loading info instead of raised
     )
     return loaded
 
 
 def _packed(config: Any, tensors: dict[str, torch.Tensor]) -> str | None:
-    """The reason why the learner's attention is not all that the model's layers do to bring tokens together."""
-    windows: list[int | None] = []  # of every call of attention
+    """Return why the learner's attention does not cover all that the model's layers do to mix tokens, or None."""
+    windows: list[int | None] = []  # sliding_window of each attention call
 
     def counted(*given: Any, **named: Any) -> tuple[torch.Tensor, None]:
         windows.append(named.get("sliding_window"))
@@ -99,7 +99,7 @@ def _packed(config: Any, tensors: dict[str, torch.Tensor]) -> str | None:
     except BROKEN as error:
         return f"its layers do not work with the learner's attention ({_words(error)})"
     except RuntimeError:
-        return None  # something that needs memory: the learner compares its forward with the model's own at its start
+        return None  # an operation needs memory; the learner compares its forward with the model's own at its start
     text = model.config.get_text_config()
     if len(windows) < text.num_hidden_layers:
         return "its layers do not use the attention interface of transformers, which the learner puts its own into"
@@ -116,7 +116,7 @@ def _words(error: Exception) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # its reports are of what is returned here
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # it would log what is printed here
     print(json.dumps(examine(Path(arguments[0]), "--trains" in arguments)))
 
 

@@ -1,7 +1,7 @@
-"""Whether the learner's forward of a model is the model's own: a pack of short sequences against each of them alone.
+"""Check that the learner's forward of a model equals the model's own: a pack of short sequences against each alone.
 
-packed, twice, as in training  ─┬─►  the same both times?                      no: something in it is random
-                                └─►  log-probs of transformers' own forward?   no: a part of the model is left out
+packed, twice, as in training  ─┬─►  equal both times?                             no: a part of the model is random
+                                └─►  log-probs equal to transformers' own forward? no: a part of the model is left out
 """
 
 from collections.abc import Iterator
@@ -18,18 +18,18 @@ from sdft.learner.model.student import hidden_states
 
 LENGTHS = (9, 5)
 STRIDE = 7919  # a prime: neighbouring tokens are far apart in any vocabulary
-# Largest gap of a log-prob, in float32. Rounding: 1e-6 in tiny models, 5e-5 in SmolLM2-135M. Attention sinks or ALiBi
-# left out of tiny random models: 0.01 and more.
+# Largest allowed difference of a log-prob, in float32. Rounding causes 1e-6 in tiny models and 5e-5 in SmolLM2-135M.
+# Leaving attention sinks or ALiBi out of tiny random models causes 0.01 and more.
 BOUND = 2e-3
 BOUND_IN_HALF = 0.2  # the same in bfloat16, in which correct engines differ by up to 0.04
 
 
 @torch.no_grad()
 def unfaithful(model: PreTrainedModel) -> str | None:
-    """How the learner's forward differs from the model's, as the end of a sentence; None if it does not.
+    """Return how the learner's forward differs from the model's, as the end of a sentence, or None if it does not.
 
-    Computed on a CPU in float32, where its weights have room in half of the free memory for the time of it, else in
-    their own dtype. Leaves the model as it was, and takes nothing from torch's generators.
+    Computes on a CPU: in float32 if the float32 weights fit into half of the free memory, otherwise in the model's
+    dtype. Leaves the model and torch's random generators unchanged.
     """
     room = 4 * model.num_parameters() < available_memory_gib() * GIB / 2
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -48,7 +48,7 @@ def unfaithful(model: PreTrainedModel) -> str | None:
     if not torch.equal(once, again):
         return "the same input gives other outputs each time: something in its training mode is random, as dropout"
     gap = float((once - own).abs().max())
-    if not gap <= (BOUND if room or model.dtype == torch.float32 else BOUND_IN_HALF):  # also if it is no number
+    if not gap <= (BOUND if room or model.dtype == torch.float32 else BOUND_IN_HALF):  # true for NaN too
         return (
             f"the learner leaves out a part of it: its log-probs are up to {gap:.2g} from those of transformers' own "
             f"forward"
@@ -62,13 +62,13 @@ def _log_probs(model: PreTrainedModel, states: Tensor) -> Tensor:
 
 
 def _own_log_probs(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Of one sequence [N]: [N, V], by the model's own head."""
+    """Log-probs of one sequence by the model's own forward and head: ids [N] -> [N, V]."""
     return torch.log_softmax(model(input_ids=ids[None], use_cache=False).logits[0].float(), -1)
 
 
 @contextmanager
 def _as_evaluated(model: PreTrainedModel) -> Iterator[None]:
-    """With eager attention, and as rollouts are sampled: without dropout."""
+    """Use eager attention and no dropout inside the block, because rollouts are sampled without dropout."""
     model.eval()
     model.set_attn_implementation("eager")
     try:

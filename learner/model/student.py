@@ -1,4 +1,4 @@
-"""The student as the learner trains it: a Hugging Face causal LM without padding, its loss inside its forward.
+"""The student as the learner trains it: a Hugging Face causal LM on packed input, with its loss inside its forward.
 
 The loss is computed inside the module because ZeRO-3 gathers a parameter only for the modules that own or register it.
 """
@@ -20,7 +20,7 @@ from sdft.learner.packing import MicroBatch
 
 
 def load_student(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a local folder, dropout off, for packed input. Untrainable if it is one that cannot be trained."""
+    """Load a local folder's model for packed input, without dropout. Raises Untrainable if it cannot be trained."""
     if reason := why_not(path):
         raise Untrainable(f"{path} cannot be trained: {reason}")
     model, loaded = AutoModelForCausalLM.from_pretrained(
@@ -28,7 +28,7 @@ def load_student(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         dtype=dtype,
         attn_implementation=PACKED,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are told, not raised
+        ignore_mismatched_sizes=True,  # reported in the loading info instead of raised
     )
     if reason := misfit(loaded):
         raise Untrainable(f"{path} cannot be trained: {reason}")
@@ -46,7 +46,10 @@ def load_student(path: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Rollouts are sampled without it. Models name its probability in modules, and again in configurations."""
+    """Set every dropout probability to 0, because rollouts are sampled without dropout.
+
+    Models keep the probability in modules, and again in configurations.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -58,7 +61,7 @@ def without_dropout(model: nn.Module) -> None:
 
 
 class SelfDistillation(nn.Module):
-    """Packed micro-batch in, this micro-batch's part of the loss out."""
+    """Map a packed micro-batch to its part of the loss."""
 
     def __init__(self, model: PreTrainedModel, loss: LossConfig) -> None:
         super().__init__()
@@ -71,24 +74,27 @@ class SelfDistillation(nn.Module):
         return self.model.get_output_embeddings()
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, ...]:
-        """loss, divergence, mismatch_kl, tail_mass: the sums of loss.LossSums, as a tuple that DeepSpeed can walk."""
+        """Return the sums loss, divergence, mismatch_kl and tail_mass of divergence_loss, as scalars.
+
+        They are a plain tuple, which DeepSpeed can traverse.
+        """
         states = hidden_states(self.model, batch.input_ids, batch.position_ids, batch.lengths, batch.predicting)
         return divergence_loss(states, self.head.weight, self.head.bias, batch.targets, self.loss)
 
 
 class Probe(nn.Module):
-    """Log-probs of one sequence under whatever weights are put in with torch.func.functional_call."""
+    """Compute the log-probs of one sequence under the weights passed with torch.func.functional_call."""
 
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         super().__init__()
         config = AutoConfig.from_pretrained(path)
-        with init_empty_weights():  # parameters on the meta device, buffers real: it owns no memory to speak of
+        with init_empty_weights():  # parameters on the meta device, buffers real: almost no memory
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PACKED)
-        self.model.tie_weights()  # made empty one by one, tied parameters are no longer the same object
+        self.model.tie_weights()  # init_empty_weights replaces parameters one by one, which unties them
         self.eval()
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Log-prob of every token of `ids` [N] after the first: [N - 1] float32."""
+        """Return the log-prob of every token of `ids` [N] after the first: [N - 1] float32."""
         states = hidden_states(self.model, ids, torch.arange(len(ids)), (len(ids),))
         logits = self.model.get_output_embeddings()(states[:-1]).float()
         return torch.log_softmax(logits, -1).gather(-1, ids[1:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""The learner's end of broadcasts: a role's last snapshot, out of shared memory, to all its engines at once."""
+"""The learner's end of broadcasts: it sends a role's last snapshot from shared memory to all its engines at once."""
 
 import time
 from collections.abc import Sequence
@@ -15,29 +15,29 @@ from sdft.actors.shared.types import SnapshotDamaged, TensorEntry
 
 
 class Broadcaster:
-    """One group a role, formed anew whenever its members have changed."""
+    """One group per role, formed anew whenever its members change."""
 
     def __init__(self, device: str, address: str) -> None:
-        """address: of this machine."""
+        """address: the address of this machine."""
         self._device, self._address = torch.device(device), address
         self._stores: dict[str, TCPStore] = {}
         self._groups: dict[str, Group] = {}
 
     def meet(self, role: str) -> tuple[str, int]:
-        """Address and port at which the next group of the role meets; the one before is closed."""
+        """Return address and port at which the role's next group meets, and close its last group."""
         self.close(role)
         self._stores[role], port = host(self._address)
         return self._address, port
 
     def join(self, role: str, size: int, timeout_s: float) -> None:
-        """Wait for the other members, of `size` in all. RuntimeError if they do not come."""
+        """Wait for the other members; `size` includes the learner. Raises RuntimeError if they do not join."""
         store = self._stores.pop(role)
         self._groups[role] = Group(store, 0, size, self._device, self._address, timeout_s)
 
     def send(self, role: str, payload: NDArray[np.uint8], entries: Sequence[TensorEntry], timeout_s: float) -> None:
-        """The snapshot's bytes, bucket by bucket. BroadcastFailed if not all members have taken them.
+        """Send the snapshot's bytes, bucket by bucket. Raises BroadcastFailed if not all members received them.
 
-        SnapshotDamaged if they are not those that were packed; then the group is closed too.
+        Raises SnapshotDamaged if the bytes are not those that were packed. Either error closes the group.
         """
         deadline = time.monotonic() + timeout_s
         try:
@@ -59,12 +59,12 @@ class Broadcaster:
         return full
 
     def close(self, role: str) -> None:
-        """End the role's group, if there is one; its members find out."""
+        """Close the role's group, if there is one. Its members detect that."""
         group = self._groups.pop(role, None)
         if group is not None:
             group.close()
 
     @property
     def _stream(self) -> torch.cuda.Stream | None:
-        """Of its own, on a GPU: the learner's next step goes on beside."""
+        """A separate stream on a GPU, so that the learner's next step runs concurrently; None on a CPU."""
         return torch.cuda.Stream(self._device) if self._device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""What a snapshot is made of."""
+"""The weights that a snapshot is made of."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ import torch
 
 @dataclass(frozen=True)
 class Content:
-    """What a snapshot is made of."""
+    """The weights that a snapshot is made of."""
 
-    weights: Iterable[tuple[str, torch.Tensor]]  # Hugging Face names; to be iterated over once, a collective
-    nbytes: int  # of all of them
-    scale: float | None = None  # they are LoRA adapters, to be merged into the base model
+    weights: Iterable[tuple[str, torch.Tensor]]  # Hugging Face names; can be iterated over once, which is a collective
+    nbytes: int  # of all weights
+    scale: float | None = None  # if set, the weights are LoRA adapters, to be merged into the base model

@@ -1,4 +1,4 @@
-"""The student on disk: a plain Hugging Face folder, or with LoRA a peft adapter, which can be made into one."""
+"""The student on disk: a Hugging Face folder, or with LoRA a peft adapter, which can be merged into such a folder."""
 
 import json
 import shutil
@@ -12,18 +12,18 @@ from sdft.actors.shared.model_files import ADAPTER_CONFIG, COMPANIONS, SINGLE, r
 from sdft.learner.checkpoint.saving import TensorFile
 from sdft.learner.config import LoraConfig
 
-WEIGHT_INDICES = "*.safetensors.index.json"  # of the base model, which must not come along
-PEFT_PREFIX = "base_model.model."  # of the names in a peft adapter
+WEIGHT_INDICES = "*.safetensors.index.json"  # describe the base model's files, so they are not copied
+PEFT_PREFIX = "base_model.model."  # prefix of the names in a peft adapter
 
 
 class BaseModelGone(Exception):
-    """An adapter's base model is not where it was."""
+    """An adapter's base model is not at the path that the adapter names."""
 
 
 def student_file(base: Path, weights: dict[str, torch.Tensor], out: Path) -> TensorFile:
-    """Make the folder `out`, which must not exist, with everything from `base` but the weights.
+    """Make the folder `out`, which must not exist, with everything from `base` except the weights.
 
-    Returned is the file of the weights (Hugging Face names), to be written.
+    Returns the file of the weights (Hugging Face names), not yet written.
     """
     out.mkdir(parents=True)
     _copy_companions(base, out, next(iter(weights.values())).dtype)
@@ -31,7 +31,10 @@ def student_file(base: Path, weights: dict[str, torch.Tensor], out: Path) -> Ten
 
 
 def adapter_file(base: Path, adapters: dict[str, torch.Tensor], config: LoraConfig, out: Path) -> TensorFile:
-    """The same for a student that is LoRA adapters on `base`: `out` becomes a folder that peft loads."""
+    """Make the folder `out`, which must not exist, for LoRA adapters on `base`, in the form that peft loads.
+
+    Returns the file of the adapters, not yet written.
+    """
     from sdft.learner.weights.lora import peft_config
 
     out.mkdir(parents=True)
@@ -41,9 +44,9 @@ def adapter_file(base: Path, adapters: dict[str, torch.Tensor], config: LoraConf
 
 
 def merge_adapter(adapter: Path, out: Path) -> None:
-    """Make the folder `out`, which must not exist: the adapter's base model with the adapter in it, in its dtype.
+    """Make the folder `out`, which must not exist: the base model with the adapter merged, in the adapter's dtype.
 
-    BaseModelGone if the base model is not where it was, ValueError if it is not whole.
+    Raises BaseModelGone if the base model is not at its path, ValueError if it is not whole.
     """
     config = json.loads((adapter / ADAPTER_CONFIG).read_text())
     base = Path(config["base_model_name_or_path"])
@@ -62,11 +65,11 @@ def merge_adapter(adapter: Path, out: Path) -> None:
 
 
 def _copy_companions(base: Path, out: Path, dtype: torch.dtype) -> None:
-    """All of a model folder but its weights, which will be of `dtype`."""
+    """Copy a model folder except its weights, and set `dtype` in config.json."""
     for pattern in COMPANIONS:
         for path in base.glob(pattern):
             if not path.match(WEIGHT_INDICES):
-                shutil.copyfile(path, out / path.name)  # not its permissions, which are for another folder
+                shutil.copyfile(path, out / path.name)  # without its permissions, which are for another folder
     config = json.loads((out / "config.json").read_text())
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")

@@ -1,7 +1,8 @@
-"""LoRA on a frozen model, and a teacher that is the EMA of the change its adapters make.
+"""LoRA on a frozen model, and a teacher that is the EMA of the change that the adapters make.
 
-Averaging A and B apart would not average their product: the teacher keeps the change itself, D <- alpha * scale * B A +
-(1 - alpha) * D in float32, so that W + D is what the EMA of the full weights would be. Each rank keeps some rows of D.
+Averaging A and B separately would not average their product. The teacher therefore keeps the change itself,
+D <- alpha * scale * B A + (1 - alpha) * D in float32, so that W + D equals the EMA of the full weights. Each rank keeps
+some rows of D.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from sdft.learner.model.architecture import Untrainable
 from sdft.learner.weights.content import Content
 
 ADAPTER = "default"  # peft's name of a model's only adapter
-Whole = Callable[[nn.Parameter], Tensor]  # gives a parameter as the forward uses it, whole; a collective
+Whole = Callable[[nn.Parameter], Tensor]  # returns a parameter whole, as the forward uses it; a collective
 
 
 def peft_config(config: LoraConfig, base: Path) -> PeftConfig:
@@ -37,12 +38,13 @@ def peft_config(config: LoraConfig, base: Path) -> PeftConfig:
 
 
 class Lora:
-    """The adapters of a model, and how student and teacher differ from it by them."""
+    """The adapters of a model, and the student's and teacher's weights that they make."""
 
     def __init__(self, model: PreTrainedModel, config: LoraConfig, base: Path, dtype: torch.dtype) -> None:
-        """Freezes the model. A is random, by torch's generator, and B zero: nothing has changed yet.
+        """Freeze the model and add adapters. A is random, by torch's generator, and B is zero, so no weight changes.
 
-        To be called before the parameters are divided over ranks.
+        Call it before the parameters are divided over ranks. Raises ValueError if the head gets an adapter, Untrainable
+        if the model's files name an adapted weight differently.
         """
         inject_adapter_in_model(peft_config(config, base), model)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -72,26 +74,27 @@ class Lora:
         self._live = False
 
     def keep_teacher(self, alpha: float | None, resets: bool, rank: int, ranks: int, device: torch.device) -> None:
-        """Begin its EMA. alpha 0: it stays what it is, the base model unless `resets`. None: it is the student."""
+        """Begin the teacher's EMA. alpha 0: the teacher is constant, and the base model unless `resets`. alpha None: it
+        is the student."""
         self._live = alpha is None
         if alpha or (alpha is not None and resets):
             self._teacher = ChangeEMA(self._shapes, alpha * self._scale, 1 - alpha, rank, ranks, device)
 
     def follow(self, whole: Whole) -> None:
-        """Move the teacher after a step. Collective."""
+        """Update the teacher after a step. Collective."""
         if self._teacher is not None:
             for name, pair in self._pairs.items():
                 self._teacher.follow(name, *map(whole, pair))
 
     def reset_teacher(self, whole: Whole) -> None:
-        """Make it the student. Collective."""
+        """Set the teacher to the student. Collective."""
         if self._teacher is not None:
             for name, pair in self._pairs.items():
                 down, up = map(whole, pair)
                 self._teacher.become(name, down, up, self._scale)
 
     def weights(self, role: str, dtype: torch.dtype, whole: Whole) -> Iterator[tuple[str, Tensor]]:
-        """Every weight of a role, adapters merged, in `dtype`. Collective."""
+        """Yield every weight of a role, adapters merged, in `dtype`. Collective."""
         for name, param in self._base.items():
             weight = whole(param)
             if name in self._pairs and (role == "student" or self._live):
@@ -103,22 +106,22 @@ class Lora:
                 yield name, weight.to(dtype)
 
     def snapshot(self, role: str, whole: Whole) -> Content:
-        """What the engines of a role need: the student's adapters alone, the teacher whole."""
+        """Return a role's weights for the engines: only the adapters of the student, the teacher whole."""
         if role == "teacher":
             return Content(self.weights(role, self._dtype, whole), self._bytes[role])
         return Content(self._adapters(whole), self._bytes[role], self._scale)
 
     def pieces(self) -> Iterator[Piece]:
-        """This rank's of the teacher."""
+        """Yield this rank's pieces of the teacher."""
         return iter(()) if self._teacher is None else self._teacher.pieces()
 
     @property
     def keeps_teacher(self) -> bool:
-        """Whether there is a change to keep: a teacher that is neither the base model nor the student."""
+        """Whether the teacher has a change D: it is neither always the base model nor always the student."""
         return self._teacher is not None
 
     def load(self, files: StateFiles) -> None:
-        """The teacher. ValueError if the files do not hold it whole."""
+        """Load the teacher. Raises ValueError if the files do not hold it whole."""
         if self._teacher is not None:
             self._teacher.load(files)
 
@@ -129,7 +132,7 @@ class Lora:
 
 
 class ChangeEMA:
-    """One rank's rows of the teacher's change of every weight, [rows, in] float32: 4 bytes a weight / ranks."""
+    """One rank's rows of the teacher's change D of every weight: [rows, in] float32, 4 bytes per number / ranks."""
 
     def __init__(
         self,
@@ -140,20 +143,20 @@ class ChangeEMA:
         ranks: int,
         device: torch.device,
     ) -> None:
-        """shapes: [out, in] of each weight. Every step D <- gain * B A + decay * D."""
+        """shapes: [out, in] of each weight. Every step is D <- gain * B A + decay * D."""
         self._shapes, self._gain, self._decay, self._rank, self._ranks = shapes, gain, decay, rank, ranks
-        # As many for every rank: the last ones' may end in padding.
+        # Every rank has the same number of rows; those of the last ranks may end in padding.
         self._rows = {
             name: torch.zeros(-(-out // ranks), width, device=device) for name, (out, width) in shapes.items()
         }
 
     def follow(self, name: str, down: Tensor, up: Tensor) -> None:
-        """A [rank, in] and B [out, rank], whole."""
+        """Update D after a step, unless gain is 0. down is A [rank, in] and up is B [out, rank], both whole."""
         if self._gain:
             self._move(name, down, up, self._gain, self._decay)
 
     def become(self, name: str, down: Tensor, up: Tensor, scale: float) -> None:
-        """D <- scale * B A."""
+        """Set D <- scale * B A."""
         self._move(name, down, up, scale, 0.0)
 
     @torch.no_grad()
@@ -163,7 +166,7 @@ class ChangeEMA:
         torch.addmm(rows, mine, down.float(), beta=decay, alpha=gain, out=rows)
 
     def whole(self, name: str) -> Tensor:
-        """[out, in]. Collective."""
+        """Return D of a weight whole, [out, in]. Collective."""
         rows, (out, width) = self._rows[name], self._shapes[name]
         if self._ranks == 1:
             return rows
@@ -184,6 +187,6 @@ class ChangeEMA:
             self._rows[name][: len(mine)].copy_(mine)
 
     def _here(self, name: str) -> slice:
-        """This rank's rows of the whole."""
+        """This rank's rows of the whole D."""
         each, out = len(self._rows[name]), self._shapes[name][0]
         return slice(min(out, each * self._rank), min(out, each * (self._rank + 1)))

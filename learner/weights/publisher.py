@@ -1,7 +1,7 @@
 """Weights out of the learner: a versioned snapshot in shared memory, with digests and the probe's log-probs.
 
-The memory is anonymous (memfd) and reached through the publishing process, so it goes when that process goes: no file
-is left behind, whoever dies. One buffer a role, used again for the next version once the engines have let go of it.
+The memory is anonymous (memfd) and reached through the publishing process, so it is freed when that process ends. No
+file is left behind, whichever process dies. Each role has one buffer, which the next version reuses after `release`.
 """
 
 import mmap
@@ -34,7 +34,7 @@ class Publisher:
     """Packs snapshots, on the learner's first rank."""
 
     def __init__(self, model: Path, dtype: torch.dtype, probe_ids: IntArray, node: str) -> None:
-        """node: Ray's id of this machine."""
+        """node: Ray's node id of this machine."""
         self._node = node
         self._model = model
         self._probe = Probe(model, dtype)
@@ -62,13 +62,13 @@ class Publisher:
             probe_logprobs=self._probe_logprobs(entries, buffer.memory, content.scale),
             scale=content.scale,
         )
-        buffer.in_use = True  # last: a snapshot that cannot be probed reaches no engine, and is never released
+        buffer.in_use = True  # last: a snapshot whose probe fails reaches no engine, and is never released
         return snapshot
 
     def _probe_logprobs(self, entries: Sequence[TensorEntry], memory: mmap.mmap, scale: float | None) -> FloatArray:
-        """By these very bytes: what the engines must reproduce is what was sent, for student and teacher alike.
+        """Compute the probe's log-probs from the packed bytes, because engines of both roles must reproduce those.
 
-        ValueError if a parameter of the model is not among them.
+        Raises ValueError if a parameter of the model is not among the tensors.
         """
         payload = torch.frombuffer(memory, dtype=torch.uint8)
         tensors = {
@@ -76,29 +76,29 @@ class Publisher:
         }
         if scale is not None:
             tensors = dict(merged(self._model, tensors, scale, self._dtype))
-        # A folder may hold a tied head a second time.
+        # A folder may also hold a copy of a tied head, which is not a parameter.
         parameters = {f"model.{n}": t for n, t in tensors.items() if f"model.{n}" in self._probe_names}
-        if missing := self._probe_names - parameters.keys():  # torch would compute on with memory that is not there
+        if missing := self._probe_names - parameters.keys():  # torch would compute with unallocated memory
             raise ValueError(f"the weights to be published lack {min(missing).removeprefix('model.')}")
         ids = torch.from_numpy(self._probe_ids.astype(np.int64))
         with torch.no_grad():
             return functional_call(self._probe, parameters, (ids,)).numpy()
 
     def payload(self, role: str) -> NDArray[np.uint8]:
-        """The bytes of the role's last snapshot, not copied; they stay what they are until the next is published."""
+        """Return the bytes of the role's last snapshot without a copy. They change when the next one is published."""
         return np.frombuffer(self._buffers[role].memory, np.uint8)
 
     def entries(self, role: str) -> Sequence[TensorEntry]:
-        """What lies where in them."""
+        """Return name, place and digest of each tensor in the payload."""
         return self._buffers[role].entries
 
     def release(self, role: str) -> None:
-        """Every engine has loaded and verified the role's snapshot: its memory may be used again."""
+        """Allow the memory of the role's snapshot to be reused, after its delivery."""
         self._buffers[role].in_use = False
 
 
 def pack(weights: Iterable[tuple[str, torch.Tensor]], memory: mmap.mmap) -> tuple[TensorEntry, ...]:
-    """Copy tensors end to end into `memory`, one at a time; where each lies, and its digest."""
+    """Copy tensors end to end into `memory`, one at a time. Returns the place and the digest of each."""
     payload, view = torch.frombuffer(memory, dtype=torch.uint8), memoryview(memory)
     entries, offset = [], 0
     for name, tensor in weights:

@@ -1,1 +1,1 @@
-"""Kernels that only a CPU uses; a reader interested in GPUs may skip them."""
+"""Code that saves time on a CPU. On a GPU, `last_layer` and `norm` apply too."""

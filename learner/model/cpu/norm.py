@@ -1,8 +1,8 @@
-"""RMSNorm that keeps nothing in float32 for backward: of each norm its input, in the model's dtype, and a number a row.
+"""RMSNorm that saves for backward only its input, in the model's dtype, and one number per row.
 
-Written out as models have it, a norm keeps its input in float32 and again rounded. On a CPU forward is the module's own
-to the last bit; a norm that computes otherwise is left as it is. On a GPU it is torch's, which rounds once instead of
-twice: one kernel where the model's own is eight.
+The norms of models save their input in float32 and again rounded. On a CPU the forward is bit-identical to the
+module's own; a norm that computes other bits is left as it is. On a GPU the forward is torch's, which rounds once
+instead of twice: one kernel where the model's own norm has eight.
 """
 
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from functools import partial, reduce
 import torch
 from torch import Tensor, nn
 
-CACHED = 600_000  # numbers worked on at once, 2.4 MB in float32: they are read and written again and again
+CACHED = 600_000  # numbers per block, 2.4 MB in float32: a block is read and written repeatedly
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) * weight, [..., H] and [H]; the quotient is rounded to the dtype of x before the product."""
+    """x / rms(x) * weight, x [..., H], weight [H]; the quotient is rounded to the dtype of x before the product."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -46,7 +46,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _blocks(rows: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some rows of each at a time, as many as stay in a CPU's cache."""
+    """Yield blocks of rows of each tensor, with as many rows as stay in a CPU's cache."""
     most = max(1, CACHED // rows.shape[1])
     return zip(*(x.split(most) for x in (rows, *others)), strict=True)
 
@@ -59,7 +59,7 @@ def _forward(module: nn.Module, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def replace_norms(model: nn.Module) -> int:
-    """Give the model's RMSNorms their forward from here, where both compute the same bits. Returns how many."""
+    """Replace the forward of the model's RMSNorms where both compute the same bits. Returns how many are replaced."""
     count = 0
     for module in model.modules():
         if hasattr(module, "variance_epsilon") and isinstance(getattr(module, "weight", None), nn.Parameter):

@@ -1,8 +1,8 @@
 """Causal attention inside each short sequence of a pack, on a CPU: matrix products over many sequences at once.
 
 Sequences of about the same length form a group, padded to its longest. The padding comes after every real position, so
-the causal mask hides it. Rows, a row being one head of one token, are put in the order of the products and back by one
-gather for all groups: what a layer costs beside its products is the number of calls.
+the causal mask hides it. A row is one head of one token. One gather for all groups puts the rows into the order of the
+products, and one puts them back: beside its products, a layer's cost is the number of calls.
 """
 
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from sdft.learner.config import ATTENTION_KEPT
 
-LEAST = 0.8  # a member of a group has so much of its longest: the rest of its rows is computed and hidden
-SCORES = 1 << 18  # attention scores of a head worked on at once, so that those of all heads fit into a cache
+LEAST = 0.8  # least length of a member relative to its group's longest; the padding is computed and hidden
+SCORES = 1 << 18  # attention scores per head computed at once, so that those of all heads fit into a cache
 
 
 class ShortAttention(torch.autograd.Function):
     """query [1, heads, T, D], key and value [1, kv heads, T, D] -> [1, heads, T, D].
 
-    Kept for the gradient beside these three: the attention weights of groups up to ATTENTION_KEPT, others not.
+    Saves for backward these three, and the attention weights of groups whose longest has up to ATTENTION_KEPT tokens.
     """
 
     @staticmethod
@@ -49,7 +49,7 @@ class ShortAttention(torch.autograd.Function):
         lengths, scale = ctx.lengths, ctx.scale
         query, key, value, *kept = ctx.saved_tensors
         given = [_padded(x, lengths) for x in (query, key, value, grad)]
-        # From padding no gradient goes into keys and values.
+        # Padding must not contribute to the gradients of keys and values.
         given[3].index_fill_(0, _order(lengths, grad.shape[1]).padding, 0)
         grads = [torch.empty_like(x) for x in given[:3]]
         for q, k, v, g, grad_q, grad_k, grad_v in _of_groups(lengths, key.shape[1], *given, *grads):
@@ -72,15 +72,15 @@ def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 class Group(NamedTuple):
-    """Sequences attended to at once."""
+    """Sequences whose attention is computed at once."""
 
-    members: tuple[int, ...]  # of the pack, the longest first
-    longest: int
+    members: tuple[int, ...]  # indices in the pack, the longest first
+    longest: int  # tokens
 
 
-@lru_cache(maxsize=4)  # every layer asks for the same, forward and backward
+@lru_cache(maxsize=4)  # every layer passes the same lengths, forward and backward
 def groups(lengths: tuple[int, ...]) -> tuple[Group, ...]:
-    """Groups whose members have LEAST of the longest, with at most SCORES unless it is a single sequence."""
+    """Group sequences: each has at least LEAST of its group's longest; a group of several has at most SCORES."""
     found, members = list[Group](), list[int]()
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         longest = lengths[members[0]] if members else lengths[i]
@@ -92,14 +92,14 @@ def groups(lengths: tuple[int, ...]) -> tuple[Group, ...]:
 
 
 class _Order(NamedTuple):
-    there: Tensor  # of every padded row the row of the pack; of padding, any
-    back: Tensor  # of every row of the pack the padded one
-    padding: Tensor  # the padded rows that are padding
+    there: Tensor  # for every padded row, its row of the pack; for padding, any row
+    back: Tensor  # for every row of the pack, its padded row
+    padding: Tensor  # indices of the padded rows that are padding
 
 
 @lru_cache(maxsize=4)
 def _order(lengths: tuple[int, ...], heads: int) -> _Order:
-    """Rows of a pack are [T, heads]; padded, [members, heads, longest] of one group after the other."""
+    """Map rows of a pack, [T, heads], to padded rows, [members, heads, longest] of one group after the other."""
     starts = torch.tensor([0, *lengths]).cumsum(0)
     there, real = [], []
     for members, longest in groups(lengths):
@@ -115,20 +115,20 @@ def _order(lengths: tuple[int, ...], heads: int) -> _Order:
 
 
 def _padded(x: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """[1, heads, T, D] -> [padded rows, D]."""
+    """Gather padded rows: [1, heads, T, D] -> [padded rows, D]."""
     rows = x[0].transpose(0, 1).reshape(-1, x.shape[3])
     return rows.index_select(0, _order(lengths, x.shape[1]).there)
 
 
 def _packed(padded: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """[padded rows, D] -> [1, heads, T, D]."""
+    """Gather the pack's rows back: [padded rows, D] -> [1, heads, T, D]."""
     heads = _heads(padded, lengths)
     rows = padded.index_select(0, _order(lengths, heads).back)
     return rows.view(-1, heads, padded.shape[1]).transpose(0, 1)[None]
 
 
 def _of_groups(lengths: tuple[int, ...], kv_heads: int, *padded: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Of each group its part of each: [members * kv heads, its heads / kv heads * longest, D]."""
+    """Yield each group's part of each tensor: [members * kv heads, the tensor's heads / kv heads * longest, D]."""
     tokens = [len(members) * longest for members, longest in groups(lengths)]
     parts = [x.split([n * _heads(x, lengths) for n in tokens]) for x in padded]
     for group, *its_parts in zip(groups(lengths), *parts, strict=True):
@@ -136,5 +136,5 @@ def _of_groups(lengths: tuple[int, ...], kv_heads: int, *padded: Tensor) -> Iter
 
 
 def _heads(padded: Tensor, lengths: tuple[int, ...]) -> int:
-    """How many heads each token of padded rows has."""
+    """The number of heads of each token in padded rows."""
     return len(padded) // sum(len(members) * longest for members, longest in groups(lengths))
