@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import ray
 
+from sdft.actors.shared.process import anonymous_memory
+
 
 class SnapshotRelay:
     """Ray actor that holds one copy per role, as the learner's publisher holds the originals."""
@@ -27,8 +29,6 @@ class SnapshotRelay:
             os.close(held[0])  # an engine that has mapped it keeps the memory until it has loaded it
             held = None
         if held is None:
-            fd = os.memfd_create(f"sdft-relay-{role}")
-            os.ftruncate(fd, data.nbytes)
-            self._buffers[role] = held = fd, mmap.mmap(fd, data.nbytes)
+            self._buffers[role] = held = anonymous_memory(f"sdft-relay-{role}", data.nbytes)
         np.copyto(np.frombuffer(held[1], np.uint8), data)
         return f"/proc/{os.getpid()}/fd/{held[0]}"

@@ -2,6 +2,7 @@
 
 import fcntl
 import gc
+import mmap
 import os
 import shutil
 import stat
@@ -34,6 +35,16 @@ def kept_heap(device: str) -> dict[str, str]:
     if device != "cpu":
         return {}
     return {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 62)}
+
+
+def anonymous_memory(name: str, nbytes: int) -> tuple[int, mmap.mmap]:
+    """Return descriptor and mapping of new shared memory, which other processes map by /proc/PID/fd/DESCRIPTOR.
+
+    The kernel frees it when the last process that holds it ends: no file is left behind.
+    """
+    fd = os.memfd_create(name)
+    os.ftruncate(fd, nbytes)
+    return fd, mmap.mmap(fd, nbytes)
 
 
 @contextmanager

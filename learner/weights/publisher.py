@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch.func import functional_call
 
 from sdft.actors.shared.adapters import merged
+from sdft.actors.shared.process import anonymous_memory
 from sdft.actors.shared.types import FloatArray, IntArray, Snapshot, TensorEntry
 from sdft.learner.model.student import Probe
 from sdft.learner.weights.content import Content
@@ -49,7 +50,7 @@ class Publisher:
         if buffer is not None and buffer.in_use:
             raise RuntimeError(f"{role} weights v{version}: the snapshot before it was not released")
         if buffer is None:
-            buffer = self._buffers[role] = _allocate(role, content.nbytes)
+            buffer = self._buffers[role] = _Buffer(*anonymous_memory(f"sdft-{role}", content.nbytes))
         entries = buffer.entries = pack(content.weights, buffer.memory)
         snapshot = Snapshot(
             role=role,
@@ -109,9 +110,3 @@ def pack(weights: Iterable[tuple[str, torch.Tensor]], memory: mmap.mmap) -> tupl
         entries.append(TensorEntry(name, dtype, tuple(tensor.shape), offset, tensor.nbytes, digest))
         offset += tensor.nbytes
     return tuple(entries)
-
-
-def _allocate(role: str, nbytes: int) -> _Buffer:
-    fd = os.memfd_create(f"sdft-{role}")
-    os.ftruncate(fd, nbytes)
-    return _Buffer(fd, mmap.mmap(fd, nbytes))

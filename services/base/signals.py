@@ -70,4 +70,4 @@ async def _told_apart(work: Coroutine[Any, Any, T]) -> T:
     except asyncio.CancelledError as error:
         if task.cancelling():
             raise
-        raise RuntimeError("something was cancelled though nobody stopped it; please report this mistake") from error
+        raise RuntimeError("something was cancelled without a signal to stop; please report this mistake") from error

@@ -106,7 +106,7 @@ def _explained(run_dir: Path | None) -> Iterator[None]:
     except (UserError, PreflightError, RetentionLost):
         raise
     except Exception as error:
-        from sdft.services.cli.failures import explained
+        from sdft.services.cli.root_cause import explained
 
         if (failure := explained(error, run_dir)) is None:
             raise

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sdft.services.base.errors import PreflightError, UserError
+from sdft.services.base.errors import PreflightError, UserError, first_line
 
 EXCLUDES = (".git", ".venv", "venv", "runs", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache")
 AGENT_WAIT_S = 90
@@ -56,12 +56,11 @@ def submit(config: Path, run_dir: str | None, overrides: list[str], address: str
                 )
             )
         except refused as error:
-            reason = str(error).strip().split("\n", 1)[0]
             # A cluster that has just started answers before it can run anything.
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 raise PreflightError(
-                    f"--address {address}: no Ray cluster takes jobs there ({reason}); give the address of its "
-                    f"dashboard, such as http://HEAD:8265"
+                    f"--address {address}: no Ray cluster takes jobs there ({first_line(error)}); give the address "
+                    f"of its dashboard, such as http://HEAD:8265"
                 ) from None
         time.sleep(2)
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from sdft.services.base.errors import UserError, first_line
 from sdft.services.base.files import existing_file
+from sdft.services.config.templates import BUILT_IN_TEMPLATES
 from sdft.services.data.chat_template import ReplyEnd, left_out, reply_end
 from sdft.services.data.demonstrations import Message, Record
 from sdft.services.data.templates import UserTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from sdft.services.config.templates import BUILT_IN_TEMPLATES
 
 MAX_REPORTED = 20
 # Wording of the SDFT paper (arXiv 2601.19897). The paper has no wording for a context; it comes before the example.

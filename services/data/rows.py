@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sdft.services.base.errors import UserError, first_line
 
@@ -19,11 +19,7 @@ NumberedRow = tuple[int, dict[str, Any] | BadRow]
 
 def jsonl_rows(path: Path) -> Iterator[NumberedRow]:
     """Yield the objects of a JSONL file with their line numbers; blank lines are skipped."""
-    try:
-        file = path.open("rb")
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}; check its permissions") from None
-    with file:
+    with _opened(path) as file:
         # Lines end at \n only: str.splitlines would also cut at characters that JSON allows inside a string.
         for number, line in enumerate(file, start=1):
             text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
@@ -35,11 +31,7 @@ def parquet_rows(path: Path) -> Iterator[NumberedRow]:
     """Yield the rows of one Parquet file, with one batch in memory at a time."""
     import pyarrow.parquet
 
-    try:
-        file = path.open("rb")
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}; check its permissions") from None
-    with file:
+    with _opened(path) as file:
         try:
             # Pass the open file, not its name: libraries may interpret a name as a pattern, folder or host.
             parquet = pyarrow.parquet.ParquetFile(file)
@@ -51,6 +43,13 @@ def parquet_rows(path: Path) -> Iterator[NumberedRow]:
             yield from _numbered(batches)
         except (pyarrow.ArrowException, ArithmeticError, OSError, ValueError) as e:
             raise UserError(f"{path}: not a Parquet file that can be read: {first_line(e)}; write it again") from None
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}; check its permissions") from None
 
 
 def hub_rows(name: str, split: str, hint: str) -> Iterator[NumberedRow]:

@@ -18,11 +18,6 @@ def promise_tokenizers_only() -> None:
     _tokenizers_only = True
 
 
-def can_have_models() -> bool:
-    """Return whether torch is imported in this process and models of transformers may be used."""
-    return not _tokenizers_only and sys.modules.get("torch") is not None
-
-
 @contextmanager
 def import_for_tokenizers() -> Iterator[None]:
     """Hide torch while transformers is imported, after promise_tokenizers_only() and unless torch is loaded already."""

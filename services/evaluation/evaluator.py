@@ -11,6 +11,7 @@ import numpy as np
 
 from sdft.actors.shared.types import GenerateRequest, Rollout, Sampling
 from sdft.services.data.schedule import seed_of
+from sdft.services.data.sets import LoadedSet
 from sdft.services.data.thoughts import ReplyText
 from sdft.services.fleet.pool import EnginePool
 from sdft.services.grading.grade import asked, grade
@@ -19,7 +20,6 @@ from sdft.services.records.rows import PASS_AT, PERPLEXITY, STUDENT, TEACHER, Ev
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from sdft.services.data.sets import LoadedSet
 
 
 class Evaluator:

@@ -52,7 +52,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """Logs to one W&B run per process. A resumed run is another one in the same group, so their curves overlay.
 
-    W&B accepts each step once and in order. Steps repeated after the loss of a learner are left out.
+    W&B accepts steps in order. Steps before the last one logged, repeated after the loss of a learner, are left out.
     """
 
     def __init__(self, run_dir: Path, project: str) -> None:

@@ -4,9 +4,7 @@ import hashlib
 import json
 
 from sdft.services.config.run import TaskConfig
-from sdft.services.data.contexts import (
-    PromptPair,
-)
+from sdft.services.data.contexts import PromptPair
 from sdft.services.planning.plan import roles
 
 # Settings of a pool that never affect the results.

@@ -14,7 +14,7 @@ from pathlib import Path
 from sdft.actors.shared.model_files import COMPANIONS, INDEX
 from sdft.actors.shared.process import large_imports
 from sdft.learner.model.architecture import longest_of_short_rope, why_not
-from sdft.services.base.errors import UserError
+from sdft.services.base.errors import UserError, first_line
 from sdft.services.base.files import resolve_path
 from sdft.services.data.without_torch import import_for_tokenizers
 from sdft.services.planning.shape import check_files, refuse_experts
@@ -48,9 +48,9 @@ def resolve_model(name: str, base: Path) -> Path:
     try:
         return _complete(Path(snapshot_download(name, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
         raise UserError(
-            f"model: {name} is no folder and no built-in name, and the hub did not give it ({reason}); {hint}"
+            f"model: {name} is no folder and no built-in name, and the hub did not give it ({first_line(error)}); "
+            f"{hint}"
         ) from None
 
 

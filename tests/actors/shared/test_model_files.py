@@ -45,7 +45,7 @@ def shard(model: Path) -> list[Path]:
 
 @contextmanager
 def unprivileged() -> Iterator[None]:
-    """As a user whom permissions bind."""
+    """Run the block as a user to whom file permissions apply."""
     if os.geteuid() != 0:
         yield
         return

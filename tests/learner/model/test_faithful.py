@@ -81,7 +81,7 @@ def packed(folder: Path) -> PreTrainedModel:
     ],
 )
 def test_what_the_learner_leaves_out_of_a_forward_shows(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    """Models that are refused by name before, here as one whose settings nobody has put on a list."""
+    """These models are refused by name earlier; here they stand for one that is on no list."""
     model = packed(make_family(tmp_path, family, **{"pad_token_id": 0} | settings))
     assert "leaves out a part of it: its log-probs are up to" in (unfaithful(model) or "")
 

@@ -17,7 +17,7 @@ def test_what_was_cancelled_within_is_a_failure_that_says_so() -> None:
         inner.cancel()
         await inner
 
-    with pytest.raises(RuntimeError, match="cancelled though nobody stopped it"):
+    with pytest.raises(RuntimeError, match="cancelled without a signal to stop"):
         run_until_stopped(work())
 
 

@@ -71,7 +71,7 @@ def test_a_demonstration_whose_reasoning_is_cut_is_an_error_that_names_a_templat
 
 
 def test_the_reasoning_of_a_prompts_own_earlier_turns_may_be_cut(tiny_model: Path) -> None:
-    """That is how such a model is asked, whoever asks it."""
+    """Templates of reasoning models do so in every use of the model."""
     earlier = (Message(role="user", content="Hi"), Message(role="assistant", content=THOUGHT))
     one = builder(tiny_model, CUTS_THOUGHTS)
     text = one._tokenizer.decode(one.student(record("Which city?", "Oslo.", *earlier)))

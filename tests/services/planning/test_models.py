@@ -55,7 +55,7 @@ def test_a_cache_that_cannot_be_written_names_its_setting(tmp_path: Path, monkey
         resolve_model("smollm2-135m", tmp_path)
     monkeypatch.delenv("SDFT_CACHE")
     monkeypatch.delenv("HOME")
-    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # as of a user whom the machine does not know
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # the user id has no entry in the user database
     with pytest.raises(UserError, match="no home directory; set SDFT_CACHE"):
         resolve_model("smollm2-135m", tmp_path)
 

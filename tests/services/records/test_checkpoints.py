@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, cannot be read, or cannot be tidied up after: what is kept, and what a run is told."""
+"""Checkpoints that are damaged, cannot be read, or cannot be pruned: what is kept, and the notes that a run gets."""
 
 import asyncio
 import errno

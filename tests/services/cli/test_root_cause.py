@@ -10,7 +10,7 @@ from ray.exceptions import RayTaskError
 
 from sdft.actors.shared.types import WeightMismatch
 from sdft.learner.group import LearnerLost
-from sdft.services.cli.failures import explained, last_error
+from sdft.services.cli.root_cause import explained, last_error
 
 LOG = """\
 (EngineCore pid=77) INFO 11-28 02:00:00 [core.py:1] Initializing an engine
