@@ -11,8 +11,8 @@ from sdft.services.analysis.bottleneck import verdict
 from sdft.services.records.checkpoints import MANIFEST, folders
 from sdft.services.records.rows import (
     PERPLEXITY,
-    STUDENT,
-    TEACHER,
+    STUDENT_ACCURACY,
+    TEACHER_ACCURACY,
     EvalResult,
     StepMetrics,
     read_rows,
@@ -54,8 +54,12 @@ def read_sets(run_dir: Path, config: dict[str, Any]) -> list[SetProgress]:
     roles = {s["name"]: s["role"] for section in named for s in section.get("sets", [])}
     sets = []
     for name in dict.fromkeys([*roles, *(task for task, _, _ in latest)]):
-        students = sorted((r for (task, m, _), r in latest.items() if task == name and m in OWN), key=step_of)
-        teachers = sorted((r for (task, m, _), r in latest.items() if (task, m) == (name, TEACHER)), key=step_of)
+        students = sorted(
+            (r for (task, m, _), r in latest.items() if task == name and m in STUDENT_METRICS), key=step_of
+        )
+        teachers = sorted(
+            (r for (task, m, _), r in latest.items() if (task, m) == (name, TEACHER_ACCURACY)), key=step_of
+        )
         sets.append(
             SetProgress(
                 name,
@@ -68,7 +72,7 @@ def read_sets(run_dir: Path, config: dict[str, Any]) -> list[SetProgress]:
     return sets
 
 
-OWN = (STUDENT, PERPLEXITY)  # metrics of the student
+STUDENT_METRICS = (STUDENT_ACCURACY, PERPLEXITY)
 
 
 def step_of(row: EvalResult) -> int:

@@ -210,7 +210,7 @@ def _eval(a: argparse.Namespace) -> None:
 
     path = Path(a.config)
     if a.regrade and a.model:
-        raise UserError("--regrade grades the answers in a file: --model has no part in it; leave one of them out")
+        raise UserError("--regrade grades the replies in a file: --model has no part in it; leave one of them out")
     # A path on the command line is relative to the working directory, one in the file to the file's folder.
     overrides = a.set + ([f"model={json.dumps(str(_local(a.model)))}"] if a.model else [])
     config = load_config(path, overrides)
@@ -223,16 +223,16 @@ def _eval(a: argparse.Namespace) -> None:
         return
     if not config.sets:
         raise UserError(f"{path}: evaluation.sets is empty; give at least one set to evaluate")
-    from sdft.services.evaluation.answers import regrade, write_answers
+    from sdft.services.evaluation.replies import regrade, write_replies
 
     if a.regrade:
-        results, samples = regrade(config, path.parent, Path(a.regrade))
+        results, replies = regrade(config, path.parent, Path(a.regrade))
     else:
         prepared = prepare(config, path, trains=False)
         from sdft.services.cli.evaluate import evaluate
 
         with _explained(None):
-            results, samples = evaluate(prepared, Console(file=lasting_output()))
+            results, replies = evaluate(prepared, Console(file=lasting_output()))
     for r in results:
         if r.metric == PERPLEXITY:
             print(f"{r.label:<24}{r.text}  n {r.n} tokens")
@@ -241,13 +241,13 @@ def _eval(a: argparse.Namespace) -> None:
         print(f"{r.label:<24}{percent(r.value):>8}  n {r.n:<5} 95 % interval {percent(low)} to {percent(high)}")
     if a.out:
         try:
-            write_answers(Path(a.out), results, samples)
+            write_replies(Path(a.out), results, replies)
         except OSError as error:
             raise PreflightError(
-                f"--out {a.out}: the answers could not be written ({error}); the results above are those of the whole "
+                f"--out {a.out}: the replies could not be written ({error}); the results above are those of the whole "
                 f"evaluation"
             ) from None
-        print(f"answers: {a.out}")
+        print(f"replies: {a.out}")
 
 
 def _harness(a: argparse.Namespace, config: "RunConfig", base: Path) -> None:
@@ -319,8 +319,8 @@ def parser() -> argparse.ArgumentParser:
     c = add("eval", _eval, "Run a configuration's evaluation sets on a model; trains nothing")
     _config(c)
     c.add_argument("--model", metavar="PATH", help="a model folder (such as an exported one) instead of the config's")
-    c.add_argument("--out", metavar="FILE", help="write results and all answers there, one JSON object a line")
-    c.add_argument("--regrade", metavar="FILE", help="grade the answers of an earlier --out again; starts no model")
+    c.add_argument("--out", metavar="FILE", help="write results and all replies there, one JSON object a line")
+    c.add_argument("--regrade", metavar="FILE", help="grade the replies of an earlier --out again; starts no model")
     c.add_argument("--harness", metavar="TASK,…", help="benchmarks of EleutherAI's lm-eval instead, as hellaswag")
     c.add_argument("--harness-tasks", metavar="DIR", help="task files of your own, in lm-eval's format")
     c.add_argument("--harness-limit", metavar="N", type=int, help="questions of each task (default: all)")

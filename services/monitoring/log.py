@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sdft.services.base.files import write_atomically
 from sdft.services.monitoring.sinks import Sinks
-from sdft.services.records.rows import FILES, EvalResult, Sample, StepMetrics, json_line, read_jsonl
+from sdft.services.records.rows import FILES, EvalResult, Reply, StepMetrics, json_line, read_jsonl
 
 
 class RunLog:
@@ -42,15 +42,15 @@ class RunLog:
             if self._sinks is not None:
                 self._sinks.log(result.step, {f"eval/{result.task}/{result.metric}": result.value})
 
-    def sample(self, sample: Sample) -> None:
-        self._append(sample)
+    def reply(self, reply: Reply) -> None:
+        self._append(reply)
 
     def close(self) -> None:
         with ExitStack() as stack:  # closes every file even if one raises
             for file in self._files.values():
                 stack.callback(file.close)
 
-    def _append(self, *rows: StepMetrics | EvalResult | Sample) -> None:
+    def _append(self, *rows: StepMetrics | EvalResult | Reply) -> None:
         """Append rows of one class to its file, and flush it to disk."""
         file = self._files[type(rows[0])]
         file.write(b"".join(json_line(row) for row in rows))
@@ -70,6 +70,6 @@ class RunLog:
             path = run_dir / name
             if path.exists():
                 kept = [row for row in read_jsonl(path) if row["step"] <= last]
-                if kind is Sample:
+                if kind is Reply:
                     kept = [row for row in kept if (row["step"], row.get("task")) in evaluated]
                 write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())

@@ -19,8 +19,8 @@ from sdft.services.base.errors import RetentionLost, RunFailed
 from sdft.services.config.run import TaskConfig
 from sdft.services.data.schedule import StageSchedule
 from sdft.services.data.sets import LoadedSet
-from sdft.services.evaluation.answers import write_answers
 from sdft.services.evaluation.evaluator import Evaluator
+from sdft.services.evaluation.replies import write_replies
 from sdft.services.fleet.autoscaler import Scaler, Seen
 from sdft.services.fleet.pool import EnginePool
 from sdft.services.monitoring.console import Progress
@@ -29,7 +29,7 @@ from sdft.services.planning.prepare import Prepared
 from sdft.services.records import checkpoints
 from sdft.services.records.batches import write_batch
 from sdft.services.records.ledger import Ledger
-from sdft.services.records.rows import EvalResult, Sample, StepMetrics, first_of_each_set, read_rows
+from sdft.services.records.rows import EvalResult, Reply, StepMetrics, first_of_each_set, read_rows
 from sdft.services.training.checkpointer import Checkpointer
 from sdft.services.training.retention import RetentionGuard
 from sdft.services.training.rollouts import Rollouts, Times, now
@@ -236,30 +236,30 @@ class Controller:
             return
         self._progress.phase(f"evaluating at step {step}")
         stage = self._prepared.schedule.at(step).stage
-        results, samples = await self._evaluator.students(self._students, sets, step, stage)
+        results, replies = await self._evaluator.students(self._students, sets, step, stage)
         if teachers:
             results += await self._evaluator.teachers(self._students, sets, step, stage)
         # Replies before results: if the run is killed in between, the evaluation has no results and is repeated.
-        for sample in first_of_each_set(samples):
-            self._log.sample(sample)
+        for reply in first_of_each_set(replies):
+            self._log.reply(reply)
         self._log.evaluation(*results)
         self._progress.evaluation(results)
-        await self._judge(step, results, samples)
+        await self._judge(step, results, replies)
         self._progress.phase("training")
 
-    async def _judge(self, step: int, results: list[EvalResult], samples: list[Sample]) -> None:
+    async def _judge(self, step: int, results: list[EvalResult], replies: list[Reply]) -> None:
         """Apply the retention guard. On a breach: warn, or save and raise RetentionLost to stop or roll back."""
         breaches, retention = self._guard.judge(results), self._config.retention
         if not breaches or retention is None:
             return
         fallen = {breach.now.task for breach in breaches}
-        answers = self._run_dir / f"retention-step-{step:06d}.jsonl"
-        where = f"are in {answers.name}"
+        path = self._run_dir / f"retention-step-{step:06d}.jsonl"
+        where = f"are in {path.name}"
         try:
-            write_answers(answers, [b.now for b in breaches], [s for s in samples if s.task in fallen])
+            write_replies(path, [b.now for b in breaches], [r for r in replies if r.task in fallen])
         except OSError as error:  # the guard's action does not depend on this file
             where = f"could not be written ({error})"
-        text = f"retention guard: {'; '.join(map(str, breaches))}; the answers {where}"
+        text = f"retention guard: {'; '.join(map(str, breaches))}; the replies {where}"
         self._progress.note(text)
         if retention.action == "warn":
             return

@@ -19,7 +19,7 @@ from sdft.services.monitoring.console import Progress
 from sdft.services.monitoring.log import RunLog
 from sdft.services.planning.prepare import prepare
 from sdft.services.records.ledger import Ledger
-from sdft.services.records.rows import Sample
+from sdft.services.records.rows import Reply
 from sdft.services.training.checkpointer import Checkpointer
 from tests.runs.run import write_run
 
@@ -56,7 +56,7 @@ def test_what_else_is_open_is_closed(tmp_path: Path) -> None:
     (tmp_path / "samples.jsonl").symlink_to("/dev/full")
     log = RunLog(tmp_path)
     with pytest.raises(OSError, match="No space left"):
-        log.sample(Sample(0, "task", "1", "?", "!", "!", True))
+        log.reply(Reply(0, "task", "1", "?", "!", "!", True))
     with pytest.raises(OSError, match="No space left"):
         log.close()
     assert all(file.closed for file in log._files.values())

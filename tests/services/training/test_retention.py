@@ -140,7 +140,7 @@ def last_checkpoint(run_dir: Path) -> str:
     return folder.name if folder is not None else "none"
 
 
-def test_a_run_that_is_to_be_warned_goes_on_and_keeps_the_answers(tmp_path: Path) -> None:
+def test_a_run_that_is_to_be_warned_goes_on_and_keeps_the_replies(tmp_path: Path) -> None:
     trained(tmp_path, "warn")
     assert "general fell from 100 % to 0.0 % (n 10) at step 4" in (tmp_path / "log").read_text()
     rows = [json.loads(line) for line in (tmp_path / "retention-step-000004.jsonl").read_text().splitlines()]
@@ -155,9 +155,9 @@ def test_a_run_that_is_to_stop_stops_at_a_checkpoint_of_that_step(tmp_path: Path
     assert last_checkpoint(tmp_path) == "step-000004"
 
 
-def test_the_guard_acts_also_where_the_answers_cannot_be_written(tmp_path: Path) -> None:
+def test_the_guard_acts_also_where_the_replies_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / ".retention-step-000004.jsonl.part").mkdir()
-    with pytest.raises(RetentionLost, match=r"the answers could not be written \(.*; rolled back to step-000002"):
+    with pytest.raises(RetentionLost, match=r"the replies could not be written \(.*; rolled back to step-000002"):
         trained(tmp_path, "rollback")
     assert last_checkpoint(tmp_path) == "step-000002"
 
