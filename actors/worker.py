@@ -77,9 +77,9 @@ class EngineWorker:
     async def probe(self, ids: IntArray) -> object:
         return await self._alive(self._engine.probe(ids))
 
-    async def answer(self) -> None:
-        """Return when this process and the engine's own process have answered (see Engine.answer)."""
-        await self._alive(self._engine.answer())
+    async def ping(self) -> None:
+        """Return when this process and the engine's own process have answered (see Engine.ping)."""
+        await self._alive(self._engine.ping())
 
     async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
         return await self._alive(self._engine.update_weights(snapshot), to_its_end=True)

@@ -141,7 +141,7 @@ class LearnerWorker:
         self._saver.finish()
 
     @ray.method(concurrency_group=HEALTH)
-    def answer(self) -> None:
+    def ping(self) -> None:
         """Return at once, also in the middle of a step: the health check."""
 
     def load(self, folder: str) -> int:

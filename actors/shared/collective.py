@@ -1,6 +1,6 @@
 """A broadcast group of the learner and the engines of a role, separate from torch's default group.
 
-    host ─► address, port ─► a Group at each member ─► broadcast, any number of times ─► close
+    host ─► address, port ─► a BroadcastGroup at each member ─► broadcast, any number of times ─► close
 
 The backend is NCCL on GPUs and gloo on CPUs, behind the same calls. A group is unusable after a member has failed. The
 member that detects the failure closes the group, the others get an error or reach their deadline, and the next
@@ -42,7 +42,7 @@ def visit(address: str, port: int, timeout_s: float) -> dist.TCPStore:
     return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
 
 
-class Group:
+class BroadcastGroup:
     """One member's end of a group. All members construct it together; each waits up to `timeout_s` for the others."""
 
     def __init__(

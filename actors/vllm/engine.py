@@ -214,7 +214,7 @@ class Engine:
         gap = self._agreement.after(snapshot, await self.probe(snapshot.probe_ids))
         return UpdateReport(snapshot.version, gap, pause_s)
 
-    async def answer(self) -> None:
+    async def ping(self) -> None:
         """Return when the engine's process has answered a call, which it does after the step in progress."""
         await self._llm.is_sleeping()
 

@@ -19,7 +19,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from sdft.actors.shared.adapters import merged
-from sdft.actors.shared.collective import Group, bucket, cut, visit, whole
+from sdft.actors.shared.collective import BroadcastGroup, bucket, cut, visit, whole
 from sdft.actors.shared.types import BroadcastFailed, Snapshot, SnapshotDamaged
 from sdft.actors.vllm.process import die_with_parent, error_line, forget_names
 
@@ -50,7 +50,7 @@ class _UpdateInfo(WeightTransferUpdateInfo):
 class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
     """Reads snapshots from shared memory, or receives them by broadcast, in the engine's worker process."""
 
-    _group: Group | None = None
+    _group: BroadcastGroup | None = None
 
     init_info_cls = _InitInfo
     update_info_cls = _UpdateInfo
@@ -60,7 +60,7 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
             self.shutdown()
             i = init_info
             store = visit(i.address, i.port, i.timeout_s)
-            self._group = Group(store, i.rank, i.size, self.device, i.own_address, i.timeout_s)
+            self._group = BroadcastGroup(store, i.rank, i.size, self.device, i.own_address, i.timeout_s)
             return
         die_with_parent()  # a fork has already called it at its start; a spawned process (on GPUs) has not
         forget_names()

@@ -19,7 +19,7 @@ from sdft.actors.shared.waiting import all_of, cancelled, within
 from sdft.services.base.failures import Losses, reason
 from sdft.services.fleet.broadcast import Broadcast
 from sdft.services.fleet.dispatch import Slots
-from sdft.services.fleet.engine import EngineLost, Group, Patience, SupervisedEngine
+from sdft.services.fleet.engine import EngineLost, Patience, Receivers, SupervisedEngine
 from sdft.services.fleet.remote import Remote
 from sdft.services.fleet.snapshots import Published
 
@@ -131,24 +131,25 @@ class EnginePool:
         Returns or raises once no engine loads any more, so the snapshot's memory is free again. Engines that are being
         replaced send no report; their replacements load the snapshot before they serve.
         """
-        self.published.new(snapshot, timeout_s)
+        self.published.set_newest(snapshot, timeout_s)
         serving = [engine for engine in self._engines if engine.up]
         try:
-            async with nullcontext() if self._broadcast is None else self._broadcast.to(serving, timeout_s) as group:
-                outcomes = await self._update(group)
+            broadcast = nullcontext() if self._broadcast is None else self._broadcast.send_to(serving, timeout_s)
+            async with broadcast as receivers:
+                outcomes = await self._update(receivers)
         finally:
-            self.published.arrived()
+            self.published.drop_stored()
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
         return [report for report in outcomes if isinstance(report, UpdateReport)]
 
-    async def _update(self, group: Group | None) -> list[UpdateReport | BaseException | None]:
+    async def _update(self, receivers: Receivers | None) -> list[UpdateReport | BaseException | None]:
         turns = asyncio.Semaphore(1 if self.settings.one_by_one else len(self._engines))
 
         async def update(engine: SupervisedEngine) -> UpdateReport | None:
             async with turns:
-                return await engine.update_weights(group)
+                return await engine.update_weights(receivers)
 
         return await asyncio.gather(*map(update, self._engines), return_exceptions=True)
 
@@ -261,7 +262,7 @@ class EnginePool:
         finally:
             await engine.stop()
             if all(other.process.node != engine.process.node for other in (*self._engines, *self._joining)):
-                self.published.leave(engine.process.node)  # a relay would keep the node from being released
+                self.published.end_relay(engine.process.node)  # a relay would keep the node from being released
 
     @property
     def _engines_now(self) -> str:

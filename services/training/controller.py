@@ -86,18 +86,18 @@ class Controller:
         try:
             # Unconditional: after a resume the engines hold the base model, and learner and engines would wait for each
             # other.
-            gap = await student.now(first_step)
+            gap = await student.deliver(first_step)
             if gap is not None:
                 self._progress.note(
                     f"student weights v{first_step} verified: log-probs of engine and learner differ by {gap:.4f} of "
                     f"their size on average"
                 )
             if teacher is not None:
-                await teacher.now(first_step)
+                await teacher.deliver(first_step)
             # The first results precede training. Sets added to a run are evaluated before it resumes.
             await self._evaluate(first_step, self._never_asked, teachers=True)
             if not self._config.strict:
-                student.arrived = rollouts.begin
+                student.on_delivered = rollouts.begin
             for step in range(first_step + 1, schedule.total_steps + 1):
                 stage = schedule.at(step)
                 if step == stage.before + 1 and step > 1:
@@ -105,7 +105,7 @@ class Controller:
                 rollouts.open(stage)
                 await self._step(step, rollouts)
                 if step == stage.last or (every and step % every == 0):
-                    await student.until(step, step)
+                    await student.wait_for_version(step, step)
                     own = [*self._prepared.common, *self._prepared.stages[stage.stage].sets]
                     await self._evaluate(step, self._prepared.sets if step == stage.last else own)
                 if step == stage.last or step % self._config.checkpoint.every == 0:
@@ -125,9 +125,9 @@ class Controller:
         self._progress.note(f"stage {stage.stage + 1}, {self._prepared.stages[stage.stage].name}: from step {step + 1}")
         await self._learner.begin_stage()
         if self._follows(config):
-            await self._student_weights.until(step, step)
+            await self._student_weights.wait_for_version(step, step)
         if self._teacher_weights is not None and not on_demonstrations(config):
-            await self._teacher_weights.now(step)
+            await self._teacher_weights.deliver(step)
 
     def _follows(self, config: TaskConfig) -> bool:
         """Return whether the student engines need new weights: they sample, or score as the live teacher."""
@@ -141,22 +141,22 @@ class Controller:
         rollouts.begin(student.version if self._follows(config) else step - 1)
         if rollouts.begun < step:
             needed = step - 1 - self._config.training.max_staleness
-            await times.of("sync", student.until(max(0, needed), step - 1))
+            await times.of("sync", student.wait_for_version(max(0, needed), step - 1))
         batch = await rollouts.take(step)
         samples, ids = batch.samples, [s.sample for s in batch.samples]
         if self._config.monitoring.record_rollouts:
             write_batch(self._run_dir, step, samples)
-        learned_by = max(v for s in samples for v, _, _ in s.rollout.versions)
+        newest_version = max(v for s in samples for v, _, _ in s.rollout.versions)
         result = await times.of("learn", self._learner.train_step(samples))
         self._account(step, ids, result.applied)
-        await times.of("sync", student.done())
+        await times.of("sync", student.wait_delivered())
         trained, dropped, in_flight = self._ledger.audit(self._prepared.schedule.issued_through(rollouts.begun))
         if step % every.sync_every == 0 and self._follows(config):
-            await times.of("sync", student.now(step) if self._config.strict else student.send(step))
+            await times.of("sync", student.deliver(step) if self._config.strict else student.publish(step))
         scored = self._teacher_moves and step < stage.last and not on_demonstrations(config)
         if teacher is not None and scored and step % every.teacher_sync_every == 0:
             # Not awaited: the teacher engines load while the student engines sample the next rollouts.
-            await times.of("sync", teacher.send(step))
+            await times.of("sync", teacher.publish(step))
         # Before the metrics are written: each step in them follows a checkpoint that is on the disk.
         await self._checkpoints.saved()
         took = now() - began
@@ -176,7 +176,7 @@ class Controller:
             samples=len(samples),
             prompt_tokens=sum(len(s.rollout.prompt_ids) for s in samples),
             completion_tokens=completion_tokens,
-            student_version=learned_by,
+            student_version=newest_version,
             teacher_version=min(s.scores.version for s in samples),
             staleness_mean=float(np.mean(batch.staleness)),
             staleness_max=max(batch.staleness),
@@ -228,7 +228,7 @@ class Controller:
 
     async def _teachers_ready(self) -> None:
         if self._teacher_weights is not None:
-            await self._teacher_weights.done()
+            await self._teacher_weights.wait_delivered()
 
     async def _evaluate(self, step: int, sets: Sequence[LoadedSet], teachers: bool = False) -> None:
         """Evaluate the sets and log the results. teachers: also with demonstrations in the prompt, if there are any."""

@@ -148,7 +148,7 @@ class _Run:
         self._progress.note(f"{error}; the learner is started again, from the last checkpoint")
         self._learner.kill(hangs=True)
         for pool in self._pools.values():
-            pool.published.forget()
+            pool.published.mark_lost()
         await asyncio.sleep(after_s)
         folder, notes = await asyncio.to_thread(checkpoints.newest_usable, self._run_dir)
         if folder is not None:

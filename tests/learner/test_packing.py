@@ -117,7 +117,7 @@ def test_attention_of_packed_sequences_is_that_of_each_alone(
     lengths: tuple[int, ...], dtype: torch.dtype, cached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sdft.learner.model.cpu.short_attention.SCORES", cached)
-    short_attention.groups.cache_clear()
+    short_attention.length_groups.cache_clear()
     short_attention._order.cache_clear()
     torch.manual_seed(0)
     tokens = sum(lengths)

@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 from sdft.actors.shared import collective
-from sdft.actors.shared.collective import Group, bucket, cut, seal, visit, whole
+from sdft.actors.shared.collective import BroadcastGroup, bucket, cut, seal, visit, whole
 from sdft.actors.shared.types import BroadcastFailed, SnapshotDamaged, TensorEntry
 from sdft.learner.weights.broadcaster import Broadcaster
 
@@ -24,19 +24,19 @@ ENTRIES = [
 ]
 
 
-def joined(broadcaster: Broadcaster, pool: ThreadPoolExecutor, members: int) -> list[Group]:
+def joined(broadcaster: Broadcaster, pool: ThreadPoolExecutor, members: int) -> list[BroadcastGroup]:
     """The members' ends of a new group, the learner's is the broadcaster's."""
     address, port = broadcaster.meet("student")
 
-    def end(rank: int) -> Group:
-        return Group(visit(address, port, LONG_S), rank, members + 1, CPU, HERE, LONG_S)
+    def end(rank: int) -> BroadcastGroup:
+        return BroadcastGroup(visit(address, port, LONG_S), rank, members + 1, CPU, HERE, LONG_S)
 
     ends = [pool.submit(end, rank) for rank in range(1, members + 1)]
     broadcaster.join("student", members + 1, LONG_S)
     return [end.result() for end in ends]
 
 
-def received(group: Group) -> bytes:
+def received(group: BroadcastGroup) -> bytes:
     """What a member gets of the payload's buckets, each of them whole."""
     data = b""
     for part in cut([e.nbytes for e in ENTRIES]):

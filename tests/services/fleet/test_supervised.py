@@ -42,7 +42,7 @@ def mortal() -> type:
         async def start(self) -> None:
             (self.folder / str(os.getpid())).touch()
 
-        async def answer(self) -> None: ...
+        async def ping(self) -> None: ...
 
         async def generate(self, lives: int) -> int:
             if len(list(self.folder.iterdir())) <= lives:
@@ -97,7 +97,7 @@ class Place:
             snapshot = Snapshot(
                 "teacher", version, path, self.engine.process.node, 0, (), EMPTY, EMPTY.astype(np.float32)
             )
-            self.published.new(snapshot, 60)
+            self.published.set_newest(snapshot, 60)
             return await self.engine.update_weights()
 
     async def loaded(self) -> int:
@@ -152,7 +152,7 @@ def test_an_engine_that_hangs_is_found_and_its_successor_has_the_weights(ray_clu
 
 def test_one_that_is_silent_while_weights_load_is_given_the_time() -> None:
     class Silent(SimulatedEngine):
-        def answer(self) -> tuple[float, None]:
+        def ping(self) -> tuple[float, None]:
             return 1e9, None
 
     async def run() -> None:
@@ -182,7 +182,7 @@ def test_a_successor_whose_weights_went_with_the_learner_waits_for_the_next_ones
         await one.update_weights(2, str(tmp_path / "memory"))
         (tmp_path / "memory").unlink()
         if known:
-            one.published.forget()
+            one.published.mark_lost()
         os.kill(one.pid, signal.SIGKILL)
         answer = asyncio.create_task(one.loaded())
         while len(list((tmp_path / "engines").iterdir())) < 2:
