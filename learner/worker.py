@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from sdft.actors.shared.process import kept_heap, large_imports, waiting
+from sdft.actors.shared.process import kept_heap, large_imports, openmp_wait_policy
 from sdft.actors.shared.types import IntArray, Process, ScoredRollout, Snapshot
 from sdft.learner.types import LearnerSettings, StepResult
 
@@ -163,7 +163,7 @@ def learner_actor(device: str) -> Any:
 
 
 def _environment(settings: LearnerSettings, ranks: int) -> dict[str, str]:
-    environment = waiting(settings.alone) | {
+    environment = openmp_wait_policy(settings.exclusive) | {
         "RANK": str(settings.rank),
         "LOCAL_RANK": str(settings.rank) if settings.device == "cpu" else "0",  # a rank sees only its own GPU
         "WORLD_SIZE": str(ranks),

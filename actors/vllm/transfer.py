@@ -89,13 +89,16 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         if self._group is None:
             raise BroadcastFailed("this engine is in no group")
         for part in cut([nbytes for *_, nbytes in entries]):
-            here = [entries[i] for i in part]
-            start = here[0][3]
-            full = bucket(here[-1][3] + here[-1][4] - start, self.device)  # not reused: vLLM keeps views of it
+            in_bucket = [entries[i] for i in part]
+            start = in_bucket[0][3]
+            end = in_bucket[-1][3] + in_bucket[-1][4]
+            full = bucket(end - start, self.device)  # not reused: vLLM keeps views of it
             self._group.broadcast(full, deadline)
             if not whole(full):
-                raise BroadcastFailed(f"{here[0][0]} or one of the {len(here) - 1} tensors after it arrived damaged")
-            for name, dtype, shape, offset, nbytes in here:
+                raise BroadcastFailed(
+                    f"{in_bucket[0][0]} or one of the {len(in_bucket) - 1} tensors after it arrived damaged"
+                )
+            for name, dtype, shape, offset, nbytes in in_bucket:
                 yield name, full[offset - start :][:nbytes].view(getattr(torch, dtype)).view(shape)
 
     def finish_weight_update(self) -> None:

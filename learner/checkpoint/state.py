@@ -93,9 +93,9 @@ class StateFiles:
         return states[rank if rank < len(states) else 0]
 
 
-def first_difference(one: Path, other: Path) -> str | None:
+def first_difference(before: Path, after: Path) -> str | None:
     """Return the name of the first tensor whose bits differ between two saved states, or None if none does."""
-    a, b = StateFiles(one), StateFiles(other)
+    a, b = StateFiles(before), StateFiles(after)
     if a.names != b.names:
         return sorted(set(a.names) ^ set(b.names))[0]
     for name in a.names:

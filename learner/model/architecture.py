@@ -58,7 +58,7 @@ def read_config(path: Path) -> Any:
 
 def is_quantized(config: Any) -> bool:
     """Whether transformers' configuration of a model, or its text part, has a quantization_config."""
-    return any(getattr(one, "quantization_config", None) for one in (config, config.get_text_config()))
+    return any(getattr(part, "quantization_config", None) for part in (config, config.get_text_config()))
 
 
 def longest_of_short_rope(path: Path) -> int | None:
@@ -103,4 +103,4 @@ def _named(names: list[str]) -> str:
 def _ropes(config: Any) -> list[dict[str, Any]]:
     """The settings of a model's rotary embeddings: one for all layers, or one for each layer type."""
     rope = getattr(config, "rope_parameters", None) or {}
-    return [rope] if "rope_type" in rope else [one for one in rope.values() if isinstance(one, dict)]
+    return [rope] if "rope_type" in rope else [of_type for of_type in rope.values() if isinstance(of_type, dict)]

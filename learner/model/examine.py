@@ -58,8 +58,8 @@ def examine(path: Path, trains: bool) -> str | None:
     except BROKEN as error:
         return f"transformers cannot build what its config.json describes ({_words(error)})" if trains else None
     reason = misfit(loaded)
-    if reason is None and trains and (kind := _packed(config, tensors)):
-        reason = f"{kind}; choose another"
+    if reason is None and trains and (unsupported := _packed(config, tensors)):
+        reason = f"{unsupported}; choose another"
     return reason
 
 

@@ -103,11 +103,11 @@ def _order(lengths: tuple[int, ...], heads: int) -> _Order:
     starts = torch.tensor([0, *lengths]).cumsum(0)
     there, real = [], []
     for members, longest in length_groups(lengths):
-        own = torch.tensor([lengths[i] for i in members])[:, None, None]
+        members_lengths = torch.tensor([lengths[i] for i in members])[:, None, None]
         position = torch.arange(longest).expand(len(members), heads, longest)
-        token = starts[list(members)][:, None, None] + position.minimum(own - 1)
+        token = starts[list(members)][:, None, None] + position.minimum(members_lengths - 1)
         there.append((token * heads + torch.arange(heads)[:, None]).flatten())
-        real.append((position < own).flatten())
+        real.append((position < members_lengths).flatten())
     rows, exists = torch.cat(there), torch.cat(real)
     back = torch.empty(sum(lengths) * heads, dtype=torch.int64)
     back[rows[exists]] = exists.nonzero()[:, 0]
