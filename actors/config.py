@@ -64,6 +64,11 @@ class ActorsConfig(BaseModel):
 
     student: EngineConfig = EngineConfig()
     teacher: EngineConfig = EngineConfig()
+    batch_timeout_s: float = Field(
+        1800,
+        gt=0,
+        description="How long the engines may take for a batch: a step's rollouts, its scores, or an evaluation set",
+    )
 
     def of(self, role: str) -> EngineConfig:
         """The pool of a role, "student" or "teacher"; KeyError for any other."""

@@ -31,7 +31,9 @@ async def _run(prepared: Prepared, plan: Plan, console: Console) -> tuple[list[E
             await pool.start()
             console.print(f"evaluating {prepared.model}", highlight=False, soft_wrap=True)
             evaluator = Evaluator(
-                prepared.tokenizer, c.evaluation.timeout_s, lambda text: console.print(f"  {text}", highlight=False)
+                prepared.tokenizer,
+                c.evaluation.grading_timeout_s,
+                lambda text: console.print(f"  {text}", highlight=False),
             )
             results, replies = await evaluator.students(pool, prepared.sets, 0, 0)
             return results + await evaluator.teachers(pool, prepared.sets, 0, 0), replies

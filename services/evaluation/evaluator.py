@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 class Evaluator:
     """Runs evaluation sets on a pool of engines.
 
-    limit_s: seconds that a judge may take for one set.
+    grading_timeout_s: seconds that a judge may take for one set.
     say(text): called before the questions of a set, which may take minutes, with "tools (teacher): 80 questions".
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", limit_s: float, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", grading_timeout_s: float, say: Callable[[str], None]
+    ) -> None:
         self._reply_text = ReplyText(tokenizer)
-        self._limit_s = limit_s
+        self._grading_timeout_s = grading_timeout_s
         self._say = say
 
     async def students(
@@ -75,7 +77,7 @@ class Evaluator:
         self._say(f"{_asked(s.name, metric)}: {len(requests)} replies for pass@k")
         rollouts = await pool.generate(requests, Sampling(s.max_new_tokens, s.pass_temperature))
         repeated = [question for question in loaded.questions for _ in range(s.sampled)]
-        grades = iter(await grade(s, repeated, list(map(self._text, rollouts)), self._limit_s))
+        grades = iter(await grade(s, repeated, list(map(self._text, rollouts)), self._grading_timeout_s))
         right = [sum(next(grades) for _ in range(s.sampled)) for _ in loaded.questions]
         name = PASS_AT if metric == STUDENT_ACCURACY else f"teacher_{PASS_AT}"
         return [
@@ -101,7 +103,7 @@ class Evaluator:
         self._say(f"{_asked(s.name, metric)}: {len(requests)} questions")
         rollouts = await pool.generate(requests, Sampling(s.max_new_tokens, temperature=0.0))
         texts = list(map(self._text, rollouts))
-        grades = await grade(s, loaded.questions, texts, self._limit_s)
+        grades = await grade(s, loaded.questions, texts, self._grading_timeout_s)
         replies = [
             Reply(step, s.name, question.id, asked(question), question.answer, text, correct)
             for question, text, correct in zip(loaded.questions, texts, grades, strict=True)

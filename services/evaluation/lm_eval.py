@@ -48,7 +48,7 @@ def run_harness(
 
     include: a folder with the user's own task files. limit: questions per task. out: path for a copy of lm-eval's
     results file. UserError for an unknown task or a missing folder, PreflightError if lm-eval is not installed or data
-    cannot be downloaded, TimeoutError after evaluation.timeout_s.
+    cannot be downloaded, TimeoutError after evaluation.grading_timeout_s.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise PreflightError("--harness needs lm-eval, which is not installed here: pip install 'sdft[harness]'")
@@ -61,7 +61,7 @@ def run_harness(
         command += ["--tasks", tasks, "--batch_size", "auto" if on_gpu else "8", "--output_path", scratch]
         command += [] if include is None else ["--include_path", include]
         command += [] if limit is None else ["--limit", str(limit)]
-        _run(command, tasks, config.evaluation.timeout_s)
+        _run(command, tasks, config.evaluation.grading_timeout_s)
         (path,) = Path(scratch).rglob("results_*.json")
         results = json.loads(path.read_text())
         if out is not None:
@@ -106,7 +106,7 @@ def _run(command: Sequence[str], tasks: str, timeout_s: float) -> None:
         timer.cancel()
         process.kill()
     if late.is_set():
-        raise TimeoutError(f"waited {timeout_s:g} s (evaluation.timeout_s) for lm-eval to run {tasks}")
+        raise TimeoutError(f"waited {timeout_s:g} s (evaluation.grading_timeout_s) for lm-eval to run {tasks}")
     if code != 0:
         raise _reason(tasks, last)
 

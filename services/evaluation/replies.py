@@ -55,7 +55,7 @@ def regrade(config: RunConfig, base: Path, path: Path) -> tuple[list[EvalResult]
             check_judge(task, judge)
     for task, pairs in by_set.items():
         asked, texts = [q for _, q in pairs], [reply.text for reply, _ in pairs]
-        grades = asyncio.run(grade(sets[task][0], asked, texts, config.evaluation.timeout_s))
+        grades = asyncio.run(grade(sets[task][0], asked, texts, config.evaluation.grading_timeout_s))
         replies += [
             replace(reply, answer=q.answer, correct=correct) for (reply, q), correct in zip(pairs, grades, strict=True)
         ]

@@ -37,7 +37,7 @@ class PoolSettings:
     strict: bool
     room: int  # most sequences in flight per engine
     patience: Patience
-    work_s: float  # limit for a batch
+    batch_s: float  # limit for a batch
     drain_s: float  # limit for a leaving engine to finish its work
     one_by_one: bool  # engines load new weights in turn
 
@@ -111,7 +111,7 @@ class EnginePool:
     ) -> list[Rollout]:
         """Return one rollout per request, in the order of the requests.
 
-        limited: TimeoutError after settings.work_s. If False, a streamed pool leaves the limit to the caller; a strict
+        limited: TimeoutError after settings.batch_s. If False, a streamed pool leaves the limit to the caller; a strict
         pool limits each attempt anyway.
         """
         return await self._spread("generate", requests, sampling, limited)
@@ -277,14 +277,14 @@ class EnginePool:
         if not limited:
             return await work
         what = f"the {self.settings.role} engines to {method} {len(items)} sequences"
-        return await within(work, self.settings.work_s, what)
+        return await within(work, self.settings.batch_s, what)
 
     async def _shares(self, method: str, items: Sequence[Any], argument: Any) -> list[Any]:
         """Contiguous, equal shares: the assignment depends only on the numbers of items and engines."""
         n = len(self._engines)
         bounds = [len(items) * i // n for i in range(n + 1)]
         calls = [
-            engine.call(f"to {method} {b - a} sequences", self.settings.work_s, method, items[a:b], argument)
+            engine.call(f"to {method} {b - a} sequences", self.settings.batch_s, method, items[a:b], argument)
             for engine, a, b in zip(self._engines, bounds, bounds[1:], strict=False)
             if b > a
         ]

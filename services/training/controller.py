@@ -61,7 +61,7 @@ class Controller:
         self._ledger = ledger
         self._log = log
         self._progress = progress
-        self._evaluator = Evaluator(prepared.tokenizer, self._config.evaluation.timeout_s, progress.part)
+        self._evaluator = Evaluator(prepared.tokenizer, self._config.evaluation.grading_timeout_s, progress.part)
         earlier = read_rows(run_dir, EvalResult)
         self._guard = RetentionGuard(self._config, earlier)
         asked = {result.task for result in earlier}

@@ -131,7 +131,7 @@ class Rollouts:
             parts = [await self._part(step, ids)]
         else:
             # One limit for the whole batch: samples queue until an engine has room, so they have no limit of their own.
-            limit = self._students.settings.work_s * (1 + self._prepared.config.training.max_staleness)
+            limit = self._students.settings.batch_s * (1 + self._prepared.config.training.max_staleness)
             work = asyncio.ensure_future(all_of([self._part(step, [sample]) for sample in ids]))
             try:
                 # Shielded, so that after a timeout the error can still list which engine has what.
