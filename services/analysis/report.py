@@ -105,7 +105,7 @@ def headline(sets: Sequence[SetProgress], steps: Sequence[StepMetrics], state: R
         parts = [f"{'retention ' if s.role == 'retention' else ''}{s.name}: {s.change}" for s in evaluated]
         return ("" if any(one.after for one in evaluated) else "Before training: ") + "; ".join(parts)
     if not steps:
-        return "No step yet" if state.kind in ("new", "running") else "The run ended before its first step"
+        return "No step yet" if state.status in ("new", "running") else "The run ended before its first step"
     why = "not evaluated yet" if sets else "the configuration names no evaluation sets"
     return f"Loss {steps[0].loss:.4f} → {steps[-1].loss:.4f} in {len(steps)} steps; {why}"
 

@@ -22,7 +22,7 @@ from sdft.services.config.paths import with_absolute_paths
 from sdft.services.planning.prepare import Prepared, check_disk, check_memory
 from sdft.services.records import checkpoints
 from sdft.services.records.run_dir import LOCK, write_state
-from sdft.services.training.session import run
+from sdft.services.training.session import run_session
 
 LOCK_TRIES, LOCK_EVERY_S = 5, 0.1
 
@@ -70,7 +70,7 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
         try:
             write_atomically(run_dir / "config.yaml", resolved_yaml(config).encode())
             write_state(run_dir, state)
-            run_until_stopped(run(prepared, run_dir, start, console))
+            run_until_stopped(run_session(prepared, run_dir, start, console))
         except KeyboardInterrupt:
             write_state(run_dir, state | {"state": "failed", "error": "stopped by a signal"})
             raise
@@ -139,12 +139,12 @@ def _starting_point(prepared: Prepared, run_dir: Path, resume: str, console: Con
             f"{folder} belongs to a run with another configuration or other data; use the configuration in "
             f"{folder.parent.parent / 'config.yaml'}, or name another --run-dir to begin a new run"
         )
-    one = prepared.config.learner
-    zero_stage = one.zero_stage_for(state.dtype)
-    if (state.ranks, state.zero_stage) != (one.ranks, zero_stage):
+    learner = prepared.config.learner
+    zero_stage = learner.zero_stage_for(state.dtype)
+    if (state.ranks, state.zero_stage) != (learner.ranks, zero_stage):
         console.print(
             f"{folder} was saved by {state.ranks} learner rank(s) at ZeRO stage {state.zero_stage}; it is continued by "
-            f"{one.ranks} at stage {zero_stage}: the same up to rounding",
+            f"{learner.ranks} at stage {zero_stage}: the same up to rounding",
             soft_wrap=True,
         )
     return folder

@@ -66,10 +66,10 @@ class RunLog:
         """
         last = -1 if step is None else step
         evaluated = {(row["step"], row.get("task")) for row in read_jsonl(run_dir / FILES[EvalResult])}
-        for kind, name in FILES.items():
+        for row_type, name in FILES.items():
             path = run_dir / name
             if path.exists():
                 kept = [row for row in read_jsonl(path) if row["step"] <= last]
-                if kind is Reply:
+                if row_type is Reply:
                     kept = [row for row in kept if (row["step"], row.get("task")) in evaluated]
                 write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())

@@ -91,8 +91,8 @@ class Prometheus:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for path, value in metrics.items():
-            kind, _, name = path.partition("/")
-            if kind == "eval":
+            group, _, name = path.partition("/")
+            if group == "eval":
                 task, _, metric = name.partition("/")
                 self._set(EVAL, value, task=task, metric=metric)
             elif path in BY_PATH:

@@ -64,8 +64,8 @@ class Controller:
         self._evaluator = Evaluator(prepared.tokenizer, self._config.evaluation.grading_timeout_s, progress.part)
         earlier = read_rows(run_dir, EvalResult)
         self._guard = RetentionGuard(self._config, earlier)
-        asked = {result.task for result in earlier}
-        self._never_asked = [one for one in prepared.sets if one.settings.name not in asked]
+        evaluated = {result.task for result in earlier}
+        self._not_evaluated = [loaded for loaded in prepared.sets if loaded.settings.name not in evaluated]
         self._student_weights = self._weights("student", students)
         self._teacher_weights = None if teachers is None else self._weights("teacher", teachers)
         pools = [pool for pool in (students, teachers) if pool is not None and not pool.settings.strict]
@@ -95,7 +95,7 @@ class Controller:
             if teacher is not None:
                 await teacher.deliver(first_step)
             # The first results precede training. Sets added to a run are evaluated before it resumes.
-            await self._evaluate(first_step, self._never_asked, teachers=True)
+            await self._evaluate(first_step, self._not_evaluated, teachers=True)
             if not self._config.strict:
                 student.on_delivered = rollouts.begin
             for step in range(first_step + 1, schedule.total_steps + 1):
@@ -106,8 +106,8 @@ class Controller:
                 await self._step(step, rollouts)
                 if step == stage.last or (every and step % every == 0):
                     await student.wait_for_version(step, step)
-                    own = [*self._prepared.common, *self._prepared.stages[stage.stage].sets]
-                    await self._evaluate(step, self._prepared.sets if step == stage.last else own)
+                    sets = [*self._prepared.common, *self._prepared.stages[stage.stage].sets]
+                    await self._evaluate(step, self._prepared.sets if step == stage.last else sets)
                 if step == stage.last or step % self._config.checkpoint.every == 0:
                     await self._checkpoints.save(step, self._guard.held)
             await self._checkpoints.saved()

@@ -47,7 +47,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
             await writer.saved()
         ledger.close()
 
-    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(train, "run_session", run)
     return starts
 
 

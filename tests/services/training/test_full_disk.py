@@ -43,7 +43,7 @@ def test_it_ends_the_run_in_a_sentence(
     async def run(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(train, "run_session", run)
     with pytest.raises(
         PreflightError, match=rf"{run_dir}: the disk takes no more \(.*\); make room .* the same command"
     ):
