@@ -3,14 +3,26 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.fakes.tiny import make_tiny_model
 from tests.runs.run import LONG, STAGE, finish, in_stages_of_pairs, write_run
+from tests.two_at_a_time import TwoAtATime, in_order
 
 # No hub is asked, whatever the machine's connection. Read once, when the hub's client is imported: so here.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:] = in_order(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TwoAtATime:
+    config.option.loadscopereorder = False
+    return TwoAtATime(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,10 @@
 
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 NAMES = ("raylet", "gcs_server", "ray::", "VLLM::", "dashboard", "sdft.services.cli", "bin/sdft")
 TEMPORARY = ("sdft-*", "vllm_dist_*", "ray/session_*", "????????-????-????-????-????????????")
@@ -26,9 +29,14 @@ def on_machine() -> set[str]:
     return found
 
 
-def new_since(before: set[str], patience_s: float = 60) -> set[str]:
-    """What is there now and was not before, after waiting for it to go."""
-    deadline = time.monotonic() + patience_s
-    while (left := on_machine() - before) and time.monotonic() < deadline:
+def children() -> set[str]:
+    """The processes that this one started and those started, for tests beside which others run."""
+    return {f"process {child.pid}" for child in psutil.Process().children(recursive=True)}
+
+
+def new_since(before: set[str], found: Callable[[], set[str]] = on_machine) -> set[str]:
+    """What is found now and was not before, after up to 60 s for it to go."""
+    deadline = time.monotonic() + 60
+    while (left := found() - before) and time.monotonic() < deadline:
         time.sleep(0.2)
     return left

@@ -72,6 +72,7 @@ def test_a_socks_proxy_without_its_package_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The hub is asked through it, by httpx."""
+    huggingface_hub.close_session()  # the client of an earlier test knows no proxy
     monkeypatch.setenv("all_proxy", "socks5://user:secret@proxy:1080")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     config = write_run(tmp_path, Path("someone/a-model"), "float32")

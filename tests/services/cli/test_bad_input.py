@@ -26,7 +26,7 @@ from tests.fakes.spoiling import (
     two,
 )
 from tests.fakes.tiny import TEMPLATE
-from tests.runs.leftovers import new_since, on_machine
+from tests.runs.leftovers import children, new_since
 
 TRAIN = "train my.yaml"
 NO_CLUSTER = setting("ray.address", "127.0.0.1:1")  # also where a case that is missed should begin no run
@@ -421,7 +421,7 @@ def test_bad_input_gets_its_sentence_and_leaves_nothing(
     work = Work(tmp_path, tiny_model)
     spoil(work)
     work.save()
-    files, machine = set(tmp_path.rglob("*")), on_machine()
+    files, processes = set(tmp_path.rglob("*")), children()
     try:
         given = main(command.split())
     except SystemExit as e:  # argparse's own way
@@ -434,4 +434,4 @@ def test_bad_input_gets_its_sentence_and_leaves_nothing(
     new = {p for p in tmp_path.rglob("*") if p not in files}
     # A run that could not get what it needs has its folder, with the reason; one that is already there has a lock.
     assert {p for p in new if name != "no cluster there" and p.name != ".lock"} == set()
-    assert new_since(machine) == set()
+    assert new_since(processes, children) == set()
