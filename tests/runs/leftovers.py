@@ -1,4 +1,4 @@
-"""What a command could leave on the machine: processes, shared memory, Ray sessions, temporary folders."""
+"""What a command may leave on the machine: processes, shared memory, Ray sessions, temporary folders."""
 
 import tempfile
 import time
@@ -12,7 +12,7 @@ TEMPORARY = ("sdft-*", "vllm_dist_*", "ray/session_*", "????????-????-????-????-
 
 
 def on_machine() -> set[str]:
-    """Everything of that kind that is there now, each as one line of text."""
+    """Return everything of these kinds that exists now, each as one line of text."""
     found = {f"shared memory {p.name}" for p in Path("/dev/shm").iterdir()}
     for pattern in TEMPORARY:
         found |= {f"file {p}" for p in Path(tempfile.gettempdir()).glob(pattern)}
@@ -21,7 +21,7 @@ def on_machine() -> set[str]:
             command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except (FileNotFoundError, ProcessLookupError):
             continue
-        # A zombie has no command line any more, and holds nothing.
+        # A zombie has an empty command line and holds no resources.
         if any(name in command for name in NAMES):
             # Ray renames an actor's process to the method that it runs.
             name = command.split(".")[0] if command.startswith("ray::") else command[:90]
@@ -30,12 +30,12 @@ def on_machine() -> set[str]:
 
 
 def children() -> set[str]:
-    """The processes that this one started and those started, for tests beside which others run."""
+    """Return the processes below this one, for tests beside which other tests run."""
     return {f"process {child.pid}" for child in psutil.Process().children(recursive=True)}
 
 
 def new_since(before: set[str], found: Callable[[], set[str]] = on_machine) -> set[str]:
-    """What is found now and was not before, after up to 60 s for it to go."""
+    """Return what is found now and is not in `before`. Waits up to 60 s for it to disappear."""
     deadline = time.monotonic() + 60
     while (left := found() - before) and time.monotonic() < deadline:
         time.sleep(0.2)
