@@ -1,4 +1,4 @@
-"""A model folder's files: the ones that every reader takes, and a sentence for those that are not whole."""
+"""The files of a model folder: which files are read, and the error for incomplete ones."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def shard(model: Path) -> list[Path]:
-    """Cut its weights into two files and an index."""
+    """Split the weights into two files and an index."""
     tensors = list(load_file(model / SINGLE).items())
     parts = [tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]]
     files = [model / f"model-{i + 1:05d}-of-00002.safetensors" for i in range(2)]

@@ -1,4 +1,4 @@
-"""Tensors that do not fit a model, and models that the learner cannot run: refused before a start."""
+"""Tensors that do not fit a model, and models that the learner cannot run, are refused before a start."""
 
 import json
 import shutil
@@ -74,7 +74,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_tensors_that_do_not_fit_are_told_before_the_start_and_at_it(name: str, model: Path, tmp_path: Path) -> None:
     spoil, words = SPOILT[name]
     spoil(model)
-    for trains in (True, False):  # sdft check and train; sdft eval
+    for trains in (True, False):  # True for sdft check and train, False for sdft eval
         with pytest.raises(UserError, match=words), examined(model, trains):
             pass
     with pytest.raises(Untrainable, match=words):
@@ -127,7 +127,7 @@ def test_a_model_that_the_learner_would_run_otherwise_is_refused_by_check(
     reason = examine(make_family(tmp_path, family, **settings), True)
     assert reason is not None
     assert words in reason
-    assert examine(tmp_path, False) is None  # engines have models of their own
+    assert examine(tmp_path, False) is None  # engines have their own implementations of the models
 
 
 def test_a_configuration_that_describes_no_model_is_told(model: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_model_that_the_learner_can_run_is_not_refused(family: str, tmp_path: 
 
 
 def test_a_window_that_attention_is_not_told_of_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a model that cuts it out of its mask alone, which the learner has none of."""
+    """As in a model that applies the window only in its mask, which the learner does not compute."""
     from transformers.models.mistral import modeling_mistral
 
     make_family(tmp_path, "mistral", sliding_window=8, pad_token_id=0)
@@ -226,6 +226,6 @@ def test_adapters_need_weights_of_the_names_that_they_are_merged_by(model: Path)
         model,
         lambda tensors: [tensors.update({name.removeprefix("model."): tensors.pop(name)}) for name in list(tensors)],
     )
-    assert examine(model, True) is None  # transformers finds them all the same
+    assert examine(model, True) is None  # transformers finds them in spite of the names
     with pytest.raises(Untrainable, match=r"layers\.0\..* otherwise, and adapters are merged by name"):
         Lora(load_student(model, torch.float32), LoraConfig(rank=2), model, torch.float32)
