@@ -1,4 +1,4 @@
-"""A signal stops a command; what is cancelled within it does not pass for one."""
+"""A signal stops a command. A cancellation inside the command does not count as a signal."""
 
 import asyncio
 import os
@@ -40,7 +40,7 @@ def test_a_signal_stops_the_work_after_its_clean_up(number: signal.Signals) -> N
 
 
 def test_a_clean_up_that_never_ends_is_broken_off() -> None:
-    """As a call to Ray does whose control service got the signal too."""
+    """As a call to Ray does after its control service got the signal too."""
     code = (
         "import asyncio, os, signal, time; import sdft.services.base.signals as s\n"
         "async def work():\n"

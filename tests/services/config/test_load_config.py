@@ -1,4 +1,4 @@
-"""The configuration: what loads, and the one sentence that every mistake gets."""
+"""The configuration: what loads, and the one sentence for every mistake."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,7 @@ def load(folder: Path, text: str, *overrides: str) -> RunConfig:
 
 
 def message(folder: Path, text: str, *overrides: str) -> str:
-    """The error for a config, without the folder's name."""
+    """Return the error for a configuration, without the folder's name."""
     with pytest.raises(UserError) as e:
         load(folder, text, *overrides)
     assert "\n" not in str(e.value)
@@ -70,7 +70,7 @@ def test_overrides_replace_and_add(tmp_path: Path) -> None:
 
 
 def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
-    # Text that YAML could take for a number, a date, a boolean or nothing must come back as text.
+    # Text that YAML could parse as a number, a date, a boolean or null must be read back as text.
     for name in ("1e-5", "2026-01-01", "yes", "null", "12", "ä: #", "0x10", "1:30"):
         config = load(tmp_path, GOOD, f"data.system='{name}'", "learner.optimizer.lr=1e-5")
         assert config.data is not None
@@ -352,7 +352,7 @@ def test_the_dtype_is_one_that_the_processor_has_instructions_for_unless_it_is_g
     given = load(tmp_path, GOOD, "dtype=bfloat16")
     assert given.dtype == "bfloat16"
     assert [line[:34] for line in dtype_lines(given)] == ([] if native else ["this processor has no instructions"])
-    # What is kept of a run has the dtype that it was in, wherever it is read again.
+    # A run's files keep the dtype of the run, on whatever machine they are read.
     assert f"dtype: {usual}\n" in resolved_yaml(load(tmp_path, GOOD))
 
 
@@ -369,7 +369,7 @@ def test_a_configuration_with_absolute_paths_means_the_same_anywhere(
 ) -> None:
     for name in ("train.jsonl", "eval.jsonl", "my.jinja"):
         (tmp_path / name).touch()
-    (tmp_path / "turn").mkdir()  # named like a built-in template, which comes first
+    (tmp_path / "turn").mkdir()  # has the name of a built-in template, which has priority
     (tmp_path / "elsewhere" / "m").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "elsewhere")
     sets = "evaluation: {sets: [{name: a, file: eval.jsonl, grader: exact}]}\n"

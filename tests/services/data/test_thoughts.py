@@ -1,4 +1,4 @@
-"""Reasoning before an answer: no grader and no judge sees it."""
+"""Reasoning before an answer is hidden from graders and judges."""
 
 import asyncio
 from pathlib import Path
@@ -58,7 +58,7 @@ def graded(grader: Any, answer: Any, *replies: str, judge: JudgeConfig | None = 
     ],
 )
 def test_a_grader_sees_the_answer_alone(grader: Any, answer: Any, right: str, wrong: str) -> None:
-    """Neither is a right one in the reasoning counted, nor does one that is rejected there count against."""
+    """A right answer in the reasoning does not count, and a wrong one there does no harm."""
     replies = [f"<think>{wrong} No.</think>{right}", f"<think>{right} No.</think>{wrong}", f"<think>{right}", right]
     assert graded(grader, answer, *replies) == [True, False, False, True]
 

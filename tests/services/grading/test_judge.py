@@ -1,5 +1,4 @@
-"""A judge behind OpenAI's protocol, vLLM's server among others: what it is asked, what its words mean, and what is said
-when it cannot judge."""
+"""A judge with OpenAI's protocol, such as vLLM's server: its requests, its verdicts, and the errors if it fails."""
 
 import asyncio
 import json
@@ -18,7 +17,7 @@ from tests.runs.run import free_port
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """A judge that says yes when the reply holds the reference answer; `says` puts other words into its mouth."""
+    """A judge that replies yes if the reply contains the reference answer. `says` replaces that reply."""
 
     says: str | None = None
     asked: list[dict[str, Any]] = []  # noqa: RUF012

@@ -1,4 +1,4 @@
-"""pass@k against its definition."""
+"""pass@k compared with its definition."""
 
 from itertools import combinations
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts are refused before anything is started."""
+"""Mixtures of experts are refused before any process starts."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What of a run may be changed when it is continued."""
+"""What may change when a run is continued."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Models by name: folders, the built-in model made from its package, and what is said when there is none."""
+"""Models by name: folders, the built-in model made from its package, and the errors for unknown names."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, cannot be read, or cannot be pruned: what is kept, and the notes that a run gets."""
+"""Checkpoints that are damaged, cannot be read or cannot be removed: what is kept, and the notes that a run gets."""
 
 import asyncio
 import errno
@@ -42,7 +42,7 @@ def spoil(folder: Path) -> None:
 
 
 def unreadable(folder: Path) -> None:
-    """Reading its manifest is an error of the system, for root too."""
+    """Make reading the manifest fail with a system error, for root too."""
     (folder / checkpoints.MANIFEST).unlink()
     (folder / checkpoints.MANIFEST).symlink_to(checkpoints.MANIFEST)
 
@@ -111,7 +111,7 @@ def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path) -> None:
 
 
 class Learner:
-    """The learner's part of a checkpoint: `begun`, `done` are what its two calls raise."""
+    """The learner's part of a checkpoint. begun, done: what save() and written() raise."""
 
     def __init__(self, begun: Exception | None = None, done: Exception | None = None) -> None:
         self._begun, self._done = begun, done
@@ -127,7 +127,7 @@ class Learner:
 
 
 def checkpointer_of(run_dir: Path, learner: Learner, timeout_s: float = 60) -> tuple[Checkpointer, io.StringIO]:
-    """Those of a run of 3 steps that keeps one, and what it prints."""
+    """Return the checkpointer of a run of 3 steps that keeps one checkpoint, and its output."""
     one, log = prepared(Case("saving", engines=1, steps=3), 8), io.StringIO()
     settings = one.config.checkpoint.model_copy(update={"keep": 1, "timeout_s": timeout_s})
     one = replace(one, config=one.config.model_copy(update={"checkpoint": settings}))
@@ -168,7 +168,7 @@ def test_a_disk_without_room_is_a_note_and_gets_its_room_back(tmp_path: Path, ca
 
 
 def test_a_commit_that_does_not_end_in_time_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may still put its checkpoint into its place after another was chosen to go on from."""
+    """It may rename its checkpoint after the run has chosen another one to resume from."""
     writer, _ = checkpointer_of(tmp_path, Learner(), timeout_s=0.1)
     commit = checkpoints.commit
 
@@ -197,7 +197,7 @@ def block_removal(run_dir: Path) -> None:
 
 @pytest.mark.parametrize("block", [block_latest, block_removal])
 def test_what_fails_once_a_checkpoint_has_its_name_is_a_note(tmp_path: Path, block: Callable[[Path], None]) -> None:
-    """On the last step too, where a checkpoint that is not written ends the run."""
+    """Also at the last step, at which a checkpoint that cannot be written ends the run."""
     writer, log = checkpointer_of(tmp_path, Learner())
     save(tmp_path, 2)
 
@@ -216,7 +216,7 @@ def no_sinks(run_dir: Path) -> Sinks:
 
 
 class LostOnce(_Run):
-    """A run whose learner is lost in the first try; `tried`: the checkpoints that it was to go on from."""
+    """A run whose learner is lost in the first try. tried: the checkpoint that each try begins from."""
 
     def __init__(self, run_dir: Path) -> None:
         log = Progress(Console(quiet=True), 3, "test")

@@ -1,4 +1,4 @@
-"""Recorded batches come back as they were, and `sdft replay` says what it cannot do."""
+"""Recorded batches are read back unchanged, and `sdft replay` refuses impossible ranges."""
 
 from dataclasses import replace
 from pathlib import Path
