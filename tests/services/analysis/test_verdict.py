@@ -11,14 +11,14 @@ from tests.services.records.test_metrics import STEP
 
 
 def steps(count: int = 5, /, **times: float) -> list[StepMetrics]:
-    """Steps of 10 seconds."""
+    """Return steps of 10 seconds with the given phases."""
     zero = dict.fromkeys((f"time_{phase}_s" for phase in ("rollout", "score", "learn", "sync", "wait")), 0.0)
     given: dict[str, Any] = zero | {f"time_{phase}_s": seconds for phase, seconds in times.items()}
     return [replace(STEP, step=i + 1, time_step_s=10.0, **given) for i in range(count)]
 
 
 def said(rows: list[StepMetrics], staleness: int, **config: Any) -> str:
-    """There is a sentence."""
+    """Return the sentence; fails if there is none."""
     text = verdict(rows, {"training": {"max_staleness": staleness}, **config})
     assert text is not None
     return text

@@ -1,4 +1,4 @@
-"""Which nodes a run is given; what Ray's autoscaler is told of its needs, read where the autoscaler reads it."""
+"""The nodes that a run is given, and its requests to Ray's autoscaler, read where the autoscaler reads them."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Questions to the cluster that only advise a run: what one does that fails, and one that is never answered."""
+"""Queries to the cluster that only advise a run: one that fails, and one that is never answered."""
 
 import asyncio
 import threading
@@ -66,7 +66,7 @@ def test_a_question_without_an_answer_is_asked_once_and_holds_up_neither_loop_no
                 await query.answer()
 
     began = time.monotonic()
-    asyncio.run(twice())  # with asyncio.to_thread it would wait for the thread
+    asyncio.run(twice())  # with asyncio.to_thread, run() would wait for the thread
     assert time.monotonic() - began < 5
     assert len(asked) == 1
     answered.set()

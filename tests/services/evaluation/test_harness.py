@@ -1,4 +1,4 @@
-"""lm-eval itself on the tiny model, with a task of our own: nothing is downloaded."""
+"""lm-eval itself on the tiny model, with a local task: nothing is downloaded."""
 
 import json
 import math
@@ -20,8 +20,11 @@ QUESTIONS = [f"The colour of {thing} is" for thing in ("the sky", "grass", "snow
 
 @pytest.fixture
 def config(tiny_model: Path, tmp_path: Path) -> Path:
-    """A configuration, and beside it the task `colours`, whose right answers are what the tiny model finds likeliest
-    for the first four questions, and something else for the last two."""
+    """A configuration, with the task `colours` beside it.
+
+    The answers to its first four questions are the choices that the tiny model finds likeliest. Those to the last two
+    are others.
+    """
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
 
@@ -65,7 +68,7 @@ def test_a_task_is_scored_as_the_model_scores_it(config: Path, capsys: pytest.Ca
     assert json.loads(out.read_text())["results"]["colours"]["acc,none"] == pytest.approx(4 / 6)
 
 
-# The last lines that lm-eval 0.4.13 prints.
+# Last lines of lm-eval 0.4.13's output.
 UNKNOWN = "ValueError: Tasks not found: ['colourz']"
 OFFLINE = "ConnectionError: Couldn't reach 'Rowan/hellaswag' on the Hub (OfflineModeIsEnabled)"
 

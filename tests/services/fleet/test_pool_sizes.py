@@ -30,7 +30,7 @@ def test_who_joins_has_the_newest_weights_before_it_takes_work() -> None:
 
 
 def test_weights_that_come_while_an_engine_joins_do_not_miss_it() -> None:
-    """They wait until it has loaded the ones before, and it is one of the pool's by then."""
+    """The update waits until the engine has loaded the version before and has joined the pool."""
 
     class Slow(SimulatedEngine):
         def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
@@ -132,7 +132,7 @@ class Refused(SimulatedEngine):
 
 
 def test_a_pool_below_its_least_goes_on_trying() -> None:
-    """Also when a node is drained and the engine that should take the place of the last one does not start at first."""
+    """Also if a node is drained and the replacement of the last engine fails to start at first."""
     tries: list[float] = []
 
     def make(number: int) -> SimulatedEngine:

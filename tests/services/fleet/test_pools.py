@@ -1,4 +1,4 @@
-"""A pool of engines: who does what, who has which weights, and what happens when one is lost."""
+"""A pool of engines: dispatch, weight versions, and the loss of an engine."""
 
 import asyncio
 import gc
@@ -55,9 +55,9 @@ def test_one_that_dies_before_it_has_joined_does_not_hold_up_the_weights_of_the_
         await bench.publish(7)
         async with bench.pool.published.lock:
             bench.pool.resize(2)
-            await asyncio.sleep(4)  # it waits for the lock, to load v7
+            await asyncio.sleep(4)  # the engine waits for the lock, to load v7
             bench.started[1].die()
-            await asyncio.sleep(20)  # and is found dead
+            await asyncio.sleep(20)  # and its death is detected
         began = asyncio.get_running_loop().time()
         await bench.publish(8)
         assert asyncio.get_running_loop().time() - began < 1
@@ -73,7 +73,7 @@ def test_weights_that_went_with_a_nodes_relay_come_again_and_a_relay_goes_with_i
     relays: list[Relay] = []
 
     class Reading(SimulatedEngine):
-        """On a node of its own; the first copy that it is given is gone by then."""
+        """An engine on its own node. The first copy that it is given has gone."""
 
         def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
             if self.number == 1 and sum(relay.node == self.node for relay in relays) == 1:
@@ -105,7 +105,7 @@ def test_weights_that_went_with_a_nodes_relay_come_again_and_a_relay_goes_with_i
 
 def test_what_a_lost_engine_had_is_done_by_the_others_before_it_is_back() -> None:
     class Late(SimulatedEngine):
-        """The successor, which has the number of the one that it succeeds."""
+        """A replacement, with the number of the lost engine."""
 
         def start(self) -> tuple[float, None]:
             return 3, None
@@ -183,7 +183,7 @@ def test_an_engine_that_keeps_dying_is_given_up_if_enough_remain_and_ends_the_ru
         await bench.begin(2)
         for _ in range(2):
             next(e for e in reversed(bench.started) if e.number == 1).die()
-            await bench.work(4)  # finds it out
+            await bench.work(4)  # detects the loss
             await bench.settled()
         assert "the pool goes on with 1 student engine" in bench.notices[-1]
         assert [engine.name for engine in bench.pool.engines] == ["student engine 0"]

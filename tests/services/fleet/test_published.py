@@ -1,4 +1,4 @@
-"""A snapshot on its way to nodes other than the learner's: once a node, and into memory that its engines can map."""
+"""A snapshot on its way to other nodes than the learner's: sent once per node, into memory that its engines can map."""
 
 import asyncio
 import os
@@ -19,12 +19,12 @@ NOTHING = np.zeros(0, dtype=np.int32)
 
 
 def snapshot(version: int, nbytes: int) -> Snapshot:
-    """Of a learner on a node that is not this one."""
+    """Return the snapshot of a learner on another node."""
     return Snapshot("student", version, "/nowhere", "another node", nbytes, (), NOTHING, NOTHING.astype(np.float32))
 
 
 class Learner:
-    """Gives bytes of one value, and counts how often."""
+    """Returns a payload of equal bytes, and counts the requests."""
 
     def __init__(self) -> None:
         self.asked, self.value, self.nbytes, self.lost = 0, 1, 1000, False
@@ -55,7 +55,7 @@ def test_all_engines_of_a_node_map_one_copy_that_was_fetched_once(ray_cluster: N
 
 
 def test_a_relay_keeps_one_buffer_a_role_whatever_was_sent_before(ray_cluster: None) -> None:
-    """A buffer of another size takes the place of the one before, which is closed."""
+    """A buffer of another size replaces the one before, which is closed."""
     relay = SnapshotRelay()
     for nbytes in (1000, 5000, 5000, 3000):
         path = relay.hold("student", [ray.put(np.full(nbytes, 7, np.uint8))])

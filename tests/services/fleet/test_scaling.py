@@ -1,4 +1,4 @@
-"""How many engines a pool should have."""
+"""The number of engines that a pool should have."""
 
 from sdft.services.fleet.autoscaler import FASTEST, IN_A_ROW_GROW, IN_A_ROW_SHRINK, Scaler, Seen
 
@@ -8,7 +8,7 @@ RIGHT = Seen(waited=0.05, busy=0.7, queued=0)
 
 
 def after(scaler: Scaler, size: int, *steps: Seen) -> list[int]:
-    """The size after each step, if the pool follows at once."""
+    """Return the size after each step, if the pool follows at once."""
     sizes = []
     for seen in steps:
         size = scaler.wanted(size, seen)
@@ -35,7 +35,7 @@ def test_a_pool_with_little_to_do_shrinks_to_what_it_uses_but_slowly() -> None:
 
 
 def test_a_pool_is_not_the_one_that_is_missed_while_it_has_room() -> None:
-    """The learner waits, but for the others."""
+    """The learner waits for the other pool."""
     assert after(Scaler(1, 100), 4, *[Seen(waited=0.6, busy=0.3, queued=0)] * 9) == [4] * 9
 
 

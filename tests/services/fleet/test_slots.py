@@ -1,4 +1,4 @@
-"""Who takes the next item."""
+"""Dispatch of items to the least loaded worker."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from sdft.services.fleet.dispatch import Slots
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -58,7 +58,7 @@ def test_one_who_leaves_takes_no_more_and_is_idle_when_all_it_had_is_given_back(
 
 
 def test_one_who_waits_no_longer_keeps_nobody() -> None:
-    """Cancelled while it waits, or after it was given somebody but before it ran."""
+    """Cancelled while it waits, or after it was given a worker but before it ran."""
 
     async def run() -> None:
         slots: Slots[str] = Slots(1, Clock())

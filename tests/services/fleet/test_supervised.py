@@ -1,4 +1,4 @@
-"""An engine's place in a pool, with actors of a few lines that die, hang or go wrong when they are asked to."""
+"""A supervised engine in a pool, with small actors that die, hang or compute wrongly on request."""
 
 import asyncio
 import os
@@ -27,10 +27,14 @@ from tests.fakes.pool_bench import EMPTY, Bench
 
 
 def mortal() -> type:
-    """An actor's class. Made in a function it travels to Ray's workers whole: they cannot import a test."""
+    """Return an actor's class.
+
+    A class made in a function is pickled by value: Ray's workers cannot import a test.
+    """
 
     class Mortal:
-        """Dies at work while no more than `lives` actors have been started; loads only even versions well."""
+        """Dies in generate() while at most `lives` actors have started. The first actor refuses odd versions of the
+        weights."""
 
         def __init__(self, folder: Path) -> None:
             self.folder = folder
@@ -73,7 +77,7 @@ async def nothing_elsewhere(role: str) -> list[ray.ObjectRef]:
 
 
 class Place:
-    """An engine's place, and what was published for it."""
+    """A supervised engine, and the snapshots published for it."""
 
     def __init__(self, folder: Path) -> None:
         self.notices: list[str] = []
@@ -110,7 +114,7 @@ def test_a_dead_engines_work_is_done_by_its_successor(ray_cluster: None, tmp_pat
         one = Place(tmp_path)
         await one.engine.start()
         first = one.pid
-        # Two calls at once lose their work to the same death: one successor does both.
+        # Two calls lose their work to the same death; one replacement does both.
         answers = await asyncio.gather(*(one.engine.call("to generate", 60, "generate", 1) for _ in range(2)))
         assert answers == [one.pid, one.pid]
         assert one.pid != first
@@ -172,7 +176,7 @@ def test_one_that_is_silent_while_weights_load_is_given_the_time() -> None:
 def test_a_successor_whose_weights_went_with_the_learner_waits_for_the_next_ones(
     ray_cluster: None, tmp_path: Path, known: bool
 ) -> None:
-    """Whether the learner's death is known by then, or found in the loading."""
+    """The death of the learner is known before, or only found during loading."""
 
     async def run() -> None:
         (tmp_path / "engines").mkdir()
@@ -197,7 +201,7 @@ def test_a_successor_whose_weights_went_with_the_learner_waits_for_the_next_ones
 
 
 def test_an_engine_that_computes_otherwise_than_before_is_replaced(ray_cluster: None, tmp_path: Path) -> None:
-    """Its successor loads the same snapshot, and is asked nothing before it agrees with the learner."""
+    """The replacement loads the same snapshot, and gets no work before it agrees with the learner."""
 
     async def run() -> None:
         one = Place(tmp_path)
@@ -218,7 +222,7 @@ def test_weights_that_the_first_engine_refuses_are_not_the_engines_fault(ray_clu
         await one.engine.start()
         with pytest.raises(
             WeightMismatch, match=r"^v1: log-probs differ by 3 on average$"
-        ):  # and no traceback of Ray's
+        ):  # without a traceback of Ray's
             await one.update_weights(1)
         with pytest.raises(SnapshotDamaged, match="arrived damaged"):
             await one.update_weights(2, "damaged")
@@ -229,7 +233,7 @@ def test_weights_that_the_first_engine_refuses_are_not_the_engines_fault(ray_clu
 
 
 def test_a_process_that_was_stopped_is_ended_where_it_is(ray_cluster: None, tmp_path: Path) -> None:
-    """Whatever Ray's own kill makes of it: it must not keep the resources that its successor waits for."""
+    """In addition to Ray's own kill: the process must free the resources that its replacement waits for."""
 
     async def run() -> None:
         one = Place(tmp_path)
@@ -237,7 +241,7 @@ def test_a_process_that_was_stopped_is_ended_where_it_is(ray_cluster: None, tmp_
         process = one.engine.process
         os.kill(process.pid, signal.SIGSTOP)
         end(process)
-        end(Process(os.getpid(), process.node))  # no worker of Ray's: left alone
+        end(Process(os.getpid(), process.node))  # no worker of Ray's: not ended
         deadline = time.monotonic() + 60
         while Path(f"/proc/{process.pid}/cmdline").exists() and Path(f"/proc/{process.pid}/cmdline").read_bytes():
             assert time.monotonic() < deadline, "it is still there"

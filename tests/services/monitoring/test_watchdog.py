@@ -1,4 +1,4 @@
-"""What a run waits for, as a watchdog tells it."""
+"""The waits of a run, as the watchdog reports them."""
 
 import asyncio
 from pathlib import Path
@@ -69,10 +69,10 @@ def test_a_wait_within_a_wait_says_which_it_was() -> None:
 
 
 def test_a_cancellation_that_comes_with_an_answer_is_heard() -> None:
-    """Whoever watches an engine asks again and again, and would not end."""
+    """The supervision of an engine asks repeatedly; a lost cancellation would let it run forever."""
 
     async def heard(passes: int) -> bool:
-        """None of the loop's passes are between answer and cancellation, or some."""
+        """Cancel after this number of the loop's passes; return whether the cancellation took effect."""
         answer = asyncio.get_running_loop().create_future()
 
         async def asked() -> None:

@@ -1,5 +1,7 @@
-"""Evaluation sets that come later than their run, with an appended stage or alone: they are asked before training goes
-on. In simulated time."""
+"""Evaluation sets that are added later, with an appended stage or alone, are evaluated before training continues.
+
+In simulated time.
+"""
 
 import shutil
 from collections import Counter
@@ -23,14 +25,14 @@ from simulation.cluster import Case, Learner, drive, prepared
 from tests.runs.run import metrics
 from tests.services.training.test_retention import LOST_FROM, Forgetful, Tokens
 
-STEPS = LOST_FROM - 1  # of the first stage: what it knows is forgotten in the second
+STEPS = LOST_FROM - 1  # of the first stage; the student forgets in the second
 OLD = EvaluationSet(name="old", file="q.jsonl", grader="exact", role="retention", max_new_tokens=4)
 NEW = OLD.model_copy(update={"name": "new", "pass_at": (1,)})
 CASE = Case("later", engines=1, staleness=0)
 
 
 class Staged(Learner):
-    """A learner of a run of stages, which goes on from a step."""
+    """A learner of a run of stages, which resumes from a step."""
 
     def __init__(self, step: int) -> None:
         super().__init__(0.1)
@@ -56,7 +58,7 @@ def run_of(stages: int, sets: Sequence[EvaluationSet]) -> Prepared:
 
 
 def trained(run_dir: Path, one: Prepared, first_step: int = 0) -> str:
-    """From `first_step` to the end, as session.py begins; what was said."""
+    """Train from `first_step` to the end, beginning as session.py does. Returns the output."""
     RunLog.rewind(run_dir, first_step or None)
     with (run_dir / "log").open("w") as said:
         drive(
@@ -70,7 +72,7 @@ def asked(run_dir: Path) -> list[tuple[int, str, str]]:
 
 
 def appended(run_dir: Path) -> str:
-    """A run of one stage, to which a second one with a set of its own was appended; what was said then."""
+    """Train a run of one stage, then append a second one with its own set. Returns the output of the second part."""
     trained(run_dir, run_of(1, [OLD]))
     shutil.copy(run_dir / "ledger.sqlite", run_dir / "at-the-checkpoint.sqlite")
     return trained(run_dir, run_of(2, [OLD, NEW]), STEPS)

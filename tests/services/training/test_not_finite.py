@@ -1,4 +1,4 @@
-"""A step whose gradient is not finite changes no weight: its samples are dropped, with a reason. In simulated time."""
+"""A step whose gradient is not finite changes no weight; its samples are dropped with a reason. In simulated time."""
 
 import sqlite3
 from dataclasses import replace
@@ -17,7 +17,7 @@ STEPS, BATCH = 12, 8
 
 
 class Unsteady(Learner):
-    """Its gradient is not finite at some steps."""
+    """A learner whose gradient is not finite at the steps `bad`."""
 
     def __init__(self, bad: set[int]) -> None:
         super().__init__(0.1)
@@ -31,7 +31,7 @@ class Unsteady(Learner):
 
 
 def train(run_dir: Path, bad: set[int]) -> str:
-    """What the run said."""
+    """Train, and return the output of the run."""
     case = Case("unsteady", engines=1, staleness=0, steps=STEPS)
     one = prepared(case, BATCH)
     said = StringIO()

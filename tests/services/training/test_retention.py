@@ -1,4 +1,4 @@
-"""The retention guard: what it judges, and what becomes of a run whose guarded set falls. In simulated time."""
+"""The retention guard: what it judges, and its effect on a run whose guarded set falls. In simulated time."""
 
 import json
 from dataclasses import replace
@@ -20,7 +20,7 @@ from sdft.services.training.retention import RetentionGuard
 from simulation.cluster import Case, Learner, Student, drive, prepared
 
 GENERAL = {"name": "general", "file": "g.jsonl", "grader": "exact", "role": "retention", "max_new_tokens": 4}
-LOST_FROM = 3  # the version from which on the simulated student has forgotten
+LOST_FROM = 3  # from this weight version on, the simulated student has forgotten
 
 
 def config(action: str = "warn", **retention: Any) -> RunConfig:
@@ -42,7 +42,7 @@ def result(step: int, value: float, task: str = "general", metric: str = "accura
 def test_a_set_may_lose_what_is_allowed_of_what_it_had_first_and_no_more() -> None:
     guard = RetentionGuard(config(), [])
     assert guard.judge([result(0, 0.8), result(0, 0.9, "tools")]) == []
-    assert guard.judge([result(2, 0.7), result(2, 0.1, "tools")]) == []  # 0.8 - 0.7 is a bit more than 0.1
+    assert guard.judge([result(2, 0.7), result(2, 0.1, "tools")]) == []  # 0.8 - 0.7 is slightly more than 0.1
     assert guard.held == 2
     (breach,) = guard.judge([result(4, 0.6), result(4, 0.0, metric="teacher_accuracy")])
     assert str(breach) == "general fell from 80.0 % to 60.0 % (n 10) at step 4: 20.0 points, 10 are allowed"
@@ -97,7 +97,7 @@ def test_the_checkpoint_to_go_back_to_outlives_all_that_come_after_it(tmp_path: 
 
 
 class Forgetful(Student):
-    """Answers with the version of its weights."""
+    """Replies with its weight version."""
 
     def generate(self, items: Any, argument: Any) -> tuple[float, Any]:
         seconds, made = super().generate(items, argument)
@@ -107,7 +107,7 @@ class Forgetful(Student):
 
 
 class Tokens:
-    """In the place of a tokenizer: what a student of that version says."""
+    """Replaces a tokenizer: decodes a weight version to that student's reply."""
 
     added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
 

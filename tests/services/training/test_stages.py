@@ -1,4 +1,4 @@
-"""Streams of tasks: their configuration, their steps, what may begin when, and what they did to the model."""
+"""Streams of tasks: configuration, steps, the order of stages, and the metrics over stages."""
 
 import asyncio
 import math
@@ -117,7 +117,7 @@ def test_steps_go_through_the_stages_and_every_sample_is_of_one() -> None:
 
 
 def test_nothing_of_a_stage_is_begun_before_it_is_open(tmp_path: Path) -> None:
-    """Else the teacher of the stage before would score it."""
+    """Otherwise the teacher of the stage before would score it."""
     case = Case("stages", engines=1, staleness=2, steps=2)
     one = prepared(case, 4)
     stage = one.stages[0]
@@ -157,7 +157,7 @@ def test_a_stage_that_is_appended_leaves_what_was_before_it_as_it_was(tiny_model
 
 
 def test_a_stage_that_does_not_fit_behind_the_others_is_refused(tmp_path: Path) -> None:
-    """By what would refuse it in the run's own configuration."""
+    """The checks are those of a whole configuration."""
     sets = [{"name": "x", "file": "x.jsonl", "grader": "exact"}]
     run_dir, more = tmp_path / "run", tmp_path / "more.yaml"
     run_dir.mkdir()
@@ -170,7 +170,7 @@ def test_a_stage_that_does_not_fit_behind_the_others_is_refused(tmp_path: Path) 
         more.write_text(yaml.safe_dump(B | changes))
         with pytest.raises(UserError, match=expected):
             appended(run_dir, tmp_path, [], more)
-    for clip in (1, 5):  # the run's, whatever that is: it was compared with the default
+    for clip in (1, 5):  # both are the run's own value; the default does not matter
         more.write_text(yaml.safe_dump(B | {"optimizer": {"grad_clip": clip}}))
         stages = appended(run_dir, tmp_path, [f"learner.optimizer.grad_clip={clip}"], more).stages
         assert [stage.name for stage in stages] == ["a", "b"]
