@@ -39,9 +39,7 @@ def test_a_rank_that_was_stopped_is_found_and_ended_with_the_others(ray_cluster:
     asyncio.run(run())
 
 
-def test_a_rank_that_dies_while_nobody_waits_for_it_is_not_asyncios_to_complain_of(
-    ray_cluster: None, tiny_model: Path
-) -> None:
+def test_the_death_of_a_rank_that_is_not_awaited_causes_no_asyncio_message(ray_cluster: None, tiny_model: Path) -> None:
     async def run() -> list[str]:
         said: list[str] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context["message"]))
@@ -59,7 +57,7 @@ def test_a_rank_that_dies_while_nobody_waits_for_it_is_not_asyncios_to_complain_
     assert asyncio.run(run()) == []
 
 
-def test_a_group_that_was_ended_is_lost_and_cancels_nobody(ray_cluster: None, tiny_model: Path) -> None:
+def test_a_killed_group_counts_as_lost_and_cancels_no_task(ray_cluster: None, tiny_model: Path) -> None:
     """A run whose new learner failed to start still holds the old group. A cancellation would look like a stop
     signal."""
 
@@ -72,7 +70,7 @@ def test_a_group_that_was_ended_is_lost_and_cancels_nobody(ray_cluster: None, ti
     asyncio.run(run())
 
 
-def test_the_port_that_the_ranks_meet_at_is_nobody_elses_before_they_do(ray_cluster: None) -> None:
+def test_the_rendezvous_port_is_held_until_the_ranks_meet(ray_cluster: None) -> None:
     """The import of torch between the two takes seconds."""
     worker = LearnerWorker()
     address, port = worker.rendezvous()

@@ -41,7 +41,7 @@ def stop(group: LearnerGroup) -> None:
         worker.__ray_terminate__.remote()
 
 
-def test_a_run_handed_on_between_ranks_and_zero_stages_is_the_run_of_one_process(
+def test_a_run_resumed_with_other_ranks_and_zero_stages_equals_the_run_of_one_process(
     ray_cluster: None, tiny_model: Path, tmp_path: Path
 ) -> None:
     """1 rank at ZeRO stage 1, then 2 at 3, 2 at 2, 2 at 0. Every rank must restore moments, step count and EMA.
@@ -82,7 +82,7 @@ def test_a_run_handed_on_between_ranks_and_zero_stages_is_the_run_of_one_process
     asyncio.run(run())
 
 
-def test_bfloat16_weights_and_their_float32_masters_are_handed_on(
+def test_bfloat16_weights_and_their_float32_masters_survive_a_resume(
     ray_cluster: None, tiny_model: Path, tmp_path: Path
 ) -> None:
     async def run() -> None:
@@ -152,7 +152,7 @@ def test_the_first_tensor_that_differs_is_named(tmp_path: Path) -> None:
     assert first_difference(one, other) == "master/b"
 
 
-def test_what_is_not_written_yet_is_copied_before_the_tensors_change(
+def test_tensors_that_are_not_written_yet_are_copied_before_they_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, begun, go_on = TensorFile.write, threading.Event(), threading.Event()
@@ -175,7 +175,7 @@ def test_what_is_not_written_yet_is_copied_before_the_tensors_change(
     assert [load_file(tmp_path / f"{i}.safetensors")["x"][0].item() for i in range(3)] == [0, 1, 2]
 
 
-def test_where_memory_is_short_nothing_is_copied_even_if_somebody_waits_for_the_files(
+def test_with_little_memory_tensors_are_written_out_instead_of_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = TensorFile.write

@@ -184,7 +184,7 @@ def test_a_first_step_that_is_not_taken_leaves_a_teacher_and_a_state(
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_bfloat16_takes_the_steps_of_float32_but_for_rounding(
+def test_steps_in_bfloat16_equal_those_in_float32_up_to_rounding(
     ray_cluster: None, tiny_model: Path, reference: Steps, ranks: int
 ) -> None:
     """A single rank adds up gradients without DeepSpeed's reduction: none of several micro-batches is lost."""

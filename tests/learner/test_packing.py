@@ -139,7 +139,7 @@ def test_attention_of_packed_sequences_is_that_of_each_alone(
         assert torch.allclose(mine, theirs, atol=1e-5)
 
 
-def test_a_window_is_the_models_own() -> None:
+def test_windowed_attention_equals_the_models_own() -> None:
     torch.manual_seed(0)
     config = MistralConfig(
         **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "sliding_window": 8},

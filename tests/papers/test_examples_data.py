@@ -197,7 +197,7 @@ def test_after_a_run_of_the_sweep_has_failed_no_other_begins(tmp_path: Path) -> 
     assert "nonsense is not a setting" in (begun / "output.log").read_text()
 
 
-def test_the_table_of_results_is_what_its_plot_is_drawn_from(tmp_path: Path) -> None:
+def test_the_table_of_results_agrees_with_the_data_of_its_plot(tmp_path: Path) -> None:
     docs = EXAMPLES.parent / "docs"
     points: dict[str, list[list[float]]] = json.loads((docs / "sequence.json").read_text())
     methods = {"SDFT": "sdft", "SFT": "sft", "SFT with recall": "reinvoke", "DFT": "dft", "off-policy": "off_policy"}

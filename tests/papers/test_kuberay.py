@@ -121,7 +121,7 @@ def test_every_container_has_what_a_cluster_asks_of_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
-def test_the_nodes_of_a_cluster_share_storage_and_can_be_asked_how_they_are(name: str) -> None:
+def test_the_nodes_of_a_cluster_share_storage_and_have_health_probes(name: str) -> None:
     claim = documents("storage.yaml")["PersistentVolumeClaim"]
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     monitor = yaml.safe_load((DEPLOY / "monitoring" / "podmonitor.yaml").read_text())
@@ -208,7 +208,7 @@ def test_a_jobs_run_fits_into_its_worker(name: str, smollm2: Path, tmp_path: Pat
     assert c.monitoring.prometheus
 
 
-def test_only_actors_go_to_nodes_that_may_be_taken_away() -> None:
+def test_only_actors_go_to_preemptible_nodes() -> None:
     _, learner, actors = groups("raycluster-autoscaling.yaml")
     spot = actors["template"]["spec"]["nodeSelector"]
     (key,) = spot
@@ -220,7 +220,7 @@ def test_only_actors_go_to_nodes_that_may_be_taken_away() -> None:
     assert (actors["minReplicas"], actors["maxReplicas"]) == (0, 8)
 
 
-def test_the_configuration_for_the_growing_cluster_names_its_groups_and_fits_their_nodes() -> None:
+def test_the_configuration_for_the_autoscaling_cluster_names_its_groups_and_fits_their_nodes() -> None:
     """The configuration stands in the manifest's comment."""
     text = (KUBERAY / "raycluster-autoscaling.yaml").read_text()
     lines = [line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   ")]

@@ -67,7 +67,7 @@ def test_the_stream_of_the_readme_is_a_configuration() -> None:
         assert parser().parse_args(words[1:]).run is not None
 
 
-def test_what_the_readme_says_of_clusters_are_configurations() -> None:
+def test_the_cluster_blocks_of_the_readme_are_valid_configurations() -> None:
     run = {"model": "m", "data": {"train": "t"}, "training": {"steps": 1}}
     shared = RunConfig.model_validate(run | yaml.safe_load(block("device: cuda")))
     assert shared.learner.gpus + shared.actors.student.gpus + shared.actors.teacher.gpus == 1

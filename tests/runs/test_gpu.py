@@ -158,7 +158,7 @@ def test_a_run_on_one_gpu_accounts_for_every_sample(whole: Path) -> None:
     assert json.loads((whole / "run.json").read_text())["state"] == "finished"
 
 
-def test_killed_and_continued_it_is_the_same_run(config: Path, whole: Path) -> None:
+def test_a_killed_and_continued_run_has_the_same_results(config: Path, whole: Path) -> None:
     before, run_dir = on_machine(), config.with_name("killed")
     with run_dir.with_suffix(".log").open("wb") as log:
         driver = subprocess.Popen(command(config, run_dir), stdout=log, stderr=log)

@@ -160,7 +160,7 @@ def test_a_cluster_that_can_never_hold_the_run_is_named_with_what_is_missing(
     assert "Traceback" not in result.stderr
 
 
-def test_a_job_that_fails_says_so_to_who_follows_it(head: Head, tiny_model: Path, tmp_path: Path) -> None:
+def test_submit_follow_reports_a_failed_job(head: Head, tiny_model: Path, tmp_path: Path) -> None:
     write_run(tmp_path, tiny_model, "float32")
     (tmp_path / "train.jsonl").write_text('{"prompt": "x"}\n')
     submit = ["submit", "tiny.yaml", "--address", head.dashboard, "--run-dir", str(tmp_path / "r"), "--follow"]

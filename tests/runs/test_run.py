@@ -90,7 +90,7 @@ def test_rollouts_go_on_while_the_learner_steps_and_are_never_too_old(undisturbe
     assert rows[3]["teacher_version"] == 3
 
 
-def test_a_run_that_was_killed_when_all_was_done_is_finished(undisturbed: tuple[Path, Path]) -> None:
+def test_a_run_killed_after_its_last_step_is_finished_by_the_next_start(undisturbed: tuple[Path, Path]) -> None:
     config, run_dir = undisturbed
     record = json.loads((run_dir / "run.json").read_text())
     (run_dir / "run.json").write_text(json.dumps(record | {"state": "failed", "error": "stopped by a signal"}))
@@ -99,7 +99,7 @@ def test_a_run_that_was_killed_when_all_was_done_is_finished(undisturbed: tuple[
     assert "state       finished" in status_text(run_dir)
 
 
-def test_a_number_that_is_not_what_it_was_is_found_by_a_replay(undisturbed: tuple[Path, Path]) -> None:
+def test_a_replay_finds_a_changed_number(undisturbed: tuple[Path, Path]) -> None:
     """The steps before it have the same state to the last bit. test_job replays a run without a difference."""
     _, whole = undisturbed
     spoiled = whole.parent / "spoiled"
@@ -113,7 +113,7 @@ def test_a_number_that_is_not_what_it_was_is_found_by_a_replay(undisturbed: tupl
     assert f"step {LONG}: loss was" in result.stdout
 
 
-def test_a_live_teacher_and_two_learner_ranks_train_until_they_are_told_to_stop(undisturbed: tuple[Path, Path]) -> None:
+def test_a_live_teacher_and_two_learner_ranks_train_until_a_signal(undisturbed: tuple[Path, Path]) -> None:
     """Without teacher engines the student engines score. At the first step, live weights equal the EMA: so does the
     divergence.
 
@@ -240,7 +240,7 @@ def test_the_perplexity_of_texts_is_hugging_faces(stream: Stream, tiny_model: Pa
     assert rows[1]["value"] != rows[0]["value"]
 
 
-def test_the_retention_guard_ends_a_run_that_has_lost_what_it_could(stream: Stream) -> None:
+def test_the_retention_guard_ends_a_run_whose_guarded_set_falls(stream: Stream) -> None:
     """The action in the first stage is to warn: the run only prints a warning."""
     _, run_dir, ended = stream
     assert ended.returncode == 4, ended.stdout[-2000:] + ended.stderr[-4000:]

@@ -53,7 +53,7 @@ def send_twice(broadcaster: Broadcaster) -> None:
         broadcaster.send("student", PAYLOAD, ENTRIES, LONG_S)
 
 
-def test_neighbours_go_together_up_to_the_size_of_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_consecutive_tensors_share_a_bucket_up_to_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collective, "BUCKET", 10)
     assert cut([]) == []
     assert cut([4, 6, 1, 20, 3]) == [range(2), range(2, 3), range(3, 4), range(4, 5)]
@@ -86,7 +86,7 @@ def test_all_members_get_what_the_learner_sends_every_time(monkeypatch: pytest.M
         broadcaster.close("student")
 
 
-def test_when_one_is_lost_the_others_hear_of_it_before_their_time_is_over() -> None:
+def test_the_loss_of_a_member_ends_the_broadcast_before_its_deadline() -> None:
     broadcaster = Broadcaster("cpu", HERE)
     with ThreadPoolExecutor() as pool:
         lost, *others = joined(broadcaster, pool, 3)
@@ -100,7 +100,7 @@ def test_when_one_is_lost_the_others_hear_of_it_before_their_time_is_over() -> N
         assert time.monotonic() - began < LONG_S / 2
 
 
-def test_one_that_does_not_answer_is_waited_for_until_the_deadline() -> None:
+def test_a_member_that_does_not_answer_fails_the_broadcast_at_its_deadline() -> None:
     broadcaster = Broadcaster("cpu", HERE)
     with ThreadPoolExecutor() as pool:
         (member,) = joined(broadcaster, pool, 1)
@@ -109,7 +109,7 @@ def test_one_that_does_not_answer_is_waited_for_until_the_deadline() -> None:
         broadcaster.close("student")
 
 
-def test_what_is_damaged_in_the_learners_memory_is_not_sent() -> None:
+def test_a_tensor_damaged_in_the_learners_memory_is_not_sent() -> None:
     broadcaster = Broadcaster("cpu", HERE)
     spoiled = PAYLOAD.copy()
     spoiled[200] ^= 1

@@ -203,7 +203,7 @@ def test_an_engine_knows_whether_it_scores_completions_only(engines: list) -> No
     assert ray.get(engines[0].scores_completions_only.remote(), timeout=60) == ([True], False)
 
 
-def test_a_model_with_norms_of_queries_and_keys_is_computed_as_it_is(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_model_with_norms_of_queries_and_keys_is_computed_correctly(ray_cluster: None, tmp_path: Path) -> None:
     """These norms get views as inputs. The fused kernels ignore strides and would give wrong numbers."""
     config = Qwen3Config(
         **{"vocab_size": 512, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 64},
@@ -277,9 +277,7 @@ def test_a_batch_that_is_refused_halfway_leaves_nothing_behind(engines: list) ->
         assert a.logprobs.tolist() == b.logprobs.tolist()
 
 
-def test_the_weights_that_an_engine_has_loaded_change_nothing_when_they_are_sent(
-    engines: list, tiny_model: Path
-) -> None:
+def test_an_update_to_the_loaded_weights_must_not_change_log_probs(engines: list, tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     snapshot = publisher_of(tiny_model).publish("student", 0, content(model))
     assert ray.get(engines[0].update_weights.remote(snapshot), timeout=60).probe_gap < 1e-4
@@ -349,7 +347,7 @@ def test_rollouts_of_a_prompt_share_it_and_are_scored_from_their_first_token(eng
     assert ray.get(engines[0].cached.remote(pairs, 16), timeout=60) == [0, 64, 64, 64, 64, 0]
 
 
-def test_an_update_in_the_middle_of_a_rollout_keeps_it(engines: list, tiny_model: Path) -> None:
+def test_a_rollout_continues_through_a_weight_update(engines: list, tiny_model: Path) -> None:
     """Every token has its weight version. The update is verified before the rollout ends."""
     requests = [GenerateRequest(PROMPT, seed) for seed in range(4)]
     sampling = ray.get(engines[0].generate.remote(requests, Sampling(8)), timeout=60)[0].versions[0][0]
@@ -376,7 +374,7 @@ def test_an_update_that_leaves_the_lm_head_stale_is_refused_and_the_gap_is_named
         ray.get(engines[1].update_weights.remote(snapshot), timeout=60)
 
 
-def test_log_probs_that_are_no_numbers_do_not_agree(engines: list, tiny_model: Path) -> None:
+def test_nan_log_probs_are_refused(engines: list, tiny_model: Path) -> None:
     snapshot = publisher_of(tiny_model).publish("student", 7, content(changed(tiny_model)))
     snapshot = dataclasses.replace(snapshot, probe_logprobs=snapshot.probe_logprobs * np.float32(np.nan))
     with pytest.raises(WeightMismatch, match=r"student weights v7: .* by nan of their size"):
@@ -423,7 +421,7 @@ def test_weights_by_broadcast_are_the_learners(engines: list, broadcaster: Broad
 
 
 @pytest.mark.parametrize("how", ["damaged on the way", "broken off"])
-def test_after_a_broadcast_that_failed_nothing_is_computed_before_whole_weights_are_there(
+def test_after_a_failed_broadcast_an_engine_computes_nothing_until_it_has_whole_weights(
     how: str, engines: list, broadcaster: Broadcaster, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = changed(tiny_model, seed=13)
@@ -473,7 +471,7 @@ def test_weights_that_cannot_be_loaded_are_named_and_nothing_is_computed_before_
     compare(engines[0], model, 32)
 
 
-def test_an_engine_that_computes_a_model_otherwise_than_the_learner_is_refused_before_any_update(
+def test_an_engine_that_computes_a_model_differently_is_refused_before_any_update(
     ray_cluster: None, tiny_model: Path
 ) -> None:
     engine = ray.remote(EngineWorker).options(num_cpus=0.5).remote(engine_settings(tiny_model))

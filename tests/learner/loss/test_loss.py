@@ -171,7 +171,7 @@ def test_chunked_loss_equals_the_formula_on_whole_logits_in_value_and_both_gradi
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_the_order_of_sums_that_torch_is_told_to_keep_is_told_afterwards_as_well(kept: bool) -> None:
+def test_the_loss_restores_torchs_setting_of_deterministic_algorithms(kept: bool) -> None:
     log_q = draw(5)[1]
     hidden, head = torch.randn(N, H).requires_grad_(), torch.randn(V, H).requires_grad_()
     before = torch.are_deterministic_algorithms_enabled()

@@ -71,7 +71,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", SPOILT)
-def test_tensors_that_do_not_fit_are_told_before_the_start_and_at_it(name: str, model: Path, tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_are_refused_before_the_start_and_at_it(name: str, model: Path, tmp_path: Path) -> None:
     spoil, words = SPOILT[name]
     spoil(model)
     for trains in (True, False):  # True for sdft check and train, False for sdft eval
@@ -102,7 +102,7 @@ def test_tensors_that_transformers_ties_or_ignores_are_no_fault(model: Path) -> 
     assert load_student(model, torch.float32).training
 
 
-def test_a_head_of_its_own_that_config_json_ties_is_refused(model: Path) -> None:
+def test_a_separate_head_that_config_json_ties_is_refused(model: Path) -> None:
     change(model, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
     with pytest.raises(Untrainable, match=r"hold lm_head\.weight with other values than model\.embed_tokens\.weight"):
         load_student(model, torch.float32)
@@ -121,7 +121,7 @@ def test_a_head_of_its_own_that_config_json_ties_is_refused(model: Path) -> None
         ("doge", {}, "its attention uses a mask of its own"),
     ],
 )
-def test_a_model_that_the_learner_would_run_otherwise_is_refused_by_check(
+def test_a_model_that_the_learner_would_compute_differently_is_refused_by_check(
     family: str, settings: dict[str, int], words: str, tmp_path: Path
 ) -> None:
     reason = examine(make_family(tmp_path, family, **settings), True)
@@ -130,7 +130,7 @@ def test_a_model_that_the_learner_would_run_otherwise_is_refused_by_check(
     assert examine(tmp_path, False) is None  # engines have their own implementations of the models
 
 
-def test_a_configuration_that_describes_no_model_is_told(model: Path) -> None:
+def test_a_configuration_that_describes_no_model_is_refused(model: Path) -> None:
     configure(model, pad_token_id=100_000)  # outside the vocabulary
     assert "cannot build what its config.json describes (AssertionError: Padding_idx" in (examine(model, True) or "")
 
@@ -140,7 +140,7 @@ def test_a_model_that_the_learner_can_run_is_not_refused(family: str, tmp_path: 
     assert examine(make_family(tmp_path, family, pad_token_id=0), True) is None
 
 
-def test_a_window_that_attention_is_not_told_of_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_that_is_not_passed_to_attention_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a model that applies the window only in its mask, which the learner does not compute."""
     from transformers.models.mistral import modeling_mistral
 
@@ -188,7 +188,9 @@ def test_positions_that_depend_on_the_longest_of_a_pack_are_refused(tmp_path: Pa
         ({"model_type": "gemma3n"}, "its head uses final_logit_softcapping"),  # set in its text_config
     ],
 )
-def test_settings_of_a_whole_and_of_its_text_are_read(settings: dict[str, object], words: str, model: Path) -> None:
+def test_settings_of_a_model_and_of_its_text_config_are_read(
+    settings: dict[str, object], words: str, model: Path
+) -> None:
     configure(model, **settings)
     assert words in (why_not(model) or "")
 

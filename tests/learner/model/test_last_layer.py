@@ -35,9 +35,7 @@ def read_states(model: PreTrainedModel, read: Tensor, *, whole: bool) -> tuple[T
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("read", [(2, 3, 10), ()])  # () is that of a rank without work, which has a gradient of zeros
-def test_what_is_read_is_computed_and_nothing_else(
-    tiny_model: Path, read: tuple[int, ...], checkpointing: bool
-) -> None:
+def test_only_the_rows_that_are_read_are_computed(tiny_model: Path, read: tuple[int, ...], checkpointing: bool) -> None:
     model = load_student(tiny_model, torch.float32)
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -51,7 +49,7 @@ def test_what_is_read_is_computed_and_nothing_else(
         assert (mine - theirs).norm() <= 1e-6 * theirs.norm()
 
 
-def test_a_network_of_another_kind_is_left_whole() -> None:
+def test_a_network_of_another_kind_is_not_changed() -> None:
     model = Qwen2ForCausalLM._from_config(
         Qwen2Config(
             vocab_size=100,

@@ -49,7 +49,7 @@ def test_forward_is_the_models_own_and_the_gradient_as_good(
         assert (ours - exact).norm() < 0.01 * exact.norm()
 
 
-def test_a_norm_that_computes_otherwise_is_left_as_it_is() -> None:
+def test_a_norm_with_another_forward_is_not_replaced() -> None:
     class Other(LlamaRMSNorm):
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
             return super().forward(hidden_states) * 2

@@ -111,7 +111,7 @@ def test_adapters_and_teacher_are_those_of_one_process_whatever_the_ranks_and_st
     asyncio.run(run())
 
 
-def test_adapters_are_merged_where_they_are(tiny_model: Path) -> None:
+def test_adapters_are_merged_on_their_device(tiny_model: Path) -> None:
     """On the GPU after a broadcast, here with the meta device instead."""
     name = "model.layers.0.mlp.down_proj."
     adapters = {name + DOWN: torch.empty(2, 128, device="meta"), name + UP: torch.empty(128, 2, device="meta")}

@@ -145,7 +145,7 @@ class Monkey:
 
 
 @pytest.mark.timeout(60 * KILLS)
-def test_a_run_under_chaos_is_the_run_that_was_left_alone(
+def test_a_run_under_chaos_equals_an_uninterrupted_run(
     tiny_model: Path, undisturbed: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Only the start limit detects a process that is stopped while it starts.

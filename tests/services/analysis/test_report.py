@@ -166,7 +166,7 @@ def test_the_note_on_the_loss_is_that_of_the_method(tmp_path: Path, method: str,
     assert note in Page(write_report(run_dir)).text
 
 
-def test_of_a_stream_all_losses_are_named(tmp_path: Path) -> None:
+def test_the_report_of_a_stream_names_all_losses(tmp_path: Path) -> None:
     run_dir = begin(tmp_path, [], stages=[["a", 1], ["b", 2]])
     stages = [{"name": "a", "sets": [], "method": "sft"}, {"name": "b", "sets": [], "method": None}]
     config = {"model": "tiny", "evaluation": {"sets": []}, "stages": stages}
@@ -180,7 +180,7 @@ def test_of_a_stream_all_losses_are_named(tmp_path: Path) -> None:
     assert "sft: The NLL of the demonstrations' tokens, which is also the loss. sdft: The sampled-token KL of" in text
 
 
-def test_what_is_below_zero_is_drawn_too() -> None:
+def test_values_below_zero_are_drawn() -> None:
     """The estimate of a divergence from one token per position may be negative."""
     from matplotlib.figure import Figure
 
@@ -329,14 +329,14 @@ def test_status_tells_a_killed_run_from_a_running_one(tmp_path: Path) -> None:
     assert "state       stopped (killed)\n" in status_text(tmp_path)
 
 
-def test_of_a_run_on_another_host_only_a_lock_that_is_held_tells(tmp_path: Path) -> None:
+def test_the_state_of_a_run_on_another_host_comes_from_its_lock(tmp_path: Path) -> None:
     begin(tmp_path, pid=1, host="another")
     assert "state       running (pid 1 on another; not seen from this host)\n" in status_text(tmp_path)
     with training(tmp_path):
         assert "state       running (pid 1 on another)\n" in status_text(tmp_path)
 
 
-def test_a_run_can_start_while_somebody_looks_at_its_status(tmp_path: Path) -> None:
+def test_a_run_can_start_while_its_status_is_read(tmp_path: Path) -> None:
     with (tmp_path / LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         looked = threading.Timer(0.15, lambda: fcntl.flock(file, fcntl.LOCK_UN))

@@ -76,6 +76,6 @@ def test_a_run_goes_on_when_its_reader_has_gone() -> None:
     assert (process.returncode, errors.splitlines()) == (0, [said, "ran to its end"])
 
 
-def test_output_that_is_taken_is_what_was_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_that_can_be_written_is_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     Console(file=lasting_output()).print("a note")
     assert capsys.readouterr().out == "a note\n"

@@ -11,7 +11,7 @@ import pytest
 from sdft.services.base.signals import run_until_stopped, sigterm_interrupts, stop_on_signals
 
 
-def test_what_was_cancelled_within_is_a_failure_that_says_so() -> None:
+def test_a_cancellation_inside_the_work_is_a_failure() -> None:
     async def work() -> None:
         inner = asyncio.ensure_future(asyncio.sleep(60))
         inner.cancel()

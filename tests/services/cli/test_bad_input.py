@@ -381,7 +381,7 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
 }
 
 
-def test_a_cache_that_no_engine_will_have_is_not_refused(
+def test_the_cache_size_of_a_pool_without_engines_is_not_checked(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in the case "too little cache", but with a live teacher, which has no engines."""

@@ -62,7 +62,7 @@ def dated(model: Path, folder: Path) -> Path:
     return copy
 
 
-def test_a_run_whose_prompts_have_the_date_goes_on_with_the_date_it_was_begun_on(
+def test_a_resumed_run_keeps_the_date_in_its_prompts(
     tiny_model: Path, tmp_path: Path, started: list[Path | None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_run(tmp_path, dated(tiny_model, tmp_path), "float32", steps=8)
@@ -77,7 +77,7 @@ def test_a_run_whose_prompts_have_the_date_goes_on_with_the_date_it_was_begun_on
     assert started[3:] == [moved, None]
 
 
-def test_two_runs_of_another_date_have_other_prompts(
+def test_runs_of_different_dates_have_different_prompts(
     tiny_model: Path, tmp_path: Path, started: list[Path | None]
 ) -> None:
     """Without this, the test above would show nothing."""
@@ -104,7 +104,7 @@ def test_a_damaged_checkpoint_is_set_aside_by_the_run_that_goes_on_before_it(
     assert (run_dir / "checkpoints" / "latest").read_text() == "step-000003"
 
 
-def test_a_run_that_is_done_has_not_failed_because_its_report_cannot_be_written(
+def test_a_run_is_finished_even_if_its_report_cannot_be_written(
     tiny_model: Path, tmp_path: Path, started: list[Path | None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_run(tmp_path, tiny_model, "float32", steps=2)

@@ -76,7 +76,7 @@ def test_refused_weights_are_a_sentence(wrapped: bool, tmp_path: Path) -> None:
     assert str(failure) == f"an engine refused its weights: {cause}; logs: {tmp_path / 'logs'}"
 
 
-def test_other_ends_of_a_run_are_sentences_and_mistakes_of_ours_are_not() -> None:
+def test_other_failures_are_explained_and_bugs_are_not() -> None:
     assert str(explained(LearnerLost("a learner process died while it started"), None)) == (
         "a learner process died while it started"
     )

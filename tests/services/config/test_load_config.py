@@ -40,7 +40,7 @@ def test_defaults_are_filled_in(tmp_path: Path) -> None:
     assert config.loss.divergence == "forward"
 
 
-def test_a_pool_is_asked_for_by_a_role_that_there_is(tmp_path: Path) -> None:
+def test_an_unknown_role_of_a_pool_is_an_error(tmp_path: Path) -> None:
     actors = load(tmp_path, GOOD + "actors: {teacher: {replicas: 2}}").actors
     assert (actors.of("student").replicas, actors.of("teacher").replicas) == (1, 2)
     with pytest.raises(KeyError, match="students"):
@@ -320,7 +320,9 @@ def test_zero_stage_0_with_bfloat16_is_refused_for_it_would_lose_the_masters(tmp
 @pytest.mark.parametrize(
     ("given", "dtype", "expected"), [("", "float32", 0), ("", "bfloat16", 1), ("ranks: 2", "float32", 1)]
 )
-def test_the_zero_stage_is_0_where_nothing_is_divided(tmp_path: Path, given: str, dtype: str, expected: int) -> None:
+def test_the_default_zero_stage_is_0_for_one_rank_in_float32(
+    tmp_path: Path, given: str, dtype: str, expected: int
+) -> None:
     config = load(tmp_path, f"{GOOD}learner: {{{given}}}\n", f"dtype={dtype}", "training.batch_size=2")
     assert config.learner.zero_stage_for(config.dtype) == expected
     chosen = config.learner.model_copy(update={"zero_stage": 2})
@@ -356,7 +358,7 @@ def test_the_dtype_is_one_that_the_processor_has_instructions_for_unless_it_is_g
     assert f"dtype: {usual}\n" in resolved_yaml(load(tmp_path, GOOD))
 
 
-def test_the_processors_flags_say_what_torch_finds(tmp_path: Path) -> None:
+def test_the_processors_flags_agree_with_torch_about_bfloat16(tmp_path: Path) -> None:
     assert has_bfloat16() == torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for flags, has in {"flags : fpu avx2": False, "flags : fpu avx512bw": True, "Features : asimd bf16": True}.items():
         (tmp_path / "cpuinfo").write_text(f"model name : bf16\n{flags}\n")

@@ -108,9 +108,7 @@ def test_a_prompt_that_ends_before_the_reply_begins_is_an_error(tiny_model: Path
         (f"{EACH}{{{{ m['role'] }}}}: {{{{ m['content'] }}}}\n{OPEN.replace('<|im_start|>', '')}", ReplyEnd("", 0)),
     ],
 )
-def test_what_ends_a_reply_is_what_the_template_puts_behind_it(
-    tiny_model: Path, chat_template: str, end: ReplyEnd
-) -> None:
+def test_a_reply_ends_with_what_the_template_appends(tiny_model: Path, chat_template: str, end: ReplyEnd) -> None:
     """The tokenizer's eos_token does not matter; some of these templates do not use it."""
     one = builder(tiny_model, chat_template, eos_token="<|endoftext|>")
     assert one.end(record()) == end
@@ -172,7 +170,7 @@ def test_whatever_goes_wrong_in_a_chat_template_is_one_sentence(tiny_model: Path
         builder(tiny_model, source).student(record())
 
 
-def test_chat_templates_of_which_none_is_the_default_are_named(tiny_model: Path) -> None:
+def test_chat_templates_without_a_default_are_named(tiny_model: Path) -> None:
     with pytest.raises(UserError, match="chat templates named rag, tool_use and none named default"):
         builder(tiny_model, {"tool_use": TEMPLATE, "rag": TEMPLATE})
     one = builder(tiny_model, {"tool_use": "no", "default": TEMPLATE})

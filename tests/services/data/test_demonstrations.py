@@ -86,9 +86,7 @@ def test_the_papers_evaluation_files_are_read_as_they_are(
 @pytest.mark.parametrize(
     ("rows", "expected"), [(None, "0123456789"), (4, "0257"), (10, "0123456789"), (99, "0123456789")]
 )
-def test_of_an_evaluation_set_so_many_rows_are_asked_spread_over_it(
-    tmp_path: Path, rows: int | None, expected: str
-) -> None:
+def test_rows_limits_a_set_to_questions_spread_over_its_file(tmp_path: Path, rows: int | None, expected: str) -> None:
     write(tmp_path, *({"prompt": "p", "answer": str(i)} for i in range(10)))
     settings = EvaluationSet(name="q", file="train.jsonl", grader="exact", rows=rows)
     assert "".join(q.answer for q in load_questions(settings, tmp_path, GRADERS["exact"].check_answer)) == expected
@@ -149,7 +147,7 @@ def test_a_bad_row_is_named_by_line_and_reason(tmp_path: Path, row: Any, words: 
         assert word in bad
 
 
-def test_columns_and_members_that_say_nothing_are_left_unused(tmp_path: Path) -> None:
+def test_empty_or_irrelevant_columns_and_members_are_ignored(tmp_path: Path) -> None:
     """Ids, sources, and the empty fields that data sets write if a message has no tool calls or images."""
     empty: dict[str, Any] = {"tool_calls": None, "name": "", "id": "m1", "timestamp": 3, "weight": 1}
     row = ROW | {
@@ -177,7 +175,7 @@ def test_an_optional_column_may_be_empty(tmp_path: Path) -> None:
     assert bad == "train.jsonl:1: demonstration is empty"
 
 
-def test_training_does_not_miss_an_answer_that_it_never_reads(tmp_path: Path) -> None:
+def test_training_data_needs_no_answer(tmp_path: Path) -> None:
     write(tmp_path, ROW | {"answers": ["a", "b"]})
     (row,) = load_demonstrations(DataConfig(train="train.jsonl"), tmp_path, ["demonstration"])
     assert row.answer is None

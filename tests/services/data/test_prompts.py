@@ -86,7 +86,7 @@ def test_the_turn_template_has_the_demonstration_as_an_earlier_turn(tokenizer: A
     assert with_context.index("An article.") < with_context.index("Why {x}?")
 
 
-def test_other_templates_show_what_they_are_called_after(tokenizer: Any, tmp_path: Path) -> None:
+def test_the_context_and_feedback_templates_show_the_column_of_their_name(tokenizer: Any, tmp_path: Path) -> None:
     """If a record lacks the column of a template, there is no teacher prompt."""
     bare = item(demonstration=None)
     told = item(demonstration=None, context="A {fact}.", feedback="Too {long}.")

@@ -59,7 +59,9 @@ def test_answers_are_graded_again_by_another_grader(answers: Path, capsys: pytes
     assert [sample["correct"] for sample in samples] == [True, True]
 
 
-def test_answers_that_cannot_be_written_cost_no_results(answers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_are_printed_even_if_replies_cannot_be_written(
+    answers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path(".again.jsonl.part").mkdir()
     assert evaluate("exact", "--out", "again.jsonl") == 3
     said = capsys.readouterr()
@@ -90,7 +92,7 @@ def test_answers_to_other_questions_are_refused(
     assert words in capsys.readouterr().err
 
 
-def test_what_cannot_be_together_is_said(answers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_regrade_together_with_a_model_is_refused(answers: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("exact", "--model", "folder") == 2
     assert "--model has no part in it" in capsys.readouterr().err
 

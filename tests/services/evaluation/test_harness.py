@@ -81,13 +81,13 @@ OFFLINE = "ConnectionError: Couldn't reach 'Rowan/hellaswag' on the Hub (Offline
         ("MemoryError", RuntimeError, "lm-eval could not run t: MemoryError"),
     ],
 )
-def test_what_cannot_be_run_is_said(line: str, kind: type[Exception], expected: str) -> None:
+def test_the_reason_of_a_failed_harness_is_reported(line: str, kind: type[Exception], expected: str) -> None:
     error = _reason("t", ["Traceback (most recent call last):\n", f"{line}\n", "\n"])
     assert type(error) is kind
     assert expected in str(error)
 
 
-def test_a_folder_of_tasks_that_is_not_there_is_said(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_folder_of_tasks_is_an_error(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(config), "--harness", "colours", "--harness-tasks", "nowhere"]) == 2
     assert "--harness-tasks nowhere: there is no such folder" in capsys.readouterr().err
 

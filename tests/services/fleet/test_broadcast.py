@@ -123,7 +123,7 @@ def test_a_group_is_formed_once_and_anew_when_its_members_have_changed() -> None
     asyncio.run(run())
 
 
-def test_whom_a_broadcast_did_not_reach_loads_from_memory_and_the_next_has_a_new_group() -> None:
+def test_an_engine_missed_by_a_broadcast_loads_from_memory_and_the_next_has_a_new_group() -> None:
     async def run() -> None:
         learner = Learner()
         it = bench(learner)
@@ -144,7 +144,7 @@ def test_whom_a_broadcast_did_not_reach_loads_from_memory_and_the_next_has_a_new
     asyncio.run(run())
 
 
-def test_one_that_is_lost_while_a_group_forms_is_replaced_and_the_others_load_from_memory() -> None:
+def test_an_engine_lost_while_a_group_forms_is_replaced_and_the_others_load_from_memory() -> None:
     async def run() -> None:
         learner = Learner()
         it = bench(learner)
@@ -166,7 +166,7 @@ def test_one_that_is_lost_while_a_group_forms_is_replaced_and_the_others_load_fr
     asyncio.run(run())
 
 
-def test_one_who_waits_no_more_is_not_held_up_and_the_group_is_not_used_again() -> None:
+def test_a_cancelled_broadcast_returns_at_once_and_its_group_is_not_used_again() -> None:
     """After an interrupted broadcast its members may stand at different positions of the data."""
 
     async def run() -> None:
@@ -196,7 +196,7 @@ def test_one_who_waits_no_more_is_not_held_up_and_the_group_is_not_used_again() 
     asyncio.run(run())
 
 
-def test_after_some_failures_that_were_waited_for_no_more_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_several_slow_failures_no_broadcast_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         learner = Learner(fails=True)
         it = bench(learner)

@@ -65,7 +65,7 @@ def test_a_relay_keeps_one_buffer_a_role_whatever_was_sent_before(ray_cluster: N
     assert Path("/proc/self/maps").read_text().count("sdft-relay") == 1
 
 
-def test_a_relay_that_has_died_alone_is_no_engines_loss(ray_cluster: None) -> None:
+def test_the_death_of_a_relay_is_not_the_loss_of_an_engine(ray_cluster: None) -> None:
     async def run() -> None:
         learner, here = Learner(), ray.get_runtime_context().get_node_id()
         published = Published(learner.payload)
@@ -79,7 +79,7 @@ def test_a_relay_that_has_died_alone_is_no_engines_loss(ray_cluster: None) -> No
     asyncio.run(run())
 
 
-def test_all_nodes_have_it_of_one_copy_in_the_object_store(ray_cluster: None) -> None:
+def test_all_nodes_share_one_copy_in_the_object_store(ray_cluster: None) -> None:
     async def run() -> None:
         learner, relays = Learner(), list[Relay]()
 
@@ -102,7 +102,7 @@ def test_all_nodes_have_it_of_one_copy_in_the_object_store(ray_cluster: None) ->
     asyncio.run(run())
 
 
-def test_weights_that_went_with_the_learner_are_not_there_and_nobody_elses_fault(ray_cluster: None) -> None:
+def test_weights_lost_with_the_learner_raise_file_not_found(ray_cluster: None) -> None:
     async def run() -> None:
         learner = Learner()
         learner.lost = True

@@ -24,7 +24,7 @@ def test_a_pool_that_the_learner_waits_for_grows_by_what_is_missing() -> None:
     assert after(Scaler(1, 100), 10, *[starved] * IN_A_ROW_GROW)[-1] == 10 * FASTEST
 
 
-def test_one_step_moves_nothing_and_what_is_decided_needs_new_reasons() -> None:
+def test_one_step_changes_nothing_and_every_change_needs_new_steps() -> None:
     scaler = Scaler(1, 100)
     assert after(scaler, 4, MISSED, RIGHT, MISSED, RIGHT, MISSED) == [4] * 5
     assert after(scaler, 4, MISSED, MISSED, MISSED) == [8, 8, 16]
@@ -34,7 +34,7 @@ def test_a_pool_with_little_to_do_shrinks_to_what_it_uses_but_slowly() -> None:
     assert after(Scaler(1, 100), 10, *[SPARE] * IN_A_ROW_SHRINK) == [10] * (IN_A_ROW_SHRINK - 1) + [3]  # 10 * .2 / .7
 
 
-def test_a_pool_is_not_the_one_that_is_missed_while_it_has_room() -> None:
+def test_a_pool_with_room_does_not_grow_while_the_learner_waits() -> None:
     """The learner waits for the other pool."""
     assert after(Scaler(1, 100), 4, *[Seen(waited=0.6, busy=0.3, queued=0)] * 9) == [4] * 9
 

@@ -109,7 +109,7 @@ class Place:
         return version
 
 
-def test_a_dead_engines_work_is_done_by_its_successor(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_dead_engines_work_is_done_by_its_replacement(ray_cluster: None, tmp_path: Path) -> None:
     async def run() -> None:
         one = Place(tmp_path)
         await one.engine.start()
@@ -139,7 +139,7 @@ def test_an_engine_that_keeps_dying_ends_the_run_with_a_reason(ray_cluster: None
     asyncio.run(run())
 
 
-def test_an_engine_that_hangs_is_found_and_its_successor_has_the_weights(ray_cluster: None, tmp_path: Path) -> None:
+def test_an_engine_that_hangs_is_replaced_by_one_with_the_newest_weights(ray_cluster: None, tmp_path: Path) -> None:
     async def run() -> None:
         one = Place(tmp_path)
         await one.engine.start()
@@ -154,7 +154,7 @@ def test_an_engine_that_hangs_is_found_and_its_successor_has_the_weights(ray_clu
     asyncio.run(run())
 
 
-def test_one_that_is_silent_while_weights_load_is_given_the_time() -> None:
+def test_an_engine_that_is_silent_while_weights_load_is_not_replaced() -> None:
     class Silent(SimulatedEngine):
         def answer(self) -> tuple[float, None]:
             return 1e9, None
@@ -173,7 +173,7 @@ def test_one_that_is_silent_while_weights_load_is_given_the_time() -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_successor_whose_weights_went_with_the_learner_waits_for_the_next_ones(
+def test_a_replacement_waits_for_the_next_weights_if_the_newest_were_lost_with_the_learner(
     ray_cluster: None, tmp_path: Path, known: bool
 ) -> None:
     """The death of the learner is known before, or only found during loading."""
@@ -232,7 +232,7 @@ def test_weights_that_the_first_engine_refuses_are_not_the_engines_fault(ray_clu
     asyncio.run(run())
 
 
-def test_a_process_that_was_stopped_is_ended_where_it_is(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_stopped_process_is_killed_on_its_node(ray_cluster: None, tmp_path: Path) -> None:
     """In addition to Ray's own kill: the process must free the resources that its replacement waits for."""
 
     async def run() -> None:
@@ -251,7 +251,7 @@ def test_a_process_that_was_stopped_is_ended_where_it_is(ray_cluster: None, tmp_
     asyncio.run(run())
 
 
-def test_however_often_something_was_lost_there_is_a_time_to_wait() -> None:
+def test_the_back_off_is_bounded_after_many_losses() -> None:
     losses = Losses()
     waits = []
     for _ in range(2000):
@@ -260,7 +260,7 @@ def test_however_often_something_was_lost_there_is_a_time_to_wait() -> None:
     assert (waits[:4], waits[-1]) == ([0, 1, 3, 7], 60)
 
 
-def test_losses_count_for_an_hour_and_until_it_has_worked_there_is_longer_to_wait(
+def test_losses_count_for_an_hour_and_the_back_off_grows_until_a_recovery(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = SimpleNamespace(monotonic=iter((0.0, 1800.0, 3601.0, 9000.0, 9001.0)).__next__)
@@ -279,12 +279,12 @@ def test_losses_count_for_an_hour_and_until_it_has_worked_there_is_longer_to_wai
         (ValueError(), "ValueError"),
     ],
 )
-def test_what_went_wrong_is_said_in_a_line_that_is_never_empty_nor_a_bare_key(error: Exception, said: str) -> None:
+def test_a_reason_is_one_line_and_never_empty_or_a_bare_key(error: Exception, said: str) -> None:
     assert reason(error) == said
     assert reason(RayTaskError("load", "its traceback", error).as_instanceof_cause()) == said
 
 
-def test_an_actor_that_fails_while_it_is_made_is_told_by_its_error_and_not_by_its_traceback(ray_cluster: None) -> None:
+def test_an_actor_that_fails_in_its_constructor_is_reported_by_its_error_without_traceback(ray_cluster: None) -> None:
     class Broken:
         def __init__(self) -> None:
             raise ImportError("no module of that name")
@@ -296,7 +296,7 @@ def test_an_actor_that_fails_while_it_is_made_is_told_by_its_error_and_not_by_it
     assert reason(lost.value) == "ImportError: no module of that name"
 
 
-def test_a_result_that_was_lost_with_its_node_is_the_engines_loss() -> None:
+def test_a_result_lost_with_its_node_counts_as_the_loss_of_the_engine() -> None:
     class Method:
         async def remote(self, *arguments: object) -> None:
             raise ObjectLostError("ref", None, "")
@@ -311,7 +311,7 @@ def test_a_result_that_was_lost_with_its_node_is_the_engines_loss() -> None:
     asyncio.run(run())
 
 
-def test_weights_that_are_being_loaded_are_loaded_to_the_end_though_nobody_waits() -> None:
+def test_a_cancelled_update_is_loaded_to_the_end() -> None:
     class Loading:
         dead, loaded = False, False
 

@@ -97,7 +97,7 @@ def test_a_judge_that_does_not_judge_is_named(endpoint: JudgeConfig) -> None:
         asyncio.run(judged(endpoint, [("q", "a", "r")] * 2))
 
 
-def test_before_a_run_starts_its_judge_is_asked_whether_it_is_there(endpoint: JudgeConfig) -> None:
+def test_a_judge_is_checked_before_a_run_starts(endpoint: JudgeConfig) -> None:
     check_judge("q", endpoint)
     with pytest.raises(PreflightError, match=r"evaluation set q: the judge at http.* has no model other; it has judge"):
         check_judge("q", endpoint.model_copy(update={"model": "other"}))

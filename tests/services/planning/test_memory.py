@@ -40,7 +40,7 @@ def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(
     assert predicted == pytest.approx(peak, rel=0.15)
 
 
-def test_most_steps_of_a_learner_work_in_the_memory_that_it_has(ray_cluster: None, smollm2: Path) -> None:
+def test_most_steps_of_a_learner_allocate_no_new_memory(ray_cluster: None, smollm2: Path) -> None:
     _, new_pages = asyncio.run(measured(smollm2, NATIVE, BASE, sequences=2, steps=5))
     # 20 MiB. A gradient of the head alone, freed and allocated again, is 14,000 pages. The heap may grow in a single
     # step.

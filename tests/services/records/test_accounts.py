@@ -54,7 +54,7 @@ def test_epochs_train_on_every_demonstration_as_often_as_every_other() -> None:
         assert schedule.issued_through(step) == through
 
 
-def test_an_audit_is_of_each_epoch() -> None:
+def test_an_audit_checks_each_epoch() -> None:
     """A surplus in one epoch does not compensate for a missing sample in another."""
     accounts = Ledger(Path(":memory:"))
     accounts.issue([SampleId(0, 0, 0, 0), SampleId(0, 1, 0, 0)], step=1)
@@ -75,7 +75,7 @@ def test_the_order_changes_with_the_epoch_and_the_seed_and_nothing_else() -> Non
     assert orders(0)[0] != orders(1)[0]
 
 
-def test_a_batch_of_many_demonstrations_is_drawn_at_once() -> None:
+def test_the_order_of_an_epoch_is_computed_once() -> None:
     """The order of an epoch is computed once. Computing it for each sample would take 60 ms per sample."""
     schedule = StageSchedule(100_000, 2000, 1, 0, prompts=100_000)
     _order.cache_clear()
@@ -198,9 +198,7 @@ def test_checkpoints_are_in_the_order_of_their_steps_and_not_of_their_names(tmp_
     assert list(checkpoints.folders(tmp_path)) == [1_000_050]
 
 
-def test_a_checkpoint_that_is_being_put_in_place_is_there_before_anybody_chooses_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stop_waits_for_a_commit_in_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Saved:
         """The learner's part of a checkpoint: writes nothing."""
 
@@ -309,7 +307,7 @@ def test_memory_that_holds_cached_files_counts_as_available(tmp_path: Path) -> N
     assert available_memory_gib(tmp_path / "nothing") > 0
 
 
-def test_a_run_that_goes_on_from_an_earlier_checkpoint_does_not_take_later_ones_for_its_newest(tmp_path: Path) -> None:
+def test_a_run_resumed_from_an_earlier_checkpoint_sets_later_ones_aside(tmp_path: Path) -> None:
     for step in (2, 4, 6):
         save(tmp_path, step, keep=3)
     (note,) = checkpoints.set_aside(tmp_path, after=4)

@@ -42,7 +42,7 @@ def closed(folder: Path, model: Path) -> Path:
     return folder
 
 
-def test_a_saved_student_and_its_export(tiny_model: Path, tmp_path: Path, umask: int) -> None:
+def test_permissions_of_a_saved_student_and_its_export(tiny_model: Path, tmp_path: Path, umask: int) -> None:
     run_dir, base = tmp_path / "run", closed(tmp_path / "base", tiny_model)
     run_dir.mkdir()
     part = checkpoints.begin(run_dir, 1)
@@ -58,7 +58,7 @@ def test_a_saved_student_and_its_export(tiny_model: Path, tmp_path: Path, umask:
     assert {path.name for path in (tmp_path / "out").iterdir()} == {p.name for p in (folder / "student").iterdir()}
 
 
-def test_a_saved_adapter_and_what_it_is_merged_into(tiny_model: Path, tmp_path: Path, umask: int) -> None:
+def test_permissions_of_a_saved_adapter_and_the_merged_model(tiny_model: Path, tmp_path: Path, umask: int) -> None:
     base, name = closed(tmp_path / "base", tiny_model), "model.layers.0.mlp.down_proj."
     adapters = {f"{name}lora_A.weight": torch.zeros(2, 128), f"{name}lora_B.weight": torch.zeros(128, 2)}
     adapter_file(base, adapters, LoraConfig(rank=2, targets=("down_proj",)), tmp_path / "adapter").write()
@@ -73,7 +73,7 @@ def test_a_saved_adapter_and_what_it_is_merged_into(tiny_model: Path, tmp_path: 
         merge_adapter(tmp_path / "adapter", tmp_path / "again")
 
 
-def test_a_built_in_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int) -> None:
+def test_permissions_of_a_built_in_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int) -> None:
     def make(out: Path) -> None:
         (out / "config.json").write_text(json.dumps({}))
 
@@ -82,7 +82,7 @@ def test_a_built_in_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask
     assert_usual(tmp_path / "made", umask)
 
 
-def test_a_ledger_from_a_checkpoint_that_may_not_be_written(tmp_path: Path, umask: int) -> None:
+def test_permissions_of_a_ledger_restored_from_a_read_only_checkpoint(tmp_path: Path, umask: int) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     Ledger(tmp_path / "copy").close()
@@ -91,7 +91,7 @@ def test_a_ledger_from_a_checkpoint_that_may_not_be_written(tmp_path: Path, umas
     assert_usual(run_dir, umask)
 
 
-def test_rays_logs(tmp_path: Path, umask: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_permissions_of_rays_logs(tmp_path: Path, umask: int, capsys: pytest.CaptureFixture[str]) -> None:
     """In folders that everybody may write to. Only files are copied, and a full disk gives one line."""
     source = tmp_path / "ray" / "session_2026" / "logs"
     for name in ("worker.out", "events/a.log", "old/gone.log"):

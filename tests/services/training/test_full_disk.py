@@ -35,7 +35,7 @@ def full_ledger() -> sqlite3.OperationalError:
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), full_ledger()])
-def test_it_ends_the_run_in_a_sentence(
+def test_a_full_disk_ends_the_run_with_one_sentence(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     config, run_dir = write_run(tmp_path, tiny_model, "float32"), tmp_path / "run"
@@ -51,7 +51,7 @@ def test_it_ends_the_run_in_a_sentence(
     assert json.loads((run_dir / "run.json").read_text())["state"] == "failed"
 
 
-def test_what_else_is_open_is_closed(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_file_open(tmp_path: Path) -> None:
     """/dev/full fails at a write and at the close."""
     (tmp_path / "samples.jsonl").symlink_to("/dev/full")
     log = RunLog(tmp_path)
@@ -62,7 +62,7 @@ def test_what_else_is_open_is_closed(tmp_path: Path) -> None:
     assert all(file.closed for file in log._files.values())
 
 
-def test_only_the_last_checkpoint_ends_the_run_in_a_sentence(tiny_model: Path, tmp_path: Path) -> None:
+def test_of_failed_checkpoints_only_the_last_ends_the_run(tiny_model: Path, tmp_path: Path) -> None:
     config, run_dir = write_run(tmp_path, tiny_model, "float32"), tmp_path / "run"
     prepared, out = prepare(load_config(config), config), io.StringIO()
     last = prepared.schedule.total_steps

@@ -78,7 +78,7 @@ def appended(run_dir: Path) -> str:
     return trained(run_dir, run_of(2, [OLD, NEW]), STEPS)
 
 
-def test_what_a_new_set_had_is_measured_before_training_goes_on(tmp_path: Path) -> None:
+def test_a_new_set_is_evaluated_before_training_continues(tmp_path: Path) -> None:
     assert f"evaluation at step {STEPS}  new 100 % (n 1)" in appended(tmp_path)
     rows = asked(tmp_path)
     assert max(Counter(rows).values()) == 1
@@ -95,7 +95,7 @@ def test_what_a_new_set_had_is_measured_before_training_goes_on(tmp_path: Path) 
     assert f"Before: step 0 (new: {STEPS}). After: step {2 * STEPS}." in write_report(tmp_path).read_text()
 
 
-def test_a_run_that_is_killed_then_and_continued_does_not_ask_again(tmp_path: Path) -> None:
+def test_a_run_killed_after_the_evaluation_of_a_new_set_does_not_repeat_it(tmp_path: Path) -> None:
     """From the checkpoint that the stage was appended to."""
     appended(tmp_path)
     rows, steps = (tmp_path / "eval.jsonl").read_bytes(), metrics(tmp_path)
@@ -134,7 +134,7 @@ def test_without_new_sets_a_continued_run_asks_nothing_before_it_trains(tmp_path
     assert f"evaluation at step {STEPS}" not in said
 
 
-def test_the_guard_holds_a_new_set_to_what_it_had_before_the_training_that_followed(tmp_path: Path) -> None:
+def test_the_guard_compares_a_new_set_with_its_first_evaluation(tmp_path: Path) -> None:
     assert "new fell from 100 % to 0.0 % (n 1)" in appended(tmp_path)
 
 

@@ -39,7 +39,7 @@ def train(run_dir: Path, bad: set[int]) -> str:
     return said.getvalue()
 
 
-def test_its_samples_are_dropped_and_accounted_for(tmp_path: Path) -> None:
+def test_samples_of_a_step_that_is_not_finite_are_dropped_and_accounted_for(tmp_path: Path) -> None:
     said = train(tmp_path, {2, 3, 7})
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert [row["dropped"] // BATCH for row in rows] == [0, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3]
@@ -55,7 +55,7 @@ def test_its_samples_are_dropped_and_accounted_for(tmp_path: Path) -> None:
 REASON = "the step's gradient was not finite"
 
 
-def test_many_in_a_row_end_the_run(tmp_path: Path) -> None:
+def test_many_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the 8th step of that kind in a row"):
         train(tmp_path, set(range(3, STEPS + 1)))
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 3 + MOST_NOT_FINITE - 2

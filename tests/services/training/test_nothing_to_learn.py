@@ -63,7 +63,7 @@ def test_check_warns_of_demonstrations_that_are_too_short(
     assert warns is None or (warns in lines[0] and "lower loss.skip_first" in lines[0])
 
 
-def test_a_steps_loss_tokens_are_kept(tmp_path: Path) -> None:
+def test_the_loss_tokens_of_a_step_are_recorded(tmp_path: Path) -> None:
     case = Case("counted", engines=1, staleness=0, steps=2)
     with (tmp_path / "log").open("w") as said:
         drive(prepared(case, 4), tmp_path, case, lambda number: Student(number, case), Learner(0.1), said)

@@ -72,7 +72,7 @@ def test_rollouts_are_sampled_as_the_stage_says_and_each_by_its_own_seed(tmp_pat
 
 
 @pytest.mark.parametrize("method", ["sdft", "off_policy"])
-def test_a_live_teacher_is_the_student_of_the_step_before_whoever_samples(tmp_path: Path, method: str) -> None:
+def test_a_live_teacher_has_the_students_weights_of_the_step_before(tmp_path: Path, method: str) -> None:
     class Both(Student):
         """Scores too, and returns its weight version with the scores."""
 
@@ -89,7 +89,7 @@ def test_a_live_teacher_is_the_student_of_the_step_before_whoever_samples(tmp_pa
     assert [row["teacher_version"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
-def test_who_has_the_samples_that_never_come_is_named(tmp_path: Path) -> None:
+def test_a_timeout_names_the_engines_that_hold_the_missing_samples(tmp_path: Path) -> None:
     with pytest.raises(TimeoutError) as error:
         made(Stuck, tmp_path)
     assert str(error.value) == (

@@ -67,7 +67,7 @@ def test_a_snapshot_that_arrives_damaged_is_published_again_the_first_one_too() 
     asyncio.run(run())
 
 
-def test_one_that_never_arrives_whole_ends_the_run() -> None:
+def test_a_snapshot_that_always_arrives_damaged_ends_the_run() -> None:
     async def run() -> None:
         bench = Bench(strict=True, least=1, make=damaged(1, 2, 3))
         await bench.pool.start()
@@ -117,7 +117,7 @@ def test_the_learner_goes_on_while_engines_load_and_the_next_version_waits_for_t
     asyncio.run(run())
 
 
-def test_weights_are_sent_as_seldom_as_they_are_to_be(tmp_path: Path) -> None:
+def test_weights_are_sent_at_the_configured_intervals(tmp_path: Path) -> None:
     class Told(cluster.Learner):
         async def publish(self, role: str, version: int) -> Snapshot:
             sent[role].append(version)
@@ -133,7 +133,7 @@ def test_weights_are_sent_as_seldom_as_they_are_to_be(tmp_path: Path) -> None:
     assert sent == {"student": [0, 2, 4, 6, 7], "teacher": [0, 3, 6]}  # the student's last weights are evaluated
 
 
-def test_what_is_given_up_before_it_began_leaves_nothing_locked() -> None:
+def test_an_update_stopped_before_it_begins_releases_the_lock() -> None:
     """As when the learner is lost right after it has published."""
 
     async def run() -> None:
