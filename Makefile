@@ -16,7 +16,7 @@ continual: $(RUNS)
 	$(BIN)/python examples/continual/sweep.py $(FULL)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # The test in tests/runs/chaos with 200 kills instead of 30: half an hour.
 chaos: install

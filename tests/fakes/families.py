@@ -1,4 +1,4 @@
-"""Tiny random models of other families, as transformers saves them."""
+"""Tiny random models of other model families, in the format that transformers saves."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ SHAPE = {
 
 
 def make_family(folder: Path, family: str, **settings: Any) -> Path:
-    """A model of transformers' `model_type`, with a tokenizer_config.json that names nothing."""
+    """Write a model of transformers' `model_type` with an empty tokenizer_config.json."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

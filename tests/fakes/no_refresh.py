@@ -1,4 +1,4 @@
-"""A worker extension whose weight updates leave the lm_head's repacked copy stale: what verification must catch."""
+"""A worker extension whose weight updates leave the repacked copy of lm_head stale, which verification must detect."""
 
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
@@ -7,14 +7,14 @@ from sdft.actors.vllm.transfer import BACKEND, SnapshotTransfer
 
 
 class WithoutRefresh(SnapshotTransfer):
-    """Everything but the repacking."""
+    """A snapshot transfer without the repacking."""
 
     def refresh_head(self) -> None:
-        """Left out on purpose."""
+        """Do nothing, on purpose."""
 
 
 class Extension(WorkerExtension):
-    """Loaded into the worker process in place of actors.engine.WorkerExtension."""
+    """Loaded into the worker process instead of actors.vllm.extension.WorkerExtension."""
 
 
 WeightTransferEngineFactory._registry[BACKEND] = lambda: WithoutRefresh

@@ -1,4 +1,4 @@
-"""A pool of simulated engines on the bench: what it started and what it told."""
+"""A test bench: a pool of simulated engines that records the engines it starts and the notices it sends."""
 
 import asyncio
 from collections.abc import Callable
@@ -24,7 +24,7 @@ async def elsewhere(role: str) -> list[ray.ObjectRef]:
 
 @dataclass
 class Bench:
-    """A pool, the engines it has started, and what it has told."""
+    """A pool with the engines it has started and the notices it has sent."""
 
     strict: bool = False
     least: int = 2
@@ -55,15 +55,15 @@ class Bench:
         return self.started[-1]
 
     async def work(self, count: int) -> list[int]:
-        """Which engine did each of so many items, in the items' order."""
-        items: list[Any] = list(range(count))  # simulated engines take anything
+        """Dispatch `count` items. Returns the engine's number for each item, in the order of the items."""
+        items: list[Any] = list(range(count))  # simulated engines accept any item
         sampling: Any = None
         results: list[Any] = await self.pool.generate(items, sampling)
         assert [item for _, item in results] == list(range(count))
         return [engine for engine, _ in results]
 
     async def begin(self, size: int) -> None:
-        """Start with the least, and grow."""
+        """Start the pool with `least` engines, then grow it to `size`."""
         await self.pool.start()
         self.pool.resize(size)
         await self.settled()

@@ -1,4 +1,4 @@
-"""What a PromQL expression names: metrics, label matchers, labels to group by. Enough of the grammar for deploy/."""
+"""Parses a PromQL expression into metrics, label matchers and grouping labels. Covers the grammar that deploy/ uses."""
 
 import re
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ FUNCTIONS = ("avg_over_time", "delta", "max", "max_over_time", "rate", "sum", "t
 
 @dataclass(frozen=True)
 class Query:
-    """In the order in which they stand."""
+    """The parts of an expression, in the order of the text."""
 
     metrics: tuple[str, ...]
     matchers: tuple[tuple[str, str, str], ...]  # metric, label, value
@@ -19,7 +19,7 @@ class Query:
 
 
 def parse(expression: str) -> Query:
-    """ValueError at a function that is not in FUNCTIONS, or where a parenthesis is missing."""
+    """Parse an expression. ValueError for a function that is not in FUNCTIONS, or for unbalanced brackets."""
     tokens = TOKEN.findall(expression)
     if any(tokens.count(left) != tokens.count(right) for left, right in ("()", "{}", "[]")):
         raise ValueError(f"{expression}: a parenthesis is missing")

@@ -1,6 +1,6 @@
 """SDFT in one process with plain transformers and torch: one sequence at a time, every formula written out.
 
-Shares no code with the learner: it is what the learner must equal.
+The reference for the learner, with which it shares no code.
 """
 
 from collections.abc import Sequence
@@ -14,27 +14,30 @@ from sdft.actors.shared.types import ScoredRollout
 
 
 class Reference:
-    """Student and EMA teacher, trained on given rollouts with forward KL on top-K + tail."""
+    """Student and EMA teacher, trained on given rollouts with the forward KL on top-K + tail."""
 
     def __init__(self, path: Path, alpha: float, skip: int, cap: float, clip: float, **adamw: Any) -> None:
-        """adamw: its settings but for the learning rate."""
+        """adamw: the settings of AdamW, without the learning rate."""
         self.student = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         self.teacher = {n: p.clone() for n, p in self.weights().items()}
         self.alpha, self.skip, self.cap, self.clip = alpha, skip, cap, clip
-        self.figures: dict[str, float] = {}  # of the last step; the gradient's norm is that before it was clipped
+        self.figures: dict[str, float] = {}  # of the last step; grad_norm is the norm before clipping
         self.adamw = adamw
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=0.0, **adamw)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The student's, by their Hugging Face names."""
+        """Return the student's weights by their Hugging Face names."""
         return {n: p.detach() for n, p in self.student.named_parameters()}
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         return self.student(ids).logits
 
     def sequence_loss(self, sample: ScoredRollout) -> tuple[torch.Tensor, ...]:
-        """w, and the mean over the loss tokens of sum_k q_k log(q_k / p_k) + q_tail log(q_tail / p_tail); of each token
-        r - 1 - log r, for r = p / p_sampler of the token itself, and q_tail."""
+        """Return (w, divergence, k3 [T], q_tail [T]) of one sample, over its T loss tokens.
+
+        w is the mean of min(r, cap) with r = p / p_sampler of the token itself. The divergence is the mean of sum_k q_k
+        log(q_k / p_k) + q_tail log(q_tail / p_tail). k3 is r - 1 - log r.
+        """
         prompt = torch.tensor(sample.rollout.prompt_ids).long()
         completion = torch.tensor(sample.rollout.completion_ids).long()
         if len(completion) <= self.skip:
@@ -57,7 +60,7 @@ class Reference:
         return weight, total / len(completion), ratio - 1 - ratio.log(), torch.stack(tails)
 
     def begin_stage(self, betas: tuple[float, float], keep_moments: bool = False) -> None:
-        """The teacher is the student; AdamW has seen nothing, unless it is to keep what it has."""
+        """Set the teacher to the student, and reset AdamW's moments unless keep_moments."""
         self.teacher = {n: p.clone() for n, p in self.weights().items()}
         (group,) = self.optimizer.param_groups
         group["betas"] = betas
@@ -65,7 +68,7 @@ class Reference:
             self.optimizer = torch.optim.AdamW(group["params"], lr=0.0, betas=betas, **self.adamw)
 
     def step(self, samples: Sequence[ScoredRollout], lr: float) -> float:
-        """One optimizer step; returns the loss."""
+        """Take one optimizer step; return the loss."""
         weights, divergences, k3, tails = zip(*map(self.sequence_loss, samples), strict=True)
         loss = (torch.stack(weights) * torch.stack(divergences)).mean()
         loss.backward()
@@ -85,7 +88,7 @@ class Reference:
 
 
 class LoraReference(Reference):
-    """The same with `scale * B A` added to some weights, of which only A and B are trained.
+    """A reference that adds `scale * B A` to some weights and trains only A and B.
 
     adapters: "NAME.lora_A.weight" [rank, in] and "NAME.lora_B.weight" [out, rank] for each weight "NAME.weight".
     """
@@ -100,7 +103,7 @@ class LoraReference(Reference):
         self.optimizer = torch.optim.AdamW(self.adapters.values(), lr=0.0, **adamw)
 
     def merged(self) -> dict[str, torch.Tensor]:
-        """Every weight, differentiable in the adapters."""
+        """Return every weight with its adapter added, differentiable in the adapters."""
         weights = dict(self.base)
         for name in {n.rsplit(".lora_", 1)[0] for n in self.adapters}:
             change = self.adapters[f"{name}.lora_B.weight"] @ self.adapters[f"{name}.lora_A.weight"]

@@ -1,4 +1,4 @@
-"""Scored rollouts for learner tests: random tokens, teacher scores of a real model in another context."""
+"""Scored rollouts for learner tests: random tokens, scored by a real model with a different context for the teacher."""
 
 from pathlib import Path
 
@@ -10,7 +10,10 @@ from sdft.actors.shared.types import Rollout, SampleId, ScoredRollout, TeacherSc
 
 
 def make_rollouts(model_path: Path, count: int, k: int, seed: int) -> list[ScoredRollout]:
-    """Completions of 1 to 24 tokens; sampler log-probs are the model's own, slightly off as a real sampler's are."""
+    """Return `count` scored rollouts with completions of 1 to 24 tokens.
+
+    Sampler log-probs are the model's own with small noise, as those of a real sampler.
+    """
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     rng = np.random.default_rng(seed)
     samples = []
@@ -34,7 +37,7 @@ def make_rollouts(model_path: Path, count: int, k: int, seed: int) -> list[Score
 
 
 def logprobs(model: torch.nn.Module, prompt: np.ndarray, completion: np.ndarray) -> torch.Tensor:
-    """Hugging Face's log-softmax at every completion position, [T, V]."""
+    """Return Hugging Face's log-softmax at every completion position, [T, V]."""
     ids = torch.tensor(np.concatenate([prompt, completion])).long()[None]
     with torch.no_grad():
         return torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1], -1)

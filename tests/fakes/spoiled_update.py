@@ -1,5 +1,7 @@
-"""A worker extension whose weight updates spoil a weight a little: by less than the gap that learner and engine may
-have, as copies of experts in bfloat16 do."""
+"""A worker extension whose weight updates change one weight slightly.
+
+The change is within the gap allowed between learner and engine, as with copies of experts in bfloat16.
+"""
 
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
@@ -8,7 +10,7 @@ from sdft.actors.vllm.transfer import BACKEND, SnapshotTransfer
 
 
 class Spoiling(SnapshotTransfer):
-    """Everything, and then one weight is changed."""
+    """A snapshot transfer that changes one weight at the end of each update."""
 
     def finish_weight_update(self) -> None:
         super().finish_weight_update()
@@ -16,7 +18,7 @@ class Spoiling(SnapshotTransfer):
 
 
 class Extension(WorkerExtension):
-    """Loaded into the worker process in place of actors.engine.WorkerExtension."""
+    """Loaded into the worker process instead of actors.vllm.extension.WorkerExtension."""
 
 
 WeightTransferEngineFactory._registry[BACKEND] = lambda: Spoiling

@@ -1,4 +1,4 @@
-"""Ways to spoil a good configuration, its data or its run; each is a function of the folder with them."""
+"""Functions that spoil a good configuration, its data or its run. Each takes the folder as a Work."""
 
 import fcntl
 import json
@@ -15,11 +15,11 @@ QUESTION = {"prompt": "Say one.", "answer": "one"}
 
 
 class Work:
-    """A folder with a good configuration, for a case to spoil; commands run in it."""
+    """A folder with a good configuration. A test case spoils it, then runs a command in it."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder = folder
-        self.lock: IO[str] | None = None  # held for as long as the case lasts
+        self.lock: IO[str] | None = None  # the lock is held until the case ends
         self.config: dict[str, Any] = {
             "model": str(model),
             "dtype": "bfloat16",
@@ -45,7 +45,7 @@ class Work:
         self.write(name, b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows))
 
     def set(self, key: str, value: Any) -> None:
-        """Set "a.b" in the configuration; None removes it."""
+        """Set "a.b" in the configuration; the value None removes the key."""
         *path, last = key.split(".")
         section = self.config
         for part in path:
@@ -61,7 +61,7 @@ class Work:
 
 
 def as_run(work: Work) -> None:
-    """The configuration is that of a run there is."""
+    """Write the configuration as that of an existing run."""
     work.write("runs/my/config.yaml", yaml.safe_dump(work.config))
 
 
@@ -78,7 +78,7 @@ def rows(name: str, *given: Any) -> Callable[[Work], None]:
 
 
 def big(name: str) -> Callable[[Work], None]:
-    """A file of 210 MB that takes no room."""
+    """A sparse file of 210 MB."""
 
     def spoil(work: Work) -> None:
         work.write(name, "")
@@ -92,7 +92,7 @@ def link(name: str, to: str) -> Callable[[Work], None]:
 
 
 def run_folder(work: Work) -> None:
-    """A run directory of another run, with a checkpoint that is whole."""
+    """A run directory of another run, with an undamaged checkpoint."""
     from sdft.services.records import checkpoints
 
     part_of = work.folder / "runs" / "my"
@@ -104,7 +104,7 @@ def run_folder(work: Work) -> None:
 
 
 def in_use(work: Work) -> None:
-    """Another process trains in the run's folder."""
+    """Lock the run directory, as another process that trains in it does."""
     work.write("runs/my/.lock", "")
     work.lock = (work.folder / "runs/my/.lock").open()
     fcntl.flock(work.lock, fcntl.LOCK_EX)
@@ -116,7 +116,7 @@ def damaged_checkpoint(work: Work) -> None:
 
 
 def other_model(work: Work) -> Path:
-    """The model with a head that scales its logits."""
+    """Copy the model, with a head that scales its logits."""
     folder = shutil.copytree(work.config["model"], work.folder / "m")
     shape = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(shape | {"logit_scale": 0.5}))
@@ -124,7 +124,7 @@ def other_model(work: Work) -> Path:
 
 
 def chat_template(text: str) -> Callable[[Work], None]:
-    """The model with another chat template."""
+    """Copy the model, with another chat template."""
 
     def spoil(work: Work) -> None:
         folder = shutil.copytree(work.config["model"], work.folder / "m")
@@ -135,7 +135,7 @@ def chat_template(text: str) -> Callable[[Work], None]:
 
 
 def larger_tokenizer(work: Work) -> None:
-    """The model with a tokenizer of more tokens than it has rows, one of which a prompt holds."""
+    """Copy the model, with a tokenizer that has more tokens than the model has rows, and a prompt with such a token."""
     from sdft.services.data.tokenizer import load_tokenizer
 
     folder = shutil.copytree(work.config["model"], work.folder / "m")
@@ -155,4 +155,4 @@ def two(*spoilers: Callable[[Work], None]) -> Callable[[Work], None]:
 
 
 def nothing(_: Work) -> None:
-    """The command line itself is what is wrong."""
+    """Spoil nothing: the mistake is in the command line."""

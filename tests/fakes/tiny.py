@@ -1,4 +1,4 @@
-"""A random Qwen2 of 0.26 M parameters with tokenizer and chat template: real for every engine, loaded in no time."""
+"""A random Qwen2 of 0.26 M parameters with tokenizer and chat template. Every real engine loads it within seconds."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ CORPUS = [
 
 
 def make_tiny_model(folder: Path, seed: int = 0) -> Path:
-    """Write the model into `folder` (head_dim 64: what vLLM's CPU attention has kernels for)."""
+    """Write the model into `folder`. head_dim is 64, since vLLM's CPU attention has kernels for it."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -43,7 +43,7 @@ def make_tiny_model(folder: Path, seed: int = 0) -> Path:
         eos_token_id=wrapped.eos_token_id,
         pad_token_id=wrapped.pad_token_id,
         tie_word_embeddings=True,
-        initializer_range=0.08,  # sharper than the default, so that logits differ enough to be compared
+        initializer_range=0.08,  # above the default, so that logits differ enough for comparisons
     )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     return folder

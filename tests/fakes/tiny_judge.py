@@ -1,4 +1,4 @@
-"""The tiny model, taught by heart what to say of a few replies: a real judge of those, behind a real server."""
+"""The tiny model, overfitted on the verdicts for a few replies: a real judge for these replies on a real server."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from tests.fakes.tiny import make_tiny_model
 
 
 def make_tiny_judge(folder: Path, items: Sequence[tuple[str, str, str]], verdicts: Sequence[str]) -> Path:
-    """Write a model that answers the judge's prompt for each (question, right answer, reply) with the verdict."""
+    """Write a model that answers the judge's prompt for each (question, answer, reply) with its verdict."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""A learner rank that answers no more takes the others with it, and nothing of it stays."""
+"""When a learner rank stops answering, the learner ends the other ranks too, and no process remains."""
 
 import asyncio
 import gc
@@ -18,7 +18,7 @@ from tests.learner.test_learner_step import PROBE, K, settings
 
 
 def gone(pid: int) -> bool:
-    """A zombie has no command line any more, and holds nothing."""
+    """True if the process has ended. A zombie has an empty command line and holds no resources."""
     path = Path(f"/proc/{pid}/cmdline")
     return not path.exists() or not path.read_bytes()
 
@@ -39,9 +39,7 @@ def test_a_rank_that_was_stopped_is_found_and_ended_with_the_others(ray_cluster:
     asyncio.run(run())
 
 
-def test_a_rank_that_dies_while_nobody_waits_for_it_is_not_asyncios_to_complain_of(
-    ray_cluster: None, tiny_model: Path
-) -> None:
+def test_the_death_of_a_rank_that_is_not_awaited_causes_no_asyncio_message(ray_cluster: None, tiny_model: Path) -> None:
     async def run() -> list[str]:
         said: list[str] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context["message"]))
@@ -59,8 +57,9 @@ def test_a_rank_that_dies_while_nobody_waits_for_it_is_not_asyncios_to_complain_
     assert asyncio.run(run()) == []
 
 
-def test_a_group_that_was_ended_is_lost_and_cancels_nobody(ray_cluster: None, tiny_model: Path) -> None:
-    """A run whose new learner did not start still holds the old one; its end looked like a signal to stop."""
+def test_a_killed_group_counts_as_lost_and_cancels_no_task(ray_cluster: None, tiny_model: Path) -> None:
+    """A run whose new learner failed to start still holds the old group. A cancellation would look like a stop
+    signal."""
 
     async def run() -> None:
         group = await LearnerGroup.start(settings(tiny_model, 1, 1), PROBE, [{"num_cpus": 0.5}])
@@ -71,8 +70,8 @@ def test_a_group_that_was_ended_is_lost_and_cancels_nobody(ray_cluster: None, ti
     asyncio.run(run())
 
 
-def test_the_port_that_the_ranks_meet_at_is_nobody_elses_before_they_do(ray_cluster: None) -> None:
-    """Torch is imported in between, which takes seconds."""
+def test_the_rendezvous_port_is_held_until_the_ranks_meet(ray_cluster: None) -> None:
+    """The import of torch between the two takes seconds."""
     worker = LearnerWorker()
     address, port = worker.rendezvous()
     with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
@@ -80,7 +79,7 @@ def test_the_port_that_the_ranks_meet_at_is_nobody_elses_before_they_do(ray_clus
 
 
 def test_a_learner_starts_beside_a_build_that_was_killed(ray_cluster: None, tiny_model: Path, tmp_path: Path) -> None:
-    """It builds nothing: torch would wait for the end of that build without a limit."""
+    """The learner builds nothing: torch would wait for the other build without a time limit."""
     lock = tmp_path / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir()
     lock.touch()
@@ -97,7 +96,7 @@ def test_a_learner_starts_beside_a_build_that_was_killed(ray_cluster: None, tiny
 
 
 def test_a_snapshot_is_released_in_the_middle_of_a_step(ray_cluster: None, tiny_model: Path) -> None:
-    """Behind it, engines would get no weights while a step goes on, and one of a minute would end the run."""
+    """Otherwise engines would get no weights during a step, and a step of a minute would end the run."""
 
     async def run() -> None:
         group = await LearnerGroup.start(settings(tiny_model, 1, 1), PROBE, [{"num_cpus": 0.5}])

@@ -1,4 +1,4 @@
-"""The learner's state: continued by other ranks and ZeRO stages, and an EMA teacher that does not drift."""
+"""The learner's state: resumed with other ranks and ZeRO stages, and an EMA teacher without drift."""
 
 import asyncio
 import threading
@@ -41,13 +41,13 @@ def stop(group: LearnerGroup) -> None:
         worker.__ray_terminate__.remote()
 
 
-def test_a_run_handed_on_between_ranks_and_zero_stages_is_the_run_of_one_process(
+def test_a_run_resumed_with_other_ranks_and_zero_stages_equals_the_run_of_one_process(
     ray_cluster: None, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """By 1 rank at stage 1, 2 at 3, 2 at 2, 2 at 0: moments, step count and EMA must arrive, and on every rank.
+    """1 rank at ZeRO stage 1, then 2 at 3, 2 at 2, 2 at 0. Every rank must restore moments, step count and EMA.
 
-    After the second step the run's second stage begins. Ranks of ZeRO stage 0 that step apart show in the loss of the
-    step after.
+    The run's second stage begins after the second step. If ranks of ZeRO stage 0 step apart, the loss of the next step
+    shows it.
     """
     plain = Reference(tiny_model, ALPHA, skip=3, cap=2.0, clip=CLIP, **ADAMW)
 
@@ -82,7 +82,7 @@ def test_a_run_handed_on_between_ranks_and_zero_stages_is_the_run_of_one_process
     asyncio.run(run())
 
 
-def test_bfloat16_weights_and_their_float32_masters_are_handed_on(
+def test_bfloat16_weights_and_their_float32_masters_survive_a_resume(
     ray_cluster: None, tiny_model: Path, tmp_path: Path
 ) -> None:
     async def run() -> None:
@@ -90,7 +90,7 @@ def test_bfloat16_weights_and_their_float32_masters_are_handed_on(
         await group.train_step(make_rollouts(tiny_model, 7, K, 0))
         await group.train_step(spoiled(make_rollouts(tiny_model, 7, K, 2)))  # a step that AdamW does not count
         expected = {role: await group.parameters(role) for role in ("student", "teacher")}
-        await group.save(tmp_path)  # the next step may begin before all is written
+        await group.save(tmp_path)  # the next step may begin before the files are written
         following = await group.train_step(make_rollouts(tiny_model, 7, K, 1))
         await group.written()
         stop(group)
@@ -131,7 +131,7 @@ def write(folder: Path, rank: int, step: int, pieces: list[Piece]) -> None:
 
 
 def test_pieces_that_do_not_cover_a_tensor_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdft.learner.checkpoint.state.FILE_BYTES", 1)  # a file for each
+    monkeypatch.setattr("sdft.learner.checkpoint.state.FILE_BYTES", 1)  # one file per tensor
     values = torch.arange(10, dtype=torch.float32)
     write(tmp_path, 0, 3, [Piece("master/w", 0, values[:4]), Piece("master/v", 0, torch.ones(2))])
     write(tmp_path, 1, 3, [Piece("master/w", 4, values[4:])])
@@ -152,7 +152,7 @@ def test_the_first_tensor_that_differs_is_named(tmp_path: Path) -> None:
     assert first_difference(one, other) == "master/b"
 
 
-def test_what_is_not_written_yet_is_copied_before_the_tensors_change(
+def test_tensors_that_are_not_written_yet_are_copied_before_they_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, begun, go_on = TensorFile.write, threading.Event(), threading.Event()
@@ -175,7 +175,7 @@ def test_what_is_not_written_yet_is_copied_before_the_tensors_change(
     assert [load_file(tmp_path / f"{i}.safetensors")["x"][0].item() for i in range(3)] == [0, 1, 2]
 
 
-def test_where_memory_is_short_nothing_is_copied_even_if_somebody_waits_for_the_files(
+def test_with_little_memory_tensors_are_written_out_instead_of_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = TensorFile.write
@@ -188,7 +188,7 @@ def test_where_memory_is_short_nothing_is_copied_even_if_somebody_waits_for_the_
     monkeypatch.setattr("sdft.learner.checkpoint.saving.available_memory_gib", lambda: 0.0)
     saver = Saver()
     saver.begin(TensorFile(tmp_path / f"{i}.safetensors", {"x": torch.ones(4)}) for i in range(4))
-    waiting = threading.Thread(target=saver.finish)  # as the run does from the moment it saves
+    waiting = threading.Thread(target=saver.finish)  # as a run does from the moment it saves
     waiting.start()
     time.sleep(0.05)
     saver.detach()

@@ -1,4 +1,4 @@
-"""The DeepSpeed learner against one process of plain transformers and torch, on the same rollouts."""
+"""The DeepSpeed learner against plain transformers and torch in one process, on the same rollouts."""
 
 import asyncio
 from dataclasses import replace
@@ -18,25 +18,25 @@ from tests.fakes.rollouts import make_rollouts
 
 STEPS, K, ALPHA = 3, 16, 0.1
 BOUNDARY = 2  # steps of the first of two stages
-BETAS = (0.8, 0.99)  # of the second
-CLIP = 0.05  # of gradients whose norms are 0.4 to 0.6
+BETAS = (0.8, 0.99)  # of the second stage
+CLIP = 0.05  # clips gradients, whose norms are 0.4 to 0.6
 ADAMW: dict[str, Any] = {"weight_decay": 0.5, "eps": 1e-5}
 OPTIMIZER = OptimizerConfig(lr=1e-4, warmup_steps=1, schedule="constant", grad_clip=CLIP, **ADAMW)
 PROBE = np.arange(20, 36, dtype=np.int32)
 
 
 def second(optimizer: OptimizerConfig) -> OptimizerConfig:
-    """What the second stage has in its place."""
+    """Return the optimizer settings of the second stage."""
     return optimizer.model_copy(update={"lr": optimizer.lr * 1.5, "betas": BETAS, "warmup_steps": 2})
 
 
 def rate(step: int, optimizer: OptimizerConfig = OPTIMIZER) -> float:
-    """Learning rate of a step, counted from 1."""
+    """Return the learning rate of a step, counted from 1."""
     return optimizer.lr if step <= BOUNDARY else second(optimizer).lr * min(1, (step - BOUNDARY) / 2)
 
 
 def settings(model: Path, stage: int, ranks: int, dtype: str = "float32", **changes: Any) -> LearnerSettings:
-    """`changes`: of the learner's configuration."""
+    """changes: other values of the learner's configuration."""
     usual = {"micro_batch_tokens": 100, "optimizer": OPTIMIZER}
     config = LearnerConfig(ranks=ranks, zero_stage=stage, threads=1, **usual | changes)
     return LearnerSettings(
@@ -54,18 +54,18 @@ def settings(model: Path, stage: int, ranks: int, dtype: str = "float32", **chan
 
 
 def spoiled(samples: list[ScoredRollout]) -> list[ScoredRollout]:
-    """With a log-prob of the teacher's that is no number."""
+    """Set one of the teacher's log-probs to NaN."""
     samples[2].scores.logprobs[-1, 0] = np.nan
     return samples
 
 
 def apart(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
-    """Euclidean distance over all parameters."""
+    """Return the Euclidean distance over all parameters."""
     return float(np.sqrt(sum(np.square(ours[n].astype(np.float64) - theirs[n]).sum() for n in ours)))
 
 
 def moved(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> np.ndarray:
-    """All parameters' changes, end to end."""
+    """Return the changes of all parameters, concatenated."""
     return np.concatenate([(after[name] - before[name]).astype(np.float64).ravel() for name in sorted(before)])
 
 
@@ -77,7 +77,7 @@ def worst(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
 def assert_equal(
     student: dict[str, np.ndarray], teacher: dict[str, np.ndarray], plain: Reference, before: dict[str, np.ndarray]
 ) -> None:
-    """Student and teacher are the reference's; what differs is tiny beside what moved since `before`."""
+    """Check student and teacher against the reference. The difference is tiny beside the change since `before`."""
     for ours, theirs in (
         (student, {n: p.numpy() for n, p in plain.weights().items()}),
         (teacher, {n: p.numpy() for n, p in plain.teacher.items()}),
@@ -93,14 +93,14 @@ def test_a_learning_rate_rises_and_falls_or_stays() -> None:
 
     assert rates("cosine", 2, 6) == pytest.approx([0.5, 1, 1, 0.8536, 0.5, 0.1464], abs=1e-4)
     assert rates("constant", 2, 4) == [0.5, 1, 1, 1]
-    assert rates("cosine", 10, 3) == [0.5, 1, 1]  # a warm-up as long as the run would leave no step
+    assert rates("cosine", 10, 3) == [0.5, 1, 1]  # a warm-up as long as the run would leave no step at full rate
 
 
 Steps = tuple[Reference, list[dict[str, float]]]
 
 
 def plain_steps(model: Path, alpha: float, keep_moments: bool) -> Steps:
-    """The reference after its steps, and the figures of each."""
+    """Return the reference after its steps, and the figures of each step."""
     plain, figures = Reference(model, alpha, skip=3, cap=2.0, clip=CLIP, **ADAMW), []
     for seed in range(STEPS):
         if seed == BOUNDARY:
@@ -116,18 +116,18 @@ def reference(tiny_model: Path) -> Steps:
 
 
 @pytest.mark.parametrize(
-    ("stage", "ranks", "frozen"),  # the teacher, and then AdamW keeps its moments
+    ("stage", "ranks", "frozen"),  # a frozen teacher; AdamW also keeps its moments then
     [(0, 1, False), (0, 1, True), (2, 1, False), (3, 1, False), (1, 2, False)],
 )
 def test_three_steps_equal_plain_torch(
     ray_cluster: None, tiny_model: Path, reference: Steps, stage: int, ranks: int, frozen: bool
 ) -> None:
-    """Losses, parameters and EMA teacher, over several micro-batches; one sequence is shorter than the skipped part.
+    """Losses, parameters and EMA teacher, over several micro-batches. One sequence is shorter than the skipped part.
 
     A batch whose gradient is not finite changes nothing.
 
-    The last step is a second stage's first: the teacher is the student again, and AdamW begins anew, otherwise set.
-    The other stages and ranks are compared with the same reference by test_learner_state.
+    The last step is the first of a second stage: the teacher equals the student again, and AdamW starts with new
+    settings. test_learner_state compares other ZeRO stages and ranks with the same reference.
     """
     plain, figures = plain_steps(tiny_model, 0.0, keep_moments=True) if frozen else reference
     given = settings(tiny_model, stage, ranks)
@@ -140,7 +140,7 @@ def test_three_steps_equal_plain_torch(
         before = await group.parameters("student")
         for seed, expected in enumerate(figures):
             if seed == BOUNDARY:
-                for _ in range(2):  # as after a restart in between: the same as once
+                for _ in range(2):  # twice, as after a restart in between; the effect is that of one call
                     await group.begin_stage()
             result = await group.train_step(make_rollouts(tiny_model, 7, K, seed))
             assert result.loss == pytest.approx(expected["loss"], rel=1e-5)
@@ -165,7 +165,7 @@ def test_three_steps_equal_plain_torch(
 def test_a_first_step_that_is_not_taken_leaves_a_teacher_and_a_state(
     ray_cluster: None, tiny_model: Path, tmp_path: Path, stage: int, dtype: str
 ) -> None:
-    """The optimizer's state was made by the first step that was: sending the teacher and saving ended the run."""
+    """Optimizer state must exist without a step that was taken: sending the teacher and saving read it."""
 
     async def run() -> None:
         group = await LearnerGroup.start(settings(tiny_model, stage, 1, dtype), PROBE, [{"num_cpus": 0.5}])
@@ -184,10 +184,10 @@ def test_a_first_step_that_is_not_taken_leaves_a_teacher_and_a_state(
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_bfloat16_takes_the_steps_of_float32_but_for_rounding(
+def test_steps_in_bfloat16_equal_those_in_float32_up_to_rounding(
     ray_cluster: None, tiny_model: Path, reference: Steps, ranks: int
 ) -> None:
-    """One rank adds gradients up with nobody, past DeepSpeed's reduction: over several micro-batches, none is lost."""
+    """A single rank adds up gradients without DeepSpeed's reduction: none of several micro-batches is lost."""
     plain, figures = reference
     begun = {name: tensor.numpy() for name, tensor in Reference(tiny_model, ALPHA, 3, 2.0, CLIP).weights().items()}
 

@@ -1,4 +1,4 @@
-"""Packing: every sequence once, no padding, shares that no cut can change."""
+"""Packing: every sequence once, no padding, and shares that do not depend on the micro-batches."""
 
 import re
 from pathlib import Path
@@ -55,7 +55,8 @@ def test_a_pack_has_no_padding_and_positions_that_begin_anew() -> None:
     batch = pack([sample(3, 5), sample(2, 4)], skip_first=3, batch_size=2, top_k=2)
     assert batch.lengths == (8, 6)
     assert batch.position_ids.tolist() == [*range(8), *range(6)]
-    # States that predict completion tokens 3 and 4 of the first (positions 6, 7), token 3 of the second (position 13).
+    # The rows that predict completion tokens 3 and 4 of the first sample (positions 6, 7) and token 3 of the second
+    # (13).
     assert batch.predicting.tolist() == [5, 6, 12]
     assert batch.targets.sampled_ids.tolist() == [3, 4, 3]
     assert batch.targets.share.tolist() == pytest.approx([0.25, 0.25, 0.5])
@@ -110,9 +111,9 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradient(tiny_model: Pa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-# Short ones, in the second some of a group are padded; two whose attention weights are not kept; two too long for that.
+# Short ones, the second list with padding; two whose attention weights are not kept; two too long for groups.
 @pytest.mark.parametrize("lengths", [(5, 7, 9), (5, 8, 10, 9), (3,), (1, 1, 9), (200, 195, 9), (300, 280)])
-@pytest.mark.parametrize("cached", [1, 200, 10_000])  # scores of a head at once: a sequence, several, all
+@pytest.mark.parametrize("cached", [1, 200, 10_000])  # scores of a head at once: one sequence, several, all
 def test_attention_of_packed_sequences_is_that_of_each_alone(
     lengths: tuple[int, ...], dtype: torch.dtype, cached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +139,7 @@ def test_attention_of_packed_sequences_is_that_of_each_alone(
         assert torch.allclose(mine, theirs, atol=1e-5)
 
 
-def test_a_window_is_the_models_own() -> None:
+def test_windowed_attention_equals_the_models_own() -> None:
     torch.manual_seed(0)
     config = MistralConfig(
         **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "sliding_window": 8},
@@ -170,9 +171,9 @@ def test_a_model_that_would_be_trained_wrongly_is_refused(
         load_student(tmp_path, torch.float32)
 
 
-@pytest.mark.parametrize("lengths", [(130, 121, 30), (500, 410), (600, 20)])  # the last too long for matrix products
+@pytest.mark.parametrize("lengths", [(130, 121, 30), (500, 410), (600, 20)])  # the last: too long for matrix products
 def test_attention_in_bfloat16_is_a_rounding_from_exact(lengths: tuple[int, ...]) -> None:
-    """Beside float64 on the same inputs: 2**-8 is what bfloat16 keeps, and the backward rounds its weights again."""
+    """Compared with float64 on the same inputs. bfloat16 keeps 2**-8, and the backward rounds its weights again."""
     torch.manual_seed(0)
     shapes = ((1, 6, sum(lengths), 8), (1, 2, sum(lengths), 8), (1, 2, sum(lengths), 8))
     given = [torch.randn(shape).bfloat16() for shape in shapes]

@@ -1,4 +1,4 @@
-"""The README's indented blocks, for tests that do what it says."""
+"""Reads the README's indented blocks, for tests that run what it says."""
 
 import shlex
 from pathlib import Path
@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def blocks() -> list[str]:
-    """Indented blocks in order, without their indentation."""
+    """Return the indented blocks in order, without their indentation."""
     found: list[str] = []
     inside = False
     for line in (ROOT / "README.md").read_text().splitlines():
@@ -21,6 +21,6 @@ def blocks() -> list[str]:
 
 
 def commands(program: str) -> list[list[str]]:
-    """The README's commands of a program (sdft, ray, make), as argument lists without comments."""
+    """Return the README's commands of a program (sdft, ray, make) as argument lists, without comments."""
     lines = [line for block in blocks() for line in block.splitlines()]
     return [shlex.split(line, comments=True) for line in lines if line.startswith(f"{program} ")]

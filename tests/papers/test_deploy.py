@@ -1,4 +1,4 @@
-"""deploy/: images and jobs are made of what this version has, and the overview names every file."""
+"""deploy/: images and jobs use what this version contains, and the overview names every file."""
 
 import re
 import shlex
@@ -27,14 +27,14 @@ def test_a_jobs_runtime_environment_leaves_out_what_sdft_submit_leaves_out(tmp_p
 
 
 def instructions(dockerfile: Path) -> list[list[str]]:
-    """Its lines as words, continued ones joined."""
+    """Return the lines of a Dockerfile as words, with continued lines joined."""
     text = re.sub(r"\\\n", " ", dockerfile.read_text())
     return [shlex.split(line) for line in text.splitlines() if line and not line.startswith("#")]
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
 def test_an_image_is_built_from_files_that_exist_and_the_context_has(kind: str) -> None:
-    """Not built: that takes Docker and the network."""
+    """The image is not built, since that needs Docker and the network."""
     path = DEPLOY / "docker" / f"Dockerfile.{kind}"
     words = instructions(path)
     (base,) = [w[1] for w in words if w[0] == "FROM"]

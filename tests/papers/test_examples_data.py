@@ -1,4 +1,4 @@
-"""The example data: made again byte for byte, nothing held out occurs in training, answers their grader accepts."""
+"""The example data: reproducible byte for byte, no held-out row in training, answers that their grader accepts."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def values(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def wording(row: dict[str, Any]) -> str:
-    """The request with every value replaced by its parameter's name."""
+    """Return the request with every value replaced by the name of its parameter."""
     text = request(row)
     for parameter, value in values(row).items():
         text, count = re.subn(rf"\b{re.escape(str(value))}\b", f"{{{parameter}}}", text)
@@ -58,7 +58,7 @@ def wording(row: dict[str, Any]) -> str:
 
 
 def words(sentence: str) -> tuple[str, ...]:
-    """The same for "The capital of A is B." and "B is the capital of A."."""
+    """Return the sorted words: equal for "The capital of A is B." and "B is the capital of A."."""
     return tuple(sorted(re.findall(r"\w+", sentence.lower())))
 
 
@@ -115,7 +115,7 @@ def test_held_out_tool_requests_use_the_trained_tools_in_new_words_with_new_valu
 
 def test_held_out_messages_go_to_the_trained_desks_in_new_words_with_new_numbers() -> None:
     def parts(name: str) -> tuple[set[str], set[str], set[str]]:
-        """Wordings, numbers, and replies without their number."""
+        """Return the prompts without numbers, the numbers, and the answers without their number."""
         rows = [(row["prompt"], *row["answer"].rsplit(" ", 1)) for row in read(name)]
         assert all(re.search(rf"\b{number}\b", prompt) for prompt, _, number in rows)
         return {re.sub(r"\d+", "", p) for p, _, _ in rows}, {n for _, _, n in rows}, {label for _, label, _ in rows}
@@ -197,7 +197,7 @@ def test_after_a_run_of_the_sweep_has_failed_no_other_begins(tmp_path: Path) -> 
     assert "nonsense is not a setting" in (begun / "output.log").read_text()
 
 
-def test_the_table_of_results_is_what_its_plot_is_drawn_from(tmp_path: Path) -> None:
+def test_the_table_of_results_agrees_with_the_data_of_its_plot(tmp_path: Path) -> None:
     docs = EXAMPLES.parent / "docs"
     points: dict[str, list[list[float]]] = json.loads((docs / "sequence.json").read_text())
     methods = {"SDFT": "sdft", "SFT": "sft", "SFT with recall": "reinvoke", "DFT": "dft", "off-policy": "off_policy"}
@@ -215,4 +215,4 @@ def test_the_table_of_results_is_what_its_plot_is_drawn_from(tmp_path: Path) -> 
     (tmp_path / "sequence.json").write_bytes((docs / "sequence.json").read_bytes())
     drawn: Path = runpy.run_path(str(EXAMPLES / "continual" / "sweep.py"))["plot"](tmp_path / "sequence.json")
     now, then = (path.read_text() for path in (drawn, docs / "sequence.svg"))
-    assert now.count("<use") == then.count("<use")  # a dot each; where it lies depends on the fonts by a hair
+    assert now.count("<use") == then.count("<use")  # one dot per value; fonts shift its position slightly

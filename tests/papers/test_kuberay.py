@@ -1,4 +1,4 @@
-"""deploy/kuberay: Kubernetes accepts the manifests, and what they start is what this version of the code takes."""
+"""deploy/kuberay: Kubernetes accepts the manifests, and this version of the code accepts the commands in them."""
 
 import copy
 import re
@@ -25,18 +25,18 @@ DEPLOY = ROOT / "deploy"
 KUBERAY = DEPLOY / "kuberay"
 JOBS = ("rayjob-train.yaml", "raycronjob-continual.yaml")
 CLUSTERS = (*JOBS, "raycluster-autoscaling.yaml")
-SCHEMAS = ROOT.parent / "shared" / "schemas" / "kuberay"  # KubeRay's own, where somebody has put them
+SCHEMAS = ROOT.parent / "shared" / "schemas" / "kuberay"  # KubeRay's own schemas; the tests are skipped without them
 QUANTITIES = {"m": 1e-3, "": 1.0, "Mi": 2.0**20, "Gi": 2.0**30}
-IMAGE_SOURCE = "/opt/sdft"  # of this repository, in the image
+IMAGE_SOURCE = "/opt/sdft"  # folder of this repository in the image
 
 
 def documents(name: str) -> dict[str, dict[str, Any]]:
-    """A manifest's objects by kind."""
+    """Return the objects of a manifest by kind."""
     return {d["kind"]: d for d in yaml.safe_load_all((KUBERAY / name).read_text())}
 
 
 def custom(name: str) -> dict[str, Any]:
-    """The one that is KubeRay's."""
+    """Return the manifest's object that is KubeRay's."""
     (found,) = [d for d in documents(name).values() if d["apiVersion"] == "ray.io/v1"]
     return found
 
@@ -52,24 +52,24 @@ def cluster(name: str) -> dict[str, Any]:
 
 
 def groups(name: str) -> list[dict[str, Any]]:
-    """The head first."""
+    """Return the node groups, the head first."""
     return [cluster(name)["headGroupSpec"], *cluster(name)["workerGroupSpecs"]]
 
 
 def pods(name: str) -> list[dict[str, Any]]:
-    """Specs of all pods, that of a job's submitter included."""
+    """Return the specs of all pods, including that of a job's submitter."""
     submitter = [] if name not in JOBS else [job(name)["submitterPodTemplate"]["spec"]]
     return [group["template"]["spec"] for group in groups(name)] + submitter
 
 
 def amount(quantity: str) -> float:
-    """Of a Kubernetes quantity, in cores or bytes."""
+    """Return a Kubernetes quantity in cores or bytes."""
     number, unit = re.fullmatch(r"([\d.]+)(\w*)", quantity).groups()  # type: ignore[union-attr]
     return float(number) * QUANTITIES[unit]
 
 
 def strict(schema: Any) -> Any:
-    """A CRD's schema in which a field that it does not name is an error. Kubernetes itself drops it without a word."""
+    """Return a CRD's schema in which an unknown field is an error. Kubernetes itself drops such a field silently."""
     if isinstance(schema, list):
         return [strict(item) for item in schema]
     if not isinstance(schema, dict):
@@ -121,7 +121,7 @@ def test_every_container_has_what_a_cluster_asks_of_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
-def test_the_nodes_of_a_cluster_share_storage_and_can_be_asked_how_they_are(name: str) -> None:
+def test_the_nodes_of_a_cluster_share_storage_and_have_health_probes(name: str) -> None:
     claim = documents("storage.yaml")["PersistentVolumeClaim"]
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     monitor = yaml.safe_load((DEPLOY / "monitoring" / "podmonitor.yaml").read_text())
@@ -137,7 +137,7 @@ def test_the_nodes_of_a_cluster_share_storage_and_can_be_asked_how_they_are(name
         store = int(group["rayStartParams"]["object-store-memory"])
         assert store <= amount(memory["sizeLimit"]) < amount(container["resources"]["limits"]["memory"])
         for probe in ("livenessProbe", "readinessProbe"):
-            # Without a token, for the kubelet has none.
+            # A path without a token, because the kubelet has none.
             assert container[probe]["httpGet"] == {"path": PUBLIC_EXACT_PATHS[0], "port": 52365}
         ports = {port["name"] for port in container["ports"]}
         assert {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]} <= ports
@@ -156,13 +156,13 @@ def test_ray_is_the_installed_version_and_asks_for_a_token(name: str) -> None:
 
 
 def commands(name: str) -> Iterator[list[str]]:
-    """What a job runs of `sdft`, from its entrypoint or the script that this names."""
+    """Yield the `sdft` commands of a job, from its entrypoint or from the script that the entrypoint names."""
     words = shlex.split(job(name)["entrypoint"])
     if words[0] == "sdft":
         yield words
         return
     script = documents(name)["ConfigMap"]["data"][Path(words[1]).name]
-    subprocess.run([words[0], "-n", "-c", script], check=True, timeout=60)  # reads it, runs nothing
+    subprocess.run([words[0], "-n", "-c", script], check=True, timeout=60)  # checks the syntax, runs nothing
     for line in script.splitlines():
         if "sdft " in line and not line.strip().startswith("#"):
             yield shlex.split(line[line.index("sdft ") :])
@@ -170,7 +170,7 @@ def commands(name: str) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_a_jobs_entrypoint_is_a_command_of_this_version(name: str) -> None:
-    """Read by the command's own parser, which ends the process at a word that it does not know."""
+    """The command's own parser reads it. The parser exits at an unknown word."""
     parsed = [parser().parse_args(words[1:]) for words in commands(name)]
     (train,) = [a for a in parsed if hasattr(a, "resume")]
     mounts = pods(name)[0]["containers"][0]["volumeMounts"]
@@ -184,7 +184,7 @@ def test_a_jobs_entrypoint_is_a_command_of_this_version(name: str) -> None:
 
 
 def prepared(name: str, tmp_path: Path, overrides: list[str]) -> Prepared:
-    """The configuration that a job trains with; what is in the image is here in the repository."""
+    """Return the prepared configuration of a job. Paths in the image are replaced by paths in the repository."""
     (text,) = [text for key, text in documents(name)["ConfigMap"]["data"].items() if key.endswith(".yaml")]
     path = tmp_path / "config.yaml"
     path.write_text(text.replace(IMAGE_SOURCE, str(ROOT)))
@@ -193,7 +193,7 @@ def prepared(name: str, tmp_path: Path, overrides: list[str]) -> Prepared:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_a_jobs_run_fits_into_its_worker(name: str, smollm2: Path, tmp_path: Path) -> None:
-    """Into one, which is there when the run begins."""
+    """Into a single worker, which exists when the run begins."""
     nightly = [f"model={smollm2}", f"data.train={ROOT / 'examples' / 'tools' / 'train.jsonl'}"]
     run = prepared(name, tmp_path, [] if name == JOBS[0] else nightly)
     (worker,) = cluster(name)["workerGroupSpecs"]
@@ -208,7 +208,7 @@ def test_a_jobs_run_fits_into_its_worker(name: str, smollm2: Path, tmp_path: Pat
     assert c.monitoring.prometheus
 
 
-def test_only_actors_go_to_nodes_that_may_be_taken_away() -> None:
+def test_only_actors_go_to_preemptible_nodes() -> None:
     _, learner, actors = groups("raycluster-autoscaling.yaml")
     spot = actors["template"]["spec"]["nodeSelector"]
     (key,) = spot
@@ -220,8 +220,8 @@ def test_only_actors_go_to_nodes_that_may_be_taken_away() -> None:
     assert (actors["minReplicas"], actors["maxReplicas"]) == (0, 8)
 
 
-def test_the_configuration_for_the_growing_cluster_names_its_groups_and_fits_their_nodes() -> None:
-    """It stands in the manifest's comment."""
+def test_the_configuration_for_the_autoscaling_cluster_names_its_groups_and_fits_their_nodes() -> None:
+    """The configuration stands in the manifest's comment."""
     text = (KUBERAY / "raycluster-autoscaling.yaml").read_text()
     lines = [line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   ")]
     settings = yaml.safe_load("\n".join(lines[lines.index("training: {max_staleness: 2}") :]))

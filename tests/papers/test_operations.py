@@ -1,4 +1,4 @@
-"""docs/operations.md: it has every alert, no other, and no setting that does not exist."""
+"""docs/operations.md describes exactly the alerts of alerts.yaml, and names only settings that exist."""
 
 import re
 
@@ -9,12 +9,12 @@ from sdft.services.config.run import RunConfig
 from tests.papers.readme import ROOT
 
 TEXT = (ROOT / "docs" / "operations.md").read_text()
-FILES = ("json", "jsonl", "sqlite", "yaml")  # what the name of a file ends in, and no setting
+FILES = ("json", "jsonl", "sqlite", "yaml")  # endings of file names, which are no settings
 DOTTED = re.compile(r"([a-z_]+(?:\.(?:[a-z_]+|\*))+)(?:: \S+)?")  # `weights.timeout_s`, `teacher.weights: live`
 
 
 def settings_named() -> set[str]:
-    """The settings in backticks, as they stand there."""
+    """Return the settings in backticks, as written."""
     found = (DOTTED.fullmatch(code) for code in re.findall(r"`([^`\n]+)`", TEXT))
     return {match[1] for match in found if match and not match[1].endswith(FILES)}
 

@@ -1,4 +1,4 @@
-"""The README is true: its own-data section is done line by line, its other commands are known to exist."""
+"""The README is true: the section on own data is run line by line, and its other commands parse."""
 
 import subprocess
 from pathlib import Path
@@ -18,7 +18,7 @@ def block(beginning: str) -> str:
 
 
 def test_own_data_does_what_the_readme_says(tiny_model: Path, tmp_path: Path) -> None:
-    """Every command unchanged; only the built-in model is a tiny one here, and the rows are repeated."""
+    """Every command is unchanged. The built-in model is replaced by the tiny one, and the rows are repeated."""
     models = tmp_path / "cache" / "models"
     models.mkdir(parents=True)
     (models / "smollm2-135m").symlink_to(tiny_model)
@@ -46,7 +46,7 @@ def test_own_data_does_what_the_readme_says(tiny_model: Path, tmp_path: Path) ->
     for name in ("config.yaml", "metrics.jsonl", "eval.jsonl", "ledger.sqlite", "checkpoints/", "report.html", "logs/"):
         assert f"`{name}`" in (ROOT / "README.md").read_text()
         assert (work / "runs" / "my" / name).exists()
-    # The exported student answers as the run's own last evaluation says.
+    # The exported student gives the replies of the run's last evaluation.
     given, *answers = read_jsonl(work / "answers.jsonl")
     last = [row for row in read_jsonl(work / "runs" / "my" / "eval.jsonl") if row["metric"] == "accuracy"][-1]
     assert (given["value"], given["n"]) == (last["value"], 3)
@@ -55,7 +55,7 @@ def test_own_data_does_what_the_readme_says(tiny_model: Path, tmp_path: Path) ->
 
 
 def test_the_stream_of_the_readme_is_a_configuration() -> None:
-    """test_run.py appends a stage and reads a matrix; here the commands' words and the block are known to be right."""
+    """The configuration is valid and the commands parse. test_run.py appends a stage and reads a matrix."""
     start = {"model": "m", "training": {"batch_size": 8}}
     sets = {"evaluation": {"sets": [{"name": "g", "file": "g.jsonl", "grader": "exact", "role": "retention"}]}}
     config = RunConfig.model_validate(start | sets | yaml.safe_load(block("stages:")))
@@ -67,7 +67,7 @@ def test_the_stream_of_the_readme_is_a_configuration() -> None:
         assert parser().parse_args(words[1:]).run is not None
 
 
-def test_what_the_readme_says_of_clusters_are_configurations() -> None:
+def test_the_cluster_blocks_of_the_readme_are_valid_configurations() -> None:
     run = {"model": "m", "data": {"train": "t"}, "training": {"steps": 1}}
     shared = RunConfig.model_validate(run | yaml.safe_load(block("device: cuda")))
     assert shared.learner.gpus + shared.actors.student.gpus + shared.actors.teacher.gpus == 1

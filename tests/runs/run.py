@@ -1,4 +1,4 @@
-"""A small whole run that several tests share: its files, its command, its result."""
+"""A small whole run that several tests share: its files, its command, its results."""
 
 import json
 import os
@@ -15,13 +15,13 @@ import yaml
 from sdft.services.records.rows import DETERMINISTIC_FIELDS, read_jsonl
 
 STEPS = 6
-LONG, STAGE = 42, 7  # steps of the run that others are compared with, and of each of its stages
-BIN = Path(sys.executable).parent  # of sdft and ray
-ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}  # in which both are found by name
+LONG, STAGE = 42, 7  # steps of the reference run, and of each of its stages
+BIN = Path(sys.executable).parent  # folder of the sdft and ray commands
+ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}  # finds both commands by name
 
 
 def write_run(folder: Path, model: Path, dtype: str, steps: int = STEPS, **learner: Any) -> Path:
-    """A small run with data, evaluation and a checkpoint every two steps. `learner`: more of its section."""
+    """Write a small run with data, evaluation and a checkpoint every two steps. learner: more keys of its section."""
     rows = [{"prompt": f"Say number {i}.", "demonstration": f"The number is {i}."} for i in range(9)]
     (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     questions = [r | {"answer": r["demonstration"]} for r in rows[:4]]
@@ -51,9 +51,9 @@ def write_run(folder: Path, model: Path, dtype: str, steps: int = STEPS, **learn
 
 
 def in_stages_of_pairs(config: Path, each: int) -> Path:
-    """The same run in stages of so many steps, the last may be shorter, on the same data.
+    """Rewrite a run into stages of `each` steps on the same data. The last stage may be shorter.
 
-    Its batches are of half as many prompts with two rollouts each, which share a prompt that is longer than a block.
+    The batches have half as many prompts with two rollouts each. A prompt is longer than a block of the prefix cache.
     """
     settings = yaml.safe_load(config.read_text())
     data, steps = settings.pop("data"), settings["training"].pop("steps")
@@ -68,7 +68,7 @@ def in_stages_of_pairs(config: Path, each: int) -> Path:
 
 
 def write_stages(folder: Path, model: Path, dtype: str = "float32") -> Path:
-    """Two stages of two steps each, with sets of their own and one that is to be retained."""
+    """Write a run of two stages of two steps each, with evaluation sets per stage and a retention set."""
     path = write_run(folder, model, dtype)
     config = yaml.safe_load(path.read_text())
     data, (own,) = config.pop("data"), config["evaluation"].pop("sets")
@@ -83,13 +83,13 @@ def write_stages(folder: Path, model: Path, dtype: str = "float32") -> Path:
 
 
 def command(config: Path, run_dir: Path, *overrides: str) -> list[str]:
-    """`sdft train`; `overrides` as for --set."""
+    """Return the words of `sdft train`. overrides: as for --set."""
     settings = [word for override in overrides for word in ("--set", override)]
     return [sys.executable, "-m", "sdft.services.cli", "train", str(config), "--run-dir", str(run_dir), *settings]
 
 
 def finish(config: Path, run_dir: Path, *overrides: str) -> None:
-    """Run it to the end."""
+    """Run `sdft train` to its end."""
     result = subprocess.run(
         command(config, run_dir, *overrides), capture_output=True, text=True, timeout=400, check=False
     )
@@ -97,14 +97,14 @@ def finish(config: Path, run_dir: Path, *overrides: str) -> None:
 
 
 def free_port() -> int:
-    """One of this machine's loopback that nobody listens on now."""
+    """Return a port of the loopback interface that is free now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], bool], what: str, driver: subprocess.Popen | None = None) -> None:
-    """Up to 300 s; fails if the driver ends before."""
+    """Wait up to 300 s for the condition. Fails if the driver ends first."""
     deadline = time.monotonic() + 300
     while not condition():
         assert driver is None or driver.poll() is None, f"the run ended before {what}"
@@ -120,7 +120,7 @@ def wait_for_step(step: int, run_dir: Path, driver: subprocess.Popen | None = No
 
 
 def replayed(run_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`sdft replay`."""
+    """Run `sdft replay`."""
     words = [sys.executable, "-m", "sdft.services.cli", "replay", str(run_dir), *arguments]
     return subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
 

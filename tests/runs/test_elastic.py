@@ -1,4 +1,4 @@
-"""A run on a cluster that grows by itself: Ray's autoscaler with nodes that are processes on this machine."""
+"""A run on a cluster that scales: Ray's autoscaler with nodes that are processes on this machine."""
 
 import json
 import os
@@ -27,7 +27,7 @@ HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 
 
 def with_environment(entry: str) -> list[int]:
-    """Processes that were started with this entry in their environment."""
+    """Return the processes that started with this entry in their environment."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
@@ -37,16 +37,16 @@ def with_environment(entry: str) -> list[int]:
 
 
 def with_open_files(folder: Path) -> list[int]:
-    """Processes that hold a file in this folder open: of a Ray cluster that has it as --temp-dir, every one.
+    """Return the processes with an open file in this folder: every process of a Ray cluster whose --temp-dir it is.
 
-    Ray's agents write their titles over their environment, and outlive their raylet for as long as they
-    try to tell a controller that is gone as well, a minute and more: nothing else finds all of them.
+    Ray's agents overwrite their environment with their titles, so that with_environment does not find them. They
+    outlive their raylet by a minute or more, while they try to reach a controller that has ended.
     """
     found = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             for file in (process / "fd").iterdir():
-                with suppress(FileNotFoundError):  # one that it has just closed hides none of the others
+                with suppress(FileNotFoundError):  # a file that has just been closed; the others still count
                     if file.readlink().is_relative_to(folder):
                         found.add(int(process.name))
     return sorted(found - {os.getpid()})
@@ -60,29 +60,29 @@ def is_raylet(pid: int) -> bool:
 
 @dataclass(frozen=True)
 class Growing:
-    """A head with room for a run's first processes, and up to two nodes with room for one more engine each."""
+    """A head with room for the first processes of a run, and up to two nodes with room for one more engine each."""
 
     address: str
     environment: dict[str, str]
 
     def drain(self, node: str) -> None:
-        """Say that a node is about to be preempted."""
+        """Announce that a node is about to be preempted."""
         words = "--reason DRAIN_NODE_REASON_PREEMPTION --reason-message spot --deadline-remaining-seconds 300"
         command = [str(BIN / "ray"), "drain-node", "--address", self.address, "--node-id", node, *words.split()]
         subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=60)
 
     def kill(self, node: str) -> None:
-        """End a node without a word."""
+        """Kill a node without notice."""
         (raylet,) = [pid for pid in with_environment(f"RAY_OVERRIDE_NODE_ID_FOR_TESTING={node}") if is_raylet(pid)]
         os.kill(raylet, signal.SIGKILL)
 
     def nodes(self) -> list[str]:
-        """Ids of those that live, the head left out."""
+        """Return the ids of the live nodes, without the head."""
         rows = self._ask("[[n['NodeID'], n['Alive']] for n in ray.nodes()]")
         return [node for node, alive in rows if alive and node != HEAD_ID]
 
     def requested(self) -> list[dict[str, float]]:
-        """What the autoscaler was asked for through its SDK."""
+        """Return the resources requested from the autoscaler through its SDK."""
         told = self._ask(f"str(ray.experimental.internal_kv._internal_kv_get({CHANNEL!r}) or b'[]', 'ascii')")
         return json.loads(told)
 
@@ -135,7 +135,7 @@ def growing() -> Iterator[Growing]:
     environment = ENVIRONMENT | {
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_FAKE_CLUSTER": "1",
-        "RAY_health_check_period_ms": "1000",  # a node that is gone is found after five of them
+        "RAY_health_check_period_ms": "1000",  # a lost node is detected after five checks
         "RAY_enable_autoscaler_v2": "0",
         "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
@@ -143,7 +143,7 @@ def growing() -> Iterator[Growing]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "1" * 64,
         "RAY_ADDRESS": f"127.0.0.1:{port}",
-        "TMPDIR": str(scratch),  # a node that is lost takes its temporary files along
+        "TMPDIR": str(scratch),  # on a real node, temporary files are lost with the node
     }
     start = ["start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
     start += [f"--autoscaling-config={scratch / 'cluster.yaml'}", f"--temp-dir={scratch}"]
@@ -153,7 +153,7 @@ def growing() -> Iterator[Growing]:
         wait_until(lambda: "Ray runtime started" in (scratch / "start.log").read_text(), "the head was up", head)
         yield Growing(f"127.0.0.1:{port}", environment)
     finally:
-        # The head, and nodes that the autoscaler had started. Asked to end, Ray takes half a minute.
+        # The head and the nodes that the autoscaler started. A regular stop of Ray takes half a minute.
         head.kill()
         head.wait(timeout=60)
         deadline = time.monotonic() + 60
@@ -192,7 +192,7 @@ def test_a_pool_grows_leaves_a_drained_node_and_loses_a_killed_one_without_losin
         wait_for_step(len(read_jsonl(run_dir / "metrics.jsonl")) + steps, run_dir, driver)
 
     try:
-        until_said("student engine 1 has joined")  # with the weights of another node's learner, verified
+        until_said("student engine 1 has joined")  # its weights come from a learner on another node, and are verified
         engine, other = {"CPU": 1}, {"CPU": 0.5}
         assert sorted(growing.requested(), key=str) == [other, other, engine, engine]
         (first,) = growing.nodes()

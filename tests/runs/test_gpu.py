@@ -1,8 +1,8 @@
-"""What runs otherwise on a GPU than on a CPU, on a GPU: attention, the loss, the learner, whole runs on a shared one.
+"""What differs between GPU and CPU, on a GPU: attention, the loss, the learner, whole runs on one shared GPU.
 
     .venv/bin/pytest tests/runs/test_gpu.py
 
-Skipped where torch finds none. The other tests never use one.
+Skipped if torch finds no GPU. No other test uses one.
 """
 
 import asyncio
@@ -29,11 +29,11 @@ from tests.runs.leftovers import new_since, on_machine
 from tests.runs.run import command, finish, metrics, wait_for_step, write_run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-SHARED = {"gpus": 0.3, "kv_cache_gib": 1}  # of one GPU, that all of a run's processes use
+SHARED = {"gpus": 0.3, "kv_cache_gib": 1}  # share of one GPU that all processes of a run use
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Distance of two tensors, in sizes of the second."""
+    """Return the relative distance |ours - theirs| / |theirs|, in float64."""
     theirs = theirs.double().cpu()
     return float((ours.double().cpu() - theirs).norm() / theirs.norm())
 
@@ -43,7 +43,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def test_attention_of_packed_sequences_is_that_of_each_alone(
     lengths: tuple[int, ...], dtype: torch.dtype, bound: float
 ) -> None:
-    """Value and gradients, against float64 on the CPU."""
+    """Value and gradients, compared with float64 on the CPU."""
     g = torch.Generator().manual_seed(0)
     shapes = ((1, 6, sum(lengths), 64), (1, 2, sum(lengths), 64), (1, 2, sum(lengths), 64))
     given = [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
@@ -59,7 +59,7 @@ def test_attention_of_packed_sequences_is_that_of_each_alone(
 
 
 def test_gradients_of_long_sequences_are_the_same_bits_each_time() -> None:
-    """Many blocks add to one gradient: in any order, unless the kernel is told otherwise, as the learner tells it."""
+    """Many blocks add to one gradient, in arbitrary order unless the kernel is deterministic. The learner sets that."""
     g = torch.Generator().manual_seed(0)
     lengths = (3000, 1, 5191)
     shapes = ((1, 9, sum(lengths), 64), (1, 3, sum(lengths), 64), (1, 3, sum(lengths), 64))
@@ -92,7 +92,7 @@ def test_the_loss_and_both_gradients_are_those_of_a_cpu() -> None:
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-2), (torch.float32, 1e-5)])
 def test_a_norm_is_that_of_a_cpu_in_value_and_gradients(dtype: torch.dtype, bound: float) -> None:
-    """Against float64, by the models' own class."""
+    """Compared with float64, by the models' own class."""
     g = torch.Generator().manual_seed(0)
     x, direction = (torch.randn(500, 576, generator=g).to(dtype) for _ in range(2))
     weight = (1 + 0.3 * torch.randn(576, generator=g)).to(dtype)
@@ -112,7 +112,8 @@ def test_a_norm_is_that_of_a_cpu_in_value_and_gradients(dtype: torch.dtype, boun
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_two_steps_are_those_of_a_cpu(ray_cluster: None, tiny_model: Path, stage: int) -> None:
-    """In float32, with the EMA teacher; what differs is small beside what moved. Again, they are the same bits."""
+    """In float32, with the EMA teacher. The difference is small compared with the change. A repeated run has the same
+    bits."""
 
     async def run(device: str) -> list[dict]:
         asked = {"num_cpus": 0.5, "num_gpus": 1 if device == "cuda" else 0}
@@ -133,7 +134,7 @@ def test_two_steps_are_those_of_a_cpu(ray_cluster: None, tiny_model: Path, stage
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A strict run in bfloat16, all of it on one GPU."""
+    """A strict run in bfloat16, entirely on one GPU."""
     path = write_run(tmp_path_factory.mktemp("gpu"), tiny_model, "bfloat16")
     given = yaml.safe_load(path.read_text())
     given |= {"device": "cuda", "actors": {"student": SHARED, "teacher": SHARED}}
@@ -157,7 +158,7 @@ def test_a_run_on_one_gpu_accounts_for_every_sample(whole: Path) -> None:
     assert json.loads((whole / "run.json").read_text())["state"] == "finished"
 
 
-def test_killed_and_continued_it_is_the_same_run(config: Path, whole: Path) -> None:
+def test_a_killed_and_continued_run_has_the_same_results(config: Path, whole: Path) -> None:
     before, run_dir = on_machine(), config.with_name("killed")
     with run_dir.with_suffix(".log").open("wb") as log:
         driver = subprocess.Popen(command(config, run_dir), stdout=log, stderr=log)

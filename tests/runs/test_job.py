@@ -1,6 +1,6 @@
 """Runs as jobs of a running Ray cluster, in float32 with LoRA: killed and submitted again, or refused.
 
-Cluster and jobs run the built wheel; the runs that they are compared with run the checkout.
+Cluster and jobs use the built wheel. The runs that they are compared with use the checkout.
 """
 
 import json
@@ -28,7 +28,7 @@ from tests.runs.leftovers import new_since, on_machine
 from tests.runs.run import BIN, command, finish, free_port, metrics, replayed, wait_for_step, write_run
 from tests.runs.wheel import install_wheel
 
-# A rate that moves the adapters, which begin at no change, in four steps.
+# The adapters begin with no change; this rate changes them noticeably within four steps.
 LORA: dict[str, Any] = {"lora": {"rank": 4}, "optimizer": {"lr": 0.02, "warmup_steps": 2}}
 
 
@@ -38,16 +38,16 @@ class Head:
 
     address: str  # of the cluster, for drivers
     dashboard: str  # for job submission
-    environment: dict[str, str]  # for its commands: its token among others
-    bin: Path  # folder of its commands
+    environment: dict[str, str]  # for the commands of the cluster, with its token
+    bin: Path  # folder of the cluster's commands
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     before = on_machine()
     bin = install_wheel(tmp_path_factory.mktemp("wheel"))
-    port, dashboard, agent = free_port(), free_port(), free_port()  # Ray's own choices may be another cluster's
-    scratch = Path(tempfile.mkdtemp(prefix="head-"))  # short: Ray's sockets are below it
+    port, dashboard, agent = free_port(), free_port(), free_port()  # another cluster may use Ray's default ports
+    scratch = Path(tempfile.mkdtemp(prefix="head-"))  # short, because the paths of Ray's sockets begin with it
     ports = f"--port={port} --dashboard-port={dashboard} --dashboard-agent-listen-port={agent}"
     arguments = f"start --head --block --num-cpus=4 {ports} --temp-dir={scratch}"
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "1" * 64}
@@ -74,7 +74,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 @pytest.fixture(scope="module")
 def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of a run with LoRA, in a cluster of its own."""
+    """The run directory of a run with LoRA that starts its own cluster."""
     folder = tmp_path_factory.mktemp("alone")
     finish(write_run(folder, tiny_model, "float32", **LORA), folder / "run")
     return folder / "run"
@@ -83,7 +83,7 @@ def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_export_of_a_run_with_lora_has_the_log_probs_that_its_engine_had(
     alone: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Step 5's rollouts came from the weights of checkpoint 4."""
+    """The rollouts of step 5 were sampled with the weights of checkpoint 4."""
     out = tmp_path / "merged"
     subprocess.run([BIN / "sdft", "export", alone, "--step", "4", "--out", out], check=True, timeout=120)
     saved = alone / "checkpoints" / "step-000004" / "student"
@@ -101,7 +101,7 @@ def test_the_export_of_a_run_with_lora_has_the_log_probs_that_its_engine_had(
 
 
 def test_the_learner_alone_repeats_a_run_from_its_recorded_rollouts(alone: Path) -> None:
-    """Bit for bit, from a checkpoint, states at the checkpoints included."""
+    """Bit for bit, from a checkpoint, including the learner states at the checkpoints."""
     result = replayed(alone, "--steps", "5:6")
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     assert "step 5: the same\n" in result.stdout
@@ -111,9 +111,10 @@ def test_the_learner_alone_repeats_a_run_from_its_recorded_rollouts(alone: Path)
 def test_a_job_that_was_killed_resumes_when_it_is_submitted_again(
     head: Head, alone: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """With the README's two commands. What it ends with is, bit for bit, what a run here alone ends with.
+    """With the two commands of the README. The result has the same bits as that of an uninterrupted local run.
 
-    The user's project has packages that are called like folders of this one. Ray puts the project first on the path.
+    The user's project has packages with the names of this project's folders. Ray puts the user's project first on the
+    path.
     """
     work, run_dir = tmp_path / "work", tmp_path / "shared" / "run"
     for name in ("services", "learner", "actors"):
@@ -159,7 +160,7 @@ def test_a_cluster_that_can_never_hold_the_run_is_named_with_what_is_missing(
     assert "Traceback" not in result.stderr
 
 
-def test_a_job_that_fails_says_so_to_who_follows_it(head: Head, tiny_model: Path, tmp_path: Path) -> None:
+def test_submit_follow_reports_a_failed_job(head: Head, tiny_model: Path, tmp_path: Path) -> None:
     write_run(tmp_path, tiny_model, "float32")
     (tmp_path / "train.jsonl").write_text('{"prompt": "x"}\n')
     submit = ["submit", "tiny.yaml", "--address", head.dashboard, "--run-dir", str(tmp_path / "r"), "--follow"]

@@ -48,17 +48,17 @@ def test_a_run_learns_accounts_for_every_sample_and_leaves_its_files(undisturbed
     os.umask(umask)
     modes = {path: path.stat().st_mode & 0o777 for path in run_dir.rglob("*")}
     assert modes == {path: (0o777 if path.is_dir() else 0o666) & ~umask for path in modes}
-    # What `sdft status` says of a run that stopped: its own configuration continues it.
+    # `sdft status` says for a stopped run that its own configuration continues it.
     finish(run_dir / "config.yaml", run_dir)
     assert read_jsonl(run_dir / "metrics.jsonl") == rows
 
 
 def test_rollouts_go_on_while_the_learner_steps_and_are_never_too_old(undisturbed: tuple[Path, Path]) -> None:
-    """Killed in its second stage and continued: every sample is trained once all the same, and none is begun before its
-    stage is.
+    """The run is killed in its second stage and continued: every sample is trained once, and none begins before its
+    stage.
 
-    Its first batch is that of the strict run up to rounding: the engines compute it in batches of other shapes, and on
-    some processors (with AMX) the shape changes the last bits.
+    Its first batch equals that of the strict run except for rounding: the engines compute batches of other shapes, and
+    on some processors (with AMX) the shape changes the last bits.
     """
     _, whole = undisturbed
     settings = yaml.safe_load(undisturbed[0].read_text())
@@ -79,16 +79,18 @@ def test_rollouts_go_on_while_the_learner_steps_and_are_never_too_old(undisturbe
     assert all(row["dropped"] == 0 for row in rows)
     ahead, strict = ({s.sample: s for s in read_batch(folder, 1)} for folder in (run_dir, whole))
     assert ahead.keys() == strict.keys()
-    # A token that two probabilities decide by less than the rounding may be another one, and so all that follow.
+    # If rounding exceeds the difference of two tokens' probabilities, another token is sampled, and all later ones
+    # differ.
     same = [s for s in ahead if np.array_equal(ahead[s].rollout.completion_ids, strict[s].rollout.completion_ids)]
     assert len(same) >= len(ahead) / 2
     for sample in same:
         np.testing.assert_allclose(ahead[sample].scores.sampled, strict[sample].scores.sampled, atol=0.1)
-    # Each stage's teacher begins as its student: the first loss is of no more than what the prompts differ by.
+    # At the start of a stage the teacher equals the student: the first loss comes only from the difference of the
+    # prompts.
     assert rows[3]["teacher_version"] == 3
 
 
-def test_a_run_that_was_killed_when_all_was_done_is_finished(undisturbed: tuple[Path, Path]) -> None:
+def test_a_run_killed_after_its_last_step_is_finished_by_the_next_start(undisturbed: tuple[Path, Path]) -> None:
     config, run_dir = undisturbed
     record = json.loads((run_dir / "run.json").read_text())
     (run_dir / "run.json").write_text(json.dumps(record | {"state": "failed", "error": "stopped by a signal"}))
@@ -97,8 +99,8 @@ def test_a_run_that_was_killed_when_all_was_done_is_finished(undisturbed: tuple[
     assert "state       finished" in status_text(run_dir)
 
 
-def test_a_number_that_is_not_what_it_was_is_found_by_a_replay(undisturbed: tuple[Path, Path]) -> None:
-    """The steps before it are the same to the last bit of their state. test_job replays a run without a difference."""
+def test_a_replay_finds_a_changed_number(undisturbed: tuple[Path, Path]) -> None:
+    """The steps before it have the same state to the last bit. test_job replays a run without a difference."""
     _, whole = undisturbed
     spoiled = whole.parent / "spoiled"
     shutil.copytree(whole, spoiled)
@@ -111,10 +113,11 @@ def test_a_number_that_is_not_what_it_was_is_found_by_a_replay(undisturbed: tupl
     assert f"step {LONG}: loss was" in result.stdout
 
 
-def test_a_live_teacher_and_two_learner_ranks_train_until_they_are_told_to_stop(undisturbed: tuple[Path, Path]) -> None:
-    """Without teacher engines the students score; the first step's divergence is that of the EMA, which is the same.
+def test_a_live_teacher_and_two_learner_ranks_train_until_a_signal(undisturbed: tuple[Path, Path]) -> None:
+    """Without teacher engines the student engines score. At the first step, live weights equal the EMA: so does the
+    divergence.
 
-    Stopped by a signal, the run says so, and what to do.
+    After a signal, the run prints that it was stopped and how to resume it.
     """
     config, whole = undisturbed
     run_dir = config.parent / "live"
@@ -134,8 +137,10 @@ def test_a_live_teacher_and_two_learner_ranks_train_until_they_are_told_to_stop(
 
 @pytest.fixture(scope="module")
 def stream(undisturbed: tuple[Path, Path], tiny_model: Path) -> tuple[Path, Path, subprocess.CompletedProcess[str]]:
-    """Configuration and run directory of a run of SFT that a stage of off-policy distillation was appended to, and how
-    that ended: a guarded set, which asks for what the model said before training, falls."""
+    """Configuration, run directory and exit of an SFT run with an appended stage of off-policy distillation.
+
+    Its retention set asks for what the base model says; the accuracy falls, and the retention guard stops the run.
+    """
     config = undisturbed[0].with_name("stream.yaml")
     run_dir, stage = config.with_name("stream"), config.with_name("stage.yaml")
     settings = yaml.safe_load(undisturbed[0].read_text())
@@ -166,7 +171,7 @@ Stream = tuple[Path, Path, "subprocess.CompletedProcess[str]"]
 
 
 def test_sft_trains_on_the_demonstrations_own_tokens(stream: Stream, tiny_model: Path) -> None:
-    """The first loss is Hugging Face's: the mean over the batch of the mean cross-entropy of a demonstration."""
+    """The first loss is that of Hugging Face: the mean over the batch of a demonstration's mean cross-entropy."""
     _, run_dir, _ = stream
     rows = read_jsonl(run_dir / "metrics.jsonl")[:STEPS]
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
@@ -184,8 +189,11 @@ def test_sft_trains_on_the_demonstrations_own_tokens(stream: Stream, tiny_model:
 
 
 def test_off_policy_trains_on_what_the_teacher_samples(stream: Stream, tiny_model: Path) -> None:
-    """Behind the student's prompt, scored in the teacher's, by the log-probs that Hugging Face has for the first model:
-    `teacher.weights: base` stays that through all stages."""
+    """The completions follow the student's prompt and are scored in the teacher's prompt.
+
+    The scores are Hugging Face's log-probs of the base model: with `teacher.weights: base` it is the teacher in all
+    stages.
+    """
     config, run_dir, _ = stream
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     prompts = prepare(load_config(config), config).stages[0].prompts
@@ -201,7 +209,7 @@ def test_off_policy_trains_on_what_the_teacher_samples(stream: Stream, tiny_mode
 
 
 def test_a_stage_is_appended_to_a_finished_run_and_accounted_for_by_itself(stream: Stream) -> None:
-    """What the run had written stays; its end is the next stage's beginning, to the last bit of the learner's state."""
+    """Existing rows stay. The next stage begins with the final learner state of the run, to the last bit."""
     _, run_dir, _ = stream
     rows = read_jsonl(run_dir / "metrics.jsonl")
     assert [(row["step"], row["stage"], row["trained"]) for row in rows] == [
@@ -232,8 +240,8 @@ def test_the_perplexity_of_texts_is_hugging_faces(stream: Stream, tiny_model: Pa
     assert rows[1]["value"] != rows[0]["value"]
 
 
-def test_the_retention_guard_ends_a_run_that_has_lost_what_it_could(stream: Stream) -> None:
-    """The first stage, which was to be warned, only said so."""
+def test_the_retention_guard_ends_a_run_whose_guarded_set_falls(stream: Stream) -> None:
+    """The action in the first stage is to warn: the run only prints a warning."""
     _, run_dir, ended = stream
     assert ended.returncode == 4, ended.stdout[-2000:] + ended.stderr[-4000:]
     assert "kept fell from 100 % to 0.0 % (n 1)" in ended.stderr.splitlines()[-1]

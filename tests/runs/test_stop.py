@@ -1,4 +1,4 @@
-"""A run that is stopped as a scheduler does it, by a signal for every process of its group; a start that fails."""
+"""A run that a scheduler stops by a signal to every process of its group; an engine that fails to start."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def test_a_signal_for_the_whole_group_stops_a_run_as_one_for_the_driver(
 
 
 def test_an_engine_that_cannot_start_ends_the_run_in_a_sentence(tiny_model: Path, tmp_path: Path) -> None:
-    """vLLM refuses its settings, by an exception that cannot be sent to the driver."""
+    """vLLM refuses its settings with an exception that cannot be sent to the driver."""
     config, run_dir = write_run(tmp_path, tiny_model, "float32"), tmp_path / "run"
     broken = command(config, run_dir, "actors.student.max_num_seqs=100000000")
     result = subprocess.run(broken, capture_output=True, text=True, timeout=300, check=False)

@@ -1,4 +1,5 @@
-"""This project as users install it: the built wheel in an environment of its own, beside the packages of this one."""
+"""The project as users install it: the built wheel in its own environment, with the dependencies of the test
+environment."""
 
 import shutil
 import subprocess
@@ -8,12 +9,12 @@ from pathlib import Path
 
 from tests.papers.readme import ROOT
 
-# What the wheel is built from. A copy: setuptools leaves folders beside it.
+# What the wheel is built from. The build uses a copy, because setuptools leaves folders beside the sources.
 SOURCES = ("actors", "learner", "services", "sdft", "pyproject.toml", "README.md")
 
 
 def install_wheel(folder: Path) -> Path:
-    """Build the wheel and install it below `folder`; the folder of its commands `sdft`, `ray` and `python`."""
+    """Build the wheel and install it below `folder`. Returns the folder of its commands `sdft`, `ray` and `python`."""
     source, environment = folder / "source", folder / "environment"
     source.mkdir()
     for name in SOURCES:
@@ -30,8 +31,8 @@ def install_wheel(folder: Path) -> Path:
     (wheel,) = folder.glob("*.whl")
     install = [*pip, "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
     subprocess.run(install, check=True, timeout=120)
-    # The other packages. A path in a .pth file is searched last, and the .pth files there are not read: so this
-    # project's editable installation is not found.
+    # The dependencies. Python searches a path in a .pth file last and does not read .pth files in it: this project's
+    # editable installation is not found.
     here = sysconfig.get_path("purelib")
     own = sysconfig.get_path("purelib", vars={"base": str(environment), "platbase": str(environment)})
     (Path(own) / "packages.pth").write_text(f"{here}\n")

@@ -1,4 +1,4 @@
-"""What an engine's log-probs must be before and after weight updates."""
+"""The bounds on an engine's log-probs before and after weight updates."""
 
 import dataclasses
 
@@ -8,23 +8,23 @@ import pytest
 from sdft.actors.shared.agreement import Agreement
 from sdft.actors.shared.types import FloatArray, Snapshot, WeightMismatch
 
-LIMIT = 0.08  # of bfloat16
-ENGINE = -np.linspace(1, 6, 47, dtype=np.float32)  # as loaded
+LIMIT = 0.08  # the limit for bfloat16
+ENGINE = -np.linspace(1, 6, 47, dtype=np.float32)  # the engine's log-probs with the weights that it loaded
 BASE = Snapshot("student", 0, "", "here", 0, (), np.arange(48, dtype=np.int32), ENGINE * np.float32(1.001))
 
 
 def apart(logprobs: FloatArray, gap: float) -> FloatArray:
-    """Log-probs of which each differs from these by that share of it."""
+    """Return log-probs with the relative difference `gap` to the given ones."""
     return logprobs * np.float32(1 + gap)
 
 
 def later(moved: float) -> Snapshot:
-    """The learner's after training that moved its log-probs."""
+    """Return a snapshot after training, whose log-probs differ from those of BASE by the share `moved`."""
     return dataclasses.replace(BASE, version=1, probe_logprobs=apart(BASE.probe_logprobs, moved))
 
 
 def started() -> Agreement:
-    """Of an engine that has been given the weights that it had loaded."""
+    """Return the agreement of an engine that has been sent the weights that it had loaded."""
     agreement = Agreement(LIMIT)
     agreement.before_first(BASE, ENGINE)
     assert agreement.after(BASE, ENGINE) == pytest.approx(0.001, rel=0.01)
@@ -36,8 +36,8 @@ def test_a_model_that_engine_and_learner_compute_differently_is_refused_before_a
         Agreement(LIMIT).before_first(BASE, apart(BASE.probe_logprobs, 0.1))
 
 
-def test_an_update_to_the_same_weights_changes_nothing() -> None:
-    """Though the change is far below what engine and learner may differ by: experts in bfloat16 showed 0.05."""
+def test_an_update_to_the_same_weights_that_changes_log_probs_is_refused() -> None:
+    """The bound is far below the one between engine and learner: copies of experts in bfloat16 showed a gap of 0.05."""
     agreement = Agreement(LIMIT)
     agreement.before_first(BASE, ENGINE)
     with pytest.raises(
@@ -61,8 +61,8 @@ def test_the_gap_after_training_may_be_larger_the_more_the_log_probs_have_moved(
 
 
 @pytest.mark.parametrize("agreement", [started(), Agreement(LIMIT)])
-def test_no_gap_is_above_the_limit_and_one_that_is_no_number_does_not_agree(agreement: Agreement) -> None:
-    if agreement.untried:  # it takes the place of a lost one, and has other weights than the first it is sent
+def test_a_gap_above_the_limit_or_nan_is_refused(agreement: Agreement) -> None:
+    if agreement.untried:  # a replacement: its own weights differ from the first snapshot that it is sent
         agreement.before_first(later(0.4), ENGINE)
     snapshot = later(0.4)
     assert agreement.after(snapshot, apart(snapshot.probe_logprobs, 0.07)) < LIMIT

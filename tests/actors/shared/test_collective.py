@@ -1,4 +1,4 @@
-"""Groups for broadcasts with real gloo, their members threads of this process."""
+"""Broadcast groups with real gloo. The members are threads of this process."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ from sdft.actors.shared.types import BroadcastFailed, SnapshotDamaged, TensorEnt
 from sdft.learner.weights.broadcaster import Broadcaster
 
 CPU, HERE = torch.device("cpu"), "127.0.0.1"
-LONG_S = 30.0  # nobody is to wait so long here
+LONG_S = 30.0  # no test waits this long
 PAYLOAD = np.random.default_rng(0).integers(0, 256, 1000, dtype=np.uint8)
 ENDS = (0, 123, 400, 1000)
 ENTRIES = [
@@ -25,7 +25,7 @@ ENTRIES = [
 
 
 def joined(broadcaster: Broadcaster, pool: ThreadPoolExecutor, members: int) -> list[BroadcastGroup]:
-    """The members' ends of a new group, the learner's is the broadcaster's."""
+    """Return the members' ends of a new group. The learner's end is in the broadcaster."""
     address, port = broadcaster.meet("student")
 
     def end(rank: int) -> BroadcastGroup:
@@ -37,7 +37,7 @@ def joined(broadcaster: Broadcaster, pool: ThreadPoolExecutor, members: int) -> 
 
 
 def received(group: BroadcastGroup) -> bytes:
-    """What a member gets of the payload's buckets, each of them whole."""
+    """Receive the buckets of the payload as a member, and check each."""
     data = b""
     for part in cut([e.nbytes for e in ENTRIES]):
         nbytes = sum(ENTRIES[i].nbytes for i in part)
@@ -53,7 +53,7 @@ def send_twice(broadcaster: Broadcaster) -> None:
         broadcaster.send("student", PAYLOAD, ENTRIES, LONG_S)
 
 
-def test_neighbours_go_together_up_to_the_size_of_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_consecutive_tensors_share_a_bucket_up_to_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collective, "BUCKET", 10)
     assert cut([]) == []
     assert cut([4, 6, 1, 20, 3]) == [range(2), range(2, 3), range(3, 4), range(4, 5)]
@@ -70,7 +70,7 @@ def test_a_bucket_that_changed_on_the_way_is_not_whole() -> None:
 
 
 def test_all_members_get_what_the_learner_sends_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collective, "BUCKET", 500)  # two of them
+    monkeypatch.setattr(collective, "BUCKET", 500)  # the payload needs two buckets
     broadcaster = Broadcaster("cpu", HERE)
     with ThreadPoolExecutor() as pool:
         members = joined(broadcaster, pool, 2)
@@ -78,7 +78,7 @@ def test_all_members_get_what_the_learner_sends_every_time(monkeypatch: pytest.M
             got = [pool.submit(received, member) for member in members]
             broadcaster.send("student", PAYLOAD, ENTRIES, LONG_S)
             assert [g.result() for g in got] == [PAYLOAD.tobytes()] * 2
-        # Another of other members takes its place.
+        # A new group with other members replaces the old one.
         (member,) = joined(broadcaster, pool, 1)
         its = pool.submit(received, member)
         broadcaster.send("student", PAYLOAD, ENTRIES, LONG_S)
@@ -86,7 +86,7 @@ def test_all_members_get_what_the_learner_sends_every_time(monkeypatch: pytest.M
         broadcaster.close("student")
 
 
-def test_when_one_is_lost_the_others_hear_of_it_before_their_time_is_over() -> None:
+def test_the_loss_of_a_member_ends_the_broadcast_before_its_deadline() -> None:
     broadcaster = Broadcaster("cpu", HERE)
     with ThreadPoolExecutor() as pool:
         lost, *others = joined(broadcaster, pool, 3)
@@ -94,13 +94,13 @@ def test_when_one_is_lost_the_others_hear_of_it_before_their_time_is_over() -> N
         began = time.monotonic()
         got = [pool.submit(received, member) for member in others]
         with pytest.raises(BroadcastFailed, match=r"^Connection closed by peer"):
-            send_twice(broadcaster)  # the first may go out before the loss is known
+            send_twice(broadcaster)  # the first broadcast may succeed before the loss is known
         for g in got:
             assert isinstance(g.exception(), BroadcastFailed) or g.result() == PAYLOAD.tobytes()
         assert time.monotonic() - began < LONG_S / 2
 
 
-def test_one_that_does_not_answer_is_waited_for_until_the_deadline() -> None:
+def test_a_member_that_does_not_answer_fails_the_broadcast_at_its_deadline() -> None:
     broadcaster = Broadcaster("cpu", HERE)
     with ThreadPoolExecutor() as pool:
         (member,) = joined(broadcaster, pool, 1)
@@ -109,7 +109,7 @@ def test_one_that_does_not_answer_is_waited_for_until_the_deadline() -> None:
         broadcaster.close("student")
 
 
-def test_what_is_damaged_in_the_learners_memory_is_not_sent() -> None:
+def test_a_tensor_damaged_in_the_learners_memory_is_not_sent() -> None:
     broadcaster = Broadcaster("cpu", HERE)
     spoiled = PAYLOAD.copy()
     spoiled[200] ^= 1

@@ -1,4 +1,4 @@
-"""A model folder's files: the ones that every reader takes, and a sentence for those that are not whole."""
+"""The files of a model folder: which files are read, and the error for incomplete ones."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def shard(model: Path) -> list[Path]:
-    """Cut its weights into two files and an index."""
+    """Split the weights into two files and an index."""
     tensors = list(load_file(model / SINGLE).items())
     parts = [tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]]
     files = [model / f"model-{i + 1:05d}-of-00002.safetensors" for i in range(2)]
@@ -56,7 +56,7 @@ def unprivileged() -> Iterator[None]:
         os.seteuid(0)
 
 
-def test_shards_are_one_model_whatever_lies_beside_them(tiny_model: Path, model: Path) -> None:
+def test_shards_are_read_as_one_model_and_other_files_are_ignored(tiny_model: Path, model: Path) -> None:
     whole, bytes_before = ModelShape.of(tiny_model), sample_of_weights(tiny_model)
     files = shard(model)
     shutil.copy(tiny_model / SINGLE, model / "consolidated.safetensors")
@@ -121,7 +121,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", SPOILT)
-def test_a_folder_that_is_not_whole_gets_a_sentence(name: str, model: Path) -> None:
+def test_an_incomplete_or_damaged_folder_is_an_error_of_one_sentence(name: str, model: Path) -> None:
     spoil, words = SPOILT[name]
     spoil(model)
     with pytest.raises(UserError, match=r"^model: ") as error:
@@ -131,8 +131,9 @@ def test_a_folder_that_is_not_whole_gets_a_sentence(name: str, model: Path) -> N
 
 @pytest.mark.parametrize("name", [SINGLE, "config.json"])
 def test_a_file_that_may_not_be_read_is_named(name: str, model: Path) -> None:
-    for folder in (model, *list(model.parents)[:3]):
-        folder.chmod(0o755)
+    for folder in (model, *model.parents):
+        if not folder.stat().st_mode & 0o001:
+            folder.chmod(0o755)
     (model / name).chmod(0)
     with unprivileged(), pytest.raises(UserError, match=rf"{name} cannot be read \(Permission denied\)"):
         resolve_model(str(model), model)
@@ -166,7 +167,7 @@ def test_an_adapter_whose_base_is_damaged_is_not_exported(
     assert not (tmp_path / "out").exists()
 
 
-def test_of_a_hub_repository_all_that_a_model_needs_is_taken_and_nothing_twice() -> None:
+def test_a_download_has_all_files_of_a_model_and_no_duplicates() -> None:
     needed = ["config.json", "merges.txt", "qwen.tiktoken", "tokenizer.model", "chat_template.jinja", SINGLE]
     others = ["original/params.json", "original/model.safetensors", "consolidated.safetensors", "onnx/model.onnx"]
     taken = filter_repo_objects(needed + others, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED)

@@ -1,4 +1,4 @@
-"""A real vLLM engine against Hugging Face: log-probs before and after updates, and updates that must be refused."""
+"""A real vLLM engine against Hugging Face: log-probs before and after updates, and updates that it must refuse."""
 
 import dataclasses
 import re
@@ -48,7 +48,7 @@ def engine_settings(model: Path, extension: str = "sdft.actors.vllm.extension.Wo
         max_logprobs=32,
         max_num_seqs=16,
         hold_batches=True,
-        share_prompts=True,  # what engines do without it, and more
+        share_prompts=True,  # includes what engines without it do
         gpu_memory_utilization=0.1,
         enforce_eager=True,
         max_probe_gap=0.001,
@@ -59,11 +59,14 @@ def engine_settings(model: Path, extension: str = "sdft.actors.vllm.extension.Wo
 
 
 def watched() -> type:
-    """An engine's actor that can say what came from the cache. Made in a function it travels to Ray's workers whole."""
+    """Return the class of an engine's actor with methods for tests.
+
+    A class made in a function is pickled by value, so that Ray's workers need no import of this file.
+    """
 
     class Watched(EngineWorker):
         async def cached(self, pairs: list, k: int) -> list[int]:
-            """Score the pairs; how many tokens of each came from the cache."""
+            """Score the pairs. Returns the number of cached tokens of each pair."""
             from sdft.actors.vllm.scoring import scoring_request
 
             params = [scoring_request(len(prompt), k) for prompt, _ in pairs]
@@ -71,7 +74,7 @@ def watched() -> type:
             return [output.num_cached_tokens for output in outputs]
 
         async def generate_until(self, stop_id: int, requests: list, sampling: Sampling) -> list:
-            """As an engine that was started with this token among those that end a reply."""
+            """Generate as an engine that starts with this token among its stop ids."""
             settings = self._engine.settings
             self._engine.settings = replace(settings, stop_ids=(stop_id,))
             try:
@@ -80,11 +83,12 @@ def watched() -> type:
                 self._engine.settings = settings
 
         async def left(self) -> tuple[bool, int]:
-            """Whether the engine stands still, and how many requests are in it."""
+            """Return (the engine is paused, number of its unfinished requests)."""
             return await self._engine._llm.is_paused(), self._engine._llm.get_num_unfinished_requests()
 
         async def update_weights_that_go(self, snapshot: Snapshot) -> UpdateReport:
-            """The snapshot's memory loses its name once the digests are checked, as when its publisher ends."""
+            """Update the weights, and unlink the snapshot's memory after its digests are checked, as when its publisher
+            ends."""
             from sdft.actors.vllm import engine
 
             check = engine.check_digests
@@ -100,7 +104,8 @@ def watched() -> type:
                 engine.check_digests = check
 
         async def scores_completions_only(self) -> tuple[list[bool], bool]:
-            """Whether it does, and whether one with a runner of another kind would say so."""
+            """Return whether each worker scores completions only, and whether one with another kind of runner reports
+            that."""
             from sdft.actors.vllm.extension import WorkerExtension
 
             other = WorkerExtension()
@@ -108,8 +113,11 @@ def watched() -> type:
             return await self._engine._llm.collective_rpc("score_completions_only"), other.score_completions_only()
 
         async def norms(self, dtype: str) -> tuple[list[str], float]:
-            """Whose kernels compute norms, and how far those we name are from plain torch, of the largest value."""
-            import torch  # pickled with the class, it would take torch.ops along, which cannot be
+            """Return the kernels that compute norms, and the relative difference of ours from plain torch.
+
+            The difference is the largest absolute one over the largest value.
+            """
+            import torch  # a global torch would be pickled with the class, and torch.ops cannot be pickled
             from vllm import ir
 
             from sdft.actors.vllm.kernels import FUSED
@@ -122,7 +130,7 @@ def watched() -> type:
                 [norm[n].impl_fn(x, weight, 1e-5), *added[n].impl_fn(x.clone(), residual.clone(), weight, 1e-5)]
                 for n in (FUSED, "native")
             )
-            heads = torch.randn(33, 1152).to(x.dtype)[:, :576]  # as the queries of Qwen3, beside keys and values
+            heads = torch.randn(33, 1152).to(x.dtype)[:, :576]  # as the queries of Qwen3, views of a larger tensor
             for op, given in ((norm, (heads, weight)), (added, (x, heads, weight)), (added, (heads, x, weight))):
                 assert op[FUSED].supports_args(*(tensor.contiguous() for tensor in given), 1e-5)
                 assert not op[FUSED].supports_args(*given, 1e-5)
@@ -135,7 +143,7 @@ def watched() -> type:
 
 @pytest.fixture(scope="module")
 def engines(ray_cluster: None, tiny_model: Path) -> Iterator[list]:
-    """A sound engine, one that leaves the head's refresh out, and one that spoils a weight in every update."""
+    """A sound engine, one that does not refresh the head, and one that spoils a weight in every update."""
     actor = ray.remote(watched()).options(num_cpus=0.5)
     extensions = (
         "sdft.actors.vllm.extension.WorkerExtension",
@@ -149,9 +157,9 @@ def engines(ray_cluster: None, tiny_model: Path) -> Iterator[list]:
 
 
 def test_the_gap_of_log_probs_is_relative_to_their_size() -> None:
-    """As measured on SmolLM2 after 180 steps of SFT in bfloat16: sizes up to 27, differences of about 3 % of them.
+    """Sizes and differences as measured on SmolLM2 after 180 steps of SFT in bfloat16: up to 27, and about 3 % of that.
 
-    Their plain mean was 0.17, and a correct engine was taken for a wrong one.
+    The mean absolute difference was 0.17: with that measure a correct engine would be refused.
     """
     sizes = -np.linspace(0.01, 27, 47, dtype=np.float32)
     off = np.where(np.arange(47) % 2, 1.03, 0.97).astype(np.float32)
@@ -163,9 +171,9 @@ def test_the_gap_of_log_probs_is_relative_to_their_size() -> None:
 
 
 def sampled_from(logprobs: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """The log-probs [T, V] of what a token is drawn from."""
+    """Return the log-probs [T, V] of the distribution that tokens are drawn from."""
     p, order = torch.softmax(logprobs / sampling.temperature, -1).sort(-1, descending=True)
-    kept = p * (p.cumsum(-1) - p < sampling.top_p)  # the likeliest, up to the one that makes them so many
+    kept = p * (p.cumsum(-1) - p < sampling.top_p)  # the likeliest tokens, until their sum reaches top_p
     return torch.zeros_like(p).scatter(-1, order, kept / kept.sum(-1, keepdim=True)).log()
 
 
@@ -191,12 +199,12 @@ def test_norms_are_by_the_fused_kernels_and_equal_to_plain_ones(engines: list, d
 
 
 def test_an_engine_knows_whether_it_scores_completions_only(engines: list) -> None:
-    """Else it would compute all rows of teacher prompts without a word, as with vLLM's V2 runner."""
+    """Otherwise it would silently compute all rows of teacher prompts, as with vLLM's V2 runner."""
     assert ray.get(engines[0].scores_completions_only.remote(), timeout=60) == ([True], False)
 
 
-def test_a_model_with_norms_of_queries_and_keys_is_computed_as_it_is(ray_cluster: None, tmp_path: Path) -> None:
-    """They are of views: the fused kernels, which know no strides, gave other numbers."""
+def test_a_model_with_norms_of_queries_and_keys_is_computed_correctly(ray_cluster: None, tmp_path: Path) -> None:
+    """These norms get views as inputs. The fused kernels ignore strides and would give wrong numbers."""
     config = Qwen3Config(
         **{"vocab_size": 512, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 64},
         **{"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.08, "eos_token_id": 0},
@@ -211,7 +219,7 @@ def test_a_model_with_norms_of_queries_and_keys_is_computed_as_it_is(ray_cluster
 
 
 def test_a_reply_ends_with_the_token_that_the_chat_template_ends_it_with(engines: list) -> None:
-    """Also where neither tokenizer nor generation_config.json names it as an end."""
+    """Even if neither the tokenizer nor generation_config.json lists it as a stop token."""
     request = [GenerateRequest(PROMPT, 7)]
     (whole,) = ray.get(engines[0].generate.remote(request, PLAIN), timeout=60)
     stop = int(whole.completion_ids[5])
@@ -242,7 +250,7 @@ def publisher_of(model: Path) -> Publisher:
 
 @pytest.fixture
 def broadcaster(engines: list) -> Iterator[Broadcaster]:
-    """In a group with the sound engine."""
+    """A broadcaster in a group with the sound engine."""
     broadcaster = Broadcaster("cpu", "127.0.0.1")
     joining = engines[0].join.remote(Rendezvous(*broadcaster.meet("student"), rank=1, size=2, timeout_s=30))
     broadcaster.join("student", 2, 30)
@@ -256,7 +264,7 @@ def send(broadcaster: Broadcaster, publisher: Publisher) -> None:
 
 
 def test_a_batch_that_is_refused_halfway_leaves_nothing_behind(engines: list) -> None:
-    """The next batch has the bits that it had before: nothing of the refused one is computed with it."""
+    """The next batch has the same bits as before: no refused request is computed with it."""
     requests = [GenerateRequest(PROMPT[: 10 + i % 3], 100 + i) for i in range(6)]
     before = ray.get(engines[0].generate.remote(requests, Sampling(16)), timeout=60)
     too_long = GenerateRequest(np.full(300, 20, dtype=np.int32), 1)
@@ -269,9 +277,7 @@ def test_a_batch_that_is_refused_halfway_leaves_nothing_behind(engines: list) ->
         assert a.logprobs.tolist() == b.logprobs.tolist()
 
 
-def test_the_weights_that_an_engine_has_loaded_change_nothing_when_they_are_sent(
-    engines: list, tiny_model: Path
-) -> None:
+def test_an_update_to_the_loaded_weights_must_not_change_log_probs(engines: list, tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     snapshot = publisher_of(tiny_model).publish("student", 0, content(model))
     assert ray.get(engines[0].update_weights.remote(snapshot), timeout=60).probe_gap < 1e-4
@@ -318,7 +324,7 @@ def test_adapters_are_merged_into_the_base_model(
 
 
 def test_rollouts_of_a_prompt_share_it_and_are_scored_from_their_first_token(engines: list, tiny_model: Path) -> None:
-    """Also those that begin alike, or are the same: a token from the cache would have no log-prob."""
+    """Also completions with a common beginning, and equal ones: a token from the cache would have no log-prob."""
     rng = np.random.default_rng(0)
     alike = rng.integers(1, 200, 90).astype(np.int32)
     completions = [alike, alike, alike[:80], np.concatenate([alike[:60], alike[:20]]), alike[::-1].copy()]
@@ -326,7 +332,7 @@ def test_rollouts_of_a_prompt_share_it_and_are_scored_from_their_first_token(eng
     pairs = [(long, c) for c in completions] + [(PROMPT, alike)]
     model = changed(tiny_model, seed=21)
     snapshot = publisher_of(tiny_model).publish("student", 21, content(model))
-    before = ray.get(engines[0].score.remote(pairs, 16), timeout=60)  # by weights that are not to be found again
+    before = ray.get(engines[0].score.remote(pairs, 16), timeout=60)  # its cache must not serve the new weights
     ray.get(engines[0].update_weights.remote(snapshot), timeout=60)
     for _ in range(2):
         scored = ray.get(engines[0].score.remote(pairs, 16), timeout=60)
@@ -337,12 +343,12 @@ def test_rollouts_of_a_prompt_share_it_and_are_scored_from_their_first_token(eng
                 scores.sampled, teacher.gather(1, torch.tensor(completion).long()[:, None])[:, 0], atol=1e-4
             )
             assert np.abs(scores.sampled - old.sampled).mean() > 0.01
-    # Blocks of 64: one lies before the first row of the long prompt's, and none before that of the other.
+    # Blocks of 64 tokens: one block ends before the first scored row of the long prompt, none before that of the other.
     assert ray.get(engines[0].cached.remote(pairs, 16), timeout=60) == [0, 64, 64, 64, 64, 0]
 
 
-def test_an_update_in_the_middle_of_a_rollout_keeps_it(engines: list, tiny_model: Path) -> None:
-    """Every token knows its version, and the update is verified without waiting for the rollout's end."""
+def test_a_rollout_continues_through_a_weight_update(engines: list, tiny_model: Path) -> None:
+    """Every token has its weight version. The update is verified before the rollout ends."""
     requests = [GenerateRequest(PROMPT, seed) for seed in range(4)]
     sampling = ray.get(engines[0].generate.remote(requests, Sampling(8)), timeout=60)[0].versions[0][0]
     rollouts = engines[0].generate.remote(requests, Sampling(220))
@@ -368,7 +374,7 @@ def test_an_update_that_leaves_the_lm_head_stale_is_refused_and_the_gap_is_named
         ray.get(engines[1].update_weights.remote(snapshot), timeout=60)
 
 
-def test_log_probs_that_are_no_numbers_do_not_agree(engines: list, tiny_model: Path) -> None:
+def test_nan_log_probs_are_refused(engines: list, tiny_model: Path) -> None:
     snapshot = publisher_of(tiny_model).publish("student", 7, content(changed(tiny_model)))
     snapshot = dataclasses.replace(snapshot, probe_logprobs=snapshot.probe_logprobs * np.float32(np.nan))
     with pytest.raises(WeightMismatch, match=r"student weights v7: .* by nan of their size"):
@@ -382,7 +388,7 @@ def test_a_damaged_snapshot_is_refused_by_the_name_of_the_tensor(engines: list, 
     tensors = (*snapshot.tensors[:5], damaged, *snapshot.tensors[6:])
     with pytest.raises(SnapshotDamaged, match=rf"student weights v4: {damaged.name} arrived damaged"):
         ray.get(engines[0].update_weights.remote(dataclasses.replace(snapshot, tensors=tensors)), timeout=60)
-    # Nothing was touched: it serves, and takes the snapshot as it was packed.
+    # The engine is unchanged: it generates, and accepts the undamaged snapshot.
     before = ray.get(engines[0].generate.remote([GenerateRequest(PROMPT, 1)], Sampling(4)), timeout=60)[0].versions
     assert before[0][0] != 4
     assert ray.get(engines[0].update_weights.remote(snapshot), timeout=60).version == 4
@@ -403,7 +409,7 @@ def test_a_snapshot_whose_publisher_ends_while_it_is_loaded_is_loaded_to_the_end
 
 def test_weights_by_broadcast_are_the_learners(engines: list, broadcaster: Broadcaster, tiny_model: Path) -> None:
     publisher = publisher_of(tiny_model)
-    for version in (11, 12):  # a group serves for more than one
+    for version in (11, 12):  # a group can send more than one snapshot
         model = changed(tiny_model, seed=version)
         snapshot = publisher.publish("student", version, content(model))
         receiving = engines[0].receive_weights.remote(dataclasses.replace(snapshot, path=""), 30)
@@ -415,7 +421,7 @@ def test_weights_by_broadcast_are_the_learners(engines: list, broadcaster: Broad
 
 
 @pytest.mark.parametrize("how", ["damaged on the way", "broken off"])
-def test_after_a_broadcast_that_failed_nothing_is_computed_before_whole_weights_are_there(
+def test_after_a_failed_broadcast_an_engine_computes_nothing_until_it_has_whole_weights(
     how: str, engines: list, broadcaster: Broadcaster, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = changed(tiny_model, seed=13)
@@ -465,7 +471,7 @@ def test_weights_that_cannot_be_loaded_are_named_and_nothing_is_computed_before_
     compare(engines[0], model, 32)
 
 
-def test_an_engine_that_computes_a_model_otherwise_than_the_learner_is_refused_before_any_update(
+def test_an_engine_that_computes_a_model_differently_is_refused_before_any_update(
     ray_cluster: None, tiny_model: Path
 ) -> None:
     engine = ray.remote(EngineWorker).options(num_cpus=0.5).remote(engine_settings(tiny_model))
@@ -481,7 +487,7 @@ def test_an_engine_that_computes_a_model_otherwise_than_the_learner_is_refused_b
 def test_an_engine_that_cannot_load_its_model_says_what_its_process_raised(
     ray_cluster: None, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Not that the cause is "above", which is another process's log."""
+    """The message does not refer to a cause "above", which would be in another process's log."""
     folder = tmp_path / "m"
     shutil.copytree(tiny_model, folder)
     weights = load_file(folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""The divergence: equal to the plain full-vocabulary formula, in value and gradient."""
+"""The divergence equals the plain formula over the full vocabulary, in value and gradient."""
 
 import dataclasses
 
@@ -116,7 +116,7 @@ def test_nll_is_the_cross_entropy_of_the_given_tokens() -> None:
 
 
 def test_dft_weights_each_tokens_cross_entropy_by_its_probability_without_gradient_through_that() -> None:
-    """Its gradient is that of -p(y): p (p(y) - [y])."""
+    """The gradient is that of -p(y): p (p(y) - [y])."""
     logits, log_q = draw(9)
     logits.requires_grad_()
     targets = make_targets(log_q, 1)
@@ -132,7 +132,7 @@ def test_dft_weights_each_tokens_cross_entropy_by_its_probability_without_gradie
 
 @pytest.mark.parametrize("name", ["forward", "reverse", "jsd", "sampled", "nll", "dft"])
 @pytest.mark.parametrize("level", ["off", "token", "sequence"])
-@pytest.mark.parametrize("chunk", [3, 5, 9, 100])  # of 12 rows in sequences of 4: cut, one, two, or all at once
+@pytest.mark.parametrize("chunk", [3, 5, 9, 100])  # 12 rows in sequences of 4: a part, one, two, or all at once
 def test_chunked_loss_equals_the_formula_on_whole_logits_in_value_and_both_gradients(
     name: str, level: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,11 +167,11 @@ def test_chunked_loss_equals_the_formula_on_whole_logits_in_value_and_both_gradi
     expected = [value.detach().mean(), (difference.exp() - 1 - difference).sum(), tail]
     torch.testing.assert_close(figures, expected, atol=1e-9, rtol=1e-9)
     for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5)  # sums of both gradients are kept in float32
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5)  # the sums of both gradients are in float32
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_the_order_of_sums_that_torch_is_told_to_keep_is_told_afterwards_as_well(kept: bool) -> None:
+def test_the_loss_restores_torchs_setting_of_deterministic_algorithms(kept: bool) -> None:
     log_q = draw(5)[1]
     hidden, head = torch.randn(N, H).requires_grad_(), torch.randn(V, H).requires_grad_()
     before = torch.are_deterministic_algorithms_enabled()
@@ -237,5 +237,5 @@ def test_no_rows_give_zero_loss_and_zero_gradient_not_nan() -> None:
 
 
 def test_memory_is_that_of_one_chunk_and_of_the_heads_gradient() -> None:
-    """For SmolLM2's head: 96 MiB of logits and 108 of a gradient in float32, where whole logits are 192 MiB."""
+    """For SmolLM2's head: 96 MiB of logits and 108 MiB of a gradient in float32. Whole logits are 192 MiB."""
     assert peak_mib(chunked, 1024, "cpu") < 250

@@ -1,4 +1,4 @@
-"""Tensors that do not fit a model, and models that the learner cannot run: refused before a start."""
+"""Tensors that do not fit a model, and models that the learner cannot run, are refused before a start."""
 
 import json
 import shutil
@@ -71,10 +71,10 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", SPOILT)
-def test_tensors_that_do_not_fit_are_told_before_the_start_and_at_it(name: str, model: Path, tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_are_refused_before_the_start_and_at_it(name: str, model: Path, tmp_path: Path) -> None:
     spoil, words = SPOILT[name]
     spoil(model)
-    for trains in (True, False):  # sdft check and train; sdft eval
+    for trains in (True, False):  # True for sdft check and train, False for sdft eval
         with pytest.raises(UserError, match=words), examined(model, trains):
             pass
     with pytest.raises(Untrainable, match=words):
@@ -102,7 +102,7 @@ def test_tensors_that_transformers_ties_or_ignores_are_no_fault(model: Path) -> 
     assert load_student(model, torch.float32).training
 
 
-def test_a_head_of_its_own_that_config_json_ties_is_refused(model: Path) -> None:
+def test_a_separate_head_that_config_json_ties_is_refused(model: Path) -> None:
     change(model, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
     with pytest.raises(Untrainable, match=r"hold lm_head\.weight with other values than model\.embed_tokens\.weight"):
         load_student(model, torch.float32)
@@ -121,16 +121,16 @@ def test_a_head_of_its_own_that_config_json_ties_is_refused(model: Path) -> None
         ("doge", {}, "its attention uses a mask of its own"),
     ],
 )
-def test_a_model_that_the_learner_would_run_otherwise_is_refused_by_check(
+def test_a_model_that_the_learner_would_compute_differently_is_refused_by_check(
     family: str, settings: dict[str, int], words: str, tmp_path: Path
 ) -> None:
     reason = examine(make_family(tmp_path, family, **settings), True)
     assert reason is not None
     assert words in reason
-    assert examine(tmp_path, False) is None  # engines have models of their own
+    assert examine(tmp_path, False) is None  # engines have their own implementations of the models
 
 
-def test_a_configuration_that_describes_no_model_is_told(model: Path) -> None:
+def test_a_configuration_that_describes_no_model_is_refused(model: Path) -> None:
     configure(model, pad_token_id=100_000)  # outside the vocabulary
     assert "cannot build what its config.json describes (AssertionError: Padding_idx" in (examine(model, True) or "")
 
@@ -140,8 +140,8 @@ def test_a_model_that_the_learner_can_run_is_not_refused(family: str, tmp_path: 
     assert examine(make_family(tmp_path, family, pad_token_id=0), True) is None
 
 
-def test_a_window_that_attention_is_not_told_of_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a model that cuts it out of its mask alone, which the learner has none of."""
+def test_a_window_that_is_not_passed_to_attention_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a model that applies the window only in its mask, which the learner does not compute."""
     from transformers.models.mistral import modeling_mistral
 
     make_family(tmp_path, "mistral", sliding_window=8, pad_token_id=0)
@@ -188,7 +188,9 @@ def test_positions_that_depend_on_the_longest_of_a_pack_are_refused(tmp_path: Pa
         ({"model_type": "gemma3n"}, "its head uses final_logit_softcapping"),  # set in its text_config
     ],
 )
-def test_settings_of_a_whole_and_of_its_text_are_read(settings: dict[str, object], words: str, model: Path) -> None:
+def test_settings_of_a_model_and_of_its_text_config_are_read(
+    settings: dict[str, object], words: str, model: Path
+) -> None:
     configure(model, **settings)
     assert words in (why_not(model) or "")
 
@@ -226,6 +228,6 @@ def test_adapters_need_weights_of_the_names_that_they_are_merged_by(model: Path)
         model,
         lambda tensors: [tensors.update({name.removeprefix("model."): tensors.pop(name)}) for name in list(tensors)],
     )
-    assert examine(model, True) is None  # transformers finds them all the same
+    assert examine(model, True) is None  # transformers finds them in spite of the names
     with pytest.raises(Untrainable, match=r"layers\.0\..* otherwise, and adapters are merged by name"):
         Lora(load_student(model, torch.float32), LoraConfig(rank=2), model, torch.float32)

@@ -1,4 +1,5 @@
-"""The learner's forward against the model's own, at a start: what is random or left out is refused."""
+"""The learner's forward is compared with the model's own at a start: a model that is random or incomplete is
+refused."""
 
 import asyncio
 import shutil
@@ -56,7 +57,7 @@ def test_dropout_is_off_in_training_wherever_a_model_has_it(
     assert "other outputs each time" in (unfaithful(load_student(tmp_path, torch.float32)) or "")
 
 
-def test_without_room_for_float32_it_is_compared_in_its_own_dtype(
+def test_without_memory_for_float32_a_model_is_compared_in_its_own_dtype(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sdft.learner.model.faithful.available_memory_gib", lambda: 0.0)
@@ -74,33 +75,35 @@ def packed(folder: Path) -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        ("bloom", {}),  # attention of its own, over the whole pack
+        ("bloom", {}),  # its own attention, over the whole pack
         ("minicpm3", {"dim_model_base": 32, "num_key_value_heads": 2}),
         ("cohere", {"logit_scale": 0.5}),
         ("granite", {"logits_scaling": 4.0}),
     ],
 )
-def test_what_the_learner_leaves_out_of_a_forward_shows(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    """These models are refused by name earlier; here they stand for one that is on no list."""
+def test_a_forward_that_leaves_out_a_part_of_the_model_is_unfaithful(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """These models are refused by name earlier. Here they stand for a model that no list names."""
     model = packed(make_family(tmp_path, family, **{"pad_token_id": 0} | settings))
     assert "leaves out a part of it: its log-probs are up to" in (unfaithful(model) or "")
 
 
 def test_values_may_be_narrower_than_keys(tmp_path: Path) -> None:
-    """Multi-head latent attention."""
+    """As in multi-head latent attention."""
     wide = {"num_key_value_heads": 2, "head_dim": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 16}
     assert unfaithful(load_student(make_family(tmp_path, "youtu", **wide), torch.float32)) is None
 
 
-def test_a_forward_that_fails_is_a_reason(tmp_path: Path) -> None:
+def test_a_forward_that_fails_is_unfaithful(tmp_path: Path) -> None:
     assert "where packed sequences end" in (unfaithful(packed(make_family(tmp_path, "stablelm"))) or "")
     model = packed(make_family(tmp_path, "llama"))
     model.base_model.layers[0].mlp = torch.nn.Linear(3, 3)
     assert "its forward fails (RuntimeError" in (unfaithful(model) or "")
 
 
-def test_a_run_ends_at_its_start_with_the_reason(ray_cluster: None, tiny_model: Path, tmp_path: Path) -> None:
-    """Of a model that only its forward shows to be another: attention that looks to both sides within a window."""
+def test_an_unfaithful_model_ends_a_run_at_its_start(ray_cluster: None, tiny_model: Path, tmp_path: Path) -> None:
+    """For a model whose fault only its forward shows: attention in both directions within a window."""
     model = make_family(tmp_path / "m", "modernbert-decoder", pad_token_id=0)
     for path in tiny_model.glob("*token*"):
         shutil.copy(path, model)

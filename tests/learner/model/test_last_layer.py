@@ -1,4 +1,4 @@
-"""The last feed-forward network: nothing of loss and gradient is lost where it computes only what is read."""
+"""The last feed-forward network computes only the rows that are read: loss and gradient stay the same."""
 
 from pathlib import Path
 
@@ -15,7 +15,8 @@ LENGTHS = (5, 7)
 
 
 def read_states(model: PreTrainedModel, read: Tensor, *, whole: bool) -> tuple[Tensor, list[Tensor], list[int]]:
-    """The hidden states that are read, the gradient of a sum of them, and how many rows the network has computed."""
+    """Return the hidden states that are read, the gradients of a weighted sum of them, and the rows that the network
+    computed."""
     torch.manual_seed(0)
     ids = torch.randint(100, (sum(LENGTHS),))
     positions = torch.cat([torch.arange(n) for n in LENGTHS])
@@ -33,10 +34,8 @@ def read_states(model: PreTrainedModel, read: Tensor, *, whole: bool) -> tuple[T
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("read", [(2, 3, 10), ()])  # () is a rank's with nothing to do: it has a gradient, of zeros
-def test_what_is_read_is_computed_and_nothing_else(
-    tiny_model: Path, read: tuple[int, ...], checkpointing: bool
-) -> None:
+@pytest.mark.parametrize("read", [(2, 3, 10), ()])  # () is that of a rank without work, which has a gradient of zeros
+def test_only_the_rows_that_are_read_are_computed(tiny_model: Path, read: tuple[int, ...], checkpointing: bool) -> None:
     model = load_student(tiny_model, torch.float32)
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -50,7 +49,7 @@ def test_what_is_read_is_computed_and_nothing_else(
         assert (mine - theirs).norm() <= 1e-6 * theirs.norm()
 
 
-def test_a_network_of_another_kind_is_left_whole() -> None:
+def test_a_network_of_another_kind_is_not_changed() -> None:
     model = Qwen2ForCausalLM._from_config(
         Qwen2Config(
             vocab_size=100,

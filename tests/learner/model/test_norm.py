@@ -1,4 +1,4 @@
-"""RMSNorm: the model's own forward to the last bit, its gradient, and norms that are left alone."""
+"""RMSNorm: the same bits as the model's own forward, its gradient, and norms that are not replaced."""
 
 import pytest
 import torch
@@ -21,10 +21,10 @@ def norm(dtype: torch.dtype) -> LlamaRMSNorm:
 def test_forward_is_the_models_own_and_the_gradient_as_good(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is compared with float64: ours may not be further from it than what torch derives from the model's own."""
+    """Compared with float64: our gradient may not be further from it than that of torch's autograd."""
     monkeypatch.setattr("sdft.learner.model.cpu.norm.CACHED", 100 * SIZE)  # ten blocks
     torch.manual_seed(1)
-    # So many rows that the sums of their rounding errors differ by 1 %; of ten rows they do by 12.
+    # With so many rows the sums of rounding errors differ by 1 %; with ten rows they differ by 12 %.
     x, grad = torch.randn(2, 500, SIZE).to(dtype), torch.randn(2, 500, SIZE).to(dtype)
     results = {}
     for name, module, kind in (
@@ -49,7 +49,7 @@ def test_forward_is_the_models_own_and_the_gradient_as_good(
         assert (ours - exact).norm() < 0.01 * exact.norm()
 
 
-def test_a_norm_that_computes_otherwise_is_left_as_it_is() -> None:
+def test_a_norm_with_another_forward_is_not_replaced() -> None:
     class Other(LlamaRMSNorm):
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
             return super().forward(hidden_states) * 2

@@ -1,4 +1,5 @@
-"""LoRA: the learner against plain torch, what it saves against peft. test_engine merges, test_job runs it whole."""
+"""LoRA: the learner against plain torch, its files against peft. test_engine merges adapters, test_job runs a whole
+run."""
 
 import asyncio
 import json
@@ -32,7 +33,7 @@ from tests.learner.test_learner_step import (
     worst,
 )
 
-LARGER = OPTIMIZER.model_copy(update={"lr": 1e-3})  # as LoRA is used; else float32's own rounding would show
+LARGER = OPTIMIZER.model_copy(update={"lr": 1e-3})  # usual for LoRA; a lower one would show float32's own rounding
 LORA = LoraConfig(rank=4, alpha=12, targets=("q_proj", "v_proj", "down_proj"))
 
 
@@ -44,7 +45,7 @@ async def saved(group: LearnerGroup, folder: Path) -> Path:
 
 
 def content(snapshot: Snapshot) -> dict[str, torch.Tensor]:
-    """What an engine finds in a snapshot's memory."""
+    """Return the tensors in a snapshot's memory, as an engine reads them."""
     payload = Path(snapshot.path).read_bytes()
     return {
         t.name: torch.frombuffer(bytearray(payload[t.offset : t.offset + t.nbytes]), dtype=torch.float32).view(t.shape)
@@ -55,9 +56,9 @@ def content(snapshot: Snapshot) -> dict[str, torch.Tensor]:
 def test_adapters_and_teacher_are_those_of_one_process_whatever_the_ranks_and_stages(
     ray_cluster: None, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """By 1 rank at stage 1, 2 at 3, 2 at 2, each continuing the one before; the teacher is the EMA of the weights.
+    """1 rank at ZeRO stage 1, 2 at 3, 2 at 2, each resuming the one before. The teacher is the EMA of the weights.
 
-    After the second step the run's second stage begins, with the student as teacher.
+    The run's second stage begins after the second step, with the student as teacher.
     """
 
     async def run() -> None:
@@ -96,7 +97,7 @@ def test_adapters_and_teacher_are_those_of_one_process_whatever_the_ranks_and_st
         assert {"adapter_config.json", "adapter_model.safetensors"} <= held
         assert "model.safetensors" not in held
 
-        # What was saved is what peft makes of it, and the export is the student merged.
+        # peft loads what was saved, and the export is the merged student.
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), folder / "student")
         merge_adapter(folder / "student", tmp_path / "out")
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -110,8 +111,8 @@ def test_adapters_and_teacher_are_those_of_one_process_whatever_the_ranks_and_st
     asyncio.run(run())
 
 
-def test_adapters_are_merged_where_they_are(tiny_model: Path) -> None:
-    """On the GPU, where a broadcast has put them; the device without memory stands for it."""
+def test_adapters_are_merged_on_their_device(tiny_model: Path) -> None:
+    """On the GPU after a broadcast, here with the meta device instead."""
     name = "model.layers.0.mlp.down_proj."
     adapters = {name + DOWN: torch.empty(2, 128, device="meta"), name + UP: torch.empty(128, 2, device="meta")}
     assert {weight.device.type for _, weight in merged(tiny_model, adapters, 0.5, torch.float32)} == {"meta"}

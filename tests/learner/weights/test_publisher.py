@@ -1,4 +1,4 @@
-"""The learner's snapshots."""
+"""The snapshots that the learner publishes."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from sdft.learner.weights.content import Content
 from sdft.learner.weights.publisher import Publisher
 
 
-def test_a_snapshot_that_cannot_be_probed_leaves_room_for_the_next(tiny_model: Path) -> None:
-    """It reaches no engine, and so it is never released."""
+def test_a_snapshot_that_cannot_be_probed_does_not_block_the_next(tiny_model: Path) -> None:
+    """Such a snapshot reaches no engine, and nothing would release it."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     weights = dict(model.named_parameters())
     nbytes = sum(p.nbytes for p in weights.values())

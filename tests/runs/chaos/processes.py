@@ -1,4 +1,4 @@
-"""The processes of a run, found below its driver: what can be killed, and what stopped."""
+"""The processes of a run, found as descendants of its driver, and their shared memory."""
 
 import os
 import signal
@@ -6,19 +6,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-# What a process is by the beginning of its command line. Ray names an actor's process after what it does.
+# Kind of a process by the start of its command line. Ray names an actor's process after the method that it runs.
 KINDS = {"ray::EngineWorker": "engine actor", "VLLM::EngineCore": "engine core", "ray::LearnerWorker": "learner rank"}
 
 
 @dataclass(frozen=True)
 class Process:
-    """One that can be killed."""
+    """One process of a run."""
 
     pid: int
     kind: str
 
     def send(self, number: signal.Signals) -> bool:
-        """Whether it was still there."""
+        """Send a signal. Returns False if the process has ended."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, number)
             return True
@@ -26,7 +26,7 @@ class Process:
 
 
 def of_run(driver: int) -> list[Process]:
-    """Engines, the processes inside them and learner ranks that live now, those that are still starting included."""
+    """Return the live engines, their inner processes and learner ranks, including those that are starting."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):
@@ -50,7 +50,8 @@ def _kind(pid: int) -> str | None:
 
 
 def snapshot_of(learner: int, role: str) -> Path | None:
-    """The shared memory that a learner publishes a role's weights in, once it has."""
+    """Return the path of the shared memory into which a learner publishes a role's weights; None before the first
+    publish."""
     with suppress(FileNotFoundError, ProcessLookupError):
         for link in Path(f"/proc/{learner}/fd").iterdir():
             with suppress(FileNotFoundError):

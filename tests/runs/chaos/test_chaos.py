@@ -1,9 +1,9 @@
-"""A strict run in stages whose processes are killed or stopped, and its files spoiled, ends as if nothing had been.
+"""A strict run in stages survives killed and stopped processes and damaged files with identical results.
 
     make chaos    # 200 kills instead of 30
 
-Every demonstration is trained exactly as often as it should be, the figures and the final weights are those of a run
-that nobody disturbed, and nothing is left on the machine. CHAOS_KILLS and CHAOS_SEED set how many, and which.
+Every demonstration is trained exactly as often as in an uninterrupted run, metrics and final weights are equal, and no
+process or file remains on the machine. CHAOS_KILLS sets the number of kills, CHAOS_SEED the random choices.
 """
 
 import itertools
@@ -28,14 +28,14 @@ from tests.runs.run import LONG, STAGE, command, finish, in_stages_of_pairs, met
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "30"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
-AT_ONCE = (3, 5, 5)  # processes that a round takes away, one of these
+AT_ONCE = (3, 5, 5)  # processes to kill or stop in one round; one of these numbers
 BETWEEN_DRIVERS = 15  # kills
 STEPS = max(LONG, KILLS + 12)
 STUDENT = Path("checkpoints") / f"step-{STEPS:06d}" / "student" / "model.safetensors"
 
 
 class Monkey:
-    """Disturbs one run until it has killed enough; then lets it come to its end."""
+    """Disturbs one run until it has killed enough processes, then lets the run finish."""
 
     def __init__(self, config: Path, run_dir: Path) -> None:
         self.config, self.run_dir = config, run_dir
@@ -46,7 +46,7 @@ class Monkey:
         self.driver = self.start()
 
     def start(self) -> subprocess.Popen[bytes]:
-        """Each driver sends weights another way than the one before."""
+        """Start a driver. Each driver uses another weight transport than the previous one."""
         transport = "memory" if self.killed["driver killed"] % 2 else "broadcast"
         words = [*command(self.config, self.run_dir), "--set", f"weights.transport={transport}"]
         with self.log.open("ab") as log:
@@ -57,7 +57,7 @@ class Monkey:
         return len(read_jsonl(path)) if path.exists() else 0
 
     def step(self, what: str) -> None:
-        """Wait for one more line of metrics, whichever step it is. A rewind makes the file shorter first."""
+        """Wait for one more row of metrics, of any step. A rewind shortens the file first."""
         before, lowest = self.rows(), self.rows()
 
         def more() -> bool:
@@ -71,7 +71,7 @@ class Monkey:
         return self.log.read_text(errors="replace").count(text)
 
     def take(self) -> None:
-        """One round: some processes are killed or stopped at once."""
+        """Kill or stop several processes at once: one round."""
         began = time.monotonic()
         processes = of_run(self.driver.pid)
         chosen = self.random.sample(processes, min(len(processes), self.random.choice(AT_ONCE)))
@@ -79,14 +79,14 @@ class Monkey:
             number = signal.SIGSTOP if self.random.random() < 0.15 else signal.SIGKILL
             if process.send(number):
                 self.killed[f"{process.kind} {'stopped' if number == signal.SIGSTOP else 'killed'}"] += 1
-        if self.random.random() < 0.5:  # the next round meets a run that is still picking itself up
+        if self.random.random() < 0.5:  # the next round hits a run that is still recovering
             time.sleep(self.random.uniform(0, 8))
         else:
             self.step(f"a step after {', '.join(p.kind for p in chosen)} had been lost")
             self.recoveries.append(time.monotonic() - began)
 
     def kill_driver(self) -> None:
-        """And spoil the newest checkpoint: the run is to go on from the one before."""
+        """Kill the driver and damage the newest checkpoint: the run must resume from the one before."""
         began = time.monotonic()
         folder = self.run_dir / "checkpoints"
         wait_until(lambda: len(list(folder.glob("step-*"))) > 1, "there were two checkpoints", self.driver)
@@ -106,7 +106,7 @@ class Monkey:
         self.recoveries.append(time.monotonic() - began)
 
     def fill_disk(self) -> None:
-        """No file of the learner's may grow any more, until a checkpoint has failed."""
+        """Limit the size of the learner's files until a checkpoint has failed."""
         (learner,) = [p.pid for p in of_run(self.driver.pid) if p.kind == "learner rank"]
         limits = resource.prlimit(learner, resource.RLIMIT_FSIZE)
         resource.prlimit(learner, resource.RLIMIT_FSIZE, (4096, limits[1]))
@@ -115,7 +115,7 @@ class Monkey:
         self.step("a step after the disk had been full")
 
     def damage_snapshot(self) -> None:
-        """Bytes change in shared memory, between the learner's packing and the engine's looking, until it is found."""
+        """Overwrite bytes of a snapshot in shared memory, between packing and loading, until an engine detects it."""
         (learner,) = [p.pid for p in of_run(self.driver.pid) if p.kind == "learner rank"]
         path = snapshot_of(learner, "student")
         assert path is not None
@@ -130,14 +130,14 @@ class Monkey:
 
     def run(self) -> None:
         self.step("the first step")
-        assert self.said("loaded from memory") == 0  # or the broadcasts that are to be disturbed never come about
+        assert self.said("loaded from memory") == 0  # otherwise the broadcasts to be disturbed never happen
         self.fill_disk()
         self.damage_snapshot()
         while self.killed.total() < KILLS:
             if self.killed.total() >= BETWEEN_DRIVERS * (1 + self.killed["driver killed"]):
                 self.step("a step before the driver is killed")
                 self.kill_driver()
-            # Spread over the run, so that its stages begin under fire too.
+            # Rounds are spread over the whole run, so that they also hit the start of its stages.
             while self.rows() < (STEPS - 6) * self.killed.total() / KILLS:
                 self.step("a step between two rounds")
             self.take()
@@ -145,10 +145,10 @@ class Monkey:
 
 
 @pytest.mark.timeout(60 * KILLS)
-def test_a_run_under_chaos_is_the_run_that_was_left_alone(
+def test_a_run_under_chaos_equals_an_uninterrupted_run(
     tiny_model: Path, undisturbed: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # What is stopped while it starts is found by the limit of a start alone.
+    # Only the start limit detects a process that is stopped while it starts.
     limits = {"health_timeout_s": 4, "max_restarts": 1000, "start_timeout_s": 90}
     config = in_stages_of_pairs(write_run(tmp_path, tiny_model, "bfloat16", STEPS, **limits), STAGE)
     settings = yaml.safe_load(config.read_text())
@@ -186,7 +186,7 @@ def test_a_run_under_chaos_is_the_run_that_was_left_alone(
     ledger.close()
     assert {state for *_, state in rows} == {"trained"}
     assert len(rows) == 4 * STEPS
-    # Nine demonstrations in turn: in each stage each of them was trained in every whole epoch, by both its rollouts.
+    # Nine demonstrations in turn: each stage trains both rollouts of each demonstration once per complete epoch.
     for stage, first in enumerate(range(0, STEPS, STAGE)):
         epochs = 2 * min(STAGE, STEPS - first) // 9
         counts = Counter((index, rollout) for of, epoch, index, rollout, _ in rows if of == stage and epoch < epochs)

@@ -38,14 +38,14 @@ SETS = [
 
 @contextmanager
 def training(run_dir: Path) -> Iterator[None]:
-    """A process holds the run's lock."""
+    """Hold the run's lock, as a process that trains does."""
     with (run_dir / LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def begin(run_dir: Path, sets: list[dict[str, str]] | None = None, **run: object) -> Path:
-    """A run directory as it is before the first step."""
+    """Write a run directory as it is before the first step."""
     run_dir.mkdir(exist_ok=True)
     (run_dir / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "evaluation": {"sets": sets or []}}))
     state = {"pid": os.getpid(), "host": socket.gethostname(), "state": "running", "error": None, "total_steps": 4}
@@ -54,7 +54,7 @@ def begin(run_dir: Path, sets: list[dict[str, str]] | None = None, **run: object
 
 
 def train(run_dir: Path, steps: int, prompt: str = "2 + 2?") -> None:
-    """Steps and evaluations: tools goes from 0 of 80 to 65, general from 80 to 79."""
+    """Write steps and evaluations: tools goes from 0 of 80 to 65, general from 80 to 79."""
     log = RunLog(run_dir)
     log.evaluation(EvalResult(0, 0, "tools", "teacher_accuracy", 0.9, 80))
     for step in range(steps + 1):
@@ -69,7 +69,7 @@ def train(run_dir: Path, steps: int, prompt: str = "2 + 2?") -> None:
 
 
 class Page(HTMLParser):
-    """Checks that tags close in order, and gathers what a page refers to."""
+    """Checks that tags close in order, and collects links, ids and text of a page."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ def test_the_note_on_the_loss_is_that_of_the_method(tmp_path: Path, method: str,
     assert note in Page(write_report(run_dir)).text
 
 
-def test_of_a_stream_all_losses_are_named(tmp_path: Path) -> None:
+def test_the_report_of_a_stream_names_all_losses(tmp_path: Path) -> None:
     run_dir = begin(tmp_path, [], stages=[["a", 1], ["b", 2]])
     stages = [{"name": "a", "sets": [], "method": "sft"}, {"name": "b", "sets": [], "method": None}]
     config = {"model": "tiny", "evaluation": {"sets": []}, "stages": stages}
@@ -180,8 +180,8 @@ def test_of_a_stream_all_losses_are_named(tmp_path: Path) -> None:
     assert "sft: The NLL of the demonstrations' tokens, which is also the loss. sdft: The sampled-token KL of" in text
 
 
-def test_what_is_below_zero_is_drawn_too() -> None:
-    """The estimate of a divergence from one token a position may be."""
+def test_values_below_zero_are_drawn() -> None:
+    """The estimate of a divergence from one token per position may be negative."""
     from matplotlib.figure import Figure
 
     for values, limits in (((0.5, -0.25), (-0.27, 0.54)), ((-0.5, -0.25), (-0.54, 0)), ((0.5, 0.0), (0, 0.54))):
@@ -212,7 +212,7 @@ def test_the_report_needs_nothing_beside_itself(tmp_path: Path) -> None:
     assert {link[1:] for link in page.links} <= set(page.ids)
     assert len(set(page.ids)) == len(page.ids)
     assert set(re.findall(r"https?://[^\"'\s)]+", page.source)) <= {
-        "http://www.w3.org/2000/svg",  # names of XML name spaces: never fetched
+        "http://www.w3.org/2000/svg",  # names of XML name spaces, never fetched
         "http://www.w3.org/1999/xlink",
     }
     assert not re.search(r"@import|<script|<link|url\((?!#)", page.source)
@@ -274,7 +274,7 @@ def test_status_says_how_far_a_running_run_is(tmp_path: Path) -> None:
     for name, step in (("step-000001", 1), ("step-000002", 2), ("step-000003.part", 3)):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "manifest.json").write_text(json.dumps({"step": step}))
-    (tmp_path / "checkpoints" / "step-000004").mkdir()  # no manifest: not whole
+    (tmp_path / "checkpoints" / "step-000004").mkdir()  # no manifest: not a whole checkpoint
     ledger = sqlite3.connect(tmp_path / "ledger.sqlite")
     ledger.execute("CREATE TABLE samples (id TEXT, state TEXT, tokens INTEGER)")
     rows = [
@@ -320,7 +320,7 @@ def test_status_and_report_say_what_bounds_the_run(tmp_path: Path) -> None:
 
 
 def test_status_tells_a_killed_run_from_a_running_one(tmp_path: Path) -> None:
-    """By its lock: its process number may be another process's by then, such as this one's."""
+    """The lock decides. The process number may belong to another process by then, such as this one."""
     text = status_text(begin(tmp_path))
     assert "state       stopped (killed)\n" in text
     assert text.endswith(f"start again with: sdft train {tmp_path / 'config.yaml'} --run-dir {tmp_path}")
@@ -329,14 +329,14 @@ def test_status_tells_a_killed_run_from_a_running_one(tmp_path: Path) -> None:
     assert "state       stopped (killed)\n" in status_text(tmp_path)
 
 
-def test_of_a_run_on_another_host_only_a_lock_that_is_held_tells(tmp_path: Path) -> None:
+def test_the_state_of_a_run_on_another_host_comes_from_its_lock(tmp_path: Path) -> None:
     begin(tmp_path, pid=1, host="another")
     assert "state       running (pid 1 on another; not seen from this host)\n" in status_text(tmp_path)
     with training(tmp_path):
         assert "state       running (pid 1 on another)\n" in status_text(tmp_path)
 
 
-def test_a_run_can_start_while_somebody_looks_at_its_status(tmp_path: Path) -> None:
+def test_a_run_can_start_while_its_status_is_read(tmp_path: Path) -> None:
     with (tmp_path / LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         looked = threading.Timer(0.15, lambda: fcntl.flock(file, fcntl.LOCK_UN))

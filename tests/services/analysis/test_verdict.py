@@ -11,14 +11,14 @@ from tests.services.records.test_metrics import STEP
 
 
 def steps(count: int = 5, /, **times: float) -> list[StepMetrics]:
-    """Steps of 10 seconds."""
+    """Return steps of 10 seconds with the given phases."""
     zero = dict.fromkeys((f"time_{phase}_s" for phase in ("rollout", "score", "learn", "sync", "wait")), 0.0)
     given: dict[str, Any] = zero | {f"time_{phase}_s": seconds for phase, seconds in times.items()}
     return [replace(STEP, step=i + 1, time_step_s=10.0, **given) for i in range(count)]
 
 
 def said(rows: list[StepMetrics], staleness: int, **config: Any) -> str:
-    """There is a sentence."""
+    """Return the sentence; fails if there is none."""
     text = verdict(rows, {"training": {"max_staleness": staleness}, **config})
     assert text is not None
     return text
@@ -39,7 +39,7 @@ def test_a_strict_run_is_bound_by_its_longest_phase(times: dict[str, float], wor
     assert all(word in text for word in [*words, "training.max_staleness: 1"])
 
 
-def test_a_run_ahead_is_bound_by_whoever_is_waited_for() -> None:
+def test_a_run_ahead_is_bound_by_what_it_waits_for() -> None:
     slow = said(steps(rollout=12, score=3, learn=6, wait=3), 2)
     assert slow == "the engines: the learner waits 30.0 % of the time; raise actors.student.max_replicas"
     assert "actors.teacher.max_replicas" in said(steps(rollout=3, score=9, learn=6, wait=3), 2)
@@ -62,7 +62,7 @@ LIVE, FROZEN = {"weights": "live"}, {"weights": "frozen"}
         ({"method": "off_policy", "stages": [{"method": None}]}, {"rollout": 6}, "more teacher engines"),
     ],
 )
-def test_the_mend_is_of_the_engines_that_do_the_work(
+def test_the_advice_names_the_engines_that_do_the_work(
     config: dict[str, Any], times: dict[str, float], mend: str
 ) -> None:
     assert mend in said(steps(**times), 0, **config)
@@ -70,7 +70,7 @@ def test_the_mend_is_of_the_engines_that_do_the_work(
 
 @pytest.mark.parametrize("staleness", [0, 1])
 @pytest.mark.parametrize("method", ["sft", "dft"])
-def test_where_nobody_samples_neither_engines_nor_staleness_help(method: str, staleness: int) -> None:
+def test_the_advice_for_sft_and_dft_names_neither_engines_nor_staleness(method: str, staleness: int) -> None:
     learning, waiting = (said(steps(**t), staleness, method=method) for t in ({"learn": 8.0}, {"learn": 4, "wait": 6}))
     assert learning == "the learner's step, 80.0 % of a step; more learner ranks (learner.ranks)"
     assert waiting == "waiting for checkpoints, 60.0 % of a step; fewer of them (checkpoint.every)"

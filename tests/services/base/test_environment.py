@@ -1,4 +1,4 @@
-"""What the environment may name: proxies, a user without a name, a folder of temporary files with a long path."""
+"""What the environment may set: proxies, a user id without a name, a folder for temporary files with a long path."""
 
 import os
 import pwd
@@ -18,7 +18,7 @@ from tests.runs.run import write_run
 def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
         for written in (name, name.lower()):
-            monkeypatch.setenv(written, "")  # so that what is set below is taken back at the end
+            monkeypatch.setenv(written, "")  # monkeypatch restores the variables at the end
 
 
 def test_no_proxy_is_used_for_this_machine_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,8 @@ def test_a_folder_whose_sockets_would_have_too_long_paths_is_named(monkeypatch: 
 def test_a_socks_proxy_without_its_package_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The hub is asked through it, by httpx."""
+    """httpx would use the proxy to reach the hub."""
+    huggingface_hub.close_session()  # an earlier test's client has no proxy
     monkeypatch.setenv("all_proxy", "socks5://user:secret@proxy:1080")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     config = write_run(tmp_path, Path("someone/a-model"), "float32")

@@ -1,4 +1,4 @@
-"""A command whose output is not read to its end, or cannot be written."""
+"""A command whose output has no reader any more, or cannot be written."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ COMMAND = [sys.executable, "-m", "sdft.services.cli"]
 
 
 def closed_early(*words: str) -> subprocess.CompletedProcess[str]:
-    """A command whose standard output has no reader from the start."""
+    """Run a command whose standard output has no reader from the start."""
     words = (*COMMAND, *words)
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -45,7 +45,7 @@ def test_another_pipe_that_breaks_is_not_taken_for_the_output() -> None:
 
 
 def shown(stdout: int | IO[str]) -> subprocess.Popen[str]:
-    """A process that shows three notes of a run, and says on standard error that it has come to its end."""
+    """Start a process that shows three notes of a run and prints a last line to standard error."""
     code = (
         "import sys; from rich.console import Console; from sdft.services.base.output import lasting_output\n"
         "from sdft.services.monitoring.console import Progress\n"
@@ -59,7 +59,7 @@ def shown(stdout: int | IO[str]) -> subprocess.Popen[str]:
 
 
 def test_a_run_goes_on_when_its_output_takes_nothing() -> None:
-    """/dev/full answers as a full disk does."""
+    """Writing to /dev/full fails as on a full disk."""
     with Path("/dev/full").open("w") as full:
         _, errors = shown(stdout=full).communicate("go\n", timeout=60)
     said = "sdft: the output cannot be written (No space left on device); the work goes on"
@@ -76,6 +76,6 @@ def test_a_run_goes_on_when_its_reader_has_gone() -> None:
     assert (process.returncode, errors.splitlines()) == (0, [said, "ran to its end"])
 
 
-def test_output_that_is_taken_is_what_was_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_that_can_be_written_is_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     Console(file=lasting_output()).print("a note")
     assert capsys.readouterr().out == "a note\n"

@@ -1,4 +1,4 @@
-"""A signal stops a command; what is cancelled within it does not pass for one."""
+"""A signal stops a command. A cancellation inside the command does not count as a signal."""
 
 import asyncio
 import os
@@ -11,7 +11,7 @@ import pytest
 from sdft.services.base.signals import run_until_stopped, sigterm_interrupts, stop_on_signals
 
 
-def test_what_was_cancelled_within_is_a_failure_that_says_so() -> None:
+def test_a_cancellation_inside_the_work_is_a_failure() -> None:
     async def work() -> None:
         inner = asyncio.ensure_future(asyncio.sleep(60))
         inner.cancel()
@@ -40,7 +40,7 @@ def test_a_signal_stops_the_work_after_its_clean_up(number: signal.Signals) -> N
 
 
 def test_a_clean_up_that_never_ends_is_broken_off() -> None:
-    """As a call to Ray does whose control service got the signal too."""
+    """As a call to Ray does after its control service got the signal too."""
     code = (
         "import asyncio, os, signal, time; import sdft.services.base.signals as s\n"
         "async def work():\n"

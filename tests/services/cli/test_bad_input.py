@@ -1,4 +1,4 @@
-"""Whole commands with bad input: the sentence, the exit code, and that nothing was begun or left behind."""
+"""Whole commands with bad input: the message, the exit code, and that nothing was started or left behind."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +26,12 @@ from tests.fakes.spoiling import (
     two,
 )
 from tests.fakes.tiny import TEMPLATE
-from tests.runs.leftovers import new_since, on_machine
+from tests.runs.leftovers import children, new_since
 
 TRAIN = "train my.yaml"
-NO_CLUSTER = setting("ray.address", "127.0.0.1:1")  # also where a case that is missed should begin no run
+NO_CLUSTER = setting("ray.address", "127.0.0.1:1")  # also set so that a case whose error is missed starts no run
 LONG = "one two three four five " * 40
-# name: (what is spoiled, the command, the exit code, words of the sentence)
+# name: (what is spoiled, the command, the exit code, words of the message)
 CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
     "no such config": (nothing, "train mi.yaml", 2, ["mi.yaml: no such file", "my.yaml"]),
     "config is a folder": (lambda w: (w.folder / "d").mkdir(), "train d", 2, ["d: this is a folder"]),
@@ -381,10 +381,10 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
 }
 
 
-def test_a_cache_that_no_engine_will_have_is_not_refused(
+def test_the_cache_size_of_a_pool_without_engines_is_not_checked(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The case "too little cache", but the teacher is live: it has no engines."""
+    """As in the case "too little cache", but with a live teacher, which has no engines."""
     monkeypatch.chdir(tmp_path)
     work = Work(tmp_path, tiny_model)
     work.set("teacher.weights", "live")
@@ -416,15 +416,15 @@ def test_bad_input_gets_its_sentence_and_leaves_nothing(
     spoil, command, code, words = CASES[name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    # `sdft submit` sets it for its own process, which here is that of the other tests too.
+    # `sdft submit` sets it for its own process, which in this test is also the process of the other tests.
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     work = Work(tmp_path, tiny_model)
     spoil(work)
     work.save()
-    files, machine = set(tmp_path.rglob("*")), on_machine()
+    files, processes = set(tmp_path.rglob("*")), children()
     try:
         given = main(command.split())
-    except SystemExit as e:  # argparse's own way
+    except SystemExit as e:  # argparse raises it
         given = int(str(e.code))
     stderr = capsys.readouterr().err
     assert given == code, stderr
@@ -432,6 +432,6 @@ def test_bad_input_gets_its_sentence_and_leaves_nothing(
         assert word in stderr
     assert "Traceback" not in stderr
     new = {p for p in tmp_path.rglob("*") if p not in files}
-    # A run that could not get what it needs has its folder, with the reason; one that is already there has a lock.
+    # A run without its resources keeps its folder, with the reason. A run directory that existed gets a lock.
     assert {p for p in new if name != "no cluster there" and p.name != ".lock"} == set()
-    assert new_since(machine) == set()
+    assert new_since(processes, children) == set()

@@ -1,4 +1,4 @@
-"""From one `sdft train` to the next of the same run: what it goes on from, and what was kept for it."""
+"""Consecutive `sdft train` of one run: what a run resumes from, and what it sets aside."""
 
 import json
 import re
@@ -25,7 +25,7 @@ Run = Callable[[Prepared, Path, Path | None, Console], Coroutine[Any, Any, None]
 
 
 class Saved:
-    """The learner's part of a checkpoint: nothing to write."""
+    """The learner's part of a checkpoint: writes nothing."""
 
     async def save(self, folder: Path) -> None: ...
 
@@ -34,7 +34,7 @@ class Saved:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
-    """Where each run begins. In the place of training, it saves the next two checkpoints."""
+    """The checkpoint that each run begins from. Instead of training, a run saves the next two checkpoints."""
     starts: list[Path | None] = []
 
     async def run(prepared: Prepared, run_dir: Path, start: Path | None, console: Console) -> None:
@@ -56,13 +56,13 @@ def command(config: Path, *more: str) -> int:
 
 
 def dated(model: Path, folder: Path) -> Path:
-    """The model with a chat template that writes the time: another one in every prompt that is rendered."""
+    """Copy the model, with a chat template that writes the time: a different prompt at each rendering."""
     copy = Path(shutil.copytree(model, folder / "dated"))
     (copy / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y %H:%M:%S.%f') }}" + TEMPLATE)
     return copy
 
 
-def test_a_run_whose_prompts_have_the_date_goes_on_with_the_date_it_was_begun_on(
+def test_a_resumed_run_keeps_the_date_in_its_prompts(
     tiny_model: Path, tmp_path: Path, started: list[Path | None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_run(tmp_path, dated(tiny_model, tmp_path), "float32", steps=8)
@@ -70,17 +70,17 @@ def test_a_run_whose_prompts_have_the_date_goes_on_with_the_date_it_was_begun_on
     folder = checkpoints.folder_of
     assert started == [None, folder(tmp_path / "run", 2), folder(tmp_path / "run", 4)]
     assert len({checkpoints.read_state(folder(tmp_path / "run", step)).begun for step in (5, 6)}) == 1
-    # Another run that goes on from one of its checkpoints has the date with it.
+    # Another run that resumes from one of its checkpoints uses the same date.
     moved = Path(shutil.copytree(folder(tmp_path / "run", 5), tmp_path / "moved"))
     assert main(["train", str(config), "--run-dir", str(tmp_path / "other"), "--resume", str(moved)]) == 0
     assert main(["train", str(config), "--run-dir", str(tmp_path / "new")]) == 0
     assert started[3:] == [moved, None]
 
 
-def test_two_runs_of_another_date_have_other_prompts(
+def test_runs_of_different_dates_have_different_prompts(
     tiny_model: Path, tmp_path: Path, started: list[Path | None]
 ) -> None:
-    """Or the test above would show nothing."""
+    """Without this, the test above would show nothing."""
     config = write_run(tmp_path, dated(tiny_model, tmp_path), "float32")
     states = []
     for name in ("one", "two"):
@@ -104,7 +104,7 @@ def test_a_damaged_checkpoint_is_set_aside_by_the_run_that_goes_on_before_it(
     assert (run_dir / "checkpoints" / "latest").read_text() == "step-000003"
 
 
-def test_a_run_that_is_done_has_not_failed_because_its_report_cannot_be_written(
+def test_a_run_is_finished_even_if_its_report_cannot_be_written(
     tiny_model: Path, tmp_path: Path, started: list[Path | None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_run(tmp_path, tiny_model, "float32", steps=2)

@@ -1,4 +1,4 @@
-"""What a command says of a process that failed: the root cause, which may be in another process's log only."""
+"""The message for a failed process: its root cause, which may stand only in another process's log."""
 
 import os
 import threading
@@ -22,7 +22,7 @@ ray.exceptions.RayTaskError(RuntimeError): ray::EngineWorker.start() (pid=70)
 
 
 def failed_call(method: str, cause: Exception, worker: str = "EngineWorker") -> RayTaskError:
-    """As Ray raises it in the driver."""
+    """Return the error that Ray raises in the driver."""
     text = (
         f"\x1b[36mray::{worker}.{method}()\x1b[39m (pid=70, ip=10.0.0.1)\nTraceback:\n{type(cause).__name__}: {cause}"
     )
@@ -33,7 +33,7 @@ def failed_call(method: str, cause: Exception, worker: str = "EngineWorker") -> 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """With the logs of two starts, of which the first ended otherwise, and of two processes of the last."""
+    """A run directory with the logs of two starts: one process of the first, two of the last."""
     for start, pid, text in (
         ("1", 70, "ValueError: of another start"),
         ("2", 70, LOG),
@@ -76,7 +76,7 @@ def test_refused_weights_are_a_sentence(wrapped: bool, tmp_path: Path) -> None:
     assert str(failure) == f"an engine refused its weights: {cause}; logs: {tmp_path / 'logs'}"
 
 
-def test_other_ends_of_a_run_are_sentences_and_mistakes_of_ours_are_not() -> None:
+def test_other_failures_are_explained_and_bugs_are_not() -> None:
     assert str(explained(LearnerLost("a learner process died while it started"), None)) == (
         "a learner process died while it started"
     )

@@ -1,4 +1,4 @@
-"""Addresses of clusters: the forms that work, IPv6 among them, and the right form for those that cannot."""
+"""Addresses of clusters: the accepted forms, including IPv6, and the errors that name the right form."""
 
 import subprocess
 import sys

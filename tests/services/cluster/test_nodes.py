@@ -1,4 +1,4 @@
-"""Which nodes a run is given; what Ray's autoscaler is told of its needs, read where the autoscaler reads it."""
+"""The nodes that a run is given, and its requests to Ray's autoscaler, read where the autoscaler reads them."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ def until_told(*bundles: dict[str, float]) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_requests_of_runs_add_up_and_are_withdrawn_or_forgotten_if_nobody_renews_them() -> None:
+def test_requests_of_runs_add_up_and_are_withdrawn_or_expire() -> None:
     half, whole = {"CPU": 0.5}, {"CPU": 1.0, "GPU": 1.0}
     with requested("run one", PLAN, wait_s=60) as one:
         until_told(half, half, half, whole)
@@ -62,7 +62,7 @@ def test_a_part_with_labels_is_placed_on_a_node_that_has_them_or_nowhere() -> No
         asyncio.run(place(RayConfig(autoscaling=True, wait_s=1), sdft="actors"))
 
 
-def test_folders_of_processes_that_were_killed_go_with_the_next(tmp_path: Path) -> None:
+def test_the_next_process_removes_the_folders_of_killed_ones(tmp_path: Path) -> None:
     code = (
         "import os, signal; from sdft.actors.shared.process import scratch_folder\n"
         "with scratch_folder('kind-', os.environ['HERE']): os.kill(os.getpid(), signal.SIGKILL)"

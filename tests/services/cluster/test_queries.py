@@ -1,4 +1,4 @@
-"""Questions to the cluster that only advise a run: what one does that fails, and one that is never answered."""
+"""Queries to the cluster that only advise a run: one that fails, and one that is never answered."""
 
 import asyncio
 import threading
@@ -44,12 +44,12 @@ def test_a_run_outlives_failing_queries_and_reports_them_once() -> None:
     ]
 
 
-def test_a_mistake_of_ours_is_no_outage() -> None:
+def test_a_bug_is_not_taken_for_an_outage() -> None:
     with pytest.raises(KeyError), Outage("the query", print).tolerated():
         raise KeyError("a mistake")
 
 
-def test_a_question_without_an_answer_is_asked_once_and_holds_up_neither_loop_nor_end() -> None:
+def test_an_unanswered_query_is_sent_once_and_blocks_neither_the_loop_nor_its_end() -> None:
     asked: list[float] = []
     answered = threading.Event()
 
@@ -66,7 +66,7 @@ def test_a_question_without_an_answer_is_asked_once_and_holds_up_neither_loop_no
                 await query.answer()
 
     began = time.monotonic()
-    asyncio.run(twice())  # with asyncio.to_thread it would wait for the thread
+    asyncio.run(twice())  # with asyncio.to_thread, run() would wait for the thread
     assert time.monotonic() - began < 5
     assert len(asked) == 1
     answered.set()

@@ -1,4 +1,4 @@
-"""The configuration: what loads, and the one sentence that every mistake gets."""
+"""The configuration: what loads, and the one sentence for every mistake."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,7 @@ def load(folder: Path, text: str, *overrides: str) -> RunConfig:
 
 
 def message(folder: Path, text: str, *overrides: str) -> str:
-    """The error for a config, without the folder's name."""
+    """Return the error for a configuration, without the folder's name."""
     with pytest.raises(UserError) as e:
         load(folder, text, *overrides)
     assert "\n" not in str(e.value)
@@ -40,7 +40,7 @@ def test_defaults_are_filled_in(tmp_path: Path) -> None:
     assert config.loss.divergence == "forward"
 
 
-def test_a_pool_is_asked_for_by_a_role_that_there_is(tmp_path: Path) -> None:
+def test_an_unknown_role_of_a_pool_is_an_error(tmp_path: Path) -> None:
     actors = load(tmp_path, GOOD + "actors: {teacher: {replicas: 2}}").actors
     assert (actors.of("student").replicas, actors.of("teacher").replicas) == (1, 2)
     with pytest.raises(KeyError, match="students"):
@@ -70,7 +70,7 @@ def test_overrides_replace_and_add(tmp_path: Path) -> None:
 
 
 def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
-    # Text that YAML could take for a number, a date, a boolean or nothing must come back as text.
+    # Text that YAML could parse as a number, a date, a boolean or null must be read back as text.
     for name in ("1e-5", "2026-01-01", "yes", "null", "12", "ä: #", "0x10", "1:30"):
         config = load(tmp_path, GOOD, f"data.system='{name}'", "learner.optimizer.lr=1e-5")
         assert config.data is not None
@@ -325,7 +325,9 @@ def test_zero_stage_0_with_bfloat16_is_refused_for_it_would_lose_the_masters(tmp
 @pytest.mark.parametrize(
     ("given", "dtype", "expected"), [("", "float32", 0), ("", "bfloat16", 1), ("ranks: 2", "float32", 1)]
 )
-def test_the_zero_stage_is_0_where_nothing_is_divided(tmp_path: Path, given: str, dtype: str, expected: int) -> None:
+def test_the_default_zero_stage_is_0_for_one_rank_in_float32(
+    tmp_path: Path, given: str, dtype: str, expected: int
+) -> None:
     config = load(tmp_path, f"{GOOD}learner: {{{given}}}\n", f"dtype={dtype}", "training.batch_size=2")
     assert config.learner.zero_stage_for(config.dtype) == expected
     chosen = config.learner.model_copy(update={"zero_stage": 2})
@@ -357,11 +359,11 @@ def test_the_dtype_is_one_that_the_processor_has_instructions_for_unless_it_is_g
     given = load(tmp_path, GOOD, "dtype=bfloat16")
     assert given.dtype == "bfloat16"
     assert [line[:34] for line in dtype_lines(given)] == ([] if native else ["this processor has no instructions"])
-    # What is kept of a run has the dtype that it was in, wherever it is read again.
+    # A run's files keep the dtype of the run, on whatever machine they are read.
     assert f"dtype: {usual}\n" in resolved_yaml(load(tmp_path, GOOD))
 
 
-def test_the_processors_flags_say_what_torch_finds(tmp_path: Path) -> None:
+def test_the_processors_flags_agree_with_torch_about_bfloat16(tmp_path: Path) -> None:
     assert has_bfloat16() == torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for flags, has in {"flags : fpu avx2": False, "flags : fpu avx512bw": True, "Features : asimd bf16": True}.items():
         (tmp_path / "cpuinfo").write_text(f"model name : bf16\n{flags}\n")
@@ -374,7 +376,7 @@ def test_a_configuration_with_absolute_paths_means_the_same_anywhere(
 ) -> None:
     for name in ("train.jsonl", "eval.jsonl", "my.jinja"):
         (tmp_path / name).touch()
-    (tmp_path / "turn").mkdir()  # named like a built-in template, which comes first
+    (tmp_path / "turn").mkdir()  # has the name of a built-in template, which has priority
     (tmp_path / "elsewhere" / "m").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "elsewhere")
     sets = "evaluation: {sets: [{name: a, file: eval.jsonl, grader: exact}]}\n"

@@ -1,4 +1,4 @@
-"""What chat templates swallow, where a reply begins and what ends one: found out before a run starts."""
+"""What chat templates leave out, where a reply begins and what ends it: checked before a run starts."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ INSTRUCT = (
     "'<|endoftext|>' }}{% endfor %}"
 )
 THOUGHT = "<think>The sea is near.</think>Oslo."
-# As templates of reasoning models do: of earlier turns the answer alone is left.
+# Templates of reasoning models keep only the answer of earlier turns.
 CUTS_THOUGHTS = TEMPLATE.replace(
     "{{ m['content'] }}",
     "{{ m['content'].split('</think>')[-1] if m['role'] == 'assistant' else m['content'] }}",
@@ -35,7 +35,7 @@ def record(prompt: str = "Which city?", demonstration: str = "Oslo.", *earlier: 
 
 
 def builder(model: Path, chat_template: Any, template: str = "turn", system: str | None = None, **more: Any) -> Any:
-    """Of the tiny model's tokenizer with another chat template. more: other attributes of the tokenizer."""
+    """Return the builder of the tiny model with another chat template. more: other attributes of the tokenizer."""
     tokenizer: Any = load_tokenizer(model)
     tokenizer.chat_template = chat_template
     for name, value in more.items():
@@ -71,7 +71,7 @@ def test_a_demonstration_whose_reasoning_is_cut_is_an_error_that_names_a_templat
 
 
 def test_the_reasoning_of_a_prompts_own_earlier_turns_may_be_cut(tiny_model: Path) -> None:
-    """Templates of reasoning models do so in every use of the model."""
+    """Templates of reasoning models do this in every use of the model."""
     earlier = (Message(role="user", content="Hi"), Message(role="assistant", content=THOUGHT))
     one = builder(tiny_model, CUTS_THOUGHTS)
     text = one._tokenizer.decode(one.student(record("Which city?", "Oslo.", *earlier)))
@@ -99,19 +99,17 @@ def test_a_prompt_that_ends_before_the_reply_begins_is_an_error(tiny_model: Path
     [
         (TEMPLATE, ReplyEnd("", 2)),
         (TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] }}\n"), ReplyEnd("\n", 2)),
-        # As Mistral: nothing opens a reply, and the end of the text is that of a turn.
+        # As in Mistral's: nothing opens a reply, and the end of the text is the end of a turn.
         (INSTRUCT, ReplyEnd("", 0)),
         (TEMPLATE.replace("<|im_end|>", "<|im_end|><|endoftext|>"), ReplyEnd("<|im_end|>", 0)),
-        # As GLM 4: the next turn's beginning ends a reply.
+        # As in GLM 4's: the beginning of the next turn ends a reply.
         (f"{EACH}<|im_start|>{{{{ m['role'] }}}}\n{{{{ m['content'] }}}}{OPEN}", ReplyEnd("", 1)),
-        # Without any special token: the tokenizer's eos_token.
+        # Without special tokens the tokenizer's eos_token ends a reply.
         (f"{EACH}{{{{ m['role'] }}}}: {{{{ m['content'] }}}}\n{OPEN.replace('<|im_start|>', '')}", ReplyEnd("", 0)),
     ],
 )
-def test_what_ends_a_reply_is_what_the_template_puts_behind_it(
-    tiny_model: Path, chat_template: str, end: ReplyEnd
-) -> None:
-    """Whatever the tokenizer's eos_token is, here one that some of the templates do not use."""
+def test_a_reply_ends_with_what_the_template_appends(tiny_model: Path, chat_template: str, end: ReplyEnd) -> None:
+    """The tokenizer's eos_token does not matter; some of these templates do not use it."""
     one = builder(tiny_model, chat_template, eos_token="<|endoftext|>")
     assert one.end(record()) == end
     assert one.demonstration(record()) == [*one._tokenizer.encode(f"Oslo.{end.text}"), end.token_id]
@@ -172,7 +170,7 @@ def test_whatever_goes_wrong_in_a_chat_template_is_one_sentence(tiny_model: Path
         builder(tiny_model, source).student(record())
 
 
-def test_chat_templates_of_which_none_is_the_default_are_named(tiny_model: Path) -> None:
+def test_chat_templates_without_a_default_are_named(tiny_model: Path) -> None:
     with pytest.raises(UserError, match="chat templates named rag, tool_use and none named default"):
         builder(tiny_model, {"tool_use": TEMPLATE, "rag": TEMPLATE})
     one = builder(tiny_model, {"tool_use": "no", "default": TEMPLATE})

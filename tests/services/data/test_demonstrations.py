@@ -1,4 +1,4 @@
-"""Demonstrations and questions: what is read, and how a bad row is named."""
+"""Demonstrations and questions: what is read, and how the errors name a bad row."""
 
 import json
 import os
@@ -21,7 +21,7 @@ CALL = {"role": "assistant", "content": "I look.", "tool_calls": [{"function": {
 
 
 def write(folder: Path, *lines: Any) -> None:
-    """train.jsonl of rows, or of bytes as they are."""
+    """Write train.jsonl from rows, or from bytes unchanged."""
     raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
     (folder / "train.jsonl").write_bytes(b"\n".join(raw) + b"\n")
 
@@ -34,7 +34,7 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def problems(folder: Path, *lines: Any) -> list[str]:
-    """The lines of the error, without the folder's name."""
+    """Return the lines of the error, without the folder's name."""
     write(folder, *lines)
     with pytest.raises(UserError) as e:
         load_demonstrations(DataConfig(train="train.jsonl"), folder, ["demonstration"])
@@ -86,9 +86,7 @@ def test_the_papers_evaluation_files_are_read_as_they_are(
 @pytest.mark.parametrize(
     ("rows", "expected"), [(None, "0123456789"), (4, "0257"), (10, "0123456789"), (99, "0123456789")]
 )
-def test_of_an_evaluation_set_so_many_rows_are_asked_spread_over_it(
-    tmp_path: Path, rows: int | None, expected: str
-) -> None:
+def test_rows_limits_a_set_to_questions_spread_over_its_file(tmp_path: Path, rows: int | None, expected: str) -> None:
     write(tmp_path, *({"prompt": "p", "answer": str(i)} for i in range(10)))
     settings = EvaluationSet(name="q", file="train.jsonl", grader="exact", rows=rows)
     assert "".join(q.answer for q in load_questions(settings, tmp_path, GRADERS["exact"].check_answer)) == expected
@@ -149,8 +147,8 @@ def test_a_bad_row_is_named_by_line_and_reason(tmp_path: Path, row: Any, words: 
         assert word in bad
 
 
-def test_columns_and_members_that_say_nothing_are_left_unused(tmp_path: Path) -> None:
-    """Ids and sources, and what data sets write where a message has no tool calls or images."""
+def test_empty_or_irrelevant_columns_and_members_are_ignored(tmp_path: Path) -> None:
+    """Ids, sources, and the empty fields that data sets write if a message has no tool calls or images."""
     empty: dict[str, Any] = {"tool_calls": None, "name": "", "id": "m1", "timestamp": 3, "weight": 1}
     row = ROW | {
         "prompt": [ROW_MESSAGE | empty],
@@ -169,7 +167,7 @@ def test_columns_and_members_that_say_nothing_are_left_unused(tmp_path: Path) ->
 
 
 def test_an_optional_column_may_be_empty(tmp_path: Path) -> None:
-    """As Dolly's context is where a question has none."""
+    """As in Dolly, whose context is empty for questions without one."""
     write(tmp_path, ROW | {"context": "", "feedback": " "}, ROW | {"id": ""})
     first, second = load_demonstrations(DataConfig(train="train.jsonl"), tmp_path, ["demonstration"])
     assert (first.context, first.feedback, second.id) == (None, None, "row-2")
@@ -177,7 +175,7 @@ def test_an_optional_column_may_be_empty(tmp_path: Path) -> None:
     assert bad == "train.jsonl:1: demonstration is empty"
 
 
-def test_training_does_not_miss_an_answer_that_it_never_reads(tmp_path: Path) -> None:
+def test_training_data_needs_no_answer(tmp_path: Path) -> None:
     write(tmp_path, ROW | {"answers": ["a", "b"]})
     (row,) = load_demonstrations(DataConfig(train="train.jsonl"), tmp_path, ["demonstration"])
     assert row.answer is None
@@ -240,7 +238,7 @@ def test_an_answer_in_parquet_has_only_its_own_members(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["run[1]/t.parquet", "a::b/t.parquet", "run=1/t.parquet", "a*/t?.parquet"])
 def test_a_parquet_file_is_read_as_that_file_whatever_its_name(tmp_path: Path, name: str) -> None:
-    """Beside files that a library would take for it, if it took the name for a pattern."""
+    """Other files lie beside it that match its name as a pattern."""
     for other in (name, "run1/t.parquet", "ab/t1.parquet"):
         (tmp_path / other).parent.mkdir(exist_ok=True)
         write_parquet(tmp_path / other, [ROW | {"demonstration": other}])
@@ -258,9 +256,9 @@ def test_a_parquet_file_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
 
 
 def test_a_parquet_file_needs_no_home(tmp_path: Path) -> None:
-    """Read in a process of its own: libraries look at HOME when they are imported."""
+    """In a separate process, because libraries read HOME when they are imported."""
     write_parquet(tmp_path / "train.parquet", [ROW])
-    (tmp_path / "home").write_text("")  # what root, too, cannot make a folder in
+    (tmp_path / "home").write_text("")  # a file, in which root cannot create a folder either
     code = (
         "from pathlib import Path; from sdft.services.data.rows import parquet_rows; "
         f"print(list(parquet_rows(Path({str(tmp_path / 'train.parquet')!r}))))"
@@ -294,7 +292,7 @@ def test_a_folder_here_is_not_taken_for_a_hub_data_set(tmp_path: Path, monkeypat
 
 
 def test_a_parquet_file_that_is_cut_in_its_middle_is_an_error(tmp_path: Path) -> None:
-    """Its end, with the description of all, is whole."""
+    """The end of the file, which describes the columns, is intact."""
     path = tmp_path / "train.parquet"
     write_parquet(path, [ROW | {"demonstration": f"{i} is a number"} for i in range(500)])
     content = path.read_bytes()
@@ -313,7 +311,7 @@ def test_an_unreachable_hub_is_an_error_that_names_the_way_out(tmp_path: Path, m
     import datasets
     import huggingface_hub.constants
 
-    # The libraries' own offline switch, so that the test neither needs nor waits for a network.
+    # The offline switch of the libraries, so that the test uses no network.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"nobody/no-such-set.*local \.jsonl"):

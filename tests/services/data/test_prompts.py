@@ -1,4 +1,4 @@
-"""Prompts: what student and teacher see under each template, and what is refused."""
+"""Prompts: what student and teacher see with each template, and what is refused."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def tokenizer(tiny_model: Path) -> Any:
 
 
 def turns(*pairs: tuple[str, str]) -> str:
-    """The tiny model's chat format, ready for the assistant."""
+    """Return the turns in the tiny model's chat format, followed by the start of a reply."""
     said = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in pairs)
     return f"{said}<|im_start|>assistant\n"
 
@@ -86,8 +86,8 @@ def test_the_turn_template_has_the_demonstration_as_an_earlier_turn(tokenizer: A
     assert with_context.index("An article.") < with_context.index("Why {x}?")
 
 
-def test_other_templates_show_what_they_are_called_after(tokenizer: Any, tmp_path: Path) -> None:
-    """And make no prompt for a teacher that would have nothing to see."""
+def test_the_context_and_feedback_templates_show_the_column_of_their_name(tokenizer: Any, tmp_path: Path) -> None:
+    """If a record lacks the column of a template, there is no teacher prompt."""
     bare = item(demonstration=None)
     told = item(demonstration=None, context="A {fact}.", feedback="Too {long}.")
     context, feedback = (teacher_text(tokenizer, name, told, tmp_path) for name in ("context", "feedback"))

@@ -1,4 +1,4 @@
-"""Reasoning before an answer: no grader and no judge sees it."""
+"""Reasoning before an answer is hidden from graders and judges."""
 
 import asyncio
 from pathlib import Path
@@ -36,7 +36,7 @@ GOLD = [{"Action": "look", "Action_Input": {"at": "sea"}}]
         ("<reasoning>Paris</reasoning><answer>B</answer>", "<reasoning>Paris</reasoning><answer>B</answer>"),
     ],
 )
-def test_of_a_reply_the_answer_is_left(text: str, answer: str) -> None:
+def test_reasoning_is_removed_from_a_reply(text: str, answer: str) -> None:
     assert without_thoughts(text) == answer
 
 
@@ -58,12 +58,12 @@ def graded(grader: Any, answer: Any, *replies: str, judge: JudgeConfig | None = 
     ],
 )
 def test_a_grader_sees_the_answer_alone(grader: Any, answer: Any, right: str, wrong: str) -> None:
-    """Neither is a right one in the reasoning counted, nor does one that is rejected there count against."""
+    """A right answer in the reasoning does not count, and a wrong one there does no harm."""
     replies = [f"<think>{wrong} No.</think>{right}", f"<think>{right} No.</think>{wrong}", f"<think>{right}", right]
     assert graded(grader, answer, *replies) == [True, False, False, True]
 
 
-def test_a_judge_sees_the_answer_alone_and_is_asked_of_none_that_is_missing(endpoint: JudgeConfig) -> None:
+def test_a_judge_sees_the_answer_alone_and_gets_no_empty_ones(endpoint: JudgeConfig) -> None:
     replies = ["<think>that</think>No", "<think>hm</think>It is that", "<think>that", " "]
     assert graded("judge", "that", *replies, judge=endpoint) == [False, True, False, False]
     assert len(Endpoint.asked) == 2

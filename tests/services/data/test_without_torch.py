@@ -1,4 +1,4 @@
-"""A command's own process reads tokenizers without torch, which alone takes longer to import than all else it does."""
+"""A command reads tokenizers without torch, whose import takes longer than all other work of the command."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def test_check_imports_no_torch_and_leaves_it_importable(tiny_model: Path, tmp_p
     assert "PyTorch was not found" not in done.stdout + done.stderr
 
 
-def test_a_process_that_promised_nothing_imports_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_is_not_hidden_without_the_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     with import_for_tokenizers():
-        assert "torch" not in sys.modules  # neither there nor marked as one that cannot be found
+        assert "torch" not in sys.modules  # neither imported nor marked as missing

@@ -1,4 +1,4 @@
-"""lm-eval itself on the tiny model, with a task of our own: nothing is downloaded."""
+"""lm-eval itself on the tiny model, with a local task: nothing is downloaded."""
 
 import json
 import math
@@ -20,8 +20,11 @@ QUESTIONS = [f"The colour of {thing} is" for thing in ("the sky", "grass", "snow
 
 @pytest.fixture
 def config(tiny_model: Path, tmp_path: Path) -> Path:
-    """A configuration, and beside it the task `colours`, whose right answers are what the tiny model finds likeliest
-    for the first four questions, and something else for the last two."""
+    """A configuration, with the task `colours` beside it.
+
+    The answers to its first four questions are the choices that the tiny model finds likeliest. Those to the last two
+    are others.
+    """
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
 
@@ -65,7 +68,7 @@ def test_a_task_is_scored_as_the_model_scores_it(config: Path, capsys: pytest.Ca
     assert json.loads(out.read_text())["results"]["colours"]["acc,none"] == pytest.approx(4 / 6)
 
 
-# The last lines that lm-eval 0.4.13 prints.
+# Last lines of lm-eval 0.4.13's output.
 UNKNOWN = "ValueError: Tasks not found: ['colourz']"
 OFFLINE = "ConnectionError: Couldn't reach 'Rowan/hellaswag' on the Hub (OfflineModeIsEnabled)"
 
@@ -78,13 +81,13 @@ OFFLINE = "ConnectionError: Couldn't reach 'Rowan/hellaswag' on the Hub (Offline
         ("MemoryError", RuntimeError, "lm-eval could not run t: MemoryError"),
     ],
 )
-def test_what_cannot_be_run_is_said(line: str, kind: type[Exception], expected: str) -> None:
+def test_the_reason_of_a_failed_harness_is_reported(line: str, kind: type[Exception], expected: str) -> None:
     error = _reason("t", ["Traceback (most recent call last):\n", f"{line}\n", "\n"])
     assert type(error) is kind
     assert expected in str(error)
 
 
-def test_a_folder_of_tasks_that_is_not_there_is_said(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_folder_of_tasks_is_an_error(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(config), "--harness", "colours", "--harness-tasks", "nowhere"]) == 2
     assert "--harness-tasks nowhere: there is no such folder" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""`sdft eval`: replies that are graded again, and pass@k of sampled ones."""
+"""`sdft eval`: replies that are graded again, and pass@k of sampled replies."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ evaluation: {sets: [{name: sums, file: sums.jsonl, grader: GRADER}]}
 
 @pytest.fixture
 def replies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two replies that were graded by `exact`, of which one was right."""
+    """Two replies graded by `exact`, one of them right."""
     monkeypatch.chdir(tmp_path)
     rows = [{"id": "a", "prompt": "2 + 2?", "answer": "4"}, {"id": "b", "prompt": "3 + 3?", "answer": "6"}]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -50,7 +50,7 @@ def evaluate(grader: str, *more: str) -> int:
 def test_replies_are_graded_again_by_another_grader(replies: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("exact") == 0
     assert "50.0 %  n 2" in capsys.readouterr().out
-    assert evaluate("exact, rows: 1") == 0  # of the replies in the file, whatever is asked of the set today
+    assert evaluate("exact, rows: 1") == 0  # grades all replies of the file, however many rows the set has now
     assert "50.0 %  n 2" in capsys.readouterr().out
     assert evaluate("numeric", "--out", "again.jsonl") == 0
     assert "100 %  n 2" in capsys.readouterr().out
@@ -59,7 +59,9 @@ def test_replies_are_graded_again_by_another_grader(replies: Path, capsys: pytes
     assert [reply["correct"] for reply in again] == [True, True]
 
 
-def test_replies_that_cannot_be_written_cost_no_results(replies: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_are_printed_even_if_replies_cannot_be_written(
+    replies: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path(".again.jsonl.part").mkdir()
     assert evaluate("exact", "--out", "again.jsonl") == 3
     said = capsys.readouterr()
@@ -90,13 +92,13 @@ def test_replies_to_other_questions_are_refused(
     assert words in capsys.readouterr().err
 
 
-def test_what_cannot_be_together_is_said(replies: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_regrade_together_with_a_model_is_refused(replies: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("exact", "--model", "folder") == 2
     assert "--model has no part in it" in capsys.readouterr().err
 
 
 class Letters:
-    """A pool whose reply is a letter of its seed, a tokenizer that reads it: a third of the sampled replies are A."""
+    """A pool that replies with a letter by the seed, and its tokenizer: a third of the sampled replies are A."""
 
     added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
 
@@ -131,7 +133,7 @@ def test_pass_at_k_grows_with_k_and_does_not_depend_on_the_step() -> None:
 
 def test_the_teacher_is_asked_as_often_as_the_student_with_its_own_prompt() -> None:
     class Leading(Letters):
-        """Whoever is shown a demonstration, token 2, answers A every time."""
+        """Replies A to every prompt with a demonstration, token 2."""
 
         async def generate(self, requests: list[GenerateRequest], sampling: Sampling) -> list[Rollout]:
             assert all(r.prompt_ids.tolist() == [2, 1] for r in requests)

@@ -1,4 +1,4 @@
-"""Broadcasts to a pool, with simulated engines and a learner of a few lines: who is in the group, what if it fails."""
+"""Broadcasts to a pool of simulated engines from a simulated learner: members of the group, and failures."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from tests.fakes.pool_bench import Bench
 
 @dataclass
 class Learner:
-    """Keeps the sizes of the groups that met, and how often it sent."""
+    """Records the sizes of the groups that it joined, and the number of its broadcasts."""
 
     fails: bool = False
     met: list[int] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Learner:
 
 
 class Member(SimulatedEngine):
-    """Knows how its weights came."""
+    """An engine that records the transport of each update."""
 
     misses = False  # the next broadcast
     takes_s = 0.0
@@ -66,19 +66,19 @@ class Member(SimulatedEngine):
 
 
 def bench(learner: Learner) -> Bench:
-    """A pool of three to which the learner broadcasts."""
+    """Return a pool of three engines with a broadcast from the learner."""
     it = Bench(least=3, make=Member)
     it.pool._broadcast = Broadcast("student", lambda: learner, it.notices.append)
     return it
 
 
 def members(it: Bench) -> list[Member]:
-    """All engines that have been started."""
+    """Return all engines that have been started."""
     return cast(list[Member], it.started)
 
 
 def came(it: Bench) -> list[list[str]]:
-    """How each engine's weights came; forgotten afterwards."""
+    """Return the transports of each engine's updates since the last call."""
     how = [engine.came for engine in members(it)]
     for engine in members(it):
         engine.came = []
@@ -114,7 +114,7 @@ def test_a_group_is_formed_once_and_anew_when_its_members_have_changed() -> None
         assert [engine.rank for engine in members(it)] == [1, 2, 3]
         it.pool.resize(4)
         await it.settled()
-        assert came(it) == [[], [], [], ["memory"]]  # who comes later loads it
+        assert came(it) == [[], [], [], ["memory"]]  # a late joiner loads it from memory
         await it.publish(3)
         assert came(it) == [["broadcast"]] * 4
         assert (learner.met, learner.sent) == ([4, 5], 3)
@@ -123,7 +123,7 @@ def test_a_group_is_formed_once_and_anew_when_its_members_have_changed() -> None
     asyncio.run(run())
 
 
-def test_whom_a_broadcast_did_not_reach_loads_from_memory_and_the_next_has_a_new_group() -> None:
+def test_an_engine_missed_by_a_broadcast_loads_from_memory_and_the_next_has_a_new_group() -> None:
     async def run() -> None:
         learner = Learner()
         it = bench(learner)
@@ -144,7 +144,7 @@ def test_whom_a_broadcast_did_not_reach_loads_from_memory_and_the_next_has_a_new
     asyncio.run(run())
 
 
-def test_one_that_is_lost_while_a_group_forms_is_replaced_and_the_others_load_from_memory() -> None:
+def test_an_engine_lost_while_a_group_forms_is_replaced_and_the_others_load_from_memory() -> None:
     async def run() -> None:
         learner = Learner()
         it = bench(learner)
@@ -166,8 +166,8 @@ def test_one_that_is_lost_while_a_group_forms_is_replaced_and_the_others_load_fr
     asyncio.run(run())
 
 
-def test_one_who_waits_no_more_is_not_held_up_and_the_group_is_not_used_again() -> None:
-    """Its members may be anywhere in what was sent."""
+def test_a_cancelled_broadcast_returns_at_once_and_its_group_is_not_used_again() -> None:
+    """After an interrupted broadcast its members may stand at different positions of the data."""
 
     async def run() -> None:
         class Slow(Learner):
@@ -196,7 +196,7 @@ def test_one_who_waits_no_more_is_not_held_up_and_the_group_is_not_used_again() 
     asyncio.run(run())
 
 
-def test_after_some_failures_that_were_waited_for_no_more_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_several_slow_failures_no_broadcast_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         learner = Learner(fails=True)
         it = bench(learner)

@@ -13,7 +13,7 @@ from simulation.engine import SimulatedEngine
 from tests.fakes.pool_bench import Bench
 
 
-def test_who_joins_has_the_newest_weights_before_it_takes_work() -> None:
+def test_a_late_joiner_has_the_newest_weights_before_it_gets_work() -> None:
     async def run() -> None:
         bench = Bench(least=1)
         await bench.pool.start()
@@ -29,8 +29,8 @@ def test_who_joins_has_the_newest_weights_before_it_takes_work() -> None:
     asyncio.run(run())
 
 
-def test_weights_that_come_while_an_engine_joins_do_not_miss_it() -> None:
-    """They wait until it has loaded the ones before, and it is one of the pool's by then."""
+def test_weights_published_while_an_engine_joins_reach_it() -> None:
+    """The update waits until the engine has loaded the version before and has joined the pool."""
 
     class Slow(SimulatedEngine):
         def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
@@ -51,7 +51,7 @@ def test_weights_that_come_while_an_engine_joins_do_not_miss_it() -> None:
     asyncio.run(run())
 
 
-def test_who_finds_no_place_says_what_is_missing_and_is_no_hindrance(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_without_a_place_reports_what_is_missing_and_blocks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     class Homeless(SimulatedEngine):
         async def placed(self) -> Process:
             await asyncio.sleep(9)
@@ -72,7 +72,7 @@ def test_who_finds_no_place_says_what_is_missing_and_is_no_hindrance(monkeypatch
     asyncio.run(run())
 
 
-def test_who_leaves_finishes_what_it_has_and_is_stopped() -> None:
+def test_a_leaving_engine_finishes_its_work_and_is_stopped() -> None:
     async def run() -> None:
         bench = Bench(least=1)
         await bench.begin(2)
@@ -131,8 +131,8 @@ class Refused(SimulatedEngine):
         raise RayActorError
 
 
-def test_a_pool_below_its_least_goes_on_trying() -> None:
-    """Also when a node is drained and the engine that should take the place of the last one does not start at first."""
+def test_a_pool_below_its_minimum_keeps_starting_engines() -> None:
+    """Also if a node is drained and the replacement of the last engine fails to start at first."""
     tries: list[float] = []
 
     def make(number: int) -> SimulatedEngine:
@@ -152,7 +152,7 @@ def test_a_pool_below_its_least_goes_on_trying() -> None:
     assert np.diff(tries) == pytest.approx([0, 1, 1, 3, 7])
 
 
-def test_engines_that_do_not_join_are_tried_ever_more_seldom_until_one_does() -> None:
+def test_failed_joins_are_retried_with_growing_delays_until_one_succeeds() -> None:
     tries: list[float] = []
 
     async def run() -> None:

@@ -1,4 +1,4 @@
-"""A pool of engines: who does what, who has which weights, and what happens when one is lost."""
+"""A pool of engines: dispatch, weight versions, and the loss of an engine."""
 
 import asyncio
 import gc
@@ -44,7 +44,7 @@ def test_one_sequence_has_a_limit_unless_its_batch_has_one() -> None:
     virtual_time.run(run())
 
 
-def test_one_that_dies_before_it_has_joined_does_not_hold_up_the_weights_of_the_others() -> None:
+def test_an_engine_that_dies_while_it_joins_does_not_delay_the_weights_of_the_others() -> None:
     class Slow(SimulatedEngine):
         def start(self) -> tuple[float, None]:
             return 3, None
@@ -55,9 +55,9 @@ def test_one_that_dies_before_it_has_joined_does_not_hold_up_the_weights_of_the_
         await bench.publish(7)
         async with bench.pool.published.lock:
             bench.pool.resize(2)
-            await asyncio.sleep(4)  # it waits for the lock, to load v7
+            await asyncio.sleep(4)  # the engine waits for the lock, to load v7
             bench.started[1].die()
-            await asyncio.sleep(20)  # and is found dead
+            await asyncio.sleep(20)  # and its death is detected
         began = asyncio.get_running_loop().time()
         await bench.publish(8)
         assert asyncio.get_running_loop().time() - began < 1
@@ -69,11 +69,11 @@ def test_one_that_dies_before_it_has_joined_does_not_hold_up_the_weights_of_the_
     virtual_time.run(run())
 
 
-def test_weights_that_went_with_a_nodes_relay_come_again_and_a_relay_goes_with_its_last_engine() -> None:
+def test_weights_lost_with_a_relay_are_sent_again_and_a_relay_ends_with_its_last_engine() -> None:
     relays: list[Relay] = []
 
     class Reading(SimulatedEngine):
-        """On a node of its own; the first copy that it is given is gone by then."""
+        """An engine on its own node. The first copy that it is given has gone."""
 
         def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
             if self.number == 1 and sum(relay.node == self.node for relay in relays) == 1:
@@ -103,9 +103,9 @@ def test_weights_that_went_with_a_nodes_relay_come_again_and_a_relay_goes_with_i
     virtual_time.run(run())
 
 
-def test_what_a_lost_engine_had_is_done_by_the_others_before_it_is_back() -> None:
+def test_a_lost_engines_work_is_done_by_the_others_before_its_replacement_is_ready() -> None:
     class Late(SimulatedEngine):
-        """The successor, which has the number of the one that it succeeds."""
+        """A replacement, with the number of the lost engine."""
 
         def start(self) -> tuple[float, None]:
             return 3, None
@@ -127,7 +127,7 @@ def test_what_a_lost_engine_had_is_done_by_the_others_before_it_is_back() -> Non
     virtual_time.run(run())
 
 
-def test_an_engine_that_was_dead_before_is_stopped_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+def test_stopping_a_dead_engine_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
         bench = Bench()
         await bench.pool.start()
@@ -158,7 +158,7 @@ def test_engines_load_weights_at_once_or_in_turn(one_by_one: bool, begun: list[i
     assert [time - times[0] for time in times] == pytest.approx(begun)
 
 
-def test_a_successor_that_refuses_the_weights_is_replaced_like_one_that_dies() -> None:
+def test_a_replacement_that_refuses_the_weights_counts_as_lost() -> None:
     class Wrong(SimulatedEngine):
         def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
             raise WeightMismatch("its log-probs differ by 3 on average")
@@ -183,7 +183,7 @@ def test_an_engine_that_keeps_dying_is_given_up_if_enough_remain_and_ends_the_ru
         await bench.begin(2)
         for _ in range(2):
             next(e for e in reversed(bench.started) if e.number == 1).die()
-            await bench.work(4)  # finds it out
+            await bench.work(4)  # detects the loss
             await bench.settled()
         assert "the pool goes on with 1 student engine" in bench.notices[-1]
         assert [engine.name for engine in bench.pool.engines] == ["student engine 0"]
@@ -198,7 +198,7 @@ def test_an_engine_that_keeps_dying_is_given_up_if_enough_remain_and_ends_the_ru
     asyncio.run(run())
 
 
-def test_an_engine_on_another_node_whose_weights_went_with_the_learner_is_not_the_one_that_is_lost() -> None:
+def test_an_engine_whose_weights_were_lost_with_the_learner_does_not_count_as_lost() -> None:
     async def run() -> None:
         bench = Bench(least=1, make=lambda number: SimulatedEngine(number, node="there"))
         await bench.pool.start()

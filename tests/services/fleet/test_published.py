@@ -1,4 +1,4 @@
-"""A snapshot on its way to nodes other than the learner's: once a node, and into memory that its engines can map."""
+"""A snapshot on its way to other nodes than the learner's: sent once per node, into memory that its engines can map."""
 
 import asyncio
 import os
@@ -19,12 +19,12 @@ NOTHING = np.zeros(0, dtype=np.int32)
 
 
 def snapshot(version: int, nbytes: int) -> Snapshot:
-    """Of a learner on a node that is not this one."""
+    """Return the snapshot of a learner on another node."""
     return Snapshot("student", version, "/nowhere", "another node", nbytes, (), NOTHING, NOTHING.astype(np.float32))
 
 
 class Learner:
-    """Gives bytes of one value, and counts how often."""
+    """Returns a payload of equal bytes, and counts the requests."""
 
     def __init__(self) -> None:
         self.asked, self.value, self.nbytes, self.lost = 0, 1, 1000, False
@@ -55,7 +55,7 @@ def test_all_engines_of_a_node_map_one_copy_that_was_fetched_once(ray_cluster: N
 
 
 def test_a_relay_keeps_one_buffer_a_role_whatever_was_sent_before(ray_cluster: None) -> None:
-    """A buffer of another size takes the place of the one before, which is closed."""
+    """A buffer of another size replaces the one before, which is closed."""
     relay = SnapshotRelay()
     for nbytes in (1000, 5000, 5000, 3000):
         path = relay.store("student", [ray.put(np.full(nbytes, 7, np.uint8))])
@@ -65,7 +65,7 @@ def test_a_relay_keeps_one_buffer_a_role_whatever_was_sent_before(ray_cluster: N
     assert Path("/proc/self/maps").read_text().count("sdft-relay") == 1
 
 
-def test_a_relay_that_has_died_alone_is_no_engines_loss(ray_cluster: None) -> None:
+def test_the_death_of_a_relay_is_not_the_loss_of_an_engine(ray_cluster: None) -> None:
     async def run() -> None:
         learner, here = Learner(), ray.get_runtime_context().get_node_id()
         published = Published(learner.payload)
@@ -79,7 +79,7 @@ def test_a_relay_that_has_died_alone_is_no_engines_loss(ray_cluster: None) -> No
     asyncio.run(run())
 
 
-def test_all_nodes_have_it_of_one_copy_in_the_object_store(ray_cluster: None) -> None:
+def test_all_nodes_share_one_copy_in_the_object_store(ray_cluster: None) -> None:
     async def run() -> None:
         learner, relays = Learner(), list[Relay]()
 
@@ -102,7 +102,7 @@ def test_all_nodes_have_it_of_one_copy_in_the_object_store(ray_cluster: None) ->
     asyncio.run(run())
 
 
-def test_weights_that_went_with_the_learner_are_not_there_and_nobody_elses_fault(ray_cluster: None) -> None:
+def test_weights_lost_with_the_learner_raise_file_not_found(ray_cluster: None) -> None:
     async def run() -> None:
         learner = Learner()
         learner.lost = True

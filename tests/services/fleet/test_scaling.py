@@ -1,4 +1,4 @@
-"""How many engines a pool should have."""
+"""The number of engines that a pool should have."""
 
 from sdft.services.fleet.autoscaler import FASTEST, IN_A_ROW_GROW, IN_A_ROW_SHRINK, Scaler, Seen
 
@@ -8,7 +8,7 @@ RIGHT = Seen(waited=0.05, busy=0.7, queued=0)
 
 
 def after(scaler: Scaler, size: int, *steps: Seen) -> list[int]:
-    """The size after each step, if the pool follows at once."""
+    """Return the size after each step, if the pool follows at once."""
     sizes = []
     for seen in steps:
         size = scaler.wanted(size, seen)
@@ -24,7 +24,7 @@ def test_a_pool_that_the_learner_waits_for_grows_by_what_is_missing() -> None:
     assert after(Scaler(1, 100), 10, *[starved] * IN_A_ROW_GROW)[-1] == 10 * FASTEST
 
 
-def test_one_step_moves_nothing_and_what_is_decided_needs_new_reasons() -> None:
+def test_one_step_changes_nothing_and_every_change_needs_new_steps() -> None:
     scaler = Scaler(1, 100)
     assert after(scaler, 4, MISSED, RIGHT, MISSED, RIGHT, MISSED) == [4] * 5
     assert after(scaler, 4, MISSED, MISSED, MISSED) == [8, 8, 16]
@@ -34,8 +34,8 @@ def test_a_pool_with_little_to_do_shrinks_to_what_it_uses_but_slowly() -> None:
     assert after(Scaler(1, 100), 10, *[SPARE] * IN_A_ROW_SHRINK) == [10] * (IN_A_ROW_SHRINK - 1) + [3]  # 10 * .2 / .7
 
 
-def test_a_pool_is_not_the_one_that_is_missed_while_it_has_room() -> None:
-    """The learner waits, but for the others."""
+def test_a_pool_with_room_does_not_grow_while_the_learner_waits() -> None:
+    """The learner waits for the other pool."""
     assert after(Scaler(1, 100), 4, *[Seen(waited=0.6, busy=0.3, queued=0)] * 9) == [4] * 9
 
 

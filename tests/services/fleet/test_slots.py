@@ -1,4 +1,4 @@
-"""Who takes the next item."""
+"""Dispatch of items to the least loaded worker."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from sdft.services.fleet.dispatch import Slots
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -17,7 +17,7 @@ class Clock:
         return self.now
 
 
-def test_items_go_to_who_has_the_least_to_do_and_wait_in_their_order_when_nobody_has_room() -> None:
+def test_items_go_to_the_least_loaded_worker_and_queue_in_order_when_all_are_full() -> None:
     async def run() -> None:
         slots: Slots[str] = Slots(3, Clock())
         slots.join("a")
@@ -39,7 +39,7 @@ def test_items_go_to_who_has_the_least_to_do_and_wait_in_their_order_when_nobody
     asyncio.run(run())
 
 
-def test_one_who_leaves_takes_no_more_and_is_idle_when_all_it_had_is_given_back() -> None:
+def test_a_leaving_worker_gets_no_items_and_is_idle_once_all_are_given_back() -> None:
     async def run() -> None:
         slots: Slots[str] = Slots(2, Clock())
         slots.join("a")
@@ -57,8 +57,8 @@ def test_one_who_leaves_takes_no_more_and_is_idle_when_all_it_had_is_given_back(
     asyncio.run(run())
 
 
-def test_one_who_waits_no_longer_keeps_nobody() -> None:
-    """Cancelled while it waits, or after it was given somebody but before it ran."""
+def test_a_cancelled_wait_holds_no_worker() -> None:
+    """Cancelled while it waits, or after it was given a worker but before it ran."""
 
     async def run() -> None:
         slots: Slots[str] = Slots(1, Clock())
@@ -74,7 +74,7 @@ def test_one_who_waits_no_longer_keeps_nobody() -> None:
     asyncio.run(run())
 
 
-def test_when_there_will_be_nobody_everybody_hears_why() -> None:
+def test_a_failure_reaches_every_waiter() -> None:
     async def run() -> None:
         slots: Slots[str] = Slots(1, Clock())
         waiting = asyncio.create_task(slots.take())
@@ -87,7 +87,7 @@ def test_when_there_will_be_nobody_everybody_hears_why() -> None:
     asyncio.run(run())
 
 
-def test_the_share_of_room_in_use_counts_time_and_those_who_come_and_go() -> None:
+def test_the_share_of_room_in_use_is_a_mean_over_time_and_members() -> None:
     async def run() -> None:
         clock = Clock()
         slots: Slots[str] = Slots(2, clock)
@@ -104,7 +104,7 @@ def test_the_share_of_room_in_use_counts_time_and_those_who_come_and_go() -> Non
     asyncio.run(run())
 
 
-def test_the_books_stay_small_however_many_items_pass() -> None:
+def test_memory_stays_bounded_however_many_items_pass() -> None:
     async def run() -> None:
         slots: Slots[int] = Slots(4, Clock())
         for worker in range(3):

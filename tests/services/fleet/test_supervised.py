@@ -1,4 +1,4 @@
-"""An engine's place in a pool, with actors of a few lines that die, hang or go wrong when they are asked to."""
+"""A supervised engine in a pool, with small actors that die, hang or compute wrongly on request."""
 
 import asyncio
 import os
@@ -27,10 +27,14 @@ from tests.fakes.pool_bench import EMPTY, Bench
 
 
 def mortal() -> type:
-    """An actor's class. Made in a function it travels to Ray's workers whole: they cannot import a test."""
+    """Return an actor's class.
+
+    A class made in a function is pickled by value: Ray's workers cannot import a test.
+    """
 
     class Mortal:
-        """Dies at work while no more than `lives` actors have been started; loads only even versions well."""
+        """Dies in generate() while at most `lives` actors have started. The first actor refuses odd versions of the
+        weights."""
 
         def __init__(self, folder: Path) -> None:
             self.folder = folder
@@ -73,7 +77,7 @@ async def nothing_elsewhere(role: str) -> list[ray.ObjectRef]:
 
 
 class Place:
-    """An engine's place, and what was published for it."""
+    """A supervised engine, and the snapshots published for it."""
 
     def __init__(self, folder: Path) -> None:
         self.notices: list[str] = []
@@ -105,12 +109,12 @@ class Place:
         return version
 
 
-def test_a_dead_engines_work_is_done_by_its_successor(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_dead_engines_work_is_done_by_its_replacement(ray_cluster: None, tmp_path: Path) -> None:
     async def run() -> None:
         one = Place(tmp_path)
         await one.engine.start()
         first = one.pid
-        # Two calls at once lose their work to the same death: one successor does both.
+        # Two calls lose their work to the same death; one replacement does both.
         answers = await asyncio.gather(*(one.engine.call("to generate", 60, "generate", 1) for _ in range(2)))
         assert answers == [one.pid, one.pid]
         assert one.pid != first
@@ -135,7 +139,7 @@ def test_an_engine_that_keeps_dying_ends_the_run_with_a_reason(ray_cluster: None
     asyncio.run(run())
 
 
-def test_an_engine_that_hangs_is_found_and_its_successor_has_the_weights(ray_cluster: None, tmp_path: Path) -> None:
+def test_an_engine_that_hangs_is_replaced_by_one_with_the_newest_weights(ray_cluster: None, tmp_path: Path) -> None:
     async def run() -> None:
         one = Place(tmp_path)
         await one.engine.start()
@@ -150,7 +154,7 @@ def test_an_engine_that_hangs_is_found_and_its_successor_has_the_weights(ray_clu
     asyncio.run(run())
 
 
-def test_one_that_is_silent_while_weights_load_is_given_the_time() -> None:
+def test_an_engine_that_is_silent_while_weights_load_is_not_replaced() -> None:
     class Silent(SimulatedEngine):
         def ping(self) -> tuple[float, None]:
             return 1e9, None
@@ -169,10 +173,10 @@ def test_one_that_is_silent_while_weights_load_is_given_the_time() -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_successor_whose_weights_went_with_the_learner_waits_for_the_next_ones(
+def test_a_replacement_waits_for_the_next_weights_if_the_newest_were_lost_with_the_learner(
     ray_cluster: None, tmp_path: Path, known: bool
 ) -> None:
-    """Whether the learner's death is known by then, or found in the loading."""
+    """The death of the learner is known before, or only found during loading."""
 
     async def run() -> None:
         (tmp_path / "engines").mkdir()
@@ -197,7 +201,7 @@ def test_a_successor_whose_weights_went_with_the_learner_waits_for_the_next_ones
 
 
 def test_an_engine_that_computes_otherwise_than_before_is_replaced(ray_cluster: None, tmp_path: Path) -> None:
-    """Its successor loads the same snapshot, and is asked nothing before it agrees with the learner."""
+    """The replacement loads the same snapshot, and gets no work before it agrees with the learner."""
 
     async def run() -> None:
         one = Place(tmp_path)
@@ -218,7 +222,7 @@ def test_weights_that_the_first_engine_refuses_are_not_the_engines_fault(ray_clu
         await one.engine.start()
         with pytest.raises(
             WeightMismatch, match=r"^v1: log-probs differ by 3 on average$"
-        ):  # and no traceback of Ray's
+        ):  # without a traceback of Ray's
             await one.update_weights(1)
         with pytest.raises(SnapshotDamaged, match="arrived damaged"):
             await one.update_weights(2, "damaged")
@@ -228,8 +232,8 @@ def test_weights_that_the_first_engine_refuses_are_not_the_engines_fault(ray_clu
     asyncio.run(run())
 
 
-def test_a_process_that_was_stopped_is_ended_where_it_is(ray_cluster: None, tmp_path: Path) -> None:
-    """Whatever Ray's own kill makes of it: it must not keep the resources that its successor waits for."""
+def test_a_stopped_process_is_killed_on_its_node(ray_cluster: None, tmp_path: Path) -> None:
+    """In addition to Ray's own kill: the process must free the resources that its replacement waits for."""
 
     async def run() -> None:
         one = Place(tmp_path)
@@ -237,7 +241,7 @@ def test_a_process_that_was_stopped_is_ended_where_it_is(ray_cluster: None, tmp_
         process = one.engine.process
         os.kill(process.pid, signal.SIGSTOP)
         end(process)
-        end(Process(os.getpid(), process.node))  # no worker of Ray's: left alone
+        end(Process(os.getpid(), process.node))  # no worker of Ray's: not ended
         deadline = time.monotonic() + 60
         while Path(f"/proc/{process.pid}/cmdline").exists() and Path(f"/proc/{process.pid}/cmdline").read_bytes():
             assert time.monotonic() < deadline, "it is still there"
@@ -247,7 +251,7 @@ def test_a_process_that_was_stopped_is_ended_where_it_is(ray_cluster: None, tmp_
     asyncio.run(run())
 
 
-def test_however_often_something_was_lost_there_is_a_time_to_wait() -> None:
+def test_the_back_off_is_bounded_after_many_losses() -> None:
     losses = Losses()
     waits = []
     for _ in range(2000):
@@ -256,7 +260,7 @@ def test_however_often_something_was_lost_there_is_a_time_to_wait() -> None:
     assert (waits[:4], waits[-1]) == ([0, 1, 3, 7], 60)
 
 
-def test_losses_count_for_an_hour_and_until_it_has_worked_there_is_longer_to_wait(
+def test_losses_count_for_an_hour_and_the_back_off_grows_until_a_recovery(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = SimpleNamespace(monotonic=iter((0.0, 1800.0, 3601.0, 9000.0, 9001.0)).__next__)
@@ -275,12 +279,12 @@ def test_losses_count_for_an_hour_and_until_it_has_worked_there_is_longer_to_wai
         (ValueError(), "ValueError"),
     ],
 )
-def test_what_went_wrong_is_said_in_a_line_that_is_never_empty_nor_a_bare_key(error: Exception, said: str) -> None:
+def test_a_reason_is_one_line_and_never_empty_or_a_bare_key(error: Exception, said: str) -> None:
     assert reason(error) == said
     assert reason(RayTaskError("load", "its traceback", error).as_instanceof_cause()) == said
 
 
-def test_an_actor_that_fails_while_it_is_made_is_told_by_its_error_and_not_by_its_traceback(ray_cluster: None) -> None:
+def test_an_actor_that_fails_in_its_constructor_is_reported_by_its_error_without_traceback(ray_cluster: None) -> None:
     class Broken:
         def __init__(self) -> None:
             raise ImportError("no module of that name")
@@ -292,7 +296,7 @@ def test_an_actor_that_fails_while_it_is_made_is_told_by_its_error_and_not_by_it
     assert reason(lost.value) == "ImportError: no module of that name"
 
 
-def test_a_result_that_was_lost_with_its_node_is_the_engines_loss() -> None:
+def test_a_result_lost_with_its_node_counts_as_the_loss_of_the_engine() -> None:
     class Method:
         async def remote(self, *arguments: object) -> None:
             raise ObjectLostError("ref", None, "")
@@ -307,7 +311,7 @@ def test_a_result_that_was_lost_with_its_node_is_the_engines_loss() -> None:
     asyncio.run(run())
 
 
-def test_weights_that_are_being_loaded_are_loaded_to_the_end_though_nobody_waits() -> None:
+def test_a_cancelled_update_is_loaded_to_the_end() -> None:
     class Loading:
         dead, loaded = False, False
 

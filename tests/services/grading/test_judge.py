@@ -1,31 +1,23 @@
-"""A judge behind OpenAI's protocol, vLLM's server among others: what it is asked, what its words mean, and what is said
-when it cannot judge."""
+"""A judge with OpenAI's protocol, such as vLLM's server: its requests, its verdicts, and the errors if it fails."""
 
 import asyncio
 import json
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sdft.actors.worker import engine_environment
 from sdft.services.base.errors import PreflightError, UserError
 from sdft.services.config.sections import JudgeConfig
 from sdft.services.grading.judge import check_judge, judged, verdict
-from tests.actors.vllm.test_engine import engine_settings
-from tests.fakes.tiny_judge import make_tiny_judge
-from tests.runs.leftovers import new_since, on_machine
-from tests.runs.run import ENVIRONMENT, free_port, wait_until
+from tests.runs.run import free_port
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """A judge that says yes when the reply holds the reference answer; `says` puts other words into its mouth."""
+    """A judge that replies yes if the reply contains the reference answer. `says` replaces that reply."""
 
     says: str | None = None
     asked: list[dict[str, Any]] = []  # noqa: RUF012
@@ -105,7 +97,7 @@ def test_a_judge_that_does_not_judge_is_named(endpoint: JudgeConfig) -> None:
         asyncio.run(judged(endpoint, [("q", "a", "r")] * 2))
 
 
-def test_before_a_run_starts_its_judge_is_asked_whether_it_is_there(endpoint: JudgeConfig) -> None:
+def test_a_judge_is_checked_before_a_run_starts(endpoint: JudgeConfig) -> None:
     check_judge("q", endpoint)
     with pytest.raises(PreflightError, match=r"evaluation set q: the judge at http.* has no model other; it has judge"):
         check_judge("q", endpoint.model_copy(update={"model": "other"}))
@@ -144,34 +136,3 @@ def test_addresses_that_a_judge_may_have(url: str) -> None:
 def test_what_is_no_address_of_a_judge_is_refused_with_the_right_form(url: str) -> None:
     with pytest.raises(ValueError, match=r"is no address of an API; write it as http://HOST:8000/v1"):
         JudgeConfig(url=url, model="m")
-
-
-def test_a_model_behind_vllms_own_server_judges(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    replies = {"It is Paris.": "yes", "It is Rome.": "no", "paris": "Yes.", "I do not know.": "No, it is not."}
-    items = [("What is the capital of France?", "Paris", reply) for reply in replies]
-    model = make_tiny_judge(tmp_path, items, list(replies.values()))
-    before, port, log = on_machine(), free_port(), tmp_path / "server.log"
-    words = f"--model {model} --served-model-name judge --host 127.0.0.1 --port {port} --api-key secret"
-    words += " --dtype float32 --enforce-eager --max-model-len 2048 --kv-cache-memory-bytes 50000000"
-    words += " --distributed-executor-backend uni"
-    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words.split()]
-    scratch = tmp_path_factory.mktemp("j")  # of sockets, whose paths must be short
-    environment = engine_environment(engine_settings(model)) | {
-        "VLLM_RPC_BASE_PATH": str(scratch),
-        "TMPDIR": str(scratch),
-    }
-    with log.open("w") as out:
-        process = subprocess.Popen(server, env=ENVIRONMENT | environment, stdout=out, stderr=out)
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    config = JudgeConfig(url=f"http://127.0.0.1:{port}/v1", model="judge", timeout_s=60)
-    try:
-        wait_until(lambda: "Application startup complete" in log.read_text(), "vLLM's server was up", process)
-        check_judge("q", config)
-        assert asyncio.run(judged(config, items)) == [True, False, True, False]
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-        print(log.read_text()[-3000:])
-    assert new_since(before) == set()

@@ -1,4 +1,4 @@
-"""pass@k against its definition."""
+"""pass@k compared with its definition."""
 
 from itertools import combinations
 
@@ -8,7 +8,7 @@ from sdft.services.grading.pass_at_k import pass_at_k
 
 
 @pytest.mark.parametrize("n", [1, 4, 7])
-def test_it_is_the_share_of_all_draws_of_k_answers_that_hold_a_right_one(n: int) -> None:
+def test_pass_at_k_is_the_share_of_draws_of_k_replies_with_a_right_one(n: int) -> None:
     for right in range(n + 1):
         answers = [True] * right + [False] * (n - right)
         for k in range(1, n + 1):

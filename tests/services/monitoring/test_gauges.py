@@ -1,4 +1,5 @@
-"""Metrics for Prometheus: read where it reads them, from a real Ray node; alerts and dashboard ask for no others."""
+"""Metrics for Prometheus, read from a real Ray node as Prometheus does. Alerts and dashboard query only these
+metrics."""
 
 import json
 import math
@@ -25,12 +26,12 @@ from tests.papers.readme import ROOT
 from tests.services.records.test_metrics import STEP
 
 MONITORING = ROOT / "deploy" / "monitoring"
-ADDED = {"instance"}  # by Prometheus, to every metric
+ADDED = {"instance"}  # Prometheus adds it to every metric
 RAYS_OWN = {
     "ray_node_mem_used": {"instance"},
     "ray_node_mem_total": {"instance"},
     "ray_node_cpu_utilization": {"instance"},
-    "ray_node_gpus_utilization": {"instance"},  # served where there are GPUs
+    "ray_node_gpus_utilization": {"instance"},  # served only with GPUs
     "ray_node_manager_unexpected_worker_failure_total": {"instance", "Type", "Name"},  # once a worker has died
 }
 VALUES = {
@@ -43,7 +44,7 @@ PROMETHEUS_ONLY = MonitoringConfig(tensorboard=False, prometheus=True)
 
 
 def served() -> dict[tuple[str, ...], float]:
-    """What the node serves of ours and of its own: name and the values of our tags -> value. Needs no token."""
+    """Return what the node serves: (name, values of our tags) -> value. Needs no token."""
     url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
     with urllib.request.urlopen(url, timeout=10) as response:
         text = response.read().decode()
@@ -56,7 +57,7 @@ def served() -> dict[tuple[str, ...], float]:
 
 
 def served_when(key: tuple[str, ...], value: float) -> dict[tuple[str, ...], float]:
-    """The same once `key` has a value: a process reports every 10 s."""
+    """Return the same once `key` has this value. A process reports every 10 s."""
     deadline = time.monotonic() + 30
     while (found := served()).get(key) != value:
         assert time.monotonic() < deadline, f"{key} is {found.get(key)} and not {value} after 30 s"
@@ -66,7 +67,7 @@ def served_when(key: tuple[str, ...], value: float) -> dict[tuple[str, ...], flo
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_ray_node_serves_what_a_run_logs(tmp_path: Path) -> None:
-    """Through a learner that is lost, after which the log is opened once more, to a step that is not finite."""
+    """With a lost learner, after which the log is opened again, and a step that is not finite."""
     run = tmp_path.name
     notices: list[str] = []
     sinks = Sinks(tmp_path, PROMETHEUS_ONLY, notices.append)
@@ -93,10 +94,10 @@ def test_a_ray_node_serves_what_a_run_logs(tmp_path: Path) -> None:
     assert found["ray_sdft_divergence", run] == 0.25
     assert found["ray_sdft_step_seconds", run] == 8.5
     assert found["ray_sdft_samples_trained", run] == 16
-    # Work is added up, also when the log is opened again.
+    # Work is added up, also over several logs.
     assert found["ray_sdft_completion_tokens_total", run] == 480
     assert began - 1 < found["ray_sdft_progress_timestamp_seconds", run] < time.time()
-    # Ray serves no NaN: the loss is missing, and another metric says why.
+    # Ray serves no NaN: the loss is missing, and another metric tells why.
     assert ("ray_sdft_loss", run) not in found
     assert found["ray_sdft_not_finite", run] == 1
     assert {name for name, *_ in found if name.startswith("ray_sdft_")} == {
@@ -106,7 +107,7 @@ def test_a_ray_node_serves_what_a_run_logs(tmp_path: Path) -> None:
 
 
 def test_every_number_of_a_step_has_a_metric() -> None:
-    """`direction` is a word, and `step` has a metric that is set apart."""
+    """`direction` is text, and `step` has a separate metric."""
     paths = set()
     for f in fields(StepMetrics):
         if f.name.startswith("time_") and f.name != "time_step_s":
@@ -117,7 +118,7 @@ def test_every_number_of_a_step_has_a_metric() -> None:
 
 
 def test_names_are_those_that_prometheus_asks_for() -> None:
-    """https://prometheus.io/docs/practices/naming: the unit last, counters and only they end in _total."""
+    """https://prometheus.io/docs/practices/naming: the unit comes last, and exactly the counters end in _total."""
     names = [m.name for m in METRICS]
     assert len(set(names)) == len(names)
     for m in METRICS:
@@ -128,7 +129,7 @@ def test_names_are_those_that_prometheus_asks_for() -> None:
 
 
 def test_without_ray_the_sink_says_what_it_needs(tmp_path: Path) -> None:
-    """In a process of its own: others of this one may be connected."""
+    """In a separate process, since other tests may have connected this one."""
     code = (
         "from pathlib import Path; from sdft.services.monitoring.prometheus import Prometheus; "
         f"Prometheus(Path({str(tmp_path)!r}))"
@@ -151,7 +152,7 @@ def expressions() -> list[str]:
 
 
 def unknown(query: Query) -> list[str]:
-    """What an expression names that is not served, as sentences."""
+    """Return what an expression names and nothing serves, as sentences."""
     tags = {f"{PREFIX}{m.name}": {*m.tags, *ADDED} for m in METRICS} | RAYS_OWN
     wrong = [f"no metric {name}" for name in query.metrics if name not in tags]
     for name, label, value in query.matchers:
@@ -185,7 +186,7 @@ def test_an_expression_that_asks_for_something_else_is_found(expression: str, sa
 
 
 def test_rays_own_metrics_exist_in_the_ray_that_is_installed() -> None:
-    """In its table of node metrics, or in the dashboards that it ships."""
+    """In Ray's table of node metrics, or in the dashboards that Ray ships."""
     from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
     shipped = Path(ray.__file__).parent / "dashboard" / "modules" / "metrics" / "dashboards"

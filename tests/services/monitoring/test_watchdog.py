@@ -1,4 +1,4 @@
-"""What a run waits for, as a watchdog tells it."""
+"""The waits of a run, as the watchdog reports them."""
 
 import asyncio
 from pathlib import Path
@@ -10,7 +10,7 @@ from sdft.services.monitoring.watchdog import Watchdog
 from sdft.services.records.waits import read_waiting
 
 
-def test_who_waits_for_what_is_told_once_nothing_moves_and_again_after_something_did(tmp_path: Path) -> None:
+def test_a_stall_is_reported_once_and_again_after_a_wait_has_ended(tmp_path: Path) -> None:
     async def run() -> None:
         waits, notices = Waits(), list[str]()
         watchdog = asyncio.create_task(Watchdog(tmp_path, 0.2, notices.append, waits).run())
@@ -35,7 +35,7 @@ def test_who_waits_for_what_is_told_once_nothing_moves_and_again_after_something
     asyncio.run(run())
 
 
-def test_a_disk_that_takes_nothing_for_a_while_does_not_silence_it(tmp_path: Path) -> None:
+def test_a_stall_is_reported_even_if_no_file_can_be_written(tmp_path: Path) -> None:
     async def run() -> None:
         run_dir, waits, notices = tmp_path / "run", Waits(), list[str]()
         waits.begin("the learner's step", 3600)
@@ -68,11 +68,11 @@ def test_a_wait_within_a_wait_says_which_it_was() -> None:
     asyncio.run(run())
 
 
-def test_a_cancellation_that_comes_with_an_answer_is_heard() -> None:
-    """Whoever watches an engine asks again and again, and would not end."""
+def test_a_cancellation_that_comes_with_an_answer_takes_effect() -> None:
+    """The supervision of an engine asks repeatedly; a lost cancellation would let it run forever."""
 
     async def heard(passes: int) -> bool:
-        """None of the loop's passes are between answer and cancellation, or some."""
+        """Cancel after this number of the loop's passes; return whether the cancellation took effect."""
         answer = asyncio.get_running_loop().create_future()
 
         async def asked() -> None:

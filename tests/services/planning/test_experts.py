@@ -1,4 +1,4 @@
-"""Mixtures of experts are refused before anything is started."""
+"""Mixtures of experts are refused before any process starts."""
 
 import json
 import shutil
@@ -34,11 +34,13 @@ def test_a_mixture_of_experts_is_refused_by_the_key_that_tells(config: dict[str,
 
 
 @pytest.mark.parametrize("config", [{}, {"num_experts": 1}, {"num_local_experts": 0}, {"n_routed_experts": None}])
-def test_a_model_without_experts_is_not(config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_model_without_experts_is_accepted(config: dict[str, Any], tmp_path: Path) -> None:
     refuse_experts(folder(tmp_path, config | {"text_config": None}))
 
 
-def test_check_refuses_it(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_refuses_a_mixture_of_experts(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = tmp_path / "m"
     shutil.copytree(tiny_model, model)
     folder(model, json.loads((model / "config.json").read_text()) | {"num_experts": 4})

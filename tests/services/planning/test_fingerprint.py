@@ -1,4 +1,4 @@
-"""What of a run may be changed when it is continued."""
+"""What may change when a run is continued."""
 
 import shutil
 from pathlib import Path
@@ -49,24 +49,24 @@ def fingerprint(folder: Path, model: Path, *overrides: str) -> str:
 
 
 @pytest.mark.parametrize("override", NOT_HASHED)
-def test_what_changes_nothing_that_is_computed_may_change(tiny_model: Path, tmp_path: Path, override: str) -> None:
+def test_settings_without_effect_on_results_may_change(tiny_model: Path, tmp_path: Path, override: str) -> None:
     assert fingerprint(tmp_path, tiny_model, override) == fingerprint(tmp_path, tiny_model)
 
 
 @pytest.mark.parametrize("override", [*OF_THE_RESULT, *OF_THE_POOLS, AHEAD])
-def test_what_changes_the_bits_of_a_strict_run_may_not(tiny_model: Path, tmp_path: Path, override: str) -> None:
+def test_settings_that_change_the_bits_of_a_strict_run_may_not_change(
+    tiny_model: Path, tmp_path: Path, override: str
+) -> None:
     assert fingerprint(tmp_path, tiny_model, override) != fingerprint(tmp_path, tiny_model)
 
 
 @pytest.mark.parametrize("override", [*NOT_HASHED, *OF_THE_POOLS, "training.max_staleness=5"])
-def test_where_no_two_runs_are_the_same_the_pools_and_the_staleness_may_change(
-    tiny_model: Path, tmp_path: Path, override: str
-) -> None:
+def test_a_run_ahead_may_change_its_pools_and_staleness(tiny_model: Path, tmp_path: Path, override: str) -> None:
     assert fingerprint(tmp_path, tiny_model, AHEAD, override) == fingerprint(tmp_path, tiny_model, AHEAD)
 
 
 @pytest.mark.parametrize("override", [*OF_THE_RESULT, "training.max_staleness=0"])
-def test_what_is_learnt_from_may_not_change_there_either(tiny_model: Path, tmp_path: Path, override: str) -> None:
+def test_a_run_ahead_may_not_change_what_its_result_depends_on(tiny_model: Path, tmp_path: Path, override: str) -> None:
     assert fingerprint(tmp_path, tiny_model, AHEAD, override) != fingerprint(tmp_path, tiny_model, AHEAD)
 
 

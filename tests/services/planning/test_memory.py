@@ -1,4 +1,4 @@
-"""The learner's memory as `sdft check` predicts it, against the peak of a real one."""
+"""The learner's memory as `sdft check` predicts it, compared with the peak of a real learner."""
 
 import asyncio
 import statistics
@@ -18,7 +18,7 @@ from sdft.services.planning.memory import learner_gib
 from sdft.services.planning.shape import ModelShape
 
 BASE = LearnerConfig(micro_batch_tokens=8192)
-NATIVE = native_dtype("cpu")  # the other one may take minutes here
+NATIVE = native_dtype("cpu")  # the other dtype may take minutes on this machine
 
 
 @pytest.mark.parametrize(
@@ -40,16 +40,17 @@ def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(
     assert predicted == pytest.approx(peak, rel=0.15)
 
 
-def test_most_steps_of_a_learner_work_in_the_memory_that_it_has(ray_cluster: None, smollm2: Path) -> None:
+def test_most_steps_of_a_learner_allocate_no_new_memory(ray_cluster: None, smollm2: Path) -> None:
     _, new_pages = asyncio.run(measured(smollm2, NATIVE, BASE, sequences=2, steps=5))
-    # 20 MiB; a gradient of the head alone, given back and fetched again, is 14,000. In a single step the heap may grow.
+    # 20 MiB. A gradient of the head alone, freed and allocated again, is 14,000 pages. The heap may grow in a single
+    # step.
     assert statistics.median(new_pages) < 5000
 
 
 async def measured(
     model: Path, dtype: str, config: LearnerConfig, sequences: int, steps: int
 ) -> tuple[float, list[int]]:
-    """The peak of a learner's resident memory, GiB, and how many pages the kernel gave it in each step."""
+    """Return the peak of a learner's resident memory in GiB, and the pages that the kernel gave it in each step."""
     settings = LearnerSettings(
         str(model), dtype, "cpu", 0, config, (StageSettings(0, 10, LOSS, config.optimizer),), TeacherConfig()
     )
@@ -68,7 +69,7 @@ async def measured(
 
 
 def page_faults(pid: int) -> int:
-    """How many pages the kernel has given a process so far."""
+    """Return the number of pages that the kernel has given a process."""
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[7])
 
 

@@ -1,4 +1,4 @@
-"""Models by name: folders, the built-in model made from its package, and what is said when there is none."""
+"""Models by name: folders, the built-in model made from its package, and the errors for unknown names."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from sdft.services.planning.models import materialise, resolve_model
 from sdft.services.planning.smollm2 import WHEEL_SHA256, check_sha256
 
 
-def test_a_folder_is_found_from_the_config_and_from_here(
+def test_a_folder_is_found_from_the_config_and_from_the_working_directory(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert resolve_model(str(tiny_model), tmp_path) == tiny_model.resolve()

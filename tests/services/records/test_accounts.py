@@ -1,4 +1,4 @@
-"""What a run is accountable by: the schedule, the ledger, checkpoints and the plan."""
+"""The accounts of a run: the schedule, the ledger, checkpoints and the plan."""
 
 import asyncio
 import itertools
@@ -54,8 +54,8 @@ def test_epochs_train_on_every_demonstration_as_often_as_every_other() -> None:
         assert schedule.issued_through(step) == through
 
 
-def test_an_audit_is_of_each_epoch() -> None:
-    """A sample too many in one and too few in another do not make up for each other."""
+def test_an_audit_checks_each_epoch() -> None:
+    """A surplus in one epoch does not compensate for a missing sample in another."""
     accounts = Ledger(Path(":memory:"))
     accounts.issue([SampleId(0, 0, 0, 0), SampleId(0, 1, 0, 0)], step=1)
     assert accounts.audit({(0, 0): 1, (0, 1): 1}) == (0, 0, 2)
@@ -75,8 +75,8 @@ def test_the_order_changes_with_the_epoch_and_the_seed_and_nothing_else() -> Non
     assert orders(0)[0] != orders(1)[0]
 
 
-def test_a_batch_of_many_demonstrations_is_drawn_at_once() -> None:
-    """The order of an epoch is made once, not for each of its samples: that took 60 ms for each of these."""
+def test_the_order_of_an_epoch_is_computed_once() -> None:
+    """The order of an epoch is computed once. Computing it for each sample would take 60 ms per sample."""
     schedule = StageSchedule(100_000, 2000, 1, 0, prompts=100_000)
     _order.cache_clear()
     assert len({s.index for s in schedule.batch(1)}) == 2000
@@ -198,11 +198,9 @@ def test_checkpoints_are_in_the_order_of_their_steps_and_not_of_their_names(tmp_
     assert list(checkpoints.folders(tmp_path)) == [1_000_050]
 
 
-def test_a_checkpoint_that_is_being_put_in_place_is_there_before_anybody_chooses_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stop_waits_for_a_commit_in_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Saved:
-        """The learner's part: nothing to write."""
+        """The learner's part of a checkpoint: writes nothing."""
 
         async def save(self, folder: Path) -> None: ...
 
@@ -245,7 +243,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, damage: o
     folder, notes = checkpoints.newest(tmp_path)
     assert folder == good
     assert reason in notes[0]
-    # Saved once more, the step takes the damaged folder's place.
+    # A new checkpoint of the same step replaces the damaged folder.
     assert checkpoints.newest(save(tmp_path, 4).parent.parent)[0] == bad
 
 
@@ -293,7 +291,7 @@ def test_an_engine_on_a_gpu_measures_its_cache_unless_its_size_is_given(tmp_path
 
 
 def test_an_engine_with_a_cache_of_a_given_size_needs_no_share_of_its_gpu_free(tmp_path: Path) -> None:
-    """vLLM starts only if that share is free: a GPU that many engines fill would be refused while it has room."""
+    """vLLM starts only if that share is free. On a GPU with many engines it would refuse although there is room."""
     (tmp_path / "config.json").write_text("{}")
     shares = [
         engine_settings(config(device="cuda", actors={"student": {"kv_cache_gib": gib}}), tmp_path, "student")
@@ -303,13 +301,13 @@ def test_an_engine_with_a_cache_of_a_given_size_needs_no_share_of_its_gpu_free(t
 
 
 def test_memory_that_holds_cached_files_counts_as_available(tmp_path: Path) -> None:
-    """Free pages alone would refuse to start on any machine that has read many files."""
+    """With free pages alone, a start would fail on any machine that has read many files."""
     (tmp_path / "meminfo").write_text("MemTotal: 16777216 kB\nMemFree: 1048576 kB\nMemAvailable: 12582912 kB\n")
     assert available_memory_gib(tmp_path / "meminfo") == 12
     assert available_memory_gib(tmp_path / "nothing") > 0
 
 
-def test_a_run_that_goes_on_from_an_earlier_checkpoint_does_not_take_later_ones_for_its_newest(tmp_path: Path) -> None:
+def test_a_run_resumed_from_an_earlier_checkpoint_sets_later_ones_aside(tmp_path: Path) -> None:
     for step in (2, 4, 6):
         save(tmp_path, step, keep=3)
     (note,) = checkpoints.set_aside(tmp_path, after=4)

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, cannot be read, or cannot be pruned: what is kept, and the notes that a run gets."""
+"""Checkpoints that are damaged, cannot be read or cannot be removed: what is kept, and the notes that a run gets."""
 
 import asyncio
 import errno
@@ -42,7 +42,7 @@ def spoil(folder: Path) -> None:
 
 
 def unreadable(folder: Path) -> None:
-    """Reading its manifest is an error of the system, for root too."""
+    """Make reading the manifest fail with a system error, for root too."""
     (folder / checkpoints.MANIFEST).unlink()
     (folder / checkpoints.MANIFEST).symlink_to(checkpoints.MANIFEST)
 
@@ -56,7 +56,7 @@ def contents(run_dir: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_damaged_checkpointer_of_later_steps_displace_no_good_one(tmp_path: Path, keep: int) -> None:
+def test_damaged_checkpoints_of_later_steps_displace_no_good_one(tmp_path: Path, keep: int) -> None:
     save(tmp_path, 100)
     for step in (200, 250):
         spoil(save(tmp_path, step))
@@ -79,7 +79,7 @@ def test_damaged_checkpoints_are_set_aside_when_a_run_goes_on_before_them(tmp_pa
 
 
 @pytest.mark.parametrize("manifest", ["[]", '{"files": {"weights": 3}}', '{"files": []}', "{}"])
-def test_a_manifest_that_is_none_is_damage(tmp_path: Path, manifest: str) -> None:
+def test_an_invalid_manifest_is_damage(tmp_path: Path, manifest: str) -> None:
     folder = save(tmp_path, 2)
     (folder / checkpoints.MANIFEST).write_text(manifest)
     assert "its manifest.json cannot be read" in (checkpoints.damage(folder) or "")
@@ -95,7 +95,7 @@ def test_checkpoints_that_are_all_damaged_are_an_error_that_names_each(tmp_path:
     assert names(tmp_path) == ["step-000002", "step-000004"]
 
 
-def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path) -> None:
+def test_an_unreadable_checkpoint_is_not_called_damaged(tmp_path: Path) -> None:
     save(tmp_path, 2)
     bad = save(tmp_path, 4)
     unreadable(bad)
@@ -111,7 +111,7 @@ def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path) -> None:
 
 
 class Learner:
-    """The learner's part of a checkpoint: `begun`, `done` are what its two calls raise."""
+    """The learner's part of a checkpoint. begun, done: what save() and written() raise."""
 
     def __init__(self, begun: Exception | None = None, done: Exception | None = None) -> None:
         self._begun, self._done = begun, done
@@ -127,7 +127,7 @@ class Learner:
 
 
 def checkpointer_of(run_dir: Path, learner: Learner, timeout_s: float = 60) -> tuple[Checkpointer, io.StringIO]:
-    """Those of a run of 3 steps that keeps one, and what it prints."""
+    """Return the checkpointer of a run of 3 steps that keeps one checkpoint, and its output."""
     one, log = prepared(Case("saving", engines=1, steps=3), 8), io.StringIO()
     settings = one.config.checkpoint.model_copy(update={"keep": 1, "timeout_s": timeout_s})
     one = replace(one, config=one.config.model_copy(update={"checkpoint": settings}))
@@ -149,7 +149,9 @@ GONE = ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
 
 @pytest.mark.parametrize("error", [LATE, GONE])
 @pytest.mark.parametrize("call", ["begun", "done"])
-def test_a_learner_that_does_not_answer_is_not_a_full_disk(tmp_path: Path, call: str, error: Exception) -> None:
+def test_a_learner_that_does_not_answer_is_not_taken_for_a_full_disk(
+    tmp_path: Path, call: str, error: Exception
+) -> None:
     writer, log = checkpointer_of(tmp_path, Learner(**{call: error}))
     with pytest.raises(type(error), match=str(error.args[-1])):
         asyncio.run(saved(writer, 1))
@@ -158,7 +160,9 @@ def test_a_learner_that_does_not_answer_is_not_a_full_disk(tmp_path: Path, call:
 
 @pytest.mark.parametrize("error", [FULL, RayTaskError("save", "…", FULL).as_instanceof_cause()])
 @pytest.mark.parametrize("call", ["begun", "done"])
-def test_a_disk_without_room_is_a_note_and_gets_its_room_back(tmp_path: Path, call: str, error: Exception) -> None:
+def test_a_full_disk_is_a_note_and_the_partial_checkpoint_is_removed(
+    tmp_path: Path, call: str, error: Exception
+) -> None:
     writer, log = checkpointer_of(tmp_path, Learner(**{call: error}))
     asyncio.run(saved(writer, 1))
     lines = log.getvalue().splitlines()
@@ -167,8 +171,8 @@ def test_a_disk_without_room_is_a_note_and_gets_its_room_back(tmp_path: Path, ca
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_a_commit_that_does_not_end_in_time_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may still put its checkpoint into its place after another was chosen to go on from."""
+def test_a_commit_that_exceeds_its_time_limit_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may rename its checkpoint after the run has chosen another one to resume from."""
     writer, _ = checkpointer_of(tmp_path, Learner(), timeout_s=0.1)
     commit = checkpoints.commit
 
@@ -196,8 +200,8 @@ def block_removal(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("block", [block_latest, block_removal])
-def test_what_fails_once_a_checkpoint_has_its_name_is_a_note(tmp_path: Path, block: Callable[[Path], None]) -> None:
-    """On the last step too, where a checkpoint that is not written ends the run."""
+def test_a_failure_after_a_checkpoint_has_its_name_is_a_note(tmp_path: Path, block: Callable[[Path], None]) -> None:
+    """Also at the last step, at which a checkpoint that cannot be written ends the run."""
     writer, log = checkpointer_of(tmp_path, Learner())
     save(tmp_path, 2)
 
@@ -216,7 +220,7 @@ def no_sinks(run_dir: Path) -> Sinks:
 
 
 class LostOnce(Session):
-    """A run whose learner is lost in the first try; `tried`: the checkpoints that it was to go on from."""
+    """A run whose learner is lost in the first try. tried: the checkpoint that each try begins from."""
 
     def __init__(self, run_dir: Path) -> None:
         log = Progress(Console(quiet=True), 3, "test")
@@ -236,7 +240,7 @@ class LostOnce(Session):
             raise LearnerLost("learner rank 0 died")
 
 
-def test_a_learner_that_is_lost_goes_on_from_the_newest_good_checkpoint(tmp_path: Path) -> None:
+def test_a_lost_learner_resumes_from_the_newest_good_checkpoint(tmp_path: Path) -> None:
     run, start = LostOnce(tmp_path), save(tmp_path / "another", 1)
     good, bad = save(tmp_path, 2), save(tmp_path, 4)
     spoil(bad)
@@ -246,7 +250,7 @@ def test_a_learner_that_is_lost_goes_on_from_the_newest_good_checkpoint(tmp_path
     assert len(list((tmp_path / "checkpoints").glob("aside-*-step-000004"))) == 1
 
 
-def test_before_its_first_checkpoint_it_goes_on_from_where_the_run_began(tmp_path: Path) -> None:
+def test_before_its_first_checkpoint_a_lost_learner_resumes_from_the_start_of_the_run(tmp_path: Path) -> None:
     run, start = LostOnce(tmp_path / "run"), save(tmp_path / "another", 1)
     asyncio.run(run.run_attempts(start, no_sinks(tmp_path)))
     assert run.tried == [start, start]

@@ -215,7 +215,7 @@ def test_a_sink_that_is_not_installed_is_named_before_the_run(
 
 
 class Logged:
-    """In the place of a sink's package, or of its run: what was called, with what."""
+    """Replaces a sink's package or its run, and records the calls with their arguments."""
 
     def __init__(self) -> None:
         self.calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -229,7 +229,7 @@ class Logged:
 
 
 def test_mlflow_gets_names_that_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It refuses an @."""
+    """MLflow refuses an @."""
     monkeypatch.setitem(sys.modules, "mlflow", mlflow := Logged())
     MLflow(tmp_path, "demo").log(3, {"eval/tools/pass@8": 0.5, "train/loss": 1.0})
     (metrics,), named = mlflow.calls["log_metrics"]
@@ -248,7 +248,7 @@ def test_wandb_gets_the_configuration_as_the_run_reads_it(tmp_path: Path, monkey
 def test_wandb_gets_each_step_once_also_when_a_learner_repeats_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """W&B takes steps in order only, and one run is begun, however often the log is opened."""
+    """W&B accepts steps only in increasing order. One W&B run begins, however often the log is opened."""
     begun: list[dict[str, Any]] = []
     sent: list[int] = []
 

@@ -1,4 +1,4 @@
-"""What is written for others to read has the permissions that the umask gives, whatever it was made from."""
+"""Files written for others to read have the permissions of the umask, whatever those of their sources."""
 
 import json
 import os
@@ -27,14 +27,14 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def assert_usual(folder: Path, umask: int) -> None:
-    """Every file and folder in it has the permissions of a new one."""
+    """Check that every file and folder in it has the permissions of a new one."""
     modes = {path: path.stat().st_mode & 0o777 for path in (folder, *folder.rglob("*"))}
     assert any(path.is_file() for path in modes)
     assert modes == {path: (0o777 if path.is_dir() else 0o666) & ~umask for path in modes}
 
 
 def closed(folder: Path, model: Path) -> Path:
-    """A copy of a model folder that only its owner may read."""
+    """Return a copy of a model folder that only its owner may read."""
     folder.mkdir(mode=0o700)
     for path in model.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
@@ -42,7 +42,7 @@ def closed(folder: Path, model: Path) -> Path:
     return folder
 
 
-def test_a_saved_student_and_its_export(tiny_model: Path, tmp_path: Path, umask: int) -> None:
+def test_permissions_of_a_saved_student_and_its_export(tiny_model: Path, tmp_path: Path, umask: int) -> None:
     run_dir, base = tmp_path / "run", closed(tmp_path / "base", tiny_model)
     run_dir.mkdir()
     part = checkpoints.begin(run_dir, 1)
@@ -50,7 +50,7 @@ def test_a_saved_student_and_its_export(tiny_model: Path, tmp_path: Path, umask:
     checkpoints.commit(part, run_dir, checkpoints.CheckpointState(1, 1, 1, "float32", "f"), keep=1)
     folder = checkpoints.folder_of(run_dir, 1)
     assert_usual(folder, umask)
-    for path in (folder / "student").iterdir():  # as an earlier version left them
+    for path in (folder / "student").iterdir():  # permissions of files from other versions
         path.chmod(0o600)
     (folder / "student").chmod(0o700)
     assert main(["export", str(run_dir), "--out", str(tmp_path / "out")]) == 0
@@ -58,7 +58,7 @@ def test_a_saved_student_and_its_export(tiny_model: Path, tmp_path: Path, umask:
     assert {path.name for path in (tmp_path / "out").iterdir()} == {p.name for p in (folder / "student").iterdir()}
 
 
-def test_a_saved_adapter_and_what_it_is_merged_into(tiny_model: Path, tmp_path: Path, umask: int) -> None:
+def test_permissions_of_a_saved_adapter_and_the_merged_model(tiny_model: Path, tmp_path: Path, umask: int) -> None:
     base, name = closed(tmp_path / "base", tiny_model), "model.layers.0.mlp.down_proj."
     adapters = {f"{name}lora_A.weight": torch.zeros(2, 128), f"{name}lora_B.weight": torch.zeros(128, 2)}
     adapter_file(base, adapters, LoraConfig(rank=2, targets=("down_proj",)), tmp_path / "adapter").write()
@@ -66,14 +66,14 @@ def test_a_saved_adapter_and_what_it_is_merged_into(tiny_model: Path, tmp_path: 
     merge_adapter(tmp_path / "adapter", tmp_path / "out")
     assert_usual(tmp_path / "out", umask)
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError):  # which says nothing of the base model
+    with pytest.raises(FileNotFoundError):  # the error does not name the base model
         merge_adapter(tmp_path / "adapter", tmp_path / "again")
     base.rename(tmp_path / "moved")
     with pytest.raises(BaseModelGone, match=str(base)):
         merge_adapter(tmp_path / "adapter", tmp_path / "again")
 
 
-def test_a_built_in_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int) -> None:
+def test_permissions_of_a_built_in_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int) -> None:
     def make(out: Path) -> None:
         (out / "config.json").write_text(json.dumps({}))
 
@@ -82,7 +82,7 @@ def test_a_built_in_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask
     assert_usual(tmp_path / "made", umask)
 
 
-def test_a_ledger_from_a_checkpoint_that_may_not_be_written(tmp_path: Path, umask: int) -> None:
+def test_permissions_of_a_ledger_restored_from_a_read_only_checkpoint(tmp_path: Path, umask: int) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     Ledger(tmp_path / "copy").close()
@@ -91,8 +91,8 @@ def test_a_ledger_from_a_checkpoint_that_may_not_be_written(tmp_path: Path, umas
     assert_usual(run_dir, umask)
 
 
-def test_rays_logs(tmp_path: Path, umask: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """In folders that everybody may write to. What is no file stays where it is, and a full disk is a line."""
+def test_permissions_of_rays_logs(tmp_path: Path, umask: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """In folders that everybody may write to. Only files are copied, and a full disk gives one line."""
     source = tmp_path / "ray" / "session_2026" / "logs"
     for name in ("worker.out", "events/a.log", "old/gone.log"):
         (source / name).parent.mkdir(parents=True, exist_ok=True)

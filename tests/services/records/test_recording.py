@@ -1,4 +1,4 @@
-"""Recorded batches come back as they were, and `sdft replay` says what it cannot do."""
+"""Recorded batches are read back unchanged, and `sdft replay` refuses impossible ranges."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +49,6 @@ def test_a_range_of_steps(steps: str | None, expected: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("steps", "reason"), [("a:b", "two step numbers as 3:7"), ("6:4", "recorded steps 3 to 9"), ("1:4", "steps 3 to 9")]
 )
-def test_a_range_that_is_none(steps: str, reason: str) -> None:
+def test_an_invalid_range_of_steps_is_refused(steps: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         _range(steps, list(range(3, 10)))

@@ -1,4 +1,4 @@
-"""A full disk ends a run in a sentence, and all is closed; but for the last, a checkpoint may be missed."""
+"""A full disk ends a run with one sentence, and all files are closed. Only the last checkpoint must be written."""
 
 import asyncio
 import errno
@@ -25,7 +25,7 @@ from tests.runs.run import write_run
 
 
 def full_ledger() -> sqlite3.OperationalError:
-    """What sqlite raises when there is no room."""
+    """Return the error that sqlite raises on a full disk."""
     db = sqlite3.connect(":memory:")
     db.executescript("PRAGMA max_page_count = 4; CREATE TABLE t (x);")
     with pytest.raises(sqlite3.OperationalError) as caught:
@@ -35,7 +35,7 @@ def full_ledger() -> sqlite3.OperationalError:
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), full_ledger()])
-def test_it_ends_the_run_in_a_sentence(
+def test_a_full_disk_ends_the_run_with_one_sentence(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     config, run_dir = write_run(tmp_path, tiny_model, "float32"), tmp_path / "run"
@@ -51,8 +51,8 @@ def test_it_ends_the_run_in_a_sentence(
     assert json.loads((run_dir / "run.json").read_text())["state"] == "failed"
 
 
-def test_what_else_is_open_is_closed(tmp_path: Path) -> None:
-    """/dev/full takes nothing: not when it is written to, and not when it is closed."""
+def test_a_full_disk_leaves_no_file_open(tmp_path: Path) -> None:
+    """/dev/full fails at a write and at the close."""
     (tmp_path / "samples.jsonl").symlink_to("/dev/full")
     log = RunLog(tmp_path)
     with pytest.raises(OSError, match="No space left"):
@@ -62,12 +62,12 @@ def test_what_else_is_open_is_closed(tmp_path: Path) -> None:
     assert all(file.closed for file in log._files.values())
 
 
-def test_only_the_last_checkpoint_ends_the_run_in_a_sentence(tiny_model: Path, tmp_path: Path) -> None:
+def test_of_failed_checkpoints_only_the_last_ends_the_run(tiny_model: Path, tmp_path: Path) -> None:
     config, run_dir = write_run(tmp_path, tiny_model, "float32"), tmp_path / "run"
     prepared, out = prepare(load_config(config), config), io.StringIO()
     last = prepared.schedule.total_steps
     run_dir.mkdir()
-    (run_dir / "checkpoints").write_text("")  # where the folder should be: nothing can be written, nobody is asked
+    (run_dir / "checkpoints").write_text("")  # blocks the folder: nothing can be written, and no learner is needed
     progress = Progress(Console(file=out, width=400), last, "test")
     checkpoints = Checkpointer(prepared, run_dir, cast(LearnerGroup, None), cast(Ledger, None), progress)
     asyncio.run(checkpoints.save(last - 1, None))

@@ -1,5 +1,7 @@
-"""Evaluation sets that come later than their run, with an appended stage or alone: they are asked before training goes
-on. In simulated time."""
+"""Evaluation sets that are added later, with an appended stage or alone, are evaluated before training continues.
+
+In simulated time.
+"""
 
 import shutil
 from collections import Counter
@@ -23,14 +25,14 @@ from simulation.cluster import Case, Learner, drive, prepared
 from tests.runs.run import metrics
 from tests.services.training.test_retention import LOST_FROM, Forgetful, Tokens
 
-STEPS = LOST_FROM - 1  # of the first stage: what it knows is forgotten in the second
+STEPS = LOST_FROM - 1  # of the first stage; the student forgets in the second
 OLD = EvaluationSet(name="old", file="q.jsonl", grader="exact", role="retention", max_new_tokens=4)
 NEW = OLD.model_copy(update={"name": "new", "pass_at": (1,)})
 CASE = Case("later", engines=1, staleness=0)
 
 
 class Staged(Learner):
-    """A learner of a run of stages, which goes on from a step."""
+    """A learner of a run of stages, which resumes from a step."""
 
     def __init__(self, step: int) -> None:
         super().__init__(0.1)
@@ -56,7 +58,7 @@ def run_of(stages: int, sets: Sequence[EvaluationSet]) -> Prepared:
 
 
 def trained(run_dir: Path, one: Prepared, first_step: int = 0) -> str:
-    """From `first_step` to the end, as session.py begins; what was said."""
+    """Train from `first_step` to the end, beginning as session.py does. Returns the output."""
     RunLog.rewind(run_dir, first_step or None)
     with (run_dir / "log").open("w") as said:
         drive(
@@ -70,13 +72,13 @@ def asked(run_dir: Path) -> list[tuple[int, str, str]]:
 
 
 def appended(run_dir: Path) -> str:
-    """A run of one stage, to which a second one with a set of its own was appended; what was said then."""
+    """Train a run of one stage, then append a second one with its own set. Returns the output of the second part."""
     trained(run_dir, run_of(1, [OLD]))
     shutil.copy(run_dir / "ledger.sqlite", run_dir / "at-the-checkpoint.sqlite")
     return trained(run_dir, run_of(2, [OLD, NEW]), STEPS)
 
 
-def test_what_a_new_set_had_is_measured_before_training_goes_on(tmp_path: Path) -> None:
+def test_a_new_set_is_evaluated_before_training_continues(tmp_path: Path) -> None:
     assert f"evaluation at step {STEPS}  new 100 % (n 1)" in appended(tmp_path)
     rows = asked(tmp_path)
     assert max(Counter(rows).values()) == 1
@@ -93,7 +95,7 @@ def test_what_a_new_set_had_is_measured_before_training_goes_on(tmp_path: Path) 
     assert f"Before: step 0 (new: {STEPS}). After: step {2 * STEPS}." in write_report(tmp_path).read_text()
 
 
-def test_a_run_that_is_killed_then_and_continued_does_not_ask_again(tmp_path: Path) -> None:
+def test_a_run_killed_after_the_evaluation_of_a_new_set_does_not_repeat_it(tmp_path: Path) -> None:
     """From the checkpoint that the stage was appended to."""
     appended(tmp_path)
     rows, steps = (tmp_path / "eval.jsonl").read_bytes(), metrics(tmp_path)
@@ -132,7 +134,7 @@ def test_without_new_sets_a_continued_run_asks_nothing_before_it_trains(tmp_path
     assert f"evaluation at step {STEPS}" not in said
 
 
-def test_the_guard_holds_a_new_set_to_what_it_had_before_the_training_that_followed(tmp_path: Path) -> None:
+def test_the_guard_compares_a_new_set_with_its_first_evaluation(tmp_path: Path) -> None:
     assert "new fell from 100 % to 0.0 % (n 1)" in appended(tmp_path)
 
 

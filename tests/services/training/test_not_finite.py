@@ -1,4 +1,4 @@
-"""A step whose gradient is not finite changes no weight: its samples are dropped, with a reason. In simulated time."""
+"""A step whose gradient is not finite changes no weight; its samples are dropped with a reason. In simulated time."""
 
 import sqlite3
 from dataclasses import replace
@@ -17,7 +17,7 @@ STEPS, BATCH = 12, 8
 
 
 class Unsteady(Learner):
-    """Its gradient is not finite at some steps."""
+    """A learner whose gradient is not finite at the steps `bad`."""
 
     def __init__(self, bad: set[int]) -> None:
         super().__init__(0.1)
@@ -31,7 +31,7 @@ class Unsteady(Learner):
 
 
 def train(run_dir: Path, bad: set[int]) -> str:
-    """What the run said."""
+    """Train, and return the output of the run."""
     case = Case("unsteady", engines=1, staleness=0, steps=STEPS)
     one = prepared(case, BATCH)
     said = StringIO()
@@ -39,7 +39,7 @@ def train(run_dir: Path, bad: set[int]) -> str:
     return said.getvalue()
 
 
-def test_its_samples_are_dropped_and_accounted_for(tmp_path: Path) -> None:
+def test_samples_of_a_step_that_is_not_finite_are_dropped_and_accounted_for(tmp_path: Path) -> None:
     said = train(tmp_path, {2, 3, 7})
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert [row["dropped"] // BATCH for row in rows] == [0, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3]
@@ -55,7 +55,7 @@ def test_its_samples_are_dropped_and_accounted_for(tmp_path: Path) -> None:
 REASON = "the step's gradient was not finite"
 
 
-def test_many_in_a_row_end_the_run(tmp_path: Path) -> None:
+def test_many_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the 8th step of that kind in a row"):
         train(tmp_path, set(range(3, STEPS + 1)))
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 3 + MOST_NOT_FINITE - 2

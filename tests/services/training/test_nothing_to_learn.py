@@ -1,4 +1,4 @@
-"""Replies without a token in the loss: refused where none can have one, else counted, and said before and after."""
+"""Completions without a loss token: refused if none can have one, otherwise counted, and reported before and after."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def test_a_configuration_by_which_nothing_can_be_learnt_is_refused() -> None:
             with pytest.raises(ValueError, match=words):
                 config(method, stages)
             assert config(method, stages, skip_first=2).tasks[0].loss.skip_first == 2
-    assert config("sft").method == "sft"  # whose demonstrations are learnt whole
+    assert config("sft").method == "sft"  # SFT learns whole demonstrations
 
 
 @pytest.mark.parametrize(
@@ -63,10 +63,10 @@ def test_check_warns_of_demonstrations_that_are_too_short(
     assert warns is None or (warns in lines[0] and "lower loss.skip_first" in lines[0])
 
 
-def test_a_steps_loss_tokens_are_kept(tmp_path: Path) -> None:
+def test_the_loss_tokens_of_a_step_are_recorded(tmp_path: Path) -> None:
     case = Case("counted", engines=1, staleness=0, steps=2)
     with (tmp_path / "log").open("w") as said:
         drive(prepared(case, 4), tmp_path, case, lambda number: Student(number, case), Learner(0.1), said)
     steps = read_rows(tmp_path, StepMetrics)
-    assert [m.loss_tokens for m in steps] == [m.completion_tokens for m in steps]  # all of them, by that learner
+    assert [m.loss_tokens for m in steps] == [m.completion_tokens for m in steps]  # this learner counts all of them
     assert f"{steps[0].loss_tokens} loss tokens" in (tmp_path / "log").read_text()

@@ -1,4 +1,4 @@
-"""The retention guard: what it judges, and what becomes of a run whose guarded set falls. In simulated time."""
+"""The retention guard: what it judges, and its effect on a run whose guarded set falls. In simulated time."""
 
 import json
 from dataclasses import replace
@@ -20,7 +20,7 @@ from sdft.services.training.retention import RetentionGuard
 from simulation.cluster import Case, Learner, Student, drive, prepared
 
 GENERAL = {"name": "general", "file": "g.jsonl", "grader": "exact", "role": "retention", "max_new_tokens": 4}
-LOST_FROM = 3  # the version from which on the simulated student has forgotten
+LOST_FROM = 3  # from this weight version on, the simulated student has forgotten
 
 
 def config(action: str = "warn", **retention: Any) -> RunConfig:
@@ -39,10 +39,10 @@ def result(step: int, value: float, task: str = "general", metric: str = "accura
     return EvalResult(step, 0, task, metric, value, 10)
 
 
-def test_a_set_may_lose_what_is_allowed_of_what_it_had_first_and_no_more() -> None:
+def test_a_set_may_drop_by_max_drop_from_its_first_value_and_no_more() -> None:
     guard = RetentionGuard(config(), [])
     assert guard.judge([result(0, 0.8), result(0, 0.9, "tools")]) == []
-    assert guard.judge([result(2, 0.7), result(2, 0.1, "tools")]) == []  # 0.8 - 0.7 is a bit more than 0.1
+    assert guard.judge([result(2, 0.7), result(2, 0.1, "tools")]) == []  # 0.8 - 0.7 is slightly more than 0.1
     assert guard.held == 2
     (breach,) = guard.judge([result(4, 0.6), result(4, 0.0, metric="teacher_accuracy")])
     assert str(breach) == "general fell from 80.0 % to 60.0 % (n 10) at step 4: 20.0 points, 10 are allowed"
@@ -51,7 +51,7 @@ def test_a_set_may_lose_what_is_allowed_of_what_it_had_first_and_no_more() -> No
     assert guard.held == 6
 
 
-def test_a_perplexity_may_rise_by_what_is_allowed() -> None:
+def test_a_perplexity_may_rise_by_max_drop() -> None:
     texts = {"name": "prose", "file": "p.jsonl", "grader": "perplexity", "role": "retention"}
     guard = RetentionGuard(config().model_copy(update={"evaluation": EvaluationConfig(sets=(texts,))}), [])
     first, fine, worse = (result(step, ppl, "prose", "perplexity") for step, ppl in ((0, 20.0), (1, 21.9), (2, 22.5)))
@@ -62,13 +62,13 @@ def test_a_perplexity_may_rise_by_what_is_allowed() -> None:
     assert guard.held == 1
 
 
-def test_after_an_interruption_it_knows_what_there_was_before_training() -> None:
+def test_after_an_interruption_the_guard_knows_the_values_before_training() -> None:
     guard = RetentionGuard(config(), [result(4, 0.5), result(0, 0.8), result(2, 0.8)])
     assert guard.held == 2
     assert len(guard.judge([result(6, 0.6)])) == 1
 
 
-def test_a_step_at_which_not_all_were_asked_is_none_to_go_back_to() -> None:
+def test_a_step_without_all_guarded_sets_is_not_used_for_a_rollback() -> None:
     guard = RetentionGuard(config(sets=["general", "tools"]), [])
     assert guard.judge([result(0, 0.8), result(0, 0.9, "tools")]) == guard.judge([result(1, 0.8)]) == []
     assert guard.held == 0
@@ -86,7 +86,7 @@ def test_the_sets_to_guard_may_be_named() -> None:
     assert [breach.now.task for breach in guard.judge([result(1, 0.1, "tools"), result(1, 0.1)])] == ["tools"]
 
 
-def test_the_checkpoint_to_go_back_to_outlives_all_that_come_after_it(tmp_path: Path) -> None:
+def test_the_checkpoint_for_a_rollback_is_kept(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     for step in range(1, 8):
         part = tmp_path / "checkpoints" / f".part-{step}"
@@ -97,7 +97,7 @@ def test_the_checkpoint_to_go_back_to_outlives_all_that_come_after_it(tmp_path: 
 
 
 class Forgetful(Student):
-    """Answers with the version of its weights."""
+    """Replies with its weight version."""
 
     def generate(self, items: Any, argument: Any) -> tuple[float, Any]:
         seconds, made = super().generate(items, argument)
@@ -107,7 +107,7 @@ class Forgetful(Student):
 
 
 class Tokens:
-    """In the place of a tokenizer: what a student of that version says."""
+    """Replaces a tokenizer: decodes a weight version to that student's reply."""
 
     added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
 
@@ -140,7 +140,7 @@ def last_checkpoint(run_dir: Path) -> str:
     return folder.name if folder is not None else "none"
 
 
-def test_a_run_that_is_to_be_warned_goes_on_and_keeps_the_replies(tmp_path: Path) -> None:
+def test_action_warn_continues_and_keeps_the_replies(tmp_path: Path) -> None:
     trained(tmp_path, "warn")
     assert "general fell from 100 % to 0.0 % (n 10) at step 4" in (tmp_path / "log").read_text()
     rows = [json.loads(line) for line in (tmp_path / "retention-step-000004.jsonl").read_text().splitlines()]
@@ -148,21 +148,21 @@ def test_a_run_that_is_to_be_warned_goes_on_and_keeps_the_replies(tmp_path: Path
     assert last_checkpoint(tmp_path) == "step-000005"
 
 
-def test_a_run_that_is_to_stop_stops_at_a_checkpoint_of_that_step(tmp_path: Path) -> None:
+def test_action_stop_ends_the_run_at_a_checkpoint_of_that_step(tmp_path: Path) -> None:
     with pytest.raises(RetentionLost, match="goes on from it") as error:
         trained(tmp_path, "stop")
     assert error.value.exit_code == 4
     assert last_checkpoint(tmp_path) == "step-000004"
 
 
-def test_the_guard_acts_also_where_the_replies_cannot_be_written(tmp_path: Path) -> None:
+def test_the_guard_acts_even_if_the_replies_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / ".retention-step-000004.jsonl.part").mkdir()
     with pytest.raises(RetentionLost, match=r"the replies could not be written \(.*; rolled back to step-000002"):
         trained(tmp_path, "rollback")
     assert last_checkpoint(tmp_path) == "step-000002"
 
 
-def test_a_run_that_is_to_go_back_has_the_last_checkpoint_that_held_as_its_newest(tmp_path: Path) -> None:
+def test_action_rollback_makes_the_last_good_checkpoint_the_newest(tmp_path: Path) -> None:
     with pytest.raises(RetentionLost, match="rolled back to step-000002"):
         trained(tmp_path, "rollback")
     assert last_checkpoint(tmp_path) == "step-000002"

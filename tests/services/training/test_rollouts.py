@@ -23,14 +23,14 @@ async def ready() -> None: ...
 
 
 class Stuck(Student):
-    """Answers that it is well, and finishes nothing."""
+    """Answers health checks, and finishes no rollout."""
 
     def generate(self, items: Any, argument: Any) -> tuple[float, Any]:
         return 1e9, super().generate(items, argument)[1]
 
 
 def made(student: Any, tmp_path: Path, *, first: int = 1, **sampling: Any) -> Batch:
-    """The batch of a step. `sampling`: of its stage's configuration."""
+    """Return the batch of a step. sampling: changes to its stage's configuration."""
 
     async def run() -> Batch:
         students = pool(CASE, "student", 2, lambda number: student(number, CASE))
@@ -56,7 +56,7 @@ def made(student: Any, tmp_path: Path, *, first: int = 1, **sampling: Any) -> Ba
 def test_a_sample_is_scored_while_others_of_its_batch_are_still_sampled(tmp_path: Path) -> None:
     times = made(Student, tmp_path).times.seconds
     assert times["rollout"] > 0
-    assert times["score"] < 0.28 * 6  # of all six by the one teacher, if it began after the last rollout
+    assert times["score"] < 0.28 * 6  # the one teacher's time for all six, if it began after the last rollout
 
 
 def test_rollouts_are_sampled_as_the_stage_says_and_each_by_its_own_seed(tmp_path: Path) -> None:
@@ -72,9 +72,9 @@ def test_rollouts_are_sampled_as_the_stage_says_and_each_by_its_own_seed(tmp_pat
 
 
 @pytest.mark.parametrize("method", ["sdft", "off_policy"])
-def test_a_live_teacher_is_the_student_of_the_step_before_whoever_samples(tmp_path: Path, method: str) -> None:
+def test_a_live_teacher_has_the_students_weights_of_the_step_before(tmp_path: Path, method: str) -> None:
     class Both(Student):
-        """Scores too, and says by which weights."""
+        """Scores too, and returns its weight version with the scores."""
 
         def score(self, pairs: list[Any], k: int) -> tuple[float, list[TeacherScores]]:
             return 0.1, [replace(SCORES, version=self.version)] * len(pairs)
@@ -89,7 +89,7 @@ def test_a_live_teacher_is_the_student_of_the_step_before_whoever_samples(tmp_pa
     assert [row["teacher_version"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
-def test_who_has_the_samples_that_never_come_is_named(tmp_path: Path) -> None:
+def test_a_timeout_names_the_engines_that_hold_the_missing_samples(tmp_path: Path) -> None:
     with pytest.raises(TimeoutError) as error:
         made(Stuck, tmp_path)
     assert str(error.value) == (

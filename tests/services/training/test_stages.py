@@ -1,4 +1,4 @@
-"""Streams of tasks: their configuration, their steps, what may begin when, and what they did to the model."""
+"""Streams of tasks: configuration, steps, the order of stages, and the metrics over stages."""
 
 import asyncio
 import math
@@ -87,9 +87,7 @@ def test_stages_survive_being_written_and_read(tmp_path: Path) -> None:
         ({"retention": {"max_drop": 0.1, "sets": ["x"]}}, "retention.sets: there is no evaluation set x; there are "),
     ],
 )
-def test_a_stream_that_cannot_be_is_refused_in_a_sentence(
-    tmp_path: Path, changes: dict[str, Any], expected: str
-) -> None:
+def test_an_invalid_stream_is_refused_with_one_sentence(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
     assert expected in message(tmp_path, RUN | changes)
 
 
@@ -101,7 +99,7 @@ def test_two_sets_of_one_name_are_refused_wherever_they_stand(tmp_path: Path) ->
     )
 
 
-def test_steps_go_through_the_stages_and_every_sample_is_of_one() -> None:
+def test_steps_are_counted_through_the_stages_and_every_sample_belongs_to_one() -> None:
     schedule = make_schedule(config().tasks, [5, 7])
     assert [(s.before, s.last) for s in schedule.stages] == [(0, 3), (3, 7)]  # 12 prompts; 14, the last batch of 2
     assert schedule.total_steps == 7
@@ -117,7 +115,7 @@ def test_steps_go_through_the_stages_and_every_sample_is_of_one() -> None:
 
 
 def test_nothing_of_a_stage_is_begun_before_it_is_open(tmp_path: Path) -> None:
-    """Else the teacher of the stage before would score it."""
+    """Otherwise the teacher of the stage before would score it."""
     case = Case("stages", engines=1, staleness=2, steps=2)
     one = prepared(case, 4)
     stage = one.stages[0]
@@ -144,7 +142,9 @@ def test_nothing_of_a_stage_is_begun_before_it_is_open(tmp_path: Path) -> None:
 async def ready() -> None: ...
 
 
-def test_a_stage_that_is_appended_leaves_what_was_before_it_as_it_was(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_appended_stage_leaves_the_fingerprints_of_earlier_stages_unchanged(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     path = write_stages(tmp_path, tiny_model)
     whole = load_config(path)
     short = whole.model_copy(update={"stages": whole.stages[:1]})
@@ -157,7 +157,7 @@ def test_a_stage_that_is_appended_leaves_what_was_before_it_as_it_was(tiny_model
 
 
 def test_a_stage_that_does_not_fit_behind_the_others_is_refused(tmp_path: Path) -> None:
-    """By what would refuse it in the run's own configuration."""
+    """The checks are those of a whole configuration."""
     sets = [{"name": "x", "file": "x.jsonl", "grader": "exact"}]
     run_dir, more = tmp_path / "run", tmp_path / "more.yaml"
     run_dir.mkdir()
@@ -170,7 +170,7 @@ def test_a_stage_that_does_not_fit_behind_the_others_is_refused(tmp_path: Path) 
         more.write_text(yaml.safe_dump(B | changes))
         with pytest.raises(UserError, match=expected):
             appended(run_dir, tmp_path, [], more)
-    for clip in (1, 5):  # the run's, whatever that is: it was compared with the default
+    for clip in (1, 5):  # both are the run's own value; the default does not matter
         more.write_text(yaml.safe_dump(B | {"optimizer": {"grad_clip": clip}}))
         stages = appended(run_dir, tmp_path, [f"learner.optimizer.grad_clip={clip}"], more).stages
         assert [stage.name for stage in stages] == ["a", "b"]
@@ -274,7 +274,7 @@ def test_the_metrics_of_a_stream_are_those_of_their_formulas() -> None:
     )
 
 
-def test_a_stream_on_its_way_is_told_as_far_as_it_has_come() -> None:
+def test_an_unfinished_stream_has_the_metrics_of_its_finished_stages() -> None:
     matrix = make_matrix(SETS, STAGES, results((0, 10)))
     assert matrix.row_names == ("before", "after a")
     metrics = matrix.metrics()

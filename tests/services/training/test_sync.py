@@ -1,4 +1,4 @@
-"""A role's weights on their way, with simulated engines and a learner of a few lines."""
+"""Weight updates of one role, with simulated engines and a simulated learner."""
 
 import asyncio
 import itertools
@@ -19,7 +19,7 @@ from tests.fakes.pool_bench import EMPTY, Bench
 
 
 class Learner:
-    """Publishes empty snapshots, and keeps what it was asked."""
+    """Publishes empty snapshots, and records its calls."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -33,7 +33,7 @@ class Learner:
 
 
 def damaged(*which: int) -> Callable[[int], SimulatedEngine]:
-    """Engines that refuse these of the snapshots that they are given, counted from 1."""
+    """Return a factory of engines that refuse the snapshots with these numbers, counted from 1 over all engines."""
     given = itertools.count(1)
 
     class Refusing(SimulatedEngine):
@@ -51,7 +51,7 @@ def weights(bench: Bench) -> tuple[WeightSync, Learner]:
 
 
 def test_a_snapshot_that_arrives_damaged_is_published_again_the_first_one_too() -> None:
-    """What counts is how often in a row."""
+    """The limit counts failures in a row."""
 
     async def run() -> None:
         bench = Bench(strict=True, least=1, make=damaged(1, 2, 4, 5))
@@ -67,7 +67,7 @@ def test_a_snapshot_that_arrives_damaged_is_published_again_the_first_one_too() 
     asyncio.run(run())
 
 
-def test_one_that_never_arrives_whole_ends_the_run() -> None:
+def test_a_snapshot_that_always_arrives_damaged_ends_the_run() -> None:
     async def run() -> None:
         bench = Bench(strict=True, least=1, make=damaged(1, 2, 3))
         await bench.pool.start()
@@ -117,7 +117,7 @@ def test_the_learner_goes_on_while_engines_load_and_the_next_version_waits_for_t
     asyncio.run(run())
 
 
-def test_weights_are_sent_as_seldom_as_they_are_to_be(tmp_path: Path) -> None:
+def test_weights_are_sent_at_the_configured_intervals(tmp_path: Path) -> None:
     class Told(cluster.Learner):
         async def publish(self, role: str, version: int) -> Snapshot:
             sent[role].append(version)
@@ -130,11 +130,11 @@ def test_weights_are_sent_as_seldom_as_they_are_to_be(tmp_path: Path) -> None:
     one = replace(one, config=one.config.model_copy(update={"weights": weights}))
     with Path("/dev/null").open("w") as nowhere:
         cluster.drive(one, tmp_path, case, lambda n: cluster.Student(n, case), Told(0.1), nowhere)
-    assert sent == {"student": [0, 2, 4, 6, 7], "teacher": [0, 3, 6]}  # the student's last are evaluated
+    assert sent == {"student": [0, 2, 4, 6, 7], "teacher": [0, 3, 6]}  # the student's last weights are evaluated
 
 
-def test_what_is_given_up_before_it_began_leaves_nothing_locked() -> None:
-    """As when the learner is lost in the moment in which it has published."""
+def test_an_update_stopped_before_it_begins_releases_the_lock() -> None:
+    """As when the learner is lost right after it has published."""
 
     async def run() -> None:
         bench = Bench(least=1)

@@ -1,6 +1,6 @@
-"""The example of `make demo` trains: a real step of it, in bfloat16 as it is shipped.
+"""The example of `make demo` trains: one real step in bfloat16, as shipped.
 
-The other examples differ by data and lengths alone: test_examples_data checks each of them as `sdft check` does.
+The other examples differ only in data and lengths: test_examples_data checks each of them as `sdft check` does.
 """
 
 from pathlib import Path
@@ -10,15 +10,15 @@ from tests.papers.readme import ROOT
 from tests.runs.run import finish
 
 EXAMPLES = ROOT / "examples"
-# No evaluation here: its sets' files are read by the tests of the data, and 150 answers take a minute.
+# No evaluation: 150 replies take a minute, and the tests of the data read the files of the sets.
 SHORT = ("training.steps=1", "evaluation.sets=[]")
 
 
 def test_the_tool_example_trains(smollm2: Path, tmp_path: Path) -> None:
-    """On its own model."""
+    """With the model of the example."""
     assert smollm2.is_dir()
     finish(EXAMPLES / "tools" / "tools.yaml", tmp_path / "run", *SHORT)
     (row,) = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert row["trained"] == 8
-    # The teacher has been shown the call: on the student's first answers it is far from the student.
+    # The teacher's prompt has the demonstration: the teacher is far from the student on the first rollouts.
     assert 0.1 < row["divergence"] < 10

@@ -1,0 +1,47 @@
+"""Order of the tests with `pytest -n 2`: files two at a time, then the whole runs one after the other.
+
+A whole run uses all cores, and some of them look at every process of the machine. So a worker gets the first of them
+when the other workers have ended.
+"""
+
+import pytest
+from xdist.scheduler import LoadFileScheduling
+from xdist.workermanage import WorkerController
+
+ALONE = "tests/runs/"
+# Files that start Ray or engines: first, so that short ones fill the time in which a worker would wait for the other.
+LONG = (
+    "tests/papers/test_examples.py",
+    "tests/papers/test_readme.py",
+    "tests/actors/vllm/",
+    "tests/learner/",
+    "tests/services/cli/",
+    "tests/services/cluster/",
+    "tests/services/evaluation/",
+    "tests/services/fleet/",
+    "tests/services/grading/",
+    "tests/services/planning/",
+    "tests/services/training/",
+)
+
+
+def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Long files, then short ones, then those that run alone."""
+    return sorted(items, key=lambda item: (item.nodeid.startswith(ALONE), not item.nodeid.startswith(LONG)))
+
+
+class TwoAtATime(LoadFileScheduling):
+    """xdist's scheduler by file (pytest-xdist 3.8.0), with one worker left for the files in ALONE."""
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        if next(iter(self.workqueue)).startswith(ALONE) and len(self.nodes) > 1:
+            if not all(other.shutting_down for other in self.nodes if other is not node):
+                node.shutdown()
+            return
+        super()._assign_work_unit(node)
+
+    def remove_node(self, node: WorkerController) -> str | None:
+        crashed = super().remove_node(node)
+        for left in self.nodes:
+            self._reschedule(left)
+        return crashed
