@@ -82,7 +82,7 @@ class BroadcastGroup:
             work = self._group.broadcast([tensor], options)
             while not work.is_completed():
                 if time.monotonic() > deadline:
-                    raise BroadcastFailed("a member of the group has not answered in time")
+                    raise BroadcastFailed("a member of the group did not answer in time")
                 time.sleep(LOOK_S)
             work.wait()
         except RuntimeError as error:

@@ -87,7 +87,7 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
     def _received(self, entries: Sequence[Entry], deadline: float) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the tensors as they arrive, bucket by bucket. Raises BroadcastFailed if one is missing or damaged."""
         if self._group is None:
-            raise BroadcastFailed("this engine is in no group")
+            raise BroadcastFailed("this engine is in no broadcast group")
         for part in cut([nbytes for *_, nbytes in entries]):
             in_bucket = [entries[i] for i in part]
             start = in_bucket[0][3]

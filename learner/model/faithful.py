@@ -46,12 +46,14 @@ def unfaithful(model: PreTrainedModel) -> str | None:
     except (*BROKEN, RuntimeError) as error:
         return f"its forward fails ({type(error).__name__}: {error})"
     if not torch.equal(once, again):
-        return "the same input gives other outputs each time: something in its training mode is random, as dropout"
+        return (
+            "the same input gives different outputs each time: a part of its training mode is random, such as dropout"
+        )
     gap = float((once - expected).abs().max())
     if not gap <= (BOUND if room or model.dtype == torch.float32 else BOUND_IN_HALF):  # true for NaN too
         return (
-            f"the learner leaves out a part of it: its log-probs are up to {gap:.2g} from those of transformers' own "
-            f"forward"
+            f"the learner does not compute a part of it: its log-probs differ by up to {gap:.2g} from those of "
+            f"transformers' own forward"
         )
     return None
 

@@ -51,7 +51,7 @@ class Broadcaster:
     def _sealed(self, payload: NDArray[np.uint8], entries: Sequence[TensorEntry]) -> Tensor:
         for e in entries:
             if xxhash.xxh3_128_hexdigest(payload[e.offset : e.offset + e.nbytes].data) != e.digest:
-                raise SnapshotDamaged(f"{e.name} is damaged in the learner's memory: its digest is not the one it had")
+                raise SnapshotDamaged(f"{e.name} is damaged in the learner's memory: its digest has changed")
         start, end = entries[0].offset, entries[-1].offset + entries[-1].nbytes
         full = bucket(end - start, self._device)
         full[: end - start].copy_(torch.from_numpy(payload[start:end]))

@@ -49,7 +49,7 @@ class Lora:
         inject_adapter_in_model(peft_config(config, base), model)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
         if any(module is model.get_output_embeddings() for module in layers.values()):
-            raise ValueError("an adapter on the model's head: the loss computes from the head's own weight")
+            raise ValueError("the model's head cannot have an adapter: the loss reads only the head's own weight")
         self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {
             f"{name}.weight": (module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight)
             for name, module in layers.items()
@@ -57,7 +57,7 @@ class Lora:
         stored = {name for file in weight_files(base) for name in read_header(file)[0]}
         if absent := sorted(self._pairs.keys() - stored):
             raise Untrainable(
-                f"{base} cannot be trained with learner.lora: its files name the weight {absent[0]} otherwise, and "
+                f"{base} cannot be trained with learner.lora: its files have no weight {absent[0]}, and "
                 f"adapters are merged by name; save the model again with transformers' save_pretrained"
             )
         self._base = {

@@ -53,7 +53,7 @@ def run_harness(
     if importlib.util.find_spec("lm_eval") is None:
         raise PreflightError("--harness needs lm-eval, which is not installed here: pip install 'sdft[harness]'")
     if include is not None and not Path(include).is_dir():
-        raise UserError(f"--harness-tasks {include}: there is no such folder")
+        raise UserError(f"--harness-tasks {include}: no such folder; give the folder with your task files")
     with tempfile.TemporaryDirectory(prefix="sdft-harness-") as scratch:
         on_gpu = config.device == "cuda"
         command = [sys.executable, "-m", "lm_eval", "run", "--model", "vllm" if on_gpu else "hf"]
@@ -115,10 +115,12 @@ def _reason(tasks: str, last: Sequence[str]) -> Exception:
     lines = [line.strip() for line in last if line.strip()]
     for line in reversed(lines):
         if "Tasks not found" in line:
-            return UserError(f"--harness {tasks}: lm-eval has no such task ({line}); `lm-eval ls tasks` names all")
+            return UserError(
+                f"--harness {tasks}: lm-eval has no such task ({line}); `lm-eval ls tasks` lists all tasks"
+            )
         if "on the Hub" in line or "ConnectionError" in line or "LocalEntryNotFound" in line:
             return PreflightError(
                 f"--harness {tasks}: lm-eval downloads a task's data at its first use, and the hub cannot be reached "
-                f"({line}); connect to it once, or give task files of your own with --harness-tasks DIR"
+                f"({line}); connect to it once, or give your own task files with --harness-tasks DIR"
             )
     return RuntimeError(f"lm-eval could not run {tasks}: {lines[-1] if lines else 'it printed nothing'}")

@@ -72,10 +72,10 @@ class Broadcast:
                 await sending
             except Failure as error:
                 receivers.failure = reason(error)
-                self._failed(f"was broken off: {receivers.failure}", since)
+                self._failed(f"failed: {receivers.failure}", since)
             else:
                 if receivers.failure:
-                    self._failed(f"did not reach all engines whole ({receivers.failure})", since)
+                    self._failed(f"was incomplete: {receivers.failure}", since)
         finally:
             await cancelled([sending])  # still running if the block raises or the run ends
         if not receivers.failure:
@@ -96,7 +96,7 @@ class Broadcast:
             await within(all_of([sender.join(self._role, size, limit_s), *joining]), 2 * limit_s, what)
         except Failure as error:
             why = f"{error} is lost" if isinstance(error, EngineLost) else reason(error)
-            self._failed(f"has no group: {why}", since)
+            self._failed(f"failed, because no group formed: {why}", since)
             return None
         self._receivers = Receivers(sender, processes)
         return self._receivers
@@ -105,5 +105,5 @@ class Broadcast:
         then = ""
         if time.monotonic() - since > SLOW_S:
             self._slow_failures += 1
-            then = "; no more is tried" if self._slow_failures == TRIES else ""
-        self._notice(f"the broadcast of {self._role} weights {how}; they are loaded from memory{then}")
+            then = "; no further broadcast is tried" if self._slow_failures == TRIES else ""
+        self._notice(f"the broadcast of {self._role} weights {how}; the engines load them from memory{then}")

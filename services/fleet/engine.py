@@ -137,7 +137,7 @@ class SupervisedEngine:
         except WeightMismatch as error:
             if not self._proven:
                 raise WeightMismatch(reason(error)) from error
-            self._replace(actor, f"is wrong ({reason(error)})")
+            self._replace(actor, f"failed verification ({reason(error)})")
         else:
             self._proven = True
             return report
@@ -217,7 +217,7 @@ class SupervisedEngine:
             return  # already found by another call, or not supervised
         if not self._started:
             return  # `start` raises, and its caller decides
-        self._notice(f"{self.name} (process {self.process.pid}) {how}; another takes its place")
+        self._notice(f"{self.name} (process {self.process.pid}) {how}; it is replaced")
         self._replacing = asyncio.create_task(self._successor(how))
         self._changed(self)
 
@@ -238,8 +238,8 @@ class SupervisedEngine:
                 await self._start()
                 await self._load()
             except (RayError, TimeoutError, SnapshotDamaged, WeightMismatch) as error:
-                how = f"did not come back ({reason(error)})"
-                self._notice(f"{self.name} {how}; it is tried again")
+                how = f"could not be replaced ({reason(error)})"
+                self._notice(f"{self.name} {how}; the replacement is retried")
                 continue
             self._replacing = None
             self._losses.recovered()

@@ -99,7 +99,7 @@ class EnginePool:
     @property
     def at_work(self) -> str:
         """Sequences in flight by engine, as text for people; only a streamed pool counts them."""
-        loads = [f"{engine.name} has {load}" for engine, load in self._slots.loads.items()]
+        loads = [f"{engine.name} has {load} in flight" for engine, load in self._slots.loads.items()]
         return ", ".join([*loads, f"{self._slots.queued} wait for a {self.settings.role} engine"])
 
     def busy(self) -> float:
@@ -159,7 +159,7 @@ class EnginePool:
             for _ in range(self.size, wanted):
                 self._join()
         for engine in self._engines[max(wanted, self.settings.least) :]:
-            self._leave(engine, "is not needed any more")
+            self._leave(engine, "leaves, because the pool needs fewer engines")
 
     def vacate(self, nodes: set[str]) -> None:
         """Let engines leave these nodes, which are being drained, and let as many join elsewhere."""
@@ -193,7 +193,7 @@ class EnginePool:
             self._joining.discard(engine)
             self._refusals.recovered()
             self._engines.append(engine)
-            self._notice(f"{engine.name} has joined (process {engine.process.pid}): {self._engines_now}")
+            self._notice(f"{engine.name} has joined (process {engine.process.pid}); the pool has {self._engines_now}")
         elif engine in self._joining and engine.failure is not None:
             self._joining.discard(engine)
             self._notice(f"{engine.name} did not join: {engine.failure}")
@@ -206,7 +206,7 @@ class EnginePool:
         if engine.failure is not None:
             if len(self._engines) > self.settings.least:
                 self._engines.remove(engine)
-                self._notice(f"{engine.failure}; the pool goes on with {self._engines_now}")
+                self._notice(f"{engine.failure}; the pool continues with {self._engines_now}")
             else:
                 self._slots.fail(engine.failure)
 
@@ -219,7 +219,7 @@ class EnginePool:
         self._engines.remove(engine)
         self._slots.leave(engine)
         engine.abandon()
-        self._notice(f"{engine.name} {why}: {self._engines_now}")
+        self._notice(f"{engine.name} {why}; the pool has {self._engines_now}")
         self._move(self._left(engine, after))
 
     def _move(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -217,7 +217,10 @@ def read_rows(run_dir: Path, cls: type[Row]) -> list[Row]:
     for row in read_jsonl(path):
         missing = [name for name in needed if name not in row]
         if missing:
-            raise UserError(f"{path}: a line of step {row['step']} has no {missing[0]!r}; another version wrote it")
+            raise UserError(
+                f"{path}: a line of step {row['step']} has no {missing[0]!r}; another version of sdft wrote it; read "
+                f"the run with that version"
+            )
         values: dict[str, Any] = {k: row[k] for k in names if k in row}
         values |= {k: math.nan for k in needed if row[k] is None and k != "answer"}
         rows.append(cls(**values))

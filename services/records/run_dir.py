@@ -51,7 +51,7 @@ def read_state(run_dir: Path) -> RunState:
         run = json.loads(path.read_text())
         state, pid, host = run["state"], run["pid"], run["host"]
     except (ValueError, KeyError) as error:
-        raise UserError(f"{path}: not what a run writes ({error!r}); remove the file") from error
+        raise UserError(f"{path}: not the state of a run ({error!r}); remove the file") from error
     total, error_text = run.get("total_steps"), run.get("error")
     if state == "finished":
         return RunState("finished", "finished", total, None)

@@ -16,7 +16,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     try:
         config = parse_yaml(path.read_text()) if path.exists() else {}
     except YamlError as error:
-        raise UserError(f"{path}:{error.line}: not YAML ({error}); restore the file the run wrote") from error
+        raise UserError(f"{path}:{error.line}: not YAML ({error}); restore the file that the run wrote") from error
     return config if isinstance(config, dict) else {}
 
 

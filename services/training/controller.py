@@ -89,8 +89,8 @@ class Controller:
             gap = await student.deliver(first_step)
             if gap is not None:
                 self._progress.note(
-                    f"student weights v{first_step} verified: log-probs of engine and learner differ by {gap:.4f} of "
-                    f"their size on average"
+                    f"student weights v{first_step} verified: the probe's log-probs of engine and learner differ by "
+                    f"{gap:.4f} (mean relative difference)"
                 )
             if teacher is not None:
                 await teacher.deliver(first_step)
@@ -210,12 +210,13 @@ class Controller:
         for sample in ids:
             self._ledger.drop(sample, "the step's gradient was not finite")
         self._not_finite += 1
-        text = f"step {step}: the gradient is not finite; no weight was changed, its {len(ids)} samples are dropped"
+        text = f"step {step}: the gradient is not finite; no weight changed, and its {len(ids)} samples are dropped"
         self._progress.note(text)
         if self._not_finite == MOST_NOT_FINITE:
             raise RunFailed(
-                f"{text}, the {MOST_NOT_FINITE}th step of that kind in a row; begin a new run from the last checkpoint "
-                f"that `sdft export` takes, with a lower learner.optimizer.lr or dtype: float32"
+                f"{text}; this is step {MOST_NOT_FINITE} in a row without a finite gradient; export the last "
+                f"checkpoint with `sdft export`, and start a new run from it with a lower learner.optimizer.lr or with "
+                f"dtype: float32"
             )
 
     def _scale(self, metrics: StepMetrics) -> None:
@@ -266,12 +267,13 @@ class Controller:
         await self._checkpoints.save(step, self._guard.held)
         await self._checkpoints.saved()
         if retention.action == "stop":
-            raise RetentionLost(f"{text}; stopped at a checkpoint of this step: the same command goes on from it")
+            raise RetentionLost(f"{text}; stopped at a checkpoint of this step; the same command continues from it")
         held = self._guard.held or 0
         checkpoints.set_aside(self._run_dir, held)
         good, _ = checkpoints.newest(self._run_dir)
-        where = "the base model: no checkpoint was saved by then" if good is None else good.name
+        where = "the base model, because no checkpoint had been saved" if good is None else good.name
         raise RetentionLost(
-            f"{text}; rolled back to {where}. It held at step {held}; later checkpoints are kept as "
-            f"checkpoints/aside-*. To go on otherwise, begin a new run from `sdft export {self._run_dir}`"
+            f"{text}; rolled back to {where}; the guarded sets last held at step {held}, and later checkpoints are set "
+            f"aside as checkpoints/aside-*; to train with other settings, start a new run from the model that "
+            f"`sdft export {self._run_dir}` writes"
         )

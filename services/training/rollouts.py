@@ -116,7 +116,9 @@ class Rollouts:
         batch = await self._making.pop(step)
         behind, allowed = max(batch.staleness), self._prepared.config.training.max_staleness
         if behind > allowed:
-            raise RuntimeError(f"step {step}: a rollout was begun by weights {behind} steps behind, not {allowed}")
+            raise RuntimeError(
+                f"step {step}: the weights of a rollout are {behind} steps behind, and {allowed} are allowed"
+            )
         return batch
 
     async def stop(self) -> None:

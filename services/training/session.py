@@ -146,7 +146,7 @@ class Session:
         UserError if there are checkpoints and all are damaged: a new start would remove the files of the run.
         """
         assert self._learner is not None
-        self._progress.note(f"{error}; the learner is started again, from the last checkpoint")
+        self._progress.note(f"{error}; the learner restarts from the last checkpoint")
         self._learner.kill(hangs=True)
         for pool in self._pools.values():
             pool.published.mark_lost()

@@ -98,7 +98,7 @@ class WeightSync:
             self._damaged += 1
             if self._damaged == TRIES:
                 raise
-            self._notice(f"{reason(error)}; it is published again")
+            self._notice(f"{reason(error)}; the snapshot is published again")
             return
         finally:
             await self._learner.release(self._role)

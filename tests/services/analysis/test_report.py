@@ -394,7 +394,7 @@ def test_a_folder_without_a_run_is_a_clear_error(tmp_path: Path, read: object) -
 def test_a_damaged_file_of_a_run_is_named(tmp_path: Path) -> None:
     begin(tmp_path)
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"run\.json: not what a run writes"):
+    with pytest.raises(UserError, match=r"run\.json: not the state of a run"):
         status_text(tmp_path)
     begin(tmp_path)
     (tmp_path / "ledger.sqlite").write_text("not a database, but long enough to be looked at" * 50)

@@ -119,7 +119,7 @@ def test_a_dead_engines_work_is_done_by_its_replacement(ray_cluster: None, tmp_p
         assert answers == [one.pid, one.pid]
         assert one.pid != first
         assert one.notices == [
-            f"teacher engine 0 (process {first}) died; another takes its place",
+            f"teacher engine 0 (process {first}) died; it is replaced",
             f"teacher engine 0 is back (process {one.pid})",
         ]
         await one.engine.stop()
@@ -147,7 +147,7 @@ def test_an_engine_that_hangs_is_replaced_by_one_with_the_newest_weights(ray_clu
         hung = one.pid
         os.kill(hung, signal.SIGSTOP)
         assert await one.loaded() == 2
-        assert one.notices[0] == f"teacher engine 0 (process {hung}) hangs: no answer for 2 s; another takes its place"
+        assert one.notices[0] == f"teacher engine 0 (process {hung}) hangs: no answer for 2 s; it is replaced"
         assert one.pid != hung
         await one.engine.stop()
 
@@ -166,7 +166,7 @@ def test_an_engine_that_is_silent_while_weights_load_is_not_replaced() -> None:
             await asyncio.sleep(300)
             assert bench.notices == []
         await asyncio.sleep(80)
-        assert bench.notices[0].endswith("hangs: no answer for 60 s; another takes its place")
+        assert bench.notices[0].endswith("hangs: no answer for 60 s; it is replaced")
         await bench.pool.stop()
 
     virtual_time.run(run())
@@ -209,7 +209,7 @@ def test_an_engine_that_computes_otherwise_than_before_is_replaced(ray_cluster: 
         assert await one.update_weights(2) is not None
         assert await one.update_weights(3) is None
         assert await one.loaded() == 3
-        assert "is wrong" in one.notices[0]
+        assert "failed verification" in one.notices[0]
         assert "v3: log-probs differ by 3 on average" in one.notices[0]
         await one.engine.stop()
 

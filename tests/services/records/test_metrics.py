@@ -292,8 +292,8 @@ def test_a_sink_that_fails_is_reported_once_and_the_run_goes_on(
         log.close()
     assert [m.step for m in read_rows(tmp_path, StepMetrics)] == [1, 2, 3]
     assert notices == [
-        "TensorBoard fails (ValueError: the server said 500) and is switched off until the run is started again; "
-        "metrics.jsonl has everything"
+        "TensorBoard failed (ValueError: the server said 500) and is switched off until the run restarts; "
+        "metrics.jsonl has all metrics"
     ]
 
 

@@ -149,7 +149,7 @@ def test_action_warn_continues_and_keeps_the_replies(tmp_path: Path) -> None:
 
 
 def test_action_stop_ends_the_run_at_a_checkpoint_of_that_step(tmp_path: Path) -> None:
-    with pytest.raises(RetentionLost, match="goes on from it") as error:
+    with pytest.raises(RetentionLost, match="continues from it") as error:
         trained(tmp_path, "stop")
     assert error.value.exit_code == 4
     assert last_checkpoint(tmp_path) == "step-000004"

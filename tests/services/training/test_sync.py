@@ -59,7 +59,7 @@ def test_a_snapshot_that_arrives_damaged_is_published_again_the_first_one_too() 
         sync, learner = weights(bench)
         assert await sync.deliver(0) == 0.0
         assert learner.asked == ["publish 0", "release"] * 3
-        assert bench.notices == ["v0 arrived damaged; it is published again"] * 2
+        assert bench.notices == ["v0 arrived damaged; the snapshot is published again"] * 2
         assert await sync.deliver(1) == 0.0
         assert learner.asked[6:] == ["publish 1", "release"] * 3
         await bench.pool.stop()
