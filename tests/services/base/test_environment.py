@@ -64,7 +64,9 @@ def test_a_folder_whose_sockets_would_have_too_long_paths_is_named(monkeypatch: 
     monkeypatch.setattr(tempfile, "tempdir", "/tmp")
     check_temporary("sdft-ray-")
     monkeypatch.setattr(tempfile, "tempdir", "/scratch/users/someone/job-12345/temporary")
-    with pytest.raises(UserError, match=r"TMPDIR: the path /scratch/.* has 42 bytes, .* at most 25, such as /tmp"):
+    with pytest.raises(
+        UserError, match=r"TMPDIR: the path /scratch/.* has 42 bytes, .* at most 25 bytes, such as /tmp"
+    ):
         check_temporary("sdft-ray-")
 
 

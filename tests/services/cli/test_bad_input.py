@@ -192,7 +192,7 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         setting("evaluation.sets", [{"name": "a", "file": "eval.jsonl", "grader": "perplexity", "pass_at": [1]}]),
         TRAIN,
         2,
-        ["pass_at is of answers", "remove pass_at"],
+        ["pass_at needs replies", "remove pass_at"],
     ),
     "an answer that is no number": (rows("eval.jsonl", b'{"prompt": "x", "answer": NaN}'), TRAIN, 2, ["NaN"]),
     "an answer that the grader cannot use": (

@@ -134,5 +134,5 @@ def test_addresses_that_a_judge_may_have(url: str) -> None:
     "url", ["127.0.0.1:8000/v1", "localhost:8000", "ws://a/v1", "http://::1:8000/v1", "http:///v1"]
 )
 def test_what_is_no_address_of_a_judge_is_refused_with_the_right_form(url: str) -> None:
-    with pytest.raises(ValueError, match=r"is no address of an API; write it as http://HOST:8000/v1"):
+    with pytest.raises(ValueError, match=r"is not the address of an API; write it as http://HOST:8000/v1"):
         JudgeConfig(url=url, model="m")
