@@ -90,7 +90,7 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         two(setting("data.train", "a.parquet"), file("a.parquet", "no")),
         TRAIN,
         2,
-        ["a.parquet: not a Parquet file"],
+        ["a.parquet: not a readable Parquet file"],
     ),
     "no such hub data": (setting("data.train", "nobody/nothing"), TRAIN, 2, ["data.train: nobody/nothing"]),
     "long prompt": (rows("train.jsonl", ROW, ROW | {"prompt": LONG}), TRAIN, 2, ["train.jsonl:2", "max_prompt_tokens"]),
@@ -129,7 +129,7 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         chat_template("{{ 'a' + 1 }}"),
         TRAIN,
         2,
-        ["train.jsonl:1: the chat template", "can only concatenate str", "change them, or the template"],
+        ["train.jsonl:1: the chat template", "can only concatenate str", "change the messages or the template"],
     ),
     "a tokenizer of another model": (
         larger_tokenizer,
@@ -186,7 +186,7 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         ),
         TRAIN,
         2,
-        ["eval.jsonl:1: the text has", "data.max_teacher_prompt_tokens", "cut it"],
+        ["eval.jsonl:1: the text has", "data.max_teacher_prompt_tokens", "split the text"],
     ),
     "pass@k of texts": (
         setting("evaluation.sets", [{"name": "a", "file": "eval.jsonl", "grader": "perplexity", "pass_at": [1]}]),
