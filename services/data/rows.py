@@ -87,7 +87,7 @@ def hub_rows(name: str, split: str, hint: str) -> Iterator[NumberedRow]:
 
 
 def renamed(rows: Iterable[NumberedRow], columns: Mapping[Any, str]) -> Iterator[NumberedRow]:
-    """Rename columns; `columns` maps our name to the name in the file. A demonstration in lines is joined."""
+    """Rename columns. A demonstration given as a list of lines is joined. columns: {our name: name in the file}."""
     for number, row in rows:
         if isinstance(row, BadRow):
             yield number, row

@@ -7,9 +7,9 @@ from sdft.services.config.run import TaskConfig
 from sdft.services.data.contexts import PromptPair
 from sdft.services.planning.plan import roles
 
-# Settings of a pool that never affect the results.
+# Settings of a strict run's pool that do not affect the results.
 LIMITS = ("start_timeout_s", "health_timeout_s", "drain_timeout_s", "max_restarts")
-ELSEWHERE = (*LIMITS, "max_replicas", "cpus", "gpus", "labels")
+WITHOUT_EFFECT = (*LIMITS, "max_replicas", "cpus", "gpus", "labels")
 
 
 def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: list[PromptPair]) -> str:
@@ -18,11 +18,11 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: list[
     before: the fingerprint of the previous task. model: bytes that identify the model. Paths are not hashed, so a run
     can be resumed after its files were moved. Returns a SHA-256 hex digest.
     """
-    elsewhere = {"model", "data", "stages", "run_dir", "ray", "monitoring", "checkpoint", "evaluation", "retention"}
-    settings = config.model_dump(mode="json", exclude=elsewhere)
+    excluded = {"model", "data", "stages", "run_dir", "ray", "monitoring", "checkpoint", "evaluation", "retention"}
+    settings = config.model_dump(mode="json", exclude=excluded)
     if config.strict:
         for role in roles(config):
-            for key in ELSEWHERE:
+            for key in WITHOUT_EFFECT:
                 del settings["actors"][role][key]
     else:  # a run ahead is not reproducible, whatever its engines are
         del settings["actors"]
