@@ -54,7 +54,7 @@ def read_sets(run_dir: Path, config: dict[str, Any]) -> list[SetProgress]:
     roles = {s["name"]: s["role"] for section in named for s in section.get("sets", [])}
     sets = []
     for name in dict.fromkeys([*roles, *(task for task, _, _ in latest)]):
-        students = sorted((r for (task, m, _), r in latest.items() if task == name and m in OWN), key=step_of)
+        students = sorted((r for (task, m, _), r in latest.items() if task == name and m in STUDENTS), key=step_of)
         teachers = sorted((r for (task, m, _), r in latest.items() if (task, m) == (name, TEACHER)), key=step_of)
         sets.append(
             SetProgress(
@@ -68,7 +68,7 @@ def read_sets(run_dir: Path, config: dict[str, Any]) -> list[SetProgress]:
     return sets
 
 
-OWN = (STUDENT, PERPLEXITY)  # metrics of the student
+STUDENTS = (STUDENT, PERPLEXITY)  # metrics of the student
 
 
 def step_of(row: EvalResult) -> int:
@@ -130,11 +130,11 @@ def status_text(run_dir: Path) -> str:
         bound = verdict(steps, config)
         if bound is not None:
             lines.append(("bound by", bound))
-    for index, one in enumerate(sets):
-        teacher = f"; teacher {percent(one.teacher.value)}" if one.teacher else ""
-        at = f" at step {one.after.step}" if one.after else ""
-        role = f" ({one.role})" if one.role else ""
-        lines.append(("evaluation" if index == 0 else "", f"{one.name}{role}: {one.change}{at}{teacher}"))
+    for index, s in enumerate(sets):
+        teacher = f"; teacher {percent(s.teacher.value)}" if s.teacher else ""
+        at = f" at step {s.after.step}" if s.after else ""
+        role = f" ({s.role})" if s.role else ""
+        lines.append(("evaluation" if index == 0 else "", f"{s.name}{role}: {s.change}{at}{teacher}"))
     if ledger:
         lines.append(("samples", ", ".join(f"{count} {name}" for name, count in ledger.items())))
         lines += [("", f"{state}: {spread(lengths)}") for state, lengths in ended_lengths(run_dir).items()]

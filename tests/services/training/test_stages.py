@@ -298,5 +298,5 @@ def test_several_runs_give_the_mean_and_its_interval() -> None:
     begun = [make_matrix(SETS, STAGES, results((0, 10), shift)) for shift in (0.0, 0.03)]
     assert math.isnan(over_runs([run.metrics() for run in begun])["backward transfer"].half)
     assert "average accuracy        81.5 ± " in matrix_text(begun)
-    with pytest.raises(UserError, match="not equally far"):
+    with pytest.raises(UserError, match="these runs differ in stages, evaluation sets or progress"):
         matrix_text([runs[0], make_matrix(SETS, STAGES, results((0, 10)))])
