@@ -80,6 +80,6 @@ def test_a_socks_proxy_without_its_package_is_named(
     config = write_run(tmp_path, Path("someone/a-model"), "float32")
     assert main(["check", str(config)]) == 2
     assert capsys.readouterr().err == (
-        "sdft: the environment names a SOCKS proxy (ALL_PROXY=proxy:1080), which needs a package: pip install socksio, "
-        "or unset the variable\n"
+        "sdft: the environment names a SOCKS proxy (ALL_PROXY=proxy:1080), which needs the package socksio; run "
+        "`pip install socksio`, or unset the variable\n"
     )

@@ -287,7 +287,7 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         two(run_folder, file("o/x", "")),
         "export runs/my --out o",
         2,
-        ["--out o: there is something already"],
+        ["--out o exists already"],
     ),
     "export of a step that was not saved": (run_folder, "export runs/my --step 7 --out o", 2, ["checkpoint of step 7"]),
     "no such built-in model": (nothing, "model smollm2 --out o", 2, ["smollm2", "did you mean smollm2-135m?"]),
@@ -369,7 +369,12 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         2,
         ["sdft: more.yaml: stepz is not a setting; did you mean steps?"],
     ),
-    "a file where the run goes": (file("r", ""), f"{TRAIN} --run-dir r", 2, ["--run-dir r: no such folder can be"]),
+    "a file where the run goes": (
+        file("r", ""),
+        f"{TRAIN} --run-dir r",
+        2,
+        ["--run-dir r: the folder cannot be created"],
+    ),
     "a folder for answers": (nothing, "eval my.yaml --out .", 2, ["--out .: this is a folder; name a file"]),
     "no feedback to show": (
         setting("data.template", "feedback"),

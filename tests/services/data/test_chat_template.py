@@ -151,7 +151,7 @@ def test_check_warns_of_an_end_that_other_servers_of_the_model_do_not_know(
     assert main(["check", str(tmp_path / "my.yaml")]) == 0
     said = capsys.readouterr().out
     assert ("warning: a reply ends with <|im_end|>" in said) == warns
-    assert ("names it: add 2" in said) == warns
+    assert ("add 2 to eos_token_id" in said) == warns
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_results_are_printed_even_if_replies_cannot_be_written(
     assert evaluate("exact", "--out", "again.jsonl") == 3
     said = capsys.readouterr()
     assert "50.0 %  n 2" in said.out
-    assert "--out again.jsonl: the answers could not be written ([Errno 21]" in said.err
+    assert "--out again.jsonl: the replies could not be written ([Errno 21]" in said.err
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_answers_to_other_questions_are_refused(
 
 def test_regrade_together_with_a_model_is_refused(answers: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("exact", "--model", "folder") == 2
-    assert "--model has no part in it" in capsys.readouterr().err
+    assert "without a model; remove --regrade or --model" in capsys.readouterr().err
 
 
 class Letters:
