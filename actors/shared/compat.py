@@ -23,8 +23,8 @@ def nccl_group(store: dist.Store, rank: int, size: int) -> dist.Backend:
 def gloo_group(store: dist.Store, rank: int, size: int, address: str, limit: timedelta) -> dist.Backend:
     """One member of a gloo group. Uses ProcessGroupGloo._Options: _devices, _timeout and _threads.
 
-    The constructor without options chooses the address by the name of the machine, which can be one that others do not
-    reach, and two threads.
+    The constructor without options takes the address that the machine's own name resolves to, which other machines may
+    not reach.
     address: address of this member's machine, at which the others connect to it.
     """
     options = dist.ProcessGroupGloo._Options()
