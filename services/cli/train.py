@@ -17,6 +17,7 @@ from sdft.services.base.errors import PreflightError, RetentionLost, UserError
 from sdft.services.base.failures import reason
 from sdft.services.base.files import takes_no_more, write_atomically
 from sdft.services.base.signals import run_until_stopped
+from sdft.services.cluster.compat import JOB_FOLDER
 from sdft.services.config.load import resolved_yaml
 from sdft.services.config.paths import with_absolute_paths
 from sdft.services.planning.prepare import Prepared, check_disk, check_memory
@@ -32,7 +33,7 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
 
     resume: auto, never, or a checkpoint folder. Raises UserError if the run directory or the checkpoint cannot be used.
     """
-    if any(part.startswith("_ray_pkg_") for part in run_dir.resolve().parts):
+    if any(part.startswith(JOB_FOLDER) for part in run_dir.resolve().parts):
         raise UserError(
             f"{run_dir} lies in this job's copy of the working directory, which Ray deletes; give an absolute path on "
             f"storage that every node sees: --run-dir /…/{run_dir.name}"

@@ -27,6 +27,7 @@ from sdft.services.base.errors import PreflightError, UserError
 from sdft.services.base.failures import reason
 from sdft.services.base.signals import stop_on_signals
 from sdft.services.cluster import head
+from sdft.services.cluster.compat import TEMPORARY, read_authentication
 from sdft.services.cluster.queries import ANSWER_S, FAILURES, in_thread
 from sdft.services.config.sections import RayConfig
 from sdft.services.planning.plan import Part, Plan
@@ -83,7 +84,7 @@ def _ensure_token() -> None:
         kept = os.path.expanduser("~/.ray/auth_token")  # unexpanded for an unknown user without HOME
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() and not os.access(kept, os.R_OK):
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        ray._raylet.Config.initialize("")  # Ray reads the mode at import, so read it again
+        read_authentication()
 
 
 def _connect(address: str, **options: Any) -> None:
@@ -109,7 +110,7 @@ def _head(scratch: Path, plan: Plan) -> Iterator[str]:
         "num_cpus": max(os.cpu_count() or 1, -int(-plan.cpus // 1)),
         "object_store_memory": OBJECT_STORE_BYTES,
         "logging_level": "ERROR",
-        "_temp_dir": str(scratch),
+        TEMPORARY: str(scratch),
     }
     words = [sys.executable, "-P", head.__file__, json.dumps(settings)]
     pipe = subprocess.PIPE

@@ -7,7 +7,6 @@ same run directory resumes.
 """
 
 import asyncio
-import logging
 import os
 import shlex
 import time
@@ -111,9 +110,7 @@ def _client() -> tuple[Any, tuple[type[Exception], ...]]:
 
 def _check_size(folder: Path) -> None:
     """UserError if the files to send exceed LIMIT_BYTES: they mostly hold a model or data set by mistake."""
-    # Ray's own walk: it skips files named by .gitignore and .rayignore in every folder, and follows links.
-    from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE
-    from ray._private.runtime_env import packaging
+    from sdft.services.cluster.compat import each_sent  # imports ray: see _client
 
     sizes: dict[Path, int] = {}
 
@@ -121,9 +118,7 @@ def _check_size(folder: Path) -> None:
         if path.is_file():
             sizes[path.relative_to(folder)] = path.stat().st_size
 
-    excludes = [packaging._get_excludes(folder, list(EXCLUDES))]
-    gitignore = os.environ.get(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
-    packaging._dir_travel(folder, excludes, measure, include_gitignore=gitignore, logger=logging.getLogger(__name__))
+    each_sent(folder, EXCLUDES, measure)
     total = sum(sizes.values())
     if total > LIMIT_BYTES:
         largest = sorted(sizes, key=lambda path: -sizes[path])[:3]

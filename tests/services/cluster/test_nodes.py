@@ -45,7 +45,7 @@ def test_requests_of_runs_add_up_and_are_withdrawn_or_expire() -> None:
         until_told(half, half, half, half, half, whole, half, half, whole)
         until_told(half, half, half, half, half, whole)
     assert told() == []
-    ray.kill(killed._coordinator)
+    ray.kill(killed._coordinator.actor)
 
 
 @pytest.mark.usefixtures("ray_cluster")
