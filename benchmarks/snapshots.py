@@ -21,6 +21,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.compat import onednn_layout
 from benchmarks.learner_step import samples, settings
 from benchmarks.measure import in_a_process, report
 from benchmarks.scoring import DTYPE
@@ -71,14 +72,12 @@ def packing() -> dict[str, list[float]]:
 
 def laying_out() -> tuple[list[float], int]:
     """Seconds in every round to lay out all matrices of the model by oneDNN, and their bytes."""
-    from vllm import _custom_ops as ops
-
     stored = load_file(Path(settings().model) / "model.safetensors").values()
     matrices = [tensor.to(getattr(torch, DTYPE)) for tensor in stored if tensor.ndim == 2]
     seconds = []
     for _ in range(ROUNDS + 1):
         start = time.perf_counter()
-        laid_out = [ops.create_onednn_mm(matrix.t()) for matrix in matrices]
+        laid_out = [onednn_layout(matrix) for matrix in matrices]
         seconds.append(time.perf_counter() - start)
         del laid_out
     return seconds, sum(matrix.nbytes for matrix in matrices)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sdft.actors.shared.compat import gloo_group, nccl_group
 from sdft.actors.shared.types import BroadcastFailed
 
 BUCKET = 64 << 20  # bytes sent at once: large enough for a network's full rate, small compared with a model
@@ -55,21 +56,15 @@ class BroadcastGroup:
         store.set(f"here/{rank}", b"")
         store.wait([f"here/{i}" for i in range(size)], limit)
         if device.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
-            # Torch's watchdog ends the process when it fires. A timeout of a day keeps our deadlines ahead of it.
-            options._timeout = timedelta(days=1)
-            self._group: dist.Backend = dist.ProcessGroupNCCL(store, rank, size, options)
+            self._group = nccl_group(store, rank, size)
             try:  # the first broadcast connects
                 self.broadcast(torch.zeros(1, dtype=torch.uint8, device=device), time.monotonic() + timeout_s)
             except BroadcastFailed:
                 self.close()
                 raise
             return
-        gloo = dist.ProcessGroupGloo._Options()
-        gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-        gloo._timeout, gloo._threads = limit, 1
         store.set_timeout(limit)
-        self._group = dist.ProcessGroupGloo(store, rank, size, gloo)
+        self._group = gloo_group(store, rank, size, address, limit)
 
     def broadcast(self, tensor: Tensor, deadline: float) -> None:
         """Fill `tensor` [N] uint8 of every member with that of rank 0. deadline: on the monotonic clock.

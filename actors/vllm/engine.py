@@ -21,7 +21,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -51,14 +50,13 @@ from sdft.actors.shared.types import (
     TeacherScores,
     UpdateReport,
 )
+from sdft.actors.vllm.compat import RPC_FAILED, Output, enqueue
 from sdft.actors.vllm.kernels import fused_norms
 from sdft.actors.vllm.process import EngineProcess, error_line, forked
 from sdft.actors.vllm.scoring import SharedPrompts, scores_of, scoring_request, versions_of
 from sdft.actors.vllm.transfer import BACKEND, check_digests
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
-RPC_FAILED = "Call to collective_rpc method failed: "  # prefix that vLLM adds to the text of an error in its process
 
 
 class Engine:
@@ -264,19 +262,19 @@ class Engine:
         """
         batch = uuid.uuid4().hex
         names = [f"{batch}-{i}" for i in range(len(prompts))]
-        queues = []
+        sent: list[Output] = []
         async with self._or_aborted(names):
             # The inner abort runs before the engine resumes.
             async with self._paused() if self.settings.hold_batches else nullcontext(), self._or_aborted(names):
                 for name, ids, p in zip(names, prompts, params, strict=True):
                     # One ordered pipe leads to the engine, so all requests arrive before a held batch is released.
-                    queues.append(await self._llm.add_request(name, {"prompt_token_ids": ids.tolist()}, p))
-            return [await _final(queue) for queue in queues]
+                    sent.append(await enqueue(self._llm, name, ids.tolist(), p))
+            return [await _final(output_of) for output_of in sent]
 
 
-async def _final(queue: Any) -> RequestOutput:
+async def _final(output_of: Output) -> RequestOutput:
     """The single output of a FINAL_ONLY request. Raises RuntimeError if the request is not finished."""
-    output = queue.get_nowait() or await queue.get()
+    output = await output_of()
     if not output.finished:
         raise RuntimeError(f"request {output.request_id} returned before it was finished")
     return output

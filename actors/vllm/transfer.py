@@ -16,11 +16,11 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from sdft.actors.shared.adapters import merged
 from sdft.actors.shared.collective import BroadcastGroup, bucket, cut, visit, whole
 from sdft.actors.shared.types import BroadcastFailed, Snapshot, SnapshotDamaged
+from sdft.actors.vllm.compat import begin_reload, finish_reload, repack
 from sdft.actors.vllm.process import die_with_parent, error_line, forget_names
 
 BACKEND = "sdft"
@@ -66,7 +66,7 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         forget_names()
 
     def start_weight_update(self) -> None:
-        initialize_layerwise_reload(self.model)
+        begin_reload(self.model)
 
     def receive_weights(self, update_info: _UpdateInfo) -> None:
         try:
@@ -81,7 +81,7 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
             self.model.load_weights(tensors)
         except Exception as error:  # any error: the other members of the group must not wait for this engine
             self.shutdown()
-            finalize_layerwise_reload(self.model, self.model_config)  # otherwise the next update cannot begin
+            finish_reload(self.model, self.model_config)  # otherwise the next update cannot begin
             raise RuntimeError(error_line(error)) from error  # vLLM forwards the text only
 
     def _received(self, entries: Sequence[Entry], deadline: float) -> Iterator[tuple[str, torch.Tensor]]:
@@ -102,7 +102,7 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
                 yield name, full[offset - start :][:nbytes].view(getattr(torch, dtype)).view(shape)
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
+        finish_reload(self.model, self.model_config)
         self.refresh_head()
 
     def refresh_head(self) -> None:
@@ -112,8 +112,8 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         the hidden states are exact and the logits silently stale.
         """
         head = getattr(self.model, "lm_head", None)
-        if head is not None and getattr(head, "quant_method", None) is not None:
-            head.quant_method.process_weights_after_loading(head)
+        if head is not None:
+            repack(head)
 
     def shutdown(self) -> None:
         """Leave the group. No other resource is held between updates."""

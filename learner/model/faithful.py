@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from sdft.actors.shared.process import GIB, available_memory_gib
 from sdft.learner.model.architecture import BROKEN, Untrainable
 from sdft.learner.model.attention import PACKED
+from sdft.learner.model.cpu.last_layer import rows_computed
 from sdft.learner.model.student import hidden_states
 
 LENGTHS = (9, 5)
@@ -38,7 +39,8 @@ def unfaithful(model: PreTrainedModel) -> str | None:
     read = (positions >= 3).nonzero()[:, 0]
     try:
         with torch.random.fork_rng(devices=[]), _in_float32(model) if room else nullcontext():
-            once, again = (_log_probs(model, hidden_states(model, ids, positions, LENGTHS, read)) for _ in range(2))
+            with rows_computed(model) as rows:
+                once, again = (_log_probs(model, hidden_states(model, ids, positions, LENGTHS, read)) for _ in range(2))
             with _as_evaluated(model):
                 expected = torch.cat([_own_log_probs(model, sequence) for sequence in ids.split(LENGTHS)])[read]
     except Untrainable as error:
@@ -54,6 +56,11 @@ def unfaithful(model: PreTrainedModel) -> str | None:
         return (
             f"the learner does not compute a part of it: its log-probs differ by up to {gap:.2g} from those of "
             f"transformers' own forward"
+        )
+    if any(count != len(read) for count in rows):  # correct, but slower without a word
+        return (
+            "its layers do not pass the argument `read` on, so the last feed-forward network would compute rows that "
+            "no loss reads"
         )
     return None
 

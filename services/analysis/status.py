@@ -72,7 +72,7 @@ def read_sets(run_dir: Path, config: dict[str, Any]) -> list[SetProgress]:
     return sets
 
 
-STUDENT_METRICS = (STUDENT_ACCURACY, PERPLEXITY)
+STUDENT_METRICS = (STUDENT_ACCURACY, PERPLEXITY)  # metrics of the student
 
 
 def step_of(row: EvalResult) -> int:
@@ -134,11 +134,11 @@ def status_text(run_dir: Path) -> str:
         bound = verdict(steps, config)
         if bound is not None:
             lines.append(("bound by", bound))
-    for index, one in enumerate(sets):
-        teacher = f"; teacher {percent(one.teacher.value)}" if one.teacher else ""
-        at = f" at step {one.after.step}" if one.after else ""
-        role = f" ({one.role})" if one.role else ""
-        lines.append(("evaluation" if index == 0 else "", f"{one.name}{role}: {one.change}{at}{teacher}"))
+    for index, s in enumerate(sets):
+        teacher = f"; teacher {percent(s.teacher.value)}" if s.teacher else ""
+        at = f" at step {s.after.step}" if s.after else ""
+        role = f" ({s.role})" if s.role else ""
+        lines.append(("evaluation" if index == 0 else "", f"{s.name}{role}: {s.change}{at}{teacher}"))
     if ledger:
         lines.append(("samples", ", ".join(f"{count} {name}" for name, count in ledger.items())))
         lines += [("", f"{state}: {spread(lengths)}") for state, lengths in ended_lengths(run_dir).items()]

@@ -58,10 +58,9 @@ def existing_file(key: str, value: str, base: Path) -> Path:
     while not missing.parent.exists():
         missing = missing.parent
     folder = f", nor does its folder {missing}" if missing != path else ""
-    what = f"{path} does not exist{folder}"
     near = near_names(missing.name, missing.parent)
     mend = f"did you mean {near[0]}?" if near else f"paths are relative to {base.resolve()}"
-    raise UserError(f"{key}: {what}; {mend}")
+    raise UserError(f"{key}: {path} does not exist{folder}; {mend}")
 
 
 def read_text(path: Path) -> str:

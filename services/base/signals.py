@@ -32,7 +32,7 @@ def run_until_stopped(work: Coroutine[Any, Any, T]) -> T:
     stopped one.
     """
     try:
-        return asyncio.run(_told_apart(work))
+        return asyncio.run(_cancelled_by_signal_only(work))
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
 
@@ -62,7 +62,7 @@ def _break_off() -> None:
     os._exit(STOPPED)
 
 
-async def _told_apart(work: Coroutine[Any, Any, T]) -> T:
+async def _cancelled_by_signal_only(work: Coroutine[Any, Any, T]) -> T:
     task = asyncio.current_task()
     assert task is not None
     try:
@@ -70,4 +70,4 @@ async def _told_apart(work: Coroutine[Any, Any, T]) -> T:
     except asyncio.CancelledError as error:
         if task.cancelling():
             raise
-        raise RuntimeError("something was cancelled without a signal to stop; please report this mistake") from error
+        raise RuntimeError("the work was cancelled without a stop signal; please report this bug") from error

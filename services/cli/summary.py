@@ -18,8 +18,8 @@ def dtype_lines(config: RunConfig) -> list[str]:
     if config.device != "cpu" or config.dtype != "bfloat16" or has_bfloat16():
         return []
     return [
-        "this processor has no instructions for bfloat16, which can take a hundred times as long here; "
-        "set dtype: float32 (or auto)"
+        "warning: this processor has no instructions for bfloat16, so a step can take a hundred times as long; "
+        "set dtype: float32 or auto"
     ]
 
 
@@ -35,8 +35,8 @@ def reply_lines(prepared: Prepared) -> list[str]:
         return []
     token = prepared.tokenizer.convert_ids_to_tokens(end)
     return [
-        f"warning: a reply ends with {token}, where engines stop here; other servers of the model stop there only if "
-        f"eos_token_id in {path} names it: add {end}"
+        f"warning: a reply ends with {token}, but eos_token_id in {path} does not name it, so other servers of the "
+        f"model would not stop there; add {end} to eos_token_id"
     ]
 
 

@@ -49,8 +49,8 @@ def resolve_model(name: str, base: Path) -> Path:
         return _complete(Path(snapshot_download(name, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"model: {name} is no folder and no built-in name, and the hub did not give it ({first_line(error)}); "
-            f"{hint}"
+            f"model: {name} is neither a folder nor a built-in name, and cannot be downloaded from the hub "
+            f"({first_line(error)}); {hint}"
         ) from None
 
 
@@ -59,7 +59,7 @@ def check_trainable(model: Path) -> None:
     with large_imports(), import_for_tokenizers():
         reason = why_not(model)
     if reason:
-        raise UserError(f"model: {model} cannot be trained here: {reason}; choose another")
+        raise UserError(f"model: {model} cannot be trained here: {reason}; choose another model")
     refuse_experts(model)
 
 
@@ -71,9 +71,9 @@ def check_positions(model: Path, tokens: int) -> None:
     limit = longest_of_short_rope(model)
     if limit is not None and tokens > limit:
         raise UserError(
-            f"data.max_teacher_prompt_tokens and the longest answer add up to {tokens} tokens, but the model in "
-            f"{model} has other positions (longrope) beyond {limit}, which learner and engines would choose "
-            f"differently; lower data.max_teacher_prompt_tokens or max_new_tokens"
+            f"data.max_teacher_prompt_tokens and the longest reply add up to {tokens} tokens, but beyond {limit} the "
+            f"model in {model} changes its positions (longrope), and engines and learner change them for different "
+            f"sequences; lower data.max_teacher_prompt_tokens or max_new_tokens"
         )
 
 
@@ -118,11 +118,11 @@ def materialise(name: str, out: Path, setting: str = "--out") -> None:
     """
     if name not in BUILT_IN:
         near = difflib.get_close_matches(name, BUILT_IN, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(BUILT_IN)}"
+        hint = f"did you mean {near[0]}?" if near else f"built-in models: {', '.join(BUILT_IN)}"
         raise UserError(f"{name} is not a built-in model; {hint}")
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{setting} {out}: there is something already; name a new or empty folder")
+            raise UserError(f"{setting} {out} exists and is not an empty folder; name a new or empty folder")
         out.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         try:
@@ -150,7 +150,7 @@ def _cache() -> Path:
     try:
         return Path(os.environ.get(CACHE, "~/.cache/sdft")).expanduser()
     except RuntimeError:
-        raise UserError(f"this user has no home directory; set {CACHE} to a folder that can be written") from None
+        raise UserError(f"this user has no home directory; set {CACHE} to a writable folder") from None
 
 
 def _complete(folder: Path) -> Path:
@@ -158,6 +158,6 @@ def _complete(folder: Path) -> Path:
     if not any(folder.glob("*.safetensors")) and not (folder / INDEX).exists():
         missing.append("*.safetensors")
     if missing:
-        raise UserError(f"model: {folder} lacks {', '.join(missing)}; it is not a complete Hugging Face model folder")
+        raise UserError(f"model: {folder} lacks {', '.join(missing)}; name a complete Hugging Face model folder")
     check_files(folder)
     return folder

@@ -117,7 +117,7 @@ def _adapted(
     for target in lora.targets:
         if target not in linear:
             raise UserError(
-                f"learner.lora.targets: {target} is no linear layer of the model in {model} that can be adapted; "
-                f"there are: {', '.join(sorted(linear))}"
+                f"learner.lora.targets: {target} is not a linear layer of the model in {model} that can be adapted; "
+                f"choose from {', '.join(sorted(linear))}"
             )
     return [shape for name in lora.targets or linear for shape in linear[name]]

@@ -11,6 +11,8 @@ from functools import partial, reduce
 import torch
 from torch import Tensor, nn
 
+from sdft.learner.model.compat import epsilon
+
 CACHED = 600_000  # numbers per block, 2.4 MB in float32: a block is read and written repeatedly
 
 
@@ -51,10 +53,10 @@ def _cached_blocks(rows: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]
     return zip(*(x.split(most) for x in (rows, *others)), strict=True)
 
 
-def _forward(module: nn.Module, x: Tensor) -> Tensor:
+def _forward(module: nn.Module, eps: float, x: Tensor) -> Tensor:
     if x.is_cuda:
-        return nn.functional.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
-    return _RMSNorm.apply(x, module.weight, module.variance_epsilon)
+        return nn.functional.rms_norm(x, module.weight.shape, module.weight, eps)
+    return _RMSNorm.apply(x, module.weight, eps)
 
 
 @torch.no_grad()
@@ -62,8 +64,8 @@ def replace_norms(model: nn.Module) -> int:
     """Replace the forward of the model's RMSNorms where both compute the same bits. Returns how many are replaced."""
     count = 0
     for module in model.modules():
-        if hasattr(module, "variance_epsilon") and isinstance(getattr(module, "weight", None), nn.Parameter):
-            replacement, weight = partial(_forward, module), module.weight
+        if (eps := epsilon(module)) is not None:
+            replacement, weight = partial(_forward, module, eps), module.weight
             x = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
             if torch.equal(replacement(x), module(x)):
                 module.forward = replacement

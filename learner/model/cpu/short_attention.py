@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sdft.learner.config import ATTENTION_KEPT
+from sdft.learner.model.compat import softmax_backward
 
 LEAST = 0.8  # least length of a member relative to its group's longest; the padding is computed and hidden
 SCORES = 1 << 18  # attention scores per head computed at once, so that those of all heads fit into a cache
@@ -56,7 +57,7 @@ class ShortAttention(torch.autograd.Function):
             weights = kept.pop(0) if k.shape[1] <= ATTENTION_KEPT else _weights(q, k, scale)
             torch.bmm(weights.transpose(1, 2), g, out=grad_v)
             scores = torch.bmm(g, v.transpose(1, 2))
-            scores = torch._softmax_backward_data(scores, weights, -1, weights.dtype)
+            scores = softmax_backward(scores, weights)
             torch.bmm(scores, k, out=grad_q)
             torch.bmm(scores.transpose(1, 2), q, out=grad_k)
         for x in grads[:2]:

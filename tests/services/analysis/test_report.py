@@ -309,14 +309,14 @@ def test_status_says_how_far_a_running_run_is(tmp_path: Path) -> None:
 
 def test_status_and_report_say_what_bounds_the_run(tmp_path: Path) -> None:
     train(begin(tmp_path, SETS), 4)
-    sentence = "the learner's step, 47.1 % of a step; more learner ranks (learner.ranks)"
+    sentence = "the learner's step, 47.1 % of a step; use more learner ranks (learner.ranks)"
     (line,) = [line for line in status_text(tmp_path).splitlines() if line.startswith("bound by")]
     assert sentence in line
     assert f"Bound by {sentence}" in Page(write_report(tmp_path)).text
     config = yaml.safe_load((tmp_path / "config.yaml").read_text()) | {"training": {"max_staleness": 1}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     assert "while the engines keep ahead" in status_text(tmp_path)
-    assert "made beside the learner's steps" in Page(write_report(tmp_path)).text
+    assert "Sampling and scoring overlap with the learner's steps" in Page(write_report(tmp_path)).text
 
 
 def test_status_tells_a_killed_run_from_a_running_one(tmp_path: Path) -> None:

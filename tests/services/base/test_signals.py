@@ -17,7 +17,7 @@ def test_a_cancellation_inside_the_work_is_a_failure() -> None:
         inner.cancel()
         await inner
 
-    with pytest.raises(RuntimeError, match="cancelled without a signal to stop"):
+    with pytest.raises(RuntimeError, match="the work was cancelled without a stop signal"):
         run_until_stopped(work())
 
 

@@ -209,7 +209,7 @@ def test_a_sink_that_is_not_installed_is_named_before_the_run(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # Python's own mark of a module that cannot be imported
     values = {"tensorboard": False, key: True if key == "tensorboard" else "demo"}
-    with pytest.raises(UserError, match=rf"monitoring\.{key} is set.*pip install {package}"):
+    with pytest.raises(UserError, match=rf"monitoring\.{key} is set.*run `pip install {package}`"):
         check_sinks(MonitoringConfig.model_validate(values))
     check_sinks(FILES_ONLY)
 

@@ -45,7 +45,7 @@ def test_a_full_disk_ends_the_run_with_one_sentence(
 
     monkeypatch.setattr(train, "run_session", run)
     with pytest.raises(
-        PreflightError, match=rf"{run_dir}: the disk takes no more \(.*\); make room .* the same command"
+        PreflightError, match=rf"{run_dir}: the disk takes no more \(.*\); free space .* repeat the command"
     ):
         train.train(prepare(load_config(config), config), run_dir, "auto", Console(quiet=True))
     assert json.loads((run_dir / "run.json").read_text())["state"] == "failed"
