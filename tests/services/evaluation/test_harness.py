@@ -89,7 +89,7 @@ def test_the_reason_of_a_failed_harness_is_reported(line: str, kind: type[Except
 
 def test_a_missing_folder_of_tasks_is_an_error(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(config), "--harness", "colours", "--harness-tasks", "nowhere"]) == 2
-    assert "--harness-tasks nowhere: there is no such folder" in capsys.readouterr().err
+    assert "--harness-tasks nowhere: no such folder; give the folder with your task files" in capsys.readouterr().err
 
 
 def test_every_metric_of_every_task_is_a_line() -> None:
