@@ -53,7 +53,7 @@ def timed(call: Any) -> tuple[float, Any]:
 
 def packing() -> dict[str, list[float]]:
     """Seconds of packing alone in every round, by role."""
-    from sdft.learner.weights.publisher import pack
+    from sdft.learner.weights.publisher import copy_tensors
 
     learner = LearnerWorker()
     learner.start(settings(), 1, *learner.rendezvous(), np.arange(100, 148, dtype=np.int32))
@@ -65,7 +65,7 @@ def packing() -> dict[str, list[float]]:
             nbytes = sum(t.nbytes for _, t in learner._engine.weights(role))
             memory = memories.get(role) or memories.setdefault(role, mmap.mmap(-1, nbytes))
             start = time.perf_counter()
-            pack(learner._engine.weights(role), memory)
+            copy_tensors(learner._engine.weights(role), memory)
             seconds.setdefault(f"pack {role}", []).append(time.perf_counter() - start)
     return seconds
 

@@ -25,7 +25,7 @@ from sdft.learner.model.architecture import Untrainable
 from sdft.learner.model.faithful import unfaithful
 from sdft.learner.model.student import SelfDistillation, load_student
 from sdft.learner.optimizer import MASTER, TEACHER, AdamWWithTeacher, learning_rate, teacher_alpha
-from sdft.learner.packing import assign, group, length, pack
+from sdft.learner.packing import assign, length, micro_batches, pack
 from sdft.learner.types import LearnerSettings, StepResult
 from sdft.learner.weights.content import Content
 
@@ -133,15 +133,20 @@ class LearnerEngine:
         """Take one optimizer step on a whole batch. This rank computes its share of it. Collective."""
         s = self.settings
         stage = s.stages[s.stage_of(self.step + 1)]
-        one = stage.optimizer
+        optimizer = stage.optimizer
         self._engine.module.loss = stage.loss
         lengths = [length(sample) for sample in samples]
         shares = assign(lengths, self.ranks)
-        packs = [group([lengths[i] for i in share], s.config.micro_batch_tokens) for share in shares]
+        packs = [micro_batches([lengths[i] for i in share], s.config.micro_batch_tokens) for share in shares]
         mine, my_packs = shares[s.rank], packs[s.rank]
-        lr = learning_rate(self.step + 1 - stage.before, stage.steps, one)
+        lr = learning_rate(self.step + 1 - stage.before, stage.steps, optimizer)
         for param_group in self._optimizer.param_groups:
-            param_group |= {"lr": lr, "betas": one.betas, "eps": one.eps, "weight_decay": one.weight_decay}
+            param_group |= {
+                "lr": lr,
+                "betas": optimizer.betas,
+                "eps": optimizer.eps,
+                "weight_decay": optimizer.weight_decay,
+            }
         sums = torch.zeros(4, dtype=torch.float64, device=self._engine.device)  # NCCL reduces tensors on GPUs only
         count = max(len(p) for p in packs)  # the same on every rank: each micro-batch is a collective
         for i in range(count):

@@ -1,6 +1,6 @@
 """A broadcast group of the learner and the engines of a role, separate from torch's default group.
 
-    host ─► address, port ─► a Group at each member ─► broadcast, any number of times ─► close
+    host ─► address, port ─► a BroadcastGroup at each member ─► broadcast, any number of times ─► close
 
 The backend is NCCL on GPUs and gloo on CPUs, behind the same calls. A group is unusable after a member has failed. The
 member that detects the failure closes the group, the others get an error or reach their deadline, and the next
@@ -43,7 +43,7 @@ def visit(address: str, port: int, timeout_s: float) -> dist.TCPStore:
     return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
 
 
-class Group:
+class BroadcastGroup:
     """One member's end of a group. All members construct it together; each waits up to `timeout_s` for the others."""
 
     def __init__(
@@ -77,7 +77,7 @@ class Group:
             work = self._group.broadcast([tensor], options)
             while not work.is_completed():
                 if time.monotonic() > deadline:
-                    raise BroadcastFailed("a member of the group has not answered in time")
+                    raise BroadcastFailed("a member of the group did not answer in time")
                 time.sleep(LOOK_S)
             work.wait()
         except RuntimeError as error:

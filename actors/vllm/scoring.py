@@ -54,7 +54,7 @@ def versions_of(output: RequestOutput) -> tuple[tuple[int, int, int], ...]:
     """
     spans = output.outputs[0].weight_versions
     if not spans:
-        raise RuntimeError(f"request {output.request_id} came back without the version of its weights")
+        raise RuntimeError(f"request {output.request_id} came back without a weight version")
     return tuple((int(span.version), span.start, span.end) for span in spans)
 
 

@@ -18,7 +18,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from sdft.actors.shared.adapters import merged
-from sdft.actors.shared.collective import Group, bucket, cut, visit, whole
+from sdft.actors.shared.collective import BroadcastGroup, bucket, cut, visit, whole
 from sdft.actors.shared.types import BroadcastFailed, Snapshot, SnapshotDamaged
 from sdft.actors.vllm.compat import begin_reload, finish_reload, repack
 from sdft.actors.vllm.process import die_with_parent, error_line, forget_names
@@ -50,7 +50,7 @@ class _UpdateInfo(WeightTransferUpdateInfo):
 class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
     """Reads snapshots from shared memory, or receives them by broadcast, in the engine's worker process."""
 
-    _group: Group | None = None
+    _group: BroadcastGroup | None = None
 
     init_info_cls = _InitInfo
     update_info_cls = _UpdateInfo
@@ -60,7 +60,7 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
             self.shutdown()
             i = init_info
             store = visit(i.address, i.port, i.timeout_s)
-            self._group = Group(store, i.rank, i.size, self.device, i.own_address, i.timeout_s)
+            self._group = BroadcastGroup(store, i.rank, i.size, self.device, i.own_address, i.timeout_s)
             return
         die_with_parent()  # a fork has already called it at its start; a spawned process (on GPUs) has not
         forget_names()
@@ -87,15 +87,18 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
     def _received(self, entries: Sequence[Entry], deadline: float) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the tensors as they arrive, bucket by bucket. Raises BroadcastFailed if one is missing or damaged."""
         if self._group is None:
-            raise BroadcastFailed("this engine is in no group")
+            raise BroadcastFailed("this engine is in no broadcast group")
         for part in cut([nbytes for *_, nbytes in entries]):
-            here = [entries[i] for i in part]
-            start = here[0][3]
-            full = bucket(here[-1][3] + here[-1][4] - start, self.device)  # not reused: vLLM keeps views of it
+            in_bucket = [entries[i] for i in part]
+            start = in_bucket[0][3]
+            end = in_bucket[-1][3] + in_bucket[-1][4]
+            full = bucket(end - start, self.device)  # not reused: vLLM keeps views of it
             self._group.broadcast(full, deadline)
             if not whole(full):
-                raise BroadcastFailed(f"{here[0][0]} or one of the {len(here) - 1} tensors after it arrived damaged")
-            for name, dtype, shape, offset, nbytes in here:
+                raise BroadcastFailed(
+                    f"{in_bucket[0][0]} or one of the {len(in_bucket) - 1} tensors after it arrived damaged"
+                )
+            for name, dtype, shape, offset, nbytes in in_bucket:
                 yield name, full[offset - start :][:nbytes].view(getattr(torch, dtype)).view(shape)
 
     def finish_weight_update(self) -> None:

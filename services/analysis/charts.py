@@ -8,7 +8,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 from sdft.services.analysis.svg import COLOURS, GREY, HALF, INK, WIDE, axes_of, chart, label_ends, lines
-from sdft.services.records.rows import STUDENT, TEACHER, EvalResult, StepMetrics, divergence_names
+from sdft.services.records.rows import STUDENT_ACCURACY, TEACHER_ACCURACY, EvalResult, StepMetrics, divergence_names
 from sdft.services.records.text import percent
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def accuracy_chart(results: Sequence[EvalResult], roles: dict[str, str], stages:
         labels: list[tuple[float, str, str]] = []
         for index, task in enumerate(roles):
             colour = COLOURS[index % len(COLOURS)]
-            latest = {r.step: r for r in results if r.task == task and r.metric == STUDENT}
+            latest = {r.step: r for r in results if r.task == task and r.metric == STUDENT_ACCURACY}
             rows = [latest[step] for step in sorted(latest)]
             if rows:
                 steps, values = [r.step for r in rows], [100 * r.value for r in rows]
@@ -50,7 +50,7 @@ def accuracy_chart(results: Sequence[EvalResult], roles: dict[str, str], stages:
                 style = "--" if roles[task] == "retention" else "-"
                 axes.plot(steps, values, style, color=colour, marker="o", markersize=4)
                 labels.append((values[-1], f"{task} {percent(rows[-1].value)}", colour))
-            for teacher in (r for r in results if r.task == task and r.metric == TEACHER):
+            for teacher in (r for r in results if r.task == task and r.metric == TEACHER_ACCURACY):
                 axes.axhline(100 * teacher.value, linestyle=":", linewidth=1.2, color=colour)
         axes.set_ylim(-3, 103)
         label_ends(axes, labels)

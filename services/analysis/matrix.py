@@ -18,7 +18,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from sdft.services.base.errors import UserError
-from sdft.services.records.rows import PERPLEXITY, STUDENT, Z_95, EvalResult, read_rows
+from sdft.services.records.rows import PERPLEXITY, STUDENT_ACCURACY, Z_95, EvalResult, read_rows
 from sdft.services.records.run_dir import check_run_dir, read_stages
 from sdft.services.records.settings import read_config
 from sdft.services.records.text import permille
@@ -93,7 +93,7 @@ def make_matrix(config: dict[str, Any], stages: Sequence[tuple[str, int]], resul
     of_task = {name: sets for name, sets in of_task.items() if sets}
     all_sets = [*config["evaluation"]["sets"], *(s for stage in config["stages"] for s in stage["sets"])]
     retention = [s["name"] for s in all_sets if s["role"] == "retention" and s.get("grader") != PERPLEXITY]
-    values = {(r.step, r.task): r.value for r in results if r.metric == STUDENT}
+    values = {(r.step, r.task): r.value for r in results if r.metric == STUDENT_ACCURACY}
     rows = []
     for step in [0, *(last for _, last in stages)]:
         if not any(at == step for at, _ in values):

@@ -20,7 +20,7 @@ from sdft.services.base.files import write_atomically
 from sdft.services.records.rows import (
     PERPLEXITY,
     EvalResult,
-    Sample,
+    Reply,
     StepMetrics,
     divergence_names,
     read_rows,
@@ -44,8 +44,8 @@ LOSS_NOTES = {
 class Comparison:
     """Replies to one question before and after; `after` is None until there is a second evaluation."""
 
-    before: Sample
-    after: Sample | None
+    before: Reply
+    after: Reply | None
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def write_report(run_dir: Path) -> Path:
             Chart(c.title, Markup(c.svg), c.note, c.wide)
             for c in draw(steps, results, sets, config, ended_lengths(run_dir), stages, matrix)
         ],
-        samples=compare(read_rows(run_dir, Sample), [s.name for s in sets]),
+        replies=compare(read_rows(run_dir, Reply), [s.name for s in sets]),
         last=steps[-1] if steps else None,
         ledger=", ".join(f"{count:,} {name}" for name, count in ledger.items()),
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
@@ -105,7 +105,7 @@ def headline(sets: Sequence[SetProgress], steps: Sequence[StepMetrics], state: R
         parts = [f"{'retention ' if s.role == 'retention' else ''}{s.name}: {s.change}" for s in evaluated]
         return ("" if any(s.after for s in evaluated) else "Before training: ") + "; ".join(parts)
     if not steps:
-        return "No step yet" if state.kind in ("new", "running") else "The run ended before its first step"
+        return "No step yet" if state.status in ("new", "running") else "The run ended before its first step"
     why = "not evaluated yet" if sets else "the configuration names no evaluation sets"
     return f"Loss {steps[0].loss:.4f} → {steps[-1].loss:.4f} in {len(steps)} steps; {why}"
 
@@ -172,17 +172,17 @@ def as_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def compare(samples: Sequence[Sample], sets: Sequence[str]) -> dict[str, list[Comparison]]:
+def compare(replies: Sequence[Reply], sets: Sequence[str]) -> dict[str, list[Comparison]]:
     """Return for each set, in the order of `sets`, the first and the latest reply to each question."""
-    answers: dict[str, dict[str, dict[int, Sample]]] = {name: {} for name in sets}
-    for sample in samples:
-        answers.setdefault(sample.task, {}).setdefault(sample.id, {})[sample.step] = sample
+    by_task: dict[str, dict[str, dict[int, Reply]]] = {name: {} for name in sets}
+    for reply in replies:
+        by_task.setdefault(reply.task, {}).setdefault(reply.id, {})[reply.step] = reply
     return {
         task: [
             Comparison(by_step[min(by_step)], by_step[max(by_step)] if len(by_step) > 1 else None)
             for by_step in questions.values()
         ]
-        for task, questions in answers.items()
+        for task, questions in by_task.items()
         if questions
     }
 

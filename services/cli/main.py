@@ -225,16 +225,16 @@ def _eval(a: argparse.Namespace) -> None:
         return
     if not config.sets:
         raise UserError(f"{path}: evaluation.sets is empty; give at least one set to evaluate")
-    from sdft.services.evaluation.answers import regrade, write_answers
+    from sdft.services.evaluation.replies import regrade, write_replies
 
     if a.regrade:
-        results, samples = regrade(config, path.parent, Path(a.regrade))
+        results, replies = regrade(config, path.parent, Path(a.regrade))
     else:
         prepared = prepare(config, path, trains=False)
         from sdft.services.cli.evaluate import evaluate
 
         with _explained(None):
-            results, samples = evaluate(prepared, Console(file=lasting_output()))
+            results, replies = evaluate(prepared, Console(file=lasting_output()))
     for r in results:
         if r.metric == PERPLEXITY:
             print(f"{r.label:<24}{r.text}  n {r.n} tokens")
@@ -243,7 +243,7 @@ def _eval(a: argparse.Namespace) -> None:
         print(f"{r.label:<24}{percent(r.value):>8}  n {r.n:<5} 95 % interval {percent(low)} to {percent(high)}")
     if a.out:
         try:
-            write_answers(Path(a.out), results, samples)
+            write_replies(Path(a.out), results, replies)
         except OSError as error:
             raise PreflightError(
                 f"--out {a.out}: the replies could not be written ({error}); the results above are complete"

@@ -23,7 +23,7 @@ from sdft.services.config.paths import with_absolute_paths
 from sdft.services.planning.prepare import Prepared, check_disk, check_memory
 from sdft.services.records import checkpoints
 from sdft.services.records.run_dir import LOCK, write_state
-from sdft.services.training.session import run
+from sdft.services.training.session import run_session
 
 LOCK_TRIES, LOCK_EVERY_S = 5, 0.1
 
@@ -73,7 +73,7 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
         try:
             write_atomically(run_dir / "config.yaml", resolved_yaml(config).encode())
             write_state(run_dir, state)
-            run_until_stopped(run(prepared, run_dir, start, console))
+            run_until_stopped(run_session(prepared, run_dir, start, console))
         except KeyboardInterrupt:
             write_state(run_dir, state | {"state": "failed", "error": "stopped by a signal"})
             raise

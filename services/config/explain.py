@@ -25,6 +25,13 @@ _LIMITS = {
     "less_than": ("lt", "less than"),
     "less_than_equal": ("le", "at most"),
 }
+# Removed settings, and what to set instead.
+_REPLACED: dict[Loc, str] = {
+    ("evaluation", "timeout_s"): (
+        "set actors.batch_timeout_s for rollouts, scores and replies, and evaluation.grading_timeout_s for a judge and "
+        "lm-eval"
+    ),
+}
 
 
 class Problem(NamedTuple):
@@ -57,6 +64,8 @@ def explain(error: ValidationError) -> list[Problem]:
 
 def _unknown(parent: Loc, key: str) -> tuple[str, Loc | None]:
     """Return the message for an unknown key, and the place of the setting that was probably meant."""
+    if (*parent, key) in _REPLACED:
+        return f"is not a setting any more; {_REPLACED[*parent, key]}", None
     names = list(_fields(parent))
     # Settings of a stage are suggested only for keys inside `stages`. Elsewhere the run's own settings are.
     settings = [loc for loc in all_settings(RunConfig, ()) if loc[0] != "stages" or parent[:1] == ("stages",)]

@@ -162,7 +162,9 @@ class EvaluationConfig(Section):
 
     every: int | None = Field(None, ge=1, description="Steps between evaluations; null: only before and after training")
     sets: tuple[EvaluationSet, ...] = ()
-    timeout_s: float = Field(1800, gt=0)
+    grading_timeout_s: float = Field(
+        1800, gt=0, description="How long a judge may take for the replies to one set, or lm-eval for its tasks"
+    )
 
 
 class StageConfig(Section):

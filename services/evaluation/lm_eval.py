@@ -48,12 +48,12 @@ def run_harness(
 
     include: a folder with the user's own task files. limit: questions per task. out: path for a copy of lm-eval's
     results file. UserError for an unknown task or a missing folder, PreflightError if lm-eval is not installed or data
-    cannot be downloaded, TimeoutError after evaluation.timeout_s.
+    cannot be downloaded, TimeoutError after evaluation.grading_timeout_s.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise PreflightError("--harness needs lm-eval, which is not installed here: pip install 'sdft[harness]'")
     if include is not None and not Path(include).is_dir():
-        raise UserError(f"--harness-tasks {include}: there is no such folder")
+        raise UserError(f"--harness-tasks {include}: no such folder; give the folder with your task files")
     with tempfile.TemporaryDirectory(prefix="sdft-harness-") as scratch:
         on_gpu = config.device == "cuda"
         command = [sys.executable, "-m", "lm_eval", "run", "--model", "vllm" if on_gpu else "hf"]
@@ -61,7 +61,7 @@ def run_harness(
         command += ["--tasks", tasks, "--batch_size", "auto" if on_gpu else "8", "--output_path", scratch]
         command += [] if include is None else ["--include_path", include]
         command += [] if limit is None else ["--limit", str(limit)]
-        _run(command, tasks, config.evaluation.timeout_s)
+        _run(command, tasks, config.evaluation.grading_timeout_s)
         (path,) = Path(scratch).rglob("results_*.json")
         results = json.loads(path.read_text())
         if out is not None:
@@ -106,7 +106,7 @@ def _run(command: Sequence[str], tasks: str, timeout_s: float) -> None:
         timer.cancel()
         process.kill()
     if late.is_set():
-        raise TimeoutError(f"waited {timeout_s:g} s (evaluation.timeout_s) for lm-eval to run {tasks}")
+        raise TimeoutError(f"waited {timeout_s:g} s (evaluation.grading_timeout_s) for lm-eval to run {tasks}")
     if code != 0:
         raise _reason(tasks, last)
 
@@ -115,10 +115,12 @@ def _reason(tasks: str, last: Sequence[str]) -> Exception:
     lines = [line.strip() for line in last if line.strip()]
     for line in reversed(lines):
         if "Tasks not found" in line:
-            return UserError(f"--harness {tasks}: lm-eval has no such task ({line}); `lm-eval ls tasks` names all")
+            return UserError(
+                f"--harness {tasks}: lm-eval has no such task ({line}); `lm-eval ls tasks` lists all tasks"
+            )
         if "on the Hub" in line or "ConnectionError" in line or "LocalEntryNotFound" in line:
             return PreflightError(
                 f"--harness {tasks}: lm-eval downloads a task's data at its first use, and the hub cannot be reached "
-                f"({line}); connect to it once, or give task files of your own with --harness-tasks DIR"
+                f"({line}); connect to it once, or give your own task files with --harness-tasks DIR"
             )
     return RuntimeError(f"lm-eval could not run {tasks}: {lines[-1] if lines else 'it printed nothing'}")

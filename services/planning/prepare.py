@@ -236,7 +236,7 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
         config=c.learner,
         stages=stages,
         teacher=teacher_of(c),
-        alone=c.strict and c.learner.ranks == 1,
+        exclusive=c.strict and c.learner.ranks == 1,
     )
 
 

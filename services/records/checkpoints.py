@@ -127,7 +127,7 @@ def set_aside(run_dir: Path, after: int) -> list[str]:
         if step > after:
             aside = folder.with_name(f"aside-{time.strftime('%Y%m%d-%H%M%S')}-{folder.name}")
             folder.rename(aside)
-            notes.append(f"a later checkpoint is kept as {aside}")
+            notes.append(f"the checkpoint of step {step} is set aside as {aside}")
     if notes:
         left = [folder.name for step, folder in steps.items() if step <= after]
         latest = run_dir / "checkpoints" / "latest"
@@ -177,7 +177,7 @@ def newest_usable(run_dir: Path) -> tuple[Path | None, list[str]]:
     if folder is None and notes:
         raise UserError(
             f"{'; '.join(notes)}: none of the run's checkpoints can be used; restore their files, name another "
-            f"checkpoint by --resume PATH, or begin a new run with another --run-dir"
+            f"checkpoint with --resume PATH, or start a new run with another --run-dir"
         )
     return folder, notes
 
@@ -208,8 +208,8 @@ def _readable(what: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise PreflightError(
-            f"{error.filename or what} cannot be read ({error.strerror or error}); mend the disk or the permissions "
-            f"and give the same command again, or name an earlier checkpoint by --resume PATH"
+            f"{error.filename or what} cannot be read ({error.strerror or error}); fix the disk or the permissions "
+            f"and run the same command again, or name an earlier checkpoint with --resume PATH"
         ) from error
 
 

@@ -101,12 +101,12 @@ def write(name: str, content: bytes) -> Callable[[Path], object]:
 SPOILT: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a pointer": (write(SINGLE, LFS), [SINGLE, "Git LFS pointer", "git lfs pull"]),
     "an empty file": (write(SINGLE, b""), [SINGLE, "is empty", "download it again"]),
-    "a few bytes": (write(SINGLE, b"abc"), [SINGLE, "cut short", "download it again"]),
+    "a few bytes": (write(SINGLE, b"abc"), [SINGLE, "is incomplete", "download it again"]),
     "half a file": (
         lambda model: os.truncate(model / SINGLE, (model / SINGLE).stat().st_size // 2),
         [SINGLE, "bytes and its header describes", "download it again"],
     ),
-    "half a header": (lambda model: os.truncate(model / SINGLE, 100), [SINGLE, "cut short"]),
+    "half a header": (lambda model: os.truncate(model / SINGLE, 100), [SINGLE, "is incomplete"]),
     "another header": (spoil_header, [SINGLE, "no valid safetensors header"]),
     "a missing shard": (lose_a_shard, ["model-00002-of-00002.safetensors is missing", INDEX]),
     "half an index": (spoil_index, [INDEX, "not valid JSON"]),
@@ -163,7 +163,7 @@ def test_an_adapter_whose_base_is_damaged_is_not_exported(
     checkpoints.commit(part, tmp_path, checkpoints.CheckpointState(1, 1, 1, "float32", "f"), keep=1)
     os.truncate(model / SINGLE, 100)
     assert main(["export", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert f"{SINGLE} is cut short" in capsys.readouterr().err
+    assert f"{SINGLE} is incomplete" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -49,7 +49,7 @@ def configure(model: Path, **settings: object) -> None:
 SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "an untied head that is not there": (
         lambda model: configure(model, tie_word_embeddings=False),
-        r"files lack lm_head\.weight, which config\.json describes and would be random; correct config\.json",
+        r"files lack lm_head\.weight, which config\.json describes, so they would be random; correct config\.json",
     ),
     "a layer's tensor that is not there": (
         lambda model: change(model, lambda tensors: tensors.pop(DOWN_PROJ)),
@@ -111,8 +111,8 @@ def test_a_separate_head_that_config_json_ties_is_refused(model: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "settings", "words"),
     [
-        ("stablelm", {}, "where packed sequences end; choose another"),
-        ("nemotron", {}, "where packed sequences end"),
+        ("stablelm", {}, "pass the lengths of packed sequences to their attention; choose another model"),
+        ("nemotron", {}, "lengths of packed sequences"),
         ("bloom", {}, "do not use the attention interface"),
         ("gptj", {"rotary_dim": 32}, "do not work with the learner's attention"),
         ("mpt", {"d_model": 128, "n_heads": 2, "n_layers": 2}, "do not work with the learner's attention"),
@@ -132,7 +132,9 @@ def test_a_model_that_the_learner_would_compute_differently_is_refused_by_check(
 
 def test_a_configuration_that_describes_no_model_is_refused(model: Path) -> None:
     configure(model, pad_token_id=100_000)  # outside the vocabulary
-    assert "cannot build what its config.json describes (AssertionError: Padding_idx" in (examine(model, True) or "")
+    assert "cannot build the model that its config.json describes (AssertionError: Padding_idx" in (
+        examine(model, True) or ""
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3_text", "olmo3", "phi3", "seed_oss", "gpt2"])
@@ -156,7 +158,7 @@ def test_a_window_that_is_not_passed_to_attention_is_refused(tmp_path: Path, mon
 
     assert examine(tmp_path, True) is None
     monkeypatch.setattr(modeling_mistral.MistralAttention, "forward", forward)
-    assert "how far the window" in (examine(tmp_path, True) or "")
+    assert "do not pass the window" in (examine(tmp_path, True) or "")
 
 
 LONGROPE = {
@@ -183,7 +185,7 @@ def test_positions_that_depend_on_the_longest_of_a_pack_are_refused(tmp_path: Pa
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized (quantization_config in config.json)"),
         (
             {"hidden_size": "128"},
-            "does not know what its config.json describes (Validation error for field 'hidden_size'",
+            "does not support the model that its config.json describes (Validation error for field 'hidden_size'",
         ),
         ({"model_type": "gemma3n"}, "its head uses final_logit_softcapping"),  # set in its text_config
     ],
@@ -206,7 +208,7 @@ def test_attention_refuses_what_it_does_not_compute() -> None:
             packed_attention(module, q, q, q, None, lengths=(2, 1), **wrong)
     with pytest.raises(Untrainable, match="a mask of its own"):
         packed_attention(module, q, q, q, q, lengths=(2, 1))
-    with pytest.raises(Untrainable, match="where packed sequences end"):
+    with pytest.raises(Untrainable, match="lengths of packed sequences"):
         packed_attention(module, q, q, q, None)
 
 
@@ -229,5 +231,5 @@ def test_adapters_need_weights_of_the_names_that_they_are_merged_by(model: Path)
         lambda tensors: [tensors.update({name.removeprefix("model."): tensors.pop(name)}) for name in list(tensors)],
     )
     assert examine(model, True) is None  # transformers finds them in spite of the names
-    with pytest.raises(Untrainable, match=r"layers\.0\..* otherwise, and adapters are merged by name"):
+    with pytest.raises(Untrainable, match=r"have no weight .*layers\.0\..*, and adapters are merged by name"):
         Lora(load_student(model, torch.float32), LoraConfig(rank=2), model, torch.float32)

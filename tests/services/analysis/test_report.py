@@ -20,7 +20,7 @@ from sdft.services.analysis.svg import lines
 from sdft.services.base.errors import UserError
 from sdft.services.cli.train import _only_one
 from sdft.services.monitoring.log import RunLog
-from sdft.services.records.rows import EvalResult, Sample, StepMetrics
+from sdft.services.records.rows import EvalResult, Reply, StepMetrics
 from sdft.services.records.run_dir import LOCK
 
 STEP = StepMetrics(
@@ -64,7 +64,7 @@ def train(run_dir: Path, steps: int, prompt: str = "2 + 2?") -> None:
             log.evaluation(EvalResult(step, 0, "tools", "accuracy", 0.8125 if step else 0.0, 80))
             log.evaluation(EvalResult(step, 0, "general", "accuracy", 0.9875 if step else 1.0, 80))
             log.evaluation(EvalResult(step, 0, "prose", "perplexity", 21.0 if step else 20.0, 900))
-            log.sample(Sample(step, "tools", "q<1>", prompt, {"n": 4}, f"<b>{step}</b>", step > 0))
+            log.reply(Reply(step, "tools", "q<1>", prompt, {"n": 4}, f"<b>{step}</b>", step > 0))
     log.close()
 
 
@@ -394,7 +394,7 @@ def test_a_folder_without_a_run_is_a_clear_error(tmp_path: Path, read: object) -
 def test_a_damaged_file_of_a_run_is_named(tmp_path: Path) -> None:
     begin(tmp_path)
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"run\.json: not what a run writes"):
+    with pytest.raises(UserError, match=r"run\.json: not the state of a run"):
         status_text(tmp_path)
     begin(tmp_path)
     (tmp_path / "ledger.sqlite").write_text("not a database, but long enough to be looked at" * 50)

@@ -47,7 +47,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
             await writer.saved()
         ledger.close()
 
-    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(train, "run_session", run)
     return starts
 
 
@@ -99,7 +99,7 @@ def test_a_damaged_checkpoint_is_set_aside_by_the_run_that_goes_on_before_it(
     said = capsys.readouterr().out
     assert f"{checkpoints.folder_of(run_dir, 2)} is damaged (ledger.sqlite is not as it was written)" in said
     (aside,) = (run_dir / "checkpoints").glob("aside-*-step-000002")
-    assert f"a later checkpoint is kept as {aside}" in said
+    assert f"is set aside as {aside}" in said
     assert list(checkpoints.folders(run_dir)) == [3]
     assert (run_dir / "checkpoints" / "latest").read_text() == "step-000003"
 

@@ -83,6 +83,11 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
     [
         ("trainer: 1", "my.yaml: trainer is not a setting; did you mean training?"),
         ("lr: 1.0", "my.yaml: lr is not a setting; did you mean learner.optimizer.lr?"),
+        (
+            "evaluation: {timeout_s: 60}",
+            "my.yaml: evaluation.timeout_s is not a setting any more; set actors.batch_timeout_s for rollouts, scores "
+            "and replies, and evaluation.grading_timeout_s for a judge and lm-eval",
+        ),
         ("loss: {topk: 3}", "my.yaml: loss.topk is not a setting; did you mean loss.top_k?"),
         ("ray: {zzz: 3}", "my.yaml: ray.zzz is not a setting; ray has address, wait_s, autoscaling"),
         ("seed: yes", "my.yaml: seed must be a whole number, not true"),
