@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from sdft.services.base.environment import check_environment, named_proxies
 from sdft.services.base.errors import PreflightError, RetentionLost, RunFailed, UserError
+from sdft.services.base.files import check_output, check_output_file, part_name, write_atomically
 from sdft.services.base.output import CLOSED, lasting_output, reader_gone
 from sdft.services.base.signals import STOPPED, sigterm_interrupts
 from sdft.services.data.without_torch import promise_tokenizers_only
@@ -137,8 +138,14 @@ def _report(a: argparse.Namespace) -> None:
     from sdft.services.analysis.report import write_report
     from sdft.services.records.run_dir import check_run_dir
 
-    check_run_dir(Path(a.run_dir))
-    print(write_report(Path(a.run_dir)))
+    run_dir = Path(a.run_dir)
+    check_run_dir(run_dir)
+    check_output(run_dir / "report.html")
+    try:
+        path = write_report(run_dir)
+    except OSError as error:
+        raise PreflightError(f"{run_dir}: the report could not be written ({error}); mend that") from None
+    print(path)
 
 
 def _matrix(a: argparse.Namespace) -> None:
@@ -151,6 +158,9 @@ def _export(a: argparse.Namespace) -> None:
     from sdft.services.records.checkpoints import damage, folder_of, newest_usable
 
     run_dir, out = Path(a.run_dir), Path(a.out)
+    check_output(out, "--out")
+    if out.exists():
+        raise UserError(f"--out {out}: there is something already; name a new folder")
     folder, notes = newest_usable(run_dir) if a.step is None else (folder_of(run_dir, a.step), [])
     for note in notes:
         print(note)
@@ -161,9 +171,7 @@ def _export(a: argparse.Namespace) -> None:
     # newest_usable() has checked the folder that it returns.
     if a.step is not None and (reason := damage(folder)) is not None:
         raise UserError(f"{folder} cannot be exported: {reason}")
-    if out.exists():
-        raise UserError(f"--out {out}: there is something already; name a new folder")
-    part = out.with_name(f".{out.name}.part")
+    part = out.with_name(part_name(out))
     shutil.rmtree(part, ignore_errors=True)
     try:
         _export_student(folder / "student", part)
@@ -214,10 +222,8 @@ def _eval(a: argparse.Namespace) -> None:
     # A path on the command line is relative to the working directory, one in the file to the file's folder.
     overrides = a.set + ([f"model={json.dumps(str(_local(a.model)))}"] if a.model else [])
     config = load_config(path, overrides)
-    if a.out and not Path(a.out).absolute().parent.is_dir():
-        raise UserError(f"--out {a.out}: its folder does not exist; make it first")
-    if a.out and Path(a.out).is_dir():
-        raise UserError(f"--out {a.out}: this is a folder; name a file")
+    if a.out:
+        check_output_file(Path(a.out), "--out")
     if a.harness:
         _harness(a, config, path.parent)
         return
@@ -240,28 +246,37 @@ def _eval(a: argparse.Namespace) -> None:
         low, high = r.interval
         print(f"{r.label:<24}{percent(r.value):>8}  n {r.n:<5} 95 % interval {percent(low)} to {percent(high)}")
     if a.out:
-        try:
+        with _after_results(a.out, "answers"):
             write_answers(Path(a.out), results, samples)
-        except OSError as error:
-            raise PreflightError(
-                f"--out {a.out}: the answers could not be written ({error}); the results above are those of the whole "
-                f"evaluation"
-            ) from None
         print(f"answers: {a.out}")
 
 
+@contextmanager
+def _after_results(out: str, what: str) -> Iterator[None]:
+    """Convert an OSError of the file of --out, written after the results are printed, into a PreflightError."""
+    try:
+        yield
+    except OSError as error:
+        raise PreflightError(
+            f"--out {out}: the {what} could not be written ({error}); the results above are those of the whole "
+            f"evaluation"
+        ) from None
+
+
 def _harness(a: argparse.Namespace, config: "RunConfig", base: Path) -> None:
-    from sdft.services.evaluation.lm_eval import run_harness
+    from sdft.services.evaluation.lm_eval import run_harness, scores
     from sdft.services.planning.models import examined, resolve_model
 
-    out = Path(a.out) if a.out else None
     model = resolve_model(config.model, base)
     with examined(model, trains=False):
         pass
-    for score in run_harness(config, model, a.harness, a.harness_tasks, a.harness_limit, out):
+    results = run_harness(config, model, a.harness, a.harness_tasks, a.harness_limit)
+    for score in scores(json.loads(results)):
         print(score)
-    if out:
-        print(f"results: {out}")
+    if a.out:
+        with _after_results(a.out, "results"):
+            write_atomically(Path(a.out), results)
+        print(f"results: {a.out}")
 
 
 def _local(model: str) -> Path | str:
