@@ -8,33 +8,35 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdft.services.base.environment import check_environment, named_proxies
 from sdft.services.base.errors import PreflightError, RetentionLost, RunFailed, UserError
 from sdft.services.base.files import check_output, check_output_file, part_name, write_atomically
-from sdft.services.base.output import CLOSED, lasting_output, reader_gone
+from sdft.services.base.output import CLOSED, OutputFailed, drop, lasting_output, reader_gone, told_output
 from sdft.services.base.signals import STOPPED, sigterm_interrupts
 from sdft.services.data.without_torch import promise_tokenizers_only
 
 if TYPE_CHECKING:
     from sdft.services.config.run import RunConfig
+    from sdft.services.records.rows import EvalResult
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     try:
-        try:
+        with told_output():
             return _main(argv)
-        finally:
-            sys.stdout.flush()
     except BrokenPipeError:
         if reader_gone():
             return CLOSED
         raise
+    except OutputFailed as error:
+        _say(f"the output cannot be written ({error.strerror}); make room, or send it elsewhere")
+        return PreflightError.exit_code
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -46,21 +48,28 @@ def _main(argv: Sequence[str] | None) -> int:
             check_environment()
             return int(arguments.run(arguments) or 0)
     except (UserError, PreflightError, RetentionLost, RunFailed) as error:
-        print(f"sdft: {error}", file=sys.stderr)
+        _say(str(error))
         return error.exit_code
     except ImportError as error:
         if "socksio" not in str(error):
             raise
-        print(
-            f"sdft: the environment names a SOCKS proxy ({named_proxies()}), which needs a package: "
-            f"pip install socksio, or unset the variable",
-            file=sys.stderr,
+        _say(
+            f"the environment names a SOCKS proxy ({named_proxies()}), which needs a package: pip install socksio, or "
+            f"unset the variable"
         )
         return UserError.exit_code
     except KeyboardInterrupt:
         resumes = "; the same command resumes from the last checkpoint" if arguments.run is _train else ""
-        print(f"sdft: stopped{resumes}", file=sys.stderr)
+        _say(f"stopped{resumes}")
         return STOPPED
+
+
+def _say(text: str) -> None:
+    """Print a line on standard error, which may be on the same full disk as the output."""
+    try:
+        print(f"sdft: {text}", file=sys.stderr)
+    except OSError:
+        drop(sys.stderr)
 
 
 def _train(a: argparse.Namespace) -> None:
@@ -79,7 +88,8 @@ def _train(a: argparse.Namespace) -> None:
 
         config, path = appended(run_dir, path.parent, a.set, Path(a.append)), run_dir / "config.yaml"
     prepared = prepare(config, path, begun=begun(run_dir, a.resume))
-    console = Console(file=lasting_output())
+    output = lasting_output()
+    console = Console(file=output)
     shape = prepared.shape
     size = f"{shape.parameters / 1e6:.1f} M parameters"
     if shape.adapters:
@@ -94,7 +104,8 @@ def _train(a: argparse.Namespace) -> None:
 
     with _explained(run_dir):
         report = train(prepared, run_dir, a.resume, console)
-    print_outcome(run_dir)
+    with redirect_stdout(output):
+        print_outcome(run_dir)
     if report is not None:
         console.print(f"report: {report}", markup=False, soft_wrap=True)
 
@@ -213,8 +224,6 @@ def _eval(a: argparse.Namespace) -> None:
 
     from sdft.services.config.load import load_config
     from sdft.services.planning.prepare import prepare
-    from sdft.services.records.rows import PERPLEXITY
-    from sdft.services.records.text import percent
 
     path = Path(a.config)
     if a.regrade and a.model:
@@ -239,28 +248,34 @@ def _eval(a: argparse.Namespace) -> None:
 
         with _explained(None):
             results, samples = evaluate(prepared, Console(file=lasting_output()))
-    for r in results:
-        if r.metric == PERPLEXITY:
-            print(f"{r.label:<24}{r.text}  n {r.n} tokens")
-            continue
-        low, high = r.interval
-        print(f"{r.label:<24}{percent(r.value):>8}  n {r.n:<5} 95 % interval {percent(low)} to {percent(high)}")
-    if a.out:
-        with _after_results(a.out, "answers"):
-            write_answers(Path(a.out), results, samples)
-        print(f"answers: {a.out}")
+    _show_results(map(_line, results), a.out, "answers", lambda out: write_answers(out, results, samples))
 
 
-@contextmanager
-def _after_results(out: str, what: str) -> Iterator[None]:
-    """Convert an OSError of the file of --out, written after the results are printed, into a PreflightError."""
+def _line(r: "EvalResult") -> str:
+    from sdft.services.records.rows import PERPLEXITY
+    from sdft.services.records.text import percent
+
+    if r.metric == PERPLEXITY:
+        return f"{r.label:<24}{r.text}  n {r.n} tokens"
+    low, high = r.interval
+    return f"{r.label:<24}{percent(r.value):>8}  n {r.n:<5} 95 % interval {percent(low)} to {percent(high)}"
+
+
+def _show_results(lines: Iterable[object], out: str | None, what: str, write: Callable[[Path], None]) -> None:
+    """Print the lines and write the file of --out, each even if the other fails."""
     try:
-        yield
-    except OSError as error:
-        raise PreflightError(
-            f"--out {out}: the {what} could not be written ({error}); the results above are those of the whole "
-            f"evaluation"
-        ) from None
+        print(*lines, sep="\n", flush=True)
+    finally:
+        try:
+            if out:
+                write(Path(out))
+        except OSError as error:
+            raise PreflightError(
+                f"--out {out}: the {what} could not be written ({error}); the results above are those of the whole "
+                f"evaluation"
+            ) from None
+    if out:
+        print(f"{what}: {out}")
 
 
 def _harness(a: argparse.Namespace, config: "RunConfig", base: Path) -> None:
@@ -271,12 +286,8 @@ def _harness(a: argparse.Namespace, config: "RunConfig", base: Path) -> None:
     with examined(model, trains=False):
         pass
     results = run_harness(config, model, a.harness, a.harness_tasks, a.harness_limit)
-    for score in scores(json.loads(results)):
-        print(score)
-    if a.out:
-        with _after_results(a.out, "results"):
-            write_atomically(Path(a.out), results)
-        print(f"results: {a.out}")
+    lines = scores(json.loads(results))
+    _show_results(lines, a.out, "results", lambda out: write_atomically(out, results))
 
 
 def _local(model: str) -> Path | str:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, cast
@@ -143,6 +144,15 @@ def test_a_run_whose_checkpoints_could_not_be_written_does_not_begin(
     assert command(config) == 2
     assert f"sdft: {folder}/step-000006: nothing can be written there" in capsys.readouterr().err
     assert started == []
+
+
+def test_a_run_that_is_done_has_not_failed_because_its_output_takes_nothing(
+    tiny_model: Path, tmp_path: Path, started: list[Path | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_run(tmp_path, tiny_model, "float32", steps=2)
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert command(config) == 0
 
 
 def test_a_run_that_is_done_has_not_failed_because_its_report_cannot_be_written(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -65,6 +66,16 @@ def test_answers_that_cannot_be_written_cost_no_results(answers: Path, capsys: p
     said = capsys.readouterr()
     assert "50.0 %  n 2" in said.out
     assert "--out again.jsonl: the answers could not be written ([Errno 21]" in said.err
+
+
+def test_results_that_cannot_be_printed_cost_no_answers(
+    answers: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert evaluate("exact", "--out", "again.jsonl") == 3
+    assert "sdft: the output cannot be written (No space left on device)" in capsys.readouterr().err
+    assert len(Path("again.jsonl").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(
