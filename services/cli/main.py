@@ -280,7 +280,8 @@ def _show_results(lines: Iterable[object], out: str | None, what: str, write: Ca
 
 def _harness(a: argparse.Namespace, config: "RunConfig", base: Path) -> None:
     from sdft.services.evaluation.lm_eval import run_harness, scores
-    from sdft.services.planning.models import examined, resolve_model
+    from sdft.services.planning.examined import examined
+    from sdft.services.planning.models import resolve_model
 
     model = resolve_model(config.model, base)
     with examined(model, trains=False):
