@@ -32,8 +32,9 @@ from sdft.services.data.sets import LoadedSet
 from sdft.services.data.tokenizer import load_tokenizer
 from sdft.services.grading.grade import answer_check
 from sdft.services.grading.judge import check_judge
+from sdft.services.planning.examined import examined
 from sdft.services.planning.fingerprint import fingerprint_of
-from sdft.services.planning.models import check_positions, check_trainable, examined, resolve_model
+from sdft.services.planning.models import check_positions, check_trainable, resolve_model
 from sdft.services.planning.plan import Plan, engine_settings, make_plan, roles
 from sdft.services.planning.shape import ModelShape, embedding_rows, sample_of_weights
 
