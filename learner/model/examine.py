@@ -14,13 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
-
 from sdft.actors.shared.model_files import read_header, weight_files
-from sdft.learner.model.architecture import BROKEN, Untrainable, is_quantized, misfit, read_config
-from sdft.learner.model.attention import packed_attention
-from sdft.learner.model.student import hidden_states
+from sdft.actors.shared.process import large_imports
+
+with large_imports():
+    import torch
+    from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+
+    from sdft.learner.model.architecture import BROKEN, Untrainable, is_quantized, misfit, read_config
+    from sdft.learner.model.attention import packed_attention
+    from sdft.learner.model.student import hidden_states
 
 DTYPES = {
     "F64": torch.float64,

@@ -72,7 +72,7 @@ def read_sets(run_dir: Path, config: dict[str, Any]) -> list[SetProgress]:
     return sets
 
 
-STUDENT_METRICS = (STUDENT_ACCURACY, PERPLEXITY)  # metrics of the student
+STUDENT_METRICS = (STUDENT_ACCURACY, PERPLEXITY)
 
 
 def step_of(row: EvalResult) -> int:

@@ -8,32 +8,35 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdft.services.base.environment import check_environment, named_proxies
 from sdft.services.base.errors import PreflightError, RetentionLost, RunFailed, UserError
-from sdft.services.base.output import CLOSED, lasting_output, reader_gone
+from sdft.services.base.files import check_output, check_output_file, part_name, write_atomically
+from sdft.services.base.output import CLOSED, OutputFailed, drop, lasting_output, reader_gone, told_output
 from sdft.services.base.signals import STOPPED, sigterm_interrupts
 from sdft.services.data.without_torch import promise_tokenizers_only
 
 if TYPE_CHECKING:
     from sdft.services.config.run import RunConfig
+    from sdft.services.records.rows import EvalResult
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     try:
-        try:
+        with told_output():
             return _main(argv)
-        finally:
-            sys.stdout.flush()
     except BrokenPipeError:
         if reader_gone():
             return CLOSED
         raise
+    except OutputFailed as error:
+        _say(f"the output cannot be written ({error.strerror}); make room, or send it elsewhere")
+        return PreflightError.exit_code
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -45,21 +48,28 @@ def _main(argv: Sequence[str] | None) -> int:
             check_environment()
             return int(arguments.run(arguments) or 0)
     except (UserError, PreflightError, RetentionLost, RunFailed) as error:
-        print(f"sdft: {error}", file=sys.stderr)
+        _say(str(error))
         return error.exit_code
     except ImportError as error:
         if "socksio" not in str(error):
             raise
-        print(
-            f"sdft: the environment names a SOCKS proxy ({named_proxies()}), which needs the package socksio; run "
-            f"`pip install socksio`, or unset the variable",
-            file=sys.stderr,
+        _say(
+            f"the environment names a SOCKS proxy ({named_proxies()}), which needs the package socksio; run "
+            f"`pip install socksio`, or unset the variable"
         )
         return UserError.exit_code
     except KeyboardInterrupt:
         resumes = "; the same command resumes from the last checkpoint" if arguments.run is _train else ""
-        print(f"sdft: stopped{resumes}", file=sys.stderr)
+        _say(f"stopped{resumes}")
         return STOPPED
+
+
+def _say(text: str) -> None:
+    """Print a line on standard error, which may be on the same full disk as the output."""
+    try:
+        print(f"sdft: {text}", file=sys.stderr)
+    except OSError:
+        drop(sys.stderr)
 
 
 def _train(a: argparse.Namespace) -> None:
@@ -78,7 +88,8 @@ def _train(a: argparse.Namespace) -> None:
 
         config, path = appended(run_dir, path.parent, a.set, Path(a.append)), run_dir / "config.yaml"
     prepared = prepare(config, path, begun=begun(run_dir, a.resume))
-    console = Console(file=lasting_output())
+    output = lasting_output()
+    console = Console(file=output)
     shape = prepared.shape
     size = f"{shape.parameters / 1e6:.1f} M parameters"
     if shape.adapters:
@@ -93,7 +104,8 @@ def _train(a: argparse.Namespace) -> None:
 
     with _explained(run_dir):
         report = train(prepared, run_dir, a.resume, console)
-    print_outcome(run_dir)
+    with redirect_stdout(output):
+        print_outcome(run_dir)
     if report is not None:
         console.print(f"report: {report}", markup=False, soft_wrap=True)
 
@@ -137,8 +149,14 @@ def _report(a: argparse.Namespace) -> None:
     from sdft.services.analysis.report import write_report
     from sdft.services.records.run_dir import check_run_dir
 
-    check_run_dir(Path(a.run_dir))
-    print(write_report(Path(a.run_dir)))
+    run_dir = Path(a.run_dir)
+    check_run_dir(run_dir)
+    check_output(run_dir / "report.html")
+    try:
+        path = write_report(run_dir)
+    except OSError as error:
+        raise PreflightError(f"{run_dir}: the report could not be written ({error}); mend that") from None
+    print(path)
 
 
 def _matrix(a: argparse.Namespace) -> None:
@@ -151,6 +169,9 @@ def _export(a: argparse.Namespace) -> None:
     from sdft.services.records.checkpoints import damage, folder_of, newest_usable
 
     run_dir, out = Path(a.run_dir), Path(a.out)
+    check_output(out, "--out")
+    if out.exists():
+        raise UserError(f"--out {out} exists already; name a new folder")
     folder, notes = newest_usable(run_dir) if a.step is None else (folder_of(run_dir, a.step), [])
     for note in notes:
         print(note)
@@ -161,9 +182,7 @@ def _export(a: argparse.Namespace) -> None:
     # newest_usable() has checked the folder that it returns.
     if a.step is not None and (reason := damage(folder)) is not None:
         raise UserError(f"{folder} cannot be exported: {reason}")
-    if out.exists():
-        raise UserError(f"--out {out} exists already; name a new folder")
-    part = out.with_name(f".{out.name}.part")
+    part = out.with_name(part_name(out))
     shutil.rmtree(part, ignore_errors=True)
     try:
         _export_student(folder / "student", part)
@@ -207,8 +226,6 @@ def _eval(a: argparse.Namespace) -> None:
 
     from sdft.services.config.load import load_config
     from sdft.services.planning.prepare import prepare
-    from sdft.services.records.rows import PERPLEXITY
-    from sdft.services.records.text import percent
 
     path = Path(a.config)
     if a.regrade and a.model:
@@ -216,10 +233,8 @@ def _eval(a: argparse.Namespace) -> None:
     # A path on the command line is relative to the working directory, one in the file to the file's folder.
     overrides = a.set + ([f"model={json.dumps(str(_local(a.model)))}"] if a.model else [])
     config = load_config(path, overrides)
-    if a.out and not Path(a.out).absolute().parent.is_dir():
-        raise UserError(f"--out {a.out}: its folder does not exist; create the folder first")
-    if a.out and Path(a.out).is_dir():
-        raise UserError(f"--out {a.out}: this is a folder; name a file")
+    if a.out:
+        check_output_file(Path(a.out), "--out")
     if a.harness:
         _harness(a, config, path.parent)
         return
@@ -235,34 +250,46 @@ def _eval(a: argparse.Namespace) -> None:
 
         with _explained(None):
             results, replies = evaluate(prepared, Console(file=lasting_output()))
-    for r in results:
-        if r.metric == PERPLEXITY:
-            print(f"{r.label:<24}{r.text}  n {r.n} tokens")
-            continue
-        low, high = r.interval
-        print(f"{r.label:<24}{percent(r.value):>8}  n {r.n:<5} 95 % interval {percent(low)} to {percent(high)}")
-    if a.out:
+    _show_results(map(_line, results), a.out, "results and replies", lambda out: write_replies(out, results, replies))
+
+
+def _line(r: "EvalResult") -> str:
+    from sdft.services.records.rows import PERPLEXITY
+    from sdft.services.records.text import percent
+
+    if r.metric == PERPLEXITY:
+        return f"{r.label:<24}{r.text}  n {r.n} tokens"
+    low, high = r.interval
+    return f"{r.label:<24}{percent(r.value):>8}  n {r.n:<5} 95 % interval {percent(low)} to {percent(high)}"
+
+
+def _show_results(lines: Iterable[object], out: str | None, what: str, write: Callable[[Path], None]) -> None:
+    """Print the lines and write the file of --out, each even if the other fails."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    finally:
         try:
-            write_replies(Path(a.out), results, replies)
+            if out:
+                write(Path(out))
         except OSError as error:
             raise PreflightError(
-                f"--out {a.out}: the replies could not be written ({error}); the results above are complete"
+                f"--out {out}: the {what} could not be written ({error}); the results above are complete"
             ) from None
-        print(f"results and replies: {a.out}")
+    if out:
+        print(f"{what}: {out}")
 
 
 def _harness(a: argparse.Namespace, config: "RunConfig", base: Path) -> None:
-    from sdft.services.evaluation.lm_eval import run_harness
-    from sdft.services.planning.models import examined, resolve_model
+    from sdft.services.evaluation.lm_eval import run_harness, scores
+    from sdft.services.planning.examined import examined
+    from sdft.services.planning.models import resolve_model
 
-    out = Path(a.out) if a.out else None
     model = resolve_model(config.model, base)
     with examined(model, trains=False):
         pass
-    for score in run_harness(config, model, a.harness, a.harness_tasks, a.harness_limit, out):
-        print(score)
-    if out:
-        print(f"results: {out}")
+    results = run_harness(config, model, a.harness, a.harness_tasks, a.harness_limit)
+    lines = scores(json.loads(results))
+    _show_results(lines, a.out, "results", lambda out: write_atomically(out, results))
 
 
 def _local(model: str) -> Path | str:

@@ -15,7 +15,7 @@ from rich.console import Console
 from sdft.services.analysis.report import write_report
 from sdft.services.base.errors import PreflightError, RetentionLost, UserError
 from sdft.services.base.failures import reason
-from sdft.services.base.files import takes_no_more, write_atomically
+from sdft.services.base.files import check_output, takes_no_more, write_atomically
 from sdft.services.base.signals import run_until_stopped
 from sdft.services.cluster.compat import JOB_FOLDER
 from sdft.services.config.load import resolved_yaml
@@ -60,6 +60,7 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
         if first >= total:
             console.print(f"{run_dir}: all {total} steps are done already", soft_wrap=True)
             return _ended(run_dir, _finished_after_all(run_dir), console)
+        check_output(checkpoints.folder_of(run_dir, total))
         config = with_absolute_paths(prepared.config, prepared.path.parent)
         state: dict[str, Any] = {
             "pid": os.getpid(),
@@ -70,12 +71,13 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
             "stages": [(stage.name, stage.schedule.last) for stage in prepared.stages],
             "started": time.time(),
         }
+        stopped = state | {"state": "failed", "error": "stopped by a signal"}
         try:
             write_atomically(run_dir / "config.yaml", resolved_yaml(config).encode())
             write_state(run_dir, state)
-            run_until_stopped(run_session(prepared, run_dir, start, console))
+            run_until_stopped(run_session(prepared, run_dir, start, console), lambda: write_state(run_dir, stopped))
         except KeyboardInterrupt:
-            write_state(run_dir, state | {"state": "failed", "error": "stopped by a signal"})
+            write_state(run_dir, stopped)
             raise
         except RetentionLost as error:
             write_state(run_dir, state | {"state": "guarded", "error": str(error)})

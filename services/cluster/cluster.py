@@ -29,6 +29,7 @@ from sdft.services.base.signals import stop_on_signals
 from sdft.services.cluster import head
 from sdft.services.cluster.compat import TEMPORARY, read_authentication
 from sdft.services.cluster.queries import ANSWER_S, FAILURES, in_thread
+from sdft.services.cluster.token import has_token
 from sdft.services.config.sections import RayConfig
 from sdft.services.planning.plan import Part, Plan
 
@@ -78,11 +79,10 @@ def cluster(config: RayConfig, plan: Plan, logs: Path | None) -> Iterator[None]:
 def _ensure_token() -> None:
     """Turn on Ray's token authentication, as ray.init does for a cluster that it starts in its own process.
 
-    Without a token in the environment or the home folder, where Ray would write it, the run gets its own.
+    Without a token, which Ray would write into the home folder, the run gets its own.
     """
     if os.environ.setdefault("RAY_AUTH_MODE", "token").lower() == "token":
-        kept = os.path.expanduser("~/.ray/auth_token")  # unexpanded for an unknown user without HOME
-        if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() and not os.access(kept, os.R_OK):
+        if not has_token():
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         read_authentication()
 

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sdft.services.base.errors import PreflightError, UserError, first_line
+from sdft.services.cluster.token import has_token
 
 EXCLUDES = (".git", ".venv", "venv", "runs", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache")
 AGENT_WAIT_S = 90
@@ -100,7 +101,7 @@ def _client() -> tuple[Any, tuple[type[Exception], ...]]:
     A cluster started on a machine with a token requires it. `ray job` and this client send it only if RAY_AUTH_MODE is
     "token".
     """
-    if os.environ.get("RAY_AUTH_TOKEN") or os.access(os.path.expanduser("~/.ray/auth_token"), os.R_OK):
+    if has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when ray is imported
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient

@@ -6,7 +6,6 @@ lm-eval uses its own backend: Hugging Face on a CPU, vLLM on a GPU.
 """
 
 import importlib.util
-import json
 import math
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from sdft.services.base.errors import PreflightError, UserError
-from sdft.services.base.files import write_atomically
 from sdft.services.config.run import RunConfig
 from sdft.services.records.rows import Z_95
 
@@ -41,14 +39,12 @@ class Score:
         return f"{self.task:<24}{self.metric:<16}{self.value:.4f}{half}  n {self.n}"
 
 
-def run_harness(
-    config: RunConfig, model: Path, tasks: str, include: str | None, limit: int | None, out: Path | None
-) -> list[Score]:
-    """Return the scores of the comma-separated `tasks`.
+def run_harness(config: RunConfig, model: Path, tasks: str, include: str | None, limit: int | None) -> bytes:
+    """Return the content of lm-eval's results file for the comma-separated `tasks`.
 
-    include: a folder with the user's own task files. limit: questions per task. out: path for a copy of lm-eval's
-    results file. UserError for an unknown task or a missing folder, PreflightError if lm-eval is not installed or data
-    cannot be downloaded, TimeoutError after evaluation.grading_timeout_s.
+    include: a folder with the user's own task files. limit: questions per task. UserError for an unknown task or a
+    missing folder, PreflightError if lm-eval is not installed or data cannot be downloaded, TimeoutError after
+    evaluation.grading_timeout_s.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise PreflightError("--harness needs lm-eval, which is not installed here: pip install 'sdft[harness]'")
@@ -63,14 +59,11 @@ def run_harness(
         command += [] if limit is None else ["--limit", str(limit)]
         _run(command, tasks, config.evaluation.grading_timeout_s)
         (path,) = Path(scratch).rglob("results_*.json")
-        results = json.loads(path.read_text())
-        if out is not None:
-            write_atomically(out, path.read_bytes())
-    return scores(results)
+        return path.read_bytes()
 
 
 def scores(results: dict[str, Any]) -> list[Score]:
-    """Return the scores in lm-eval's results: {"results": {task: {"acc,none": 0.5, "acc_stderr,none": 0.1}},
+    """Return the scores in lm-eval's results file: {"results": {task: {"acc,none": 0.5, "acc_stderr,none": 0.1}},
     "n-samples": ...}. A group of tasks has no n-samples; its "sample_len" is the sum over its tasks."""
     found = []
     for task, figures in results["results"].items():

@@ -23,6 +23,7 @@ from sdft.services.fleet.remote import Remote
 from sdft.services.fleet.snapshots import Published
 
 HEALTH_EVERY_S = 10  # longest pause between two health checks
+STOP_S = 10  # limit of an engine's shutdown; it takes about 1 s. No answer comes if Ray's control service has ended
 DIED = "died"
 
 
@@ -144,12 +145,12 @@ class SupervisedEngine:
         return None
 
     async def stop(self) -> None:
-        """Shut the engine down, with 20 s to answer, then kill its actor."""
+        """Shut the engine down, with STOP_S to answer, then kill its actor."""
         self.abandon()
         if self._started:
             stopping = asyncio.ensure_future(self._actor.call("stop"))
             try:
-                await asyncio.wait([stopping], timeout=20)
+                await asyncio.wait([stopping], timeout=STOP_S)
             finally:
                 answered = stopping.done()
                 await cancelled([stopping])  # ignores its error, as from a dead engine

@@ -1,14 +1,9 @@
 """Resolve a model to a local folder: an existing one, a built-in model made from its package, or one from the hub."""
 
 import difflib
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from sdft.actors.shared.model_files import COMPANIONS, INDEX
@@ -21,7 +16,7 @@ from sdft.services.planning.shape import check_files, refuse_experts
 from sdft.services.planning.smollm2 import make_smollm2
 
 BUILT_IN = {"smollm2-135m": make_smollm2}
-CACHE = "SDFT_CACHE"  # environment variable: folder of the built-in models
+CACHE = "SDFT_CACHE"  # environment variable: folder of the built-in models, and of what was examined
 # File patterns in a hub repository. Subfolders and consolidated files repeat the same weights in other formats.
 DOWNLOADED = [*COMPANIONS, "*.safetensors"]
 NOT_DOWNLOADED = ["*/*", "consolidated*"]
@@ -36,7 +31,7 @@ def resolve_model(name: str, base: Path) -> Path:
         except OSError as error:
             raise UserError(f"model: {candidate} cannot be read ({error.strerror}); check its permissions") from None
     if name in BUILT_IN:
-        folder = _cache() / "models" / name
+        folder = cache_folder() / "models" / name
         if not folder.exists():
             materialise(name, folder, CACHE)
         return _complete(folder)
@@ -77,40 +72,6 @@ def check_positions(model: Path, tokens: int) -> None:
         )
 
 
-_passed: set[tuple[object, ...]] = set()  # folders that passed in this process, with the state of their files
-
-
-@contextmanager
-def examined(model: Path, trains: bool) -> Iterator[None]:
-    """UserError at exit unless the folder's tensors are those that the model needs and the learner can run it.
-
-    The examination needs torch, which this process does not import. A subprocess runs it in 3 s, in parallel with the
-    body of the `with` statement. A folder that passed and has not changed is not examined again.
-    """
-    stats = [(path.name, path.stat()) for path in sorted(model.iterdir()) if path.is_file()]
-    state = model, trains, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-    if state in _passed:
-        yield
-        return
-    command = [sys.executable, "-P", "-m", "sdft.learner.model.examine", str(model), *(["--trains"] if trains else [])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the same modules as this process
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        try:
-            yield
-            out, log = process.communicate()
-        except BaseException:
-            process.kill()
-            raise
-    if process.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {log[-2000:]}")
-    reason = json.loads(out.splitlines()[-1])
-    if reason:
-        raise UserError(f"model: {model} cannot be {'trained' if trains else 'evaluated'} here: {reason}")
-    _passed.add(state)
-
-
 def materialise(name: str, out: Path, setting: str = "--out") -> None:
     """Make a built-in model in the folder `out`, which must be new or empty. The folder appears whole or not at all.
 
@@ -145,8 +106,8 @@ def _make(name: str, part: Path, out: Path) -> None:
         # Another process made the same model first; keep that one.
 
 
-def _cache() -> Path:
-    """Return the folder for built-in models. UserError if it needs a home directory and the user has none."""
+def cache_folder() -> Path:
+    """Return the folder of what is made once. UserError if it needs a home directory and the user has none."""
     try:
         return Path(os.environ.get(CACHE, "~/.cache/sdft")).expanduser()
     except RuntimeError:

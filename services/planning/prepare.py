@@ -32,10 +32,11 @@ from sdft.services.data.sets import LoadedSet
 from sdft.services.data.tokenizer import load_tokenizer
 from sdft.services.grading.grade import answer_check
 from sdft.services.grading.judge import check_judge
+from sdft.services.planning.examined import examined
 from sdft.services.planning.fingerprint import fingerprint_of
-from sdft.services.planning.models import check_positions, check_trainable, examined, resolve_model
+from sdft.services.planning.models import check_positions, check_trainable, resolve_model
 from sdft.services.planning.plan import Plan, engine_settings, make_plan, roles
-from sdft.services.planning.shape import ModelShape, embedding_rows, sample_of_weights
+from sdft.services.planning.shape import ModelShape, embedding_rows, read_headers, sample_of_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,8 +135,9 @@ def _prepared(
     base = path.parent
     tokenizer = load_tokenizer(model)
     names = [s.name for s in config.stages] or [""]
-    rows = embedding_rows(model)  # every token id must be below it
-    identity = (model / "config.json").read_bytes() + sample_of_weights(model)  # of the model
+    headers = read_headers(model)
+    rows = embedding_rows(headers)  # every token id must be below it
+    identity = (model / "config.json").read_bytes() + sample_of_weights(headers)  # of the model
     stages: list[Stage] = []
     schedules = make_schedule(config.tasks, [len(demonstrations) for _, demonstrations, _ in loaded]).stages
     builders = [PromptBuilder(tokenizer, task.data.template, base, task.data.system, begun) for task in config.tasks]
@@ -150,7 +152,7 @@ def _prepared(
     first = loaded[0][1][0]
     end = builders[0].end(first).token_id
     check_ids([first], [PromptPair([end], None)], rows)
-    shape = ModelShape.of(model, config.learner.lora)
+    shape = ModelShape.of(model, headers, config.learner.lora)
     longest = [max(len(p.student_ids) for p in stage.prompts) for stage in stages]
     return Prepared(
         config=config,

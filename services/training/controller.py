@@ -15,7 +15,7 @@ import numpy as np
 from sdft.actors.shared.types import SampleId
 from sdft.learner.group import LearnerGroup
 from sdft.services.algorithms.methods import loss_of, on_demonstrations, on_policy
-from sdft.services.base.errors import RetentionLost, RunFailed
+from sdft.services.base.errors import RetentionLost, RunFailed, UserError
 from sdft.services.config.run import TaskConfig
 from sdft.services.data.schedule import StageSchedule
 from sdft.services.data.sets import LoadedSet
@@ -269,7 +269,10 @@ class Controller:
         if retention.action == "stop":
             raise RetentionLost(f"{text}; stopped at a checkpoint of this step; the same command continues from it")
         held = self._guard.held or 0
-        checkpoints.set_aside(self._run_dir, held)
+        try:
+            checkpoints.set_aside(self._run_dir, held)
+        except UserError as error:
+            raise RetentionLost(f"{text}; it held at step {held}, and the run is not rolled back: {error}") from error
         good, _ = checkpoints.newest(self._run_dir)
         where = "the base model, because no checkpoint had been saved" if good is None else good.name
         raise RetentionLost(

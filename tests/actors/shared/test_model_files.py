@@ -18,7 +18,7 @@ from sdft.actors.shared.model_files import ADAPTER_CONFIG, INDEX, SINGLE, weight
 from sdft.services.base.errors import UserError
 from sdft.services.cli.main import main
 from sdft.services.planning.models import DOWNLOADED, NOT_DOWNLOADED, resolve_model
-from sdft.services.planning.shape import ModelShape, sample_of_weights
+from sdft.services.planning.shape import ModelShape, read_headers, sample_of_weights
 from sdft.services.records import checkpoints
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1000\n"
@@ -57,13 +57,14 @@ def unprivileged() -> Iterator[None]:
 
 
 def test_shards_are_read_as_one_model_and_other_files_are_ignored(tiny_model: Path, model: Path) -> None:
-    whole, bytes_before = ModelShape.of(tiny_model), sample_of_weights(tiny_model)
+    headers = read_headers(tiny_model)
+    whole, bytes_before = ModelShape.of(tiny_model, headers), sample_of_weights(headers)
     files = shard(model)
     shutil.copy(tiny_model / SINGLE, model / "consolidated.safetensors")
     save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, model / "adapter_model.safetensors")
     assert weight_files(model) == files
-    assert ModelShape.of(resolve_model(str(model), model)) == whole
-    assert sample_of_weights(model) == bytes_before
+    assert ModelShape.of(resolve_model(str(model), model), read_headers(model)) == whole
+    assert sample_of_weights(read_headers(model)) == bytes_before
     assert {name for name, _ in merged(model, {}, 1.0, torch.float32)} == set(load_file(tiny_model / SINGLE))
 
 

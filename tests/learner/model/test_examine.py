@@ -1,9 +1,12 @@
 """Tensors that do not fit a model, and models that the learner cannot run, are refused before a start."""
 
 import json
+import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +24,8 @@ from sdft.learner.weights.lora import Lora
 from sdft.learner.weights.publisher import Publisher
 from sdft.services.base.errors import UserError
 from sdft.services.cli.main import main
-from sdft.services.planning.models import check_positions, examined
+from sdft.services.planning.examined import examined
+from sdft.services.planning.models import check_positions
 from tests.fakes.families import make_family
 from tests.runs.run import write_run
 
@@ -90,6 +94,35 @@ def test_check_and_eval_refuse_a_model_whose_head_would_be_random(
     for command in (["check", str(config)], ["eval", str(config), "--model", str(model)]):
         assert main(command) == 2
         assert "files lack lm_head.weight" in capsys.readouterr().err
+
+
+def test_a_folder_that_passed_is_examined_again_once_it_has_changed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[object] = []
+
+    class Counted(subprocess.Popen):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            begun.append(args)
+            super().__init__(*args, **kwargs)
+
+    def examinations(trains: bool = True) -> int:
+        before = len(begun)
+        with examined(model, trains):
+            pass
+        return len(begun) - before
+
+    monkeypatch.setattr(subprocess, "Popen", Counted)
+    monkeypatch.setenv("SDFT_CACHE", str(tmp_path / "cache"))
+    assert (examinations(), examinations(), examinations(trains=False)) == (1, 0, 1)
+    times, weights = (model / SINGLE).stat(), (model / SINGLE).read_bytes()
+    (model / SINGLE).write_bytes(weights)  # of the same size, and as if of the same time
+    os.utime(model / SINGLE, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert examinations() == 1
+    monkeypatch.setattr("sdft.services.planning.examined.version", lambda name: "another")
+    assert examinations() == 1
+    monkeypatch.setenv("SDFT_CACHE", "/proc")  # where nothing can be remembered
+    assert (examinations(), examinations()) == (1, 1)
 
 
 def test_tensors_that_transformers_ties_or_ignores_are_no_fault(model: Path) -> None:

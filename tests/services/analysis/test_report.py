@@ -4,6 +4,8 @@ import os
 import re
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -317,6 +319,23 @@ def test_status_and_report_say_what_bounds_the_run(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     assert "while the engines keep ahead" in status_text(tmp_path)
     assert "Sampling and scoring overlap with the learner's steps" in Page(write_report(tmp_path)).text
+
+
+def test_a_report_without_a_home_prints_its_path_alone_and_leaves_nothing(tmp_path: Path) -> None:
+    train(begin(tmp_path / "run"), 2)
+    (tmp_path / "home").write_text("")  # no folder can be made below it, not even by root
+    (tmp_path / "temporary").mkdir()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "MPL"))}
+    result = subprocess.run(
+        [sys.executable, "-m", "sdft.services.cli", "report", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=kept | {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "temporary")},
+    )
+    assert (result.stdout, result.stderr) == (f"{tmp_path / 'run' / 'report.html'}\n", "")
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_status_tells_a_killed_run_from_a_running_one(tmp_path: Path) -> None:

@@ -252,8 +252,46 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
     "export below a file": (
         two(run_folder, file("f", "")),
         "export runs/my --out f/o",
+        2,
+        ["--out f/o: nothing can be written there (Not a directory)"],
+    ),
+    # Before the checkpoint, of which every file is read.
+    "export to where nothing can be written": (
+        damaged_checkpoint,
+        "export runs/my --out /proc/o",
+        2,
+        ["--out /proc/o: nothing can be written there"],
+    ),
+    "a model where nothing can be written": (
+        nothing,
+        "model smollm2-135m --out /proc/o",
+        2,
+        ["--out /proc/o: the model cannot be written there"],
+    ),
+    "answers where nothing can be written": (
+        nothing,
+        "eval my.yaml --out /proc/a.jsonl",
+        2,
+        ["--out /proc/a.jsonl: nothing can be written there"],
+    ),
+    "answers in place of a device": (nothing, "eval my.yaml --out /dev/null", 2, ["--out /dev/null: this is a device"]),
+    "answers of a name too long": (
+        nothing,
+        f"eval my.yaml --out {'a' * 256}",
+        2,
+        [f"--out {'a' * 256}: no file can be there (File name too long)"],
+    ),
+    "benchmarks' results where nothing can be written": (
+        nothing,
+        "eval my.yaml --harness colours --out /proc/o.json",
+        2,
+        ["--out /proc/o.json: nothing can be written there"],
+    ),
+    "a report that cannot be written": (
+        two(run_folder, lambda w: (w.folder / "runs/my/report.html").mkdir()),
+        "report runs/my",
         3,
-        ["--out f/o: the model could not be written ([Errno 20]"],
+        ["runs/my: the report could not be written ([Errno 21]"],
     ),
     "no checkpoint to resume": (nothing, f"{TRAIN} --resume nowhere", 2, ["--resume nowhere"]),
     "a job's own folder": (

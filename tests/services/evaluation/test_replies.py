@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -66,7 +67,17 @@ def test_results_are_printed_even_if_replies_cannot_be_written(
     assert evaluate("exact", "--out", "again.jsonl") == 3
     said = capsys.readouterr()
     assert "50.0 %  n 2" in said.out
-    assert "--out again.jsonl: the replies could not be written ([Errno 21]" in said.err
+    assert "--out again.jsonl: the results and replies could not be written ([Errno 21]" in said.err
+
+
+def test_results_that_cannot_be_printed_cost_no_replies(
+    replies: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert evaluate("exact", "--out", "again.jsonl") == 3
+    assert "sdft: the output cannot be written (No space left on device)" in capsys.readouterr().err
+    assert len(Path("again.jsonl").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(

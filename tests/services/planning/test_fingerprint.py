@@ -2,9 +2,11 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sdft.actors.shared.model_files import read_header
 from sdft.services.config.load import load_config
 from sdft.services.planning.prepare import prepare
 from tests.fakes.tiny import make_tiny_model
@@ -75,3 +77,17 @@ def test_another_model_of_the_same_shape_may_not_take_its_place(tiny_model: Path
     other = make_tiny_model(tmp_path / "other", seed=1)
     assert (other / "config.json").read_bytes() == (moved / "config.json").read_bytes()
     assert fingerprint(tmp_path, moved) == fingerprint(tmp_path, tiny_model) != fingerprint(tmp_path, other)
+
+
+def test_the_header_of_a_weight_file_is_read_when_it_is_checked_and_once_more(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+
+    def counted(path: Path) -> tuple[dict[str, Any], int]:
+        read.append(path)
+        return read_header(path)
+
+    monkeypatch.setattr("sdft.services.planning.shape.read_header", counted)
+    fingerprint(tmp_path, tiny_model)
+    assert read == [tiny_model / "model.safetensors"] * 2

@@ -162,6 +162,12 @@ def test_the_guard_acts_even_if_the_replies_cannot_be_written(tmp_path: Path) ->
     assert last_checkpoint(tmp_path) == "step-000002"
 
 
+def test_a_run_that_cannot_go_back_says_so(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / ".latest.part").mkdir(parents=True)  # so that `latest` cannot be written
+    with pytest.raises(RetentionLost, match=r"it held at step 2, and the run is not rolled back: .*/checkpoints: the"):
+        trained(tmp_path, "rollback")
+
+
 def test_action_rollback_makes_the_last_good_checkpoint_the_newest(tmp_path: Path) -> None:
     with pytest.raises(RetentionLost, match="rolled back to step-000002"):
         trained(tmp_path, "rollback")
