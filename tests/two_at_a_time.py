@@ -12,7 +12,7 @@ ALONE = "tests/runs/"
 # Files that start Ray or engines: first, so that short ones fill the time in which a worker would wait for the other.
 LONG = (
     "tests/papers/test_examples.py",
-    "tests/papers/test_readme.py",
+    "tests/papers/test_own_data.py",
     "tests/actors/vllm/",
     "tests/learner/",
     "tests/services/cli/",
