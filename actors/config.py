@@ -64,6 +64,11 @@ class ActorsConfig(BaseModel):
 
     student: EngineConfig = EngineConfig()
     teacher: EngineConfig = EngineConfig()
+    batch_timeout_s: float = Field(
+        1800,
+        gt=0,
+        description="How long the engines may take for a batch: a step's rollouts, its scores, or an evaluation set",
+    )
 
     def of(self, role: str) -> EngineConfig:
         """The pool of a role, "student" or "teacher"; KeyError for any other."""
@@ -98,13 +103,13 @@ class EngineSettings:
     max_model_len: int
     max_logprobs: int
     max_num_seqs: int
-    hold: bool  # hold each batch until it is complete, one batch at a time; otherwise requests start as they arrive
+    hold_batches: bool  # until they are complete, and one batch at a time; otherwise requests start as they arrive
     share_prompts: bool  # compute a prompt once for all sequences that begin with it
     gpu_memory_utilization: float
     enforce_eager: bool
     max_probe_gap: float
     threads: int | None  # OpenMP threads on the CPU; None: every core
     kv_cache_gib: float | None  # None, on GPUs: what gpu_memory_utilization leaves for it
-    alone: bool = False  # no other process of the run computes while this engine does
+    exclusive: bool = False  # no other process of the run computes while this engine does
     stop_ids: tuple[int, ...] = ()  # tokens that end a reply, besides those in the model folder
     extension: str = "sdft.actors.vllm.extension.WorkerExtension"  # loaded in the engine's worker processes

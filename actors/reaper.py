@@ -6,6 +6,7 @@ worker keeps its resources, and its replacement waits for ever.
 
 import os
 import signal
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,11 +15,20 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sdft.actors.shared.types import Process
 
+SENT_S = 1.0
+
 
 def end(process: Process) -> None:
-    """Kill a Ray worker by process id, with a task on its node. Returns at once. Does nothing if it is gone."""
+    """Kill a Ray worker by process id, with a task on its node. Does nothing if it is gone.
+
+    Returns within SENT_S. Ray sends the function to its control service at the first use, and would wait for ever if
+    that service has ended.
+    """
     place = NodeAffinitySchedulingStrategy(process.node, soft=False)
-    ray.remote(_end).options(num_cpus=0, max_retries=0, scheduling_strategy=place).remote(process.pid)
+    task = ray.remote(_end).options(num_cpus=0, max_retries=0, scheduling_strategy=place)
+    sending = threading.Thread(target=task.remote, args=[process.pid], daemon=True)
+    sending.start()
+    sending.join(SENT_S)
 
 
 def _end(pid: int) -> None:

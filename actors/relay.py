@@ -19,7 +19,7 @@ class SnapshotRelay:
     def __init__(self) -> None:
         self._buffers: dict[str, tuple[int, mmap.mmap]] = {}
 
-    def hold(self, role: str, payload: Sequence[ray.ObjectRef]) -> str:
+    def store(self, role: str, payload: Sequence[ray.ObjectRef]) -> str:
         """Overwrite the role's copy with `payload`, a list of one reference. Returns the path to map the copy from."""
         data: np.ndarray = ray.get(payload[0])  # a view into the node's object store
         held = self._buffers.get(role)

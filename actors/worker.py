@@ -9,7 +9,7 @@ from typing import TypeVar
 import ray
 
 from sdft.actors.config import EngineSettings
-from sdft.actors.shared.process import large_imports, scratch_folder, waiting
+from sdft.actors.shared.process import large_imports, openmp_wait_policy, scratch_folder
 from sdft.actors.shared.types import (
     GenerateRequest,
     IntArray,
@@ -35,7 +35,7 @@ def engine_environment(settings: EngineSettings) -> dict[str, str]:
         environment["TMPDIR"] = os.environ["SDFT_SCRATCH"]  # files of a killed engine are removed with the run
     if settings.device == "cpu":
         cores = sorted(os.sched_getaffinity(0))[: settings.threads]
-        environment |= waiting(settings.alone) | {
+        environment |= openmp_wait_policy(settings.exclusive) | {
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # if unset, vLLM reserves one core
             "OMP_NUM_THREADS": str(len(cores)),  # Ray sets it to the CPUs of the actor: one thread
             "VLLM_USE_V2_MODEL_RUNNER": "0",  # the V2 runner needs Triton
@@ -77,9 +77,9 @@ class EngineWorker:
     async def probe(self, ids: IntArray) -> object:
         return await self._alive(self._engine.probe(ids))
 
-    async def answer(self) -> None:
-        """Return when this process and the engine's own process have answered (see Engine.answer)."""
-        await self._alive(self._engine.answer())
+    async def ping(self) -> None:
+        """Return when this process and the engine's own process have answered (see Engine.ping)."""
+        await self._alive(self._engine.ping())
 
     async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
         return await self._alive(self._engine.update_weights(snapshot), to_its_end=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.measure import device_parser, in_a_process, large_product, matrix_rate, report, seconds_in_turn
 from benchmarks.operations import Operations
-from sdft.actors.shared.process import kept_heap, waiting
+from sdft.actors.shared.process import kept_heap, openmp_wait_policy
 from sdft.actors.shared.types import Rollout, SampleId, ScoredRollout, TeacherScores
 from sdft.learner.config import LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
 from sdft.learner.loss.chunked import divergence_loss
@@ -60,7 +60,7 @@ def settings(device: str = "cpu", tokens: int = 4096) -> LearnerSettings:
         config=LearnerConfig(micro_batch_tokens=tokens),
         stages=(StageSettings(0, 1000, LOSS, OPTIMIZER),),
         teacher=TeacherConfig(alpha=0.01),
-        alone=True,
+        exclusive=True,
     )
 
 
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="in one micro-batch, a multiple of 128")
     arguments = parser.parse_args()
     # The environment of a strict run. It needs a new process: OpenMP reads it at the import of torch, glibc at start.
-    os.environ.update(waiting(alone=True) | kept_heap(arguments.device))
+    os.environ.update(openmp_wait_policy(exclusive=True) | kept_heap(arguments.device))
     in_a_process(partial(measure, arguments.device, arguments.tokens))
 
 

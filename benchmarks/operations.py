@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdft.services.planning.shape import ModelShape
+from sdft.services.planning.shape import ModelShape, read_headers
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Operations:
         head = shape["vocab_size"] * shape["hidden_size"]
         embeddings = head if shape["tie_word_embeddings"] else 2 * head
         layers, hidden = shape["num_hidden_layers"], shape["hidden_size"]
-        return cls(ModelShape.of(model).parameters - embeddings, head, layers, hidden)
+        parameters = ModelShape.of(model, read_headers(model)).parameters
+        return cls(parameters - embeddings, head, layers, hidden)
 
     def forward(self, tokens: float, length: float, rows: float) -> float:
         """Operations of a forward on `tokens` in sequences of about `length`, with the head on `rows` tokens only.

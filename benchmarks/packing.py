@@ -17,8 +17,8 @@ import torch
 from benchmarks.measure import report
 from sdft.actors.shared.types import Rollout, SampleId, ScoredRollout, TeacherScores
 from sdft.learner.model.attention import short
-from sdft.learner.model.cpu.short_attention import groups
-from sdft.learner.packing import group, length, pack
+from sdft.learner.model.cpu.short_attention import length_groups
+from sdft.learner.packing import length, micro_batches, pack
 from sdft.services.data.tokenizer import load_tokenizer
 from sdft.services.planning.models import resolve_model
 
@@ -45,7 +45,7 @@ def row(path: Path, most: int) -> dict[str, object]:
         sizes = [length(s) for s in samples]
         useful += sum(sizes)
         pairs += sum(n * (n + 1) // 2 for n in sizes)
-        for members in group(sizes, BUDGET):
+        for members in micro_batches(sizes, BUDGET):
             batch = pack([samples[i] for i in members], 0, BATCH, 1)
             computed += len(batch.input_ids)
             computed_pairs += _pairs(batch.lengths)
@@ -61,7 +61,7 @@ def _pairs(lengths: tuple[int, ...]) -> int:
     """Query-key pairs that attention on a CPU computes for one pack: full squares; short sequences padded in groups."""
     if not short(lengths, torch.float32):
         return sum(n * n for n in lengths)
-    return sum(len(g.members) * g.longest**2 for g in groups(lengths))
+    return sum(len(g.members) * g.longest**2 for g in length_groups(lengths))
 
 
 def _sample(prompt: int, completion: int) -> ScoredRollout:

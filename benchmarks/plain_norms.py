@@ -1,7 +1,6 @@
 """A worker extension with the norms that vLLM's CPU platform chooses, the baseline of benchmarks.rollouts."""
 
-from vllm import ir
-
+from sdft.actors.vllm.compat import norm_operations
 from sdft.actors.vllm.extension import WorkerExtension
 
 
@@ -10,6 +9,6 @@ class Extension(WorkerExtension):
 
     def score_completions_only(self) -> bool:
         """Set plain norms, then call the default method."""
-        for op in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm):
+        for op in norm_operations().values():
             op.set_default(["native"])
         return super().score_completions_only()

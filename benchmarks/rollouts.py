@@ -95,7 +95,7 @@ def _get(call: Any) -> Any:
 
 def main() -> None:
     given = {
-        name: replace(settings(extension, share_prompts=False), max_num_seqs=BATCH, enforce_eager=eager, alone=True)
+        name: replace(settings(extension, share_prompts=False), max_num_seqs=BATCH, enforce_eager=eager, exclusive=True)
         for name, (extension, eager) in CASES.items()
     }
     ray.init(address="local", num_cpus=len(given), include_dashboard=False, log_to_driver=False)

@@ -36,7 +36,7 @@ def settings(extension: str, share_prompts: bool) -> EngineSettings:
         max_model_len=512,
         max_logprobs=K,
         max_num_seqs=SEQUENCES,
-        hold=True,
+        hold_batches=True,
         share_prompts=share_prompts,
         gpu_memory_utilization=0.1,
         enforce_eager=True,

@@ -21,6 +21,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.compat import onednn_layout
 from benchmarks.learner_step import samples, settings
 from benchmarks.measure import in_a_process, report
 from benchmarks.scoring import DTYPE
@@ -52,7 +53,7 @@ def timed(call: Any) -> tuple[float, Any]:
 
 def packing() -> dict[str, list[float]]:
     """Seconds of packing alone in every round, by role."""
-    from sdft.learner.weights.publisher import pack
+    from sdft.learner.weights.publisher import copy_tensors
 
     learner = LearnerWorker()
     learner.start(settings(), 1, *learner.rendezvous(), np.arange(100, 148, dtype=np.int32))
@@ -64,21 +65,19 @@ def packing() -> dict[str, list[float]]:
             nbytes = sum(t.nbytes for _, t in learner._engine.weights(role))
             memory = memories.get(role) or memories.setdefault(role, mmap.mmap(-1, nbytes))
             start = time.perf_counter()
-            pack(learner._engine.weights(role), memory)
+            copy_tensors(learner._engine.weights(role), memory)
             seconds.setdefault(f"pack {role}", []).append(time.perf_counter() - start)
     return seconds
 
 
 def laying_out() -> tuple[list[float], int]:
     """Seconds in every round to lay out all matrices of the model by oneDNN, and their bytes."""
-    from vllm import _custom_ops as ops
-
     stored = load_file(Path(settings().model) / "model.safetensors").values()
     matrices = [tensor.to(getattr(torch, DTYPE)) for tensor in stored if tensor.ndim == 2]
     seconds = []
     for _ in range(ROUNDS + 1):
         start = time.perf_counter()
-        laid_out = [ops.create_onednn_mm(matrix.t()) for matrix in matrices]
+        laid_out = [onednn_layout(matrix) for matrix in matrices]
         seconds.append(time.perf_counter() - start)
         del laid_out
     return seconds, sum(matrix.nbytes for matrix in matrices)

@@ -1,6 +1,7 @@
 """The DeepSpeed engine around the student: one optimizer step, full weights out, save and load.
 
-Only this file uses DeepSpeed's API. Every rank runs the same calls in the same order. Docstrings mark collectives.
+Only this file and `compat` use DeepSpeed's API. Every rank runs the same calls in the same order. Docstrings mark
+collectives.
 """
 
 import math
@@ -9,7 +10,6 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -20,11 +20,12 @@ from deepspeed.utils import (
 from sdft.actors.shared.types import ScoredRollout
 from sdft.learner.checkpoint.saving import TensorFile
 from sdft.learner.checkpoint.state import CHANGE, Piece, StateFiles, state_files
+from sdft.learner.compat import build_nothing, divided_masters, fragment, link_state, numel, reduce_nothing
 from sdft.learner.model.architecture import Untrainable
 from sdft.learner.model.faithful import unfaithful
 from sdft.learner.model.student import SelfDistillation, load_student
 from sdft.learner.optimizer import MASTER, TEACHER, AdamWWithTeacher, learning_rate, teacher_alpha
-from sdft.learner.packing import assign, group, length, pack
+from sdft.learner.packing import assign, length, micro_batches, pack
 from sdft.learner.types import LearnerSettings, StepResult
 from sdft.learner.weights.content import Content
 
@@ -38,7 +39,7 @@ class LearnerEngine:
         torch.manual_seed(settings.seed)
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs 8 % of a step
-        _compile_nothing()
+        build_nothing()
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())  # uses torch's existing group
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self._zero_stage = settings.config.zero_stage_for(settings.dtype)
@@ -68,8 +69,8 @@ class LearnerEngine:
         self.ranks = torch.distributed.get_world_size()
         # At ZeRO stage 0, and at 1 in bfloat16, DeepSpeed adds gradients up by copying all of them into one buffer and
         # back, for a single rank too. At the others the reduction also puts the gradients into the partitions.
-        nobody_else = self.ranks == 1 and self._zero_stage <= (1 if settings.dtype == "bfloat16" else 0)
-        self._engine.enable_backward_allreduce = not nobody_else
+        if self.ranks == 1 and self._zero_stage <= (1 if settings.dtype == "bfloat16" else 0):
+            reduce_nothing(self._engine)
         if self._lora is not None:
             self._lora.keep_teacher(alpha, self._resets, settings.rank, self.ranks, self._engine.device)
         if self._zero_stage == 3:
@@ -98,10 +99,8 @@ class LearnerEngine:
         """Create the optimizer state of every master."""
         for p in self._masters:
             self._adam.begin(p)
-        # DeepSpeed itself links parameters to their optimizer state only at the first step.
-        link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:
-            link()
+        if self._zero_stage in (1, 2):
+            link_state(self._optimizer)
 
     @property
     def divided(self) -> bool:
@@ -127,23 +126,27 @@ class LearnerEngine:
     def _masters(self) -> list[torch.Tensor]:
         """This rank's part of the float32 weights, which the optimizer updates."""
         if self._zero_stage == 3:  # the optimizer holds them only during a step
-            parts: list[torch.Tensor] = self._optimizer.fp32_partitioned_groups_flat
-            return parts
+            return divided_masters(self._optimizer)
         return [p for param_group in self._adam.param_groups for p in param_group["params"]]
 
     def train_step(self, samples: Sequence[ScoredRollout]) -> StepResult:
         """Take one optimizer step on a whole batch. This rank computes its share of it. Collective."""
         s = self.settings
         stage = s.stages[s.stage_of(self.step + 1)]
-        one = stage.optimizer
+        optimizer = stage.optimizer
         self._engine.module.loss = stage.loss
         lengths = [length(sample) for sample in samples]
         shares = assign(lengths, self.ranks)
-        packs = [group([lengths[i] for i in share], s.config.micro_batch_tokens) for share in shares]
+        packs = [micro_batches([lengths[i] for i in share], s.config.micro_batch_tokens) for share in shares]
         mine, my_packs = shares[s.rank], packs[s.rank]
-        lr = learning_rate(self.step + 1 - stage.before, stage.steps, one)
+        lr = learning_rate(self.step + 1 - stage.before, stage.steps, optimizer)
         for param_group in self._optimizer.param_groups:
-            param_group |= {"lr": lr, "betas": one.betas, "eps": one.eps, "weight_decay": one.weight_decay}
+            param_group |= {
+                "lr": lr,
+                "betas": optimizer.betas,
+                "eps": optimizer.eps,
+                "weight_decay": optimizer.weight_decay,
+            }
         sums = torch.zeros(4, dtype=torch.float64, device=self._engine.device)  # NCCL reduces tensors on GPUs only
         count = max(len(p) for p in packs)  # the same on every rank: each micro-batch is a collective
         for i in range(count):
@@ -183,7 +186,7 @@ class LearnerEngine:
         """Return the weights that a role's engines load: all in their dtype, or only the adapters of a LoRA student."""
         if self._lora is not None:
             return self._lora.snapshot(role, self._forward)
-        return Content(self.weights(role), self.dtype.itemsize * sum(map(_numel, self._engine.module.parameters())))
+        return Content(self.weights(role), self.dtype.itemsize * sum(map(numel, self._engine.module.parameters())))
 
     def _whole(self, param: torch.nn.Parameter, role: str, dtype: torch.dtype) -> torch.Tensor:
         """Return a parameter whole, in float32 or, where it is available without rounding, in the engines' dtype.
@@ -194,8 +197,8 @@ class LearnerEngine:
         if role == "teacher" and self.step > 0 and self._adam.alpha is not None:
             if stage == 0:
                 return self._adam.state[param][TEACHER]
-            if stage < 3 and self.ranks == 1:
-                return param._hp_mapping.get_hp_fragment(TEACHER).view(param.shape)
+            if stage < 3 and self.ranks == 1 and (part := fragment(param, TEACHER)) is not None:
+                return part[1].view(param.shape)
             return safe_get_full_optimizer_state(param, TEACHER)
         return self._forward(param) if dtype == self.dtype else safe_get_full_fp32_param(param)
 
@@ -220,7 +223,7 @@ class LearnerEngine:
         keys = [key for key in self._adam.keys if key != TEACHER or self._has_teacher(files, TEACHER)]
         for name, param in self._trained():
             for key in keys:
-                self._put(param, key, files.whole(f"{key}/{name}", _numel(param)))
+                self._put(param, key, files.whole(f"{key}/{name}", numel(param)))
         if self._lora is not None and self._lora.keeps_teacher and self._has_teacher(files, CHANGE):
             self._lora.load(files)
         self.step = files.step
@@ -263,12 +266,9 @@ class LearnerEngine:
         if stage == 3:
             part = safe_get_local_fp32_param(param) if state is None else safe_get_local_optimizer_state(param, state)
             start = part.numel() * self.settings.rank
-            size = min(part.numel(), param.ds_numel - start)  # the last parts are padded
+            size = min(part.numel(), numel(param) - start)  # the last parts are padded
             return (start, part.view(-1)[:size]) if size > 0 else None
-        mapping = param._hp_mapping
-        if mapping is None:
-            return None
-        return mapping.lp_fragment_address.start, mapping.get_hp_fragment(state).detach()
+        return fragment(param, state)
 
     def _put(self, param: torch.nn.Parameter, key: str, whole: torch.Tensor) -> None:
         """Copy this rank's part of a parameter's state from `whole`, flat; for the master also set the weights."""
@@ -279,19 +279,3 @@ class LearnerEngine:
         if key == MASTER:
             with deepspeed.zero.GatheredParameters([param], modifier_rank=0):  # no effect below ZeRO stage 3
                 param.data.copy_(whole.view(param.shape))
-
-
-def _compile_nothing() -> None:
-    """Keep DeepSpeed from building its shared-memory reduction at start, which needs a C++ compiler.
-
-    Torch guards such a build by a lock file in the user's cache. A killed process leaves the file behind, and torch
-    waits for its removal without a limit, so every later learner of this user would hang. Gloo reduces instead.
-    """
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is not None:
-        deepspeed.ops.__compatible_ops__[builder.NAME] = False
-
-
-def _numel(param: torch.nn.Parameter) -> int:
-    """The number of elements of the whole parameter, of which a rank holds only a part at ZeRO stage 3."""
-    return getattr(param, "ds_numel", param.numel())

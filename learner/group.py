@@ -118,7 +118,7 @@ class LearnerGroup:
         while how is None:
             await asyncio.sleep(min(HEALTH_EVERY_S, patience / 4))
             try:
-                if await silent_for(worker.answer.remote(), patience):
+                if await silent_for(worker.ping.remote(), patience):
                     how = f"hangs: no answer for {patience:g} s"
             except RayActorError:
                 how = "died"

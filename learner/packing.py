@@ -46,7 +46,7 @@ def assign(lengths: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def group(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Fill micro-batches up to `budget` tokens, longest first. Returns indices per micro-batch.
 
     A sequence longer than the budget gets its own micro-batch.

@@ -28,7 +28,7 @@ class LearnerSettings:
     stages: tuple[StageSettings, ...]
     teacher: TeacherConfig
     rank: int = 0
-    alone: bool = False  # no other process of the run computes while this one does
+    exclusive: bool = False  # no other process of the run computes while this one does
 
     def stage_of(self, step: int) -> int:
         """Return the index of the stage that optimizer step `step` is in. Steps after the last stage belong to it."""

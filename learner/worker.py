@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from sdft.actors.shared.process import kept_heap, large_imports, waiting
+from sdft.actors.shared.process import kept_heap, large_imports, openmp_wait_policy
 from sdft.actors.shared.types import IntArray, Process, ScoredRollout, Snapshot
 from sdft.learner.types import LearnerSettings, StepResult
 
@@ -141,7 +141,7 @@ class LearnerWorker:
         self._saver.finish()
 
     @ray.method(concurrency_group=HEALTH)
-    def answer(self) -> None:
+    def ping(self) -> None:
         """Return at once, also in the middle of a step: the health check."""
 
     def load(self, folder: str) -> int:
@@ -163,7 +163,7 @@ def learner_actor(device: str) -> Any:
 
 
 def _environment(settings: LearnerSettings, ranks: int) -> dict[str, str]:
-    environment = waiting(settings.alone) | {
+    environment = openmp_wait_policy(settings.exclusive) | {
         "RANK": str(settings.rank),
         "LOCAL_RANK": str(settings.rank) if settings.device == "cpu" else "0",  # a rank sees only its own GPU
         "WORLD_SIZE": str(ranks),

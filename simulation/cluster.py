@@ -221,15 +221,17 @@ def drive(
         students = pool(case, "student", case.engines, student)
         scorers = pool(case, "teacher", teachers, Teacher) if teachers else None
         pools = [students] if scorers is None else [students, scorers]
-        await asyncio.gather(*(one.start() for one in pools))
+        await asyncio.gather(*(pool.start() for pool in pools))
         with Progress(Console(file=out, width=400), case.steps, case.name) as progress:
-            one = Controller(ready, run_dir, students, scorers, cast(LearnerGroup, learner), ledger, log, progress)
+            controller = Controller(
+                ready, run_dir, students, scorers, cast(LearnerGroup, learner), ledger, log, progress
+            )
             dying = asyncio.create_task(deaths(case, students))
             began = time.process_time()
-            await one.run(first_step)
+            await controller.run(first_step)
             used = time.process_time() - began
             dying.cancel()
-        await asyncio.gather(*(one.stop() for one in pools))
+        await asyncio.gather(*(pool.stop() for pool in pools))
         return used
 
     try:

@@ -30,18 +30,18 @@ class SimulatedEngine:
         if seconds == 0:
             return result
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Any] = loop.create_future()
+        pending: asyncio.Future[Any] = loop.create_future()
 
         def ready() -> None:
-            if not answer.done():
-                answer.set_result(result)
+            if not pending.done():
+                pending.set_result(result)
 
         timer = loop.call_later(seconds, ready)
-        self._open.add(answer)
+        self._open.add(pending)
         try:
-            return await answer
+            return await pending
         finally:
-            self._open.discard(answer)
+            self._open.discard(pending)
             timer.cancel()
 
     def kill(self, hangs: bool = False) -> None:
@@ -50,14 +50,14 @@ class SimulatedEngine:
 
     def die(self) -> None:
         self.dead = True
-        for answer in self._open:
-            if not answer.done():
-                answer.set_exception(RayActorError())
+        for pending in self._open:
+            if not pending.done():
+                pending.set_exception(RayActorError())
 
     def start(self) -> tuple[float, None]:
         return 0, None
 
-    def answer(self) -> tuple[float, None]:
+    def ping(self) -> tuple[float, None]:
         return 0, None
 
     def generate(self, items: list[Any], argument: Any) -> tuple[float, list[Any]]:

@@ -1,7 +1,7 @@
 """Order of the tests with `pytest -n 2`: files two at a time, then the whole runs one after the other.
 
-A whole run uses all cores, and some of them look at every process of the machine. So a worker gets the first of them
-when the other workers have ended.
+A whole run uses all cores, and some whole runs look at every process of the machine. A worker gets the first whole run
+only when the other workers have ended.
 """
 
 import pytest
@@ -9,7 +9,7 @@ from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
 ALONE = "tests/runs/"
-# Files that start Ray or engines: first, so that short ones fill the time in which a worker would wait for the other.
+# Files that start Ray or engines. They come first, so that at the end no worker waits for the long file of the other.
 LONG = (
     "tests/papers/test_examples.py",
     "tests/papers/test_own_data.py",
@@ -26,12 +26,12 @@ LONG = (
 
 
 def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Long files, then short ones, then those that run alone."""
+    """Return long files, then short ones, then those that run alone."""
     return sorted(items, key=lambda item: (item.nodeid.startswith(ALONE), not item.nodeid.startswith(LONG)))
 
 
 class TwoAtATime(LoadFileScheduling):
-    """xdist's scheduler by file (pytest-xdist 3.8.0), with one worker left for the files in ALONE."""
+    """xdist's scheduler by file (pytest-xdist 3.8.0), which leaves one worker for the files in ALONE."""
 
     def _assign_work_unit(self, node: WorkerController) -> None:
         if next(iter(self.workqueue)).startswith(ALONE) and len(self.nodes) > 1:

@@ -42,4 +42,4 @@ def merged(
                     unused -= set(pair)
                 yield name, weight
     if unused:
-        raise ValueError(f"{base}: {len(unused)} adapters are of weights that it has not, among them {min(unused)}")
+        raise ValueError(f"{base}: {len(unused)} adapters are for weights that it does not have, such as {min(unused)}")

@@ -45,8 +45,8 @@ class Agreement:
                 self._limit,
                 f"{snapshot.role} engine and learner with the weights in the model's folder: their log-probs of the "
                 f"probe sequence",
-                "vLLM and transformers compute this model differently, so it cannot be trained here; choose another, "
-                "or, if dtype: float32 shows that it is rounding, raise weights.max_probe_gap",
+                "vLLM and transformers compute this model differently, so it cannot be trained here; choose another "
+                "model, or, if dtype: float32 shows that it is rounding, raise weights.max_probe_gap",
             )
 
     def after(self, snapshot: Snapshot, logprobs: FloatArray) -> float:
@@ -61,16 +61,16 @@ class Agreement:
                 relative_gap(logprobs, self._as_loaded),
                 SAME * self._limit,
                 f"{what} before and after an update to the same weights",
-                "vLLM keeps copies of this model's weights that an update spoils, so it cannot be trained here; choose "
-                "another",
+                "vLLM keeps copies of this model's weights that an update damages, so it cannot be trained here; "
+                "choose another model",
             )
         gap = snapshot.gap(logprobs)
         _agree(
             gap,
             self._allowed(snapshot),
             f"{what} and the learner's",
-            "these are not the weights it was sent; if version 0 agreed and training is stable, the gap may be "
-            "rounding: then raise weights.max_probe_gap",
+            "the engine does not have the weights that it was sent; if version 0 agreed and training is stable, the "
+            "gap may be rounding: then raise weights.max_probe_gap",
         )
         return gap
 

@@ -1,6 +1,6 @@
 """A broadcast group of the learner and the engines of a role, separate from torch's default group.
 
-    host ─► address, port ─► a Group at each member ─► broadcast, any number of times ─► close
+    host ─► address, port ─► a BroadcastGroup at each member ─► broadcast, any number of times ─► close
 
 The backend is NCCL on GPUs and gloo on CPUs, behind the same calls. A group is unusable after a member has failed. The
 member that detects the failure closes the group, the others get an error or reach their deadline, and the next
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sdft.actors.shared.compat import gloo_group, nccl_group
 from sdft.actors.shared.types import BroadcastFailed
 
 BUCKET = 64 << 20  # bytes sent at once: large enough for a network's full rate, small compared with a model
@@ -42,7 +43,7 @@ def visit(address: str, port: int, timeout_s: float) -> dist.TCPStore:
     return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
 
 
-class Group:
+class BroadcastGroup:
     """One member's end of a group. All members construct it together; each waits up to `timeout_s` for the others."""
 
     def __init__(
@@ -55,21 +56,15 @@ class Group:
         store.set(f"here/{rank}", b"")
         store.wait([f"here/{i}" for i in range(size)], limit)
         if device.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
-            # Torch's watchdog ends the process when it fires. A timeout of a day keeps our deadlines ahead of it.
-            options._timeout = timedelta(days=1)
-            self._group: dist.Backend = dist.ProcessGroupNCCL(store, rank, size, options)
+            self._group = nccl_group(store, rank, size)
             try:  # the first broadcast connects
                 self.broadcast(torch.zeros(1, dtype=torch.uint8, device=device), time.monotonic() + timeout_s)
             except BroadcastFailed:
                 self.close()
                 raise
             return
-        gloo = dist.ProcessGroupGloo._Options()
-        gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-        gloo._timeout, gloo._threads = limit, 1
         store.set_timeout(limit)
-        self._group = dist.ProcessGroupGloo(store, rank, size, gloo)
+        self._group = gloo_group(store, rank, size, address, limit)
 
     def broadcast(self, tensor: Tensor, deadline: float) -> None:
         """Fill `tensor` [N] uint8 of every member with that of rank 0. deadline: on the monotonic clock.
@@ -82,7 +77,7 @@ class Group:
             work = self._group.broadcast([tensor], options)
             while not work.is_completed():
                 if time.monotonic() > deadline:
-                    raise BroadcastFailed("a member of the group has not answered in time")
+                    raise BroadcastFailed("a member of the group did not answer in time")
                 time.sleep(LOOK_S)
             work.wait()
         except RuntimeError as error:

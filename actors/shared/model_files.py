@@ -46,7 +46,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
                 raise ValueError(f"{path} is a Git LFS pointer and holds no weights; run `git lfs pull` in its folder")
             begin = 8 + struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else size + 1
             if begin > size:
-                raise ValueError(f"{path} is cut short, or is no safetensors file; {AGAIN}")
+                raise ValueError(f"{path} is incomplete, or not a safetensors file; {AGAIN}")
             file.seek(8)
             entries = json.loads(file.read(begin - 8))
             entries.pop("__metadata__", None)
@@ -88,7 +88,7 @@ def _weight_files(folder: Path) -> list[Path]:
         if single.exists() and single not in files:
             raise ValueError(
                 f"{folder} holds {SINGLE}, and an index of other files: the learner would load the one, engines the "
-                f"others; move one of the two sets elsewhere"
+                f"others; move one of the two sets to another folder"
             )
         missing = [path for path in files if not path.is_file()]
         if missing:
@@ -98,7 +98,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if not single.is_file():
         there = f"; there is {others[0]}" if others else ""
         raise ValueError(
-            f"{folder} lacks *.safetensors weights under transformers' names: neither {SINGLE} nor {INDEX} is there"
+            f"{folder} lacks weights under the names that transformers expects: neither {SINGLE} nor {INDEX} exists"
             f"{there}"
         )
     if others:

@@ -14,14 +14,14 @@ from pathlib import Path
 GIB = 1 << 30
 
 
-def waiting(alone: bool) -> dict[str, str]:
+def openmp_wait_policy(exclusive: bool) -> dict[str, str]:
     """Environment variables that set how OpenMP threads wait for work.
 
     Threads sleep, because spinning threads make two processes on the same cores 30 times slower than one.
-    alone: no other process of the run computes while this one does. Threads then spin for a fraction of a millisecond
-    before they sleep, because a sleeping thread takes some 60 us to wake and a layer is dozens of loops.
+    exclusive: no other process of the run computes while this one does. Threads then spin for a fraction of a
+    millisecond before they sleep, because a sleeping thread takes some 60 us to wake and a layer is dozens of loops.
     """
-    return {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000" if alone else "0", "KMP_BLOCKTIME": "0"}
+    return {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000" if exclusive else "0", "KMP_BLOCKTIME": "0"}
 
 
 def kept_heap(device: str) -> dict[str, str]:

@@ -66,7 +66,7 @@ async def all_within(work: Sequence[Awaitable[T]], seconds: float, what: str) ->
 
 async def all_of(work: Sequence[Awaitable[T]]) -> list[T]:
     """All results, in order. Raises the first failure at once: the others may wait for the failed one for ever."""
-    tasks = [asyncio.ensure_future(_plain(w)) for w in work]
+    tasks = [asyncio.ensure_future(w) for w in work]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -102,8 +102,3 @@ async def silent_for(answer: Awaitable[object], seconds: float) -> bool:
     except TimeoutError:
         return True
     return False
-
-
-async def _plain(work: Awaitable[T]) -> T:
-    """Wrap an awaitable in a coroutine: asyncio's helpers need one, and Ray's object references are only awaitable."""
-    return await work

@@ -6,9 +6,9 @@
     report = await engine.update_weights(snapshot)              # raises WeightMismatch if the engine disagrees
     report = await engine.receive_weights(snapshot, seconds)    # the same, by broadcast
 
-With settings.hold the engine pauses, enqueues the whole batch and then resumes. The scheduler sees the same batch in
-every run, so tokens and log-probs are equal bit for bit, however slowly the requests arrive. Without it many calls of
-one or a few sequences share the engine, and each joins the running batch as it arrives.
+With settings.hold_batches the engine pauses, enqueues the whole batch and then resumes. The scheduler sees the same
+batch in every run, so tokens and log-probs are equal bit for bit, however slowly the requests arrive. Without it many
+calls of one or a few sequences share the engine, and each joins the running batch as it arrives.
 
 With settings.share_prompts a prompt that several sequences begin with is computed once. It is kept until the next held
 batch or the next weights, because a pause empties vLLM's cache.
@@ -21,7 +21,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -51,14 +50,13 @@ from sdft.actors.shared.types import (
     TeacherScores,
     UpdateReport,
 )
+from sdft.actors.vllm.compat import RPC_FAILED, Output, enqueue
 from sdft.actors.vllm.kernels import fused_norms
 from sdft.actors.vllm.process import EngineProcess, error_line, forked
 from sdft.actors.vllm.scoring import SharedPrompts, scores_of, scoring_request, versions_of
 from sdft.actors.vllm.transfer import BACKEND, check_digests
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
-RPC_FAILED = "Call to collective_rpc method failed: "  # prefix that vLLM adds to the text of an error in its process
 
 
 class Engine:
@@ -82,7 +80,7 @@ class Engine:
             ir_op_priority=fused_norms() if s.enforce_eager and s.device == "cpu" else IrOpPriorityConfig(),
             max_model_len=s.max_model_len,
             # One more place, so that the probe of an update can run while all others are taken.
-            max_num_seqs=s.max_num_seqs if s.hold else s.max_num_seqs + 1,
+            max_num_seqs=s.max_num_seqs if s.hold_batches else s.max_num_seqs + 1,
             # No chunking of prompts: CPU generators cannot skip ahead, so a chunked seeded prompt kills the engine.
             enable_chunked_prefill=False,
             max_num_batched_tokens=max(s.max_model_len, 2048),
@@ -214,7 +212,7 @@ class Engine:
         gap = self._agreement.after(snapshot, await self.probe(snapshot.probe_ids))
         return UpdateReport(snapshot.version, gap, pause_s)
 
-    async def answer(self) -> None:
+    async def ping(self) -> None:
         """Return when the engine's process has answered a call, which it does after the step in progress."""
         await self._llm.is_sleeping()
 
@@ -253,7 +251,7 @@ class Engine:
 
     async def _run(self, prompts: Sequence[IntArray], params: Sequence[SamplingParams]) -> list[RequestOutput]:
         """Run one batch, after earlier batches if batches are held. Returns outputs in the order of the prompts."""
-        async with self._turn if self.settings.hold else nullcontext():
+        async with self._turn if self.settings.hold_batches else nullcontext():
             return await self._together(prompts, params)
 
     async def _together(self, prompts: Sequence[IntArray], params: Sequence[SamplingParams]) -> list[RequestOutput]:
@@ -264,19 +262,19 @@ class Engine:
         """
         batch = uuid.uuid4().hex
         names = [f"{batch}-{i}" for i in range(len(prompts))]
-        queues = []
+        sent: list[Output] = []
         async with self._or_aborted(names):
             # The inner abort runs before the engine resumes.
-            async with self._paused() if self.settings.hold else nullcontext(), self._or_aborted(names):
+            async with self._paused() if self.settings.hold_batches else nullcontext(), self._or_aborted(names):
                 for name, ids, p in zip(names, prompts, params, strict=True):
                     # One ordered pipe leads to the engine, so all requests arrive before a held batch is released.
-                    queues.append(await self._llm.add_request(name, {"prompt_token_ids": ids.tolist()}, p))
-            return [await _final(queue) for queue in queues]
+                    sent.append(await enqueue(self._llm, name, ids.tolist(), p))
+            return [await _final(output_of) for output_of in sent]
 
 
-async def _final(queue: Any) -> RequestOutput:
+async def _final(output_of: Output) -> RequestOutput:
     """The single output of a FINAL_ONLY request. Raises RuntimeError if the request is not finished."""
-    output = queue.get_nowait() or await queue.get()
+    output = await output_of()
     if not output.finished:
         raise RuntimeError(f"request {output.request_id} returned before it was finished")
     return output
@@ -298,9 +296,9 @@ def _rollout(prompt_ids: IntArray, output: RequestOutput) -> Rollout:
 
 
 @contextmanager
-def _passed_on(kind: type[Exception], what: str) -> Iterator[None]:
+def _passed_on(error_type: type[Exception], what: str) -> Iterator[None]:
     """Raise errors of vLLM's process, of which vLLM forwards the text only, as exceptions of type `kind`."""
     try:
         yield
     except Exception as error:
-        raise kind(f"{what}: {str(error).removeprefix(RPC_FAILED)}") from error
+        raise error_type(f"{what}: {str(error).removeprefix(RPC_FAILED)}") from error

@@ -1,9 +1,8 @@
 """The extension that vLLM loads into its worker processes."""
 
-import functools
-
 import sdft.actors.vllm.transfer  # noqa: F401  registers the weight transfer in the worker process
-from sdft.actors.vllm.scoring import completion_scores
+from sdft.actors.vllm.compat import score_from
+from sdft.actors.vllm.scoring import first_row
 
 
 class WorkerExtension:
@@ -15,8 +14,4 @@ class WorkerExtension:
         Returns False for the V2 runner (GPUs), which lacks the patched method. It computes all rows; the values of the
         completion rows are the same.
         """
-        runner = self.model_runner  # type: ignore[attr-defined]
-        if not hasattr(runner, "_get_prompt_logprobs_dict"):
-            return False
-        runner._get_prompt_logprobs_dict = functools.partial(completion_scores, runner)
-        return True
+        return score_from(self.model_runner, first_row)  # type: ignore[attr-defined]

@@ -2,18 +2,16 @@
 
 import ctypes
 import multiprocessing.context
-import multiprocessing.util
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.synchronize import SemLock
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
-import vllm.v1.engine.utils
+
+from sdft.actors.vllm.compat import processes_by, set_title, unlink_semaphores
 
 PR_SET_PDEATHSIG = 1
 LONGEST_LINE = 600  # characters of an error message
@@ -36,8 +34,7 @@ class EngineProcess(multiprocessing.context.ForkProcess):
 
     def run(self) -> None:
         die_with_parent()
-        # vLLM sets the same title, but its call has no effect in a fork of a process that Ray has renamed.
-        ray._raylet.setproctitle("VLLM::EngineCore")
+        set_title("VLLM::EngineCore")
         try:
             super().run()
         except Exception as error:
@@ -59,12 +56,8 @@ def forked(processes: list[EngineProcess]) -> Iterator[None]:
             processes.append(EngineProcess(*args, **kwargs))
             return processes[-1]
 
-    spawning = vllm.v1.engine.utils.get_mp_context
-    vllm.v1.engine.utils.get_mp_context = Context
-    try:
+    with processes_by(Context):
         yield
-    finally:
-        vllm.v1.engine.utils.get_mp_context = spawning
 
 
 def die_with_parent() -> None:
@@ -74,12 +67,9 @@ def die_with_parent() -> None:
 
 def forget_names() -> None:
     """Remove names of open resources that are not needed after the start and that a kill would leave behind."""
-    # Semaphores in /dev/shm (one of the executor, one of tqdm). multiprocessing removes them only at a clean exit.
-    for finalizer in list(multiprocessing.util._finalizer_registry.values()):  # type: ignore[attr-defined]
-        if finalizer._callback is SemLock._cleanup:  # type: ignore[attr-defined]
-            finalizer()
+    unlink_semaphores()  # one of the executor, one of tqdm
     # The rendezvous file of the engine's ranks.
-    store = torch.distributed.distributed_c10d._get_default_store()
+    store = torch.distributed.group.WORLD.get_group_store()
     while isinstance(store, torch.distributed.PrefixStore):
         store = store.underlying_store
     if isinstance(store, torch.distributed.FileStore):

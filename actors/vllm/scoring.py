@@ -1,22 +1,14 @@
 """Scoring with vLLM: log-probs of completion rows only, after a prompt that may come from the cache."""
 
-import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 from vllm import SamplingParams
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.outputs import LogprobsTensors
-from vllm.v1.request import Request
 
 from sdft.actors.shared.types import TeacherScores
-
-T = TypeVar("T")
-
+from sdft.actors.vllm.compat import AsyncScheduler, limit_cache
 
 FIRST_ROW = "sdft_first_row"  # extra argument of a scoring request: the position that predicts the first scored token
 
@@ -32,6 +24,12 @@ def scoring_request(prompt: int, k: int) -> SamplingParams:
         skip_reading_prefix_cache=False,  # by default prompt_logprobs skips it; see SharedPrompts
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
+
+
+def first_row(params: SamplingParams) -> int | None:
+    """The position that predicts the first scored token of a request, or None if the request scores nothing."""
+    row: int | None = (params.extra_args or {}).get(FIRST_ROW)
+    return row
 
 
 def scores_of(output: RequestOutput, tokens: int, k: int) -> TeacherScores:
@@ -56,7 +54,7 @@ def versions_of(output: RequestOutput) -> tuple[tuple[int, int, int], ...]:
     """
     spans = output.outputs[0].weight_versions
     if not spans:
-        raise RuntimeError(f"request {output.request_id} came back without the version of its weights")
+        raise RuntimeError(f"request {output.request_id} came back without a weight version")
     return tuple((int(span.version), span.start, span.end) for span in spans)
 
 
@@ -69,41 +67,4 @@ class SharedPrompts(AsyncScheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        manager = self.kv_cache_manager
-        manager.get_computed_blocks = functools.partial(
-            cached_before_scores, manager.get_computed_blocks, self.hash_block_size
-        )
-
-
-def cached_before_scores(find: Callable[[Request], T], block: int, request: Request) -> T:
-    """The result of `find` for the request cut to the whole blocks before its row FIRST_ROW."""
-    extra = request.sampling_params.extra_args if request.sampling_params else None
-    if not extra:
-        return find(request)
-    hashes = request.block_hashes
-    request.block_hashes = hashes[: extra[FIRST_ROW] // block]
-    try:
-        return find(request)
-    finally:
-        request.block_hashes = hashes
-
-
-def completion_scores(
-    runner: Any, hidden_states: torch.Tensor, scheduled: dict[str, int]
-) -> dict[str, LogprobsTensors | None]:
-    """Replacement of the runner's `_get_prompt_logprobs_dict` that computes the rows from FIRST_ROW on.
-
-    Prompts are not chunked, but their beginning may come from the cache.
-    """
-    scores: dict[str, LogprobsTensors | None] = {}
-    for request_id in [r for r in runner.num_prompt_logprobs if r in scheduled]:
-        k = runner.num_prompt_logprobs.pop(request_id)
-        request = runner.requests[request_id]
-        ids, first = request.prompt_token_ids, request.sampling_params.extra_args[FIRST_ROW]
-        begin = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
-        offset = begin - request.num_computed_tokens
-        logits = runner.model.compute_logits(hidden_states[offset + first : offset + len(ids) - 1])
-        targets = torch.tensor(ids[first + 1 :], device=logits.device)
-        top = runner.sampler.gather_logprobs(runner.sampler.compute_logprobs(logits), k, targets)
-        scores[request_id] = LogprobsTensors(*(part.cpu() for part in top[:3]))
-    return scores
+        limit_cache(self, first_row)

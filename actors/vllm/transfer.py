@@ -16,11 +16,11 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from sdft.actors.shared.adapters import merged
-from sdft.actors.shared.collective import Group, bucket, cut, visit, whole
+from sdft.actors.shared.collective import BroadcastGroup, bucket, cut, visit, whole
 from sdft.actors.shared.types import BroadcastFailed, Snapshot, SnapshotDamaged
+from sdft.actors.vllm.compat import begin_reload, finish_reload, repack
 from sdft.actors.vllm.process import die_with_parent, error_line, forget_names
 
 BACKEND = "sdft"
@@ -50,7 +50,7 @@ class _UpdateInfo(WeightTransferUpdateInfo):
 class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
     """Reads snapshots from shared memory, or receives them by broadcast, in the engine's worker process."""
 
-    _group: Group | None = None
+    _group: BroadcastGroup | None = None
 
     init_info_cls = _InitInfo
     update_info_cls = _UpdateInfo
@@ -60,13 +60,13 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
             self.shutdown()
             i = init_info
             store = visit(i.address, i.port, i.timeout_s)
-            self._group = Group(store, i.rank, i.size, self.device, i.own_address, i.timeout_s)
+            self._group = BroadcastGroup(store, i.rank, i.size, self.device, i.own_address, i.timeout_s)
             return
         die_with_parent()  # a fork has already called it at its start; a spawned process (on GPUs) has not
         forget_names()
 
     def start_weight_update(self) -> None:
-        initialize_layerwise_reload(self.model)
+        begin_reload(self.model)
 
     def receive_weights(self, update_info: _UpdateInfo) -> None:
         try:
@@ -81,25 +81,28 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
             self.model.load_weights(tensors)
         except Exception as error:  # any error: the other members of the group must not wait for this engine
             self.shutdown()
-            finalize_layerwise_reload(self.model, self.model_config)  # otherwise the next update cannot begin
+            finish_reload(self.model, self.model_config)  # otherwise the next update cannot begin
             raise RuntimeError(error_line(error)) from error  # vLLM forwards the text only
 
     def _received(self, entries: Sequence[Entry], deadline: float) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the tensors as they arrive, bucket by bucket. Raises BroadcastFailed if one is missing or damaged."""
         if self._group is None:
-            raise BroadcastFailed("this engine is in no group")
+            raise BroadcastFailed("this engine is in no broadcast group")
         for part in cut([nbytes for *_, nbytes in entries]):
-            here = [entries[i] for i in part]
-            start = here[0][3]
-            full = bucket(here[-1][3] + here[-1][4] - start, self.device)  # not reused: vLLM keeps views of it
+            in_bucket = [entries[i] for i in part]
+            start = in_bucket[0][3]
+            end = in_bucket[-1][3] + in_bucket[-1][4]
+            full = bucket(end - start, self.device)  # not reused: vLLM keeps views of it
             self._group.broadcast(full, deadline)
             if not whole(full):
-                raise BroadcastFailed(f"{here[0][0]} or one of the {len(here) - 1} tensors after it arrived damaged")
-            for name, dtype, shape, offset, nbytes in here:
+                raise BroadcastFailed(
+                    f"{in_bucket[0][0]} or one of the {len(in_bucket) - 1} tensors after it arrived damaged"
+                )
+            for name, dtype, shape, offset, nbytes in in_bucket:
                 yield name, full[offset - start :][:nbytes].view(getattr(torch, dtype)).view(shape)
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
+        finish_reload(self.model, self.model_config)
         self.refresh_head()
 
     def refresh_head(self) -> None:
@@ -109,8 +112,8 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         the hidden states are exact and the logits silently stale.
         """
         head = getattr(self.model, "lm_head", None)
-        if head is not None and getattr(head, "quant_method", None) is not None:
-            head.quant_method.process_weights_after_loading(head)
+        if head is not None:
+            repack(head)
 
     def shutdown(self) -> None:
         """Leave the group. No other resource is held between updates."""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.compat import distillation_batch
 from benchmarks.trl.step import arguments, make_trainer
 from sdft.actors.shared.types import Rollout, SampleId, ScoredRollout, TeacherScores
 from sdft.learner.config import ImportanceConfig, LossConfig
@@ -28,7 +29,7 @@ def main() -> None:
     trainer = make_trainer(a)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1  # normally set by its training loop
-    batch = trainer._prepare_training_batch([trainer.train_dataset[i] for i in range(a.batch)])
+    batch = distillation_batch(trainer, [trainer.train_dataset[i] for i in range(a.batch)])
     pairs = {}
     with torch.no_grad():
         for name, mode in (("whole vocabulary", "full_logits"), ("student's top K", "topk_logits")):

@@ -23,7 +23,7 @@ from threading import Event
 from typing import Any
 
 from sdft.services.analysis.matrix import Estimate, over_runs, read_matrix
-from sdft.services.records.rows import STUDENT, EvalResult, read_rows
+from sdft.services.records.rows import STUDENT_ACCURACY, EvalResult, read_rows
 
 HERE = Path(__file__).parent
 STREAM, RECALL = HERE / "continual.yaml", HERE / "reinvoke.yaml"
@@ -179,7 +179,9 @@ def run(variant: Variant, seed: int, run_dir: Path, what: str, more: Sequence[st
 
 def figures(run_dir: Path) -> dict[str, float]:
     """What a run came to: of a stream its metrics, else each set's share at the end."""
-    results = [r for r in read_rows(run_dir, EvalResult) if r.metric == STUDENT or r.metric.startswith("pass@")]
+    results = [
+        r for r in read_rows(run_dir, EvalResult) if r.metric == STUDENT_ACCURACY or r.metric.startswith("pass@")
+    ]
     if any(r.stage > 0 for r in results):
         return read_matrix(run_dir).metrics()
     last = max(r.step for r in results)

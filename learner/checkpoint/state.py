@@ -59,7 +59,7 @@ class StateFiles:
     def __init__(self, folder: Path) -> None:
         paths = sorted(folder.glob("rank-*.safetensors"))
         if not paths:
-            raise ValueError(f"{folder}: no learner state (rank-*.safetensors) in it")
+            raise ValueError(f"{folder} has no learner state (rank-*.safetensors)")
         self._folder = folder
         self._files = [safe_open(path, framework="pt") for path in paths]
         metadata = self._files[0].metadata()
@@ -80,7 +80,7 @@ class StateFiles:
         ends = [0, *(piece.start + len(piece.values) for piece in pieces)]
         if [piece.start for piece in pieces] == ends[:-1] and ends[-1] == numel:
             return torch.cat([piece.values for piece in pieces])
-        raise ValueError(f"{self._folder}: the pieces of {name} do not add up to its {numel} numbers")
+        raise ValueError(f"{self._folder}: the pieces of {name} do not cover its {numel} elements")
 
     def pieces(self, name: str) -> list[Piece]:
         """Return the pieces of one tensor, in order."""
@@ -93,9 +93,9 @@ class StateFiles:
         return states[rank if rank < len(states) else 0]
 
 
-def first_difference(one: Path, other: Path) -> str | None:
+def first_difference(before: Path, after: Path) -> str | None:
     """Return the name of the first tensor whose bits differ between two saved states, or None if none does."""
-    a, b = StateFiles(one), StateFiles(other)
+    a, b = StateFiles(before), StateFiles(after)
     if a.names != b.names:
         return sorted(set(a.names) ^ set(b.names))[0]
     for name in a.names:

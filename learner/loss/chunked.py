@@ -55,19 +55,19 @@ class _Chunked(torch.autograd.Function):
         grad_bias = torch.zeros(0 if bias is None else len(bias), dtype=wide, device=head.device)
         for group in groups:
             of_group = slice(group[0].start, group[-1].stop)
-            here = _rows(targets, of_group)
-            ids = support(here, config)
-            wanted = torch.cat([here.sampled_ids[:, None], ids], -1)
+            group_targets = _rows(targets, of_group)
+            ids = support(group_targets, config)
+            wanted = torch.cat([group_targets.sampled_ids[:, None], ids], -1)
             known = hidden.new_empty(wanted.shape, dtype=wide)  # one block: small ones among large fragment the heap
             parts = [slice(rows.start - of_group.start, rows.stop - of_group.start) for rows in group]
             for rows, part in zip(group, parts, strict=True):
                 logits = _logits(hidden[rows], head, bias, buffer)
                 _log_probs(logits, wanted[part], known[part])
             trainer[of_group] = known[:, 0]
-            scale[of_group] = importance_weights(known[:, 0], here, config) * here.share
+            scale[of_group] = importance_weights(known[:, 0], group_targets, config) * group_targets.share
             with torch.enable_grad():
                 log_p = known[:, 1:].requires_grad_()
-                objective, values[of_group] = support_objective(log_p, here, len(head), config)
+                objective, values[of_group] = support_objective(log_p, group_targets, len(head), config)
                 (grad_log_p,) = torch.autograd.grad((objective * scale[of_group]).sum(), log_p)
             total = grad_log_p.sum(-1, keepdim=True)
             at_ids = (grad_log_p - log_p.detach().exp() * total).to(logits.dtype)

@@ -25,7 +25,10 @@ def why_not(path: Path) -> str | None:
         return str(error)
     text = config.get_text_config()  # differs from `config` in multimodal models only
     if is_quantized(config):
-        return "its weights are quantized (quantization_config in config.json), and the learner trains whole ones"
+        return (
+            "its weights are quantized (quantization_config in config.json), and the learner trains unquantized "
+            "weights only"
+        )
     used = [name for name in HEAD if getattr(text, name, None) not in (None, 1, 1.0)]
     if used:
         return f"its head uses {', '.join(used)}, which the loss does not compute"
@@ -53,12 +56,14 @@ def read_config(path: Path) -> Any:
         return AutoConfig.from_pretrained(path)
     except (*BROKEN, OSError, StrictDataclassError) as error:
         reason = " ".join(str(error).split()).split(". ")[0]
-        raise Untrainable(f"transformers does not know what its config.json describes ({reason})") from None
+        raise Untrainable(
+            f"transformers does not support the model that its config.json describes ({reason})"
+        ) from None
 
 
 def is_quantized(config: Any) -> bool:
     """Whether transformers' configuration of a model, or its text part, has a quantization_config."""
-    return any(getattr(one, "quantization_config", None) for one in (config, config.get_text_config()))
+    return any(getattr(part, "quantization_config", None) for part in (config, config.get_text_config()))
 
 
 def longest_of_short_rope(path: Path) -> int | None:
@@ -82,17 +87,19 @@ def misfit(loaded: dict[str, Any]) -> str | None:
     The loading info leaves out tensors that transformers ties, or ignores for the model's class.
     """
     if missing := sorted(loaded["missing_keys"]):
-        fault = f"its files lack {_named(missing)}, which config.json describes and would be random"
+        fault = f"its files lack {_named(missing)}, which config.json describes, so they would be random"
     elif shapes := sorted(loaded["mismatched_keys"]):
         name, has, needs = shapes[0]
         fault = f"{name} has the shape {list(has)} and config.json describes {list(needs)}"
     elif unexpected := sorted(loaded["unexpected_keys"]):
-        fault = f"its files hold {_named(unexpected)}, which config.json does not describe and would be left out"
+        fault = (
+            f"its files hold {_named(unexpected)}, which config.json does not describe, so the model would not use them"
+        )
     elif loaded["error_msgs"]:
         fault = f"transformers cannot load its weights ({loaded['error_msgs'][0]})"
     else:
         return None
-    return f"{fault}; correct config.json, or get the whole folder again"
+    return f"{fault}; correct config.json, or download the folder again"
 
 
 def _named(names: list[str]) -> str:
@@ -103,4 +110,4 @@ def _named(names: list[str]) -> str:
 def _ropes(config: Any) -> list[dict[str, Any]]:
     """The settings of a model's rotary embeddings: one for all layers, or one for each layer type."""
     rope = getattr(config, "rope_parameters", None) or {}
-    return [rope] if "rope_type" in rope else [one for one in rope.values() if isinstance(one, dict)]
+    return [rope] if "rope_type" in rope else [of_type for of_type in rope.values() if isinstance(of_type, dict)]

@@ -45,9 +45,11 @@ def packed_attention(
     if attention_mask is not None:
         unknown.append("a mask of its own")
     if unknown or not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise Untrainable(f"its attention uses {', '.join(unknown) or 'later tokens'}, which the learner leaves out")
+        raise Untrainable(
+            f"its attention uses {', '.join(unknown) or 'later tokens'}, which the learner does not compute"
+        )
     if not lengths:
-        raise Untrainable("its layers do not tell their attention where packed sequences end")
+        raise Untrainable("its layers do not pass the lengths of packed sequences to their attention")
     window = sliding_window if sliding_window is not None and sliding_window < max(lengths) else None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     same = key.shape == value.shape

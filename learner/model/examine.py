@@ -14,13 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
-
 from sdft.actors.shared.model_files import read_header, weight_files
-from sdft.learner.model.architecture import BROKEN, Untrainable, is_quantized, misfit, read_config
-from sdft.learner.model.attention import packed_attention
-from sdft.learner.model.student import hidden_states
+from sdft.actors.shared.process import large_imports
+
+with large_imports():
+    import torch
+    from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+
+    from sdft.learner.model.architecture import BROKEN, Untrainable, is_quantized, misfit, read_config
+    from sdft.learner.model.attention import packed_attention
+    from sdft.learner.model.student import hidden_states
 
 DTYPES = {
     "F64": torch.float64,
@@ -56,10 +59,12 @@ def examine(path: Path, trains: bool) -> str | None:
     except Untrainable as error:
         return str(error) if trains else None  # engines have their own model code
     except BROKEN as error:
-        return f"transformers cannot build what its config.json describes ({_words(error)})" if trains else None
+        return (
+            f"transformers cannot build the model that its config.json describes ({_words(error)})" if trains else None
+        )
     reason = misfit(loaded)
-    if reason is None and trains and (kind := _packed(config, tensors)):
-        reason = f"{kind}; choose another"
+    if reason is None and trains and (unsupported := _packed(config, tensors)):
+        reason = f"{unsupported}; choose another model"
     return reason
 
 
@@ -102,12 +107,15 @@ def _packed(config: Any, tensors: dict[str, torch.Tensor]) -> str | None:
         return None  # an operation needs memory; the learner compares its forward with the model's own at its start
     text = model.config.get_text_config()
     if len(windows) < text.num_hidden_layers:
-        return "its layers do not use the attention interface of transformers, which the learner puts its own into"
+        return (
+            "its layers do not use the attention interface of transformers, which the learner needs for packed "
+            "sequences"
+        )
     kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
     if getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True):
         limited = sum(window is not None for window in windows)
         if limited < kinds.count("sliding_attention"):
-            return "its layers do not tell their attention how far the window (sliding_window) reaches"
+            return "its layers do not pass the window (sliding_window) to their attention"
     return None
 
 

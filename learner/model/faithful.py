@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from sdft.actors.shared.process import GIB, available_memory_gib
 from sdft.learner.model.architecture import BROKEN, Untrainable
 from sdft.learner.model.attention import PACKED
+from sdft.learner.model.cpu.last_layer import rows_computed
 from sdft.learner.model.student import hidden_states
 
 LENGTHS = (9, 5)
@@ -38,20 +39,28 @@ def unfaithful(model: PreTrainedModel) -> str | None:
     read = (positions >= 3).nonzero()[:, 0]
     try:
         with torch.random.fork_rng(devices=[]), _in_float32(model) if room else nullcontext():
-            once, again = (_log_probs(model, hidden_states(model, ids, positions, LENGTHS, read)) for _ in range(2))
+            with rows_computed(model) as rows:
+                once, again = (_log_probs(model, hidden_states(model, ids, positions, LENGTHS, read)) for _ in range(2))
             with _as_evaluated(model):
-                own = torch.cat([_own_log_probs(model, one) for one in ids.split(LENGTHS)])[read]
+                expected = torch.cat([_own_log_probs(model, sequence) for sequence in ids.split(LENGTHS)])[read]
     except Untrainable as error:
         return str(error)
     except (*BROKEN, RuntimeError) as error:
         return f"its forward fails ({type(error).__name__}: {error})"
     if not torch.equal(once, again):
-        return "the same input gives other outputs each time: something in its training mode is random, as dropout"
-    gap = float((once - own).abs().max())
+        return (
+            "the same input gives different outputs each time: a part of its training mode is random, such as dropout"
+        )
+    gap = float((once - expected).abs().max())
     if not gap <= (BOUND if room or model.dtype == torch.float32 else BOUND_IN_HALF):  # true for NaN too
         return (
-            f"the learner leaves out a part of it: its log-probs are up to {gap:.2g} from those of transformers' own "
-            f"forward"
+            f"the learner does not compute a part of it: its log-probs differ by up to {gap:.2g} from those of "
+            f"transformers' own forward"
+        )
+    if any(count != len(read) for count in rows):  # correct, but slower without a word
+        return (
+            "its layers do not pass the argument `read` on, so the last feed-forward network would compute rows that "
+            "no loss reads"
         )
     return None
 
@@ -80,11 +89,11 @@ def _as_evaluated(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _in_float32(model: PreTrainedModel) -> Iterator[None]:
-    own = [(parameter, parameter.data) for parameter in model.parameters()]
-    for parameter, data in own:
+    weights = [(parameter, parameter.data) for parameter in model.parameters()]
+    for parameter, data in weights:
         parameter.data = data.float()
     try:
         yield
     finally:
-        for parameter, data in own:
+        for parameter, data in weights:
             parameter.data = data

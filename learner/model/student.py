@@ -14,6 +14,7 @@ from sdft.learner.config import LossConfig
 from sdft.learner.loss.chunked import divergence_loss
 from sdft.learner.model.architecture import Untrainable, misfit, why_not
 from sdft.learner.model.attention import PACKED
+from sdft.learner.model.compat import falsely_tied
 from sdft.learner.model.cpu.last_layer import only_where_read
 from sdft.learner.model.cpu.norm import replace_norms
 from sdft.learner.packing import MicroBatch
@@ -32,12 +33,11 @@ def load_student(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     )
     if reason := misfit(loaded):
         raise Untrainable(f"{path} cannot be trained: {reason}")
-    for tied, to in model.get_expanded_tied_weights_keys(all_submodels=True).items():
-        if tied not in model.all_tied_weights_keys:
-            raise Untrainable(
-                f"{path} cannot be trained: its files hold {tied} with other values than {to}, and config.json ties "
-                f"the two; set tie_word_embeddings: false there"
-            )
+    for tied, to in falsely_tied(model):
+        raise Untrainable(
+            f"{path} cannot be trained: its files hold {tied} with other values than {to}, and config.json ties the "
+            f"two; set tie_word_embeddings: false there"
+        )
     model.config.use_cache = False
     replace_norms(model)
     only_where_read(model)

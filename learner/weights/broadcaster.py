@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import TCPStore
 
-from sdft.actors.shared.collective import Group, bucket, cut, host, seal
+from sdft.actors.shared.collective import BroadcastGroup, bucket, cut, host, seal
 from sdft.actors.shared.types import SnapshotDamaged, TensorEntry
 
 
@@ -21,7 +21,7 @@ class Broadcaster:
         """address: the address of this machine."""
         self._device, self._address = torch.device(device), address
         self._stores: dict[str, TCPStore] = {}
-        self._groups: dict[str, Group] = {}
+        self._groups: dict[str, BroadcastGroup] = {}
 
     def meet(self, role: str) -> tuple[str, int]:
         """Return address and port at which the role's next group meets, and close its last group."""
@@ -32,7 +32,7 @@ class Broadcaster:
     def join(self, role: str, size: int, timeout_s: float) -> None:
         """Wait for the other members; `size` includes the learner. Raises RuntimeError if they do not join."""
         store = self._stores.pop(role)
-        self._groups[role] = Group(store, 0, size, self._device, self._address, timeout_s)
+        self._groups[role] = BroadcastGroup(store, 0, size, self._device, self._address, timeout_s)
 
     def send(self, role: str, payload: NDArray[np.uint8], entries: Sequence[TensorEntry], timeout_s: float) -> None:
         """Send the snapshot's bytes, bucket by bucket. Raises BroadcastFailed if not all members received them.
@@ -51,7 +51,7 @@ class Broadcaster:
     def _sealed(self, payload: NDArray[np.uint8], entries: Sequence[TensorEntry]) -> Tensor:
         for e in entries:
             if xxhash.xxh3_128_hexdigest(payload[e.offset : e.offset + e.nbytes].data) != e.digest:
-                raise SnapshotDamaged(f"{e.name} is damaged in the learner's memory: its digest is not the one it had")
+                raise SnapshotDamaged(f"{e.name} is damaged in the learner's memory: its digest has changed")
         start, end = entries[0].offset, entries[-1].offset + entries[-1].nbytes
         full = bucket(end - start, self._device)
         full[: end - start].copy_(torch.from_numpy(payload[start:end]))

@@ -51,7 +51,7 @@ def merge_adapter(adapter: Path, out: Path) -> None:
     config = json.loads((adapter / ADAPTER_CONFIG).read_text())
     base = Path(config["base_model_name_or_path"])
     if not base.is_dir():
-        raise BaseModelGone(f"{base}, the adapter's base model, is not there")
+        raise BaseModelGone(f"{base}, the adapter's base model, does not exist")
     for path in weight_files(base):
         read_header(path)
     tensors = {

@@ -49,7 +49,7 @@ class Lora:
         inject_adapter_in_model(peft_config(config, base), model)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
         if any(module is model.get_output_embeddings() for module in layers.values()):
-            raise ValueError("an adapter on the model's head: the loss computes from the head's own weight")
+            raise ValueError("the model's head cannot have an adapter: the loss reads only the head's own weight")
         self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {
             f"{name}.weight": (module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight)
             for name, module in layers.items()
@@ -57,7 +57,7 @@ class Lora:
         stored = {name for file in weight_files(base) for name in read_header(file)[0]}
         if absent := sorted(self._pairs.keys() - stored):
             raise Untrainable(
-                f"{base} cannot be trained with learner.lora: its files name the weight {absent[0]} otherwise, and "
+                f"{base} cannot be trained with learner.lora: its files have no weight {absent[0]}, and "
                 f"adapters are merged by name; save the model again with transformers' save_pretrained"
             )
         self._base = {
@@ -161,7 +161,7 @@ class ChangeEMA:
 
     @torch.no_grad()
     def _move(self, name: str, down: Tensor, up: Tensor, gain: float, decay: float) -> None:
-        mine = up[self._here(name)].float()
+        mine = up[self._own_rows(name)].float()
         rows = self._rows[name][: len(mine)]
         torch.addmm(rows, mine, down.float(), beta=decay, alpha=gain, out=rows)
 
@@ -176,17 +176,17 @@ class ChangeEMA:
 
     def pieces(self) -> Iterator[Piece]:
         for name, rows in self._rows.items():
-            here = self._here(name)
-            if here.stop > here.start:
-                values = rows[: here.stop - here.start].view(-1)
-                yield Piece(f"{CHANGE}/{name}", here.start * rows.shape[1], values)
+            own_rows = self._own_rows(name)
+            if own_rows.stop > own_rows.start:
+                values = rows[: own_rows.stop - own_rows.start].view(-1)
+                yield Piece(f"{CHANGE}/{name}", own_rows.start * rows.shape[1], values)
 
     def load(self, files: StateFiles) -> None:
         for name, (out, width) in self._shapes.items():
-            mine = files.whole(f"{CHANGE}/{name}", out * width).view(out, width)[self._here(name)]
+            mine = files.whole(f"{CHANGE}/{name}", out * width).view(out, width)[self._own_rows(name)]
             self._rows[name][: len(mine)].copy_(mine)
 
-    def _here(self, name: str) -> slice:
+    def _own_rows(self, name: str) -> slice:
         """This rank's rows of the whole D."""
-        each, out = len(self._rows[name]), self._shapes[name][0]
-        return slice(min(out, each * self._rank), min(out, each * (self._rank + 1)))
+        per_rank, out = len(self._rows[name]), self._shapes[name][0]
+        return slice(min(out, per_rank * self._rank), min(out, per_rank * (self._rank + 1)))

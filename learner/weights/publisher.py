@@ -48,10 +48,10 @@ class Publisher:
         """Copy the weights into shared memory. Raises RuntimeError if the role's last snapshot was not released."""
         buffer = self._buffers.get(role)
         if buffer is not None and buffer.in_use:
-            raise RuntimeError(f"{role} weights v{version}: the snapshot before it was not released")
+            raise RuntimeError(f"{role} weights v{version}: the previous snapshot was not released")
         if buffer is None:
             buffer = self._buffers[role] = _Buffer(*anonymous_memory(f"sdft-{role}", content.nbytes))
-        entries = buffer.entries = pack(content.weights, buffer.memory)
+        entries = buffer.entries = copy_tensors(content.weights, buffer.memory)
         snapshot = Snapshot(
             role=role,
             version=version,
@@ -80,7 +80,7 @@ class Publisher:
         # A folder may also hold a copy of a tied head, which is not a parameter.
         parameters = {f"model.{n}": t for n, t in tensors.items() if f"model.{n}" in self._probe_names}
         if missing := self._probe_names - parameters.keys():  # torch would compute with unallocated memory
-            raise ValueError(f"the weights to be published lack {min(missing).removeprefix('model.')}")
+            raise ValueError(f"the weights to publish lack {min(missing).removeprefix('model.')}")
         ids = torch.from_numpy(self._probe_ids.astype(np.int64))
         with torch.no_grad():
             return functional_call(self._probe, parameters, (ids,)).numpy()
@@ -98,14 +98,14 @@ class Publisher:
         self._buffers[role].in_use = False
 
 
-def pack(weights: Iterable[tuple[str, torch.Tensor]], memory: mmap.mmap) -> tuple[TensorEntry, ...]:
+def copy_tensors(weights: Iterable[tuple[str, torch.Tensor]], memory: mmap.mmap) -> tuple[TensorEntry, ...]:
     """Copy tensors end to end into `memory`, one at a time. Returns the place and the digest of each."""
     payload, view = torch.frombuffer(memory, dtype=torch.uint8), memoryview(memory)
     entries, offset = [], 0
     for name, tensor in weights:
-        here = slice(offset, offset + tensor.nbytes)
-        payload[here].copy_(tensor.contiguous().view(-1).view(torch.uint8))
-        digest = xxhash.xxh3_128_hexdigest(view[here])
+        place = slice(offset, offset + tensor.nbytes)
+        payload[place].copy_(tensor.contiguous().view(-1).view(torch.uint8))
+        digest = xxhash.xxh3_128_hexdigest(view[place])
         dtype = str(tensor.dtype).removeprefix("torch.")
         entries.append(TensorEntry(name, dtype, tuple(tensor.shape), offset, tensor.nbytes, digest))
         offset += tensor.nbytes

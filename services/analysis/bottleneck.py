@@ -7,7 +7,7 @@ from sdft.services.records.rows import StepMetrics
 from sdft.services.records.settings import max_staleness, sampler_and_scorer, teacher_weights
 from sdft.services.records.text import percent
 
-LAST = 20  # steps that are looked at
+LAST = 20  # steps that the verdict is based on
 WAITING = 0.1  # share of a step from which the learner counts as waiting
 PHASES = {
     "rollout": "sampling",
@@ -16,6 +16,8 @@ PHASES = {
     "sync": "weight updates",
     "wait": "waiting for checkpoints",
 }
+MORE_RANKS = "use more learner ranks (learner.ranks)"
+FEWER_CHECKPOINTS = "save checkpoints less often (checkpoint.every)"
 
 
 def verdict(steps: Sequence[StepMetrics], config: dict[str, Any]) -> str | None:
@@ -31,34 +33,34 @@ def verdict(steps: Sequence[StepMetrics], config: dict[str, Any]) -> str | None:
     engines = sampler_and_scorer(config, recent[-1].stage)
     if max_staleness(config) == 0 or engines is None:
         phase = max(shares, key=lambda name: shares[name])
-        mends = _one_after_the_other(phase, config, recent[-1].stage)
-        return f"{PHASES[phase]}, {percent(shares[phase])} of a step; {', or '.join(mends)}"
+        remedies = _sequential_remedies(phase, config, recent[-1].stage)
+        return f"{PHASES[phase]}, {percent(shares[phase])} of a step; {', or '.join(remedies)}"
     if shares["wait"] >= WAITING:
         role = engines[0 if shares["rollout"] >= shares["score"] else 1]
         return f"the engines: the learner waits {percent(shares['wait'])} of the time; raise actors.{role}.max_replicas"
     phase = "learn" if shares["learn"] >= shares["sync"] else "sync"
     updates = "sync_every, teacher_sync_every" if teacher_weights(config) == "ema" else "sync_every"
-    mend = "more learner.ranks" if phase == "learn" else f"fewer updates (weights.{updates})"
-    return f"{PHASES[phase]}, {percent(shares[phase])} of a step, while the engines keep ahead; {mend}"
+    remedy = MORE_RANKS if phase == "learn" else f"update the engines less often (weights.{updates})"
+    return f"{PHASES[phase]}, {percent(shares[phase])} of a step, while the engines keep ahead; {remedy}"
 
 
-def _one_after_the_other(phase: str, config: dict[str, Any], stage: int) -> list[str]:
+def _sequential_remedies(phase: str, config: dict[str, Any], stage: int) -> list[str]:
     """Return remedies for runs with sequential phases: strict runs, and methods without sampling.
 
     A remedy shortens the longest phase or overlaps it with others.
     """
     engines = sampler_and_scorer(config, stage)
     if engines is None:
-        return ["fewer of them (checkpoint.every)" if phase == "wait" else "more learner ranks (learner.ranks)"]
+        return [FEWER_CHECKPOINTS if phase == "wait" else MORE_RANKS]
     sampler, scorer = engines
-    mends = {
-        "rollout": f"more {sampler} engines (actors.{sampler}.replicas)",
-        "score": f"more {scorer} engines (actors.{scorer}.replicas)",
-        "learn": "more learner ranks (learner.ranks)",
-        "wait": "fewer of them (checkpoint.every)",
+    remedies = {
+        "rollout": f"use more {sampler} engines (actors.{sampler}.replicas)",
+        "score": f"use more {scorer} engines (actors.{scorer}.replicas)",
+        "learn": MORE_RANKS,
+        "wait": FEWER_CHECKPOINTS,
     }
     if teacher_weights(config) == "ema":
-        mends["sync"] = "fewer of the teacher's (weights.teacher_sync_every)"
-    meanwhile = {"rollout": "learning", "score": "scoring"}.get(phase, "sampling")
-    own = [mends[phase]] if phase in mends else []
-    return [*own, f"{meanwhile} meanwhile with training.max_staleness: 1"]
+        remedies["sync"] = "update the teacher less often (weights.teacher_sync_every)"
+    shorter = [remedies[phase]] if phase in remedies else []
+    overlapped = "sampling" if phase in ("learn", "sync", "wait") else "learning"
+    return [*shorter, f"overlap it with {overlapped} (training.max_staleness: 1)"]

@@ -8,7 +8,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 from sdft.services.analysis.svg import COLOURS, GREY, HALF, INK, WIDE, axes_of, chart, label_ends, lines
-from sdft.services.records.rows import STUDENT, TEACHER, EvalResult, StepMetrics, divergence_names
+from sdft.services.records.rows import STUDENT_ACCURACY, TEACHER_ACCURACY, EvalResult, StepMetrics, divergence_names
 from sdft.services.records.text import percent
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def accuracy_chart(results: Sequence[EvalResult], roles: dict[str, str], stages:
         labels: list[tuple[float, str, str]] = []
         for index, task in enumerate(roles):
             colour = COLOURS[index % len(COLOURS)]
-            latest = {r.step: r for r in results if r.task == task and r.metric == STUDENT}
+            latest = {r.step: r for r in results if r.task == task and r.metric == STUDENT_ACCURACY}
             rows = [latest[step] for step in sorted(latest)]
             if rows:
                 steps, values = [r.step for r in rows], [100 * r.value for r in rows]
@@ -50,7 +50,7 @@ def accuracy_chart(results: Sequence[EvalResult], roles: dict[str, str], stages:
                 style = "--" if roles[task] == "retention" else "-"
                 axes.plot(steps, values, style, color=colour, marker="o", markersize=4)
                 labels.append((values[-1], f"{task} {percent(rows[-1].value)}", colour))
-            for teacher in (r for r in results if r.task == task and r.metric == TEACHER):
+            for teacher in (r for r in results if r.task == task and r.metric == TEACHER_ACCURACY):
                 axes.axhline(100 * teacher.value, linestyle=":", linewidth=1.2, color=colour)
         axes.set_ylim(-3, 103)
         label_ends(axes, labels)
@@ -85,7 +85,7 @@ def pass_at_chart(task: str, results: Sequence[EvalResult]) -> str:
     with chart(HALF, f"pass@k of {task}") as (figure, done):
         axes = figure.add_subplot()
         axes.set_title(f"{task}, %", loc="left")
-        axes.set_xlabel("answers to each question")
+        axes.set_xlabel("replies per question")
         labels = []
         for name, colour, style, rows in lines_of:
             shares = {r.k: 100 * r.value for r in rows if r.k}  # a resumed run may repeat a row: the later counts
@@ -109,10 +109,10 @@ def matrix_chart(matrix: "Matrix") -> str:
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=130, aspect="auto")
         for i, row in enumerate(shares):
             for j, value in enumerate(row):
-                own = j < len(matrix.tasks) and i > 0 and matrix.stages[i - 1] == matrix.tasks[j]
+                just_trained = j < len(matrix.tasks) and i > 0 and matrix.stages[i - 1] == matrix.tasks[j]
                 text = percent(matrix.rows[i][j])
-                colour = "white" if value > 75 else INK
-                axes.text(j, i, text, ha="center", va="center", color=colour, weight="bold" if own else "normal")
+                colour, weight = "white" if value > 75 else INK, "bold" if just_trained else "normal"
+                axes.text(j, i, text, ha="center", va="center", color=colour, weight=weight)
         axes.set_xticks(range(columns), [*matrix.tasks, *(f"{name} (retention)" for name in matrix.retention)])
         axes.set_yticks(range(rows), matrix.row_names)
         axes.xaxis.tick_top()
@@ -125,10 +125,10 @@ def matrix_chart(matrix: "Matrix") -> str:
 
 
 def loss_chart(steps: Sequence[StepMetrics]) -> str:
-    """Loss and divergence over steps, in nats a token."""
+    """Loss and divergence over steps, in nats per token."""
     name = steps[-1].divergence_name
     with chart(WIDE, f"Loss and {divergence_names(steps)} over steps") as (figure, done):
-        axes = axes_of(figure, "nats a token", steps[-1].step)
+        axes = axes_of(figure, "nats per token", steps[-1].step)
         lines(axes, steps, [("loss", lambda m: m.loss, COLOURS[0]), (name, lambda m: m.divergence, COLOURS[1])])
         return done()
 
@@ -138,7 +138,7 @@ def time_chart(steps: Sequence[StepMetrics]) -> str:
     together = math.ceil(len(steps) / MOST_BARS)
     groups = [steps[i : i + together] for i in range(0, len(steps), together)]
     with chart(WIDE, "Time of each step by phase") as (figure, done):
-        axes = axes_of(figure, "seconds a step", steps[-1].step)
+        axes = axes_of(figure, "seconds per step", steps[-1].step)
         edges = [group[0].step - 0.5 for group in groups] + [steps[-1].step + 0.5]
         below = [0.0] * len(groups)
         labels: list[tuple[float, str, str]] = []

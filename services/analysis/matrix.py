@@ -18,7 +18,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from sdft.services.base.errors import UserError
-from sdft.services.records.rows import PERPLEXITY, STUDENT, Z_95, EvalResult, read_rows
+from sdft.services.records.rows import PERPLEXITY, STUDENT_ACCURACY, Z_95, EvalResult, read_rows
 from sdft.services.records.run_dir import check_run_dir, read_stages
 from sdft.services.records.settings import read_config
 from sdft.services.records.text import permille
@@ -50,13 +50,13 @@ class Matrix:
     def metrics(self) -> dict[str, float]:
         """Return metrics by name, as shares, over the tasks whose stage is done; NaN or absent if undefined."""
         done = len(self.rows) - 1
-        own = [(self.stages.index(task) + 1, j) for j, task in enumerate(self.tasks)]  # (its stage from 1, column)
-        own = [(i, j) for i, j in own if i <= done]
+        trained = [(self.stages.index(task) + 1, j) for j, task in enumerate(self.tasks)]  # (stage from 1, column)
+        trained = [(i, j) for i, j in trained if i <= done]
         r, last = self.rows, done
-        found = {"average accuracy": _mean([r[last][j] for _, j in own])}
-        found["backward transfer"] = _mean_known([r[last][j] - r[i][j] for i, j in own if i < last])
-        found["forward transfer"] = _mean_known([r[i - 1][j] - r[0][j] for i, j in own if i > 1])
-        for i, j in own:
+        found = {"average accuracy": _mean([r[last][j] for _, j in trained])}
+        found["backward transfer"] = _mean_known([r[last][j] - r[i][j] for i, j in trained if i < last])
+        found["forward transfer"] = _mean_known([r[i - 1][j] - r[0][j] for i, j in trained if i > 1])
+        for i, j in trained:
             if i < last:
                 found[f"forgetting {self.tasks[j]}"] = max(r[k][j] for k in range(i, last)) - r[last][j]
         for j, name in enumerate(self.retention, len(self.tasks)):
@@ -77,23 +77,23 @@ def read_matrix(run_dir: Path) -> Matrix:
     check_run_dir(run_dir)
     config, stages = read_config(run_dir), read_stages(run_dir)
     if not config.get("stages") or not stages:
-        raise UserError(f"{run_dir}: this run has no stages; only a configuration with stages: gives a matrix")
+        raise UserError(f"{run_dir}: this run has no stages, and only a run with stages has a matrix")
     matrix = make_matrix(config, stages, read_rows(run_dir, EvalResult))
     if not matrix.rows or not matrix.columns:
-        raise UserError(f"{run_dir}: no set with questions was evaluated yet, so there is no matrix")
+        raise UserError(f"{run_dir}: no evaluation set with questions was evaluated yet, so there is no matrix")
     return matrix
 
 
 def make_matrix(config: dict[str, Any], stages: Sequence[tuple[str, int]], results: Sequence[EvalResult]) -> Matrix:
     """Make the matrix. config: the resolved configuration. stages: (name, last step) in order."""
     of_task = {
-        s["name"]: [one["name"] for one in s["sets"] if one["role"] == "task" and one.get("grader") != PERPLEXITY]
-        for s in config["stages"]
+        stage["name"]: [s["name"] for s in stage["sets"] if s["role"] == "task" and s.get("grader") != PERPLEXITY]
+        for stage in config["stages"]
     }
     of_task = {name: sets for name, sets in of_task.items() if sets}
-    everywhere = [*config["evaluation"]["sets"], *(one for s in config["stages"] for one in s["sets"])]
-    retention = [one["name"] for one in everywhere if one["role"] == "retention" and one.get("grader") != PERPLEXITY]
-    values = {(r.step, r.task): r.value for r in results if r.metric == STUDENT}
+    all_sets = [*config["evaluation"]["sets"], *(s for stage in config["stages"] for s in stage["sets"])]
+    retention = [s["name"] for s in all_sets if s["role"] == "retention" and s.get("grader") != PERPLEXITY]
+    values = {(r.step, r.task): r.value for r in results if r.metric == STUDENT_ACCURACY}
     rows = []
     for step in [0, *(last for _, last in stages)]:
         if not any(at == step for at, _ in values):
@@ -105,10 +105,10 @@ def make_matrix(config: dict[str, Any], stages: Sequence[tuple[str, int]], resul
 
 def over_runs(figures: Sequence[dict[str, float]]) -> dict[str, Estimate]:
     """Return mean and 95 % interval of each figure that all runs have."""
-    common = [name for name in figures[0] if all(name in one for one in figures)]
+    common = [name for name in figures[0] if all(name in run for run in figures)]
     estimates = {}
     for name in common:
-        values, n = [one[name] for one in figures], len(figures)
+        values, n = [run[name] for run in figures], len(figures)
         unknown = n < 2 or any(map(math.isnan, values))
         half = math.nan if unknown else (T_975[n - 2] if n - 2 < len(T_975) else Z_95) * stdev(values) / math.sqrt(n)
         estimates[name] = Estimate(fmean(values), half)
@@ -120,14 +120,15 @@ def matrix_text(matrices: Sequence[Matrix]) -> str:
 
     UserError if the runs differ in stages, sets or progress.
     """
-    one = matrices[0]
-    if any((m.stages, m.columns, len(m.rows)) != (one.stages, one.columns, len(one.rows)) for m in matrices):
-        raise UserError("these runs have other stages or sets, or are not equally far; give runs that differ by seed")
-    cells = [{str(j): m.rows[i][j] for j in range(len(one.columns))} for i in range(len(one.rows)) for m in matrices]
-    width = max([14, *(len(name) + 2 for name in one.columns)])
-    names = max(len(name) for name in one.row_names) + 2
-    lines = ["".join([" " * names, *(f"{name:>{width}}" for name in one.columns)])]
-    for i, name in enumerate(one.row_names):
+    first = matrices[0]
+    if any((m.stages, m.columns, len(m.rows)) != (first.stages, first.columns, len(first.rows)) for m in matrices):
+        raise UserError("these runs differ in stages, evaluation sets or progress; give runs that differ only in seed")
+    columns, row_names = first.columns, first.row_names
+    cells = [{str(j): m.rows[i][j] for j in range(len(columns))} for i in range(len(row_names)) for m in matrices]
+    width = max([14, *(len(name) + 2 for name in columns)])
+    names = max(len(name) for name in row_names) + 2
+    lines = ["".join([" " * names, *(f"{name:>{width}}" for name in columns)])]
+    for i, name in enumerate(row_names):
         row = over_runs(cells[i * len(matrices) : (i + 1) * len(matrices)])
         lines.append("".join([f"{name:<{names}}", *(f"{_share(row[str(j)]):>{width}}" for j in range(len(row)))]))
     metrics = over_runs([m.metrics() for m in matrices])

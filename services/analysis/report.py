@@ -20,7 +20,7 @@ from sdft.services.base.files import write_atomically
 from sdft.services.records.rows import (
     PERPLEXITY,
     EvalResult,
-    Sample,
+    Reply,
     StepMetrics,
     divergence_names,
     read_rows,
@@ -44,8 +44,8 @@ LOSS_NOTES = {
 class Comparison:
     """Replies to one question before and after; `after` is None until there is a second evaluation."""
 
-    before: Sample
-    after: Sample | None
+    before: Reply
+    after: Reply | None
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def write_report(run_dir: Path) -> Path:
             Chart(c.title, Markup(c.svg), c.note, c.wide)
             for c in draw(steps, results, sets, config, ended_lengths(run_dir), stages, matrix)
         ],
-        samples=compare(read_rows(run_dir, Sample), [one.name for one in sets]),
+        replies=compare(read_rows(run_dir, Reply), [s.name for s in sets]),
         last=steps[-1] if steps else None,
         ledger=", ".join(f"{count:,} {name}" for name, count in ledger.items()),
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
@@ -100,12 +100,12 @@ def write_report(run_dir: Path) -> Path:
 
 def headline(sets: Sequence[SetProgress], steps: Sequence[StepMetrics], state: RunState) -> str:
     """The result in one sentence."""
-    evaluated = [one for one in sets if one.before]
+    evaluated = [s for s in sets if s.before]
     if evaluated:
         parts = [f"{'retention ' if s.role == 'retention' else ''}{s.name}: {s.change}" for s in evaluated]
-        return ("" if any(one.after for one in evaluated) else "Before training: ") + "; ".join(parts)
+        return ("" if any(s.after for s in evaluated) else "Before training: ") + "; ".join(parts)
     if not steps:
-        return "No step yet" if state.kind in ("new", "running") else "The run ended before its first step"
+        return "No step yet" if state.status in ("new", "running") else "The run ended before its first step"
     why = "not evaluated yet" if sets else "the configuration names no evaluation sets"
     return f"Loss {steps[0].loss:.4f} → {steps[-1].loss:.4f} in {len(steps)} steps; {why}"
 
@@ -133,24 +133,25 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def points(one: SetProgress) -> str:
+def points(progress: SetProgress) -> str:
     """Signed change in percentage points: the difference of the two shares as shown. For a perplexity: the relative
     change in percent."""
-    if one.before is None or one.after is None or math.isnan(one.after.value - one.before.value):
+    before, after = progress.before, progress.after
+    if before is None or after is None or math.isnan(after.value - before.value):
         return "–"
-    if one.after.metric == PERPLEXITY:
-        return f"{100 * one.after.loss_since(one.before):+.1f} %".replace("-", "−")
-    return f"{(permille(one.after.value) - permille(one.before.value)) / 10:+.1f}".replace("-", "−")
+    if after.metric == PERPLEXITY:
+        return f"{100 * after.loss_since(before):+.1f} %".replace("-", "−")
+    return f"{(permille(after.value) - permille(before.value)) / 10:+.1f}".replace("-", "−")
 
 
 def when(sets: Sequence[SetProgress]) -> str:
     """Steps of the results before and after. A set that was added later has its own step before."""
-    steps = {one.name: one.before.step for one in sets if one.before}
+    steps = {s.name: s.before.step for s in sets if s.before}
     if not steps:
         return ""
     first = next(iter(steps.values()))
     others = ", ".join(f"{name}: {step}" for name, step in steps.items() if step != first)
-    after = next(one.after for one in sets if one.before)
+    after = next(s.after for s in sets if s.before)
     return f"Before: step {first}{f' ({others})' if others else ''}.{f' After: step {after.step}.' if after else ''}"
 
 
@@ -171,17 +172,17 @@ def as_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def compare(samples: Sequence[Sample], sets: Sequence[str]) -> dict[str, list[Comparison]]:
+def compare(replies: Sequence[Reply], sets: Sequence[str]) -> dict[str, list[Comparison]]:
     """Return for each set, in the order of `sets`, the first and the latest reply to each question."""
-    answers: dict[str, dict[str, dict[int, Sample]]] = {name: {} for name in sets}
-    for sample in samples:
-        answers.setdefault(sample.task, {}).setdefault(sample.id, {})[sample.step] = sample
+    by_task: dict[str, dict[str, dict[int, Reply]]] = {name: {} for name in sets}
+    for reply in replies:
+        by_task.setdefault(reply.task, {}).setdefault(reply.id, {})[reply.step] = reply
     return {
         task: [
             Comparison(by_step[min(by_step)], by_step[max(by_step)] if len(by_step) > 1 else None)
             for by_step in questions.values()
         ]
-        for task, questions in answers.items()
+        for task, questions in by_task.items()
         if questions
     }
 
@@ -195,23 +196,25 @@ def draw(
     stages: Sequence[tuple[str, int]],
     matrix: Matrix | None,
 ) -> list[Chart]:
-    """Draw the charts that have data. `config`: the resolved configuration; `lengths`: {state: {tokens: samples}};
-    `stages`: (name, last step) of each stage."""
+    """Draw the charts that have data.
+
+    config: the resolved configuration. lengths: {state: {tokens: samples}}. stages: (name, last step) of each stage.
+    """
     drawn = []
     if matrix is not None and matrix.rows and matrix.columns:
         drawn.append(Chart("Tasks across stages", charts.matrix_chart(matrix), transfer(matrix)))
     if any(r.metric != PERPLEXITY for r in results):
-        note = "Bands: 95 % Wilson intervals. Dashed: retention. Dotted: the teacher, shown the demonstration."
-        roles = {one.name: one.role for one in sets}
+        note = "Bands: 95 % Wilson intervals. Dashed: retention. Dotted: the teacher, with the demonstration."
+        roles = {s.name: s.role for s in sets}
         drawn.append(Chart("Accuracy and retention", charts.accuracy_chart(results, roles, stages), note))
     if steps:
         names = divergence_names(steps)
         drawn.append(Chart(f"Loss and divergence ({names})", charts.loss_chart(steps), loss_note(steps, config)))
-        beside = ""
+        ahead = ""
         if max_staleness(config):
-            beside = " Rollouts and scores are made beside the learner's steps, so they add up to more."
+            ahead = " Sampling and scoring overlap with the learner's steps, so the phases add up to more than a step."
         bound = verdict(steps, config)
-        note = f"Labels: the median of all steps.{beside}{f' Bound by {bound}.' if bound else ''}"
+        note = f"Labels: the median of all steps.{ahead}{f' Bound by {bound}.' if bound else ''}"
         drawn.append(Chart("Time per phase", charts.time_chart(steps), note))
         small: list[tuple[str, Callable[[Sequence[StepMetrics]], str], str]] = [
             ("Gradient norm", charts.gradient_chart, "Before clipping."),
@@ -219,18 +222,18 @@ def draw(
             (
                 "Mismatch",
                 charts.mismatch_chart,
-                "How far the sampler's log-probs, at its temperature and top_p, are from the learner's.",
+                "Estimated KL divergence of the sampler, at its temperature and top_p, from the learner.",
             ),
-            ("Tail mass", charts.tail_chart, "What the top-K of the teacher leaves to the tail bucket."),
+            ("Tail mass", charts.tail_chart, "Teacher probability outside its top-K: the tail bucket."),
         ]
         drawn += [Chart(title, chart(steps), note, wide=False) for title, chart, note in small]
     sampled = [r for r in results if r.k is not None]
     for task in dict.fromkeys(r.task for r in sampled):
-        note = f"Of the answers to a question of {task}, sampled, at least one is right. Dotted: the teacher."
+        note = f"Share of questions of {task} with a right one among k sampled replies. Dotted: the teacher."
         drawn.append(Chart("pass@k", charts.pass_at_chart(task, sampled), note, wide=False))
     texts = [r for r in results if r.metric == PERPLEXITY]
     if texts:
-        note = "Of texts as they are, outside of any chat: lower is better."
+        note = "Of plain texts without a chat template; lower is better."
         drawn.append(Chart("Perplexity", charts.perplexity_chart(texts), note, wide=False))
     if lengths:
         note = "; ".join(f"{state}: {spread(counts)}" for state, counts in lengths.items())
@@ -243,8 +246,8 @@ def loss_note(steps: Sequence[StepMetrics], config: dict[str, Any]) -> str:
     by_method: dict[str, list[StepMetrics]] = {}
     for m in steps:
         by_method.setdefault(method_of(config, m.stage), []).append(m)
-    known = {method: own for method, own in by_method.items() if method in LOSS_NOTES}
-    notes = {method: LOSS_NOTES[method].format(name=divergence_names(own)) for method, own in known.items()}
+    known = {method: rows for method, rows in by_method.items() if method in LOSS_NOTES}
+    notes = {method: LOSS_NOTES[method].format(name=divergence_names(rows)) for method, rows in known.items()}
     return " ".join(notes.values() if len(notes) == 1 else (f"{method}: {note}" for method, note in notes.items()))
 
 

@@ -11,8 +11,8 @@ from sdft.services.analysis.bottleneck import verdict
 from sdft.services.records.checkpoints import MANIFEST, folders
 from sdft.services.records.rows import (
     PERPLEXITY,
-    STUDENT,
-    TEACHER,
+    STUDENT_ACCURACY,
+    TEACHER_ACCURACY,
     EvalResult,
     StepMetrics,
     read_rows,
@@ -54,8 +54,12 @@ def read_sets(run_dir: Path, config: dict[str, Any]) -> list[SetProgress]:
     roles = {s["name"]: s["role"] for section in named for s in section.get("sets", [])}
     sets = []
     for name in dict.fromkeys([*roles, *(task for task, _, _ in latest)]):
-        students = sorted((r for (task, m, _), r in latest.items() if task == name and m in OWN), key=step_of)
-        teachers = sorted((r for (task, m, _), r in latest.items() if (task, m) == (name, TEACHER)), key=step_of)
+        students = sorted(
+            (r for (task, m, _), r in latest.items() if task == name and m in STUDENT_METRICS), key=step_of
+        )
+        teachers = sorted(
+            (r for (task, m, _), r in latest.items() if (task, m) == (name, TEACHER_ACCURACY)), key=step_of
+        )
         sets.append(
             SetProgress(
                 name,
@@ -68,7 +72,7 @@ def read_sets(run_dir: Path, config: dict[str, Any]) -> list[SetProgress]:
     return sets
 
 
-OWN = (STUDENT, PERPLEXITY)  # metrics of the student
+STUDENT_METRICS = (STUDENT_ACCURACY, PERPLEXITY)
 
 
 def step_of(row: EvalResult) -> int:
@@ -107,11 +111,11 @@ def status_text(run_dir: Path) -> str:
     if state.error:
         lines.append(("error", state.error))
     of = f" of {state.total_steps}" if state.total_steps else ""
-    lines.append(("step", f"{steps[-1].step if steps else 0}{of}{_age(run_dir) if state.kind == 'running' else ''}"))
+    lines.append(("step", f"{steps[-1].step if steps else 0}{of}{_age(run_dir) if state.status == 'running' else ''}"))
     stages = read_stages(run_dir)
     if stages:
         lines.append(("stage", _stage(stages, steps[-1].step if steps else 0)))
-    if state.kind == "running":
+    if state.status == "running":
         now = time.time()
         waits = [f"{w.what} ({now - w.since:.0f} s)" for w in read_waiting(run_dir)]
         lines += [("waits for" if i == 0 else "", text) for i, text in enumerate(waits)]
@@ -130,11 +134,11 @@ def status_text(run_dir: Path) -> str:
         bound = verdict(steps, config)
         if bound is not None:
             lines.append(("bound by", bound))
-    for index, one in enumerate(sets):
-        teacher = f"; teacher {percent(one.teacher.value)}" if one.teacher else ""
-        at = f" at step {one.after.step}" if one.after else ""
-        role = f" ({one.role})" if one.role else ""
-        lines.append(("evaluation" if index == 0 else "", f"{one.name}{role}: {one.change}{at}{teacher}"))
+    for index, s in enumerate(sets):
+        teacher = f"; teacher {percent(s.teacher.value)}" if s.teacher else ""
+        at = f" at step {s.after.step}" if s.after else ""
+        role = f" ({s.role})" if s.role else ""
+        lines.append(("evaluation" if index == 0 else "", f"{s.name}{role}: {s.change}{at}{teacher}"))
     if ledger:
         lines.append(("samples", ", ".join(f"{count} {name}" for name, count in ledger.items())))
         lines += [("", f"{state}: {spread(lengths)}") for state, lengths in ended_lengths(run_dir).items()]
@@ -163,9 +167,9 @@ def _age(run_dir: Path) -> str:
 
 
 def _next(run_dir: Path, state: RunState, checkpoint: Path | None) -> str:
-    if state.kind == "running":
+    if state.status == "running":
         return f"curves so far: sdft report {run_dir}"
-    if state.kind == "finished":
+    if state.status == "finished":
         return f"curves: sdft report {run_dir}; the model as a folder: sdft export {run_dir} --out DIR"
     verb = "resume" if checkpoint else "start again"
     return f"{verb} with: sdft train {run_dir / 'config.yaml'} --run-dir {run_dir}"

@@ -1,6 +1,7 @@
 """Figures in the report's style, as SVG text for embedding in an HTML page."""
 
 import io
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -69,6 +70,8 @@ def axes_of(figure: "Figure", title: str, last_step: int) -> "Axes":
 @contextmanager
 def chart(size: tuple[float, float], description: str) -> "Iterator[tuple[Figure, Callable[[], str]]]":
     """Yield a figure in the report's style and a function that renders it as SVG. No display, no global state."""
+    # Without a home folder that can be written, matplotlib uses a temporary one, removes it at exit, and warns.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     import matplotlib
     from matplotlib.figure import Figure
 

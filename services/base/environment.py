@@ -12,7 +12,7 @@ PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 NOT_BY_PROXY = ("127.0.0.1", "localhost", "::1")
 USER_NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")  # Python reads the user name here before the user id
 SOCKET_PATH = 107  # bytes in the path of a Unix socket on Linux, at most
-RAYS_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # below Ray's folder
+RAY_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # below Ray's folder
 
 
 def check_environment() -> None:
@@ -42,12 +42,12 @@ def check_temporary(prefix: str) -> None:
     try:
         folder = tempfile.gettempdir()
     except FileNotFoundError:
-        raise UserError("no folder for temporary files can be written to; set TMPDIR to one that can") from None
-    room = SOCKET_PATH - len(os.fsencode(f"/{prefix}12345678{RAYS_SOCKET}"))
-    if len(os.fsencode(folder)) > room:
+        raise UserError("no folder for temporary files is writable; set TMPDIR to a writable folder") from None
+    longest = SOCKET_PATH - len(os.fsencode(f"/{prefix}12345678{RAY_SOCKET}"))
+    if len(os.fsencode(folder)) > longest:
         raise UserError(
-            f"TMPDIR: the path {folder} has {len(os.fsencode(folder))} bytes, and Ray's sockets below it may have "
-            f"{SOCKET_PATH}; set TMPDIR to a folder whose path has at most {room}, such as /tmp"
+            f"TMPDIR: the path {folder} has {len(os.fsencode(folder))} bytes, so paths of Ray's sockets below it would "
+            f"exceed {SOCKET_PATH}; set TMPDIR to a folder whose path has at most {longest} bytes, such as /tmp"
         )
 
 

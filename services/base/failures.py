@@ -9,7 +9,7 @@ from ray.exceptions import RayActorError
 HOUR_S = 3600
 LONGEST_BACK_OFF_S = 60
 LONGEST_REASON = 240  # characters
-IN_ITS_START = "creation task"  # in Ray's message for an actor whose __init__ raised
+CREATION_TASK = "creation task"  # in Ray's message for an actor whose __init__ raised
 NUMBERS = re.compile(r"(class_name|actor_id|pid|name|namespace|ip): ")
 
 
@@ -48,9 +48,9 @@ def reason(error: BaseException) -> str:
     # The text of a KeyError is only the key.
     text = f"{type(cause).__name__}: {cause}" if isinstance(cause, LookupError) else str(cause)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if isinstance(error, RayActorError) and lines and IN_ITS_START in lines[0]:
+    if isinstance(error, RayActorError) and lines and CREATION_TASK in lines[0]:
         return lines[-1]  # below the traceback
     if isinstance(error, RayActorError) and len(lines) > 1:
-        told = " ".join(line for line in lines[1:] if not NUMBERS.match(line))
-        return told if len(told) <= LONGEST_REASON else told[:LONGEST_REASON].rpartition(" ")[0] + " …"
+        death = " ".join(line for line in lines[1:] if not NUMBERS.match(line))
+        return death if len(death) <= LONGEST_REASON else death[:LONGEST_REASON].rpartition(" ")[0] + " …"
     return lines[0] if lines else type(cause).__name__

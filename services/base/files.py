@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import sqlite3
+from contextlib import suppress
 from pathlib import Path
 
 from sdft.services.base.errors import UserError
@@ -58,10 +59,9 @@ def existing_file(key: str, value: str, base: Path) -> Path:
     while not missing.parent.exists():
         missing = missing.parent
     folder = f", nor does its folder {missing}" if missing != path else ""
-    what = f"{path} does not exist{folder}"
     near = near_names(missing.name, missing.parent)
     mend = f"did you mean {near[0]}?" if near else f"paths are relative to {base.resolve()}"
-    raise UserError(f"{key}: {what}; {mend}")
+    raise UserError(f"{key}: {path} does not exist{folder}; {mend}")
 
 
 def read_text(path: Path) -> str:
@@ -83,12 +83,56 @@ def read_text(path: Path) -> str:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content` atomically: a reader, or a killed run, finds the old file or the new one."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    part = path.with_name(part_name(path))
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink()  # a part of a file holds room on a full disk
+        raise
+
+
+def part_name(path: Path) -> str:
+    """Return the name that a new file or folder has beside `path` until it is whole."""
+    return f".{path.name}.part"
+
+
+def check_output(path: Path, option: str = "") -> None:
+    """Raise UserError unless a new file or folder can be made at `path`, below the first of its parents that exists.
+
+    option: the option that gives the path, as the message begins with it. For a check before long work: permissions
+    alone do not tell, because a file system may be read-only or refuse the name.
+    """
+    try:
+        parent = next(parent for parent in path.absolute().parents if parent.exists())
+        trial = parent / part_name(path)
+        trial.open("xb").close()
+        trial.unlink()
+    except FileExistsError:
+        pass  # left by a killed command, and replaced
+    except OSError as error:
+        raise UserError(
+            f"{option}{' ' if option else ''}{path}: nothing can be written there ({error.strerror}); mend that, or "
+            f"name another place"
+        ) from None
+
+
+def check_output_file(path: Path, option: str) -> None:
+    """Raise UserError unless write_atomically can write the file of `option`. Its folder must exist."""
+    try:
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"{option} {path}: its folder does not exist; make it first")
+        if path.is_dir():
+            raise UserError(f"{option} {path}: this is a folder; name a file")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{option} {path}: this is a device or pipe, which the file would replace; name a file")
+    except OSError as error:
+        raise UserError(f"{option} {path}: no file can be there ({error.strerror}); name another") from None
+    check_output(path, option)
 
 
 def takes_no_more(error: BaseException) -> bool:

@@ -1,15 +1,47 @@
-"""Standard output of a command. A closed reader does not end a run, and ends other commands without a traceback."""
+"""Standard output of a command: a long one goes on without it, a short one ends without a traceback."""
 
 import os
 import select
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 CLOSED = 141  # exit code after the reader has closed, as a shell reports it for SIGPIPE
 
 
-class Output:
+class OutputFailed(OSError):
+    """Standard output cannot be written, for another reason than a closed reader."""
+
+
+class _Stream:
+    """Wrapped output stream. `failed` receives the errors of its writes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except OSError as error:
+            self.failed(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self.failed(error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def failed(self, error: OSError) -> None:
+        raise NotImplementedError
+
+
+class Output(_Stream):
     """Output stream of a long command. Text that cannot be written is dropped, and the command goes on.
 
     A closed reader does not come back, so the rest of the process writes to /dev/null. A full disk may have room again,
@@ -17,32 +49,46 @@ class Output:
     """
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        super().__init__(stream)
         self._reported = False
 
-    def write(self, text: str) -> int:
-        try:
-            self._stream.write(text)
-        except OSError as error:
-            self._failed(error)
-        return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self._failed(error)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def _failed(self, error: OSError) -> None:
+    def failed(self, error: OSError) -> None:
         if isinstance(error, BrokenPipeError):
             discard(self._stream)
+        else:
+            drop(self._stream)
         if not self._reported:
             self._reported = True
             with suppress(OSError):
                 print(f"sdft: the output cannot be written ({error.strerror}); the work goes on", file=sys.stderr)
+
+
+class _Told(_Stream):
+    """Output stream whose errors are told apart from other OSErrors of the command."""
+
+    def failed(self, error: OSError) -> None:
+        if isinstance(error, BrokenPipeError | OutputFailed):
+            raise error
+        raise OutputFailed(error.errno, error.strerror) from error
+
+
+@contextmanager
+def told_output() -> Iterator[None]:
+    """Make an error of standard output inside the context an OutputFailed, or as before a BrokenPipeError."""
+    stream = sys.stdout
+    if stream is None:  # a shell has closed it (>&-)
+        with Path(os.devnull).open("w") as null, redirect_stdout(null):
+            yield
+        return
+    try:
+        with redirect_stdout(cast(TextIO, _Told(stream))):
+            try:
+                yield
+            finally:
+                sys.stdout.flush()
+    except OutputFailed:
+        drop(stream)
+        raise
 
 
 def lasting_output() -> TextIO:
@@ -56,6 +102,17 @@ def discard(stream: TextIO) -> None:
     with suppress(OSError):  # a stream in memory has no descriptor
         os.dup2(null, stream.fileno())
     os.close(null)
+
+
+def drop(stream: TextIO) -> None:
+    """Empty the stream's buffer into /dev/null: Python would try to write it again at its end."""
+    with suppress(OSError):  # a stream in memory has no descriptor
+        kept = os.dup(stream.fileno())
+        discard(stream)
+        with suppress(OSError):
+            stream.flush()
+        os.dup2(kept, stream.fileno())
+        os.close(kept)
 
 
 def reader_gone() -> bool:

@@ -5,14 +5,15 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 STOPPED = 130  # exit code
-STOP_S = 30.0  # limit of the clean-up
+STOP_S = 25.0  # limit of the clean-up. Kubernetes and Slurm kill a process 30 s after the signal
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextmanager
@@ -25,44 +26,72 @@ def sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def run_until_stopped(work: Coroutine[Any, Any, T]) -> T:
+def run_until_stopped(work: Coroutine[Any, Any, T], broken_off: Callable[[], None] = lambda: None) -> T:
     """Run `work` in its own event loop and return its result. Raises KeyboardInterrupt if a signal stopped it.
 
     Raises RuntimeError if `work` was cancelled without a signal, because a failed run would otherwise look like a
     stopped one.
+    The process exits if `work` has not ended STOP_S after a signal; broken_off() is called before, in another thread.
     """
-    try:
-        return asyncio.run(_told_apart(work))
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
+    with _limited(broken_off):
+        try:
+            return asyncio.run(_cancelled_by_signal_only(work))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
 
 
 def stop_on_signals() -> None:
-    """Cancel the running task on SIGTERM and SIGINT. Must be called after ray.init, which replaces earlier handlers.
-
-    If every process of a job gets the signal, Ray's control service may end first, and a call to it never returns. The
-    process therefore exits if the clean-up takes longer than STOP_S.
-    """
+    """Cancel the running task on SIGTERM and SIGINT. Must be called after ray.init, which replaces earlier handlers."""
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None
 
-    def stop() -> None:
-        task.cancel()
-        limit = threading.Timer(STOP_S, _break_off)
-        limit.daemon = True
-        limit.start()
-        task.add_done_callback(lambda _: limit.cancel())
+    def stop(*_: object) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(task.cancel)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+    for number in SIGNALS:  # loop.add_signal_handler would take the file descriptor that _limited watches
+        signal.signal(number, stop)
 
 
-def _break_off() -> None:
-    print(f"sdft: stopped; Ray's processes did not answer within {STOP_S:g} s", file=sys.stderr, flush=True)
-    os._exit(STOPPED)
+@contextmanager
+def _limited(broken_off: Callable[[], None]) -> Iterator[None]:
+    """Limit the time from a signal to the end of the block. Restores the signal handlers afterwards.
+
+    If every process of a job gets the signal, Ray's control service may end first. A call to it then never returns, and
+    Python runs no signal handler while its main thread is in such a call. So a thread reads the signals' numbers, which
+    Python's C code writes into a pipe.
+    """
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    ended = threading.Event()
+
+    def watch() -> None:
+        while (number := os.read(reader, 1)) and number[0] not in SIGNALS:
+            pass
+        if number and not ended.wait(STOP_S):
+            try:
+                broken_off()
+            finally:
+                print(f"sdft: stopped; Ray's processes did not answer within {STOP_S:g} s", file=sys.stderr, flush=True)
+                os._exit(STOPPED)
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(before)
+        os.close(writer)  # ends the thread's read
+        watching.join()
+        os.close(reader)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-async def _told_apart(work: Coroutine[Any, Any, T]) -> T:
+async def _cancelled_by_signal_only(work: Coroutine[Any, Any, T]) -> T:
     task = asyncio.current_task()
     assert task is not None
     try:
@@ -70,4 +99,4 @@ async def _told_apart(work: Coroutine[Any, Any, T]) -> T:
     except asyncio.CancelledError as error:
         if task.cancelling():
             raise
-        raise RuntimeError("something was cancelled without a signal to stop; please report this mistake") from error
+        raise RuntimeError("the work was cancelled without a stop signal; please report this bug") from error

@@ -9,17 +9,17 @@ from sdft.services.evaluation.evaluator import Evaluator
 from sdft.services.fleet.factory import engine_pool
 from sdft.services.planning.plan import Plan
 from sdft.services.planning.prepare import Prepared, check_memory
-from sdft.services.records.rows import EvalResult, Sample
+from sdft.services.records.rows import EvalResult, Reply
 
 
-def evaluate(prepared: Prepared, console: Console) -> tuple[list[EvalResult], list[Sample]]:
+def evaluate(prepared: Prepared, console: Console) -> tuple[list[EvalResult], list[Reply]]:
     """Return results (of the student and, with demonstrations, of the teacher) and every reply of the student."""
     plan = Plan(prepared.plan.students, (), ())
     check_memory(prepared.config, plan)
     return run_until_stopped(_run(prepared, plan, console))
 
 
-async def _run(prepared: Prepared, plan: Plan, console: Console) -> tuple[list[EvalResult], list[Sample]]:
+async def _run(prepared: Prepared, plan: Plan, console: Console) -> tuple[list[EvalResult], list[Reply]]:
     c = prepared.config
     console.print("starting engines", highlight=False)
     async with places(c.ray, plan) as options:
@@ -31,10 +31,12 @@ async def _run(prepared: Prepared, plan: Plan, console: Console) -> tuple[list[E
             await pool.start()
             console.print(f"evaluating {prepared.model}", highlight=False, soft_wrap=True)
             evaluator = Evaluator(
-                prepared.tokenizer, c.evaluation.timeout_s, lambda text: console.print(f"  {text}", highlight=False)
+                prepared.tokenizer,
+                c.evaluation.grading_timeout_s,
+                lambda text: console.print(f"  {text}", highlight=False),
             )
-            results, samples = await evaluator.students(pool, prepared.sets, 0, 0)
-            return results + await evaluator.teachers(pool, prepared.sets, 0, 0), samples
+            results, replies = await evaluator.students(pool, prepared.sets, 0, 0)
+            return results + await evaluator.teachers(pool, prepared.sets, 0, 0), replies
         finally:
             await pool.stop()
 

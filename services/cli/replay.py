@@ -45,8 +45,8 @@ def replay(run_dir: Path, steps: str | None, console: Console) -> str | None:
     missing = sorted(set(range(begin + 1, last + 1)) - set(recorded))
     if missing:
         raise UserError(
-            f"{run_dir}: the rollouts of step {missing[0]} were not recorded, and steps {first} to {last} can only be "
-            f"reached from {start or 'the base model'}; give other --steps"
+            f"{run_dir}: the rollouts of step {missing[0]} were not recorded, and a replay of steps {first} to {last} "
+            f"must start from {start or 'the base model'}; give other --steps"
         )
     begun = checkpoints.begun(run_dir, "auto")
     prepared = prepare(load_config(run_dir / "config.yaml"), run_dir / "config.yaml", begun=begun)
@@ -85,7 +85,7 @@ async def _run(
                     await group.written()
                     different = first_difference(kept, Path(scratch))
                 if different is not None:
-                    return f"step {step}: {different} is not what {kept} holds"
+                    return f"step {step}: {different} differs from {kept}"
             console.print(f"step {step}: the same{' to the last bit of its state' if kept.is_dir() else ''}")
     return None
 
@@ -97,7 +97,7 @@ def _range(steps: str | None, recorded: list[int]) -> tuple[int, int]:
         a = int(first) if first else recorded[0]
         b = int(last) if last else recorded[-1] if colon else a
     except ValueError:
-        raise UserError(f"--steps {steps}: give two step numbers as 3:7 (both are included), or one") from None
+        raise UserError(f"--steps {steps}: give one step, or the first and the last as in 3:7") from None
     if not recorded[0] <= a <= b <= recorded[-1]:
         raise UserError(f"--steps {steps}: the run recorded steps {recorded[0]} to {recorded[-1]}; choose among them")
     return a, b

@@ -33,9 +33,9 @@ def explained(error: Exception, run_dir: Path | None) -> RunFailed | None:
         doing = "could not start" if call and call[2] == "start" else f"failed in {call[2]}" if call else "failed"
         why = reason(error)
         if OPAQUE.search(why):
-            told = list(_errors(str(error)))
-            kept = None if run_dir is None else last_error(run_dir / "logs", int(call[3]) if call else None)
-            why = told[-1] if told else kept or why
+            in_text = list(_errors(str(error)))
+            in_log = None if run_dir is None else last_error(run_dir / "logs", int(call[3]) if call else None)
+            why = in_text[-1] if in_text else in_log or why
         return RunFailed(f"{part} {doing}: {why}{where}")
     if isinstance(error, RayActorError):
         return RunFailed(f"a process of the run was lost: {reason(error)}{where}")

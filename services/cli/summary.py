@@ -10,7 +10,7 @@ from sdft.services.base.files import read_text
 from sdft.services.config.dtype import has_bfloat16
 from sdft.services.config.run import RunConfig
 from sdft.services.planning.prepare import Prepared
-from sdft.services.records.rows import Sample, read_rows
+from sdft.services.records.rows import Reply, read_rows
 
 
 def dtype_lines(config: RunConfig) -> list[str]:
@@ -18,8 +18,8 @@ def dtype_lines(config: RunConfig) -> list[str]:
     if config.device != "cpu" or config.dtype != "bfloat16" or has_bfloat16():
         return []
     return [
-        "this processor has no instructions for bfloat16, which can take a hundred times as long here; "
-        "set dtype: float32 (or auto)"
+        "warning: this processor has no instructions for bfloat16, so a step can take a hundred times as long; "
+        "set dtype: float32 or auto"
     ]
 
 
@@ -35,8 +35,8 @@ def reply_lines(prepared: Prepared) -> list[str]:
         return []
     token = prepared.tokenizer.convert_ids_to_tokens(end)
     return [
-        f"warning: a reply ends with {token}, where engines stop here; other servers of the model stop there only if "
-        f"eos_token_id in {path} names it: add {end}"
+        f"warning: a reply ends with {token}, but eos_token_id in {path} does not name it, so other servers of the "
+        f"model would not stop there; add {end} to eos_token_id"
     ]
 
 
@@ -62,13 +62,13 @@ def stage_lines(prepared: Prepared) -> list[str]:
 def print_outcome(run_dir: Path) -> None:
     """Print the results and a few replies, so that they can be read without the report."""
     print(status_text(run_dir))
-    samples = read_rows(run_dir, Sample)
-    for task in dict.fromkeys(s.task for s in samples):
-        rows = [s for s in samples if s.task == task]
-        for identity in list(dict.fromkeys(s.id for s in rows))[:3]:  # the first in the file, not the best
-            answers = {s.step: s for s in rows if s.id == identity}
-            print(f"\n{task}: {next(iter(answers.values())).prompt.strip().splitlines()[-1]}")
-            for step in dict.fromkeys((min(answers), max(answers))):
-                text = " / ".join(answers[step].text.strip().splitlines())
-                grade = "right" if answers[step].correct else "wrong"
+    replies = read_rows(run_dir, Reply)
+    for task in dict.fromkeys(r.task for r in replies):
+        of_task = [r for r in replies if r.task == task]
+        for identity in list(dict.fromkeys(r.id for r in of_task))[:3]:  # the first in the file, not the best
+            by_step = {r.step: r for r in of_task if r.id == identity}
+            print(f"\n{task}: {next(iter(by_step.values())).prompt.strip().splitlines()[-1]}")
+            for step in dict.fromkeys((min(by_step), max(by_step))):
+                text = " / ".join(by_step[step].text.strip().splitlines())
+                grade = "right" if by_step[step].correct else "wrong"
                 print(f"  step {step:<4} {grade}  {text[:140]}{'…' if len(text) > 140 else ''}")

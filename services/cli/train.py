@@ -15,14 +15,15 @@ from rich.console import Console
 from sdft.services.analysis.report import write_report
 from sdft.services.base.errors import PreflightError, RetentionLost, UserError
 from sdft.services.base.failures import reason
-from sdft.services.base.files import takes_no_more, write_atomically
+from sdft.services.base.files import check_output, takes_no_more, write_atomically
 from sdft.services.base.signals import run_until_stopped
+from sdft.services.cluster.compat import JOB_FOLDER
 from sdft.services.config.load import resolved_yaml
 from sdft.services.config.paths import with_absolute_paths
 from sdft.services.planning.prepare import Prepared, check_disk, check_memory
 from sdft.services.records import checkpoints
 from sdft.services.records.run_dir import LOCK, write_state
-from sdft.services.training.session import run
+from sdft.services.training.session import run_session
 
 LOCK_TRIES, LOCK_EVERY_S = 5, 0.1
 
@@ -32,7 +33,7 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
 
     resume: auto, never, or a checkpoint folder. Raises UserError if the run directory or the checkpoint cannot be used.
     """
-    if any(part.startswith("_ray_pkg_") for part in run_dir.resolve().parts):
+    if any(part.startswith(JOB_FOLDER) for part in run_dir.resolve().parts):
         raise UserError(
             f"{run_dir} lies in this job's copy of the working directory, which Ray deletes; give an absolute path on "
             f"storage that every node sees: --run-dir /…/{run_dir.name}"
@@ -43,7 +44,9 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--run-dir {run_dir}: no such folder can be made ({reason(error)}); name another") from None
+        raise UserError(
+            f"--run-dir {run_dir}: the folder cannot be created ({reason(error)}); name another folder"
+        ) from None
     with _only_one(run_dir):
         start = _starting_point(prepared, run_dir, resume, console)
         if resume == "never" and ((run_dir / "metrics.jsonl").exists() or checkpoints.folders(run_dir)):
@@ -57,6 +60,7 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
         if first >= total:
             console.print(f"{run_dir}: all {total} steps are done already", soft_wrap=True)
             return _ended(run_dir, _finished_after_all(run_dir), console)
+        check_output(checkpoints.folder_of(run_dir, total))
         config = with_absolute_paths(prepared.config, prepared.path.parent)
         state: dict[str, Any] = {
             "pid": os.getpid(),
@@ -67,12 +71,13 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
             "stages": [(stage.name, stage.schedule.last) for stage in prepared.stages],
             "started": time.time(),
         }
+        stopped = state | {"state": "failed", "error": "stopped by a signal"}
         try:
             write_atomically(run_dir / "config.yaml", resolved_yaml(config).encode())
             write_state(run_dir, state)
-            run_until_stopped(run(prepared, run_dir, start, console))
+            run_until_stopped(run_session(prepared, run_dir, start, console), lambda: write_state(run_dir, stopped))
         except KeyboardInterrupt:
-            write_state(run_dir, state | {"state": "failed", "error": "stopped by a signal"})
+            write_state(run_dir, stopped)
             raise
         except RetentionLost as error:
             write_state(run_dir, state | {"state": "guarded", "error": str(error)})
@@ -82,8 +87,8 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
                 write_state(run_dir, state | {"state": "failed", "error": f"{type(error).__name__}: {error}"})
             if takes_no_more(error):
                 raise PreflightError(
-                    f"{run_dir}: the disk takes no more ({reason(error)}); make room or mend it, and the same "
-                    f"command goes on from the last checkpoint"
+                    f"{run_dir}: the disk takes no more ({reason(error)}); free space or repair the disk, and repeat "
+                    f"the command to resume from the last checkpoint"
                 ) from error
             raise
         return _ended(run_dir, state | {"state": "finished"}, console)
@@ -139,12 +144,12 @@ def _starting_point(prepared: Prepared, run_dir: Path, resume: str, console: Con
             f"{folder} belongs to a run with another configuration or other data; use the configuration in "
             f"{folder.parent.parent / 'config.yaml'}, or name another --run-dir to begin a new run"
         )
-    one = prepared.config.learner
-    zero_stage = one.zero_stage_for(state.dtype)
-    if (state.ranks, state.zero_stage) != (one.ranks, zero_stage):
+    learner = prepared.config.learner
+    zero_stage = learner.zero_stage_for(state.dtype)
+    if (state.ranks, state.zero_stage) != (learner.ranks, zero_stage):
         console.print(
-            f"{folder} was saved by {state.ranks} learner rank(s) at ZeRO stage {state.zero_stage}; it is continued by "
-            f"{one.ranks} at stage {zero_stage}: the same up to rounding",
+            f"{folder} was saved by {state.ranks} learner rank(s) at ZeRO stage {state.zero_stage}; the run continues "
+            f"with {learner.ranks} at stage {zero_stage}, and its results are the same up to rounding",
             soft_wrap=True,
         )
     return folder
@@ -157,7 +162,8 @@ def _only_one(run_dir: Path) -> Iterator[None]:
         file = (run_dir / LOCK).open("w")
     except OSError as error:
         raise UserError(
-            f"{run_dir}: no file can be written there ({reason(error)}); mend that, or name another --run-dir"
+            f"{run_dir}: no file can be written there ({reason(error)}); make the folder writable, or name another "
+            f"--run-dir"
         ) from None
     with file:
         _lock(file, run_dir)
@@ -177,7 +183,7 @@ def _lock(file: IO[str], run_dir: Path) -> None:
                 ) from None
         except OSError as error:
             raise PreflightError(
-                f"{run_dir}: its file system has no locks ({reason(error)}), and two processes could train there at "
-                f"once; name a --run-dir on another"
+                f"{run_dir}: its file system does not support locks ({reason(error)}), so two processes could train "
+                f"there at once; name a --run-dir on another file system"
             ) from None
         time.sleep(LOCK_EVERY_S)

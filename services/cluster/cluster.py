@@ -27,7 +27,9 @@ from sdft.services.base.errors import PreflightError, UserError
 from sdft.services.base.failures import reason
 from sdft.services.base.signals import stop_on_signals
 from sdft.services.cluster import head
+from sdft.services.cluster.compat import TEMPORARY, read_authentication
 from sdft.services.cluster.queries import ANSWER_S, FAILURES, in_thread
+from sdft.services.cluster.token import has_token
 from sdft.services.config.sections import RayConfig
 from sdft.services.planning.plan import Part, Plan
 
@@ -48,10 +50,10 @@ def cluster(config: RayConfig, plan: Plan, logs: Path | None) -> Iterator[None]:
     """
     address = config.running
     if address:
-        where = where_answers(address)
+        endpoint = host_and_port(address)
         try:
-            if where is not None:  # Ray itself would try for eight minutes
-                socket.create_connection(where, timeout=CONNECT_TIMEOUT_S).close()
+            if endpoint is not None:  # Ray itself would try for eight minutes
+                socket.create_connection(endpoint, timeout=CONNECT_TIMEOUT_S).close()
             _connect(address)
         except OSError as error:
             raise PreflightError(
@@ -65,8 +67,8 @@ def cluster(config: RayConfig, plan: Plan, logs: Path | None) -> Iterator[None]:
     _ensure_token()
     with scratch_folder(SCRATCH) as scratch:
         try:
-            with _head(scratch, plan) as own:
-                _connect(own, runtime_env={"env_vars": {"SDFT_SCRATCH": str(scratch)}})
+            with _head(scratch, plan) as started:
+                _connect(started, runtime_env={"env_vars": {"SDFT_SCRATCH": str(scratch)}})
                 with _connected():
                     yield
         finally:
@@ -77,13 +79,12 @@ def cluster(config: RayConfig, plan: Plan, logs: Path | None) -> Iterator[None]:
 def _ensure_token() -> None:
     """Turn on Ray's token authentication, as ray.init does for a cluster that it starts in its own process.
 
-    Without a token in the environment or the home folder, where Ray would write it, the run gets its own.
+    Without a token, which Ray would write into the home folder, the run gets its own.
     """
     if os.environ.setdefault("RAY_AUTH_MODE", "token").lower() == "token":
-        kept = os.path.expanduser("~/.ray/auth_token")  # unexpanded for an unknown user without HOME
-        if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() and not os.access(kept, os.R_OK):
+        if not has_token():
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        ray._raylet.Config.initialize("")  # Ray reads the mode at import, so read it again
+        read_authentication()
 
 
 def _connect(address: str, **options: Any) -> None:
@@ -109,7 +110,7 @@ def _head(scratch: Path, plan: Plan) -> Iterator[str]:
         "num_cpus": max(os.cpu_count() or 1, -int(-plan.cpus // 1)),
         "object_store_memory": OBJECT_STORE_BYTES,
         "logging_level": "ERROR",
-        "_temp_dir": str(scratch),
+        TEMPORARY: str(scratch),
     }
     words = [sys.executable, "-P", head.__file__, json.dumps(settings)]
     pipe = subprocess.PIPE
@@ -138,14 +139,16 @@ def _answer(process: "subprocess.Popen[bytes]") -> dict[str, str]:
         if select.select([output], [], [], 1)[0]:
             line = output.readline()
             if not line:
-                raise PreflightError(f"Ray could not be started here: its first process ended ({process.wait()})")
+                raise PreflightError(
+                    f"Ray could not be started here: its first process ended with exit code {process.wait()}"
+                )
             if line.startswith(b"{"):
                 answer: dict[str, str] = json.loads(line)
                 return answer
-    raise PreflightError(f"Ray could not be started here within {START_S} s; see whether it is overloaded")
+    raise PreflightError(f"Ray could not be started here within {START_S} s; check whether this machine is overloaded")
 
 
-def where_answers(address: str) -> tuple[str, int] | None:
+def host_and_port(address: str) -> tuple[str, int] | None:
     """Return host and port of a cluster's address, HOST:PORT or [IPV6]:PORT; None for "auto", for which Ray searches
     this machine. UserError for any other address."""
     if address == "auto":
@@ -154,14 +157,14 @@ def where_answers(address: str) -> tuple[str, int] | None:
     match = ADDRESS.fullmatch(rest)
     if not protocol and match:
         return match["ipv6"] or match["host"], int(match["port"])
-    kind = {
-        "": "names no port" if ":" not in rest else "is no HOST:PORT",
-        "ray": "is that of Ray's client, by which no run can be driven",
-        "http": "is that of a dashboard, which takes jobs (`sdft submit --address`)",
-    }.get(protocol.removesuffix("s"), "is of another kind")
+    problem = {
+        "": "names no port" if ":" not in rest else "is not HOST:PORT",
+        "ray": "is an address for Ray Client, which cannot drive a run",
+        "http": "is the address of a dashboard, which is only for jobs (`sdft submit --address`)",
+    }.get(protocol.removesuffix("s"), f"has the unknown protocol {protocol}")
     raise UserError(
-        f"ray.address (or RAY_ADDRESS) {address} {kind}; give the cluster's own, as HOST:6379 or [IPV6]:6379, auto for "
-        f"one on this machine, or none to start one"
+        f"ray.address (or RAY_ADDRESS) {address} {problem}; give the cluster's address as HOST:6379 or [IPV6]:6379, "
+        f"auto for a cluster on this machine, or none to start one"
     )
 
 
@@ -199,7 +202,7 @@ async def placement(config: RayConfig, plan: Plan) -> AsyncIterator[dict[str, li
         except TimeoutError:
             raise PreflightError(
                 f"waited {config.wait_s:g} s (ray.wait_s) for {_parts(plan)}; free in the cluster now: {free()}; "
-                f"{'no node came for it' if config.autoscaling else 'another job holds the rest'}"
+                f"{'the autoscaler added no node' if config.autoscaling else 'other jobs hold the rest'}"
             ) from None
         counts = {"student": len(plan.students), "teacher": len(plan.teachers), "learner": len(plan.learners)}
         options: dict[str, list[dict[str, Any]]] = {}

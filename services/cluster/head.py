@@ -22,13 +22,13 @@ STOP_S = 10
 
 def main(settings: str) -> None:
     """Start Ray with these settings (JSON), print the address or the error, and shut down when standard input ends."""
-    hold_out()
+    ignore_signals()
     try:
         context = ray.init(address="local", include_dashboard=False, log_to_driver=False, **json.loads(settings))
     except Exception as error:  # noqa: BLE001 - the driver reports it
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
         return
-    hold_out()  # ray.init has replaced the handlers
+    ignore_signals()  # ray.init has replaced the handlers
     print(json.dumps({"address": context.address_info["gcs_address"]}), flush=True)
     sys.stdin.buffer.read()
     # If Ray's control service has ended first, its clients wait for it without a limit. The kernel ends Ray's processes
@@ -39,7 +39,7 @@ def main(settings: str) -> None:
     ray.shutdown()
 
 
-def hold_out() -> None:
+def ignore_signals() -> None:
     """Ignore SIGTERM, SIGINT and SIGHUP: if all processes of a job get them, the driver ends, and ends this process.
 
     The handler is not SIG_IGN, which Ray's processes would inherit.

@@ -60,9 +60,9 @@ class Query(Generic[T]):
 class Outage:
     """Reports the start and the end of an outage of an advisory query."""
 
-    def __init__(self, what: str, notice: Callable[[str], None]) -> None:
-        """what: the subject of the notices, such as "the query for draining nodes"."""
-        self._what, self._notice = what, notice
+    def __init__(self, query: str, notice: Callable[[str], None]) -> None:
+        """query: its name, the subject of the notices, such as "the query for draining nodes"."""
+        self._query, self._notice = query, notice
         self._since: float | None = None
 
     @contextmanager
@@ -73,8 +73,8 @@ class Outage:
         except FAILURES as error:
             if self._since is None:
                 self._since = time.monotonic()
-                self._notice(f"{self._what} fails ({reason(error)}); the run goes on, and it is tried again")
+                self._notice(f"{self._query} fails ({reason(error)}); the run goes on and tries again")
         else:
             if self._since is not None:
                 took, self._since = time.monotonic() - self._since, None
-                self._notice(f"{self._what} works again after {took:.0f} s")
+                self._notice(f"{self._query} works again after {took:.0f} s")

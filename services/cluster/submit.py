@@ -7,7 +7,6 @@ same run directory resumes.
 """
 
 import asyncio
-import logging
 import os
 import shlex
 import time
@@ -16,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sdft.services.base.errors import PreflightError, UserError, first_line
+from sdft.services.cluster.token import has_token
 
 EXCLUDES = (".git", ".venv", "venv", "runs", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache")
 AGENT_WAIT_S = 90
@@ -28,22 +28,22 @@ def submit(config: Path, run_dir: str | None, overrides: list[str], address: str
 
     UserError for a bad path, address or size; PreflightError if no cluster takes jobs at the address.
     """
-    here = Path.cwd()
+    working_dir = Path.cwd()
     try:
-        inside = config.resolve().relative_to(here)
+        inside = config.resolve().relative_to(working_dir)
     except ValueError:
         raise UserError(
-            f"{config}: the file is not below {here}, which is what is sent to the cluster; run `sdft submit` in a "
-            f"folder that holds the configuration and its data"
+            f"{config}: the file is not below {working_dir}, the folder that is sent to the cluster; run `sdft submit` "
+            f"in a folder that holds the configuration and its data"
         ) from None
     if run_dir is None or not Path(run_dir).is_absolute():
         raise UserError(
             f"--run-dir {run_dir or '(missing)'}: give an absolute path on storage that every node of the cluster "
-            f"sees; a folder below the job's copy of the working directory would be lost with it"
+            f"sees, because Ray deletes the job's copy of the working directory"
         )
     _check_address(address)
     client_class, refused = _client()
-    _check_size(here)
+    _check_size(working_dir)
     command = ["sdft", "train", str(inside), "--run-dir", run_dir]
     for override in overrides:
         command += ["--set", override]
@@ -52,7 +52,8 @@ def submit(config: Path, run_dir: str | None, overrides: list[str], address: str
         try:
             return str(
                 client_class(address).submit_job(
-                    entrypoint=shlex.join(command), runtime_env={"working_dir": str(here), "excludes": list(EXCLUDES)}
+                    entrypoint=shlex.join(command),
+                    runtime_env={"working_dir": str(working_dir), "excludes": list(EXCLUDES)},
                 )
             )
         except refused as error:
@@ -74,7 +75,7 @@ async def follow(job: str, address: str) -> bool:
     deadline = time.monotonic() + END_WAIT_S
     while not (status := client.get_job_status(job)).is_terminal():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {END_WAIT_S} s for job {job} to end after its output had; it is {status}")
+            raise TimeoutError(f"waited {END_WAIT_S} s for job {job} to end after its output; its status is {status}")
         await asyncio.sleep(0.5)
     return bool(status == "SUCCEEDED")
 
@@ -83,10 +84,14 @@ def _check_address(address: str) -> None:
     """UserError unless the address can be that of a dashboard."""
     protocol, _, _ = address.rpartition("://")
     if protocol not in ("http", "https") or not urlsplit(address).hostname:
-        kind = {"": "names no protocol", "ray": "is that of Ray's client"}.get(protocol, "is of another kind")
+        problem = {
+            "": "names no protocol",
+            "ray": "is an address for Ray Client",
+            "http": "names no host",
+        }.get(protocol.removesuffix("s"), f"has the unknown protocol {protocol}")
         raise UserError(
-            f"--address {address} {kind}, and jobs are taken by the dashboard of a cluster; give its address, as "
-            f"http://HEAD:8265 or http://[IPV6]:8265"
+            f"--address {address} {problem}; give the address of the cluster's dashboard, as http://HEAD:8265 or "
+            f"http://[IPV6]:8265"
         )
 
 
@@ -96,7 +101,7 @@ def _client() -> tuple[Any, tuple[type[Exception], ...]]:
     A cluster started on a machine with a token requires it. `ray job` and this client send it only if RAY_AUTH_MODE is
     "token".
     """
-    if os.environ.get("RAY_AUTH_TOKEN") or os.access(os.path.expanduser("~/.ray/auth_token"), os.R_OK):
+    if has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when ray is imported
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
@@ -106,9 +111,7 @@ def _client() -> tuple[Any, tuple[type[Exception], ...]]:
 
 def _check_size(folder: Path) -> None:
     """UserError if the files to send exceed LIMIT_BYTES: they mostly hold a model or data set by mistake."""
-    # Ray's own walk: it skips files named by .gitignore and .rayignore in every folder, and follows links.
-    from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE
-    from ray._private.runtime_env import packaging
+    from sdft.services.cluster.compat import each_sent  # imports ray: see _client
 
     sizes: dict[Path, int] = {}
 
@@ -116,14 +119,13 @@ def _check_size(folder: Path) -> None:
         if path.is_file():
             sizes[path.relative_to(folder)] = path.stat().st_size
 
-    excludes = [packaging._get_excludes(folder, list(EXCLUDES))]
-    gitignore = os.environ.get(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
-    packaging._dir_travel(folder, excludes, measure, include_gitignore=gitignore, logger=logging.getLogger(__name__))
+    each_sent(folder, EXCLUDES, measure)
     total = sum(sizes.values())
     if total > LIMIT_BYTES:
         largest = sorted(sizes, key=lambda path: -sizes[path])[:3]
         names = ", ".join(f"{path} ({sizes[path] / 1e6:.0f} MB)" for path in largest)
         raise UserError(
-            f"{folder}: {total / 1e6:.0f} MB would be sent to the cluster, more than {LIMIT_BYTES / 1e6:.0f} MB: "
-            f"{names}; move them out of this folder and name them by absolute paths that the cluster's nodes have"
+            f"{folder}: {total / 1e6:.0f} MB would be sent to the cluster, but at most {LIMIT_BYTES / 1e6:.0f} MB can "
+            f"be; move the largest files out of this folder, and name them by absolute paths that the cluster's nodes "
+            f"have: {names}"
         )

@@ -24,24 +24,22 @@ def appended(run_dir: Path, base: Path, overrides: Sequence[str], stage_file: Pa
     base: the folder that relative paths in the overrides start from. Raises UserError if there is no run in `run_dir`,
     if another stage has the same name, or if the result is invalid.
     """
-    own = run_dir / "config.yaml"
-    if not own.exists():
+    run_config = run_dir / "config.yaml"
+    if not run_config.exists():
         raise UserError(
             f"--append {stage_file}: there is no run in {run_dir} yet; put the stage into the configuration's stages"
         )
     name = stage_name(run_dir)
-    stages = load_config(own).stages
+    stages = load_config(run_config).stages
     if stages and stages[0].name == name:  # an earlier --append made it a stage
         overrides = [_of_stage(stages[0], override) for override in overrides]
-    config = as_stream(with_absolute_paths(load_config(own, overrides), base), name)
+    config = as_stream(with_absolute_paths(load_config(run_config, overrides), base), name)
     stage = stage_with_absolute_paths(load_stage(stage_file, config), stage_file.parent)
     namesake = next((s for s in config.stages if s.name == stage.name), None)
     if namesake == stage:
         return config
     if namesake is not None:
-        raise UserError(
-            f"{stage_file}: {run_dir} has a stage {stage.name} already, which is another; give this one another name"
-        )
+        raise UserError(f"{stage_file}: {run_dir} already has another stage named {stage.name}; rename the new stage")
     try:
         return RunConfig.model_validate(config.model_dump() | {"stages": (*config.stages, stage)})
     except ValidationError as error:  # valid alone, but not after the run's other stages
@@ -58,7 +56,7 @@ def _of_stage(stage: StageConfig, override: str) -> str:
     key = override.partition("=")[0].strip()
     if key in ("training.epochs", "training.steps"):
         return f"stages.{stage.name}.{override.strip().removeprefix('training.')}"
-    if any(key.startswith(f"evaluation.sets.{one.name}.") for one in stage.sets):
+    if any(key.startswith(f"evaluation.sets.{s.name}.") for s in stage.sets):
         return f"stages.{stage.name}.{override.strip().removeprefix('evaluation.')}"
     return f"stages.{stage.name}.{override.strip()}" if key.split(".")[0] == "data" else override
 

@@ -25,13 +25,20 @@ _LIMITS = {
     "less_than": ("lt", "less than"),
     "less_than_equal": ("le", "at most"),
 }
+# Removed settings, and what to set instead.
+_REPLACED: dict[Loc, str] = {
+    ("evaluation", "timeout_s"): (
+        "set actors.batch_timeout_s for rollouts, scores and replies, and evaluation.grading_timeout_s for a judge and "
+        "lm-eval"
+    ),
+}
 
 
 class Problem(NamedTuple):
     """One mistake: its place, and the rest of the sentence after `source: dotted.key`."""
 
     loc: Loc
-    what: str
+    text: str
 
 
 def explain(error: ValidationError) -> list[Problem]:
@@ -44,8 +51,8 @@ def explain(error: ValidationError) -> list[Problem]:
     for e in errors:
         if e["type"] == "extra_forbidden":
             parent, key = e["loc"][:-1], str(e["loc"][-1])
-            what, suggestion = _unknown(parent, key)
-            problems.append(Problem(e["loc"], what))
+            text, suggestion = _unknown(parent, key)
+            problems.append(Problem(e["loc"], text))
             meant.add(suggestion)
     for e in errors:
         if e["loc"][-1:] == ("[key]",):
@@ -57,6 +64,8 @@ def explain(error: ValidationError) -> list[Problem]:
 
 def _unknown(parent: Loc, key: str) -> tuple[str, Loc | None]:
     """Return the message for an unknown key, and the place of the setting that was probably meant."""
+    if (*parent, key) in _REPLACED:
+        return f"is not a setting any more; {_REPLACED[*parent, key]}", None
     names = list(_fields(parent))
     # Settings of a stage are suggested only for keys inside `stages`. Elsewhere the run's own settings are.
     settings = [loc for loc in all_settings(RunConfig, ()) if loc[0] != "stages" or parent[:1] == ("stages",)]
@@ -75,38 +84,38 @@ def _no_column(loc: Loc) -> str:
     columns = _choices(loc[:-1])
     near = difflib.get_close_matches(str(loc[-1]), columns, n=1)
     if near:
-        return f"is no column; did you mean {dotted((*loc[:-1], near[0]))}?"
-    return f"is no column; there are {', '.join(columns)}"
+        return f"is not a column; did you mean {dotted((*loc[:-1], near[0]))}?"
+    return f"is not a column; the columns are {', '.join(columns)}"
 
 
-def _sentence(kind: str, loc: Loc, given: Any, ctx: dict[str, Any], message: str) -> str:
-    if kind == "missing":
+def _sentence(error_type: str, loc: Loc, given: Any, ctx: dict[str, Any], message: str) -> str:
+    if error_type == "missing":
         if isinstance(loc[-1], int):
             return "is missing from the list"
         description = _fields(loc[:-1])[str(loc[-1])].description
         return "is required but missing" + (
             f"; it is: {description[0].lower()}{description[1:]}" if description else ""
         )
-    if kind == "value_error":
+    if error_type == "value_error":
         return f": {ctx['error']}" if loc else str(ctx["error"])
-    if kind in _EXPECTED:
-        mend = "; put it in quotes" if kind == "string_type" and isinstance(given, int | float) else ""
-        if kind == "model_type" and given is None:
+    if error_type in _EXPECTED:
+        mend = "; put it in quotes" if error_type == "string_type" and isinstance(given, int | float) else ""
+        if error_type == "model_type" and given is None:
             mend = "; give its settings or remove the key"
-        return f"must be {_EXPECTED[kind]}, not {given_text(given)}{mend}"
-    if kind in _LIMITS:
-        name, words = _LIMITS[kind]
+        return f"must be {_EXPECTED[error_type]}, not {given_text(given)}{mend}"
+    if error_type in _LIMITS:
+        name, words = _LIMITS[error_type]
         return f"must be {words} {ctx[name]:g}, not {given_text(given)}"
-    if kind == "literal_error":
+    if error_type == "literal_error":
         options = [str(o) for o in _choices(loc)]
         near = difflib.get_close_matches(str(given), options, n=1) if isinstance(given, str) else []
         mend = f"; did you mean {near[0]}?" if near else ""
         return f"must be {' or '.join(options)}, not {given_text(given)}{mend}"
-    if kind == "string_pattern_mismatch":
-        return f"must match {ctx['pattern']}, which {given_text(given)} does not"
-    if kind == "too_long":
+    if error_type == "string_pattern_mismatch":
+        return f"must match the pattern {ctx['pattern']}, and {given_text(given)} does not"
+    if error_type == "too_long":
         return f"must have {ctx['max_length']} items, not {ctx['actual_length']}"
-    return f"is not right: {message[0].lower()}{message[1:]} (given: {given_text(given)})"
+    return f"is not valid: {message[0].lower()}{message[1:]} (given: {given_text(given)})"
 
 
 def loose_values(value: Any, loc: Loc) -> Iterator[Problem]:
@@ -150,8 +159,8 @@ def _choices(loc: Loc) -> tuple[Any, ...]:
 
 def model_of(annotation: Any) -> type[BaseModel] | None:
     """Return the section class in an annotation: the class itself, an optional one, or the item of a list."""
-    kinds = (annotation, *get_args(annotation))
-    return next((t for t in kinds if isinstance(t, type) and issubclass(t, BaseModel)), None)
+    candidates = (annotation, *get_args(annotation))
+    return next((t for t in candidates if isinstance(t, type) and issubclass(t, BaseModel)), None)
 
 
 def all_settings(model: type[BaseModel], loc: Loc) -> Iterator[Loc]:

@@ -68,13 +68,13 @@ def _validated(path: Path, data: dict[str, Any], overridden: dict[Loc, str]) -> 
 
 def _report(path: Path, overridden: dict[Loc, str], problems: list[Problem]) -> str:
     """Return the sentence for the first problem, with the file or the override that it comes from."""
-    loc, what = problems[0]
-    by_override = [text for o, text in overridden.items() if loc and (o[: len(loc)] == loc or loc[: len(o)] == o)]
+    loc, text = problems[0]
+    by_override = [given for o, given in overridden.items() if loc and (o[: len(loc)] == loc or loc[: len(o)] == o)]
     source = f"--set {by_override[0]}" if by_override else str(path)
-    key = f"{dotted(loc)}{'' if what.startswith(':') else ' '}"
-    unset = "; --set KEY=null unsets what the file gives" if by_override and what.startswith(":") else ""
+    key = f"{dotted(loc)}{'' if text.startswith(':') else ' '}"
+    unset = "; --set KEY=null removes a setting of the file" if by_override and text.startswith(":") else ""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{source}: {key.lstrip()}{what}{unset}{more}"
+    return f"{source}: {key.lstrip()}{text}{unset}{more}"
 
 
 def resolved_yaml(config: RunConfig) -> str:
@@ -105,15 +105,17 @@ def _apply(data: dict[str, Any], override: str) -> Loc:
             loc += (part,)
         section = section[loc[-1]]
         if not isinstance(section, (dict, list) if len(loc) < len(parts) - 1 else dict):
-            raise UserError(f"--set {override}: {dotted(loc)} is no mapping; set it as a whole")
+            raise UserError(
+                f"--set {override}: {dotted(loc)} is not a mapping; write --set {'.'.join(parts[: len(loc)])}=VALUE"
+            )
     section[parts[-1]] = value
     return (*loc, parts[-1])
 
 
-def _item(items: list[Any], name: str, what: str) -> int:
-    """Return the index of the item with this name. what: beginning of the error sentence if there is none."""
+def _item(items: list[Any], name: str, prefix: str) -> int:
+    """Return the index of the item with this name. prefix: beginning of the error sentence if there is none."""
     places = {str(item["name"]): i for i, item in enumerate(items) if isinstance(item, dict) and "name" in item}
     if name not in places:
-        there = f"there are {', '.join(places)}" if places else "its items have no names; set it as a whole"
-        raise UserError(f"{what} has no item {name}; {there}")
+        mend = f"its items are {', '.join(places)}" if places else "its items have no names; set the whole list"
+        raise UserError(f"{prefix} has no item {name}; {mend}")
     return places[name]

@@ -29,18 +29,18 @@ class RunConfig(Section):
     model: str = Field(description="A built-in name (smollm2-135m), a local folder or a hub id")
     method: Method = Field(
         "sdft",
-        description="To compare with: off_policy, the teacher's samples; sft, dft, the demonstrations' own tokens",
+        description="For comparison: off_policy learns from the teacher's samples, sft and dft from the demonstrations",
     )
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Dtype = Field(
         # Resolved here, so that everything computed from the configuration, and every saved copy, has the dtype in use.
         default_factory=lambda data: native_dtype(data.get("device", "cpu")),
-        description="auto, the default: float32 if the driver's processor has no instructions for bfloat16, else that",
+        description="auto, the default: bfloat16 on a GPU or a processor with instructions for it, else float32",
     )
     seed: int = Field(0, ge=0, lt=2**31)
     run_dir: str | None = Field(None, description="null: runs/<name of the config file>")
     data: DataConfig | None = Field(None, description="The demonstrations; null: each of `stages` has its own")
-    stages: tuple[StageConfig, ...] = Field((), description="Tasks, one after the other, through one model")
+    stages: tuple[StageConfig, ...] = Field((), description="Tasks that one model is trained on, one after the other")
     sampling: SamplingConfig = SamplingConfig()
     training: TrainingConfig
     teacher: TeacherConfig = TeacherConfig()
@@ -49,7 +49,7 @@ class RunConfig(Section):
     actors: ActorsConfig = ActorsConfig()
     weights: WeightsConfig = WeightsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    retention: RetentionConfig | None = Field(None, description="null: nothing is guarded")
+    retention: RetentionConfig | None = Field(None, description="null: no retention guard")
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
     ray: RayConfig = RayConfig()
@@ -62,10 +62,10 @@ class RunConfig(Section):
     @property
     def tasks(self) -> "tuple[TaskConfig, ...]":
         """The run's stages, each as the configuration of a run of its own; the run itself if it has no stages."""
-        own = {name: getattr(self, name) for name in type(self).model_fields}
+        settings = {name: getattr(self, name) for name in type(self).model_fields}
         if not self.stages:
-            return (TaskConfig.model_construct(**own),)
-        return tuple(TaskConfig.model_construct(**own | _of_stage(self, stage)) for stage in self.stages)
+            return (TaskConfig.model_construct(**settings),)
+        return tuple(TaskConfig.model_construct(**settings | _of_stage(self, stage)) for stage in self.stages)
 
     @property
     def sets(self) -> tuple[EvaluationSet, ...]:
@@ -76,17 +76,17 @@ class RunConfig(Section):
     def _one_task_or_stages(self) -> "RunConfig":
         t = self.training
         if self.stages and (self.data is not None or t.epochs is not None or t.steps is not None):
-            what = "data" if self.data is not None else "training.epochs or training.steps"
-            raise ValueError(f"with stages, {what} belongs into each of them; remove it from the run")
+            key = "data" if self.data is not None else "training.epochs or training.steps"
+            raise ValueError(f"a run with stages must not set {key}; set it in each stage instead")
         if not self.stages and self.data is None:
-            raise ValueError("data is required but missing; it names the demonstrations: data.train")
+            raise ValueError("data is required but missing; set data.train to the file of demonstrations")
         if not self.stages and t.epochs is None and t.steps is None:
             raise ValueError("training: give exactly one of epochs and steps")
         names_of = {"stages": [s.name for s in self.stages], "evaluation sets": [s.name for s in self.sets]}
-        for what, names in names_of.items():
+        for plural, names in names_of.items():
             twice = next((name for name in names if names.count(name) > 1), None)
             if twice is not None:
-                raise ValueError(f"two {what} have the same name, {twice}; rename one")
+                raise ValueError(f"two {plural} have the same name, {twice}; rename one")
         return self
 
     @model_validator(mode="after")
@@ -95,8 +95,8 @@ class RunConfig(Section):
         for i, stage in enumerate(self.stages):
             if stage.optimizer is not None and stage.optimizer.grad_clip != clip:
                 raise ValueError(
-                    f"stages[{i}].optimizer.grad_clip is {stage.optimizer.grad_clip:g} and learner.optimizer.grad_clip "
-                    f"{clip:g}, which is one for the whole run; give both the same"
+                    f"stages[{i}].optimizer.grad_clip {stage.optimizer.grad_clip:g} must equal "
+                    f"learner.optimizer.grad_clip {clip:g}: the whole run has one value; change one of them"
                 )
         return self
 
@@ -107,8 +107,8 @@ class RunConfig(Section):
             longest, skipped = task.sampling.max_new_tokens, task.loss.skip_first
             if task.method in ("sdft", "off_policy") and longest <= skipped:
                 raise ValueError(
-                    f"{place}sampling.max_new_tokens {longest} is no more than {place}loss.skip_first {skipped}, the "
-                    f"tokens that are left out of the loss: nothing would be learnt; raise the one, or lower the other"
+                    f"{place}sampling.max_new_tokens {longest} must be more than {place}loss.skip_first {skipped}, or "
+                    f"no token is in the loss; raise max_new_tokens, or lower skip_first"
                 )
         return self
 
@@ -118,9 +118,13 @@ class RunConfig(Section):
             names = [s.name for s in self.sets]
             missing = next((name for name in self.retention.sets if name not in names), None)
             if missing is not None:
-                raise ValueError(f"retention.sets: there is no evaluation set {missing}; there are {', '.join(names)}")
+                raise ValueError(
+                    f"retention.sets: there is no evaluation set {missing}; the sets are {', '.join(names) or 'none'}"
+                )
             if not self.guarded:
-                raise ValueError("retention: no evaluation set has role: retention; add one, or name some in its sets")
+                raise ValueError(
+                    "retention: no evaluation set has role: retention; add one, or name sets in retention.sets"
+                )
         return self
 
     @property
@@ -135,24 +139,24 @@ class RunConfig(Section):
         if self.weights.sync_every > self.training.max_staleness + 1:
             raise ValueError(
                 f"weights.sync_every {self.weights.sync_every} lets rollouts be {self.weights.sync_every - 1} steps "
-                f"behind; set training.max_staleness to that, or weights.sync_every to "
+                f"behind; set training.max_staleness to {self.weights.sync_every - 1}, or weights.sync_every to "
                 f"{self.training.max_staleness + 1}"
             )
         grows = [role for role in ("student", "teacher") if self.actors.of(role).most > self.actors.of(role).replicas]
         if grows and self.strict:
             raise ValueError(
-                f"actors.{grows[0]}.max_replicas lets the number of engines change, and with it the bits of a strict "
-                f"run; set training.max_staleness to 1 or more, or leave max_replicas out"
+                f"actors.{grows[0]}.max_replicas lets the number of engines change, which would change the bits of a "
+                f"strict run; set training.max_staleness to 1 or more, or remove max_replicas"
             )
-        apart = self.weights.teacher_sync_every
+        teacher_every = self.weights.teacher_sync_every
         saved = {"checkpoint.every": self.checkpoint.every}
         if self.retention is not None and self.retention.action == "stop" and self.evaluation.every:
             saved["evaluation.every"] = self.evaluation.every  # the guard saves a checkpoint where it stops the run
         for key, every in saved.items():
-            if self.strict and self.teacher.weights == "ema" and every % apart:
+            if self.strict and self.teacher.weights == "ema" and every % teacher_every:
                 raise ValueError(
-                    f"{key} {every} is no multiple of weights.teacher_sync_every {apart}: continued from a checkpoint "
-                    f"in between, a run would have a newer teacher than one that was never stopped; make it one"
+                    f"{key} {every} must be a multiple of weights.teacher_sync_every {teacher_every}, or a run resumed "
+                    f"from a checkpoint has a newer teacher than an uninterrupted run"
                 )
         if self.dtype == "bfloat16" and self.learner.zero_stage == 0:
             raise ValueError(
@@ -162,14 +166,14 @@ class RunConfig(Section):
         for role in ("student", "teacher") if self.device == "cuda" else ():
             if self.actors.of(role).gpus % 1 and self.actors.of(role).kv_cache_gib is None:
                 raise ValueError(
-                    f"actors.{role}.gpus {self.actors.of(role).gpus:g} lets the engine share a GPU, whose free memory "
-                    f"it then cannot measure while others take of it; set actors.{role}.kv_cache_gib"
+                    f"actors.{role}.gpus {self.actors.of(role).gpus:g} lets several processes share a GPU, so that an "
+                    f"engine cannot measure its free memory; set actors.{role}.kv_cache_gib"
                 )
         rollouts = min(self.training.batch_size * task.sampling.generations for task in self.tasks)
         if self.learner.ranks > rollouts:
             raise ValueError(
                 f"learner.ranks {self.learner.ranks} must not exceed the {rollouts} rollouts of a step "
-                f"(training.batch_size by sampling.generations): some ranks would never have work"
+                f"(training.batch_size times sampling.generations), or some ranks have no work"
             )
         return self
 
@@ -183,12 +187,12 @@ class TaskConfig(RunConfig):
 
 def _of_stage(run: RunConfig, stage: StageConfig) -> dict[str, object]:
     """Return the settings with which a stage replaces those of the run."""
-    own = {name: value for name in ("method", "sampling", "loss") if (value := getattr(stage, name)) is not None}
+    given = {name: value for name in ("method", "sampling", "loss") if (value := getattr(stage, name)) is not None}
     training = run.training.model_copy(update={"epochs": stage.epochs, "steps": stage.steps})
     learner = run.learner
     if stage.optimizer is not None:
         learner = learner.model_copy(update={"optimizer": stage.optimizer})
-    return own | {
+    return given | {
         "data": stage.data,
         "stages": (),
         "training": training,

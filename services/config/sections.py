@@ -28,11 +28,11 @@ class DataConfig(Section):
 
     train: str = Field(description="A .jsonl or .parquet file (relative to the config file), or a hub data set's name")
     split: str = Field("train", description="Split of a hub data set")
-    columns: dict[Column, str] = Field({}, description="Where rows call them otherwise: {demonstration: output_text}")
+    columns: dict[Column, str] = Field({}, description="Column names in the file: {demonstration: output_text}")
     template: str = Field(
         "paper", description="Teacher context: paper, turn, context, feedback, none, or the path of a Jinja template"
     )
-    system: str | None = Field(None, description="System message put before prompts that bring none")
+    system: str | None = Field(None, description="System message for prompts without one")
     max_prompt_tokens: int = Field(1024, ge=1)
     max_teacher_prompt_tokens: int = Field(2048, ge=1)
 
@@ -73,10 +73,10 @@ class WeightsConfig(Section):
     )
     transport: Literal["memory", "broadcast"] = Field(
         "memory",
-        description="How they travel: each engine maps them, or one broadcast reaches a role's engines (NCCL, or gloo)",
+        description="memory: each engine maps the snapshot; broadcast: the learner sends it to all engines of a role",
     )
     max_probe_gap: float | None = Field(
-        None, gt=0, description="Gap of log-probs allowed, relative to their size; null: 0.001 float32, 0.08 bfloat16"
+        None, gt=0, description="Largest relative gap of the probe; null: 0.001 in float32, 0.08 in bfloat16"
     )
     timeout_s: float = Field(300, gt=0)
 
@@ -92,17 +92,17 @@ class WeightsConfig(Section):
 class JudgeConfig(Section):
     """A language model that grades replies, behind an endpoint with OpenAI's protocol."""
 
-    url: str = Field(description="Of the API, as http://127.0.0.1:8000/v1")
+    url: str = Field(description="Address of the API, such as http://127.0.0.1:8000/v1")
     model: str
     api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key, if one is needed")
-    max_tokens: int = Field(16, ge=1, description="More for a model that thinks aloud before its verdict")
-    concurrency: int = Field(16, ge=1, description="Replies under judgement at once")
-    timeout_s: float = Field(120, gt=0, description="For one of three tries at a verdict")
+    max_tokens: int = Field(16, ge=1, description="Longest verdict; more for a model that reasons before its verdict")
+    concurrency: int = Field(16, ge=1, description="Requests in flight at once")
+    timeout_s: float = Field(120, gt=0, description="Limit for each request; a failed one is retried twice")
 
     @model_validator(mode="after")
     def _an_address(self) -> "JudgeConfig":
         if not re.match(r"https?://(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+)(:\d+)?(/|$)", self.url):
-            raise ValueError(f"url {self.url} is no address of an API; write it as http://HOST:8000/v1")
+            raise ValueError(f"url {self.url} is not the address of an API; write it as http://HOST:8000/v1")
         return self
 
 
@@ -112,16 +112,16 @@ class EvaluationSet(Section):
     name: str = Field(pattern=r"^[a-z0-9_-]+$")
     file: str
     grader: Grader
-    judge: JudgeConfig | None = Field(None, description="Who grades, with grader: judge")
-    columns: dict[Column, str] = Field({}, description="Where rows call them otherwise: {answer: golden_answer}")
+    judge: JudgeConfig | None = Field(None, description="The model that grades, with grader: judge")
+    columns: dict[Column, str] = Field({}, description="Column names in the file: {answer: golden_answer}")
     role: Literal["task", "retention"] = "task"
-    rows: int | None = Field(None, ge=1, description="Only so many, spread evenly over the file; null: all of them")
+    rows: int | None = Field(None, ge=1, description="Number of rows, spread evenly over the file; null: all")
     max_new_tokens: int = Field(64, ge=1)
-    pass_at: tuple[int, ...] = Field((), description="Also pass@k, for each k here, of sampled answers; at most 128")
+    pass_at: tuple[int, ...] = Field((), description="Values of k, at most 128, for pass@k of sampled replies")
     pass_samples: int | None = Field(
-        None, ge=1, description="Answers sampled to a question for pass_at; null: twice as many as the largest k"
+        None, ge=1, description="Replies sampled for each question for pass_at; null: twice the largest k"
     )
-    pass_temperature: float = Field(1.0, gt=0, description="At which they are sampled")
+    pass_temperature: float = Field(1.0, gt=0, description="Sampling temperature of these replies")
 
     @property
     def sampled(self) -> int:
@@ -136,13 +136,13 @@ class EvaluationSet(Section):
     @model_validator(mode="after")
     def _texts_have_no_answers(self) -> "EvaluationSet":
         if self.is_text and self.pass_at:
-            raise ValueError("pass_at is of answers, and grader: perplexity asks for none; remove pass_at")
+            raise ValueError("pass_at needs replies, and grader: perplexity samples none; remove pass_at")
         return self
 
     @model_validator(mode="after")
     def _judge_and_grader(self) -> "EvaluationSet":
         if (self.grader == "judge") != (self.judge is not None):
-            raise ValueError("grader: judge and the section judge (url, model) need each other; give both, or neither")
+            raise ValueError("grader: judge and the section judge (url, model) go together; give both, or neither")
         return self
 
     @model_validator(mode="after")
@@ -151,7 +151,8 @@ class EvaluationSet(Section):
             raise ValueError(f"pass_at {list(self.pass_at)}: give values of k from 1 to 128")
         if self.pass_at and self.sampled < max(self.pass_at):
             raise ValueError(
-                f"pass_samples {self.sampled} is less than the largest k of pass_at, {max(self.pass_at)}; raise it"
+                f"pass_samples {self.sampled} is less than the largest k of pass_at, {max(self.pass_at)}; raise "
+                f"pass_samples"
             )
         return self
 
@@ -159,9 +160,11 @@ class EvaluationSet(Section):
 class EvaluationConfig(Section):
     """Greedy evaluation before, during and after the run, on the student engines."""
 
-    every: int | None = Field(None, ge=1, description="Steps between evaluations; null: before and after only")
+    every: int | None = Field(None, ge=1, description="Steps between evaluations; null: only before and after training")
     sets: tuple[EvaluationSet, ...] = ()
-    timeout_s: float = Field(1800, gt=0)
+    grading_timeout_s: float = Field(
+        1800, gt=0, description="How long a judge may take for the replies to one set, or lm-eval for its tasks"
+    )
 
 
 class StageConfig(Section):
@@ -175,7 +178,7 @@ class StageConfig(Section):
     sampling: SamplingConfig | None = Field(None, description="null: the run's")
     loss: LossConfig | None = Field(None, description="null: the run's")
     optimizer: OptimizerConfig | None = Field(None, description="null: learner.optimizer")
-    keep_moments: bool = Field(False, description="Go on with AdamW's moments of the stage before; else from zero")
+    keep_moments: bool = Field(False, description="Keep AdamW's moments of the previous stage; false: from zero")
     sets: tuple[EvaluationSet, ...] = Field((), description="Evaluation sets of this task")
 
     @model_validator(mode="after")
@@ -192,10 +195,10 @@ class RetentionConfig(Section):
     max_drop: float = Field(
         gt=0,
         lt=1,
-        description="Share of a set's questions that may be lost: 0.05 is 5 points; a perplexity's rise, 5 %",
+        description="Largest drop of an accuracy (0.05: 5 points), or rise of a perplexity (0.05: 5 %)",
     )
     action: Literal["warn", "stop", "rollback"] = Field(
-        "warn", description="stop ends the run; rollback also makes the last checkpoint that held its newest"
+        "warn", description="stop: end the run; rollback: also set aside the checkpoints after the last good one"
     )
 
 
@@ -215,9 +218,7 @@ class MonitoringConfig(Section):
     mlflow_experiment: str | None = None
     # Off: a run's own cluster uses ports that change with every run, so no Prometheus server is configured for them.
     prometheus: bool = Field(False, description="Serve metrics with those of the Ray node, for Prometheus to fetch")
-    stall_s: float = Field(
-        600, gt=0, description="After so long without an end of any wait, what is waited for is named"
-    )
+    stall_s: float = Field(600, gt=0, description="Seconds in which no wait ends, after which the run prints its waits")
     record_rollouts: bool = Field(False, description="Keep every batch in rollouts/, for `sdft replay`")
 
 
@@ -226,7 +227,7 @@ class RayConfig(Section):
 
     address: str | None = None
     wait_s: float = Field(300, gt=0, description="How long to wait for the cluster's resources")
-    autoscaling: bool = Field(False, description="The cluster grows by itself: wait also for nodes that it has not yet")
+    autoscaling: bool = Field(False, description="The cluster has an autoscaler: request nodes and wait for them")
 
     @property
     def running(self) -> str | None:

@@ -72,7 +72,7 @@ def parse_yaml(text: str) -> Any:
         raise YamlError(problem or "not valid YAML", mark.line + 1 if mark else 1) from None
     except yaml.reader.ReaderError as e:
         line = text[: e.position].count("\n") + 1
-        raise YamlError(f"the character {chr(e.character)!r} is not allowed", line) from None
+        raise YamlError(f"the character {chr(e.character)!r} is not allowed; remove it", line) from None
     except (ValueError, RecursionError) as e:  # an integer of ten thousand digits, brackets a thousand deep
         raise YamlError(str(e), 1) from None
 

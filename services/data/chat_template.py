@@ -63,8 +63,8 @@ def reply_end(tokenizer: "PreTrainedTokenizerBase", render: Render, messages: li
     if prompt == render(messages, False) and before.rstrip() != prompt.rstrip():
         raise UserError(
             f"model: the chat template of the tokenizer in {folder} ignores add_generation_prompt: a prompt would end "
-            f"before the assistant's turn begins; put {{% if add_generation_prompt %}} and that turn's beginning at "
-            f"the template's end"
+            f"before the assistant's turn begins; end the template with {{% if add_generation_prompt %}} and the "
+            f"beginning of that turn"
         )
     special = _special_tokens(tokenizer)
     if REPLY in answered:
@@ -79,8 +79,8 @@ def reply_end(tokenizer: "PreTrainedTokenizerBase", render: Render, messages: li
                 return ReplyEnd(tail[:at], special[token])
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"model: nothing ends a reply: the chat template of the tokenizer in {folder} appends no special token to "
-            f"it, and the tokenizer has no eos_token; set eos_token in tokenizer_config.json"
+            f"model: no token ends a reply: the chat template of the tokenizer in {folder} appends no special token, "
+            f"and the tokenizer has no eos_token; set eos_token in tokenizer_config.json"
         )
     return ReplyEnd("", int(tokenizer.eos_token_id))
 

@@ -24,10 +24,10 @@ def check_files(config: RunConfig, base: Path, sent: Path | None = None) -> None
                 raise UserError(f"{place}data.train: {path} must be a .jsonl or .parquet file")
         if task.data.template not in BUILT_IN_TEMPLATES:
             _check_file(f"{place}data.template", task.data.template, base, sent)
-    own = [("evaluation.", config.evaluation.sets), *((f"stages[{i}].", s.sets) for i, s in enumerate(config.stages))]
-    for place, sets in own:
-        for i, one in enumerate(sets):
-            _check_file(f"{place}sets[{i}].file", one.file, base, sent)
+    of_stages = [(f"stages[{i}].", stage.sets) for i, stage in enumerate(config.stages)]
+    for place, sets in [("evaluation.", config.evaluation.sets), *of_stages]:
+        for i, evaluation_set in enumerate(sets):
+            _check_file(f"{place}sets[{i}].file", evaluation_set.file, base, sent)
 
 
 def _check_file(key: str, value: str, base: Path, sent: Path | None) -> None:

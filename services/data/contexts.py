@@ -60,13 +60,13 @@ class PromptBuilder:
         if not tokenizer.chat_template:
             raise UserError(
                 f"model: the tokenizer in {tokenizer.name_or_path} has no chat template; use an instruct model, or put "
-                "its chat_template.jinja into the folder"
+                "a chat_template.jinja into the folder"
             )
         if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
             raise UserError(
                 f"model: the tokenizer in {tokenizer.name_or_path} has chat templates named "
                 f"{', '.join(sorted(tokenizer.chat_template))} and none named default; name one of them default, or "
-                f"leave that one alone in chat_template.jinja"
+                f"keep only one, in chat_template.jinja"
             )
         self._tokenizer = tokenizer
         self._template = template
@@ -109,8 +109,8 @@ class PromptBuilder:
             )
             if text.strip() == question.strip():
                 raise UserError(
-                    f"{self._template}: gives the prompt alone for {item.where}, so the teacher would know nothing "
-                    f"that the student does not; show {self._shown}"
+                    f"{self._template}: renders only the prompt for {item.where}, so teacher and student would see the "
+                    f"same; put {{{{ {self._shown} }}}} into the template"
                 )
             turns = [_user(text)]
         return self._encode([*earlier, *turns], item, whole=len(earlier) + 1 if self._template == "turn" else None)
@@ -158,8 +158,8 @@ class PromptBuilder:
             )
         except Exception as e:  # noqa: BLE001 - a template is a program from the model: it can raise anything
             raise UserError(
-                f"{item.where}: {self._chat_template} fails on these messages: {first_line(e)}; change them, or the "
-                f"template"
+                f"{item.where}: {self._chat_template} fails on these messages: {first_line(e)}; change the messages "
+                f"or the template"
             ) from None
 
 
@@ -168,13 +168,13 @@ def _loss(lost: Message, demonstration: bool) -> str:
     if demonstration:
         return (
             "does not show the whole demonstration as an earlier turn (templates of reasoning models cut the reasoning "
-            "there); set data.template: paper, which puts it into the user's turn"
+            "there); set data.template: paper, which puts the demonstration into the user's turn"
         )
     if lost["role"] == "system":
         return "leaves out the system message; put its text into the first user message"
     return (
-        f"does not show the {lost['role']}'s message as it is; use a template that writes a message's content, which "
-        f"is text here, unchanged"
+        f"does not show the {lost['role']}'s message unchanged; use a chat template that takes a message's content as "
+        f"text and writes it unchanged"
     )
 
 
@@ -207,13 +207,13 @@ def build_prompts(
         teacher_ids = builder.teacher(item)
         reply_ids = None if max_demonstration_tokens is None else builder.demonstration(item)
         pairs.append(PromptPair(builder.student(item), teacher_ids, reply_ids))
-        for who, ids, key, limit in (
+        for part, ids, key, limit in (
             ("prompt", pairs[-1].student_ids, "data.max_prompt_tokens", max_prompt_tokens),
             ("teacher's prompt", teacher_ids or [], "data.max_teacher_prompt_tokens", max_teacher_prompt_tokens),
             ("demonstration", reply_ids or [], "sampling.max_new_tokens", max_demonstration_tokens or 0),
         ):
             if len(ids) > limit:
-                too_long.append(f"{item.where}: the {who} has {len(ids)} tokens, {key} is {limit}")
+                too_long.append(f"{item.where}: the {part} has {len(ids)} tokens, but {key} is {limit}")
                 needed[key] = max(len(ids), needed.get(key, 0))
     if too_long:
         if len(too_long) > MAX_REPORTED:
@@ -245,8 +245,8 @@ def text_prompts(tokenizer: "PreTrainedTokenizerBase", items: Sequence[Record], 
         ids: list[int] = tokenizer(item.text).input_ids
         if not 2 <= len(ids) <= limit:
             raise UserError(
-                f"{item.where}: the text has {len(ids)} tokens; from 2 to data.max_teacher_prompt_tokens, {limit}, can "
-                f"be scored; cut it into shorter ones, or join it with others"
+                f"{item.where}: the text has {len(ids)} tokens, and a text must have 2 to {limit} "
+                f"(data.max_teacher_prompt_tokens); split the text, or join it with another"
             )
         pairs.append(PromptPair(ids, None))
     return pairs

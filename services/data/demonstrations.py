@@ -15,7 +15,7 @@ MAX_REPORTED = 20
 ROLES = ("system", "user", "assistant")
 # Columns that change the prompt or hold part of the reply, and that no code here reads. Rows that have them are
 # refused, because the run would train on a different question. Other columns (ids, sources) are ignored.
-MEANT = (
+REFUSED = (
     *("system", "system_prompt", "input", "history", "documents", "chat_template_kwargs"),
     *("tools", "functions", "tool_calls", "function_call", "reasoning_content"),
     *("image", "images", "audio", "audios", "video", "videos"),
@@ -25,7 +25,7 @@ MEANT = (
 HARMLESS = ("id", "message_id", "created", "created_at", "timestamp", "model", "metadata", "weight")
 # difflib ratio from which an unknown column counts as a typo of an optional one: contexts does, content does not.
 NEAR_OPTIONAL = 0.86
-NOTHING: tuple[Any, ...] = (None, False, "", [], {})  # values of an empty column or member
+EMPTY: tuple[Any, ...] = (None, False, "", [], {})  # values of an empty column or member
 
 
 class Message(TypedDict):
@@ -94,14 +94,14 @@ def _checked(
             given = row.get("id")
             row_id = f"row-{line}" if given is None else str(given)
             if row_id in line_of_id:
-                problems.append(f'id "{row_id}" is already that of {name}:{line_of_id[row_id]}')
+                problems.append(f'id "{row_id}" is already used in {name}:{line_of_id[row_id]}; change one of them')
             line_of_id.setdefault(row_id, line)
         if problems:
             bad.append(f"{name}:{line}: {'; '.join(problems)}")
         elif isinstance(row, dict):
-            told = {column: row.get(column) for column in ("demonstration", "context", "feedback", "answer", "text")}
+            columns = {column: row.get(column) for column in ("demonstration", "context", "feedback", "answer", "text")}
             messages = _messages(row["prompt"]) if "prompt" in required else ()
-            good.append(Record(id=row_id, messages=messages, where=f"{name}:{line}", **told))
+            good.append(Record(id=row_id, messages=messages, where=f"{name}:{line}", **columns))
     if bad:
         if len(bad) > MAX_REPORTED:
             bad[MAX_REPORTED:] = [f"… and {len(bad) - MAX_REPORTED} more"]
@@ -146,9 +146,9 @@ def _problems(
             if problem:
                 yield f"{column} {problem}"
     if "prompt" in required:
-        for name in MEANT:
-            if row.get(name) not in NOTHING:
-                yield f"{name} is not used, and belongs to what is asked; write it into the prompt, or remove it"
+        for name in REFUSED:
+            if row.get(name) not in EMPTY:
+                yield f"{name} is not used, although it may change the question; write it into the prompt, or remove it"
 
 
 def _near_column(column: str, row: dict[str, Any], required: bool) -> str | None:
@@ -181,8 +181,8 @@ def _prompt_problems(prompt: Any) -> Iterable[str]:
         if problem:
             yield f"{at}: content {problem}"
         for name, value in message.items():
-            if name not in ("role", "content", *HARMLESS) and value not in NOTHING:
-                yield f"{at}: {name} is not used: a message is its role and content; write it into that, or remove it"
+            if name not in ("role", "content", *HARMLESS) and value not in EMPTY:
+                yield f"{at}: {name} is not used, only role and content are; write it into the content, or remove it"
     if prompt[-1].get("role") in ("system", "assistant"):
         yield f"prompt: the last message must be the user's, not the {prompt[-1]['role']}'s"
 
@@ -197,17 +197,17 @@ def _text_problem(value: Any, expected: str = "text") -> str | None:
 
 def _bad_text_within(value: Any) -> str | None:
     """Return the problem with the characters of a text, or of any text in a list or object."""
-    left = [value]  # iterative: JSON may be nested deeper than the recursion limit
-    while left:
-        one = left.pop()
-        if isinstance(one, dict):
-            left += [*one, *one.values()]
-        elif isinstance(one, list):
-            left += one
-        elif isinstance(one, str) and "\0" in one:
+    pending = [value]  # iterative: JSON may be nested deeper than the recursion limit
+    while pending:
+        inner = pending.pop()
+        if isinstance(inner, dict):
+            pending += [*inner, *inner.values()]
+        elif isinstance(inner, list):
+            pending += inner
+        elif isinstance(inner, str) and "\0" in inner:
             return "holds a NUL character; remove it"
-        elif isinstance(one, str) and any("\ud800" <= c <= "\udfff" for c in one):
-            return "holds half a surrogate pair, which is no character; remove it"
+        elif isinstance(inner, str) and any("\ud800" <= c <= "\udfff" for c in inner):
+            return "holds half a surrogate pair, which is not a character; remove it"
     return None
 
 

@@ -42,7 +42,7 @@ def parquet_rows(path: Path) -> Iterator[NumberedRow]:
             batches = (row for batch in parquet.iter_batches() for row in batch.to_pylist())
             yield from _numbered(batches)
         except (pyarrow.ArrowException, ArithmeticError, OSError, ValueError) as e:
-            raise UserError(f"{path}: not a Parquet file that can be read: {first_line(e)}; write it again") from None
+            raise UserError(f"{path}: not a readable Parquet file: {first_line(e)}; write the file again") from None
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -56,51 +56,52 @@ def hub_rows(name: str, split: str, hint: str) -> Iterator[NumberedRow]:
     """Yield the rows of a split of a hub data set. `hint` is added to the errors that suggest a local file."""
     import datasets
 
-    local = f"or put the rows into a local .jsonl file and name that{hint}"
+    local = f"or put the rows into a local .jsonl file and name that file{hint}"
     if Path(name).exists():  # load_dataset would load it as a data set folder
         raise UserError(
-            f"data.train: {name} is no file beside the configuration, and {Path(name).absolute()} is there; name a "
-            f".jsonl or .parquet file by its path"
+            f"data.train: {name} is not a file in the configuration's folder, but {Path(name).absolute()} exists; give "
+            f"the path of a .jsonl or .parquet file"
         )
     try:
         rows = datasets.load_dataset(name, split=split)
     except datasets.exceptions.DatasetNotFoundError as e:
-        raise UserError(f"data.train: {name} is not on the hub: {first_line(e)}; check the name {local}") from None
+        raise UserError(f"data.train: {name} is not on the hub: {first_line(e)}; check the name, {local}") from None
     except (ConnectionError, TimeoutError) as e:
         reason = first_line(e)
         raise UserError(
-            f"data.train: {name} is no local file, and the hub cannot be reached: {reason}; connect to it {local}"
+            f"data.train: {name} is not a local file, and the hub cannot be reached: {reason}; connect to the hub, "
+            f"{local}"
         ) from None
     except PermissionError as e:
         raise UserError(
-            f"data.train: the hub data set {name} cannot be kept: {first_line(e)}; set HF_HOME to a folder that can be "
-            f"written, {local}"
+            f"data.train: the hub data set {name} cannot be cached: {first_line(e)}; set HF_HOME to a writable folder, "
+            f"{local}"
         ) from None
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as e:
         reason = first_line(e)
         raise UserError(
             f"data.train: split {split} of the hub data set {name} cannot be loaded: {reason}; set data.split to one "
-            f"that it has, {local}"
+            f"of its splits, {local}"
         ) from None
     yield from _numbered(rows)
 
 
 def renamed(rows: Iterable[NumberedRow], columns: Mapping[Any, str]) -> Iterator[NumberedRow]:
-    """Rename columns (`columns` maps our name -> their name). A demonstration given as a list of lines is joined."""
+    """Rename columns. A demonstration given as a list of lines is joined. columns: {our name: name in the file}."""
     for number, row in rows:
         if isinstance(row, BadRow):
             yield number, row
             continue
-        missing = next((theirs for theirs in columns.values() if theirs not in row), None)
+        missing = next((in_file for in_file in columns.values() if in_file not in row), None)
         if missing is not None:
-            yield number, BadRow(f"columns names {missing}, which the row does not have; it has {', '.join(row)}")
+            yield number, BadRow(f"the setting columns names {missing}, but the row has {', '.join(row)}")
             continue
-        ours = {name: value for name, value in row.items() if name not in columns.values()}
-        ours |= {name: row[theirs] for name, theirs in columns.items()}
-        lines = ours.get("demonstration")
+        renamed_row = {name: value for name, value in row.items() if name not in columns.values()}
+        renamed_row |= {name: row[in_file] for name, in_file in columns.items()}
+        lines = renamed_row.get("demonstration")
         if isinstance(lines, list) and lines and all(isinstance(line, str) for line in lines):
-            ours["demonstration"] = "\n".join(lines)
-        yield number, ours
+            renamed_row["demonstration"] = "\n".join(lines)
+        yield number, renamed_row
 
 
 def _numbered(rows: Iterable[dict[str, Any]]) -> Iterator[NumberedRow]:
@@ -125,7 +126,7 @@ def _parse(line: bytes) -> dict[str, Any] | BadRow:
         row = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except json.JSONDecodeError as e:
         if e.pos >= len(text.rstrip()) or e.msg.startswith("Unterminated string"):
-            return BadRow("the JSON ends too early; the line is cut off, or its object is spread over several lines")
+            return BadRow("the JSON ends too early; the line is cut off, or the object spans several lines")
         return BadRow(f"not valid JSON: {e.msg} at character {e.pos + 1}")
     except (ValueError, RecursionError) as e:
         return BadRow(f"not valid JSON: {e}")
@@ -143,7 +144,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def json_kind(value: Any) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sdft.services.config.sections import EvaluationSet
 from sdft.services.data.contexts import PromptPair
 from sdft.services.data.demonstrations import Record
-from sdft.services.records.rows import STUDENT
+from sdft.services.records.rows import STUDENT_ACCURACY
 
 
 @dataclass(frozen=True)
@@ -23,5 +23,5 @@ class LoadedSet:
         return all(p.teacher_ids not in (None, p.student_ids) for p in self.prompts)
 
     def prompts_of(self, metric: str) -> list[list[int] | None]:
-        """Return the prompts, as token ids, for the metric STUDENT or TEACHER."""
-        return [p.student_ids if metric == STUDENT else p.teacher_ids for p in self.prompts]
+        """Return the prompts, as token ids, for the metric STUDENT_ACCURACY or TEACHER_ACCURACY."""
+        return [p.student_ids if metric == STUDENT_ACCURACY else p.teacher_ids for p in self.prompts]

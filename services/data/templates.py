@@ -33,8 +33,8 @@ class UserTemplate:
         knowledge = [column for column in ("demonstration", "context", "feedback") if column in used]
         if not knowledge:
             raise UserError(
-                f"{path}: uses neither demonstration nor context nor feedback, so the teacher would know nothing that "
-                "the student does not; put {{ demonstration }} into it"
+                f"{path}: uses neither demonstration nor context nor feedback, so teacher and student would see the "
+                "same; put {{ demonstration }} into the template"
             )
         self.shown = knowledge[0]  # the column that rows must have
         self._template = Template.from_code(env, code, env.make_globals(None))
@@ -50,5 +50,5 @@ class UserTemplate:
             names = ", ".join(variables)
             raise UserError(f"{at}: {first_line(e)} (for {where}); the variables are {names}") from None
         if not text.strip():
-            raise UserError(f"{self._path}: gives an empty message for {where}")
+            raise UserError(f"{self._path}: renders an empty message for {where}; change the template or the row")
         return text

@@ -16,7 +16,7 @@ from sdft.services.data.thoughts import ReplyText
 from sdft.services.fleet.pool import EnginePool
 from sdft.services.grading.grade import asked, grade
 from sdft.services.grading.pass_at_k import pass_at_k
-from sdft.services.records.rows import PASS_AT, PERPLEXITY, STUDENT, TEACHER, EvalResult, Sample
+from sdft.services.records.rows import PASS_AT, PERPLEXITY, STUDENT_ACCURACY, TEACHER_ACCURACY, EvalResult, Reply
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,36 +25,38 @@ if TYPE_CHECKING:
 class Evaluator:
     """Runs evaluation sets on a pool of engines.
 
-    limit_s: seconds that a judge may take for one set.
+    grading_timeout_s: seconds that a judge may take for one set.
     say(text): called before the questions of a set, which may take minutes, with "tools (teacher): 80 questions".
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", limit_s: float, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", grading_timeout_s: float, say: Callable[[str], None]
+    ) -> None:
         self._reply_text = ReplyText(tokenizer)
-        self._limit_s = limit_s
+        self._grading_timeout_s = grading_timeout_s
         self._say = say
 
     async def students(
         self, pool: EnginePool, sets: Sequence[LoadedSet], step: int, stage: int
-    ) -> tuple[list[EvalResult], list[Sample]]:
+    ) -> tuple[list[EvalResult], list[Reply]]:
         """Evaluate every set without demonstrations. Returns the results and all graded replies."""
-        results, samples = [], []
+        results, replies = [], []
         for loaded in sets:
             if loaded.settings.is_text:
                 results.append(await self._perplexity(pool, loaded, step, stage))
                 continue
-            result, answers = await self._run(pool, loaded, STUDENT, step, stage)
+            result, of_set = await self._run(pool, loaded, STUDENT_ACCURACY, step, stage)
             results.append(result)
-            samples += answers
-            results += await self._pass_at(pool, loaded, STUDENT, step, stage)
-        return results, samples
+            replies += of_set
+            results += await self._pass_at(pool, loaded, STUDENT_ACCURACY, step, stage)
+        return results, replies
 
     async def teachers(self, pool: EnginePool, sets: Sequence[LoadedSet], step: int, stage: int) -> list[EvalResult]:
         """Evaluate the sets that have demonstrations, with these in the prompt: the accuracy to learn from."""
         results = []
-        for loaded in (one for one in sets if one.has_teacher):
-            results.append((await self._run(pool, loaded, TEACHER, step, stage))[0])
-            results += await self._pass_at(pool, loaded, TEACHER, step, stage)
+        for loaded in (loaded for loaded in sets if loaded.has_teacher):
+            results.append((await self._run(pool, loaded, TEACHER_ACCURACY, step, stage))[0])
+            results += await self._pass_at(pool, loaded, TEACHER_ACCURACY, step, stage)
         return results
 
     async def _pass_at(
@@ -72,12 +74,12 @@ class Evaluator:
             for question, ids in zip(loaded.questions, loaded.prompts_of(metric), strict=True)
             for i in range(s.sampled)
         ]
-        self._say(f"{_asked(s.name, metric)}: {len(requests)} answers for pass@k")
+        self._say(f"{_asked(s.name, metric)}: {len(requests)} replies for pass@k")
         rollouts = await pool.generate(requests, Sampling(s.max_new_tokens, s.pass_temperature))
         repeated = [question for question in loaded.questions for _ in range(s.sampled)]
-        grades = iter(await grade(s, repeated, list(map(self._text, rollouts)), self._limit_s))
+        grades = iter(await grade(s, repeated, list(map(self._text, rollouts)), self._grading_timeout_s))
         right = [sum(next(grades) for _ in range(s.sampled)) for _ in loaded.questions]
-        name = PASS_AT if metric == STUDENT else f"teacher_{PASS_AT}"
+        name = PASS_AT if metric == STUDENT_ACCURACY else f"teacher_{PASS_AT}"
         return [
             EvalResult(step, stage, s.name, f"{name}{k}", fmean(pass_at_k(s.sampled, c, k) for c in right), len(right))
             for k in s.pass_at
@@ -95,20 +97,20 @@ class Evaluator:
 
     async def _run(
         self, pool: EnginePool, loaded: LoadedSet, metric: str, step: int, stage: int
-    ) -> tuple[EvalResult, list[Sample]]:
+    ) -> tuple[EvalResult, list[Reply]]:
         s = loaded.settings
         requests = [GenerateRequest(np.asarray(ids, dtype=np.int32)) for ids in loaded.prompts_of(metric)]
         self._say(f"{_asked(s.name, metric)}: {len(requests)} questions")
         rollouts = await pool.generate(requests, Sampling(s.max_new_tokens, temperature=0.0))
         texts = list(map(self._text, rollouts))
-        grades = await grade(s, loaded.questions, texts, self._limit_s)
-        samples = [
-            Sample(step, s.name, question.id, asked(question), question.answer, text, correct)
+        grades = await grade(s, loaded.questions, texts, self._grading_timeout_s)
+        replies = [
+            Reply(step, s.name, question.id, asked(question), question.answer, text, correct)
             for question, text, correct in zip(loaded.questions, texts, grades, strict=True)
         ]
-        share = sum(a.correct for a in samples) / len(samples)
-        return EvalResult(step, stage, s.name, metric, share, len(samples)), samples
+        share = sum(reply.correct for reply in replies) / len(replies)
+        return EvalResult(step, stage, s.name, metric, share, len(replies)), replies
 
 
 def _asked(name: str, metric: str) -> str:
-    return name if metric == STUDENT else f"{name} (teacher)"
+    return name if metric == STUDENT_ACCURACY else f"{name} (teacher)"

@@ -6,7 +6,6 @@ lm-eval uses its own backend: Hugging Face on a CPU, vLLM on a GPU.
 """
 
 import importlib.util
-import json
 import math
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from sdft.services.base.errors import PreflightError, UserError
-from sdft.services.base.files import write_atomically
 from sdft.services.config.run import RunConfig
 from sdft.services.records.rows import Z_95
 
@@ -41,19 +39,17 @@ class Score:
         return f"{self.task:<24}{self.metric:<16}{self.value:.4f}{half}  n {self.n}"
 
 
-def run_harness(
-    config: RunConfig, model: Path, tasks: str, include: str | None, limit: int | None, out: Path | None
-) -> list[Score]:
-    """Return the scores of the comma-separated `tasks`.
+def run_harness(config: RunConfig, model: Path, tasks: str, include: str | None, limit: int | None) -> bytes:
+    """Return the content of lm-eval's results file for the comma-separated `tasks`.
 
-    include: a folder with the user's own task files. limit: questions per task. out: path for a copy of lm-eval's
-    results file. UserError for an unknown task or a missing folder, PreflightError if lm-eval is not installed or data
-    cannot be downloaded, TimeoutError after evaluation.timeout_s.
+    include: a folder with the user's own task files. limit: questions per task. UserError for an unknown task or a
+    missing folder, PreflightError if lm-eval is not installed or data cannot be downloaded, TimeoutError after
+    evaluation.grading_timeout_s.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise PreflightError("--harness needs lm-eval, which is not installed here: pip install 'sdft[harness]'")
     if include is not None and not Path(include).is_dir():
-        raise UserError(f"--harness-tasks {include}: there is no such folder")
+        raise UserError(f"--harness-tasks {include}: no such folder; give the folder with your task files")
     with tempfile.TemporaryDirectory(prefix="sdft-harness-") as scratch:
         on_gpu = config.device == "cuda"
         command = [sys.executable, "-m", "lm_eval", "run", "--model", "vllm" if on_gpu else "hf"]
@@ -61,16 +57,13 @@ def run_harness(
         command += ["--tasks", tasks, "--batch_size", "auto" if on_gpu else "8", "--output_path", scratch]
         command += [] if include is None else ["--include_path", include]
         command += [] if limit is None else ["--limit", str(limit)]
-        _run(command, tasks, config.evaluation.timeout_s)
+        _run(command, tasks, config.evaluation.grading_timeout_s)
         (path,) = Path(scratch).rglob("results_*.json")
-        results = json.loads(path.read_text())
-        if out is not None:
-            write_atomically(out, path.read_bytes())
-    return scores(results)
+        return path.read_bytes()
 
 
 def scores(results: dict[str, Any]) -> list[Score]:
-    """Return the scores in lm-eval's results: {"results": {task: {"acc,none": 0.5, "acc_stderr,none": 0.1}},
+    """Return the scores in lm-eval's results file: {"results": {task: {"acc,none": 0.5, "acc_stderr,none": 0.1}},
     "n-samples": ...}. A group of tasks has no n-samples; its "sample_len" is the sum over its tasks."""
     found = []
     for task, figures in results["results"].items():
@@ -106,7 +99,7 @@ def _run(command: Sequence[str], tasks: str, timeout_s: float) -> None:
         timer.cancel()
         process.kill()
     if late.is_set():
-        raise TimeoutError(f"waited {timeout_s:g} s (evaluation.timeout_s) for lm-eval to run {tasks}")
+        raise TimeoutError(f"waited {timeout_s:g} s (evaluation.grading_timeout_s) for lm-eval to run {tasks}")
     if code != 0:
         raise _reason(tasks, last)
 
@@ -115,10 +108,12 @@ def _reason(tasks: str, last: Sequence[str]) -> Exception:
     lines = [line.strip() for line in last if line.strip()]
     for line in reversed(lines):
         if "Tasks not found" in line:
-            return UserError(f"--harness {tasks}: lm-eval has no such task ({line}); `lm-eval ls tasks` names all")
+            return UserError(
+                f"--harness {tasks}: lm-eval has no such task ({line}); `lm-eval ls tasks` lists all tasks"
+            )
         if "on the Hub" in line or "ConnectionError" in line or "LocalEntryNotFound" in line:
             return PreflightError(
                 f"--harness {tasks}: lm-eval downloads a task's data at its first use, and the hub cannot be reached "
-                f"({line}); connect to it once, or give task files of your own with --harness-tasks DIR"
+                f"({line}); connect to it once, or give your own task files with --harness-tasks DIR"
             )
     return RuntimeError(f"lm-eval could not run {tasks}: {lines[-1] if lines else 'it printed nothing'}")

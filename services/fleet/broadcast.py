@@ -19,7 +19,7 @@ from sdft.actors.shared.types import Rendezvous
 from sdft.actors.shared.waiting import all_of, cancelled, within
 from sdft.learner.group import LearnerLost
 from sdft.services.base.failures import reason
-from sdft.services.fleet.engine import EngineLost, Group, SupervisedEngine
+from sdft.services.fleet.engine import EngineLost, Receivers, SupervisedEngine
 
 JOIN_S = 30.0  # limit for all members to form a group
 SLOW_S = 5.0  # a failure after longer than this is slow
@@ -46,49 +46,49 @@ class Broadcast:
     def __init__(self, role: str, learner: Callable[[], Sender], notice: Callable[[str], None]) -> None:
         """learner(): returns the current learner. notice(text): a broadcast failed."""
         self._role, self._learner, self._notice = role, learner, notice
-        self._group: Group | None = None
+        self._receivers: Receivers | None = None
         self._slow_failures = 0  # in a row
 
     @asynccontextmanager
-    async def to(self, engines: Sequence[SupervisedEngine], timeout_s: float) -> AsyncIterator[Group | None]:
+    async def send_to(self, engines: Sequence[SupervisedEngine], timeout_s: float) -> AsyncIterator[Receivers | None]:
         """Send the role's last snapshot to these engines; they must receive it inside the `async with` block.
 
-        Yields the group; None if there is none, and the engines load the snapshot from memory.
+        Yields the engines in the group; None if there is no group, and the engines load the snapshot from memory.
         """
-        group = None
+        receivers = None
         if engines and self._slow_failures < TRIES:
-            group = await self._formed(engines, min(JOIN_S, timeout_s / 2))
-        if group is None:
+            receivers = await self._form_group(engines, min(JOIN_S, timeout_s / 2))
+        if receivers is None:
             yield None
             return
-        self._group = None  # until the broadcast has reached all members
+        self._receivers = None  # until the broadcast has reached all of them
         since = time.monotonic()
         # Half of the limit, so that engines that receive nothing have time for the fallback.
         work = self._learner().send(self._role, timeout_s / 2)
         sending = asyncio.ensure_future(within(work, timeout_s, f"the learner to broadcast {self._role} weights"))
         try:
-            yield group
+            yield receivers
             try:
                 await sending
             except Failure as error:
-                group.broken = reason(error)
-                self._failed(f"was broken off: {group.broken}", since)
+                receivers.failure = reason(error)
+                self._failed(f"failed: {receivers.failure}", since)
             else:
-                if group.broken:
-                    self._failed(f"did not reach all engines whole ({group.broken})", since)
+                if receivers.failure:
+                    self._failed(f"was incomplete: {receivers.failure}", since)
         finally:
             await cancelled([sending])  # still running if the block raises or the run ends
-        if not group.broken:
-            self._group = group
+        if not receivers.failure:
+            self._receivers = receivers
             self._slow_failures = 0
 
-    async def _formed(self, engines: Sequence[SupervisedEngine], limit_s: float) -> Group | None:
-        sender, members = self._learner(), tuple(engine.process for engine in engines)
-        group = self._group
-        if group is not None and group.sender is sender and group.members == members:
-            return group
-        self._group, size, since = None, len(members) + 1, time.monotonic()
-        what = f"the learner and {len(members)} {self._role} engines to meet for broadcasts"
+    async def _form_group(self, engines: Sequence[SupervisedEngine], limit_s: float) -> Receivers | None:
+        sender, processes = self._learner(), tuple(engine.process for engine in engines)
+        last = self._receivers
+        if last is not None and last.sender is sender and last.processes == processes:
+            return last
+        self._receivers, size, since = None, len(processes) + 1, time.monotonic()
+        what = f"the learner and {len(processes)} {self._role} engines to meet for broadcasts"
         try:
             address, port = await sender.meet(self._role)
             places = [Rendezvous(address, port, rank, size, limit_s) for rank in range(1, size)]
@@ -96,14 +96,14 @@ class Broadcast:
             await within(all_of([sender.join(self._role, size, limit_s), *joining]), 2 * limit_s, what)
         except Failure as error:
             why = f"{error} is lost" if isinstance(error, EngineLost) else reason(error)
-            self._failed(f"has no group: {why}", since)
+            self._failed(f"failed, because no group formed: {why}", since)
             return None
-        self._group = Group(sender, members)
-        return self._group
+        self._receivers = Receivers(sender, processes)
+        return self._receivers
 
     def _failed(self, how: str, since: float) -> None:
         then = ""
         if time.monotonic() - since > SLOW_S:
             self._slow_failures += 1
-            then = "; no more is tried" if self._slow_failures == TRIES else ""
-        self._notice(f"the broadcast of {self._role} weights {how}; they are loaded from memory{then}")
+            then = "; no further broadcast is tried" if self._slow_failures == TRIES else ""
+        self._notice(f"the broadcast of {self._role} weights {how}; the engines load them from memory{then}")

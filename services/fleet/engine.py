@@ -23,6 +23,7 @@ from sdft.services.fleet.remote import Remote
 from sdft.services.fleet.snapshots import Published
 
 HEALTH_EVERY_S = 10  # longest pause between two health checks
+STOP_S = 10  # limit of an engine's shutdown; it takes about 1 s. No answer comes if Ray's control service has ended
 DIED = "died"
 
 
@@ -36,12 +37,12 @@ class Patience:
 
 
 @dataclass
-class Group:
-    """The receivers of a broadcast (broadcast.py), and the learner that sends it."""
+class Receivers:
+    """The engine processes that form a broadcast group with the learner `sender` (broadcast.py)."""
 
     sender: object
-    members: tuple[Process, ...]
-    broken: str = ""  # why a broadcast did not reach all members
+    processes: tuple[Process, ...]
+    failure: str = ""  # why a broadcast did not reach all of them
 
 
 class EngineLost(Exception):
@@ -115,11 +116,11 @@ class SupervisedEngine:
             self._replace(actor, DIED)
             raise EngineLost(self.name) from error
 
-    async def update_weights(self, group: Group | None = None) -> UpdateReport | None:
+    async def update_weights(self, receivers: Receivers | None = None) -> UpdateReport | None:
         """Load the newest snapshot; the caller holds the lock of `published`.
 
-        group: the members of the broadcast, if any. None is returned if the engine is being replaced (the replacement
-        loads the snapshot), or if the snapshot was lost with its publisher.
+        receivers: those of the broadcast, if there is one. Returns None if the engine is being replaced (the
+        replacement loads the snapshot), or if the snapshot was lost with its publisher.
 
         Raises SnapshotDamaged, and WeightMismatch if this is the engine's first snapshot.
         """
@@ -127,7 +128,7 @@ class SupervisedEngine:
             return None
         actor = self._actor
         try:
-            report = await self._receive_weights(actor, group)
+            report = await self._receive_weights(actor, receivers)
         except RayActorError:
             self._replace(actor, DIED)
         except TimeoutError as error:
@@ -137,19 +138,19 @@ class SupervisedEngine:
         except WeightMismatch as error:
             if not self._proven:
                 raise WeightMismatch(reason(error)) from error
-            self._replace(actor, f"is wrong ({reason(error)})")
+            self._replace(actor, f"failed verification ({reason(error)})")
         else:
             self._proven = True
             return report
         return None
 
     async def stop(self) -> None:
-        """Shut the engine down, with 20 s to answer, then kill its actor."""
+        """Shut the engine down, with STOP_S to answer, then kill its actor."""
         self.abandon()
         if self._started:
             stopping = asyncio.ensure_future(self._actor.call("stop"))
             try:
-                await asyncio.wait([stopping], timeout=20)
+                await asyncio.wait([stopping], timeout=STOP_S)
             finally:
                 answered = stopping.done()
                 await cancelled([stopping])  # ignores its error, as from a dead engine
@@ -172,30 +173,30 @@ class SupervisedEngine:
         await within(actor.call("start"), limit, f"{self.name} to load its model")
         self._watching = asyncio.create_task(self._watch(actor))
 
-    async def _receive_weights(self, actor: Remote, group: Group | None) -> UpdateReport:
+    async def _receive_weights(self, actor: Remote, receivers: Receivers | None) -> UpdateReport:
         snapshot = self._published.newest
-        if group is None or snapshot is None or self.process not in group.members:
+        if receivers is None or snapshot is None or self.process not in receivers.processes:
             return await self._take_weights(actor)
         what = f"{self.name} to receive {snapshot.role} weights v{snapshot.version}"
         try:
             work = actor.call("receive_weights", snapshot, self._published.timeout_s / 2)
             report: UpdateReport = await within(work, self._published.timeout_s, what)
         except BroadcastFailed as error:
-            group.broken = group.broken or reason(error)
+            receivers.failure = receivers.failure or reason(error)
             return await self._take_weights(actor)
         return report
 
     async def _take_weights(self, actor: Remote) -> UpdateReport:
         published = self._published
-        snapshot = await published.on(self.process.node)
+        snapshot = await published.snapshot_on(self.process.node)
         what = f"{self.name} to load {snapshot.role} weights v{snapshot.version}"
         try:
             report: UpdateReport = await within(actor.call("update_weights", snapshot), published.timeout_s, what)
         except FileNotFoundError:
             if snapshot is published.newest:
                 raise  # the snapshot was lost with its publisher
-            published.leave(self.process.node)  # the copy was lost with the node's relay
-            snapshot = await published.on(self.process.node)
+            published.end_relay(self.process.node)  # the copy was lost with the node's relay
+            snapshot = await published.snapshot_on(self.process.node)
             report = await within(actor.call("update_weights", snapshot), published.timeout_s, what)
         return report
 
@@ -205,7 +206,7 @@ class SupervisedEngine:
         while actor is self._actor:
             await asyncio.sleep(min(HEALTH_EVERY_S, patience / 4))
             try:
-                silent = await silent_for(actor.call("answer"), patience)
+                silent = await silent_for(actor.call("ping"), patience)
             except RayActorError:
                 self._replace(actor, DIED)
                 return
@@ -217,7 +218,7 @@ class SupervisedEngine:
             return  # already found by another call, or not supervised
         if not self._started:
             return  # `start` raises, and its caller decides
-        self._notice(f"{self.name} (process {self.process.pid}) {how}; another takes its place")
+        self._notice(f"{self.name} (process {self.process.pid}) {how}; it is replaced")
         self._replacing = asyncio.create_task(self._successor(how))
         self._changed(self)
 
@@ -238,8 +239,8 @@ class SupervisedEngine:
                 await self._start()
                 await self._load()
             except (RayError, TimeoutError, SnapshotDamaged, WeightMismatch) as error:
-                how = f"did not come back ({reason(error)})"
-                self._notice(f"{self.name} {how}; it is tried again")
+                how = f"could not be replaced ({reason(error)})"
+                self._notice(f"{self.name} {how}; the replacement is retried")
                 continue
             self._replacing = None
             self._losses.recovered()
@@ -258,7 +259,7 @@ class SupervisedEngine:
                 try:
                     await self._take_weights(self._actor)
                 except FileNotFoundError:
-                    published.forget()
+                    published.mark_lost()
                 else:
                     self._proven = True
                     return

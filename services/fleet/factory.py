@@ -48,8 +48,8 @@ def engine_pool(
     }
 
     def create(number: int) -> Remote:
-        ours = options[number] if number < len(options) else anywhere
-        return RemoteActor(actor.options(**ours).remote(settings))
+        options_of_engine = options[number] if number < len(options) else anywhere
+        return RemoteActor(actor.options(**options_of_engine).remote(settings))
 
     return EnginePool(
         PoolSettings(
@@ -59,7 +59,7 @@ def engine_pool(
             strict=config.strict,
             room=e.max_num_seqs,
             patience=Patience(e.start_timeout_s, e.health_timeout_s, e.max_restarts),
-            work_s=config.evaluation.timeout_s,
+            batch_s=config.actors.batch_timeout_s,
             drain_s=e.drain_timeout_s,
             one_by_one=config.weights.swap == "one_by_one",
         ),

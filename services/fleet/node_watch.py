@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import Callable, Mapping
 
-from sdft.services.cluster.nodes import EVERY_S, NodeRequest, draining
+from sdft.services.cluster.compat import draining_nodes
+from sdft.services.cluster.nodes import EVERY_S, NodeRequest
 from sdft.services.cluster.queries import Outage, Query
 from sdft.services.fleet.pool import EnginePool
 
@@ -12,7 +13,7 @@ async def watch_nodes(
     pools: Mapping[str, EnginePool],
     request: NodeRequest | None,
     notice: Callable[[str], None],
-    drained: Callable[[], set[str]] = draining,
+    drained: Callable[[], set[str]] = draining_nodes,
     every_s: float = EVERY_S,
 ) -> None:
     """Let engines leave nodes that are being drained, and renew the request to the autoscaler, until cancelled.

@@ -19,7 +19,7 @@ from sdft.actors.shared.waiting import all_of, cancelled, within
 from sdft.services.base.failures import Losses, reason
 from sdft.services.fleet.broadcast import Broadcast
 from sdft.services.fleet.dispatch import Slots
-from sdft.services.fleet.engine import EngineLost, Group, Patience, SupervisedEngine
+from sdft.services.fleet.engine import EngineLost, Patience, Receivers, SupervisedEngine
 from sdft.services.fleet.remote import Remote
 from sdft.services.fleet.snapshots import Published
 
@@ -37,7 +37,7 @@ class PoolSettings:
     strict: bool
     room: int  # most sequences in flight per engine
     patience: Patience
-    work_s: float  # limit for a batch
+    batch_s: float  # limit for a batch
     drain_s: float  # limit for a leaving engine to finish its work
     one_by_one: bool  # engines load new weights in turn
 
@@ -99,7 +99,7 @@ class EnginePool:
     @property
     def at_work(self) -> str:
         """Sequences in flight by engine, as text for people; only a streamed pool counts them."""
-        loads = [f"{engine.name} has {load}" for engine, load in self._slots.loads.items()]
+        loads = [f"{engine.name} has {load} in flight" for engine, load in self._slots.loads.items()]
         return ", ".join([*loads, f"{self._slots.queued} wait for a {self.settings.role} engine"])
 
     def busy(self) -> float:
@@ -111,7 +111,7 @@ class EnginePool:
     ) -> list[Rollout]:
         """Return one rollout per request, in the order of the requests.
 
-        limited: TimeoutError after settings.work_s. If False, a streamed pool leaves the limit to the caller; a strict
+        limited: TimeoutError after settings.batch_s. If False, a streamed pool leaves the limit to the caller; a strict
         pool limits each attempt anyway.
         """
         return await self._spread("generate", requests, sampling, limited)
@@ -131,24 +131,25 @@ class EnginePool:
         Returns or raises once no engine loads any more, so the snapshot's memory is free again. Engines that are being
         replaced send no report; their replacements load the snapshot before they serve.
         """
-        self.published.new(snapshot, timeout_s)
+        self.published.set_newest(snapshot, timeout_s)
         serving = [engine for engine in self._engines if engine.up]
         try:
-            async with nullcontext() if self._broadcast is None else self._broadcast.to(serving, timeout_s) as group:
-                outcomes = await self._update(group)
+            broadcast = nullcontext() if self._broadcast is None else self._broadcast.send_to(serving, timeout_s)
+            async with broadcast as receivers:
+                outcomes = await self._update(receivers)
         finally:
-            self.published.arrived()
+            self.published.drop_stored()
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
         return [report for report in outcomes if isinstance(report, UpdateReport)]
 
-    async def _update(self, group: Group | None) -> list[UpdateReport | BaseException | None]:
+    async def _update(self, receivers: Receivers | None) -> list[UpdateReport | BaseException | None]:
         turns = asyncio.Semaphore(1 if self.settings.one_by_one else len(self._engines))
 
         async def update(engine: SupervisedEngine) -> UpdateReport | None:
             async with turns:
-                return await engine.update_weights(group)
+                return await engine.update_weights(receivers)
 
         return await asyncio.gather(*map(update, self._engines), return_exceptions=True)
 
@@ -158,7 +159,7 @@ class EnginePool:
             for _ in range(self.size, wanted):
                 self._join()
         for engine in self._engines[max(wanted, self.settings.least) :]:
-            self._leave(engine, "is not needed any more")
+            self._leave(engine, "leaves, because the pool needs fewer engines")
 
     def vacate(self, nodes: set[str]) -> None:
         """Let engines leave these nodes, which are being drained, and let as many join elsewhere."""
@@ -192,7 +193,7 @@ class EnginePool:
             self._joining.discard(engine)
             self._refusals.recovered()
             self._engines.append(engine)
-            self._notice(f"{engine.name} has joined (process {engine.process.pid}): {self._engines_now}")
+            self._notice(f"{engine.name} has joined (process {engine.process.pid}); the pool has {self._engines_now}")
         elif engine in self._joining and engine.failure is not None:
             self._joining.discard(engine)
             self._notice(f"{engine.name} did not join: {engine.failure}")
@@ -205,7 +206,7 @@ class EnginePool:
         if engine.failure is not None:
             if len(self._engines) > self.settings.least:
                 self._engines.remove(engine)
-                self._notice(f"{engine.failure}; the pool goes on with {self._engines_now}")
+                self._notice(f"{engine.failure}; the pool continues with {self._engines_now}")
             else:
                 self._slots.fail(engine.failure)
 
@@ -218,7 +219,7 @@ class EnginePool:
         self._engines.remove(engine)
         self._slots.leave(engine)
         engine.abandon()
-        self._notice(f"{engine.name} {why}: {self._engines_now}")
+        self._notice(f"{engine.name} {why}; the pool has {self._engines_now}")
         self._move(self._left(engine, after))
 
     def _move(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -261,7 +262,7 @@ class EnginePool:
         finally:
             await engine.stop()
             if all(other.process.node != engine.process.node for other in (*self._engines, *self._joining)):
-                self.published.leave(engine.process.node)  # a relay would keep the node from being released
+                self.published.end_relay(engine.process.node)  # a relay would keep the node from being released
 
     @property
     def _engines_now(self) -> str:
@@ -276,14 +277,14 @@ class EnginePool:
         if not limited:
             return await work
         what = f"the {self.settings.role} engines to {method} {len(items)} sequences"
-        return await within(work, self.settings.work_s, what)
+        return await within(work, self.settings.batch_s, what)
 
     async def _shares(self, method: str, items: Sequence[Any], argument: Any) -> list[Any]:
         """Contiguous, equal shares: the assignment depends only on the numbers of items and engines."""
         n = len(self._engines)
         bounds = [len(items) * i // n for i in range(n + 1)]
         calls = [
-            engine.call(f"to {method} {b - a} sequences", self.settings.work_s, method, items[a:b], argument)
+            engine.call(f"to {method} {b - a} sequences", self.settings.batch_s, method, items[a:b], argument)
             for engine, a, b in zip(self._engines, bounds, bounds[1:], strict=False)
             if b > a
         ]

@@ -1,7 +1,7 @@
 """The newest snapshot of a role: all engines load it when it is published, and late joiners when they start.
 
     async with published.lock:                      # from publication until no engine loads any more
-        published.new(await learner.publish(...))   # then every engine loads published.on(its node)
+        published.set_newest(await learner.publish(...))   # then every engine loads published.snapshot_on(its node)
 
 The next snapshot overwrites the memory of the last, so a late joiner holds the lock while it loads.
 """
@@ -48,21 +48,21 @@ class Published:
         self._putting = asyncio.Lock()
         self._stored: list[ray.ObjectRef] | None = None  # the newest snapshot's bytes in Ray's object store
 
-    def new(self, snapshot: Snapshot, timeout_s: float) -> None:
+    def set_newest(self, snapshot: Snapshot, timeout_s: float) -> None:
         """Set the newest snapshot and the limit for loading it."""
         self.newest, self.timeout_s = snapshot, timeout_s
         self._stored = None
         self.readable.set()
 
-    def arrived(self) -> None:
+    def drop_stored(self) -> None:
         """Drop the object-store copy once all engines have loaded it. Late joiners request a new one."""
         self._stored = None
 
-    def forget(self) -> None:
+    def mark_lost(self) -> None:
         """Make loads wait for the next snapshot, because this one was lost with its publisher."""
         self.readable.clear()
 
-    async def on(self, node: str) -> Snapshot:
+    async def snapshot_on(self, node: str) -> Snapshot:
         """Return the newest snapshot with a path that is valid on `node`.
 
         FileNotFoundError if it was lost with its publisher. RayActorError if no relay can run on the node, which is
@@ -75,23 +75,23 @@ class Published:
         async with self._copying.setdefault(node, asyncio.Lock()):
             copy = self._copies.get(node)
             if copy is None or copy.of is not snapshot:
-                stored = await self._in_store(snapshot)
+                stored = await self._stored_bytes(snapshot)
                 if copy is not None:
                     try:
-                        await self._give(copy, snapshot, node, stored)
+                        await self._copy_to_relay(copy, snapshot, node, stored)
                     except RayActorError:  # perhaps only the relay has died
-                        self.leave(node)
+                        self.end_relay(node)
                         copy = None
                 if copy is None:
                     copy = self._copies[node] = _Copy(self._relay(node))
                     try:
-                        await self._give(copy, snapshot, node, stored)
+                        await self._copy_to_relay(copy, snapshot, node, stored)
                     except (RayActorError, ActorUnschedulableError) as error:
-                        self.leave(node)
+                        self.end_relay(node)
                         raise RayActorError from error
         return replace(snapshot, node=node, path=copy.path)
 
-    async def _in_store(self, snapshot: Snapshot) -> list[ray.ObjectRef]:
+    async def _stored_bytes(self, snapshot: Snapshot) -> list[ray.ObjectRef]:
         """The snapshot's bytes in Ray's object store: put there once for all nodes."""
         async with self._putting:
             if self._stored is None:
@@ -101,12 +101,12 @@ class Published:
                     raise FileNotFoundError(f"{snapshot.role} weights v{snapshot.version}: {error}") from error
             return self._stored
 
-    async def _give(self, copy: _Copy, snapshot: Snapshot, node: str, stored: list[ray.ObjectRef]) -> None:
+    async def _copy_to_relay(self, copy: _Copy, snapshot: Snapshot, node: str, stored: list[ray.ObjectRef]) -> None:
         what = f"{snapshot.role} weights v{snapshot.version} to reach node {node}"
-        copy.path = await within(copy.relay.call("hold", snapshot.role, stored), self.timeout_s, what)
+        copy.path = await within(copy.relay.call("store", snapshot.role, stored), self.timeout_s, what)
         copy.of = snapshot
 
-    def leave(self, node: str) -> None:
+    def end_relay(self, node: str) -> None:
         """End the node's relay: no engine there needs it, or it is lost. The next engine there gets a new relay."""
         copy = self._copies.pop(node, None)
         if copy is not None:
@@ -115,7 +115,7 @@ class Published:
     def stop(self) -> None:
         """End the relays."""
         for node in list(self._copies):
-            self.leave(node)
+            self.end_relay(node)
 
 
 def _relay(node: str) -> Remote:

@@ -23,8 +23,8 @@ async def grade(
     pairs = list(zip(questions, answers, strict=True))
     if settings.judge is not None:
         items = [(asked(q), str(q.answer), answer) for q, answer in pairs if answer.strip()]
-        what = f"the judge {settings.judge.model} to grade {len(items)} replies"
-        verdicts = iter(await within(judged(settings.judge, items), limit_s, what))
+        work = f"the judge {settings.judge.model} to grade {len(items)} replies"
+        verdicts = iter(await within(judged(settings.judge, items), limit_s, work))
         return [bool(answer.strip()) and next(verdicts) for answer in answers]
     grader = GRADERS[settings.grader]
     return [grader.grade(answer, q.answer) for q, answer in pairs]

@@ -41,27 +41,27 @@ async def judged(config: JudgeConfig, items: Sequence[tuple[str, str, str]]) -> 
     async def ask(question: str, answer: str, reply: str) -> bool | None:
         content = PROMPT.format(question=question, answer=answer, reply=reply)
         async with turns:
-            said = await client.chat.completions.create(
+            completion = await client.chat.completions.create(
                 model=config.model,
                 messages=[{"role": "user", "content": content}],
                 temperature=0,
                 max_tokens=config.max_tokens,
             )
-        return verdict(said.choices[0].message.content or "")
+        return verdict(completion.choices[0].message.content or "")
 
     try:
         async with client:
             verdicts = await all_of([ask(*item) for item in items])
     except OpenAIError as error:
         raise PreflightError(
-            f"the judge {config.model} at {config.url} does not answer any more ({error}); start it again, and give "
-            f"the same command"
+            f"the judge {config.model} at {config.url} does not answer any more ({error}); start the judge again, and "
+            f"repeat the command"
         ) from error
     unclear = verdicts.count(None)
     if unclear > UNCLEAR * len(verdicts):
         raise UserError(
-            f"the judge {config.model} at {config.url} said neither yes nor no of {unclear} of {len(verdicts)} "
-            f"replies; take a model that follows instructions, or raise judge.max_tokens for one that thinks aloud"
+            f"the judge {config.model} at {config.url} answered neither yes nor no for {unclear} of {len(verdicts)} "
+            f"replies; use a model that follows instructions, or raise judge.max_tokens for a reasoning model"
         )
     return [v is True for v in verdicts]
 
@@ -85,13 +85,13 @@ def check_judge(name: str, config: JudgeConfig) -> None:
         known = asyncio.run(models())
     except OpenAIError as error:
         raise PreflightError(
-            f"evaluation set {name}: no judge answers at {config.url} ({error}); start it, or correct judge.url or the "
-            f"key in {config.api_key_env}"
+            f"evaluation set {name}: no judge answers at {config.url} ({error}); start the judge, or correct judge.url "
+            f"or the key in {config.api_key_env}"
         ) from None
     if config.model not in known:
         raise PreflightError(
-            f"evaluation set {name}: the judge at {config.url} has no model {config.model}; it has "
-            f"{', '.join(known[:20]) or 'none'}"
+            f"evaluation set {name}: the judge at {config.url} does not serve {config.model}; set judge.model to a "
+            f"model that it serves: {', '.join(known[:20]) or 'none'}"
         )
 
 
@@ -106,7 +106,7 @@ def _client(config: JudgeConfig) -> "AsyncOpenAI":
         http = DefaultAsyncHttpxClient(trust_env=not is_loopback(config.url))
     except (ImportError, ValueError) as error:  # SOCKS without its package, or an invalid address
         raise PreflightError(
-            f"the judge {config.model} at {config.url} cannot be reached by the proxy that the environment names "
-            f"({named_proxies()}): {str(error).splitlines()[0]}; correct the variable, or install what it needs"
+            f"the judge {config.model} at {config.url} cannot be reached through the proxy in the environment "
+            f"({named_proxies()}): {str(error).splitlines()[0]}; correct the variable, or install the missing package"
         ) from None
     return AsyncOpenAI(base_url=config.url, api_key=key, timeout=config.timeout_s, max_retries=2, http_client=http)

@@ -40,10 +40,10 @@ class Progress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live:
-            self._spinner.update(text="done" if kind is None else f"stopped by {kind.__name__}")
+            self._spinner.update(text="done" if error_type is None else f"stopped by {error_type.__name__}")
             self._live.stop()
 
     @property
@@ -134,10 +134,10 @@ class Progress:
         return line
 
     def _evaluations(self) -> RenderableType:
-        answers = [result for result in self._results if result.k is None]  # no pass@k: a set may have a dozen
-        sizes = {result.task: result.n for result in answers}
+        shown = [result for result in self._results if result.k is None]  # no pass@k: a set may have a dozen
+        sizes = {result.task: result.n for result in shown}
         rows: dict[str, dict[str, str]] = {}  # "teacher" or the step -> set -> share
-        for result in answers:
+        for result in shown:
             label = "teacher" if result.by_teacher else f"step {result.step}"
             rows.setdefault(label, {})[result.task] = result.text
         table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim", pad_edge=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sdft.services.base.files import write_atomically
 from sdft.services.monitoring.sinks import Sinks
-from sdft.services.records.rows import FILES, EvalResult, Sample, StepMetrics, json_line, read_jsonl
+from sdft.services.records.rows import FILES, EvalResult, Reply, StepMetrics, json_line, read_jsonl
 
 
 class RunLog:
@@ -42,15 +42,15 @@ class RunLog:
             if self._sinks is not None:
                 self._sinks.log(result.step, {f"eval/{result.task}/{result.metric}": result.value})
 
-    def sample(self, sample: Sample) -> None:
-        self._append(sample)
+    def reply(self, reply: Reply) -> None:
+        self._append(reply)
 
     def close(self) -> None:
         with ExitStack() as stack:  # closes every file even if one raises
             for file in self._files.values():
                 stack.callback(file.close)
 
-    def _append(self, *rows: StepMetrics | EvalResult | Sample) -> None:
+    def _append(self, *rows: StepMetrics | EvalResult | Reply) -> None:
         """Append rows of one class to its file, and flush it to disk."""
         file = self._files[type(rows[0])]
         file.write(b"".join(json_line(row) for row in rows))
@@ -66,10 +66,10 @@ class RunLog:
         """
         last = -1 if step is None else step
         evaluated = {(row["step"], row.get("task")) for row in read_jsonl(run_dir / FILES[EvalResult])}
-        for kind, name in FILES.items():
+        for row_type, name in FILES.items():
             path = run_dir / name
             if path.exists():
                 kept = [row for row in read_jsonl(path) if row["step"] <= last]
-                if kind is Sample:
+                if row_type is Reply:
                     kept = [row for row in kept if (row["step"], row.get("task")) in evaluated]
                 write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())

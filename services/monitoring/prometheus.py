@@ -31,41 +31,41 @@ class Metric:
 
 STEP = Metric("sdft_step", "Last optimizer step of the run")
 PROGRESS = Metric(
-    "sdft_progress_timestamp_seconds", "Unix time of the last step or evaluation result; at first, of the beginning"
+    "sdft_progress_timestamp_seconds", "Unix time of the last step or evaluation result; before the first, of the start"
 )
-NOT_FINITE = Metric(
-    "sdft_not_finite", "1 if the last step's loss, divergence or gradient norm is no finite number, else 0"
-)
+NOT_FINITE = Metric("sdft_not_finite", "1 if the last step's loss, divergence or gradient norm is not finite, else 0")
 TIME = Metric(
     "sdft_time_seconds", "Time of the last step by phase; with max_staleness above 0 phases overlap", (RUN, "phase")
 )
-EVAL = Metric("sdft_eval_value", "Last share of right answers, 0 to 1; of texts perplexity", (RUN, "task", "metric"))
+EVAL = Metric(
+    "sdft_eval_value",
+    "Last accuracy of an evaluation set, 0 to 1; perplexity for a set of texts",
+    (RUN, "task", "metric"),
+)
 
 # Keys are the metric names of Sink.log. Counters add up the work of this process: repeated steps count again.
 BY_PATH: Mapping[str, Metric] = {
     "train/stage": Metric("sdft_stage", "Stage that the last step belongs to"),
     "train/loss": Metric("sdft_loss", "Loss of the last step"),
-    "train/divergence": Metric("sdft_divergence", "Divergence of the last step, nats a token"),
+    "train/divergence": Metric("sdft_divergence", "Divergence of the last step, nats per token"),
     "train/grad_norm": Metric("sdft_grad_norm", "Norm of the last step's gradient, before it is clipped"),
     "train/lr": Metric("sdft_learning_rate", "Learning rate of the last step"),
-    "train/samples": Metric("sdft_samples_total", "Samples in the steps made", counter=True),
-    "train/prompt_tokens": Metric("sdft_prompt_tokens_total", "Prompt tokens in the steps made", counter=True),
-    "train/completion_tokens": Metric(
-        "sdft_completion_tokens_total", "Completion tokens in the steps made", counter=True
+    "train/samples": Metric("sdft_samples_total", "Samples of all steps", counter=True),
+    "train/prompt_tokens": Metric("sdft_prompt_tokens_total", "Prompt tokens of all steps", counter=True),
+    "train/completion_tokens": Metric("sdft_completion_tokens_total", "Completion tokens of all steps", counter=True),
+    "train/loss_tokens": Metric("sdft_loss_tokens_total", "Loss tokens of all steps", counter=True),
+    "train/student_version": Metric("sdft_student_version", "Newest weight version that sampled for the last step"),
+    "train/teacher_version": Metric(
+        "sdft_teacher_version", "Oldest weight version of the teacher that scored for the last step"
     ),
-    "train/loss_tokens": Metric(
-        "sdft_loss_tokens_total", "Completion tokens that the loss was of, in the steps made", counter=True
-    ),
-    "train/student_version": Metric("sdft_student_version", "Newest weights that sampled for the last step"),
-    "train/teacher_version": Metric("sdft_teacher_version", "Oldest teacher weights that scored for the last step"),
-    "train/staleness_mean": Metric("sdft_staleness_mean", "Steps that the rollouts' weights were behind, mean"),
-    "train/staleness_max": Metric("sdft_staleness_max", "Steps that the rollouts' weights were behind, most"),
-    "train/mismatch_kl": Metric("sdft_mismatch_kl", "Estimated KL between sampler and learner, nats a token"),
-    "train/tail_mass": Metric("sdft_tail_mass", "Teacher's probability outside its top K, mean"),
-    "train/tokens_per_s": Metric("sdft_tokens_per_second", "Completion tokens of the last step by its time"),
-    "train/trained": Metric("sdft_samples_trained", "Samples the run has trained on; falls when it goes back"),
-    "train/dropped": Metric("sdft_samples_dropped", "Samples the run has given up; falls when it goes back"),
-    "train/in_flight": Metric("sdft_samples_in_flight", "Samples issued, not yet trained on or given up"),
+    "train/staleness_mean": Metric("sdft_staleness_mean", "Mean staleness of the last step's rollouts, in steps"),
+    "train/staleness_max": Metric("sdft_staleness_max", "Largest staleness of the last step's rollouts, in steps"),
+    "train/mismatch_kl": Metric("sdft_mismatch_kl", "Estimated KL between sampler and learner, nats per token"),
+    "train/tail_mass": Metric("sdft_tail_mass", "Mean probability mass of the teacher outside its top K"),
+    "train/tokens_per_s": Metric("sdft_tokens_per_second", "Completion tokens per second of the last step"),
+    "train/trained": Metric("sdft_samples_trained", "Samples trained; falls when the run resumes from an earlier step"),
+    "train/dropped": Metric("sdft_samples_dropped", "Samples dropped; falls when the run resumes from an earlier step"),
+    "train/in_flight": Metric("sdft_samples_in_flight", "Samples in flight: issued, and neither trained nor dropped"),
     "time/step_s": Metric("sdft_step_seconds", "Time of the last step"),
 }
 METRICS = (STEP, PROGRESS, NOT_FINITE, TIME, EVAL, *BY_PATH.values())
@@ -91,8 +91,8 @@ class Prometheus:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for path, value in metrics.items():
-            kind, _, name = path.partition("/")
-            if kind == "eval":
+            group, _, name = path.partition("/")
+            if group == "eval":
                 task, _, metric = name.partition("/")
                 self._set(EVAL, value, task=task, metric=metric)
             elif path in BY_PATH:

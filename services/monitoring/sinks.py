@@ -148,6 +148,4 @@ class Sinks:
 
     def _failed(self, name: str, error: Exception) -> None:
         why = f"{type(error).__name__}: {error}".strip(": \n").splitlines()[0]
-        self._notice(
-            f"{name} fails ({why}) and is switched off until the run is started again; metrics.jsonl has everything"
-        )
+        self._notice(f"{name} failed ({why}) and is switched off until the run restarts; metrics.jsonl has all metrics")

@@ -57,10 +57,10 @@ class Watchdog:
             stacks.write(f"\n{task.get_name()}\n")
             task.print_stack(file=stacks)
         for_what = "; ".join(f"{w.what} ({now - w.since:.0f} s of at most {w.limit_s:g})" for w in waits)
-        said = f"nothing has moved for {self._stall_s:g} s; waiting for {for_what or 'nothing that is known'}"
+        said = f"no wait has ended for {self._stall_s:g} s; waiting for {for_what or 'nothing known'}"
         try:
             path.parent.mkdir(exist_ok=True)
             path.write_text("waited for:\n" + "\n".join(lines) + "\n" + stacks.getvalue())
         except OSError as error:
-            return f"{said}; every task's stack could not be written: {error}"
-        return f"{said}: {path}"
+            return f"{said}; the stacks of the tasks could not be written: {error}"
+        return f"{said}; stacks of all tasks: {path}"

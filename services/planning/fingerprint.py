@@ -7,9 +7,9 @@ from sdft.services.config.run import TaskConfig
 from sdft.services.data.contexts import PromptPair
 from sdft.services.planning.plan import roles
 
-# Settings of a pool that never affect the results.
-LIMITS = ("start_timeout_s", "health_timeout_s", "drain_timeout_s", "max_restarts")
-ELSEWHERE = (*LIMITS, "max_replicas", "cpus", "gpus", "labels")
+# Settings of a strict run's pool that do not affect the results.
+LIMITS_OF_POOL = ("start_timeout_s", "health_timeout_s", "drain_timeout_s", "max_restarts")
+NOT_HASHED_OF_POOL = (*LIMITS_OF_POOL, "max_replicas", "cpus", "gpus", "labels")
 
 
 def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: list[PromptPair]) -> str:
@@ -18,11 +18,12 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: list[
     before: the fingerprint of the previous task. model: bytes that identify the model. Paths are not hashed, so a run
     can be resumed after its files were moved. Returns a SHA-256 hex digest.
     """
-    elsewhere = {"model", "data", "stages", "run_dir", "ray", "monitoring", "checkpoint", "evaluation", "retention"}
-    settings = config.model_dump(mode="json", exclude=elsewhere)
+    not_hashed = {"model", "data", "stages", "run_dir", "ray", "monitoring", "checkpoint", "evaluation", "retention"}
+    settings = config.model_dump(mode="json", exclude=not_hashed)
     if config.strict:
+        del settings["actors"]["batch_timeout_s"]
         for role in roles(config):
-            for key in ELSEWHERE:
+            for key in NOT_HASHED_OF_POOL:
                 del settings["actors"][role][key]
     else:  # a run ahead is not reproducible, whatever its engines are
         del settings["actors"]

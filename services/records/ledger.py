@@ -48,7 +48,7 @@ class Accounts:
         before = BEFORE[state]
         wrong = sum(self._open.get(s) != before for s in samples)
         if wrong:
-            raise LedgerError(f"{wrong} of {len(samples)} samples could not become {state}: {before} before?")
+            raise LedgerError(f"{wrong} of {len(samples)} samples cannot become {state}, because they are not {before}")
         for s in samples:
             self._counts[s.stage, s.epoch, before] -= 1
             self._counts[s.stage, s.epoch, state] += 1
@@ -159,7 +159,7 @@ class Ledger:
         self._write()
         filed = dict(self._filed())
         if filed != self._accounts.counts:
-            raise LedgerError(f"{self._path} has {filed}, but the accounts are {self._accounts.counts}")
+            raise LedgerError(f"{self._path} has {filed}, but the accounts in memory are {self._accounts.counts}")
         target = sqlite3.connect(path)
         try:
             self._db.backup(target)

@@ -1,4 +1,4 @@
-"""The JSON lines of a run: one for each step, result and sample reply, on disk before the run goes on."""
+"""The JSON lines of a run: one for each step, each result and each kept reply, on disk before the run goes on."""
 
 import json
 import math
@@ -19,7 +19,8 @@ DIVERGENCE_NAMES = {
     "nll": "NLL",
     "dft": "NLL",
 }
-STUDENT, TEACHER = "accuracy", "teacher_accuracy"  # metrics of eval.jsonl; the teacher's prompt has the demonstration
+# Metric names in eval.jsonl. The teacher's prompt has the demonstration.
+STUDENT_ACCURACY, TEACHER_ACCURACY = "accuracy", "teacher_accuracy"
 PERPLEXITY, PASS_AT = "perplexity", "pass@"
 Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
 
@@ -95,7 +96,7 @@ class EvalResult:
     step: int
     stage: int
     task: str  # the evaluation set's name
-    metric: str  # STUDENT, TEACHER, PERPLEXITY, pass@k or teacher_pass@k
+    metric: str  # STUDENT_ACCURACY, TEACHER_ACCURACY, PERPLEXITY, pass@k or teacher_pass@k
     value: float
     n: int
 
@@ -139,7 +140,7 @@ class EvalResult:
 
 
 @dataclass(frozen=True)
-class Sample:
+class Reply:
     """One reply to one evaluation question, for display."""
 
     step: int
@@ -154,27 +155,27 @@ class Sample:
 SHOWN = 6  # replies of each set that are kept for display
 
 
-def first_of_each_set(samples: Iterable[Sample]) -> list[Sample]:
+def first_of_each_set(replies: Iterable[Reply]) -> list[Reply]:
     """Return the first SHOWN replies of each set."""
     seen: Counter[str] = Counter()
     shown = []
-    for sample in samples:
-        seen[sample.task] += 1
-        if seen[sample.task] <= SHOWN:
-            shown.append(sample)
+    for reply in replies:
+        seen[reply.task] += 1
+        if seen[reply.task] <= SHOWN:
+            shown.append(reply)
     return shown
 
 
-Row = TypeVar("Row", StepMetrics, EvalResult, Sample)
+Row = TypeVar("Row", StepMetrics, EvalResult, Reply)
 
 
-def json_line(row: StepMetrics | EvalResult | Sample) -> bytes:
+def json_line(row: StepMetrics | EvalResult | Reply) -> bytes:
     # JSON has no NaN: a non-finite number is written as null, and read back as NaN.
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(row).items()}
     return json.dumps(finite, allow_nan=False).encode() + b"\n"
 
 
-FILES: dict[type, str] = {StepMetrics: "metrics.jsonl", EvalResult: "eval.jsonl", Sample: "samples.jsonl"}
+FILES: dict[type, str] = {StepMetrics: "metrics.jsonl", EvalResult: "eval.jsonl", Reply: "samples.jsonl"}
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -216,7 +217,10 @@ def read_rows(run_dir: Path, cls: type[Row]) -> list[Row]:
     for row in read_jsonl(path):
         missing = [name for name in needed if name not in row]
         if missing:
-            raise UserError(f"{path}: a line of step {row['step']} has no {missing[0]!r}; another version wrote it")
+            raise UserError(
+                f"{path}: a line of step {row['step']} has no {missing[0]!r}; another version of sdft wrote it; read "
+                f"the run with that version"
+            )
         values: dict[str, Any] = {k: row[k] for k in names if k in row}
         values |= {k: math.nan for k in needed if row[k] is None and k != "answer"}
         rows.append(cls(**values))

@@ -21,7 +21,7 @@ RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "ledger.s
 class RunState:
     """The state of a run. text: for display. total_steps, error: None if the run has not written them."""
 
-    kind: Literal["new", "running", "finished", "failed", "stopped"]
+    status: Literal["new", "running", "finished", "failed", "stopped"]
     text: str
     total_steps: int | None
     error: str | None
@@ -51,7 +51,7 @@ def read_state(run_dir: Path) -> RunState:
         run = json.loads(path.read_text())
         state, pid, host = run["state"], run["pid"], run["host"]
     except (ValueError, KeyError) as error:
-        raise UserError(f"{path}: not what a run writes ({error!r}); remove the file") from error
+        raise UserError(f"{path}: not the state of a run ({error!r}); remove the file") from error
     total, error_text = run.get("total_steps"), run.get("error")
     if state == "finished":
         return RunState("finished", "finished", total, None)
@@ -59,10 +59,10 @@ def read_state(run_dir: Path) -> RunState:
         return RunState("stopped", "ended by its retention guard", total, error_text)
     if state == "failed":
         return RunState("failed", "failed", total, error_text)
-    here = host == socket.gethostname()
+    on_this_host = host == socket.gethostname()
     if held:
-        return RunState("running", f"running (pid {pid}{'' if here else f' on {host}'})", total, None)
-    if here:
+        return RunState("running", f"running (pid {pid}{'' if on_this_host else f' on {host}'})", total, None)
+    if on_this_host:
         return RunState("stopped", "stopped (killed)", total, None)
     # Some shared file systems do not show one host the locks of another.
     return RunState("running", f"running (pid {pid} on {host}; not seen from this host)", total, None)

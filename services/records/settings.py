@@ -16,7 +16,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     try:
         config = parse_yaml(path.read_text()) if path.exists() else {}
     except YamlError as error:
-        raise UserError(f"{path}:{error.line}: not YAML ({error}); restore the file the run wrote") from error
+        raise UserError(f"{path}:{error.line}: not YAML ({error}); restore the file that the run wrote") from error
     return config if isinstance(config, dict) else {}
 
 
@@ -28,8 +28,8 @@ def max_staleness(config: dict[str, Any]) -> int:
 def method_of(config: dict[str, Any], stage: int) -> str:
     """Return the method of a stage (counted from 0), by default that of the run."""
     stages = config.get("stages") or []
-    own = stages[stage].get("method") if stage < len(stages) else None
-    return str(own or config.get("method") or "sdft")
+    of_stage = stages[stage].get("method") if stage < len(stages) else None
+    return str(of_stage or config.get("method") or "sdft")
 
 
 def teacher_weights(config: dict[str, Any]) -> str:

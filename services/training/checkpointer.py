@@ -101,5 +101,7 @@ class Checkpointer:
         await asyncio.to_thread(checkpoints.remove_parts, self._run_dir)
         text = f"the checkpoint of step {step} could not be written ({reason(error)})"
         if step == self._prepared.schedule.total_steps:
-            raise PreflightError(f"{text}; make room: the same command resumes from the last one") from error
-        self._progress.note(f"{text}; the run goes on, and would resume from the one before it")
+            raise PreflightError(
+                f"{text}; make room, and run the same command again: it resumes from the last checkpoint"
+            ) from error
+        self._progress.note(f"{text}; the run continues, and a resume would use the checkpoint before it")

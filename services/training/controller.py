@@ -15,12 +15,12 @@ import numpy as np
 from sdft.actors.shared.types import SampleId
 from sdft.learner.group import LearnerGroup
 from sdft.services.algorithms.methods import loss_of, on_demonstrations, on_policy
-from sdft.services.base.errors import RetentionLost, RunFailed
+from sdft.services.base.errors import RetentionLost, RunFailed, UserError
 from sdft.services.config.run import TaskConfig
 from sdft.services.data.schedule import StageSchedule
 from sdft.services.data.sets import LoadedSet
-from sdft.services.evaluation.answers import write_answers
 from sdft.services.evaluation.evaluator import Evaluator
+from sdft.services.evaluation.replies import write_replies
 from sdft.services.fleet.autoscaler import Scaler, Seen
 from sdft.services.fleet.pool import EnginePool
 from sdft.services.monitoring.console import Progress
@@ -29,7 +29,7 @@ from sdft.services.planning.prepare import Prepared
 from sdft.services.records import checkpoints
 from sdft.services.records.batches import write_batch
 from sdft.services.records.ledger import Ledger
-from sdft.services.records.rows import EvalResult, Sample, StepMetrics, first_of_each_set, read_rows
+from sdft.services.records.rows import EvalResult, Reply, StepMetrics, first_of_each_set, read_rows
 from sdft.services.training.checkpointer import Checkpointer
 from sdft.services.training.retention import RetentionGuard
 from sdft.services.training.rollouts import Rollouts, Times, now
@@ -61,11 +61,11 @@ class Controller:
         self._ledger = ledger
         self._log = log
         self._progress = progress
-        self._evaluator = Evaluator(prepared.tokenizer, self._config.evaluation.timeout_s, progress.part)
+        self._evaluator = Evaluator(prepared.tokenizer, self._config.evaluation.grading_timeout_s, progress.part)
         earlier = read_rows(run_dir, EvalResult)
         self._guard = RetentionGuard(self._config, earlier)
-        asked = {result.task for result in earlier}
-        self._never_asked = [one for one in prepared.sets if one.settings.name not in asked]
+        evaluated = {result.task for result in earlier}
+        self._not_evaluated = [loaded for loaded in prepared.sets if loaded.settings.name not in evaluated]
         self._student_weights = self._weights("student", students)
         self._teacher_weights = None if teachers is None else self._weights("teacher", teachers)
         pools = [pool for pool in (students, teachers) if pool is not None and not pool.settings.strict]
@@ -86,18 +86,18 @@ class Controller:
         try:
             # Unconditional: after a resume the engines hold the base model, and learner and engines would wait for each
             # other.
-            gap = await student.now(first_step)
+            gap = await student.deliver(first_step)
             if gap is not None:
                 self._progress.note(
-                    f"student weights v{first_step} verified: log-probs of engine and learner differ by {gap:.4f} of "
-                    f"their size on average"
+                    f"student weights v{first_step} verified: the probe's log-probs of engine and learner differ by "
+                    f"{gap:.4f} (mean relative difference)"
                 )
             if teacher is not None:
-                await teacher.now(first_step)
+                await teacher.deliver(first_step)
             # The first results precede training. Sets added to a run are evaluated before it resumes.
-            await self._evaluate(first_step, self._never_asked, teachers=True)
+            await self._evaluate(first_step, self._not_evaluated, teachers=True)
             if not self._config.strict:
-                student.arrived = rollouts.begin
+                student.on_delivered = rollouts.begin
             for step in range(first_step + 1, schedule.total_steps + 1):
                 stage = schedule.at(step)
                 if step == stage.before + 1 and step > 1:
@@ -105,9 +105,9 @@ class Controller:
                 rollouts.open(stage)
                 await self._step(step, rollouts)
                 if step == stage.last or (every and step % every == 0):
-                    await student.until(step, step)
-                    own = [*self._prepared.common, *self._prepared.stages[stage.stage].sets]
-                    await self._evaluate(step, self._prepared.sets if step == stage.last else own)
+                    await student.wait_for_version(step, step)
+                    sets = [*self._prepared.common, *self._prepared.stages[stage.stage].sets]
+                    await self._evaluate(step, self._prepared.sets if step == stage.last else sets)
                 if step == stage.last or step % self._config.checkpoint.every == 0:
                     await self._checkpoints.save(step, self._guard.held)
             await self._checkpoints.saved()
@@ -125,9 +125,9 @@ class Controller:
         self._progress.note(f"stage {stage.stage + 1}, {self._prepared.stages[stage.stage].name}: from step {step + 1}")
         await self._learner.begin_stage()
         if self._follows(config):
-            await self._student_weights.until(step, step)
+            await self._student_weights.wait_for_version(step, step)
         if self._teacher_weights is not None and not on_demonstrations(config):
-            await self._teacher_weights.now(step)
+            await self._teacher_weights.deliver(step)
 
     def _follows(self, config: TaskConfig) -> bool:
         """Return whether the student engines need new weights: they sample, or score as the live teacher."""
@@ -141,22 +141,22 @@ class Controller:
         rollouts.begin(student.version if self._follows(config) else step - 1)
         if rollouts.begun < step:
             needed = step - 1 - self._config.training.max_staleness
-            await times.of("sync", student.until(max(0, needed), step - 1))
+            await times.of("sync", student.wait_for_version(max(0, needed), step - 1))
         batch = await rollouts.take(step)
         samples, ids = batch.samples, [s.sample for s in batch.samples]
         if self._config.monitoring.record_rollouts:
             write_batch(self._run_dir, step, samples)
-        learned_by = max(v for s in samples for v, _, _ in s.rollout.versions)
+        newest_version = max(v for s in samples for v, _, _ in s.rollout.versions)
         result = await times.of("learn", self._learner.train_step(samples))
         self._account(step, ids, result.applied)
-        await times.of("sync", student.done())
+        await times.of("sync", student.wait_delivered())
         trained, dropped, in_flight = self._ledger.audit(self._prepared.schedule.issued_through(rollouts.begun))
         if step % every.sync_every == 0 and self._follows(config):
-            await times.of("sync", student.now(step) if self._config.strict else student.send(step))
+            await times.of("sync", student.deliver(step) if self._config.strict else student.publish(step))
         scored = self._teacher_moves and step < stage.last and not on_demonstrations(config)
         if teacher is not None and scored and step % every.teacher_sync_every == 0:
             # Not awaited: the teacher engines load while the student engines sample the next rollouts.
-            await times.of("sync", teacher.send(step))
+            await times.of("sync", teacher.publish(step))
         # Before the metrics are written: each step in them follows a checkpoint that is on the disk.
         await self._checkpoints.saved()
         took = now() - began
@@ -176,7 +176,7 @@ class Controller:
             samples=len(samples),
             prompt_tokens=sum(len(s.rollout.prompt_ids) for s in samples),
             completion_tokens=completion_tokens,
-            student_version=learned_by,
+            student_version=newest_version,
             teacher_version=min(s.scores.version for s in samples),
             staleness_mean=float(np.mean(batch.staleness)),
             staleness_max=max(batch.staleness),
@@ -210,12 +210,13 @@ class Controller:
         for sample in ids:
             self._ledger.drop(sample, "the step's gradient was not finite")
         self._not_finite += 1
-        text = f"step {step}: the gradient is not finite; no weight was changed, its {len(ids)} samples are dropped"
+        text = f"step {step}: the gradient is not finite; no weight changed, and its {len(ids)} samples are dropped"
         self._progress.note(text)
         if self._not_finite == MOST_NOT_FINITE:
             raise RunFailed(
-                f"{text}, the {MOST_NOT_FINITE}th step of that kind in a row; begin a new run from the last checkpoint "
-                f"that `sdft export` takes, with a lower learner.optimizer.lr or dtype: float32"
+                f"{text}; this is step {MOST_NOT_FINITE} in a row without a finite gradient; export the last "
+                f"checkpoint with `sdft export`, and start a new run from it with a lower learner.optimizer.lr or with "
+                f"dtype: float32"
             )
 
     def _scale(self, metrics: StepMetrics) -> None:
@@ -228,7 +229,7 @@ class Controller:
 
     async def _teachers_ready(self) -> None:
         if self._teacher_weights is not None:
-            await self._teacher_weights.done()
+            await self._teacher_weights.wait_delivered()
 
     async def _evaluate(self, step: int, sets: Sequence[LoadedSet], teachers: bool = False) -> None:
         """Evaluate the sets and log the results. teachers: also with demonstrations in the prompt, if there are any."""
@@ -236,42 +237,46 @@ class Controller:
             return
         self._progress.phase(f"evaluating at step {step}")
         stage = self._prepared.schedule.at(step).stage
-        results, samples = await self._evaluator.students(self._students, sets, step, stage)
+        results, replies = await self._evaluator.students(self._students, sets, step, stage)
         if teachers:
             results += await self._evaluator.teachers(self._students, sets, step, stage)
         # Replies before results: if the run is killed in between, the evaluation has no results and is repeated.
-        for sample in first_of_each_set(samples):
-            self._log.sample(sample)
+        for reply in first_of_each_set(replies):
+            self._log.reply(reply)
         self._log.evaluation(*results)
         self._progress.evaluation(results)
-        await self._judge(step, results, samples)
+        await self._judge(step, results, replies)
         self._progress.phase("training")
 
-    async def _judge(self, step: int, results: list[EvalResult], samples: list[Sample]) -> None:
+    async def _judge(self, step: int, results: list[EvalResult], replies: list[Reply]) -> None:
         """Apply the retention guard. On a breach: warn, or save and raise RetentionLost to stop or roll back."""
         breaches, retention = self._guard.judge(results), self._config.retention
         if not breaches or retention is None:
             return
         fallen = {breach.now.task for breach in breaches}
-        answers = self._run_dir / f"retention-step-{step:06d}.jsonl"
-        where = f"are in {answers.name}"
+        path = self._run_dir / f"retention-step-{step:06d}.jsonl"
+        where = f"are in {path.name}"
         try:
-            write_answers(answers, [b.now for b in breaches], [s for s in samples if s.task in fallen])
+            write_replies(path, [b.now for b in breaches], [r for r in replies if r.task in fallen])
         except OSError as error:  # the guard's action does not depend on this file
             where = f"could not be written ({error})"
-        text = f"retention guard: {'; '.join(map(str, breaches))}; the answers {where}"
+        text = f"retention guard: {'; '.join(map(str, breaches))}; the replies {where}"
         self._progress.note(text)
         if retention.action == "warn":
             return
         await self._checkpoints.save(step, self._guard.held)
         await self._checkpoints.saved()
         if retention.action == "stop":
-            raise RetentionLost(f"{text}; stopped at a checkpoint of this step: the same command goes on from it")
+            raise RetentionLost(f"{text}; stopped at a checkpoint of this step; the same command continues from it")
         held = self._guard.held or 0
-        checkpoints.set_aside(self._run_dir, held)
+        try:
+            checkpoints.set_aside(self._run_dir, held)
+        except UserError as error:
+            raise RetentionLost(f"{text}; it held at step {held}, and the run is not rolled back: {error}") from error
         good, _ = checkpoints.newest(self._run_dir)
-        where = "the base model: no checkpoint was saved by then" if good is None else good.name
+        where = "the base model, because no checkpoint had been saved" if good is None else good.name
         raise RetentionLost(
-            f"{text}; rolled back to {where}. It held at step {held}; later checkpoints are kept as "
-            f"checkpoints/aside-*. To go on otherwise, begin a new run from `sdft export {self._run_dir}`"
+            f"{text}; rolled back to {where}; the guarded sets last held at step {held}, and later checkpoints are set "
+            f"aside as checkpoints/aside-*; to train with other settings, start a new run from the model that "
+            f"`sdft export {self._run_dir}` writes"
         )

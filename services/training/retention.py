@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sdft.services.config.run import RunConfig
-from sdft.services.records.rows import PERPLEXITY, STUDENT, EvalResult
+from sdft.services.records.rows import PERPLEXITY, STUDENT_ACCURACY, EvalResult
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RetentionGuard:
 
     def judge(self, results: Iterable[EvalResult]) -> list[Breach]:
         """Return the breaches among the results of one step. A set's first result is the reference for later ones."""
-        guarded = [r for r in results if r.metric in (STUDENT, PERPLEXITY) and r.task in self._guarded]
+        guarded = [r for r in results if r.metric in (STUDENT_ACCURACY, PERPLEXITY) and r.task in self._guarded]
         breaches = []
         for result in guarded:
             before = self._before.setdefault(result.task, result)

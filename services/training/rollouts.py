@@ -116,7 +116,9 @@ class Rollouts:
         batch = await self._making.pop(step)
         behind, allowed = max(batch.staleness), self._prepared.config.training.max_staleness
         if behind > allowed:
-            raise RuntimeError(f"step {step}: a rollout was begun by weights {behind} steps behind, not {allowed}")
+            raise RuntimeError(
+                f"step {step}: the weights of a rollout are {behind} steps behind, and {allowed} are allowed"
+            )
         return batch
 
     async def stop(self) -> None:
@@ -131,7 +133,7 @@ class Rollouts:
             parts = [await self._part(step, ids)]
         else:
             # One limit for the whole batch: samples queue until an engine has room, so they have no limit of their own.
-            limit = self._students.settings.work_s * (1 + self._prepared.config.training.max_staleness)
+            limit = self._students.settings.batch_s * (1 + self._prepared.config.training.max_staleness)
             work = asyncio.ensure_future(all_of([self._part(step, [sample]) for sample in ids]))
             try:
                 # Shielded, so that after a timeout the error can still list which engine has what.

@@ -38,7 +38,7 @@ from sdft.services.training.controller import Controller
 from sdft.services.training.learner import start_learner
 
 
-async def run(prepared: Prepared, run_dir: Path, start: Path | None, console: Console) -> None:
+async def run_session(prepared: Prepared, run_dir: Path, start: Path | None, console: Console) -> None:
     """Train to the end, from the checkpoint `start` or, if it is None, from the base model."""
     c = prepared.config
     collect_rarely()
@@ -52,19 +52,19 @@ async def run(prepared: Prepared, run_dir: Path, start: Path | None, console: Co
         watching = asyncio.create_task(Watchdog(run_dir, c.monitoring.stall_s, progress.note).run())
         try:
             async with placement(c.ray, prepared.plan) as options:
-                one = _Run(prepared, run_dir, options, progress, request)
+                session = Session(prepared, run_dir, options, progress, request)
                 try:
-                    await one.start()
+                    await session.start()
                     with Sinks(run_dir, c.monitoring, progress.note) as sinks:
-                        await one.train(start, sinks)
+                        await session.run_attempts(start, sinks)
                 finally:
-                    await one.stop()
+                    await session.stop()
         finally:
             await cancelled([watching])
 
 
-class _Run:
-    """Engines and learner of a run. A lost learner is restarted from the last checkpoint."""
+class Session:
+    """Engines and learner of a run in this process. An attempt ends with the run, or with the loss of the learner."""
 
     def __init__(
         self,
@@ -88,27 +88,27 @@ class _Run:
         await all_of([self._start_learner(), *map(self._start_pool, roles)])
         self._write_pids()
 
-    async def train(self, start: Path | None, sinks: Sinks) -> None:
-        """Train to the end, from a checkpoint or the base model.
+    async def run_attempts(self, start: Path | None, sinks: Sinks) -> None:
+        """Train to the end, from a checkpoint or the base model; a lost learner begins another attempt.
 
         RunFailed if the learner is lost more than learner.max_restarts times within an hour.
         """
-        limit, lost, reached = self._prepared.config.learner.max_restarts, Losses(), 0
+        limit, losses, steps_seen = self._prepared.config.learner.max_restarts, Losses(), 0
         while True:
             try:
-                await self._train(start, sinks)
+                await self._attempt(start, sinks)
                 return
             except LearnerLost as error:
-                if self._progress.steps_seen > reached:
-                    lost.recovered()
-                    reached = self._progress.steps_seen
-                times = lost.count()
+                if self._progress.steps_seen > steps_seen:
+                    losses.recovered()
+                    steps_seen = self._progress.steps_seen
+                times = losses.count()
                 if times > limit:
                     raise RunFailed(
                         f"the learner was lost {times} times within an hour (learner.max_restarts: {limit}); the last "
                         f"time: {error}"
                     ) from error
-                start = await self._restart_learner(error, lost.back_off_s) or start
+                start = await self._restart_learner(error, losses.back_off_s) or start
 
     async def stop(self) -> None:
         """Stop the engines, then the learner: its published snapshots are lost with it."""
@@ -116,7 +116,8 @@ class _Run:
         if self._learner is not None:
             self._learner.kill()
 
-    async def _train(self, start: Path | None, sinks: Sinks) -> None:
+    async def _attempt(self, start: Path | None, sinks: Sinks) -> None:
+        """Train to the end with the current learner. Raises LearnerLost."""
         assert self._learner is not None
         run_dir, first = self._run_dir, 0
         if start is not None:
@@ -145,10 +146,10 @@ class _Run:
         UserError if there are checkpoints and all are damaged: a new start would remove the files of the run.
         """
         assert self._learner is not None
-        self._progress.note(f"{error}; the learner is started again, from the last checkpoint")
+        self._progress.note(f"{error}; the learner restarts from the last checkpoint")
         self._learner.kill(hangs=True)
         for pool in self._pools.values():
-            pool.published.forget()
+            pool.published.mark_lost()
         await asyncio.sleep(after_s)
         folder, notes = await asyncio.to_thread(checkpoints.newest_usable, self._run_dir)
         if folder is not None:

@@ -139,7 +139,7 @@ def test_pieces_that_do_not_cover_a_tensor_are_refused(tmp_path: Path, monkeypat
     assert (files.step, files.names) == (3, ["master/v", "master/w"])
     assert torch.equal(files.whole("master/w", 10), values)
     (tmp_path / "rank-00001-00000.safetensors").unlink()
-    with pytest.raises(ValueError, match="the pieces of master/w do not add up to its 10 numbers"):
+    with pytest.raises(ValueError, match="the pieces of master/w do not cover its 10 elements"):
         StateFiles(tmp_path).whole("master/w", 10)
 
 

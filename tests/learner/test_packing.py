@@ -22,7 +22,7 @@ from sdft.learner.config import LossConfig
 from sdft.learner.model.attention import PACKED, packed_attention
 from sdft.learner.model.cpu import short_attention
 from sdft.learner.model.student import SelfDistillation, hidden_states, load_student
-from sdft.learner.packing import assign, group, length, pack
+from sdft.learner.packing import assign, length, micro_batches, pack
 from tests.fakes.rollouts import make_rollouts
 
 LENGTHS = [7, 90, 31, 31, 4, 55, 12, 3, 64]
@@ -45,7 +45,7 @@ def test_every_sequence_goes_to_one_rank_and_the_loads_are_level(ranks: int, apa
 
 
 def test_micro_batches_hold_every_sequence_once_and_keep_the_budget() -> None:
-    bins = group(LENGTHS, 70)
+    bins = micro_batches(LENGTHS, 70)
     assert sorted(i for b in bins for i in b) == list(range(len(LENGTHS)))
     assert all(sum(LENGTHS[i] for i in b) <= 70 or len(b) == 1 for b in bins)
     assert [[LENGTHS[i] for i in b] for b in bins] == [[90], [64, 4], [55, 12, 3], [31, 31, 7]]
@@ -82,7 +82,7 @@ def test_loss_and_gradient_do_not_depend_on_order_or_micro_batches(tiny_model: P
         model.zero_grad()
         members = [rollouts[i] for i in order]
         total = 0.0
-        for indices in group([length(s) for s in members], budget):
+        for indices in micro_batches([length(s) for s in members], budget):
             loss, *_ = model(pack([members[i] for i in indices], 3, len(rollouts), 8))
             loss.backward()
             total += loss.item()
@@ -118,7 +118,7 @@ def test_attention_of_packed_sequences_is_that_of_each_alone(
     lengths: tuple[int, ...], dtype: torch.dtype, cached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sdft.learner.model.cpu.short_attention.SCORES", cached)
-    short_attention.groups.cache_clear()
+    short_attention.length_groups.cache_clear()
     short_attention._order.cache_clear()
     torch.manual_seed(0)
     tokens = sum(lengths)

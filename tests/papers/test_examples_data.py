@@ -186,7 +186,7 @@ CONFIGS = ["tools/tools.yaml", "facts/facts.yaml", "continual/continual.yaml", "
 def test_an_examples_configuration_is_good(smollm2: Path, config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert smollm2.is_dir()
     assert main(["check", str(EXAMPLES / config)]) == 0
-    assert "good. The longest teacher prompt has" in capsys.readouterr().out
+    assert "valid; the longest teacher prompt has" in capsys.readouterr().out
 
 
 def test_after_a_run_of_the_sweep_has_failed_no_other_begins(tmp_path: Path) -> None:

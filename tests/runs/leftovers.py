@@ -30,7 +30,7 @@ def on_machine() -> set[str]:
 
 
 def children() -> set[str]:
-    """Return the processes below this one, for tests beside which other tests run."""
+    """Return the processes below this one, for tests that run beside other tests."""
     return {f"process {child.pid}" for child in psutil.Process().children(recursive=True)}
 
 

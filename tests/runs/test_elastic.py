@@ -198,12 +198,12 @@ def test_a_pool_grows_leaves_a_drained_node_and_loses_a_killed_one_without_losin
         (first,) = growing.nodes()
         until_more(3)
         growing.drain(first)
-        until_said("student engine 1 leaves its node, which is being drained: 1 student engine")
+        until_said("student engine 1 leaves its node, which is being drained; the pool has 1 student engine")
         until_said("student engine 2 has joined")
         (second,) = set(growing.nodes()) - {first}
         until_more(3)
         growing.kill(second)
-        until_said("died; another takes its place")
+        until_said("died; it is replaced")
         until_more(5)
         driver.terminate()
         assert driver.wait(timeout=60) == 130

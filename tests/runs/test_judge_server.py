@@ -27,7 +27,7 @@ def test_a_model_behind_vllms_own_server_judges(
     words += " --dtype float32 --enforce-eager --max-model-len 2048 --kv-cache-memory-bytes 50000000"
     words += " --distributed-executor-backend uni"
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words.split()]
-    scratch = tmp_path_factory.mktemp("j")  # of sockets, whose paths must be short
+    scratch = tmp_path_factory.mktemp("j")  # sockets lie in it, and their paths must be short
     environment = engine_environment(engine_settings(model)) | {
         "VLLM_RPC_BASE_PATH": str(scratch),
         "TMPDIR": str(scratch),

@@ -1,21 +1,23 @@
-"""A run that a scheduler stops by a signal to every process of its group; an engine that fails to start."""
+"""A run that a scheduler stops by a signal to every process of its group or cgroup; an engine that fails to start."""
 
 import json
 import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from tests.runs.chaos.processes import all_of_run
 from tests.runs.leftovers import new_since, on_machine
 from tests.runs.run import command, wait_for_step, wait_until, write_run
 
 
-@pytest.mark.parametrize("begun", ["starting", "training"])
-def test_a_signal_for_the_whole_group_stops_a_run_as_one_for_the_driver(
-    begun: str, tiny_model: Path, tmp_path: Path
+@pytest.mark.parametrize(("begun", "scope"), [("starting", "group"), ("training", "group"), ("training", "cgroup")])
+def test_a_signal_for_all_processes_stops_a_run_as_one_for_the_driver(
+    begun: str, scope: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     before, run_dir, out = on_machine(), tmp_path / "run", tmp_path / "out.txt"
     words = command(write_run(tmp_path, tiny_model, "float32", steps=500), run_dir)
@@ -26,7 +28,12 @@ def test_a_signal_for_the_whole_group_stops_a_run_as_one_for_the_driver(
     else:
         wait_until(lambda: "starting engines" in out.read_text(), "its engines were started", driver)
     began = time.monotonic()
-    os.killpg(driver.pid, signal.SIGTERM)
+    if scope == "group":
+        os.killpg(driver.pid, signal.SIGTERM)
+    else:
+        for pid in all_of_run(driver.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
     _, errors = driver.communicate(timeout=100)
     assert (driver.returncode, errors) == (130, "sdft: stopped; the same command resumes from the last checkpoint\n")
     assert time.monotonic() - began < 30

@@ -4,12 +4,14 @@ After the last attention no token affects another, so the results of the other t
 are a quarter of the tokens, those results are 2 % of the work of a model of 30 layers, and more of a shorter one.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-GATED = ("gate_proj", "up_proj", "down_proj")  # a network of these layers treats every token independently
+from sdft.learner.model.compat import GATED, last_gated_network
 
 
 def only_where_read(model: PreTrainedModel) -> bool:
@@ -18,10 +20,9 @@ def only_where_read(model: PreTrainedModel) -> bool:
     If `read` is None it computes all rows. It adds nothing to the hidden states of rows that are not computed. Returns
     whether the model has such a network.
     """
-    last = (getattr(model.base_model, "layers", None) or [None])[-1]
-    network = getattr(last, "mlp", None)
-    if last is None or network is None or not all(hasattr(network, name) for name in GATED):
+    if (found := last_gated_network(model)) is None:
         return False
+    last, network = found
     whole, read = network.forward, None
 
     def note(_: nn.Module, __: tuple[Any, ...], given: dict[str, Any]) -> None:
@@ -37,3 +38,18 @@ def only_where_read(model: PreTrainedModel) -> bool:
     last.register_forward_pre_hook(note, with_kwargs=True)
     network.forward = some
     return True
+
+
+@contextmanager
+def rows_computed(model: PreTrainedModel) -> Iterator[list[int]]:
+    """Record how many rows the last gated feed-forward network computes in each forward inside the block."""
+    rows: list[int] = []
+    if (found := last_gated_network(model)) is None:
+        yield rows
+        return
+    first = found[1].get_submodule(GATED[0])
+    hook = first.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[-2]))
+    try:
+        yield rows
+    finally:
+        hook.remove()

@@ -11,6 +11,8 @@ from functools import partial, reduce
 import torch
 from torch import Tensor, nn
 
+from sdft.learner.model.compat import epsilon
+
 CACHED = 600_000  # numbers per block, 2.4 MB in float32: a block is read and written repeatedly
 
 
@@ -22,7 +24,7 @@ class _RMSNorm(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         rows = x.reshape(-1, x.shape[-1])
         out, scale = torch.empty_like(rows), rows.new_empty(len(rows), 1, dtype=wide)
-        for some, its_scale, its_out in _blocks(rows, scale, out):
+        for some, its_scale, its_out in _cached_blocks(rows, scale, out):
             h = some.to(wide, copy=True)
             torch.mean(h * h, -1, keepdim=True, out=its_scale)
             its_scale.add_(eps).rsqrt_()
@@ -35,7 +37,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         w, rows = weight.to(scale.dtype), x.reshape(-1, x.shape[-1])
         grad_x, grads_w = torch.empty_like(rows), []
-        for some, its_grad, its_scale, its_grad_x in _blocks(rows, grad.reshape(rows.shape), scale, grad_x):
+        for some, its_grad, its_scale, its_grad_x in _cached_blocks(rows, grad.reshape(rows.shape), scale, grad_x):
             n, g = some.to(scale.dtype, copy=True).mul_(its_scale), its_grad.to(scale.dtype, copy=True)
             product = g * n
             grads_w.append(product.sum(0))
@@ -45,16 +47,16 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.view(x.shape), reduce(torch.add, grads_w).to(weight.dtype), None
 
 
-def _blocks(rows: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _cached_blocks(rows: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield blocks of rows of each tensor, with as many rows as stay in a CPU's cache."""
     most = max(1, CACHED // rows.shape[1])
     return zip(*(x.split(most) for x in (rows, *others)), strict=True)
 
 
-def _forward(module: nn.Module, x: Tensor) -> Tensor:
+def _forward(module: nn.Module, eps: float, x: Tensor) -> Tensor:
     if x.is_cuda:
-        return nn.functional.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
-    return _RMSNorm.apply(x, module.weight, module.variance_epsilon)
+        return nn.functional.rms_norm(x, module.weight.shape, module.weight, eps)
+    return _RMSNorm.apply(x, module.weight, eps)
 
 
 @torch.no_grad()
@@ -62,10 +64,10 @@ def replace_norms(model: nn.Module) -> int:
     """Replace the forward of the model's RMSNorms where both compute the same bits. Returns how many are replaced."""
     count = 0
     for module in model.modules():
-        if hasattr(module, "variance_epsilon") and isinstance(getattr(module, "weight", None), nn.Parameter):
-            ours, weight = partial(_forward, module), module.weight
+        if (eps := epsilon(module)) is not None:
+            replacement, weight = partial(_forward, module, eps), module.weight
             x = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-            if torch.equal(ours(x), module(x)):
-                module.forward = ours
+            if torch.equal(replacement(x), module(x)):
+                module.forward = replacement
                 count += 1
     return count

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sdft.learner.config import ATTENTION_KEPT
+from sdft.learner.model.compat import softmax_backward
 
 LEAST = 0.8  # least length of a member relative to its group's longest; the padding is computed and hidden
 SCORES = 1 << 18  # attention scores per head computed at once, so that those of all heads fit into a cache
@@ -56,7 +57,7 @@ class ShortAttention(torch.autograd.Function):
             weights = kept.pop(0) if k.shape[1] <= ATTENTION_KEPT else _weights(q, k, scale)
             torch.bmm(weights.transpose(1, 2), g, out=grad_v)
             scores = torch.bmm(g, v.transpose(1, 2))
-            scores = torch._softmax_backward_data(scores, weights, -1, weights.dtype)
+            scores = softmax_backward(scores, weights)
             torch.bmm(scores, k, out=grad_q)
             torch.bmm(scores.transpose(1, 2), q, out=grad_k)
         for x in grads[:2]:
@@ -71,7 +72,7 @@ def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return torch.softmax(torch.baddbmm(future, q, k.transpose(1, 2), alpha=scale), -1)
 
 
-class Group(NamedTuple):
+class LengthGroup(NamedTuple):
     """Sequences whose attention is computed at once."""
 
     members: tuple[int, ...]  # indices in the pack, the longest first
@@ -79,16 +80,16 @@ class Group(NamedTuple):
 
 
 @lru_cache(maxsize=4)  # every layer passes the same lengths, forward and backward
-def groups(lengths: tuple[int, ...]) -> tuple[Group, ...]:
+def length_groups(lengths: tuple[int, ...]) -> tuple[LengthGroup, ...]:
     """Group sequences: each has at least LEAST of its group's longest; a group of several has at most SCORES."""
-    found, members = list[Group](), list[int]()
+    found, members = list[LengthGroup](), list[int]()
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         longest = lengths[members[0]] if members else lengths[i]
         if members and (lengths[i] < LEAST * longest or (len(members) + 1) * longest**2 > SCORES):
-            found.append(Group(tuple(members), longest))
+            found.append(LengthGroup(tuple(members), longest))
             members = []
         members.append(i)
-    return (*found, Group(tuple(members), lengths[members[0]]))
+    return (*found, LengthGroup(tuple(members), lengths[members[0]]))
 
 
 class _Order(NamedTuple):
@@ -102,12 +103,12 @@ def _order(lengths: tuple[int, ...], heads: int) -> _Order:
     """Map rows of a pack, [T, heads], to padded rows, [members, heads, longest] of one group after the other."""
     starts = torch.tensor([0, *lengths]).cumsum(0)
     there, real = [], []
-    for members, longest in groups(lengths):
-        own = torch.tensor([lengths[i] for i in members])[:, None, None]
+    for members, longest in length_groups(lengths):
+        members_lengths = torch.tensor([lengths[i] for i in members])[:, None, None]
         position = torch.arange(longest).expand(len(members), heads, longest)
-        token = starts[list(members)][:, None, None] + position.minimum(own - 1)
+        token = starts[list(members)][:, None, None] + position.minimum(members_lengths - 1)
         there.append((token * heads + torch.arange(heads)[:, None]).flatten())
-        real.append((position < own).flatten())
+        real.append((position < members_lengths).flatten())
     rows, exists = torch.cat(there), torch.cat(real)
     back = torch.empty(sum(lengths) * heads, dtype=torch.int64)
     back[rows[exists]] = exists.nonzero()[:, 0]
@@ -129,12 +130,12 @@ def _packed(padded: Tensor, lengths: tuple[int, ...]) -> Tensor:
 
 def _of_groups(lengths: tuple[int, ...], kv_heads: int, *padded: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield each group's part of each tensor: [members * kv heads, the tensor's heads / kv heads * longest, D]."""
-    tokens = [len(members) * longest for members, longest in groups(lengths)]
+    tokens = [len(members) * longest for members, longest in length_groups(lengths)]
     parts = [x.split([n * _heads(x, lengths) for n in tokens]) for x in padded]
-    for group, *its_parts in zip(groups(lengths), *parts, strict=True):
+    for group, *its_parts in zip(length_groups(lengths), *parts, strict=True):
         yield tuple(x.view(len(group.members) * kv_heads, -1, x.shape[1]) for x in its_parts)
 
 
 def _heads(padded: Tensor, lengths: tuple[int, ...]) -> int:
     """The number of heads of each token in padded rows."""
-    return len(padded) // sum(len(members) * longest for members, longest in groups(lengths))
+    return len(padded) // sum(len(members) * longest for members, longest in length_groups(lengths))

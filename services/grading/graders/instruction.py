@@ -62,10 +62,11 @@ def check_answer(answer: Any) -> str | None:
             return f"rule {number} must be one of {', '.join(RULES)}"
         parameter = RULES[name][0]
         if set(rule) != {"rule"} | ({parameter} if parameter else set()):
-            return f"rule {number}, {name}, takes {parameter or 'nothing'} beside its name"
-        kind = {"n": int, "text": str}.get(parameter or "")
-        if kind is not None and type(rule[parameter]) is not kind:
-            return f"rule {number}: {parameter} must be {'a whole number' if kind is int else 'text'}"
+            wanted = f"the parameter {parameter} and no other" if parameter else "no parameter"
+            return f"rule {number}, {name}, must have {wanted}"
+        expected = {"n": int, "text": str}.get(parameter or "")
+        if expected is not None and type(rule[parameter]) is not expected:
+            return f"rule {number}: {parameter} must be {'a whole number' if expected is int else 'text'}"
     return None
 
 

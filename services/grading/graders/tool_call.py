@@ -89,19 +89,19 @@ def _merged(calls: list[Call]) -> dict[str, Any]:
     return {name: value for call in calls for name, value in call.arguments.items()}
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(first: Any, second: Any) -> bool:
     """Whether two JSON values are equal. 1 equals 1.0, but unlike in Python 1 does not equal true."""
-    left = [(one, other)]  # iterative: JSON may be nested deeper than the recursion limit
-    while left:
-        a, b = left.pop()
+    pending = [(first, second)]  # iterative: JSON may be nested deeper than the recursion limit
+    while pending:
+        a, b = pending.pop()
         if isinstance(a, dict) and isinstance(b, dict):
             if a.keys() != b.keys():
                 return False
-            left += [(a[name], b[name]) for name in a]
+            pending += [(a[name], b[name]) for name in a]
         elif isinstance(a, list) and isinstance(b, list):
             if len(a) != len(b):
                 return False
-            left += zip(a, b, strict=True)
+            pending += zip(a, b, strict=True)
         elif isinstance(a, bool) != isinstance(b, bool) or a != b:
             return False
     return True

@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 from sdft.actors.shared import collective
-from sdft.actors.shared.collective import Group, bucket, cut, seal, visit, whole
+from sdft.actors.shared.collective import BroadcastGroup, bucket, cut, seal, visit, whole
 from sdft.actors.shared.types import BroadcastFailed, SnapshotDamaged, TensorEntry
 from sdft.learner.weights.broadcaster import Broadcaster
 
@@ -24,19 +24,19 @@ ENTRIES = [
 ]
 
 
-def joined(broadcaster: Broadcaster, pool: ThreadPoolExecutor, members: int) -> list[Group]:
+def joined(broadcaster: Broadcaster, pool: ThreadPoolExecutor, members: int) -> list[BroadcastGroup]:
     """Return the members' ends of a new group. The learner's end is in the broadcaster."""
     address, port = broadcaster.meet("student")
 
-    def end(rank: int) -> Group:
-        return Group(visit(address, port, LONG_S), rank, members + 1, CPU, HERE, LONG_S)
+    def end(rank: int) -> BroadcastGroup:
+        return BroadcastGroup(visit(address, port, LONG_S), rank, members + 1, CPU, HERE, LONG_S)
 
     ends = [pool.submit(end, rank) for rank in range(1, members + 1)]
     broadcaster.join("student", members + 1, LONG_S)
     return [end.result() for end in ends]
 
 
-def received(group: Group) -> bytes:
+def received(group: BroadcastGroup) -> bytes:
     """Receive the buckets of the payload as a member, and check each."""
     data = b""
     for part in cut([e.nbytes for e in ENTRIES]):
@@ -104,7 +104,7 @@ def test_a_member_that_does_not_answer_fails_the_broadcast_at_its_deadline() -> 
     broadcaster = Broadcaster("cpu", HERE)
     with ThreadPoolExecutor() as pool:
         (member,) = joined(broadcaster, pool, 1)
-        with pytest.raises(BroadcastFailed, match="has not answered in time"):
+        with pytest.raises(BroadcastFailed, match="did not answer in time"):
             member.broadcast(bucket(8, CPU), time.monotonic() + 0.2)
         broadcaster.close("student")
 

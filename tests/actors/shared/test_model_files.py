@@ -18,7 +18,7 @@ from sdft.actors.shared.model_files import ADAPTER_CONFIG, INDEX, SINGLE, weight
 from sdft.services.base.errors import UserError
 from sdft.services.cli.main import main
 from sdft.services.planning.models import DOWNLOADED, NOT_DOWNLOADED, resolve_model
-from sdft.services.planning.shape import ModelShape, sample_of_weights
+from sdft.services.planning.shape import ModelShape, read_headers, sample_of_weights
 from sdft.services.records import checkpoints
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1000\n"
@@ -57,13 +57,14 @@ def unprivileged() -> Iterator[None]:
 
 
 def test_shards_are_read_as_one_model_and_other_files_are_ignored(tiny_model: Path, model: Path) -> None:
-    whole, bytes_before = ModelShape.of(tiny_model), sample_of_weights(tiny_model)
+    headers = read_headers(tiny_model)
+    whole, bytes_before = ModelShape.of(tiny_model, headers), sample_of_weights(headers)
     files = shard(model)
     shutil.copy(tiny_model / SINGLE, model / "consolidated.safetensors")
     save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, model / "adapter_model.safetensors")
     assert weight_files(model) == files
-    assert ModelShape.of(resolve_model(str(model), model)) == whole
-    assert sample_of_weights(model) == bytes_before
+    assert ModelShape.of(resolve_model(str(model), model), read_headers(model)) == whole
+    assert sample_of_weights(read_headers(model)) == bytes_before
     assert {name for name, _ in merged(model, {}, 1.0, torch.float32)} == set(load_file(tiny_model / SINGLE))
 
 
@@ -101,12 +102,12 @@ def write(name: str, content: bytes) -> Callable[[Path], object]:
 SPOILT: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a pointer": (write(SINGLE, LFS), [SINGLE, "Git LFS pointer", "git lfs pull"]),
     "an empty file": (write(SINGLE, b""), [SINGLE, "is empty", "download it again"]),
-    "a few bytes": (write(SINGLE, b"abc"), [SINGLE, "cut short", "download it again"]),
+    "a few bytes": (write(SINGLE, b"abc"), [SINGLE, "is incomplete", "download it again"]),
     "half a file": (
         lambda model: os.truncate(model / SINGLE, (model / SINGLE).stat().st_size // 2),
         [SINGLE, "bytes and its header describes", "download it again"],
     ),
-    "half a header": (lambda model: os.truncate(model / SINGLE, 100), [SINGLE, "cut short"]),
+    "half a header": (lambda model: os.truncate(model / SINGLE, 100), [SINGLE, "is incomplete"]),
     "another header": (spoil_header, [SINGLE, "no valid safetensors header"]),
     "a missing shard": (lose_a_shard, ["model-00002-of-00002.safetensors is missing", INDEX]),
     "half an index": (spoil_index, [INDEX, "not valid JSON"]),
@@ -163,7 +164,7 @@ def test_an_adapter_whose_base_is_damaged_is_not_exported(
     checkpoints.commit(part, tmp_path, checkpoints.CheckpointState(1, 1, 1, "float32", "f"), keep=1)
     os.truncate(model / SINGLE, 100)
     assert main(["export", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert f"{SINGLE} is cut short" in capsys.readouterr().err
+    assert f"{SINGLE} is incomplete" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -1,9 +1,12 @@
 """Tensors that do not fit a model, and models that the learner cannot run, are refused before a start."""
 
 import json
+import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +24,8 @@ from sdft.learner.weights.lora import Lora
 from sdft.learner.weights.publisher import Publisher
 from sdft.services.base.errors import UserError
 from sdft.services.cli.main import main
-from sdft.services.planning.models import check_positions, examined
+from sdft.services.planning.examined import examined
+from sdft.services.planning.models import check_positions
 from tests.fakes.families import make_family
 from tests.runs.run import write_run
 
@@ -49,7 +53,7 @@ def configure(model: Path, **settings: object) -> None:
 SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "an untied head that is not there": (
         lambda model: configure(model, tie_word_embeddings=False),
-        r"files lack lm_head\.weight, which config\.json describes and would be random; correct config\.json",
+        r"files lack lm_head\.weight, which config\.json describes, so they would be random; correct config\.json",
     ),
     "a layer's tensor that is not there": (
         lambda model: change(model, lambda tensors: tensors.pop(DOWN_PROJ)),
@@ -92,6 +96,35 @@ def test_check_and_eval_refuse_a_model_whose_head_would_be_random(
         assert "files lack lm_head.weight" in capsys.readouterr().err
 
 
+def test_a_folder_that_passed_is_examined_again_once_it_has_changed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[object] = []
+
+    class Counted(subprocess.Popen):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            begun.append(args)
+            super().__init__(*args, **kwargs)
+
+    def examinations(trains: bool = True) -> int:
+        before = len(begun)
+        with examined(model, trains):
+            pass
+        return len(begun) - before
+
+    monkeypatch.setattr(subprocess, "Popen", Counted)
+    monkeypatch.setenv("SDFT_CACHE", str(tmp_path / "cache"))
+    assert (examinations(), examinations(), examinations(trains=False)) == (1, 0, 1)
+    times, weights = (model / SINGLE).stat(), (model / SINGLE).read_bytes()
+    (model / SINGLE).write_bytes(weights)  # of the same size, and as if of the same time
+    os.utime(model / SINGLE, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert examinations() == 1
+    monkeypatch.setattr("sdft.services.planning.examined.version", lambda name: "another")
+    assert examinations() == 1
+    monkeypatch.setenv("SDFT_CACHE", "/proc")  # where nothing can be remembered
+    assert (examinations(), examinations()) == (1, 1)
+
+
 def test_tensors_that_transformers_ties_or_ignores_are_no_fault(model: Path) -> None:
     def more(tensors: Tensors) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -111,8 +144,8 @@ def test_a_separate_head_that_config_json_ties_is_refused(model: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "settings", "words"),
     [
-        ("stablelm", {}, "where packed sequences end; choose another"),
-        ("nemotron", {}, "where packed sequences end"),
+        ("stablelm", {}, "pass the lengths of packed sequences to their attention; choose another model"),
+        ("nemotron", {}, "lengths of packed sequences"),
         ("bloom", {}, "do not use the attention interface"),
         ("gptj", {"rotary_dim": 32}, "do not work with the learner's attention"),
         ("mpt", {"d_model": 128, "n_heads": 2, "n_layers": 2}, "do not work with the learner's attention"),
@@ -132,7 +165,9 @@ def test_a_model_that_the_learner_would_compute_differently_is_refused_by_check(
 
 def test_a_configuration_that_describes_no_model_is_refused(model: Path) -> None:
     configure(model, pad_token_id=100_000)  # outside the vocabulary
-    assert "cannot build what its config.json describes (AssertionError: Padding_idx" in (examine(model, True) or "")
+    assert "cannot build the model that its config.json describes (AssertionError: Padding_idx" in (
+        examine(model, True) or ""
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3_text", "olmo3", "phi3", "seed_oss", "gpt2"])
@@ -156,7 +191,7 @@ def test_a_window_that_is_not_passed_to_attention_is_refused(tmp_path: Path, mon
 
     assert examine(tmp_path, True) is None
     monkeypatch.setattr(modeling_mistral.MistralAttention, "forward", forward)
-    assert "how far the window" in (examine(tmp_path, True) or "")
+    assert "do not pass the window" in (examine(tmp_path, True) or "")
 
 
 LONGROPE = {
@@ -183,7 +218,7 @@ def test_positions_that_depend_on_the_longest_of_a_pack_are_refused(tmp_path: Pa
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized (quantization_config in config.json)"),
         (
             {"hidden_size": "128"},
-            "does not know what its config.json describes (Validation error for field 'hidden_size'",
+            "does not support the model that its config.json describes (Validation error for field 'hidden_size'",
         ),
         ({"model_type": "gemma3n"}, "its head uses final_logit_softcapping"),  # set in its text_config
     ],
@@ -206,7 +241,7 @@ def test_attention_refuses_what_it_does_not_compute() -> None:
             packed_attention(module, q, q, q, None, lengths=(2, 1), **wrong)
     with pytest.raises(Untrainable, match="a mask of its own"):
         packed_attention(module, q, q, q, q, lengths=(2, 1))
-    with pytest.raises(Untrainable, match="where packed sequences end"):
+    with pytest.raises(Untrainable, match="lengths of packed sequences"):
         packed_attention(module, q, q, q, None)
 
 
@@ -229,5 +264,5 @@ def test_adapters_need_weights_of_the_names_that_they_are_merged_by(model: Path)
         lambda tensors: [tensors.update({name.removeprefix("model."): tensors.pop(name)}) for name in list(tensors)],
     )
     assert examine(model, True) is None  # transformers finds them in spite of the names
-    with pytest.raises(Untrainable, match=r"layers\.0\..* otherwise, and adapters are merged by name"):
+    with pytest.raises(Untrainable, match=r"have no weight .*layers\.0\..*, and adapters are merged by name"):
         Lora(load_student(model, torch.float32), LoraConfig(rank=2), model, torch.float32)

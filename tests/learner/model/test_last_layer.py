@@ -1,6 +1,7 @@
 """The last feed-forward network computes only the rows that are read: loss and gradient stay the same."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from sdft.learner.model.attention import PACKED
 from sdft.learner.model.cpu.last_layer import only_where_read
+from sdft.learner.model.faithful import unfaithful
 from sdft.learner.model.student import hidden_states, load_student
 
 LENGTHS = (5, 7)
@@ -47,6 +49,18 @@ def test_only_the_rows_that_are_read_are_computed(tiny_model: Path, read: tuple[
     torch.testing.assert_close(its_states, states, rtol=1e-6, atol=1e-6)
     for mine, theirs in zip(its_gradients, gradients, strict=True):
         assert (mine - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+def test_layers_that_do_not_get_the_rows_to_read_are_refused_at_the_start(tiny_model: Path) -> None:
+    """Otherwise the learner would compute all rows without a message."""
+    model = load_student(tiny_model, torch.float32)
+    assert unfaithful(model) is None
+
+    def drop(_: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
+        return given, {name: value for name, value in named.items() if name != "read"}
+
+    model.base_model.layers[-1].register_forward_pre_hook(drop, prepend=True, with_kwargs=True)
+    assert "its layers do not pass the argument `read` on" in (unfaithful(model) or "")
 
 
 def test_a_network_of_another_kind_is_not_changed() -> None:

@@ -22,5 +22,5 @@ def test_a_snapshot_that_cannot_be_probed_does_not_block_the_next(tiny_model: Pa
         publisher.publish("student", 0, Content((weights | {"model.norm.weight": norm[:5]}).items(), nbytes))
     snapshot = publisher.publish("student", 0, Content(weights.items(), nbytes))
     assert np.isfinite(snapshot.probe_logprobs).all()
-    with pytest.raises(RuntimeError, match="the snapshot before it was not released"):
+    with pytest.raises(RuntimeError, match="the previous snapshot was not released"):
         publisher.publish("student", 1, Content(weights.items(), nbytes))

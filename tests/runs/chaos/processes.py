@@ -27,6 +27,11 @@ class Process:
 
 def of_run(driver: int) -> list[Process]:
     """Return the live engines, their inner processes and learner ranks, including those that are starting."""
+    return [Process(pid, kind) for pid in all_of_run(driver) if (kind := _kind(pid)) is not None]
+
+
+def all_of_run(driver: int) -> list[int]:
+    """Return the ids of the driver and of every process below it."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):
@@ -37,9 +42,9 @@ def of_run(driver: int) -> list[Process]:
         while above in parents and above not in ancestors:
             ancestors.add(above)
             above = parents[above]
-        if driver in ancestors and (kind := _kind(pid)) is not None:
-            found.append(Process(pid, kind))
-    return sorted(found, key=lambda process: process.pid)
+        if driver in ancestors:
+            found.append(pid)
+    return sorted(found)
 
 
 def _kind(pid: int) -> str | None:

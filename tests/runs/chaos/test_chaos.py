@@ -130,7 +130,9 @@ class Monkey:
 
     def run(self) -> None:
         self.step("the first step")
-        assert self.said("loaded from memory") == 0  # otherwise the broadcasts to be disturbed never happen
+        assert (
+            self.said("the engines load them from memory") == 0
+        )  # otherwise the broadcasts to be disturbed never happen
         self.fill_disk()
         self.damage_snapshot()
         while self.killed.total() < KILLS:

@@ -4,6 +4,8 @@ import os
 import re
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ from sdft.services.analysis.svg import lines
 from sdft.services.base.errors import UserError
 from sdft.services.cli.train import _only_one
 from sdft.services.monitoring.log import RunLog
-from sdft.services.records.rows import EvalResult, Sample, StepMetrics
+from sdft.services.records.rows import EvalResult, Reply, StepMetrics
 from sdft.services.records.run_dir import LOCK
 
 STEP = StepMetrics(
@@ -64,7 +66,7 @@ def train(run_dir: Path, steps: int, prompt: str = "2 + 2?") -> None:
             log.evaluation(EvalResult(step, 0, "tools", "accuracy", 0.8125 if step else 0.0, 80))
             log.evaluation(EvalResult(step, 0, "general", "accuracy", 0.9875 if step else 1.0, 80))
             log.evaluation(EvalResult(step, 0, "prose", "perplexity", 21.0 if step else 20.0, 900))
-            log.sample(Sample(step, "tools", "q<1>", prompt, {"n": 4}, f"<b>{step}</b>", step > 0))
+            log.reply(Reply(step, "tools", "q<1>", prompt, {"n": 4}, f"<b>{step}</b>", step > 0))
     log.close()
 
 
@@ -309,14 +311,31 @@ def test_status_says_how_far_a_running_run_is(tmp_path: Path) -> None:
 
 def test_status_and_report_say_what_bounds_the_run(tmp_path: Path) -> None:
     train(begin(tmp_path, SETS), 4)
-    sentence = "the learner's step, 47.1 % of a step; more learner ranks (learner.ranks)"
+    sentence = "the learner's step, 47.1 % of a step; use more learner ranks (learner.ranks)"
     (line,) = [line for line in status_text(tmp_path).splitlines() if line.startswith("bound by")]
     assert sentence in line
     assert f"Bound by {sentence}" in Page(write_report(tmp_path)).text
     config = yaml.safe_load((tmp_path / "config.yaml").read_text()) | {"training": {"max_staleness": 1}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     assert "while the engines keep ahead" in status_text(tmp_path)
-    assert "made beside the learner's steps" in Page(write_report(tmp_path)).text
+    assert "Sampling and scoring overlap with the learner's steps" in Page(write_report(tmp_path)).text
+
+
+def test_a_report_without_a_home_prints_its_path_alone_and_leaves_nothing(tmp_path: Path) -> None:
+    train(begin(tmp_path / "run"), 2)
+    (tmp_path / "home").write_text("")  # no folder can be made below it, not even by root
+    (tmp_path / "temporary").mkdir()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "MPL"))}
+    result = subprocess.run(
+        [sys.executable, "-m", "sdft.services.cli", "report", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=kept | {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "temporary")},
+    )
+    assert (result.stdout, result.stderr) == (f"{tmp_path / 'run' / 'report.html'}\n", "")
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_status_tells_a_killed_run_from_a_running_one(tmp_path: Path) -> None:
@@ -394,7 +413,7 @@ def test_a_folder_without_a_run_is_a_clear_error(tmp_path: Path, read: object) -
 def test_a_damaged_file_of_a_run_is_named(tmp_path: Path) -> None:
     begin(tmp_path)
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"run\.json: not what a run writes"):
+    with pytest.raises(UserError, match=r"run\.json: not the state of a run"):
         status_text(tmp_path)
     begin(tmp_path)
     (tmp_path / "ledger.sqlite").write_text("not a database, but long enough to be looked at" * 50)

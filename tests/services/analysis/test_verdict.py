@@ -44,7 +44,7 @@ def test_a_run_ahead_is_bound_by_what_it_waits_for() -> None:
     assert slow == "the engines: the learner waits 30.0 % of the time; raise actors.student.max_replicas"
     assert "actors.teacher.max_replicas" in said(steps(rollout=3, score=9, learn=6, wait=3), 2)
     assert "the learner's step, 90.0 % of a step, while the engines keep ahead" in said(steps(rollout=8, learn=9), 1)
-    assert "fewer updates" in said(steps(rollout=8, learn=4, sync=5), 1)
+    assert "update the engines less often" in said(steps(rollout=8, learn=4, sync=5), 1)
 
 
 LIVE, FROZEN = {"weights": "live"}, {"weights": "frozen"}
@@ -53,11 +53,15 @@ LIVE, FROZEN = {"weights": "live"}, {"weights": "frozen"}
 @pytest.mark.parametrize(
     ("config", "times", "mend"),
     [
-        ({"method": "off_policy"}, {"rollout": 6}, "more teacher engines (actors.teacher.replicas), or learning"),
+        ({"method": "off_policy"}, {"rollout": 6}, "use more teacher engines (actors.teacher.replicas), or overlap"),
         ({"method": "off_policy", "teacher": LIVE}, {"rollout": 6}, "more student engines (actors.student.replicas)"),
-        ({"teacher": LIVE}, {"score": 6}, "more student engines (actors.student.replicas), or scoring"),
-        ({"teacher": LIVE}, {"sync": 6}, "weight updates, 60.0 % of a step; sampling meanwhile"),
-        ({"teacher": FROZEN}, {"sync": 6}, "weight updates, 60.0 % of a step; sampling meanwhile"),
+        (
+            {"teacher": LIVE},
+            {"score": 6},
+            "more student engines (actors.student.replicas), or overlap it with learning",
+        ),
+        ({"teacher": LIVE}, {"sync": 6}, "weight updates, 60.0 % of a step; overlap it with sampling"),
+        ({"teacher": FROZEN}, {"sync": 6}, "weight updates, 60.0 % of a step; overlap it with sampling"),
         ({"stages": [{"method": "off_policy"}]}, {"rollout": 6}, "more teacher engines"),
         ({"method": "off_policy", "stages": [{"method": None}]}, {"rollout": 6}, "more teacher engines"),
     ],
@@ -72,15 +76,15 @@ def test_the_advice_names_the_engines_that_do_the_work(
 @pytest.mark.parametrize("method", ["sft", "dft"])
 def test_the_advice_for_sft_and_dft_names_neither_engines_nor_staleness(method: str, staleness: int) -> None:
     learning, waiting = (said(steps(**t), staleness, method=method) for t in ({"learn": 8.0}, {"learn": 4, "wait": 6}))
-    assert learning == "the learner's step, 80.0 % of a step; more learner ranks (learner.ranks)"
-    assert waiting == "waiting for checkpoints, 60.0 % of a step; fewer of them (checkpoint.every)"
+    assert learning == "the learner's step, 80.0 % of a step; use more learner ranks (learner.ranks)"
+    assert waiting == "waiting for checkpoints, 60.0 % of a step; save checkpoints less often (checkpoint.every)"
 
 
 def test_a_run_ahead_waits_for_the_engines_that_do_the_work() -> None:
     waits = steps(rollout=12, score=3, wait=3)
     assert "raise actors.teacher.max_replicas" in said(waits, 1, method="off_policy")
     assert "raise actors.student.max_replicas" in said(steps(rollout=3, score=12, wait=3), 1, teacher=LIVE)
-    assert said(steps(sync=5), 1, teacher=LIVE).endswith("fewer updates (weights.sync_every)")
+    assert said(steps(sync=5), 1, teacher=LIVE).endswith("update the engines less often (weights.sync_every)")
 
 
 def test_a_stage_is_judged_by_its_own_steps() -> None:

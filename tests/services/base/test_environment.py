@@ -64,7 +64,9 @@ def test_a_folder_whose_sockets_would_have_too_long_paths_is_named(monkeypatch: 
     monkeypatch.setattr(tempfile, "tempdir", "/tmp")
     check_temporary("sdft-ray-")
     monkeypatch.setattr(tempfile, "tempdir", "/scratch/users/someone/job-12345/temporary")
-    with pytest.raises(UserError, match=r"TMPDIR: the path /scratch/.* has 42 bytes, .* at most 25, such as /tmp"):
+    with pytest.raises(
+        UserError, match=r"TMPDIR: the path /scratch/.* has 42 bytes, .* at most 25 bytes, such as /tmp"
+    ):
         check_temporary("sdft-ray-")
 
 
@@ -78,6 +80,6 @@ def test_a_socks_proxy_without_its_package_is_named(
     config = write_run(tmp_path, Path("someone/a-model"), "float32")
     assert main(["check", str(config)]) == 2
     assert capsys.readouterr().err == (
-        "sdft: the environment names a SOCKS proxy (ALL_PROXY=proxy:1080), which needs a package: pip install socksio, "
-        "or unset the variable\n"
+        "sdft: the environment names a SOCKS proxy (ALL_PROXY=proxy:1080), which needs the package socksio; run "
+        "`pip install socksio`, or unset the variable\n"
     )

@@ -1,5 +1,7 @@
 """A command whose output has no reader any more, or cannot be written."""
 
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +33,38 @@ def test_a_command_whose_reader_has_gone_ends_quietly(command: str, tmp_path: Pa
     (tmp_path / "config.yaml").write_text("{}\n")
     result = closed_early(command, str(tmp_path))
     assert (result.returncode, result.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", ["status RUN", "report RUN", "matrix RUN"])
+def test_a_command_whose_output_takes_nothing_ends_in_a_sentence(command: str, unbuffered: str, tmp_path: Path) -> None:
+    """/dev/full answers as a full disk does."""
+    write_run(tmp_path, 3)
+    (tmp_path / "config.yaml").write_text(
+        "{evaluation: {sets: [{name: tools, role: retention}]}, stages: [{name: one, sets: []}]}"
+    )
+    (tmp_path / "run.json").write_text('{"stages": [["one", 3]], "state": "finished", "pid": 1, "host": "h"}')
+    with (tmp_path / "eval.jsonl").open("a") as file:
+        file.write('{"step": 0, "stage": 0, "task": "tools", "metric": "accuracy", "value": 0.1, "n": 10}\n')
+    words = [*COMMAND, *command.replace("RUN", str(tmp_path)).split()]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False, env=environment
+        )
+        both = subprocess.run(words, stdout=full, stderr=full, timeout=60, check=False, env=environment)
+    said = "sdft: the output cannot be written (No space left on device); make room, or send it elsewhere\n"
+    assert (result.returncode, result.stderr) == (3, said)
+    assert both.returncode == 3
+
+
+def test_a_command_without_standard_output_does_its_work(tmp_path: Path) -> None:
+    write_run(tmp_path, 3)
+    (tmp_path / "config.yaml").write_text("{}\n")
+    words = shlex.join([*COMMAND, "report", str(tmp_path)])
+    result = subprocess.run(f"{words} >&-", shell=True, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / "report.html").exists()
 
 
 def test_another_pipe_that_breaks_is_not_taken_for_the_output() -> None:

@@ -1,8 +1,11 @@
 """Consecutive `sdft train` of one run: what a run resumes from, and what it sets aside."""
 
+import errno
 import json
+import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, cast
@@ -47,7 +50,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
             await writer.saved()
         ledger.close()
 
-    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(train, "run_session", run)
     return starts
 
 
@@ -99,9 +102,57 @@ def test_a_damaged_checkpoint_is_set_aside_by_the_run_that_goes_on_before_it(
     said = capsys.readouterr().out
     assert f"{checkpoints.folder_of(run_dir, 2)} is damaged (ledger.sqlite is not as it was written)" in said
     (aside,) = (run_dir / "checkpoints").glob("aside-*-step-000002")
-    assert f"a later checkpoint is kept as {aside}" in said
+    assert f"is set aside as {aside}" in said
     assert list(checkpoints.folders(run_dir)) == [3]
     assert (run_dir / "checkpoints" / "latest").read_text() == "step-000003"
+
+
+@pytest.mark.parametrize("refused", ["rename", "latest"])
+def test_a_checkpoint_that_cannot_be_set_aside_is_a_sentence(
+    refused: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    started: list[Path | None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, folder = write_run(tmp_path, tiny_model, "float32"), tmp_path / "run" / "checkpoints"
+    assert command(config) == 0
+    (checkpoints.folder_of(tmp_path / "run", 2) / checkpoints.LEDGER).write_bytes(b"x")
+    if refused == "latest":
+        (folder / ".latest.part").mkdir()
+    else:
+
+        def rename(path: Path, target: Path) -> Path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+        monkeypatch.setattr(Path, "rename", rename)
+    capsys.readouterr()
+    assert command(config) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"sdft: {folder}: the checkpoints after step 1 cannot be set aside ([Errno ")
+    assert said.endswith("; make the folder and the checkpoints in it writable, or name another --run-dir")
+    assert started == [None]
+
+
+def test_a_run_whose_checkpoints_could_not_be_written_does_not_begin(
+    tiny_model: Path, tmp_path: Path, started: list[Path | None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, folder = write_run(tmp_path, tiny_model, "float32"), tmp_path / "run" / "checkpoints"
+    folder.parent.mkdir()
+    folder.symlink_to("/proc")
+    assert command(config) == 2
+    assert f"sdft: {folder}/step-000006: nothing can be written there" in capsys.readouterr().err
+    assert started == []
+
+
+def test_a_run_that_is_done_has_not_failed_because_its_output_takes_nothing(
+    tiny_model: Path, tmp_path: Path, started: list[Path | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_run(tmp_path, tiny_model, "float32", steps=2)
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert command(config) == 0
 
 
 def test_a_run_is_finished_even_if_its_report_cannot_be_written(

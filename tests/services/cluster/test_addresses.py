@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sdft.services.base.errors import UserError
-from sdft.services.cluster.cluster import where_answers
+from sdft.services.cluster.cluster import host_and_port
 from sdft.services.config.sections import RayConfig
 
 
@@ -22,26 +22,26 @@ from sdft.services.config.sections import RayConfig
     ],
 )
 def test_where_a_cluster_answers(address: str, expected: tuple[str, int] | None) -> None:
-    assert where_answers(address) == expected
+    assert host_and_port(address) == expected
 
 
 @pytest.mark.parametrize(
     ("address", "why"),
     [
-        ("ray://head:10001", "is that of Ray's client"),
-        ("http://head:8265", "is that of a dashboard, which takes jobs"),
-        ("https://head", "is that of a dashboard"),
+        ("ray://head:10001", "is an address for Ray Client, which cannot drive a run"),
+        ("http://head:8265", "is the address of a dashboard, which is only for jobs"),
+        ("https://head", "is the address of a dashboard"),
         ("head", "names no port"),
-        ("::1:6379", "is no HOST:PORT"),
-        ("head:six", "is no HOST:PORT"),
-        ("redis://head:6379", "is of another kind"),
+        ("::1:6379", "is not HOST:PORT"),
+        ("head:six", "is not HOST:PORT"),
+        ("redis://head:6379", "has the unknown protocol redis"),
     ],
 )
 def test_an_address_that_cannot_work_is_refused_with_the_right_form(address: str, why: str) -> None:
     with pytest.raises(
-        UserError, match=rf"ray\.address .*{why}.*; give the cluster's own, as HOST:6379 or \[IPV6\]:6379"
+        UserError, match=rf"ray\.address .*{why}.*; give the cluster's address as HOST:6379 or \[IPV6\]:6379"
     ):
-        where_answers(address)
+        host_and_port(address)
 
 
 def test_the_environment_may_say_local(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,11 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
     [
         ("trainer: 1", "my.yaml: trainer is not a setting; did you mean training?"),
         ("lr: 1.0", "my.yaml: lr is not a setting; did you mean learner.optimizer.lr?"),
+        (
+            "evaluation: {timeout_s: 60}",
+            "my.yaml: evaluation.timeout_s is not a setting any more; set actors.batch_timeout_s for rollouts, scores "
+            "and replies, and evaluation.grading_timeout_s for a judge and lm-eval",
+        ),
         ("loss: {topk: 3}", "my.yaml: loss.topk is not a setting; did you mean loss.top_k?"),
         ("ray: {zzz: 3}", "my.yaml: ray.zzz is not a setting; ray has address, wait_s, autoscaling"),
         ("seed: yes", "my.yaml: seed must be a whole number, not true"),
@@ -94,7 +99,7 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
         ("learner: {optimizer: {lr: .inf}}", "my.yaml: learner.optimizer.lr must be a finite number, not inf"),
         (
             "weights: {sync_every: 3}",
-            "my.yaml: weights.sync_every 3 lets rollouts be 2 steps behind; set training.max_staleness to that, or "
+            "my.yaml: weights.sync_every 3 lets rollouts be 2 steps behind; set training.max_staleness to 2, or "
             "weights.sync_every to 1",
         ),
         ("learner: {lora: {rank: 0}}", "my.yaml: learner.lora.rank must be at least 1, not 0"),
@@ -105,12 +110,13 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
         ("learner: {zero_stage: 5}", "my.yaml: learner.zero_stage must be 0 or 1 or 2 or 3, not 5"),
         (
             "evaluation: {sets: [{name: a, file: f, grader: exact, columns: {answr: x}}]}",
-            "my.yaml: evaluation.sets[0].columns.answr is no column; did you mean evaluation.sets[0].columns.answer?",
+            "my.yaml: evaluation.sets[0].columns.answr is not a column; did you mean "
+            "evaluation.sets[0].columns.answer?",
         ),
         (
             "evaluation: {sets: [{name: a, file: f, grader: exact, columns: {zzz: x}}]}",
-            "my.yaml: evaluation.sets[0].columns.zzz is no column; there are prompt, demonstration, id, context, "
-            "feedback, answer, text",
+            "my.yaml: evaluation.sets[0].columns.zzz is not a column; the columns are prompt, demonstration, id, "
+            "context, feedback, answer, text",
         ),
         ("monitoring: {tensorboard: 1}", "my.yaml: monitoring.tensorboard must be true or false, not 1"),
         ("run_dir: 5", "my.yaml: run_dir must be text, not 5; put it in quotes"),
@@ -134,18 +140,18 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
         (
             "weights: {teacher_sync_every: 10}\nevaluation: {every: 5, sets: [{name: a, file: f, grader: exact}]}\n"
             "retention: {max_drop: 0.1, sets: [a], action: stop}",
-            "my.yaml: evaluation.every 5 is no multiple of weights.teacher_sync_every 10: continued from a checkpoint "
-            "in between, a run would have a newer teacher than one that was never stopped; make it one",
+            "my.yaml: evaluation.every 5 must be a multiple of weights.teacher_sync_every 10, or a run resumed from a "
+            "checkpoint has a newer teacher than an uninterrupted run",
         ),
         (
             "weights: {teacher_sync_every: 20}",
-            "my.yaml: checkpoint.every 50 is no multiple of weights.teacher_sync_every 20: continued from a checkpoint "
-            "in between, a run would have a newer teacher than one that was never stopped; make it one",
+            "my.yaml: checkpoint.every 50 must be a multiple of weights.teacher_sync_every 20, or a run resumed from a "
+            "checkpoint has a newer teacher than an uninterrupted run",
         ),
         (
             "actors: {teacher: {max_replicas: 3}}",
-            "my.yaml: actors.teacher.max_replicas lets the number of engines change, and with it the bits of a strict "
-            "run; set training.max_staleness to 1 or more, or leave max_replicas out",
+            "my.yaml: actors.teacher.max_replicas lets the number of engines change, which would change the bits of a "
+            "strict run; set training.max_staleness to 1 or more, or remove max_replicas",
         ),
         (
             "actors: {student: {replicas: 4, max_replicas: 3}}",
@@ -154,8 +160,8 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
         ),
         (
             "learner: {ranks: 64}",
-            "my.yaml: learner.ranks 64 must not exceed the 32 rollouts of a step (training.batch_size by "
-            "sampling.generations): some ranks would never have work",
+            "my.yaml: learner.ranks 64 must not exceed the 32 rollouts of a step (training.batch_size times "
+            "sampling.generations), or some ranks have no work",
         ),
     ],
 )
@@ -169,10 +175,10 @@ def test_a_mistyped_column_or_method_of_a_stage_is_named_with_its_mend(tmp_path:
         'my.yaml: stages[0].method must be sdft or off_policy or sft or dft, not the text "stf"; did you mean sft?'
     )
     assert message(tmp_path, rest + "[{name: a, steps: 1, data: {train: t.jsonl, columns: {promt: x}}}]") == (
-        "my.yaml: stages[0].data.columns.promt is no column; did you mean stages[0].data.columns.prompt?"
+        "my.yaml: stages[0].data.columns.promt is not a column; did you mean stages[0].data.columns.prompt?"
     )
     assert message(tmp_path, GOOD, "data.columns.promt=x") == (
-        "--set data.columns.promt=x: data.columns.promt is no column; did you mean data.columns.prompt?"
+        "--set data.columns.promt=x: data.columns.promt is not a column; did you mean data.columns.prompt?"
     )
 
 
@@ -209,7 +215,7 @@ def test_contradicting_settings_say_why(tmp_path: Path) -> None:
             "--set training.batchsize=8: training.batchsize is not a setting; did you mean training.batch_size?",
         ),
         ("trainin.steps=8", "--set trainin.steps=8: trainin is not a setting; did you mean training?"),
-        ("model.name=8", "--set model.name=8: model is no mapping; set it as a whole"),
+        ("model.name=8", "--set model.name=8: model is not a mapping; write --set model=VALUE"),
         ("seed=many", '--set seed=many: seed must be a whole number, not the text "many"'),
     ],
 )
@@ -234,8 +240,12 @@ def test_an_item_of_a_list_is_set_by_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("stages.tool.steps=2", "--set stages.tool.steps=2: stages has no item tool; there are tools, facts"),
-        ("stages.facts=2", "--set stages.facts=2: stages is no mapping; set it as a whole"),
+        ("stages.tool.steps=2", "--set stages.tool.steps=2: stages has no item tool; its items are tools, facts"),
+        ("stages.facts=2", "--set stages.facts=2: stages is not a mapping; write --set stages=VALUE"),
+        (
+            "stages.facts.steps.x=2",
+            "--set stages.facts.steps.x=2: stages[1].steps is not a mapping; write --set stages.facts.steps=VALUE",
+        ),
         ("stages.facts.steps=0", "--set stages.facts.steps=0: stages[1].steps must be at least 1, not 0"),
     ],
 )
@@ -353,7 +363,9 @@ def test_the_dtype_is_one_that_the_processor_has_instructions_for_unless_it_is_g
     assert dtype_lines(load(tmp_path, GOOD, "device=cuda")) == dtype_lines(load(tmp_path, GOOD)) == []
     given = load(tmp_path, GOOD, "dtype=bfloat16")
     assert given.dtype == "bfloat16"
-    assert [line[:34] for line in dtype_lines(given)] == ([] if native else ["this processor has no instructions"])
+    assert [line[:43] for line in dtype_lines(given)] == (
+        [] if native else ["warning: this processor has no instructions"]
+    )
     # A run's files keep the dtype of the run, on whatever machine they are read.
     assert f"dtype: {usual}\n" in resolved_yaml(load(tmp_path, GOOD))
 

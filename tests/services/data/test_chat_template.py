@@ -118,7 +118,7 @@ def test_a_reply_ends_with_what_the_template_appends(tiny_model: Path, chat_temp
 def test_a_tokenizer_without_eos_token_is_refused_only_where_nothing_else_ends_a_reply(tiny_model: Path) -> None:
     assert builder(tiny_model, TEMPLATE, eos_token=None).demonstration(record())[-1] == 2
     plain = f"{EACH}{{{{ m['role'] }}}}: {{{{ m['content'] }}}}\n{OPEN.replace('<|im_start|>', '')}"
-    with pytest.raises(UserError, match=r"nothing ends a reply: .*set eos_token"):
+    with pytest.raises(UserError, match=r"no token ends a reply: .*set eos_token"):
         builder(tiny_model, plain, eos_token=None).demonstration(record())
 
 
@@ -151,7 +151,7 @@ def test_check_warns_of_an_end_that_other_servers_of_the_model_do_not_know(
     assert main(["check", str(tmp_path / "my.yaml")]) == 0
     said = capsys.readouterr().out
     assert ("warning: a reply ends with <|im_end|>" in said) == warns
-    assert ("names it: add 2" in said) == warns
+    assert ("add 2 to eos_token_id" in said) == warns
 
 
 @pytest.mark.parametrize(

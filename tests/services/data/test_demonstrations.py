@@ -60,7 +60,7 @@ def test_columns_may_have_other_names_and_a_demonstration_may_come_in_lines(tmp_
     columns = {"prompt": "question", "demonstration": "golden_response"}
     (row,) = load_demonstrations(DataConfig(train="train.jsonl", columns=columns), tmp_path, ["demonstration"])
     assert (row.messages[0]["content"], row.demonstration, row.id) == ("What?", "One.\nTwo.", "x")
-    with pytest.raises(UserError, match=r"train\.jsonl:1: columns names output, which the row does not have"):
+    with pytest.raises(UserError, match=r"train\.jsonl:1: the setting columns names output, but the row has question"):
         load_demonstrations(DataConfig(train="train.jsonl", columns={"answer": "output"}), tmp_path, [])
 
 
@@ -287,7 +287,9 @@ def test_a_folder_here_is_not_taken_for_a_hub_data_set(tmp_path: Path, monkeypat
     write(tmp_path / "mine", ROW)
     (tmp_path / "config").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"data\.train: mine is no file beside the configuration, and .*/mine is there"):
+    with pytest.raises(
+        UserError, match=r"data\.train: mine is not a file in the configuration.s folder, but .*/mine exists"
+    ):
         load_demonstrations(DataConfig(train="mine"), tmp_path / "config", ["demonstration"])
 
 
@@ -297,7 +299,7 @@ def test_a_parquet_file_that_is_cut_in_its_middle_is_an_error(tmp_path: Path) ->
     write_parquet(path, [ROW | {"demonstration": f"{i} is a number"} for i in range(500)])
     content = path.read_bytes()
     path.write_bytes(content[:20] + b"\xff" * 400 + content[420:])
-    with pytest.raises(UserError, match=r"train\.parquet: not a Parquet file that can be read: .*; write it again"):
+    with pytest.raises(UserError, match=r"train\.parquet: not a readable Parquet file: .*; write the file again"):
         load_demonstrations(DataConfig(train="train.parquet"), tmp_path, ["demonstration"])
 
 

@@ -58,7 +58,7 @@ def test_a_demonstration_as_a_reply_ends_with_the_token_that_ends_a_reply(tokeni
         "Because {{ y }}." + tokenizer.eos_token
     )
     with pytest.raises(
-        UserError, match=r"train.jsonl:7: the demonstration has \d+ tokens, sampling.max_new_tokens is 3"
+        UserError, match=r"train.jsonl:7: the demonstration has \d+ tokens, but sampling.max_new_tokens is 3"
     ):
         build_prompts(builder, [item()], 100, 200, 3)
 
@@ -145,13 +145,13 @@ def test_a_users_template_makes_the_last_message(tokenizer: Any, tmp_path: Path)
         ("{{ prompt }}\n{% if %}{{ demonstration }}", r"t\.jinja:2: not a valid Jinja template"),
         ("{{ demonstration }}\n{{ 1 / 0 }}", r"t\.jinja:2: division by zero"),
         ("{{ demonstration.__class__.__mro__ }}", r"t\.jinja:1: .*unsafe"),
-        ("{% if false %}{{ demonstration }}{% endif %}{{ prompt }}", r"t\.jinja: gives the prompt alone for train"),
+        ("{% if false %}{{ demonstration }}{% endif %}{{ prompt }}", r"t\.jinja: renders only the prompt for train"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}{{ demonstration }}", r"t\.jinja:1: .*recursion"),
         ("{{ demonstration.missing() }}", r"t\.jinja:1: .*has no attribute 'missing'"),
         ("{% for i in prompt %}" * 25 + "{{ demonstration }}" + "{% endfor %}" * 25, r"t\.jinja: .*nest it less"),
         ("{% include 'x' %}{{ demonstration }}", r"t\.jinja:1: "),
         ("{{ prompt }}", r"t\.jinja: uses neither demonstration nor context nor feedback"),
-        ("{% if false %}{{ demonstration }}{% endif %}", r"t\.jinja: gives an empty message"),
+        ("{% if false %}{{ demonstration }}{% endif %}", r"t\.jinja: renders an empty message"),
         ("\n{{ [demonstration] | random }}", r"t\.jinja:2: .*No filter named 'random'"),
         ("{{ demonstration }}\n{{ lipsum() }}", r"t\.jinja:2: 'lipsum' is undefined"),
     ],
@@ -210,7 +210,7 @@ def test_prompts_at_the_limit_pass_and_longer_ones_are_listed(tokenizer: Any, tm
     assert lines[19].startswith("train.jsonl:20: ")
     assert lines[20] == "… and 3 more"
     assert f"raise data.max_teacher_prompt_tokens to at least {teacher}" in lines[21]
-    with pytest.raises(UserError, match=rf"{student} tokens, data\.max_prompt_tokens is {student - 1}"):
+    with pytest.raises(UserError, match=rf"{student} tokens, but data\.max_prompt_tokens is {student - 1}"):
         build_prompts(builder, [item()], student - 1, teacher)
 
 

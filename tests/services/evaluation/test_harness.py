@@ -68,6 +68,18 @@ def test_a_task_is_scored_as_the_model_scores_it(config: Path, capsys: pytest.Ca
     assert json.loads(out.read_text())["results"]["colours"]["acc,none"] == pytest.approx(4 / 6)
 
 
+def test_results_that_cannot_be_written_cost_no_scores(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (config.parent / ".out.json.part").mkdir()  # as a disk that is full in the end
+    results = b'{"results": {"colours": {"acc,none": 0.5}}}'
+    monkeypatch.setattr("sdft.services.evaluation.lm_eval.run_harness", lambda *_: results)
+    assert main(["eval", str(config), "--harness", "colours", "--out", str(config.parent / "out.json")]) == 3
+    said = capsys.readouterr()
+    assert said.out == "colours                 acc             0.5000  n 0\n"
+    assert "out.json: the results could not be written ([Errno 21]" in said.err
+
+
 # Last lines of lm-eval 0.4.13's output.
 UNKNOWN = "ValueError: Tasks not found: ['colourz']"
 OFFLINE = "ConnectionError: Couldn't reach 'Rowan/hellaswag' on the Hub (OfflineModeIsEnabled)"

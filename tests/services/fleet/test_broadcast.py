@@ -134,7 +134,7 @@ def test_an_engine_missed_by_a_broadcast_loads_from_memory_and_the_next_has_a_ne
         await it.publish(2)
         assert came(it) == [["broadcast"], ["memory"], ["broadcast"]]
         assert [engine.version for engine in it.started] == [2, 2, 2]
-        how = "did not reach all engines whole (arrived damaged); they are loaded from memory"
+        how = "was incomplete: arrived damaged; the engines load them from memory"
         assert it.notices == [f"the broadcast of student weights {how}"]
         await it.publish(3)
         assert came(it) == [["broadcast"]] * 3
@@ -155,8 +155,9 @@ def test_an_engine_lost_while_a_group_forms_is_replaced_and_the_others_load_from
         await it.settled()
         assert members(it)[3].came == ["memory"]
         assert it.notices[:2] == [
-            "student engine 2 (process 1002) died; another takes its place",
-            "the broadcast of student weights has no group: student engine 2 is lost; they are loaded from memory",
+            "student engine 2 (process 1002) died; it is replaced",
+            "the broadcast of student weights failed, because no group formed: student engine 2 is lost; the engines "
+            "load them from memory",
         ]
         await it.publish(2)
         assert [engine.version for engine in it.started] == [2, 2, 0, 2]
@@ -204,8 +205,10 @@ def test_after_several_slow_failures_no_broadcast_is_tried(monkeypatch: pytest.M
         for version in range(1, TRIES + 3):
             await it.publish(version)
         assert len(learner.met) == tries
-        said = "the broadcast of student weights was broken off: the learner is lost; they are loaded from memory"
-        assert it.notices == [said] * tries if quick else [said] * (tries - 1) + [f"{said}; no more is tried"]
+        said = "the broadcast of student weights failed: the learner is lost; the engines load them from memory"
+        assert (
+            it.notices == [said] * tries if quick else [said] * (tries - 1) + [f"{said}; no further broadcast is tried"]
+        )
         await it.pool.stop()
 
     quick, tries = True, TRIES + 2

@@ -23,7 +23,7 @@ def test_a_late_joiner_has_the_newest_weights_before_it_gets_work() -> None:
         await bench.settled()
         assert [engine.version for engine in bench.started] == [7, 7, 7]
         assert set(await bench.work(12)) == {0, 1, 2}
-        assert bench.notices[-1].endswith("has joined (process 1002): 3 student engines")
+        assert bench.notices[-1].endswith("has joined (process 1002); the pool has 3 student engines")
         await bench.pool.stop()
 
     asyncio.run(run())

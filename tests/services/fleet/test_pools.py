@@ -170,7 +170,7 @@ def test_a_replacement_that_refuses_the_weights_counts_as_lost() -> None:
         bench.make = Wrong
         bench.started[0].die()
         work = asyncio.create_task(bench.work(1))
-        with pytest.raises(RuntimeError, match=r"lost 2 times .* did not come back \(its log-probs differ by 3"):
+        with pytest.raises(RuntimeError, match=r"lost 2 times .* could not be replaced \(its log-probs differ by 3"):
             await work
         await bench.pool.stop()
 
@@ -185,7 +185,7 @@ def test_an_engine_that_keeps_dying_is_given_up_if_enough_remain_and_ends_the_ru
             next(e for e in reversed(bench.started) if e.number == 1).die()
             await bench.work(4)  # detects the loss
             await bench.settled()
-        assert "the pool goes on with 1 student engine" in bench.notices[-1]
+        assert "the pool continues with 1 student engine" in bench.notices[-1]
         assert [engine.name for engine in bench.pool.engines] == ["student engine 0"]
         bench.started[0].die()
         await bench.work(1)

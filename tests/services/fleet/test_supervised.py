@@ -46,7 +46,7 @@ def mortal() -> type:
         async def start(self) -> None:
             (self.folder / str(os.getpid())).touch()
 
-        async def answer(self) -> None: ...
+        async def ping(self) -> None: ...
 
         async def generate(self, lives: int) -> int:
             if len(list(self.folder.iterdir())) <= lives:
@@ -101,7 +101,7 @@ class Place:
             snapshot = Snapshot(
                 "teacher", version, path, self.engine.process.node, 0, (), EMPTY, EMPTY.astype(np.float32)
             )
-            self.published.new(snapshot, 60)
+            self.published.set_newest(snapshot, 60)
             return await self.engine.update_weights()
 
     async def loaded(self) -> int:
@@ -119,7 +119,7 @@ def test_a_dead_engines_work_is_done_by_its_replacement(ray_cluster: None, tmp_p
         assert answers == [one.pid, one.pid]
         assert one.pid != first
         assert one.notices == [
-            f"teacher engine 0 (process {first}) died; another takes its place",
+            f"teacher engine 0 (process {first}) died; it is replaced",
             f"teacher engine 0 is back (process {one.pid})",
         ]
         await one.engine.stop()
@@ -147,7 +147,7 @@ def test_an_engine_that_hangs_is_replaced_by_one_with_the_newest_weights(ray_clu
         hung = one.pid
         os.kill(hung, signal.SIGSTOP)
         assert await one.loaded() == 2
-        assert one.notices[0] == f"teacher engine 0 (process {hung}) hangs: no answer for 2 s; another takes its place"
+        assert one.notices[0] == f"teacher engine 0 (process {hung}) hangs: no answer for 2 s; it is replaced"
         assert one.pid != hung
         await one.engine.stop()
 
@@ -156,7 +156,7 @@ def test_an_engine_that_hangs_is_replaced_by_one_with_the_newest_weights(ray_clu
 
 def test_an_engine_that_is_silent_while_weights_load_is_not_replaced() -> None:
     class Silent(SimulatedEngine):
-        def answer(self) -> tuple[float, None]:
+        def ping(self) -> tuple[float, None]:
             return 1e9, None
 
     async def run() -> None:
@@ -166,7 +166,7 @@ def test_an_engine_that_is_silent_while_weights_load_is_not_replaced() -> None:
             await asyncio.sleep(300)
             assert bench.notices == []
         await asyncio.sleep(80)
-        assert bench.notices[0].endswith("hangs: no answer for 60 s; another takes its place")
+        assert bench.notices[0].endswith("hangs: no answer for 60 s; it is replaced")
         await bench.pool.stop()
 
     virtual_time.run(run())
@@ -186,7 +186,7 @@ def test_a_replacement_waits_for_the_next_weights_if_the_newest_were_lost_with_t
         await one.update_weights(2, str(tmp_path / "memory"))
         (tmp_path / "memory").unlink()
         if known:
-            one.published.forget()
+            one.published.mark_lost()
         os.kill(one.pid, signal.SIGKILL)
         answer = asyncio.create_task(one.loaded())
         while len(list((tmp_path / "engines").iterdir())) < 2:
@@ -209,7 +209,7 @@ def test_an_engine_that_computes_otherwise_than_before_is_replaced(ray_cluster: 
         assert await one.update_weights(2) is not None
         assert await one.update_weights(3) is None
         assert await one.loaded() == 3
-        assert "is wrong" in one.notices[0]
+        assert "failed verification" in one.notices[0]
         assert "v3: log-probs differ by 3 on average" in one.notices[0]
         await one.engine.stop()
 

@@ -283,8 +283,8 @@ def test_instruction_wants_every_rule_kept() -> None:
         (["lines"], "rule 1 must be one of contains, lacks"),
         ([{"rule": "rhyme"}], "rule 1 must be one of"),
         ([{"rule": ["lines"], "n": 3}], "rule 1 must be one of"),
-        ([{"rule": "json"}, {"rule": "lines"}], "rule 2, lines, takes n beside its name"),
-        ([{"rule": "json", "n": 1}], "rule 1, json, takes nothing beside its name"),
+        ([{"rule": "json"}, {"rule": "lines"}], "rule 2, lines, must have the parameter n and no other"),
+        ([{"rule": "json", "n": 1}], "rule 1, json, must have no parameter"),
         ([{"rule": "lines", "n": True}], "rule 1: n must be a whole number"),
     ],
 )

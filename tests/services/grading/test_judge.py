@@ -61,7 +61,7 @@ def endpoint() -> Iterator[JudgeConfig]:
 
 def test_a_judge_that_is_gone_ends_the_evaluation_in_a_sentence() -> None:
     gone = JudgeConfig(url=f"http://127.0.0.1:{free_port()}/v1", model="judge", timeout_s=5)
-    with pytest.raises(PreflightError, match=r"the judge judge at .* does not answer any more .*start it again"):
+    with pytest.raises(PreflightError, match=r"the judge judge at .* does not answer any more .*start the judge again"):
         asyncio.run(judged(gone, [("What?", "that", "That.")] * 3))
 
 
@@ -93,13 +93,13 @@ def test_a_verdict_is_the_first_word_after_any_thinking(text: str, expected: boo
 
 def test_a_judge_that_does_not_judge_is_named(endpoint: JudgeConfig) -> None:
     Endpoint.says = "It depends"
-    with pytest.raises(UserError, match=r"the judge judge at http.* said neither yes nor no of 2 of 2 replies"):
+    with pytest.raises(UserError, match=r"the judge judge at http.* answered neither yes nor no for 2 of 2 replies"):
         asyncio.run(judged(endpoint, [("q", "a", "r")] * 2))
 
 
 def test_a_judge_is_checked_before_a_run_starts(endpoint: JudgeConfig) -> None:
     check_judge("q", endpoint)
-    with pytest.raises(PreflightError, match=r"evaluation set q: the judge at http.* has no model other; it has judge"):
+    with pytest.raises(PreflightError, match=r"evaluation set q: the judge at http.* does not serve other; .*: judge"):
         check_judge("q", endpoint.model_copy(update={"model": "other"}))
     nowhere = endpoint.model_copy(update={"url": "http://127.0.0.1:9/v1"})
     with pytest.raises(PreflightError, match=r"evaluation set q: no judge answers at http://127\.0\.0\.1:9/v1"):
@@ -119,7 +119,7 @@ def test_a_judge_on_this_machine_is_asked_without_the_proxy_of_the_environment(
 def test_a_proxy_that_cannot_be_used_is_named(endpoint: JudgeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", "telnet://user:secret@proxy:1080")
     far = endpoint.model_copy(update={"url": "http://judge.invalid:8000/v1"})
-    with pytest.raises(PreflightError, match=r"cannot be reached by the proxy .* \(ALL_PROXY=proxy:1080\)"):
+    with pytest.raises(PreflightError, match=r"cannot be reached through the proxy .* \(ALL_PROXY=proxy:1080\)"):
         check_judge("q", far)
 
 
@@ -134,5 +134,5 @@ def test_addresses_that_a_judge_may_have(url: str) -> None:
     "url", ["127.0.0.1:8000/v1", "localhost:8000", "ws://a/v1", "http://::1:8000/v1", "http:///v1"]
 )
 def test_what_is_no_address_of_a_judge_is_refused_with_the_right_form(url: str) -> None:
-    with pytest.raises(ValueError, match=r"is no address of an API; write it as http://HOST:8000/v1"):
+    with pytest.raises(ValueError, match=r"is not the address of an API; write it as http://HOST:8000/v1"):
         JudgeConfig(url=url, model="m")

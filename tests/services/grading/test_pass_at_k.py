@@ -22,5 +22,5 @@ def test_many_answers_do_not_overflow() -> None:
 
 
 def test_more_answers_than_there_are_cannot_be_drawn() -> None:
-    with pytest.raises(ValueError, match="pass@5 of 1 right answers among 4"):
+    with pytest.raises(ValueError, match="pass@5 is not defined for 1 right replies among 4"):
         pass_at_k(4, 1, 5)

@@ -20,7 +20,7 @@ from sdft.services.config.sections import MonitoringConfig
 from sdft.services.monitoring.log import RunLog
 from sdft.services.monitoring.prometheus import BY_PATH, EVAL, METRICS, PHASES, PREFIX, TIME
 from sdft.services.monitoring.sinks import Sinks
-from sdft.services.records.rows import PERPLEXITY, STUDENT, TEACHER, EvalResult, StepMetrics
+from sdft.services.records.rows import PERPLEXITY, STUDENT_ACCURACY, TEACHER_ACCURACY, EvalResult, StepMetrics
 from tests.fakes.promql import Query, parse
 from tests.papers.documents import ROOT
 from tests.services.records.test_metrics import STEP
@@ -36,7 +36,7 @@ RAYS_OWN = {
 }
 VALUES = {
     "phase": set(PHASES),
-    "metric": {STUDENT, TEACHER, PERPLEXITY},
+    "metric": {STUDENT_ACCURACY, TEACHER_ACCURACY, PERPLEXITY},
     "Type": {"Raylet.UnexpectedActorFailure.Total"},
 }
 SAMPLE = re.compile(r"(\w+)\{(.*)\} (\S+)")

@@ -18,7 +18,7 @@ def test_a_stall_is_reported_once_and_again_after_a_wait_has_ended(tmp_path: Pat
         waits.begin("the learner's step", 3600)
         await asyncio.sleep(0.6)
         assert len(notices) == 1
-        assert notices[0].startswith("nothing has moved for 0.2 s; waiting for student engine 0 to generate 32 sequ")
+        assert notices[0].startswith("no wait has ended for 0.2 s; waiting for student engine 0 to generate 32 sequ")
         assert "the learner's step (0 s of at most 3600)" in notices[0]
         stacks = Path(notices[0].rpartition(": ")[2]).read_text()
         assert "student engine 0 to generate 32 sequences" in stacks
@@ -41,7 +41,7 @@ def test_a_stall_is_reported_even_if_no_file_can_be_written(tmp_path: Path) -> N
         waits.begin("the learner's step", 3600)
         watchdog = asyncio.create_task(Watchdog(run_dir, 0.2, notices.append, waits).run())
         await asyncio.sleep(0.4)
-        assert "waiting for the learner's step (0 s of at most 3600); every task's stack could not" in notices[0]
+        assert "waiting for the learner's step (0 s of at most 3600); the stacks of the tasks could not" in notices[0]
         run_dir.mkdir()
         await asyncio.sleep(0.2)
         assert [w.what for w in read_waiting(run_dir)] == ["the learner's step"]

@@ -2,17 +2,21 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sdft.actors.shared.model_files import read_header
 from sdft.services.config.load import load_config
 from sdft.services.planning.prepare import prepare
 from tests.fakes.tiny import make_tiny_model
 from tests.runs.run import write_run
 
 AHEAD = "training.max_staleness=2"
-ELSEWHERE = [
+NOT_HASHED = [
     "actors.student.health_timeout_s=9",
+    "actors.batch_timeout_s=9",
+    "evaluation.grading_timeout_s=9",
     "actors.student.cpus=2",
     "actors.teacher.labels={sdft: actors}",
     "learner.ranks=2",
@@ -46,7 +50,7 @@ def fingerprint(folder: Path, model: Path, *overrides: str) -> str:
     return prepare(config, folder / "tiny.yaml").stages[0].fingerprint
 
 
-@pytest.mark.parametrize("override", ELSEWHERE)
+@pytest.mark.parametrize("override", NOT_HASHED)
 def test_settings_without_effect_on_results_may_change(tiny_model: Path, tmp_path: Path, override: str) -> None:
     assert fingerprint(tmp_path, tiny_model, override) == fingerprint(tmp_path, tiny_model)
 
@@ -58,7 +62,7 @@ def test_settings_that_change_the_bits_of_a_strict_run_may_not_change(
     assert fingerprint(tmp_path, tiny_model, override) != fingerprint(tmp_path, tiny_model)
 
 
-@pytest.mark.parametrize("override", [*ELSEWHERE, *OF_THE_POOLS, "training.max_staleness=5"])
+@pytest.mark.parametrize("override", [*NOT_HASHED, *OF_THE_POOLS, "training.max_staleness=5"])
 def test_a_run_ahead_may_change_its_pools_and_staleness(tiny_model: Path, tmp_path: Path, override: str) -> None:
     assert fingerprint(tmp_path, tiny_model, AHEAD, override) == fingerprint(tmp_path, tiny_model, AHEAD)
 
@@ -73,3 +77,17 @@ def test_another_model_of_the_same_shape_may_not_take_its_place(tiny_model: Path
     other = make_tiny_model(tmp_path / "other", seed=1)
     assert (other / "config.json").read_bytes() == (moved / "config.json").read_bytes()
     assert fingerprint(tmp_path, moved) == fingerprint(tmp_path, tiny_model) != fingerprint(tmp_path, other)
+
+
+def test_the_header_of_a_weight_file_is_read_when_it_is_checked_and_once_more(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+
+    def counted(path: Path) -> tuple[dict[str, Any], int]:
+        read.append(path)
+        return read_header(path)
+
+    monkeypatch.setattr("sdft.services.planning.shape.read_header", counted)
+    fingerprint(tmp_path, tiny_model)
+    assert read == [tiny_model / "model.safetensors"] * 2

@@ -15,7 +15,7 @@ from sdft.learner.group import LearnerGroup
 from sdft.learner.types import LearnerSettings, StageSettings
 from sdft.services.config.dtype import native_dtype
 from sdft.services.planning.memory import learner_gib
-from sdft.services.planning.shape import ModelShape
+from sdft.services.planning.shape import ModelShape, read_headers
 
 BASE = LearnerConfig(micro_batch_tokens=8192)
 NATIVE = native_dtype("cpu")  # the other dtype may take minutes on this machine
@@ -33,7 +33,7 @@ NATIVE = native_dtype("cpu")  # the other dtype may take minutes on this machine
 def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(
     ray_cluster: None, smollm2: Path, dtype: str, config: LearnerConfig, sequences: int
 ) -> None:
-    shape, teacher = ModelShape.of(smollm2, config.lora), TeacherConfig()
+    shape, teacher = ModelShape.of(smollm2, read_headers(smollm2), config.lora), TeacherConfig()
     tokens, rows = sequences * (PROMPT + COMPLETION), sequences * COMPLETION
     predicted = learner_gib(config, teacher, dtype, shape, tokens, rows, PROMPT + COMPLETION)
     peak, _ = asyncio.run(measured(smollm2, dtype, config, sequences, steps=2))

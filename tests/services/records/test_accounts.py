@@ -123,7 +123,7 @@ def test_a_sample_issued_twice_is_an_error_and_changes_nothing(ledger: Ledger) -
 def test_a_sample_moved_out_of_turn_is_an_error_and_moves_no_other(ledger: Ledger) -> None:
     ledger.issue(samples(0, 1), step=1)
     ledger.advance(samples(0), "sampled")
-    with pytest.raises(LedgerError, match="1 of 2 samples could not become scored"):
+    with pytest.raises(LedgerError, match="1 of 2 samples cannot become scored"):
         ledger.advance(samples(0, 1), "scored")
     assert ledger.counts() == {"sampled": 1, "issued": 1}
 
@@ -312,7 +312,7 @@ def test_a_run_resumed_from_an_earlier_checkpoint_sets_later_ones_aside(tmp_path
         save(tmp_path, step, keep=3)
     (note,) = checkpoints.set_aside(tmp_path, after=4)
     (aside,) = (tmp_path / "checkpoints").glob("aside-*-step-000006")
-    assert note == f"a later checkpoint is kept as {aside}"
+    assert note == f"the checkpoint of step 6 is set aside as {aside}"
     assert (aside / "manifest.json").exists()
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000004"
     save(tmp_path, 5, keep=2)

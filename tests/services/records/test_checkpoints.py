@@ -21,7 +21,7 @@ from sdft.services.monitoring.sinks import Sinks
 from sdft.services.records import checkpoints
 from sdft.services.records.ledger import Ledger
 from sdft.services.training.checkpointer import Checkpointer
-from sdft.services.training.session import _Run
+from sdft.services.training.session import Session
 from simulation.cluster import Case, prepared
 
 STATE = checkpoints.CheckpointState(step=0, ranks=1, zero_stage=1, dtype="bfloat16", fingerprint="f")
@@ -219,7 +219,7 @@ def no_sinks(run_dir: Path) -> Sinks:
     return Sinks(run_dir, MonitoringConfig(tensorboard=False), print)
 
 
-class LostOnce(_Run):
+class LostOnce(Session):
     """A run whose learner is lost in the first try. tried: the checkpoint that each try begins from."""
 
     def __init__(self, run_dir: Path) -> None:
@@ -234,7 +234,7 @@ class LostOnce(_Run):
 
     def _write_pids(self) -> None: ...
 
-    async def _train(self, start: Path | None, sinks: Sinks) -> None:
+    async def _attempt(self, start: Path | None, sinks: Sinks) -> None:
         self.tried.append(start)
         if len(self.tried) == 1:
             raise LearnerLost("learner rank 0 died")
@@ -244,7 +244,7 @@ def test_a_lost_learner_resumes_from_the_newest_good_checkpoint(tmp_path: Path) 
     run, start = LostOnce(tmp_path), save(tmp_path / "another", 1)
     good, bad = save(tmp_path, 2), save(tmp_path, 4)
     spoil(bad)
-    asyncio.run(run.train(start, no_sinks(tmp_path)))
+    asyncio.run(run.run_attempts(start, no_sinks(tmp_path)))
     assert run.tried == [start, good]
     assert names(tmp_path) == [good.name]
     assert len(list((tmp_path / "checkpoints").glob("aside-*-step-000004"))) == 1
@@ -252,7 +252,7 @@ def test_a_lost_learner_resumes_from_the_newest_good_checkpoint(tmp_path: Path) 
 
 def test_before_its_first_checkpoint_a_lost_learner_resumes_from_the_start_of_the_run(tmp_path: Path) -> None:
     run, start = LostOnce(tmp_path / "run"), save(tmp_path / "another", 1)
-    asyncio.run(run.train(start, no_sinks(tmp_path)))
+    asyncio.run(run.run_attempts(start, no_sinks(tmp_path)))
     assert run.tried == [start, start]
 
 
@@ -265,6 +265,6 @@ def test_without_a_good_checkpoint_the_run_ends_and_nothing_is_wiped(
     harm(folder)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(error, match=str(folder)):
-        asyncio.run(run.train(None, no_sinks(tmp_path)))
+        asyncio.run(run.run_attempts(None, no_sinks(tmp_path)))
     assert run.tried == [None]
     assert sorted(tmp_path.rglob("*")) == before

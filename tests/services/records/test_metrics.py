@@ -21,7 +21,7 @@ from sdft.services.monitoring.sinks import MLflow, Sinks, TensorBoard, WeightsAn
 from sdft.services.records.rows import (
     DETERMINISTIC_FIELDS,
     EvalResult,
-    Sample,
+    Reply,
     StepMetrics,
     read_jsonl,
     read_rows,
@@ -61,8 +61,8 @@ STEP = StepMetrics(
 )
 
 
-def sample(step: int) -> Sample:
-    return Sample(step, "tools", "q1", "Was ist 2×3?", {"name": "add", "n": None}, "6 ☃", True)
+def reply(step: int) -> Reply:
+    return Reply(step, "tools", "q1", "Was ist 2×3?", {"name": "add", "n": None}, "6 ☃", True)
 
 
 def write_run(run_dir: Path, steps: int) -> None:
@@ -70,7 +70,7 @@ def write_run(run_dir: Path, steps: int) -> None:
     for step in range(1, steps + 1):
         log.step(replace(STEP, step=step, trained=8 * step))
         log.evaluation(EvalResult(step, 0, "tools", "accuracy", step / 10, 10))
-        log.sample(sample(step))
+        log.reply(reply(step))
     log.close()
 
 
@@ -78,7 +78,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     write_run(tmp_path, 3)
     assert read_rows(tmp_path, StepMetrics)[2] == replace(STEP, step=3, trained=24)
     assert read_rows(tmp_path, EvalResult)[0] == EvalResult(1, 0, "tools", "accuracy", 0.1, 10)
-    assert read_rows(tmp_path, Sample)[1] == sample(2)
+    assert read_rows(tmp_path, Reply)[1] == reply(2)
 
 
 def test_a_line_is_on_disk_before_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +209,7 @@ def test_a_sink_that_is_not_installed_is_named_before_the_run(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # Python's own mark of a module that cannot be imported
     values = {"tensorboard": False, key: True if key == "tensorboard" else "demo"}
-    with pytest.raises(UserError, match=rf"monitoring\.{key} is set.*pip install {package}"):
+    with pytest.raises(UserError, match=rf"monitoring\.{key} is set.*run `pip install {package}`"):
         check_sinks(MonitoringConfig.model_validate(values))
     check_sinks(FILES_ONLY)
 
@@ -292,8 +292,8 @@ def test_a_sink_that_fails_is_reported_once_and_the_run_goes_on(
         log.close()
     assert [m.step for m in read_rows(tmp_path, StepMetrics)] == [1, 2, 3]
     assert notices == [
-        "TensorBoard fails (ValueError: the server said 500) and is switched off until the run is started again; "
-        "metrics.jsonl has everything"
+        "TensorBoard failed (ValueError: the server said 500) and is switched off until the run restarts; "
+        "metrics.jsonl has all metrics"
     ]
 
 

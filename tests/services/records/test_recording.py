@@ -47,7 +47,12 @@ def test_a_range_of_steps(steps: str | None, expected: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "reason"), [("a:b", "two step numbers as 3:7"), ("6:4", "recorded steps 3 to 9"), ("1:4", "steps 3 to 9")]
+    ("steps", "reason"),
+    [
+        ("a:b", "give one step, or the first and the last as in 3:7"),
+        ("6:4", "recorded steps 3 to 9"),
+        ("1:4", "steps 3 to 9"),
+    ],
 )
 def test_an_invalid_range_of_steps_is_refused(steps: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):

@@ -19,7 +19,7 @@ from sdft.services.monitoring.console import Progress
 from sdft.services.monitoring.log import RunLog
 from sdft.services.planning.prepare import prepare
 from sdft.services.records.ledger import Ledger
-from sdft.services.records.rows import Sample
+from sdft.services.records.rows import Reply
 from sdft.services.training.checkpointer import Checkpointer
 from tests.runs.run import write_run
 
@@ -43,9 +43,9 @@ def test_a_full_disk_ends_the_run_with_one_sentence(
     async def run(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(train, "run_session", run)
     with pytest.raises(
-        PreflightError, match=rf"{run_dir}: the disk takes no more \(.*\); make room .* the same command"
+        PreflightError, match=rf"{run_dir}: the disk takes no more \(.*\); free space .* repeat the command"
     ):
         train.train(prepare(load_config(config), config), run_dir, "auto", Console(quiet=True))
     assert json.loads((run_dir / "run.json").read_text())["state"] == "failed"
@@ -56,7 +56,7 @@ def test_a_full_disk_leaves_no_file_open(tmp_path: Path) -> None:
     (tmp_path / "samples.jsonl").symlink_to("/dev/full")
     log = RunLog(tmp_path)
     with pytest.raises(OSError, match="No space left"):
-        log.sample(Sample(0, "task", "1", "?", "!", "!", True))
+        log.reply(Reply(0, "task", "1", "?", "!", "!", True))
     with pytest.raises(OSError, match="No space left"):
         log.close()
     assert all(file.closed for file in log._files.values())

@@ -107,7 +107,7 @@ def test_a_run_killed_after_the_evaluation_of_a_new_set_does_not_repeat_it(tmp_p
     assert steps[-1]["trained"] == 8 * 2 * STEPS
 
 
-@pytest.mark.parametrize("cut_off_at", ["sample", "evaluation"])
+@pytest.mark.parametrize("cut_off_at", ["reply", "evaluation"])
 def test_an_evaluation_that_is_cut_off_while_it_is_written_is_made_again_whole(
     cut_off_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,7 +45,7 @@ def test_samples_of_a_step_that_is_not_finite_are_dropped_and_accounted_for(tmp_
     assert [row["dropped"] // BATCH for row in rows] == [0, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3]
     assert all(row["trained"] + row["dropped"] == BATCH * row["step"] for row in rows)
     assert (rows[1]["loss"], rows[1]["grad_norm"]) == (None, None)
-    assert "step 7: the gradient is not finite; no weight was changed, its 8 samples are dropped" in said
+    assert "step 7: the gradient is not finite; no weight changed, and its 8 samples are dropped" in said
     ledger = sqlite3.connect(tmp_path / "ledger.sqlite")
     found = ledger.execute("SELECT step, COUNT(*) FROM samples WHERE reason = ? GROUP BY step", (REASON,)).fetchall()
     ledger.close()
@@ -56,6 +56,6 @@ REASON = "the step's gradient was not finite"
 
 
 def test_many_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="the 8th step of that kind in a row"):
+    with pytest.raises(RuntimeError, match="this is step 8 in a row without a finite gradient"):
         train(tmp_path, set(range(3, STEPS + 1)))
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 3 + MOST_NOT_FINITE - 2

@@ -149,7 +149,7 @@ def test_action_warn_continues_and_keeps_the_replies(tmp_path: Path) -> None:
 
 
 def test_action_stop_ends_the_run_at_a_checkpoint_of_that_step(tmp_path: Path) -> None:
-    with pytest.raises(RetentionLost, match="goes on from it") as error:
+    with pytest.raises(RetentionLost, match="continues from it") as error:
         trained(tmp_path, "stop")
     assert error.value.exit_code == 4
     assert last_checkpoint(tmp_path) == "step-000004"
@@ -157,9 +157,15 @@ def test_action_stop_ends_the_run_at_a_checkpoint_of_that_step(tmp_path: Path) -
 
 def test_the_guard_acts_even_if_the_replies_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / ".retention-step-000004.jsonl.part").mkdir()
-    with pytest.raises(RetentionLost, match=r"the answers could not be written \(.*; rolled back to step-000002"):
+    with pytest.raises(RetentionLost, match=r"the replies could not be written \(.*; rolled back to step-000002"):
         trained(tmp_path, "rollback")
     assert last_checkpoint(tmp_path) == "step-000002"
+
+
+def test_a_run_that_cannot_go_back_says_so(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / ".latest.part").mkdir(parents=True)  # so that `latest` cannot be written
+    with pytest.raises(RetentionLost, match=r"it held at step 2, and the run is not rolled back: .*/checkpoints: the"):
+        trained(tmp_path, "rollback")
 
 
 def test_action_rollback_makes_the_last_good_checkpoint_the_newest(tmp_path: Path) -> None:

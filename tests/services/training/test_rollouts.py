@@ -93,6 +93,6 @@ def test_a_timeout_names_the_engines_that_hold_the_missing_samples(tmp_path: Pat
     with pytest.raises(TimeoutError) as error:
         made(Stuck, tmp_path)
     assert str(error.value) == (
-        "waited 72000 s for the rollouts and scores of step 1: student engine 0 has 6, student engine 1 has 6, 0 wait "
-        "for a student engine; 0 wait for a teacher engine"
+        "waited 72000 s for the rollouts and scores of step 1: student engine 0 has 6 in flight, student engine 1 has "
+        "6 in flight, 0 wait for a student engine; 0 wait for a teacher engine"
     )

@@ -76,15 +76,18 @@ def test_stages_survive_being_written_and_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"data": {"train": "c.jsonl"}}, "with stages, data belongs into each of them; remove it from the run"),
-        ({"training": {"steps": 3}}, "with stages, training.epochs or training.steps belongs into each of them"),
+        ({"data": {"train": "c.jsonl"}}, "a run with stages must not set data; set it in each stage instead"),
+        ({"training": {"steps": 3}}, "a run with stages must not set training.epochs or training.steps"),
         ({"stages": [A, B | {"name": "a"}]}, "two stages have the same name, a; rename one"),
-        ({"stages": []}, "data is required but missing; it names the demonstrations: data.train"),
+        ({"stages": []}, "data is required but missing; set data.train to the file of demonstrations"),
         ({"stages": [A | {"epochs": 1}]}, "stages[0]: give exactly one of epochs and steps"),
         ({"stages": [A | {"optimiser": {}}]}, "stages[0].optimiser is not a setting; did you mean stages"),
-        ({"stages": [A | {"optimizer": {"grad_clip": 5}}]}, "stages[0].optimizer.grad_clip is 5 and learner.optimizer"),
+        ({"stages": [A | {"optimizer": {"grad_clip": 5}}]}, "stages[0].optimizer.grad_clip 5 must equal learner.opti"),
         ({"retention": {"max_drop": 0.1}}, "retention: no evaluation set has role: retention"),
-        ({"retention": {"max_drop": 0.1, "sets": ["x"]}}, "retention.sets: there is no evaluation set x; there are "),
+        (
+            {"retention": {"max_drop": 0.1, "sets": ["x"]}},
+            "retention.sets: there is no evaluation set x; the sets are ",
+        ),
     ],
 )
 def test_an_invalid_stream_is_refused_with_one_sentence(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
@@ -164,8 +167,8 @@ def test_a_stage_that_does_not_fit_behind_the_others_is_refused(tmp_path: Path) 
     (run_dir / "config.yaml").write_text(resolved_yaml(config(stages=[A | {"sets": sets}])))
     for changes, expected in (
         ({"sets": sets}, "more.yaml: two evaluation sets have the same name, x; rename one"),
-        ({"optimizer": {"grad_clip": 5}}, "more.yaml: optimizer.grad_clip is 5 and learner.optimizer"),
-        ({"name": "a"}, "more.yaml: .*run has a stage a already, which is another"),
+        ({"optimizer": {"grad_clip": 5}}, "more.yaml: optimizer.grad_clip 5 must equal learner.optimizer"),
+        ({"name": "a"}, "more.yaml: .*run already has another stage named a; rename the new stage"),
     ):
         more.write_text(yaml.safe_dump(B | changes))
         with pytest.raises(UserError, match=expected):
@@ -295,5 +298,5 @@ def test_several_runs_give_the_mean_and_its_interval() -> None:
     begun = [make_matrix(SETS, STAGES, results((0, 10), shift)) for shift in (0.0, 0.03)]
     assert math.isnan(over_runs([run.metrics() for run in begun])["backward transfer"].half)
     assert "average accuracy        81.5 ± " in matrix_text(begun)
-    with pytest.raises(UserError, match="not equally far"):
+    with pytest.raises(UserError, match="these runs differ in stages, evaluation sets or progress"):
         matrix_text([runs[0], make_matrix(SETS, STAGES, results((0, 10)))])

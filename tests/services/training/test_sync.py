@@ -57,10 +57,10 @@ def test_a_snapshot_that_arrives_damaged_is_published_again_the_first_one_too() 
         bench = Bench(strict=True, least=1, make=damaged(1, 2, 4, 5))
         await bench.pool.start()
         sync, learner = weights(bench)
-        assert await sync.now(0) == 0.0
+        assert await sync.deliver(0) == 0.0
         assert learner.asked == ["publish 0", "release"] * 3
-        assert bench.notices == ["v0 arrived damaged; it is published again"] * 2
-        assert await sync.now(1) == 0.0
+        assert bench.notices == ["v0 arrived damaged; the snapshot is published again"] * 2
+        assert await sync.deliver(1) == 0.0
         assert learner.asked[6:] == ["publish 1", "release"] * 3
         await bench.pool.stop()
 
@@ -73,7 +73,7 @@ def test_a_snapshot_that_always_arrives_damaged_ends_the_run() -> None:
         await bench.pool.start()
         sync, _ = weights(bench)
         with pytest.raises(SnapshotDamaged):
-            await sync.now(0)
+            await sync.deliver(0)
         await bench.pool.stop()
 
     asyncio.run(run())
@@ -84,11 +84,11 @@ def test_a_strict_run_sends_the_same_version_again_and_another_waits_for_the_nex
         bench = Bench(strict=strict, least=1, make=damaged(1))
         await bench.pool.start()
         sync, learner = weights(bench)
-        await sync.send(1)
-        await sync.done()
+        await sync.publish(1)
+        await sync.wait_delivered()
         assert sync.version == (1 if strict else -1)
-        await sync.send(2)
-        await sync.done()
+        await sync.publish(2)
+        await sync.wait_delivered()
         assert sync.version == bench.started[0].version == 2
         await bench.pool.stop()
         return [call for call in learner.asked if call != "release"]
@@ -103,14 +103,14 @@ def test_the_learner_goes_on_while_engines_load_and_the_next_version_waits_for_t
         await bench.pool.start()
         sync, learner = weights(bench)
         told: list[int] = []
-        sync.arrived = told.append
-        await sync.send(1)
+        sync.on_delivered = told.append
+        await sync.publish(1)
         assert (learner.asked, told) == (["publish 1"], [])
-        await sync.send(2)
+        await sync.publish(2)
         assert (learner.asked, told) == (["publish 1", "release", "publish 2"], [1])
-        await sync.until(2, 2)
+        await sync.wait_for_version(2, 2)
         assert told == [1, 2]
-        await sync.until(3, 4)
+        await sync.wait_for_version(3, 4)
         assert sync.version == 4
         await bench.pool.stop()
 
@@ -140,7 +140,7 @@ def test_an_update_stopped_before_it_begins_releases_the_lock() -> None:
         bench = Bench(least=1)
         await bench.pool.start()
         sync, _ = weights(bench)
-        await sync.send(1)
+        await sync.publish(1)
         await sync.stop()
         async with asyncio.timeout(1), bench.pool.published.lock:
             pass

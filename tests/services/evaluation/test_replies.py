@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,10 +16,10 @@ from sdft.services.config.sections import EvaluationSet
 from sdft.services.data.contexts import PromptPair
 from sdft.services.data.demonstrations import Message, Record
 from sdft.services.data.sets import LoadedSet
-from sdft.services.evaluation.answers import write_answers
 from sdft.services.evaluation.evaluator import Evaluator
+from sdft.services.evaluation.replies import write_replies
 from sdft.services.fleet.pool import EnginePool
-from sdft.services.records.rows import EvalResult, Sample
+from sdft.services.records.rows import EvalResult, Reply
 
 CONFIG = """
 model: none
@@ -29,72 +30,82 @@ evaluation: {sets: [{name: sums, file: sums.jsonl, grader: GRADER}]}
 
 
 @pytest.fixture
-def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def replies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two replies graded by `exact`, one of them right."""
     monkeypatch.chdir(tmp_path)
     rows = [{"id": "a", "prompt": "2 + 2?", "answer": "4"}, {"id": "b", "prompt": "3 + 3?", "answer": "6"}]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    samples = [
-        Sample(7, "sums", "a", "2 + 2?", "4", "4", True),
-        Sample(7, "sums", "b", "3 + 3?", "6", "It is 6.", False),
+    graded = [
+        Reply(7, "sums", "a", "2 + 2?", "4", "4", True),
+        Reply(7, "sums", "b", "3 + 3?", "6", "It is 6.", False),
     ]
-    write_answers(tmp_path / "answers.jsonl", [EvalResult(7, 0, "sums", "accuracy", 0.5, 2)], samples)
-    return tmp_path / "answers.jsonl"
+    write_replies(tmp_path / "replies.jsonl", [EvalResult(7, 0, "sums", "accuracy", 0.5, 2)], graded)
+    return tmp_path / "replies.jsonl"
 
 
 def evaluate(grader: str, *more: str) -> int:
     Path("my.yaml").write_text(CONFIG.replace("GRADER", grader))
-    return main(["eval", "my.yaml", "--regrade", "answers.jsonl", *more])
+    return main(["eval", "my.yaml", "--regrade", "replies.jsonl", *more])
 
 
-def test_answers_are_graded_again_by_another_grader(answers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_replies_are_graded_again_by_another_grader(replies: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("exact") == 0
     assert "50.0 %  n 2" in capsys.readouterr().out
     assert evaluate("exact, rows: 1") == 0  # grades all replies of the file, however many rows the set has now
     assert "50.0 %  n 2" in capsys.readouterr().out
     assert evaluate("numeric", "--out", "again.jsonl") == 0
     assert "100 %  n 2" in capsys.readouterr().out
-    result, *samples = [json.loads(line) for line in Path("again.jsonl").read_text().splitlines()]
+    result, *again = [json.loads(line) for line in Path("again.jsonl").read_text().splitlines()]
     assert result == {"step": 7, "stage": 0, "task": "sums", "metric": "accuracy", "value": 1.0, "n": 2}
-    assert [sample["correct"] for sample in samples] == [True, True]
+    assert [reply["correct"] for reply in again] == [True, True]
 
 
 def test_results_are_printed_even_if_replies_cannot_be_written(
-    answers: Path, capsys: pytest.CaptureFixture[str]
+    replies: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path(".again.jsonl.part").mkdir()
     assert evaluate("exact", "--out", "again.jsonl") == 3
     said = capsys.readouterr()
     assert "50.0 %  n 2" in said.out
-    assert "--out again.jsonl: the answers could not be written ([Errno 21]" in said.err
+    assert "--out again.jsonl: the results and replies could not be written ([Errno 21]" in said.err
+
+
+def test_results_that_cannot_be_printed_cost_no_replies(
+    replies: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert evaluate("exact", "--out", "again.jsonl") == 3
+    assert "sdft: the output cannot be written (No space left on device)" in capsys.readouterr().err
+    assert len(Path("again.jsonl").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
         (lambda text: text.replace('"sums"', '"products"'), "the set products, which the configuration does not have"),
-        (lambda text: text.replace('"id": "b"', '"id": "z"'), "question z of sums, which its file does not have"),
-        (lambda text: text + "{", "answers.jsonl:4: not JSON"),
-        (lambda text: text + '{"id": 5}', "answers.jsonl:4: not an answer"),
-        (lambda text: text.splitlines()[0], "there are no answers in it"),
+        (lambda text: text.replace('"id": "b"', '"id": "z"'), "question z of sums, which is not in the set's file"),
+        (lambda text: text + "{", "replies.jsonl:4: not JSON"),
+        (lambda text: text + '{"id": 5}', "replies.jsonl:4: not a reply"),
+        (lambda text: text.splitlines()[0], "the file has no replies"),
         (
             lambda text: text + text.replace('"step": 7', '"step": 40'),
-            "answers.jsonl: answers of several steps (7, 40); give a file with those of one",
+            "replies.jsonl: the replies are of several steps (7, 40); give a file with the replies of one step",
         ),
     ],
 )
-def test_answers_to_other_questions_are_refused(
-    answers: Path, capsys: pytest.CaptureFixture[str], spoil: object, words: str
+def test_replies_to_other_questions_are_refused(
+    replies: Path, capsys: pytest.CaptureFixture[str], spoil: object, words: str
 ) -> None:
     assert callable(spoil)
-    answers.write_text(spoil(answers.read_text()))
+    replies.write_text(spoil(replies.read_text()))
     assert evaluate("exact") == 2
     assert words in capsys.readouterr().err
 
 
-def test_regrade_together_with_a_model_is_refused(answers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_regrade_together_with_a_model_is_refused(replies: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("exact", "--model", "folder") == 2
-    assert "--model has no part in it" in capsys.readouterr().err
+    assert "without a model; remove --regrade or --model" in capsys.readouterr().err
 
 
 class Letters:
@@ -151,11 +162,11 @@ def test_the_teacher_is_asked_as_often_as_the_student_with_its_own_prompt() -> N
         ("letters pass@1 (teacher)", 1.0),
         ("letters pass@4 (teacher)", 1.0),
     ]
-    assert said == ["letters (teacher): 1 questions", "letters (teacher): 8 answers for pass@k"]
+    assert said == ["letters (teacher): 1 questions", "letters (teacher): 8 replies for pass@k"]
 
 
-def test_pass_at_k_needs_as_many_answers_as_the_largest_k() -> None:
-    with pytest.raises(ValueError, match="pass_samples 3 is less than the largest k of pass_at, 4; raise it"):
+def test_pass_at_k_needs_as_many_replies_as_the_largest_k() -> None:
+    with pytest.raises(ValueError, match="pass_samples 3 is less than the largest k of pass_at, 4; raise pass_samples"):
         EvaluationSet(name="s", file="f", grader="exact", pass_at=(1, 4), pass_samples=3)
     with pytest.raises(ValueError, match="give values of k from 1 to 128"):
         EvaluationSet(name="s", file="f", grader="exact", pass_at=(0,))

@@ -16,55 +16,58 @@ from sdft.services.config.run import RunConfig
 from sdft.services.data.demonstrations import Record, load_questions
 from sdft.services.grading.grade import answer_check, grade
 from sdft.services.grading.judge import check_judge
-from sdft.services.records.rows import STUDENT, EvalResult, Sample
+from sdft.services.records.rows import STUDENT_ACCURACY, EvalResult, Reply
 
-FIELDS = {f.name for f in fields(Sample)}
+FIELDS = {f.name for f in fields(Reply)}
 
 
-def write_answers(path: Path, results: list[EvalResult], samples: list[Sample]) -> None:
+def write_replies(path: Path, results: list[EvalResult], replies: list[Reply]) -> None:
     """Write results and replies to the file, or replace it, atomically."""
-    rows = [asdict(r) for r in results] + [asdict(s) for s in samples]
+    rows = [asdict(r) for r in results] + [asdict(reply) for reply in replies]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def regrade(config: RunConfig, base: Path, path: Path) -> tuple[list[EvalResult], list[Sample]]:
+def regrade(config: RunConfig, base: Path, path: Path) -> tuple[list[EvalResult], list[Reply]]:
     """Grade the replies of a file again; return results and replies.
 
     UserError if the question of a reply is not in the configuration's sets, or if the replies are from several steps.
     """
     whole = [s.model_copy(update={"rows": None}) for s in config.sets if not s.is_text]  # the file may have other rows
     sets = {s.name: (s, {q.id: q for q in load_questions(s, base, answer_check(s))}) for s in whole}
-    by_set: dict[str, list[tuple[Sample, Record]]] = {}
-    for sample in _read(path):
-        if sample.task not in sets:
+    by_set: dict[str, list[tuple[Reply, Record]]] = {}
+    for reply in _read(path):
+        if reply.task not in sets:
             raise UserError(
-                f"{path}: answers to the set {sample.task}, which the configuration does not have; it has "
-                f"{', '.join(sets)}"
+                f"{path}: it has replies to the set {reply.task}, which the configuration does not have (it has "
+                f"{', '.join(sets)}); add the set, or remove these replies"
             )
-        _, questions = sets[sample.task]
-        if sample.id not in questions:
-            raise UserError(f"{path}: an answer to question {sample.id} of {sample.task}, which its file does not have")
-        by_set.setdefault(sample.task, []).append((sample, questions[sample.id]))
-    samples = []
+        _, questions = sets[reply.task]
+        if reply.id not in questions:
+            raise UserError(
+                f"{path}: it has a reply to question {reply.id} of {reply.task}, which is not in the set's file; "
+                f"restore the question, or remove the reply"
+            )
+        by_set.setdefault(reply.task, []).append((reply, questions[reply.id]))
+    replies = []
     for task in by_set:
         judge = sets[task][0].judge
         if judge is not None:
             check_judge(task, judge)
     for task, pairs in by_set.items():
-        asked, replies = [q for _, q in pairs], [s.text for s, _ in pairs]
-        right_ones = asyncio.run(grade(sets[task][0], asked, replies, config.evaluation.timeout_s))
-        samples += [
-            replace(s, answer=q.answer, correct=is_right) for (s, q), is_right in zip(pairs, right_ones, strict=True)
+        asked, texts = [q for _, q in pairs], [reply.text for reply, _ in pairs]
+        grades = asyncio.run(grade(sets[task][0], asked, texts, config.evaluation.grading_timeout_s))
+        replies += [
+            replace(reply, answer=q.answer, correct=correct) for (reply, q), correct in zip(pairs, grades, strict=True)
         ]
-    counts = Counter(s.task for s in samples)
-    right = Counter(s.task for s in samples if s.correct)
-    step = samples[0].step
-    return [EvalResult(step, 0, task, STUDENT, right[task] / n, n) for task, n in counts.items()], samples
+    counts = Counter(r.task for r in replies)
+    right = Counter(r.task for r in replies if r.correct)
+    step = replies[0].step
+    return [EvalResult(step, 0, task, STUDENT_ACCURACY, right[task] / n, n) for task, n in counts.items()], replies
 
 
-def _read(path: Path) -> list[Sample]:
+def _read(path: Path) -> list[Reply]:
     """Return the replies in a file, without the results. UserError if there are none, or from several steps."""
-    samples = []
+    replies = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
             row = json.loads(line)
@@ -73,12 +76,14 @@ def _read(path: Path) -> list[Sample]:
         if isinstance(row, dict) and "metric" in row:
             continue
         if not isinstance(row, dict) or set(row) != FIELDS:
-            raise UserError(f"{path}:{number}: not an answer; give a file that `sdft eval --out` wrote")
-        samples.append(Sample(**row))
-    if not samples:
-        raise UserError(f"{path}: there are no answers in it; give a file that `sdft eval --out` wrote")
-    steps = dict.fromkeys(s.step for s in samples)
+            raise UserError(f"{path}:{number}: not a reply; give a file that `sdft eval --out` wrote")
+        replies.append(Reply(**row))
+    if not replies:
+        raise UserError(f"{path}: the file has no replies; give a file that `sdft eval --out` wrote")
+    steps = dict.fromkeys(r.step for r in replies)
     if len(steps) > 1:  # as in a run's samples.jsonl; an accuracy over several models means nothing
         listed = ", ".join(map(str, steps))
-        raise UserError(f"{path}: answers of several steps ({listed}); give a file with those of one")
-    return samples
+        raise UserError(
+            f"{path}: the replies are of several steps ({listed}); give a file with the replies of one step"
+        )
+    return replies

