@@ -18,10 +18,8 @@ class TeacherConfig(BaseModel):
 
     weights: Literal["ema", "frozen", "base", "live"] = Field(
         "ema",
-        
         description="ema follows the student; frozen, base: the student at the start of the stage, of the run; live: "
         "the student itself",
-    ,
     )
     alpha: float = Field(0.02, ge=0, le=1, description="teacher <- alpha * student + (1 - alpha) * teacher, every step")
 
@@ -45,10 +43,8 @@ class LossConfig(BaseModel):
     # The published numbers use forward KL(q||p), though the paper's theory is reverse KL.
     divergence: Literal["forward", "reverse", "jsd", "sampled"] = Field(
         "forward",
-        
-        description="forward: KL(teacher, student); reverse: KL(student, teacher); jsd; sampled: reverse at the sampled "
-        "token alone",
-    ,
+        description="forward: KL(teacher, student); reverse: KL(student, teacher); jsd; sampled: reverse at the "
+        "sampled token alone",
     )
     beta: float = Field(0.5, gt=0, lt=1, description="JSD's weight of the teacher in the mixture")
     top_k: int = Field(64, ge=1, le=1024, description="Teacher tokens per position; the rest is one tail bucket")
