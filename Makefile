@@ -5,7 +5,7 @@ RUNS := .venv/.runs
 INSTALLED := .venv/.installed
 TRL := benchmarks/trl/.venv/.installed
 
-.PHONY: demo continual test chaos bench lint install clean
+.PHONY: demo continual test chaos bench docs lint install clean
 
 demo: $(RUNS)
 	$(BIN)/sdft train examples/tools/tools.yaml
@@ -36,6 +36,11 @@ bench: install $(TRL)
 	$(BIN)/python -m benchmarks.ahead
 	$(BIN)/python -m benchmarks.peer
 
+# The documents as a site, in build/docs.
+docs: install
+	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
+	@echo build/docs/index.html
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,8 +56,8 @@ $(RUNS): requirements/cpu.txt requirements/install.sh pyproject.toml
 	touch $(RUNS)
 
 # What tests and checks need, too.
-$(INSTALLED): $(RUNS) requirements/dev.txt requirements/harness.txt
-	PYTHON=$(PYTHON) requirements/install.sh .venv requirements/dev.txt requirements/harness.txt
+$(INSTALLED): $(RUNS) requirements/dev.txt requirements/docs.txt requirements/harness.txt
+	PYTHON=$(PYTHON) requirements/install.sh .venv requirements/dev.txt requirements/docs.txt requirements/harness.txt
 	touch $(INSTALLED)
 
 # The peer of benchmarks/peer.py.

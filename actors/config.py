@@ -80,7 +80,7 @@ class SamplingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    max_new_tokens: int = Field(256, ge=1)
+    max_new_tokens: int = Field(256, ge=1, description="Longest completion in tokens")
     temperature: float = Field(
         1.0,
         gt=0,

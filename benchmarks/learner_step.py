@@ -124,17 +124,17 @@ def measure(device: str, tokens: int) -> None:
     }
     rows = [{"part": name, "s": s, "of the step": s / step, "x bound": s / bound} for name, s in parts.items()]
     rates = f"{rate / 1e9:.0f} GFLOP/s ({between / 1e9:.0f} between steps)"
-    what = f"{tokens} packed tokens, {given.dtype} on {device}, {rates}, {tokens / step:.0f} tokens/s"
-    report("learner_step", f"Learner step, {what}", rows)
+    setting = f"{tokens} packed tokens, {given.dtype} on {device}, {rates}, {tokens / step:.0f} tokens/s"
+    report("learner_step", f"Learner step, {setting}", rows)
     if device == "cuda":
         kernels, busy = launched(lambda: learner.train_step(rollouts))
-        print(f"  a step is {kernels} kernels, on which the GPU is at work for {busy:.3f} s")
+        print(f"  a step launches {kernels} kernels, which keep the GPU busy for {busy:.3f} s")
     torch.distributed.destroy_process_group()
 
 
 def main() -> None:
     parser = device_parser(__doc__)
-    parser.add_argument("--tokens", type=int, default=4096, help="in one micro-batch, a multiple of 128")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens in one micro-batch, a multiple of 128")
     arguments = parser.parse_args()
     # The environment of a strict run. It needs a new process: OpenMP reads it at the import of torch, glibc at start.
     os.environ.update(openmp_wait_policy(exclusive=True) | kept_heap(arguments.device))

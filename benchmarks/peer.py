@@ -137,7 +137,7 @@ def main() -> None:
                     {
                         "trainer": run.__name__,
                         "dtype": dtype,
-                        "s a step": seconds,
+                        "s per step": seconds,
                         "samples/s": BATCH / seconds,
                         "new tokens": statistics.mean(step["new_tokens"] for step in warm),
                         "first loss": steps[0]["loss"],

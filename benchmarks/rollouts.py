@@ -83,7 +83,7 @@ def measure(engines: dict[str, Any], model: Path) -> list[dict[str, Any]]:
     medians = {name: [statistics.median(column) for column in zip(*each, strict=True)] for name, each in times.items()}
     plain = medians[PLAIN]
     return [
-        {"engine": name, "ms a decoding step": step, "of plain": step / plain[0], "x bound": of_bound}
+        {"engine": name, "ms per decoding step": step, "of plain": step / plain[0], "x bound": of_bound}
         | {"s of scores": scores, "scores of plain": scores / plain[1], "scores x bound": scores_of_bound}
         for name, (step, scores, of_bound, scores_of_bound) in medians.items()
     ]

@@ -40,7 +40,7 @@ def calls(case: Case) -> dict[str, Any]:
     profile = cProfile.Profile()
     samples = profile.runcall(simulate, case)["samples"]
     made = sum(entry.callcount for entry in profile.getstats())
-    return {"case": case.name, "samples": samples, "calls a sample": made / samples}
+    return {"case": case.name, "samples": samples, "calls per sample": made / samples}
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
@@ -48,7 +48,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     cost, busy = figure.subplots(1, 2, width_ratios=(1, 1.3))
     sizes = [row for row in rows if row["case"] == f"{row['engines']} engines"]
-    cost.plot([row["engines"] for row in sizes], [row["us a sample"] for row in sizes], marker="o")
+    cost.plot([row["engines"] for row in sizes], [row["us per sample"] for row in sizes], marker="o")
     cost.set(xscale="log", xlabel="student engines", title="processor time of the control plane", ylim=(0, None))
     cost.set_ylabel("microseconds a sample")
     others = [row for row in rows if row not in sizes or row["engines"] == 100]

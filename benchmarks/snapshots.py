@@ -136,7 +136,9 @@ def main() -> None:
     for name, times in (packed | seconds).items():
         median = float(np.median(times[1:]))  # the first round maps memory
         copy = copy_seconds(nbytes[name])
-        rows.append({"what": name, "MB": nbytes[name] / 1e6, "s": median, "copy s": copy, "of a copy": copy / median})
+        rows.append(
+            {"transfer": name, "MB": nbytes[name] / 1e6, "s": median, "copy s": copy, "of a copy": copy / median}
+        )
     report("snapshots", f"Weights and checkpoints against a copy in memory, SmolLM2-135M, {DTYPE}", rows)
 
 

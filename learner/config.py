@@ -16,7 +16,11 @@ class TeacherConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    weights: Literal["ema", "frozen", "base", "live"] = "ema"
+    weights: Literal["ema", "frozen", "base", "live"] = Field(
+        "ema",
+        description="ema follows the student; frozen, base: the student at the start of the stage, of the run; live: "
+        "the student itself",
+    )
     alpha: float = Field(0.02, ge=0, le=1, description="teacher <- alpha * student + (1 - alpha) * teacher, every step")
 
 
@@ -25,8 +29,10 @@ class ImportanceConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    level: Literal["sequence", "token", "off"] = "sequence"
-    cap: float = Field(2.0, gt=0)
+    level: Literal["sequence", "token", "off"] = Field(
+        "sequence", description="One weight per sequence (the mean of its tokens' weights), one per token, or none"
+    )
+    cap: float = Field(2.0, gt=0, description="Largest weight")
 
 
 class LossConfig(BaseModel):
@@ -35,7 +41,11 @@ class LossConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     # The published numbers use forward KL(q||p), though the paper's theory is reverse KL.
-    divergence: Literal["forward", "reverse", "jsd", "sampled"] = "forward"
+    divergence: Literal["forward", "reverse", "jsd", "sampled"] = Field(
+        "forward",
+        description="forward: KL(teacher, student); reverse: KL(student, teacher); jsd; sampled: reverse at the "
+        "sampled token alone",
+    )
     beta: float = Field(0.5, gt=0, lt=1, description="JSD's weight of the teacher in the mixture")
     top_k: int = Field(64, ge=1, le=1024, description="Teacher tokens per position; the rest is one tail bucket")
     skip_first: int = Field(3, ge=0, description="Completion tokens left out of the loss")
@@ -55,13 +65,15 @@ class OptimizerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    lr: float = Field(1e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: int = Field(10, ge=0)
-    grad_clip: float = Field(1.0, gt=0)
+    lr: float = Field(1e-5, gt=0, description="Learning rate after the warm-up")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
+    eps: float = Field(1e-8, gt=0, description="AdamW's term in the denominator")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="Learning rate after the warm-up: a cosine to 0 over the stage, or constant"
+    )
+    warmup_steps: int = Field(10, ge=0, description="Steps of linear warm-up at the start of a stage")
+    grad_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient")
 
 
 class LoraConfig(BaseModel):
@@ -69,8 +81,8 @@ class LoraConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0)
+    rank: int = Field(16, ge=1, description="Rank of the adapters")
+    alpha: float = Field(32, gt=0, description="The adapters' product is scaled by alpha / rank")
     targets: tuple[str, ...] = Field((), description="Linear layers by name, as q_proj; empty: all but the head")
 
 
@@ -88,11 +100,15 @@ class LearnerConfig(BaseModel):
     )
     threads: int | None = Field(None, ge=1, description="Threads of each rank; null: the node's cores / ranks")
     micro_batch_tokens: int = Field(4096, ge=1, description="Tokens packed into one forward")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass: less memory, more time"
+    )
     lora: LoraConfig | None = Field(None, description="null: every weight is trained")
     optimizer: OptimizerConfig = OptimizerConfig()
-    start_timeout_s: float = Field(600, gt=0)
-    step_timeout_s: float = Field(3600, gt=0)
+    start_timeout_s: float = Field(600, gt=0, description="How long the learner may take to start")
+    step_timeout_s: float = Field(
+        3600, gt=0, description="How long a call to the learner may take: a step, a snapshot, a save"
+    )
     health_timeout_s: float = Field(120, gt=0, description="A rank that answers nothing for so long is lost")
     max_restarts: int = Field(3, ge=0, description="Losses of the learner within an hour before the run gives up")
 

@@ -158,7 +158,7 @@ def pool(case: Case, role: str, most: int, make: Any) -> EnginePool:
     )
 
     async def nowhere_else(role: str) -> list[Any]:
-        raise RuntimeError("all of them are on one node")
+        raise RuntimeError("all simulated engines are on one node")
 
     return EnginePool(settings, make, Published(nowhere_else), lambda text: None, lambda: "")
 
@@ -221,7 +221,7 @@ def drive(
         students = pool(case, "student", case.engines, student)
         scorers = pool(case, "teacher", teachers, Teacher) if teachers else None
         pools = [students] if scorers is None else [students, scorers]
-        await asyncio.gather(*(pool.start() for pool in pools))
+        await asyncio.gather(*(engines.start() for engines in pools))
         with Progress(Console(file=out, width=400), case.steps, case.name) as progress:
             controller = Controller(
                 ready, run_dir, students, scorers, cast(LearnerGroup, learner), ledger, log, progress
@@ -231,7 +231,7 @@ def drive(
             await controller.run(first_step)
             used = time.process_time() - began
             dying.cancel()
-        await asyncio.gather(*(pool.stop() for pool in pools))
+        await asyncio.gather(*(engines.stop() for engines in pools))
         return used
 
     try:
@@ -264,9 +264,9 @@ def simulate(case: Case) -> dict[str, Any]:
         "engines": case.engines,
         "teachers": teachers_needed,
         "samples": samples,
-        "samples/s of a core": samples / used,
-        "us a sample": 1e6 * used / samples,
-        "KiB an engine": grown_kib / case.engines,
+        "samples/s per core": samples / used,
+        "us per sample": 1e6 * used / samples,
+        "KiB per engine": grown_kib / case.engines,
         "step s": step_s,
         "learner busy": float(np.mean(learner.worked[WARM:])) / step_s,
         "ages": " ".join(f"{share:.2f}" for share in ages),

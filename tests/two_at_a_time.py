@@ -12,7 +12,7 @@ ALONE = "tests/runs/"
 # Files that start Ray or engines. They come first, so that at the end no worker waits for the long file of the other.
 LONG = (
     "tests/papers/test_examples.py",
-    "tests/papers/test_readme.py",
+    "tests/papers/test_own_data.py",
     "tests/actors/vllm/",
     "tests/learner/",
     "tests/services/cli/",

@@ -1,13 +1,13 @@
-"""Data of the continual example that the other examples do not have: more held-out tool calls, and routing labels.
+"""Data that only the continual example has: more held-out tool calls, and routing of messages.
 
-`tools-heldout.jsonl`: 120 requests, as those of ../tools/heldout.jsonl but six to a wording instead of four.
+`tools-heldout.jsonl`: 120 requests like those of ../tools/heldout.jsonl, six per wording instead of four.
 
-`routing-train.jsonl`, `routing-heldout.jsonl`: 120 messages of customers each, and where they go:
+`routing-train.jsonl`, `routing-heldout.jsonl`: 120 messages of customers each, with desk and number as the reply:
 
     Desk: billing, number 417
 
-The desk follows from what the message is about, the number is copied from it. The held-out messages share neither
-wordings nor numbers with training. The `exact` grader wants the whole reply. (A first version had labels such as
+The desk follows from the subject of the message, and the number is copied from it. The held-out messages share neither
+wordings nor numbers with training. The `exact` grader compares the whole reply. (A first version had labels such as
 `[BILLING|P2|417]`: after 40 steps this model put brackets around the answer to every question.)
 
 `python examples/continual/make_data.py [FOLDER]` writes the three files, the same bytes each time.
@@ -91,7 +91,7 @@ def main(folder: Path) -> None:
 
 
 def routing(split: str) -> list[dict[str, Any]]:
-    """ROWS messages, as many for each wording, in a seeded order; every number once."""
+    """Return ROWS messages, equally many of each wording, in a seeded order; every number occurs once."""
     rng = random.Random(f"{SEED} routing {split}")
     wordings = [(desk, text) for desk, texts in WORDINGS[split].items() for text in texts]
     numbers = rng.sample(NUMBERS[split], ROWS)
@@ -106,7 +106,7 @@ def routing(split: str) -> list[dict[str, Any]]:
 
 
 def tools() -> list[dict[str, Any]]:
-    """The held-out requests of the tool example, more of them."""
+    """Return held-out requests of the tool example, six per wording."""
     spec = importlib.util.spec_from_file_location("tools_make_data", HERE.parent / "tools" / "make_data.py")
     assert spec is not None
     assert spec.loader is not None

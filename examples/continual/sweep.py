@@ -1,12 +1,12 @@
-"""`make continual`: the paper's questions in miniature, each as a few runs side by side, compared.
+"""`make continual`: small versions of the paper's experiments, each a comparison of a few runs.
 
     experiments ─► variants ─► `sdft train CONFIG --set ...`, one run after the other ─► their results ─► tables, a plot
 
-Runs are kept in runs/continual/VARIANT-SEED, and experiments share those that they have in common. Stopped and started
-again, it goes on where it was: a finished run is not repeated, an unfinished one resumes. By itself it does the
-experiment `small`, SDFT and SFT once with fewer steps, in under an hour on two cores; `--only` names others, and
-`--full` does all of those, with four learning rates for each method and three seeds. What each run of a sequence
-learnt and kept goes into sequence.json beside the plot; `--plot FILE` draws the plot of such a file again.
+Runs are in runs/continual/VARIANT-SEED, and experiments share the runs that they have in common. When the script is
+started again, finished runs are not repeated and unfinished ones resume. By default it runs the experiment `small`:
+SDFT and SFT once with fewer steps, in under an hour on two cores. `--only` names other experiments. `--full` runs all
+of those, with four learning rates for each method and three seeds. The figures of the sequence go into sequence.json
+beside the plot; `--plot FILE` draws the plot of such a file again.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SKILLS, KEPT = "average accuracy", "retention general"
 
 @dataclass(frozen=True)
 class Variant:
-    """A configuration, and what is set otherwise in it; its runs differ by their seed alone."""
+    """A configuration with changed settings. Its runs differ only in their seed."""
 
     name: str
     config: Path
@@ -51,12 +51,12 @@ def stream(method: str, lr: float) -> Variant:
 
 
 def rate(lr: float) -> str:
-    """5e-5, not 5e-05."""
+    """Format a learning rate as 5e-5, not 5e-05."""
     return f"{lr:.0e}".replace("e-0", "e-")
 
 
 def short(variant: Variant) -> Variant:
-    """Of a stream 55 steps instead of 180, with about half of the questions on its skills."""
+    """Shorten a stream to 55 steps instead of 180, with about half of the questions on its skills."""
     steps = {"stages.tools.steps": 15, "stages.routing.steps": 20, "stages.facts.steps": 20}
     sets = {"tools.sets.tools": 60, "routing.sets.routing": 60, "facts.sets.indirect": 24, "facts.sets.reworded": 24}
     fewer = {f"stages.{name}.rows": rows for name, rows in sets.items()}
@@ -75,7 +75,7 @@ def facts(name: str, **settings: Any) -> Variant:
 
 
 def dotted(settings: dict[str, Any]) -> dict[str, Any]:
-    """Keywords as keys of the configuration."""
+    """Turn keywords such as teacher__weights into keys such as teacher.weights."""
     return {key.replace("__", "."): value for key, value in settings.items()}
 
 
@@ -117,12 +117,16 @@ def main() -> None:
     parser.add_argument(
         "--full", action="store_true", help="all experiments but small, three seeds, every method at four rates"
     )
-    parser.add_argument("--seeds", type=int, choices=range(1, len(SEEDS) + 1), help="how many; 1, and 3 with --full")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; 1, unless the machine has room")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="in all runs, as of sdft train")
-    parser.add_argument("--only", choices=EXPERIMENTS, nargs="+", help="these experiments")
-    parser.add_argument("--runs", type=Path, default=Path("runs/continual"), help="where the runs are kept")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="only draw a sequence.json, as .svg beside it")
+    parser.add_argument(
+        "--seeds", type=int, choices=range(1, len(SEEDS) + 1), help="number of seeds (default: 1; 3 with --full)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="number of runs at the same time (default: 1)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting in all runs"
+    )
+    parser.add_argument("--only", choices=EXPERIMENTS, nargs="+", help="run only these experiments")
+    parser.add_argument("--runs", type=Path, default=Path("runs/continual"), help="folder of the runs")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="only plot this sequence.json, as .svg beside it")
     given = parser.parse_args()
     if given.plot:
         plot(given.plot)
@@ -133,14 +137,14 @@ def main() -> None:
         experiments["sequence"] = FULL
     seeds = SEEDS[: given.seeds or (len(SEEDS) if given.full else 1)]
     todo = {(v.name, seed): v for seed in seeds for variants in experiments.values() for v in variants}
-    failed = Event()  # after a failure those that run come to their end, and no other begins
+    failed = Event()  # after a failure, runs in progress end normally and no other run begins
 
     def in_turn(number: int, name: str, seed: int) -> None:
         if failed.is_set():
             return
         try:
-            what = f"run {number} of {len(todo)}"
-            run(todo[name, seed], seed, given.runs / f"{name}-{seed}", what, given.set)
+            label = f"run {number} of {len(todo)}"
+            run(todo[name, seed], seed, given.runs / f"{name}-{seed}", label, given.set)
         except BaseException:
             failed.set()
             raise
@@ -159,15 +163,15 @@ def main() -> None:
             print(f"\nplot: {plot(path)}; one run's matrix: sdft matrix {given.runs}/NAME")
 
 
-def run(variant: Variant, seed: int, run_dir: Path, what: str, more: Sequence[str]) -> None:
-    """To the end, unless it is there already. CalledProcessError if it fails; its output is in output.log.
+def run(variant: Variant, seed: int, run_dir: Path, label: str, more: Sequence[str]) -> None:
+    """Run a variant to its end, unless it has finished already. CalledProcessError if it fails.
 
-    more: settings of all runs, KEY=VALUE each.
+    Its output goes to output.log. more: settings of all runs, KEY=VALUE each.
     """
     state = run_dir / "run.json"
     if state.exists() and json.loads(state.read_text())["state"] == "finished":
         return
-    print(f"{what}: {run_dir}", flush=True)
+    print(f"{label}: {run_dir}", flush=True)
     settings = variant.settings | {"seed": seed}
     chosen = [*(f"{key}={json.dumps(value)}" for key, value in settings.items()), *more]
     words = [word for setting in chosen for word in ("--set", setting)]
@@ -178,7 +182,7 @@ def run(variant: Variant, seed: int, run_dir: Path, what: str, more: Sequence[st
 
 
 def figures(run_dir: Path) -> dict[str, float]:
-    """What a run came to: of a stream its metrics, else each set's share at the end."""
+    """Return a run's results: the metrics of a stream, else the last share of each set."""
     results = [
         r for r in read_rows(run_dir, EvalResult) if r.metric == STUDENT_ACCURACY or r.metric.startswith("pass@")
     ]
@@ -189,7 +193,7 @@ def figures(run_dir: Path) -> dict[str, float]:
 
 
 def table(compared: dict[str, dict[str, Estimate]]) -> str:
-    """In Markdown: a row for each variant, shares in percent with half of the 95 % interval over seeds."""
+    """Format a Markdown table: a row per variant, shares in percent with half of the 95 % interval over seeds."""
     names = list(dict.fromkeys(name for found in compared.values() for name in found))
     lines = ["| | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
     for variant, found in compared.items():
@@ -204,7 +208,7 @@ def text(e: Estimate) -> str:
 
 
 def plot(path: Path) -> Path:
-    """What was learnt against what was kept: a line of rates for each method, its seeds faintly beside it.
+    """Plot accuracy on the skills against general questions kept: a line over the rates for each method, seeds faint.
 
     path: {"METHOD-RATE": [[general questions kept, mean accuracy on the skills], ...]}, in percent, a pair a seed.
     """
@@ -233,7 +237,7 @@ def plot(path: Path) -> Path:
 
 
 def draw(axes: Any, points: Sequence[tuple[float, float, float]], method: str) -> None:
-    """(learning rate, kept, learnt), each point named by its rate."""
+    """Draw the points (learning rate, kept, learnt), each labelled with its rate."""
     _, kept, learnt = zip(*points, strict=True)
     axes.plot(kept, learnt, "o-", color=COLOURS[method], label=method)
     for lr, x, y in points:

@@ -4,10 +4,10 @@
 questions for evaluation, `indirect.jsonl` the same facts asked otherwise: once reworded, once from the value back to
 its country. `reworded.jsonl` asks for each fact in two more wordings. All answers are for the `contains` grader.
 Evaluation rows carry a demonstration as well, so that the teacher can be measured on them. `articles.jsonl` has the
-questions of training with a text as `context`, which tells all there is to know of the country.
+questions of training with a text as `context`, which has all facts about the country.
 
-`python examples/facts/make_data.py [FOLDER]` writes the five files into FOLDER (unless told otherwise its own folder),
-the same bytes each time.
+`python examples/facts/make_data.py [FOLDER]` writes the five files into FOLDER (default: the script's own folder), the
+same bytes each time.
 """
 
 import json
@@ -96,9 +96,9 @@ def main(folder: Path) -> None:
 
 
 def article(country: str) -> str:
-    """All that there is to know of it."""
-    told = (r.sentence.format(c=country, v=value) for r, value in zip(RELATIONS, COUNTRIES[country], strict=True))
-    return f"{country} is a country. {' '.join(told)}"
+    """Return a text with all facts about the country."""
+    facts = (r.sentence.format(c=country, v=value) for r, value in zip(RELATIONS, COUNTRIES[country], strict=True))
+    return f"{country} is a country. {' '.join(facts)}"
 
 
 def write(folder: Path, name: str, questions: list[tuple[str, str, str, str, str]], *, articles: bool = False) -> None:

@@ -1,7 +1,7 @@
-"""1000 requests with rules that a program can check: does the model still do as it is told?
+"""1000 requests with rules that a program can check, to measure whether the model still follows instructions.
 
-`instructions.jsonl`, for the `instruction` grader: forty topics in each of 25 kinds of request. So many give the share
-to within 3 points (95 %, 1.96 * sqrt(p (1 - p) / 1000)). Nothing was selected by what a model gets right.
+`instructions.jsonl`, for the `instruction` grader: forty topics in each of 25 kinds of request. 1000 requests give the
+accuracy to within 3 points (95 %, 1.96 * sqrt(p (1 - p) / 1000)). No request was selected by the replies of a model.
 
 `python examples/general/make_instructions.py [FOLDER]` writes the file, the same bytes each time.
 """

@@ -1,18 +1,18 @@
 """The tool-call example: one call in a fixed format, a skill that SmolLM2-135M-Instruct can follow but does not have.
 
-`apis.yaml` describes five small APIs of two tools each. A prompt documents the two tools of one API and puts a request;
+`apis.yaml` describes five small APIs of two tools each. A prompt documents the two tools of one API and has a request;
 the demonstration is the one right call, as
 
     Action: the tool's name
     Action Input: its parameters as a JSON object
 
-(a prompt that spelled this out was copied by a model this small). `train.jsonl` holds 120 demonstrations, 12 a tool.
-`heldout.jsonl` holds 80 requests, eight a tool, for the `tool_call` grader: the tools are those of training, neither
-the wording of a request nor a value in it (city, title, name, number…) occurs there. Held-out rows carry a
-demonstration as well, so that the teacher can be measured on them.
+(a model this small copies a prompt that spells this out). `train.jsonl` holds 120 demonstrations, 12 per tool.
+`heldout.jsonl` holds 80 requests, eight per tool, for the `tool_call` grader. The tools are those of training; no
+wording and no value (city, title, name, number…) occurs in training. Held-out rows have a demonstration as well, so
+that the teacher can be measured on them.
 
-`python examples/tools/make_data.py [FOLDER]` writes both files into FOLDER (unless told otherwise its own folder), the
-same bytes each time.
+`python examples/tools/make_data.py [FOLDER]` writes both files into FOLDER (default: the script's own folder), the same
+bytes each time.
 """
 
 import json

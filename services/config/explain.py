@@ -143,7 +143,7 @@ def _fields(section: Loc) -> dict[str, FieldInfo]:
         if part not in model.model_fields:
             return {}
         annotation = model.model_fields[part].annotation
-        inner = _model_of(annotation)
+        inner = model_of(annotation)
         if inner is None:
             return {}
         model = inner
@@ -157,7 +157,7 @@ def _choices(loc: Loc) -> tuple[Any, ...]:
     return next((get_args(a) for a in (annotation, *get_args(annotation)) if get_origin(a) is Literal), ())
 
 
-def _model_of(annotation: Any) -> type[BaseModel] | None:
+def model_of(annotation: Any) -> type[BaseModel] | None:
     """Return the section class in an annotation: the class itself, an optional one, or the item of a list."""
     candidates = (annotation, *get_args(annotation))
     return next((t for t in candidates if isinstance(t, type) and issubclass(t, BaseModel)), None)
@@ -166,7 +166,7 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
 def all_settings(model: type[BaseModel], loc: Loc) -> Iterator[Loc]:
     for name, field in model.model_fields.items():
         yield (*loc, name)
-        section = _model_of(field.annotation)
+        section = model_of(field.annotation)
         if section is not None:
             yield from all_settings(section, (*loc, name))
 

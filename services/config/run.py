@@ -31,13 +31,13 @@ class RunConfig(Section):
         "sdft",
         description="For comparison: off_policy learns from the teacher's samples, sft and dft from the demonstrations",
     )
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Device of engines and learner")
     dtype: Dtype = Field(
         # Resolved here, so that everything computed from the configuration, and every saved copy, has the dtype in use.
         default_factory=lambda data: native_dtype(data.get("device", "cpu")),
         description="auto, the default: bfloat16 on a GPU or a processor with instructions for it, else float32",
     )
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of the order of the data and of sampling")
     run_dir: str | None = Field(None, description="null: runs/<name of the config file>")
     data: DataConfig | None = Field(None, description="The demonstrations; null: each of `stages` has its own")
     stages: tuple[StageConfig, ...] = Field((), description="Tasks that one model is trained on, one after the other")

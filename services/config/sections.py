@@ -33,8 +33,10 @@ class DataConfig(Section):
         "paper", description="Teacher context: paper, turn, context, feedback, none, or the path of a Jinja template"
     )
     system: str | None = Field(None, description="System message for prompts without one")
-    max_prompt_tokens: int = Field(1024, ge=1)
-    max_teacher_prompt_tokens: int = Field(2048, ge=1)
+    max_prompt_tokens: int = Field(1024, ge=1, description="Longest prompt of the student; a longer one is an error")
+    max_teacher_prompt_tokens: int = Field(
+        2048, ge=1, description="Longest prompt of the teacher; a longer one is an error"
+    )
 
     @model_validator(mode="after")
     def _teacher_sees_more(self) -> "DataConfig":
@@ -50,8 +52,8 @@ class TrainingConfig(Section):
     """Length of training: `epochs` over the demonstrations, or a number of `steps`. With stages, each sets its own."""
 
     batch_size: int = Field(32, ge=1, description="Prompts per optimizer step")
-    epochs: int | None = Field(None, ge=1)
-    steps: int | None = Field(None, ge=1)
+    epochs: int | None = Field(None, ge=1, description="Passes over the demonstrations; give this or steps")
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; give this or epochs")
     max_staleness: int = Field(
         0, ge=0, description="Steps that a rollout's weights may be behind; 0: the strict, synchronous algorithm"
     )
@@ -78,7 +80,7 @@ class WeightsConfig(Section):
     max_probe_gap: float | None = Field(
         None, gt=0, description="Largest relative gap of the probe; null: 0.001 in float32, 0.08 in bfloat16"
     )
-    timeout_s: float = Field(300, gt=0)
+    timeout_s: float = Field(300, gt=0, description="How long an engine may take to load and verify new weights")
 
     @model_validator(mode="after")
     def _all_at_once(self) -> "WeightsConfig":
@@ -93,7 +95,7 @@ class JudgeConfig(Section):
     """A language model that grades replies, behind an endpoint with OpenAI's protocol."""
 
     url: str = Field(description="Address of the API, such as http://127.0.0.1:8000/v1")
-    model: str
+    model: str = Field(description="Name of the model at the endpoint")
     api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key, if one is needed")
     max_tokens: int = Field(16, ge=1, description="Longest verdict; more for a model that reasons before its verdict")
     concurrency: int = Field(16, ge=1, description="Requests in flight at once")
@@ -109,14 +111,18 @@ class JudgeConfig(Section):
 class EvaluationSet(Section):
     """One file of questions with answers. With grader: perplexity, a file of texts that the model scores."""
 
-    name: str = Field(pattern=r"^[a-z0-9_-]+$")
-    file: str
-    grader: Grader
+    name: str = Field(pattern=r"^[a-z0-9_-]+$", description="Name of the set, in lower case")
+    file: str = Field(description="A .jsonl or .parquet file of questions with answers, relative to the config file")
+    grader: Grader = Field(
+        description="The rule that decides whether a reply is right; perplexity scores texts instead"
+    )
     judge: JudgeConfig | None = Field(None, description="The model that grades, with grader: judge")
     columns: dict[Column, str] = Field({}, description="Column names in the file: {answer: golden_answer}")
-    role: Literal["task", "retention"] = "task"
+    role: Literal["task", "retention"] = Field(
+        "task", description="retention: the model must not forget this; see the section retention"
+    )
     rows: int | None = Field(None, ge=1, description="Number of rows, spread evenly over the file; null: all")
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(64, ge=1, description="Longest reply in tokens")
     pass_at: tuple[int, ...] = Field((), description="Values of k, at most 128, for pass@k of sampled replies")
     pass_samples: int | None = Field(
         None, ge=1, description="Replies sampled for each question for pass_at; null: twice the largest k"
@@ -170,10 +176,10 @@ class EvaluationConfig(Section):
 class StageConfig(Section):
     """One task of a stream of tasks. Method, sampling, loss and optimizer default to those of the run."""
 
-    name: str = Field(pattern=r"^[a-z0-9_-]+$")
+    name: str = Field(pattern=r"^[a-z0-9_-]+$", description="Name of the stage, in lower case")
     data: DataConfig
-    epochs: int | None = Field(None, ge=1)
-    steps: int | None = Field(None, ge=1)
+    epochs: int | None = Field(None, ge=1, description="Passes over the stage's demonstrations; give this or steps")
+    steps: int | None = Field(None, ge=1, description="Optimizer steps of the stage; give this or epochs")
     method: Method | None = Field(None, description="null: the run's")
     sampling: SamplingConfig | None = Field(None, description="null: the run's")
     loss: LossConfig | None = Field(None, description="null: the run's")
@@ -205,17 +211,17 @@ class RetentionConfig(Section):
 class CheckpointConfig(Section):
     """When to save, and how many checkpoints to keep. The last step is always saved."""
 
-    every: int = Field(50, ge=1)
-    keep: int = Field(2, ge=1)
+    every: int = Field(50, ge=1, description="Steps between two checkpoints")
+    keep: int = Field(2, ge=1, description="Number of checkpoints kept; older ones are removed")
     timeout_s: float = Field(600, gt=0, description="How long a checkpoint may take to reach the disk")
 
 
 class MonitoringConfig(Section):
     """Sinks for metrics beside metrics.jsonl, the stall notice, and the recording of rollouts."""
 
-    tensorboard: bool = True
-    wandb_project: str | None = None
-    mlflow_experiment: str | None = None
+    tensorboard: bool = Field(True, description="Write TensorBoard files into the run directory")
+    wandb_project: str | None = Field(None, description="Project of Weights & Biases to log to; null: none")
+    mlflow_experiment: str | None = Field(None, description="MLflow experiment to log to; null: none")
     # Off: a run's own cluster uses ports that change with every run, so no Prometheus server is configured for them.
     prometheus: bool = Field(False, description="Serve metrics with those of the Ray node, for Prometheus to fetch")
     stall_s: float = Field(600, gt=0, description="Seconds in which no wait ends, after which the run prints its waits")
@@ -225,7 +231,9 @@ class MonitoringConfig(Section):
 class RayConfig(Section):
     """The Ray cluster: a running one (`address`, or RAY_ADDRESS in the environment), else one started by the run."""
 
-    address: str | None = None
+    address: str | None = Field(
+        None, description="Address of a running cluster; null: RAY_ADDRESS, else a cluster of the run's own"
+    )
     wait_s: float = Field(300, gt=0, description="How long to wait for the cluster's resources")
     autoscaling: bool = Field(False, description="The cluster has an autoscaler: request nodes and wait for them")
 

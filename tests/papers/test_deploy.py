@@ -12,7 +12,7 @@ from ray.runtime_env import RuntimeEnv
 
 from sdft.services.cli.main import parser
 from sdft.services.cluster.submit import EXCLUDES
-from tests.papers.readme import ROOT
+from tests.papers.documents import ROOT
 from tests.papers.test_kuberay import CLUSTERS, DEPLOY, IMAGE_SOURCE, pods
 
 

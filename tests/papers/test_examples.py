@@ -6,7 +6,7 @@ The other examples differ only in data and lengths: test_examples_data checks ea
 from pathlib import Path
 
 from sdft.services.records.rows import read_jsonl
-from tests.papers.readme import ROOT
+from tests.papers.documents import ROOT
 from tests.runs.run import finish
 
 EXAMPLES = ROOT / "examples"

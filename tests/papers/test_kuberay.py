@@ -19,7 +19,7 @@ from sdft.services.cli.main import parser
 from sdft.services.config.load import load_config
 from sdft.services.config.run import RunConfig
 from sdft.services.planning.prepare import Prepared, prepare
-from tests.papers.readme import ROOT
+from tests.papers.documents import ROOT
 
 DEPLOY = ROOT / "deploy"
 KUBERAY = DEPLOY / "kuberay"

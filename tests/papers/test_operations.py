@@ -6,7 +6,7 @@ import yaml
 
 from sdft.services.config.explain import all_settings
 from sdft.services.config.run import RunConfig
-from tests.papers.readme import ROOT
+from tests.papers.documents import ROOT
 
 TEXT = (ROOT / "docs" / "operations.md").read_text()
 FILES = ("json", "jsonl", "sqlite", "yaml")  # endings of file names, which are no settings

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from sdft.services.records.batches import read_batch
 from sdft.services.records.rows import read_jsonl
 from tests.fakes.rollouts import logprobs
-from tests.papers.readme import commands
+from tests.papers.documents import ROOT, commands
 from tests.runs.leftovers import new_since, on_machine
 from tests.runs.run import BIN, command, finish, free_port, metrics, replayed, wait_for_step, write_run
 from tests.runs.wheel import install_wheel
@@ -111,7 +111,7 @@ def test_the_learner_alone_repeats_a_run_from_its_recorded_rollouts(alone: Path)
 def test_a_job_that_was_killed_resumes_when_it_is_submitted_again(
     head: Head, alone: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """With the two commands of the README. The result has the same bits as that of an uninterrupted local run.
+    """With the two commands of the documents. The result has the same bits as that of an uninterrupted local run.
 
     The user's project has packages with the names of this project's folders. Ray puts the user's project first on the
     path.
@@ -121,7 +121,7 @@ def test_a_job_that_was_killed_resumes_when_it_is_submitted_again(
         (work / name).mkdir(parents=True)
         (work / name / "__init__.py").write_text(f"raise ImportError('this is the {name} of the user')\n")
     write_run(work, tiny_model, "float32", **LORA)
-    (ray_job,) = [c for c in commands("ray") if c[1] == "job"]
+    (ray_job,) = [c for c in commands("ray", ROOT / "docs" / "cluster.md") if c[1] == "job"]
     (sdft_submit,) = [c for c in commands("sdft") if c[1] == "submit"]
     here = {"http://127.0.0.1:8265": head.dashboard, "my.yaml": "tiny.yaml", "/shared/runs/my": str(run_dir)}
     first = [str(head.bin / "ray"), "job", "submit", "--no-wait", *(here.get(word, word) for word in ray_job[3:])]

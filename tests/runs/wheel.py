@@ -7,7 +7,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from tests.papers.readme import ROOT
+from tests.papers.documents import ROOT
 
 # What the wheel is built from. The build uses a copy, because setuptools leaves folders beside the sources.
 SOURCES = ("actors", "learner", "services", "sdft", "pyproject.toml", "README.md")

@@ -129,7 +129,8 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
         ("evaluation: {sets: {a: 1}}", "my.yaml: evaluation.sets must be a list, not a mapping"),
         (
             "evaluation: {sets: [{name: a, file: f}]}",
-            "my.yaml: evaluation.sets[0].grader is required but missing",
+            "my.yaml: evaluation.sets[0].grader is required but missing; it is: the rule that decides "
+            "whether a reply is right; perplexity scores texts instead",
         ),
         (
             "evaluation: {sets: [{name: a, file: f, grader: exact, rle: task}]}",

@@ -22,7 +22,7 @@ from sdft.services.monitoring.prometheus import BY_PATH, EVAL, METRICS, PHASES, 
 from sdft.services.monitoring.sinks import Sinks
 from sdft.services.records.rows import PERPLEXITY, STUDENT_ACCURACY, TEACHER_ACCURACY, EvalResult, StepMetrics
 from tests.fakes.promql import Query, parse
-from tests.papers.readme import ROOT
+from tests.papers.documents import ROOT
 from tests.services.records.test_metrics import STEP
 
 MONITORING = ROOT / "deploy" / "monitoring"

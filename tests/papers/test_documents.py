@@ -1,0 +1,77 @@
+"""What the documents show is there: commands, targets, configurations, settings, links."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sdft.services.cli.main import parser
+from sdft.services.config.explain import model_of
+from sdft.services.config.reference import page, sections
+from sdft.services.config.run import RunConfig
+from tests.papers.documents import DOCUMENTS, README, ROOT, block, blocks, commands
+
+LEAST = {"model": "m", "data": {"train": "t"}, "training": {"steps": 1}}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_of_a_document_is_one(document: Path) -> None:
+    for command in commands("sdft", document):
+        parser().parse_args(command[1:])
+    for command in commands("make", document):
+        subprocess.run([*command, "--dry-run"], cwd=ROOT, check=True, capture_output=True, timeout=60)
+
+
+def test_the_commands_are_found() -> None:
+    assert {c[1] for c in commands("make")} == {"demo", "test", "chaos"}
+    found = {c[1] for document in DOCUMENTS for c in commands("sdft", document)}
+    assert found == {"check", "train", "eval", "submit", "status", "report", "matrix", "export"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_configuration_of_a_document_is_one(document: Path) -> None:
+    for text in blocks(document):
+        given = yaml.safe_load(text) if text.partition(":")[0] in RunConfig.model_fields else {}
+        own = LEAST | given | {"training": given.get("training", {}) | {}}
+        if "stages" in given:
+            del own["data"]
+        elif not {"steps", "epochs"} & own["training"].keys():
+            own["training"] |= {"steps": 1}
+        RunConfig.model_validate(own)
+
+
+def test_configurations_that_are_explained_do_what_is_said() -> None:
+    stream = RunConfig.model_validate(yaml.safe_load(block("model:", ROOT / "docs" / "continual.md")))
+    assert [(task.training.epochs, task.training.steps) for task in stream.tasks] == [(2, None), (None, 80)]
+    assert stream.guarded == ("general",)
+    shared = RunConfig.model_validate(LEAST | yaml.safe_load(block("device: cuda", ROOT / "docs" / "cluster.md")))
+    assert shared.learner.gpus + shared.actors.student.gpus + shared.actors.teacher.gpus == 1
+
+
+def test_the_page_of_settings_is_made_from_them() -> None:
+    """After a change: python -m sdft.services.config.reference > docs/configuration.md"""
+    assert (ROOT / "docs" / "configuration.md").read_text() == page()
+    shown = {place for place in sections().values() if place}
+    assert {"learner.optimizer", "evaluation.sets[].judge", "stages[]"} <= shown
+
+
+def test_every_setting_is_described() -> None:
+    bare = [
+        f"{place}.{name}"
+        for model, place in sections().items()
+        for name, field in model.model_fields.items()
+        if model_of(field.annotation) is None and not field.description
+    ]
+    assert bare == []
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    """A link to a page or heading that is not there is one."""
+    words = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", str(ROOT / "docs"), str(tmp_path)]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
+    assert {path.stem for path in tmp_path.glob("*.html")} >= pages
+    assert all(f"docs/{name}.md" in README.read_text() for name in pages - {"index"})
