@@ -73,7 +73,7 @@ class Outage:
         except FAILURES as error:
             if self._since is None:
                 self._since = time.monotonic()
-                self._notice(f"{self._query} fails ({reason(error)}); the run goes on and tries again")
+                self._notice(f"{self._query} fails ({reason(error)}); the run continues and retries the query")
         else:
             if self._since is not None:
                 took, self._since = time.monotonic() - self._since, None

@@ -39,7 +39,7 @@ def test_a_run_outlives_failing_queries_and_reports_them_once() -> None:
 
     asyncio.run(asyncio.wait_for(run(), 20))
     assert notices == [
-        "the query for nodes that are being drained fails (GCS is away); the run goes on and tries again",
+        "the query for nodes that are being drained fails (GCS is away); the run continues and retries the query",
         "the query for nodes that are being drained works again after 0 s",
     ]
 
