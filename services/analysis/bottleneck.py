@@ -3,19 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+from sdft.services.records.figures import PHASES
 from sdft.services.records.rows import StepMetrics
 from sdft.services.records.settings import max_staleness, sampler_and_scorer, teacher_weights
 from sdft.services.records.text import percent
 
 LAST = 20  # steps that the verdict is based on
 WAITING = 0.1  # share of a step from which the learner counts as waiting
-PHASES = {
-    "rollout": "sampling",
-    "score": "the teacher's scoring",
-    "learn": "the learner's step",
-    "sync": "weight updates",
-    "wait": "waiting for checkpoints",
-}
+ACTIVITIES = {phase.name: phase.activity for phase in PHASES}
 MORE_RANKS = "use more learner ranks (learner.ranks)"
 FEWER_CHECKPOINTS = "save checkpoints less often (checkpoint.every)"
 
@@ -29,19 +24,19 @@ def verdict(steps: Sequence[StepMetrics], config: dict[str, Any]) -> str | None:
     total = sum(m.time_step_s for m in recent)
     if len(recent) < 2 or total == 0:
         return None
-    shares = {phase: sum(getattr(m, f"time_{phase}_s") for m in recent) / total for phase in PHASES}
+    shares = {phase.name: sum(m.seconds(phase) for m in recent) / total for phase in PHASES}
     engines = sampler_and_scorer(config, recent[-1].stage)
     if max_staleness(config) == 0 or engines is None:
         phase = max(shares, key=lambda name: shares[name])
         remedies = _sequential_remedies(phase, config, recent[-1].stage)
-        return f"{PHASES[phase]}, {percent(shares[phase])} of a step; {', or '.join(remedies)}"
+        return f"{ACTIVITIES[phase]}, {percent(shares[phase])} of a step; {', or '.join(remedies)}"
     if shares["wait"] >= WAITING:
         role = engines[0 if shares["rollout"] >= shares["score"] else 1]
         return f"the engines: the learner waits {percent(shares['wait'])} of the time; raise actors.{role}.max_replicas"
     phase = "learn" if shares["learn"] >= shares["sync"] else "sync"
     updates = "sync_every, teacher_sync_every" if teacher_weights(config) == "ema" else "sync_every"
     remedy = MORE_RANKS if phase == "learn" else f"update the engines less often (weights.{updates})"
-    return f"{PHASES[phase]}, {percent(shares[phase])} of a step, while the engines keep ahead; {remedy}"
+    return f"{ACTIVITIES[phase]}, {percent(shares[phase])} of a step, while the engines keep ahead; {remedy}"
 
 
 def _sequential_remedies(phase: str, config: dict[str, Any], stage: int) -> list[str]:

@@ -2,19 +2,20 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
+from operator import attrgetter
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 from sdft.services.analysis.svg import COLOURS, GREY, HALF, INK, WIDE, axes_of, chart, label_ends, lines
+from sdft.services.records.figures import PHASES, Curve
 from sdft.services.records.rows import STUDENT_ACCURACY, TEACHER_ACCURACY, EvalResult, StepMetrics, divergence_names
 from sdft.services.records.text import percent
 
 if TYPE_CHECKING:
     from sdft.services.analysis.matrix import Matrix
 
-PHASE_COLOURS = {"rollout": "#0072b2", "score": "#4a9fd4", "learn": "#009e73", "sync": "#e69f00", "wait": "#999999"}
 MOST_BARS = 400  # more bars are invisible and add megabytes to the page
 LENGTH_BARS, LENGTH_COLOURS = 40, (COLOURS[0], COLOURS[1])
 
@@ -142,11 +143,11 @@ def time_chart(steps: Sequence[StepMetrics]) -> str:
         edges = [group[0].step - 0.5 for group in groups] + [steps[-1].step + 0.5]
         below = [0.0] * len(groups)
         labels: list[tuple[float, str, str]] = []
-        for phase, colour in PHASE_COLOURS.items():
-            times = [[getattr(m, f"time_{phase}_s") for m in group] for group in groups]
+        for phase in PHASES:
+            times = [[m.seconds(phase) for m in group] for group in groups]
             tops = [bottom + fmean(group) for bottom, group in zip(below, times, strict=True)]
-            axes.stairs(tops, edges, baseline=below, fill=True, color=colour, linewidth=0)
-            labels.append(((below[-1] + tops[-1]) / 2, f"{phase} {median(chain(*times)):.1f} s", colour))
+            axes.stairs(tops, edges, baseline=below, fill=True, color=phase.colour, linewidth=0)
+            labels.append(((below[-1] + tops[-1]) / 2, f"{phase.name} {median(chain(*times)):.1f} s", phase.colour))
             below = tops
         label_ends(axes, labels)
         return done()
@@ -170,25 +171,10 @@ def length_chart(lengths: Mapping[str, "Counter[int]"]) -> str:
         return done()
 
 
-def gradient_chart(steps: Sequence[StepMetrics]) -> str:
-    return _half(steps, "gradient norm", lambda m: m.grad_norm, COLOURS[2])
-
-
-def lr_chart(steps: Sequence[StepMetrics]) -> str:
-    return _half(steps, "learning rate", lambda m: m.lr, GREY)
-
-
-def mismatch_chart(steps: Sequence[StepMetrics]) -> str:
-    return _half(steps, "KL of sampler and learner", lambda m: m.mismatch_kl, COLOURS[3])
-
-
-def tail_chart(steps: Sequence[StepMetrics]) -> str:
-    return _half(steps, "teacher probability outside top-K", lambda m: m.tail_mass, COLOURS[4])
-
-
-def _half(steps: Sequence[StepMetrics], title: str, value: Callable[[StepMetrics], float], colour: str) -> str:
-    with chart(HALF, f"{title} over steps") as (figure, done):
+def figure_chart(steps: Sequence[StepMetrics], field: str, curve: Curve) -> str:
+    """One figure over steps. `field`: its field of StepMetrics."""
+    with chart(HALF, f"{curve.quantity} over steps") as (figure, done):
         axes = axes_of(figure, "", steps[-1].step)
         axes.yaxis.set_major_formatter(lambda number, _: f"{number:g}")
-        lines(axes, steps, [("", value, colour)])
+        lines(axes, steps, [("", attrgetter(field), curve.colour)])
         return done()

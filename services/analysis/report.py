@@ -4,7 +4,7 @@ import json
 import math
 import platform
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +24,7 @@ from sdft.services.records.rows import (
     StepMetrics,
     divergence_names,
     read_rows,
+    step_figures,
     without_loss_tokens,
 )
 from sdft.services.records.run_dir import RunState, check_run_dir, read_ledger, read_stages, read_state
@@ -216,17 +217,11 @@ def draw(
         bound = verdict(steps, config)
         note = f"Labels: the median of all steps.{ahead}{f' Bound by {bound}.' if bound else ''}"
         drawn.append(Chart("Time per phase", charts.time_chart(steps), note))
-        small: list[tuple[str, Callable[[Sequence[StepMetrics]], str], str]] = [
-            ("Gradient norm", charts.gradient_chart, "Before clipping."),
-            ("Learning rate", charts.lr_chart, ""),
-            (
-                "Mismatch",
-                charts.mismatch_chart,
-                "Estimated KL divergence of the sampler, at its temperature and top_p, from the learner.",
-            ),
-            ("Tail mass", charts.tail_chart, "Teacher probability outside its top-K: the tail bucket."),
+        drawn += [
+            Chart(curve.title, charts.figure_chart(steps, field, curve), curve.note, wide=False)
+            for field, figure in step_figures().items()
+            if (curve := figure.curve) is not None
         ]
-        drawn += [Chart(title, chart(steps), note, wide=False) for title, chart, note in small]
     sampled = [r for r in results if r.k is not None]
     for task in dict.fromkeys(r.task for r in sampled):
         note = f"Share of questions of {task} with a right one among k sampled replies. Dotted: the teacher."

@@ -11,9 +11,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from sdft.services.records.figures import PHASES
 from sdft.services.records.rows import EvalResult, StepMetrics
 
-PHASES = {"rollout": "blue", "score": "magenta", "learn": "green", "sync": "yellow", "wait": "bright_black"}
 # Evaluations shown on a terminal: the first and the last ones, so that the panel fits the screen.
 SHOWN_EVALUATIONS = 8
 
@@ -72,7 +72,7 @@ class Progress:
         self._ends = now + (now - self._began) / self._steps_seen * (self._total - metrics.step)
         if not self._live:
             m = metrics
-            times = " ".join(f"{phase} {getattr(m, f'time_{phase}_s'):.1f}s" for phase in PHASES)
+            times = " ".join(f"{phase.name} {m.seconds(phase):.1f}s" for phase in PHASES)
             self._line(
                 f"step {m.step}/{self._total}  loss {m.loss:.4f}  {m.divergence_name} {m.divergence:.4f}  "
                 f"{m.loss_tokens} loss tokens  {m.tokens_per_s:.0f} tok/s  {times}  ETA {self._eta()}"
@@ -129,8 +129,8 @@ class Progress:
 
     def _times(self, m: StepMetrics) -> RenderableType:
         line = Text.assemble(("last step ", "dim"), f"{m.time_step_s:.1f} s  ")
-        for phase, colour in PHASES.items():
-            line.append(f" {phase} ", colour).append(f"{getattr(m, f'time_{phase}_s'):.1f}")
+        for phase in PHASES:
+            line.append(f" {phase.name} ", phase.terminal).append(f"{m.seconds(phase):.1f}")
         return line
 
     def _evaluations(self) -> RenderableType:

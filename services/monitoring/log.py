@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sdft.services.base.files import write_atomically
 from sdft.services.monitoring.sinks import Sinks
+from sdft.services.records.figures import path_of
 from sdft.services.records.rows import FILES, EvalResult, Reply, StepMetrics, json_line, read_jsonl
 
 
@@ -25,12 +26,9 @@ class RunLog:
 
     def step(self, metrics: StepMetrics) -> None:
         self._append(metrics)
-        named = {}
-        for name, value in asdict(metrics).items():
-            if name not in ("step", "direction"):
-                named[f"time/{name[5:]}" if name.startswith("time_") else f"train/{name}"] = value
         if self._sinks is not None:
-            self._sinks.log(metrics.step, named)
+            numbers = {name: value for name, value in asdict(metrics).items() if name not in ("step", "direction")}
+            self._sinks.log(metrics.step, {path_of(name): value for name, value in numbers.items()})
 
     def evaluation(self, *results: EvalResult) -> None:
         """Append the results of an evaluation in one write.

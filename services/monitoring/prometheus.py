@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdft.services.records.figures import path_of
+from sdft.services.records.rows import step_figures
+
 PREFIX = "ray_"  # Ray prepends it to every name
 RUN = "run"  # tag of every metric: the run directory's name
-PHASES = ("rollout", "score", "learn", "sync", "wait")
 NOT_FINITE_IF = ("train/loss", "train/divergence", "train/grad_norm")
 
 
@@ -45,28 +47,8 @@ EVAL = Metric(
 
 # Keys are the metric names of Sink.log. Counters add up the work of this process: repeated steps count again.
 BY_PATH: Mapping[str, Metric] = {
-    "train/stage": Metric("sdft_stage", "Stage that the last step belongs to"),
-    "train/loss": Metric("sdft_loss", "Loss of the last step"),
-    "train/divergence": Metric("sdft_divergence", "Divergence of the last step, nats per token"),
-    "train/grad_norm": Metric("sdft_grad_norm", "Norm of the last step's gradient, before it is clipped"),
-    "train/lr": Metric("sdft_learning_rate", "Learning rate of the last step"),
-    "train/samples": Metric("sdft_samples_total", "Samples of all steps", counter=True),
-    "train/prompt_tokens": Metric("sdft_prompt_tokens_total", "Prompt tokens of all steps", counter=True),
-    "train/completion_tokens": Metric("sdft_completion_tokens_total", "Completion tokens of all steps", counter=True),
-    "train/loss_tokens": Metric("sdft_loss_tokens_total", "Loss tokens of all steps", counter=True),
-    "train/student_version": Metric("sdft_student_version", "Newest weight version that sampled for the last step"),
-    "train/teacher_version": Metric(
-        "sdft_teacher_version", "Oldest weight version of the teacher that scored for the last step"
-    ),
-    "train/staleness_mean": Metric("sdft_staleness_mean", "Mean staleness of the last step's rollouts, in steps"),
-    "train/staleness_max": Metric("sdft_staleness_max", "Largest staleness of the last step's rollouts, in steps"),
-    "train/mismatch_kl": Metric("sdft_mismatch_kl", "Estimated KL between sampler and learner, nats per token"),
-    "train/tail_mass": Metric("sdft_tail_mass", "Mean probability mass of the teacher outside its top K"),
-    "train/tokens_per_s": Metric("sdft_tokens_per_second", "Completion tokens per second of the last step"),
-    "train/trained": Metric("sdft_samples_trained", "Samples trained; falls when the run resumes from an earlier step"),
-    "train/dropped": Metric("sdft_samples_dropped", "Samples dropped; falls when the run resumes from an earlier step"),
-    "train/in_flight": Metric("sdft_samples_in_flight", "Samples in flight: issued, and neither trained nor dropped"),
-    "time/step_s": Metric("sdft_step_seconds", "Time of the last step"),
+    path_of(field): Metric(f"sdft_{figure.prometheus}", figure.help, counter=figure.counter)
+    for field, figure in step_figures().items()
 }
 METRICS = (STEP, PROGRESS, NOT_FINITE, TIME, EVAL, *BY_PATH.values())
 

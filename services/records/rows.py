@@ -4,11 +4,12 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sdft.services.base.errors import UserError
+from sdft.services.records.figures import Curve, Figure, Phase, figure
 from sdft.services.records.text import percent
 
 DIVERGENCE_NAMES = {
@@ -34,36 +35,89 @@ class StepMetrics:
     """
 
     step: int
-    stage: int
-    loss: float
-    divergence: float
+    stage: int = field(metadata=figure("Stage that the last step belongs to", "stage"))
+    loss: float = field(metadata=figure("Loss of the last step", "loss"))
+    divergence: float = field(metadata=figure("Divergence of the last step, nats a token", "divergence"))
     direction: str  # divergence: forward, reverse, jsd or sampled; for demonstrations nll or dft
-    grad_norm: float
-    lr: float
-    samples: int
-    prompt_tokens: int
-    completion_tokens: int
-    student_version: int
-    teacher_version: int
-    staleness_mean: float
-    staleness_max: int
-    mismatch_kl: float
-    tail_mass: float
+    grad_norm: float = field(
+        metadata=figure(
+            "Norm of the last step's gradient, before it is clipped",
+            "grad_norm",
+            curve=Curve("Gradient norm", "gradient norm", "Before clipping.", "#009e73"),
+        )
+    )
+    lr: float = field(
+        metadata=figure(
+            "Learning rate of the last step",
+            "learning_rate",
+            curve=Curve("Learning rate", "learning rate", "", "#6a737d"),
+        )
+    )
+    samples: int = field(metadata=figure("Samples in the steps made", "samples_total", counter=True))
+    prompt_tokens: int = field(metadata=figure("Prompt tokens in the steps made", "prompt_tokens_total", counter=True))
+    completion_tokens: int = field(
+        metadata=figure("Completion tokens in the steps made", "completion_tokens_total", counter=True)
+    )
+    student_version: int = field(metadata=figure("Newest weights that sampled for the last step", "student_version"))
+    teacher_version: int = field(
+        metadata=figure("Oldest teacher weights that scored for the last step", "teacher_version")
+    )
+    staleness_mean: float = field(
+        metadata=figure("Steps that the rollouts' weights were behind, mean", "staleness_mean")
+    )
+    staleness_max: int = field(metadata=figure("Steps that the rollouts' weights were behind, most", "staleness_max"))
+    mismatch_kl: float = field(
+        metadata=figure(
+            "Estimated KL between sampler and learner, nats a token",
+            "mismatch_kl",
+            curve=Curve(
+                "Mismatch",
+                "KL of sampler and learner",
+                "Estimated KL divergence of the sampler, at its temperature and top_p, from the learner.",
+                "#cc79a7",
+            ),
+        )
+    )
+    tail_mass: float = field(
+        metadata=figure(
+            "Teacher's probability outside its top K, mean",
+            "tail_mass",
+            curve=Curve(
+                "Tail mass",
+                "teacher probability outside top-K",
+                "Teacher probability outside its top-K: the tail bucket.",
+                "#e69f00",
+            ),
+        )
+    )
     time_rollout_s: float
     time_score_s: float
     time_learn_s: float
     time_sync_s: float
     time_wait_s: float
-    time_step_s: float
-    tokens_per_s: float
-    trained: int
-    dropped: int
-    in_flight: int
-    loss_tokens: int | None = None  # completion tokens in the loss; None if the file does not have it
+    time_step_s: float = field(metadata=figure("Time of the last step", "step_seconds"))
+    tokens_per_s: float = field(metadata=figure("Completion tokens of the last step by its time", "tokens_per_second"))
+    trained: int = field(metadata=figure("Samples the run has trained on; falls when it goes back", "samples_trained"))
+    dropped: int = field(metadata=figure("Samples the run has given up; falls when it goes back", "samples_dropped"))
+    in_flight: int = field(metadata=figure("Samples issued, not yet trained on or given up", "samples_in_flight"))
+    # None: the file does not have it.
+    loss_tokens: int | None = field(
+        default=None,
+        metadata=figure("Completion tokens that the loss was of, in the steps made", "loss_tokens_total", counter=True),
+    )
+
+    def seconds(self, phase: Phase) -> float:
+        """Return the time of a phase."""
+        return float(getattr(self, f"time_{phase.name}_s"))
 
     @property
     def divergence_name(self) -> str:
         return DIVERGENCE_NAMES.get(self.direction, self.direction)
+
+
+def step_figures() -> dict[str, Figure]:
+    """Return the figures of a step by field, in order."""
+    return {f.name: f.metadata["figure"] for f in fields(StepMetrics) if "figure" in f.metadata}
 
 
 def divergence_names(steps: Iterable[StepMetrics]) -> str:

@@ -18,8 +18,9 @@ import yaml
 
 from sdft.services.config.sections import MonitoringConfig
 from sdft.services.monitoring.log import RunLog
-from sdft.services.monitoring.prometheus import BY_PATH, EVAL, METRICS, PHASES, PREFIX, TIME
+from sdft.services.monitoring.prometheus import BY_PATH, EVAL, METRICS, PREFIX, TIME
 from sdft.services.monitoring.sinks import Sinks
+from sdft.services.records.figures import PHASES, path_of
 from sdft.services.records.rows import PERPLEXITY, STUDENT_ACCURACY, TEACHER_ACCURACY, EvalResult, StepMetrics
 from tests.fakes.promql import Query, parse
 from tests.papers.documents import ROOT
@@ -35,7 +36,7 @@ RAYS_OWN = {
     "ray_node_manager_unexpected_worker_failure_total": {"instance", "Type", "Name"},  # once a worker has died
 }
 VALUES = {
-    "phase": set(PHASES),
+    "phase": {phase.name for phase in PHASES},
     "metric": {STUDENT_ACCURACY, TEACHER_ACCURACY, PERPLEXITY},
     "Type": {"Raylet.UnexpectedActorFailure.Total"},
 }
@@ -106,15 +107,12 @@ def test_a_ray_node_serves_what_a_run_logs(tmp_path: Path) -> None:
     assert found["ray_node_mem_used",] > 0
 
 
-def test_every_number_of_a_step_has_a_metric() -> None:
+def test_every_number_of_a_step_is_described() -> None:
     """`direction` is text, and `step` has a separate metric."""
-    paths = set()
-    for f in fields(StepMetrics):
-        if f.name.startswith("time_") and f.name != "time_step_s":
-            assert f.name.removeprefix("time_").removesuffix("_s") in PHASES
-        elif f.name not in ("step", "direction"):
-            paths.add(f"time/{f.name[5:]}" if f.name.startswith("time_") else f"train/{f.name}")
-    assert paths == set(BY_PATH)
+    of_phases = {f"time_{phase.name}_s" for phase in PHASES}
+    names = {f.name for f in fields(StepMetrics)}
+    assert of_phases < names
+    assert {path_of(name) for name in names - of_phases - {"step", "direction"}} == set(BY_PATH)
 
 
 def test_names_are_those_that_prometheus_asks_for() -> None:
