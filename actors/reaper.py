@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sdft.actors.shared.types import Process
 
-SENT_S = 1.0
+SENT_S = 0.5
 
 
 def end(process: Process) -> None:

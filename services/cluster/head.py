@@ -17,7 +17,7 @@ import threading
 
 import ray
 
-STOP_S = 10
+STOP_S = 5
 
 
 def main(settings: str) -> None:

@@ -23,7 +23,7 @@ from sdft.services.fleet.remote import Remote
 from sdft.services.fleet.snapshots import Published
 
 HEALTH_EVERY_S = 10  # longest pause between two health checks
-STOP_S = 10  # limit of an engine's shutdown; it takes about 1 s. No answer comes if Ray's control service has ended
+STOP_S = 8  # limit of an engine's shutdown; it takes about 1 s. No answer comes if Ray's control service has ended
 DIED = "died"
 
 
