@@ -37,7 +37,7 @@ class StepMetrics:
     step: int
     stage: int = field(metadata=figure("Stage that the last step belongs to", "stage"))
     loss: float = field(metadata=figure("Loss of the last step", "loss"))
-    divergence: float = field(metadata=figure("Divergence of the last step, nats a token", "divergence"))
+    divergence: float = field(metadata=figure("Divergence of the last step, nats per token", "divergence"))
     direction: str  # divergence: forward, reverse, jsd or sampled; for demonstrations nll or dft
     grad_norm: float = field(
         metadata=figure(
@@ -53,22 +53,26 @@ class StepMetrics:
             curve=Curve("Learning rate", "learning rate", "", "#6a737d"),
         )
     )
-    samples: int = field(metadata=figure("Samples in the steps made", "samples_total", counter=True))
-    prompt_tokens: int = field(metadata=figure("Prompt tokens in the steps made", "prompt_tokens_total", counter=True))
+    samples: int = field(metadata=figure("Samples of all steps", "samples_total", counter=True))
+    prompt_tokens: int = field(metadata=figure("Prompt tokens of all steps", "prompt_tokens_total", counter=True))
     completion_tokens: int = field(
-        metadata=figure("Completion tokens in the steps made", "completion_tokens_total", counter=True)
+        metadata=figure("Completion tokens of all steps", "completion_tokens_total", counter=True)
     )
-    student_version: int = field(metadata=figure("Newest weights that sampled for the last step", "student_version"))
+    student_version: int = field(
+        metadata=figure("Newest weight version that sampled for the last step", "student_version")
+    )
     teacher_version: int = field(
-        metadata=figure("Oldest teacher weights that scored for the last step", "teacher_version")
+        metadata=figure("Oldest weight version of the teacher that scored for the last step", "teacher_version")
     )
     staleness_mean: float = field(
-        metadata=figure("Steps that the rollouts' weights were behind, mean", "staleness_mean")
+        metadata=figure("Mean staleness of the last step's rollouts, in steps", "staleness_mean")
     )
-    staleness_max: int = field(metadata=figure("Steps that the rollouts' weights were behind, most", "staleness_max"))
+    staleness_max: int = field(
+        metadata=figure("Largest staleness of the last step's rollouts, in steps", "staleness_max")
+    )
     mismatch_kl: float = field(
         metadata=figure(
-            "Estimated KL between sampler and learner, nats a token",
+            "Estimated KL between sampler and learner, nats per token",
             "mismatch_kl",
             curve=Curve(
                 "Mismatch",
@@ -80,7 +84,7 @@ class StepMetrics:
     )
     tail_mass: float = field(
         metadata=figure(
-            "Teacher's probability outside its top K, mean",
+            "Mean probability mass of the teacher outside its top K",
             "tail_mass",
             curve=Curve(
                 "Tail mass",
@@ -96,14 +100,20 @@ class StepMetrics:
     time_sync_s: float
     time_wait_s: float
     time_step_s: float = field(metadata=figure("Time of the last step", "step_seconds"))
-    tokens_per_s: float = field(metadata=figure("Completion tokens of the last step by its time", "tokens_per_second"))
-    trained: int = field(metadata=figure("Samples the run has trained on; falls when it goes back", "samples_trained"))
-    dropped: int = field(metadata=figure("Samples the run has given up; falls when it goes back", "samples_dropped"))
-    in_flight: int = field(metadata=figure("Samples issued, not yet trained on or given up", "samples_in_flight"))
+    tokens_per_s: float = field(metadata=figure("Completion tokens per second of the last step", "tokens_per_second"))
+    trained: int = field(
+        metadata=figure("Samples trained; falls when the run resumes from an earlier step", "samples_trained")
+    )
+    dropped: int = field(
+        metadata=figure("Samples dropped; falls when the run resumes from an earlier step", "samples_dropped")
+    )
+    in_flight: int = field(
+        metadata=figure("Samples in flight: issued, and neither trained nor dropped", "samples_in_flight")
+    )
     # None: the file does not have it.
     loss_tokens: int | None = field(
         default=None,
-        metadata=figure("Completion tokens that the loss was of, in the steps made", "loss_tokens_total", counter=True),
+        metadata=figure("Loss tokens of all steps", "loss_tokens_total", counter=True),
     )
 
     def seconds(self, phase: Phase) -> float:
