@@ -5,7 +5,10 @@ result, so that a single long rollout changes nothing. The caller skips it while
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from sdft.services.fleet.pool import EnginePool
 
 WAITS, WAITS_NOT = 0.1, 0.02  # share of a step that the learner waits: short from the first, spare up to the second
 FULL, IDLE = 0.8, 0.5  # share of a pool's room in use: short from the first, spare below the second
@@ -46,3 +49,20 @@ class Scaler:
         if wanted != size:
             self._short = self._spare = 0
         return wanted
+
+
+class Autoscaler:
+    """Resizes pools: they grow while the learner waits for samples, and shrink while engines are idle."""
+
+    def __init__(self, pools: Iterable[EnginePool]) -> None:
+        """pools: those of a strict run are left out, because they have one size."""
+        self._scalers = [
+            (pool, Scaler(pool.settings.least, pool.settings.most)) for pool in pools if not pool.settings.strict
+        ]
+
+    def after_step(self, waited: float) -> None:
+        """Decide after a step. waited: share of the step that the learner waited for samples."""
+        for pool, scaler in self._scalers:
+            seen = Seen(waited, pool.busy(), pool.queued)
+            if not pool.changing:
+                pool.resize(scaler.wanted(pool.size, seen))

@@ -46,11 +46,6 @@ class Progress:
             self._spinner.update(text="done" if error_type is None else f"stopped by {error_type.__name__}")
             self._live.stop()
 
-    @property
-    def steps_seen(self) -> int:
-        """Number of steps that this process has done, including repeated ones."""
-        return self._steps_seen
-
     def phase(self, text: str) -> None:
         """Show the current phase of the run, such as "starting engines"."""
         self._phase = text

@@ -80,6 +80,7 @@ class Session:
         self._request = request
         self._pools: dict[str, EnginePool] = {}
         self._learner: LearnerGroup | None = None
+        self._steps_of_attempt = 0
 
     async def start(self) -> None:
         """Start the learner and all engines concurrently."""
@@ -93,15 +94,14 @@ class Session:
 
         RunFailed if the learner is lost more than learner.max_restarts times within an hour.
         """
-        limit, losses, steps_seen = self._prepared.config.learner.max_restarts, Losses(), 0
+        limit, losses = self._prepared.config.learner.max_restarts, Losses()
         while True:
             try:
                 await self._attempt(start, sinks)
                 return
             except LearnerLost as error:
-                if self._progress.steps_seen > steps_seen:
+                if self._steps_of_attempt > 0:
                     losses.recovered()
-                    steps_seen = self._progress.steps_seen
                 times = losses.count()
                 if times > limit:
                     raise RunFailed(
@@ -119,7 +119,7 @@ class Session:
     async def _attempt(self, start: Path | None, sinks: Sinks) -> None:
         """Train to the end with the current learner. Raises LearnerLost."""
         assert self._learner is not None
-        run_dir, first = self._run_dir, 0
+        run_dir, first, self._steps_of_attempt = self._run_dir, 0, 0
         if start is not None:
             first = await self._learner.load(start)
             self._progress.note(f"continuing after step {first} from {start}")
@@ -135,7 +135,10 @@ class Session:
             )
             watching = watch_nodes(self._pools, self._request, self._progress.note)
             failures = all_of([self._learner.until_lost(), watching])
-            await unless(failures, controller.run(first))
+            try:
+                await unless(failures, controller.run(first))
+            finally:
+                self._steps_of_attempt = controller.steps_done
         finally:
             log.close()
             ledger.close()

@@ -10,7 +10,7 @@ import pytest
 from sdft.actors.shared.types import ScoredRollout
 from sdft.learner.types import StepResult
 from sdft.services.records.rows import read_jsonl
-from sdft.services.training.controller import MOST_NOT_FINITE
+from sdft.services.training.accounting import MOST_NOT_FINITE
 from simulation.cluster import Case, Learner, Student, drive, prepared
 
 STEPS, BATCH = 12, 8

@@ -1,0 +1,63 @@
+"""The metrics of one step, from its batch, the learner's result and the times."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdft.learner.types import StepResult
+from sdft.services.records.rows import StepMetrics
+from sdft.services.training.rollouts import Batch, Times
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Samples since the start of the run, by what became of them."""
+
+    trained: int
+    dropped: int
+    in_flight: int
+
+
+def step_metrics(
+    batch: Batch, result: StepResult, direction: str, counts: Counts, times: Times, took: float, strict: bool
+) -> StepMetrics:
+    """Return the metrics of a step.
+
+    direction: the divergence's name. times: seconds of the controller's phases in this step, which took `took` seconds.
+    strict: the batch was made within the step; otherwise it was made beside earlier steps.
+    """
+    waited, synced = took - sum(times.seconds.values()), times.seconds["sync"]
+    if strict:
+        waited -= sum(batch.times.seconds.values())
+        synced += batch.times.seconds["sync"]
+    samples = batch.samples
+    completion_tokens = sum(len(s.rollout.completion_ids) for s in samples)
+    return StepMetrics(
+        step=batch.step,
+        stage=samples[0].sample.stage,
+        loss=result.loss,
+        divergence=result.divergence,
+        direction=direction,
+        grad_norm=result.grad_norm,
+        lr=result.lr,
+        samples=len(samples),
+        prompt_tokens=sum(len(s.rollout.prompt_ids) for s in samples),
+        completion_tokens=completion_tokens,
+        student_version=max(version for s in samples for version, _, _ in s.rollout.versions),
+        teacher_version=min(s.scores.version for s in samples),
+        staleness_mean=float(np.mean(batch.staleness)),
+        staleness_max=max(batch.staleness),
+        mismatch_kl=result.mismatch_kl,
+        tail_mass=result.tail_mass,
+        time_rollout_s=batch.times.seconds["rollout"],
+        time_score_s=batch.times.seconds["score"],
+        time_learn_s=times.seconds["learn"],
+        time_sync_s=synced,
+        time_wait_s=max(0.0, waited),
+        time_step_s=took,
+        tokens_per_s=completion_tokens / took,
+        trained=counts.trained,
+        dropped=counts.dropped,
+        in_flight=counts.in_flight,
+        loss_tokens=result.loss_tokens,
+    )
