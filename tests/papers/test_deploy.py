@@ -10,7 +10,7 @@ import pytest
 from ray.dashboard.modules.dashboard_sdk import parse_runtime_env_args
 from ray.runtime_env import RuntimeEnv
 
-from sdft.services.cli.main import parser
+from sdft.services.cli.app import parse
 from sdft.services.cluster.submit import EXCLUDES
 from tests.papers.documents import ROOT
 from tests.papers.test_kuberay import CLUSTERS, DEPLOY, IMAGE_SOURCE, pods
@@ -23,7 +23,9 @@ def test_a_jobs_runtime_environment_leaves_out_what_sdft_submit_leaves_out(tmp_p
     comment = (DEPLOY / "ray-job" / "runtime-env.yaml").read_text()
     entrypoint = re.search(r"-- \\\n# +(sdft .*)", comment)
     assert entrypoint is not None
-    assert parser().parse_args(shlex.split(entrypoint[1])[1:]).run_dir == "/shared/runs/my"
+    command = parse(shlex.split(entrypoint[1])[1:])
+    assert not isinstance(command, int)
+    assert command.keywords["run_dir"] == "/shared/runs/my"
 
 
 def instructions(dockerfile: Path) -> list[list[str]]:
@@ -57,7 +59,7 @@ def test_the_cpu_image_installs_the_pins_of_the_makefile() -> None:
     files = {w for words in makefile if "requirements/install.sh" in words for w in words if w.endswith(".txt")}
     pins, project = [w for w in instructions(DEPLOY / "docker" / "Dockerfile.cpu") if "pip" in w]
     named = {word for word in pins if word.endswith(".txt")}
-    assert named == files - {"requirements/dev.txt", "benchmarks/trl/requirements.txt"}
+    assert named == files - {"requirements/dev.txt", "requirements/docs.txt", "benchmarks/trl/requirements.txt"}
     assert "--no-deps" in pins
     assert {"--no-deps", "--no-build-isolation", "."} <= set(project)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sdft.services.cli.main import parser
+from sdft.services.cli.app import parse
 from sdft.services.config.explain import model_of
 from sdft.services.config.reference import page, sections
 from sdft.services.config.run import RunConfig
@@ -19,7 +19,7 @@ LEAST = {"model": "m", "data": {"train": "t"}, "training": {"steps": 1}}
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_command_of_a_document_is_one(document: Path) -> None:
     for command in commands("sdft", document):
-        parser().parse_args(command[1:])
+        assert not isinstance(parse(command[1:]), int), command
     for command in commands("make", document):
         subprocess.run([*command, "--dry-run"], cwd=ROOT, check=True, capture_output=True, timeout=60)
 

@@ -15,7 +15,8 @@ import ray
 import yaml
 from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 
-from sdft.services.cli.main import parser
+from sdft.services.cli.app import parse
+from sdft.services.cli.commands.train import train
 from sdft.services.config.load import load_config
 from sdft.services.config.run import RunConfig
 from sdft.services.planning.prepare import Prepared, prepare
@@ -170,15 +171,16 @@ def commands(name: str) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_a_jobs_entrypoint_is_a_command_of_this_version(name: str) -> None:
-    """The command's own parser reads it. The parser exits at an unknown word."""
-    parsed = [parser().parse_args(words[1:]) for words in commands(name)]
-    (train,) = [a for a in parsed if hasattr(a, "resume")]
+    """The program's own parser reads it."""
+    parsed = [parse(words[1:]) for words in commands(name)]
+    assert not any(isinstance(command, int) for command in parsed)
+    (given,) = [c.keywords for c in parsed if not isinstance(c, int) and c.func is train]
     mounts = pods(name)[0]["containers"][0]["volumeMounts"]
-    folder, file = train.config.rsplit("/", 1)
+    folder, file = str(given["config"]).rsplit("/", 1)
     assert folder in [mount["mountPath"] for mount in mounts]  # the driver runs on the head
     assert file in documents(name)["ConfigMap"]["data"]
-    assert train.run_dir.startswith(("/shared/", "$run"))
-    assert train.resume == "auto"
+    assert given["run_dir"].startswith(("/shared/", "$run"))
+    assert given["resume"] == "auto"
     assert job(name)["backoffLimit"] > 0
     assert job(name)["shutdownAfterJobFinishes"]
 

@@ -69,10 +69,11 @@ def test_a_command_without_standard_output_does_its_work(tmp_path: Path) -> None
 
 def test_another_pipe_that_breaks_is_not_taken_for_the_output() -> None:
     code = (
-        "import sdft.services.cli.main as cli\n"
-        "def broken(arguments): raise BrokenPipeError('a socket')\n"
-        "cli._status = broken\n"
-        "cli.main(['status', 'x'])"
+        "from sdft.services.cli.app import COMMANDS\n"
+        "from sdft.services.cli.main import main\n"
+        "def broken(run_dir: str): raise BrokenPipeError('a socket')\n"
+        "COMMANDS['Look at a run']['status'] = broken\n"
+        "main(['status', 'x'])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert "BrokenPipeError: a socket" in result.stderr

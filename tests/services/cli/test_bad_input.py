@@ -420,7 +420,7 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         2,
         ["train.jsonl:1: feedback is missing (the row has prompt, demonstration"],
     ),
-    "no command": (nothing, "trian my.yaml", 2, ["invalid choice: 'trian'"]),
+    "no command": (nothing, "trian my.yaml", 2, ["No such command 'trian'", "Did you mean 'train'?"]),
 }
 
 

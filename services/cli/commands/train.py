@@ -1,0 +1,83 @@
+"""`sdft train` and `sdft check`."""
+
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdft.services.base.output import lasting_output
+from sdft.services.cli.commands.failures import explaining
+from sdft.services.cli.commands.options import Config, Overrides
+
+
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    run_dir: Annotated[
+        str | None, typer.Option(help="The run directory (default: runs/<config name>).", show_default=False)
+    ] = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|never|PATH",
+            help="auto: from the newest whole checkpoint, if there is one; never: a new run; PATH: this checkpoint.",
+        ),
+    ] = "auto",
+    append: Annotated[
+        Path | None, typer.Option(metavar="STAGE.yaml", help="Add this stage to a run that exists.", show_default=False)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved config and the plan, and start nothing.")
+    ] = False,
+) -> None:
+    """Train, or continue a run that was stopped."""
+    from rich.console import Console
+
+    from sdft.services.cli.summary import dtype_lines, print_outcome, reply_lines, stage_lines
+    from sdft.services.config.load import load_config, resolved_yaml
+    from sdft.services.planning.prepare import prepare
+    from sdft.services.records.checkpoints import begun
+
+    path, given = config, overrides or []
+    settings = load_config(path, given)
+    folder = Path(run_dir or settings.run_dir or Path("runs") / path.stem)
+    if append:
+        from sdft.services.config.append import appended
+
+        settings, path = appended(folder, path.parent, given, append), folder / "config.yaml"
+    prepared = prepare(settings, path, begun=begun(folder, resume))
+    output = lasting_output()
+    console = Console(file=output)
+    shape = prepared.shape
+    size = f"{shape.parameters / 1e6:.1f} M parameters"
+    if shape.adapters:
+        size += f" (LoRA trains {shape.adapters / 1e6:.1f} M)"
+    lines = [f"{size} in {settings.dtype}", *dtype_lines(settings), *reply_lines(prepared), *stage_lines(prepared)]
+    console.print(*lines, sep="\n", markup=False, highlight=False, soft_wrap=True)
+    console.print(prepared.plan.text(), markup=False, highlight=False)
+    if dry_run:
+        print(resolved_yaml(settings))
+        return
+    from sdft.services.cli.train import train as run
+
+    with explaining(folder):
+        report = run(prepared, folder, resume, console)
+    with redirect_stdout(output):
+        print_outcome(folder)
+    if report is not None:
+        console.print(f"report: {report}", markup=False, soft_wrap=True)
+
+
+def check(config: Config, overrides: Overrides = None) -> None:
+    """Check configuration, data and prompts without starting anything."""
+    from sdft.services.cli.summary import dtype_lines, reply_lines, stage_lines
+    from sdft.services.config.load import load_config
+    from sdft.services.planning.prepare import prepare
+
+    prepared = prepare(load_config(config, overrides or []), config)
+    longest = max(len(p.teacher_ids or []) for stage in prepared.stages for p in stage.prompts)
+    print(f"{config}: valid; the longest teacher prompt has {longest} tokens")
+    print(*dtype_lines(prepared.config), *reply_lines(prepared), *stage_lines(prepared), sep="\n")
+    print(f"evaluation: {', '.join(s.settings.name for s in prepared.sets) or 'none'}")
+    print(prepared.plan.text())
