@@ -1,26 +1,25 @@
 """What the learner uses of DeepSpeed that is not documented. Known for the version below.
 
-Each function names what it uses. tests/learner/test_compat.py has one line for each name and fails without it.
+Each function names what it uses, and gets DeepSpeed's objects from engine.py, the one module that imports it.
+tests/learner/test_compat.py has one line for each name and fails without it.
 """
 
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 DEEPSPEED = "0.19.8"
 
 
-def build_nothing() -> None:
-    """Keep DeepSpeed from building its shared-memory reduction at start, which needs a C++ compiler.
+def build_nothing(deepspeed: Any) -> None:
+    """Keep DeepSpeed (the package) from building its shared-memory reduction at start, which needs a C++ compiler.
 
     Torch guards such a build by a lock file in the user's cache. A killed process leaves the file behind, and torch
     waits for its removal without a limit, so every later learner of this user would hang. Gloo reduces instead.
     Changes deepspeed.ops.__compatible_ops__.
     """
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    builder = deepspeed.accelerator.get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None:
         deepspeed.ops.__compatible_ops__[builder.NAME] = False
 

@@ -39,7 +39,7 @@ class LearnerEngine:
         torch.manual_seed(settings.seed)
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs 8 % of a step
-        build_nothing()
+        build_nothing(deepspeed)
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())  # uses torch's existing group
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self._zero_stage = settings.config.zero_stage_for(settings.dtype)
