@@ -13,7 +13,7 @@ TORCH = "2.13.0"
 def nccl_group(store: dist.Store, rank: int, size: int) -> dist.Backend:
     """One member of an NCCL group. Uses ProcessGroupNCCL.Options._timeout.
 
-    Torch's watchdog ends the process when it fires. A timeout of a day keeps the deadlines of `Group` ahead of it.
+    Torch's watchdog ends the process when it fires. A timeout of a day keeps BroadcastGroup's deadlines ahead of it.
     """
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(days=1)

@@ -8,8 +8,8 @@ from operator import attrgetter
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
-from sdft.services.analysis.svg import COLOURS, GREY, HALF, INK, WIDE, axes_of, chart, label_ends, lines
-from sdft.services.records.figures import PHASES, Curve
+from sdft.services.analysis.svg import HALF, INK, WIDE, axes_of, chart, label_ends, lines
+from sdft.services.records.figures import COLOURS, GREY, PHASES, Curve
 from sdft.services.records.rows import STUDENT_ACCURACY, TEACHER_ACCURACY, EvalResult, StepMetrics, divergence_names
 from sdft.services.records.text import percent
 

@@ -9,15 +9,14 @@ from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING
 
+from sdft.services.records.figures import GREY
 from sdft.services.records.rows import StepMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colour-blind safe palette.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-GREY, INK = "#6a737d", "#24292f"
+INK = "#24292f"
 WIDE, HALF = (9.4, 2.9), (4.6, 2.3)  # inches; the page scales them
 LABEL_GAP = 0.075  # smallest distance of two labels, as a share of the axis
 

@@ -3,6 +3,7 @@
 import os
 import select
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ class OutputFailed(OSError):
     """Standard output cannot be written, for another reason than a closed reader."""
 
 
-class _Stream:
+class _Stream(ABC):
     """Wrapped output stream. `failed` receives the errors of its writes."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -37,8 +38,8 @@ class _Stream:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def failed(self, error: OSError) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def failed(self, error: OSError) -> None: ...
 
 
 class Output(_Stream):
@@ -63,8 +64,8 @@ class Output(_Stream):
                 print(f"sdft: the output cannot be written ({error.strerror}); the work goes on", file=sys.stderr)
 
 
-class _Told(_Stream):
-    """Output stream whose errors are told apart from other OSErrors of the command."""
+class _Raising(_Stream):
+    """Output stream that raises OutputFailed for its own errors. Other OSErrors of the command stay what they are."""
 
     def failed(self, error: OSError) -> None:
         if isinstance(error, BrokenPipeError | OutputFailed):
@@ -73,7 +74,7 @@ class _Told(_Stream):
 
 
 @contextmanager
-def told_output() -> Iterator[None]:
+def raising_output() -> Iterator[None]:
     """Make an error of standard output inside the context an OutputFailed, or as before a BrokenPipeError."""
     stream = sys.stdout
     if stream is None:  # a shell has closed it (>&-)
@@ -81,7 +82,7 @@ def told_output() -> Iterator[None]:
             yield
         return
     try:
-        with redirect_stdout(cast(TextIO, _Told(stream))):
+        with redirect_stdout(cast(TextIO, _Raising(stream))):
             try:
                 yield
             finally:

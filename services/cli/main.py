@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from sdft.services.base.environment import check_environment, named_proxies
 from sdft.services.base.errors import PreflightError, RetentionLost, RunFailed, UserError
-from sdft.services.base.output import CLOSED, OutputFailed, drop, reader_gone, told_output
+from sdft.services.base.output import CLOSED, OutputFailed, drop, raising_output, reader_gone
 from sdft.services.base.signals import STOPPED, sigterm_interrupts
 from sdft.services.cli.app import parse
 from sdft.services.cli.commands.train import check, train
@@ -19,7 +19,7 @@ from sdft.services.data.without_torch import promise_tokenizers_only
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     try:
-        with told_output():
+        with raising_output():
             return _main(argv)
     except BrokenPipeError:
         if reader_gone():

@@ -7,6 +7,10 @@ PHASES -> console, time chart, bottleneck sentence, Prometheus' tag
 
 from dataclasses import dataclass
 
+# Okabe and Ito's colour-blind safe palette.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+GREY = "#6a737d"
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -19,10 +23,10 @@ class Phase:
 
 
 PHASES = (
-    Phase("rollout", "sampling", "#0072b2", "blue"),
+    Phase("rollout", "sampling", COLOURS[0], "blue"),
     Phase("score", "the teacher's scoring", "#4a9fd4", "magenta"),
-    Phase("learn", "the learner's step", "#009e73", "green"),
-    Phase("sync", "weight updates", "#e69f00", "yellow"),
+    Phase("learn", "the learner's step", COLOURS[2], "green"),
+    Phase("sync", "weight updates", COLOURS[4], "yellow"),
     Phase("wait", "waiting for checkpoints", "#999999", "bright_black"),
 )
 

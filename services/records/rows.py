@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sdft.services.base.errors import UserError
-from sdft.services.records.figures import Curve, Figure, Phase, figure
+from sdft.services.records.figures import COLOURS, GREY, Curve, Figure, Phase, figure
 from sdft.services.records.text import percent
 
 DIVERGENCE_NAMES = {
@@ -43,14 +43,14 @@ class StepMetrics:
         metadata=figure(
             "Norm of the last step's gradient, before it is clipped",
             "grad_norm",
-            curve=Curve("Gradient norm", "gradient norm", "Before clipping.", "#009e73"),
+            curve=Curve("Gradient norm", "gradient norm", "Before clipping.", COLOURS[2]),
         )
     )
     lr: float = field(
         metadata=figure(
             "Learning rate of the last step",
             "learning_rate",
-            curve=Curve("Learning rate", "learning rate", "", "#6a737d"),
+            curve=Curve("Learning rate", "learning rate", "", GREY),
         )
     )
     samples: int = field(metadata=figure("Samples of all steps", "samples_total", counter=True))
@@ -78,7 +78,7 @@ class StepMetrics:
                 "Mismatch",
                 "KL of sampler and learner",
                 "Estimated KL divergence of the sampler, at its temperature and top_p, from the learner.",
-                "#cc79a7",
+                COLOURS[3],
             ),
         )
     )
@@ -90,7 +90,7 @@ class StepMetrics:
                 "Tail mass",
                 "teacher probability outside top-K",
                 "Teacher probability outside its top-K: the tail bucket.",
-                "#e69f00",
+                COLOURS[4],
             ),
         )
     )

@@ -9,7 +9,7 @@ fleet/engine.py replaces lost engines. The run ends if the driver dies, and can 
 
 import asyncio
 import json
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,6 @@ class Session:
         self._request = request
         self._pools: dict[str, EnginePool] = {}
         self._learner: LearnerGroup | None = None
-        self._steps_of_attempt = 0
 
     async def start(self) -> None:
         """Start the learner and all engines concurrently."""
@@ -97,11 +96,9 @@ class Session:
         limit, losses = self._prepared.config.learner.max_restarts, Losses()
         while True:
             try:
-                await self._attempt(start, sinks)
+                await self._attempt(start, sinks, losses)
                 return
             except LearnerLost as error:
-                if self._steps_of_attempt > 0:
-                    losses.recovered()
                 times = losses.count()
                 if times > limit:
                     raise RunFailed(
@@ -116,19 +113,17 @@ class Session:
         if self._learner is not None:
             self._learner.kill()
 
-    async def _attempt(self, start: Path | None, sinks: Sinks) -> None:
-        """Train to the end with the current learner. Raises LearnerLost."""
+    async def _attempt(self, start: Path | None, sinks: Sinks, losses: Losses) -> None:
+        """Train to the end with the current learner. Raises LearnerLost. A step ends the losses in a row."""
         assert self._learner is not None
-        run_dir, first, self._steps_of_attempt = self._run_dir, 0, 0
+        run_dir, first = self._run_dir, 0
         if start is not None:
             first = await self._learner.load(start)
             self._progress.note(f"continuing after step {first} from {start}")
         RunLog.rewind(run_dir, first if start else None)
         restore_ledger(start / checkpoints.LEDGER if start else None, run_dir / "ledger.sqlite")
-        ledger = Ledger(run_dir / "ledger.sqlite")
-        ledger.forget_in_flight()
-        log = RunLog(run_dir, sinks)
-        try:
+        with closing(Ledger(run_dir / "ledger.sqlite")) as ledger, closing(RunLog(run_dir, sinks)) as log:
+            ledger.forget_in_flight()
             students, teachers = self._pools["student"], self._pools.get("teacher")
             controller = Controller(
                 self._prepared, run_dir, students, teachers, self._learner, ledger, log, self._progress
@@ -138,10 +133,8 @@ class Session:
             try:
                 await unless(failures, controller.run(first))
             finally:
-                self._steps_of_attempt = controller.steps_done
-        finally:
-            log.close()
-            ledger.close()
+                if controller.steps_done > 0:
+                    losses.recovered()
 
     async def _restart_learner(self, error: LearnerLost, after_s: float) -> Path | None:
         """Start a new learner and return the checkpoint to resume from; None if the run has saved none.

@@ -45,7 +45,7 @@ def shard(model: Path) -> list[Path]:
 
 @contextmanager
 def unprivileged() -> Iterator[None]:
-    """Run the block as a user to whom file permissions apply."""
+    """Run the block without root's rights, so that file permissions apply."""
     if os.geteuid() != 0:
         yield
         return

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from sdft.learner.group import LearnerGroup, LearnerLost
 from sdft.services.base.errors import PreflightError, UserError
+from sdft.services.base.failures import Losses
 from sdft.services.config.sections import MonitoringConfig
 from sdft.services.monitoring.console import Progress
 from sdft.services.monitoring.sinks import Sinks
@@ -234,7 +235,7 @@ class LostOnce(Session):
 
     def _write_pids(self) -> None: ...
 
-    async def _attempt(self, start: Path | None, sinks: Sinks) -> None:
+    async def _attempt(self, start: Path | None, sinks: Sinks, losses: Losses) -> None:
         self.tried.append(start)
         if len(self.tried) == 1:
             raise LearnerLost("learner rank 0 died")
