@@ -50,12 +50,14 @@ def stage_lines(prepared: Prepared) -> list[str]:
             learns = f"{c.method} on the demonstrations' own tokens"
         elif c.method == "off_policy":
             learns = f"on the teacher's samples, {learns}"
+        rows = f"{len(stage.prompts)} demonstrations{'' if schedule.end_is_known else ' so far'}"
+        steps = "steps" if schedule.last is None else f"{schedule.last - schedule.before} steps"
+        until = "" if schedule.end_is_known else f", until {schedule.source.name} is closed"
         lines.append(
-            f"{f'{stage.name}: ' if stage.name else ''}{len(stage.prompts)} demonstrations, "
-            f"{schedule.last - schedule.before} steps of {c.training.batch_size} prompts, {learns}"
+            f"{f'{stage.name}: ' if stage.name else ''}{rows}, {steps} of {c.training.batch_size} prompts{until}, "
+            f"{learns}"
         )
-        if stage.warning is not None:
-            lines.append(f"warning: {stage.warning}")
+        lines += [f"warning: {warning}" for warning in stage.warnings]
     return lines
 
 

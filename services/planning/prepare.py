@@ -2,8 +2,9 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from sdft.actors.shared.process import available_memory_gib
 from sdft.actors.shared.types import IntArray
 from sdft.learner.types import LearnerSettings, StageSettings
 from sdft.services.algorithms.methods import loss_of, on_demonstrations, teacher_of
-from sdft.services.base.errors import PreflightError
+from sdft.services.base.errors import PreflightError, UserError
 from sdft.services.config.run import RunConfig, TaskConfig
 from sdft.services.config.sections import EvaluationSet
 from sdft.services.config.sinks import check_sinks
@@ -26,9 +27,12 @@ from sdft.services.data.contexts import (
     shown_to_teacher,
     text_prompts,
 )
-from sdft.services.data.demonstrations import Record, load_demonstrations, load_questions
+from sdft.services.data.demonstrations import Message, Record, load_demonstrations, load_questions
 from sdft.services.data.schedule import Schedule, StageSchedule, make_schedule
 from sdft.services.data.sets import LoadedSet
+from sdft.services.data.sources.base import PromptSource
+from sdft.services.data.sources.fixed import FixedSource
+from sdft.services.data.sources.open import open_source
 from sdft.services.data.tokenizer import load_tokenizer
 from sdft.services.grading.grade import answer_check
 from sdft.services.grading.judge import check_judge
@@ -43,6 +47,18 @@ if TYPE_CHECKING:
 
 PROBE_TOKENS = 48
 CHECKED = 100  # demonstrations whose length is checked
+# Takes the place of a record where a source that grows may have none yet: the end of a reply, the probe.
+SAMPLE = Record(
+    id="sample",
+    messages=(
+        Message(role="user", content="Name the days of the week, the months of the year, and a city by the sea."),
+    ),
+    demonstration="Monday is a day, May a month.",
+    context=None,
+    feedback=None,
+    answer=None,
+    where="data.template",
+)
 CHECKPOINT_BYTES_PER_PARAMETER = 20  # float32 masters, two moments, EMA, and the student in float32 at most
 
 
@@ -52,11 +68,16 @@ class Stage:
 
     name: str  # "" in a run without stages
     config: TaskConfig
-    prompts: list[PromptPair]  # of the demonstrations, in file order
+    source: PromptSource
     sets: list[LoadedSet]  # evaluation sets of this stage
     schedule: StageSchedule
     fingerprint: str  # what must not change on resume, up to the end of this stage
-    warning: str | None = None  # a reason why the stage may not learn
+    warnings: tuple[str, ...] = ()  # reasons why the stage may not learn
+
+    @property
+    def prompts(self) -> Sequence[PromptPair]:
+        """Prompts of the records that are known, by their index in the source."""
+        return self.source.prompts
 
 
 @dataclass(frozen=True)
@@ -73,6 +94,7 @@ class Prepared:
     common: list[LoadedSet]  # evaluation sets that belong to no stage
     plan: Plan
     begun: datetime  # local time; chat templates may write it into prompts
+    sample_ids: list[int] = field(default_factory=list)  # prompt of SAMPLE, with the first stage's settings
 
     @property
     def schedule(self) -> Schedule:
@@ -86,9 +108,12 @@ class Prepared:
 
     @property
     def probe_ids(self) -> IntArray:
-        """The probe: the first PROBE_TOKENS tokens, int32, of the longest of the first 32 prompts."""
-        ids = max((p.teacher_ids or p.student_ids for p in self.stages[0].prompts[:32]), key=len)
-        return np.asarray(ids[:PROBE_TOKENS], dtype=np.int32)
+        """The probe: the first PROBE_TOKENS tokens, int32, of the longest of the first 32 prompts.
+
+        A source that has no record yet gives the tokens of SAMPLE.
+        """
+        first = [p.teacher_ids or p.student_ids for p in self.stages[0].prompts[:32]] or [self.sample_ids]
+        return np.asarray(max(first, key=len)[:PROBE_TOKENS], dtype=np.int32)
 
     def at(self, step: int) -> Stage:
         """Return the stage of optimizer step `step`; the first stage for step 0."""
@@ -105,7 +130,11 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
     check_sinks(config.monitoring)
     check_files(config, base)
     loaded = [
-        (task, load_demonstrations(task.data, base, _needed(task, base)), _questions(stage_sets, base))
+        (
+            task,
+            [] if task.data.grows else load_demonstrations(task.data, base, _needed(task, base)),
+            _questions(stage_sets, base),
+        )
         for task, stage_sets in zip(config.tasks, [s.sets for s in config.stages] or [()], strict=True)
     ]
     common = _questions(config.evaluation.sets, base)
@@ -138,22 +167,34 @@ def _prepared(
     headers = read_headers(model)
     rows = embedding_rows(headers)  # every token id must be below it
     identity = (model / "config.json").read_bytes() + sample_of_weights(headers)  # of the model
-    stages: list[Stage] = []
-    schedules = make_schedule(config.tasks, [len(demonstrations) for _, demonstrations, _ in loaded]).stages
     builders = [PromptBuilder(tokenizer, task.data.template, base, task.data.system, begun) for task in config.tasks]
+    sources: list[PromptSource] = []
+    for builder, (task, demonstrations, _) in zip(builders, loaded, strict=True):
+        build = partial(_pairs, builder, task, rows)
+        if task.data.grows:
+            sources.append(open_source(task.data, base, ("prompt", *_needed(task, base)), build))
+        else:
+            sources.append(FixedSource(task.data.train, demonstrations, build(demonstrations)))
+    schedules = make_schedule(config.tasks, sources).stages
+    _check_ends(names, schedules)
+    stages: list[Stage] = []
     by_stage = zip(names, builders, loaded, schedules, strict=True)
-    for name, builder, (task, demonstrations, questions), schedule in by_stage:
-        reply = task.sampling.max_new_tokens if on_demonstrations(task) else None
-        prompts = build_prompts(builder, demonstrations, *_limits(task), reply)
-        check_ids(demonstrations, prompts, rows)
-        fingerprint = fingerprint_of(stages[-1].fingerprint if stages else "", task, identity, prompts)
+    for name, builder, (task, _, questions), schedule in by_stage:
+        source = schedule.source
+        fingerprint = fingerprint_of(
+            stages[-1].fingerprint if stages else "", task, identity, () if source.grows else source.prompts
+        )
         sets = _sets(questions, tokenizer, builder, task, rows)
-        stages.append(Stage(name, task, prompts, sets, schedule, fingerprint, _short(builder, demonstrations, task)))
-    first = loaded[0][1][0]
+        warnings = tuple(filter(None, (source.trouble, _short(builder, source.records, task))))
+        stages.append(Stage(name, task, source, sets, schedule, fingerprint, warnings))
+    first = SAMPLE if sources[0].grows else sources[0].records[0]
     end = builders[0].end(first).token_id
     check_ids([first], [PromptPair([end], None)], rows)
     shape = ModelShape.of(model, headers, config.learner.lora)
-    longest = [max(len(p.student_ids) for p in stage.prompts) for stage in stages]
+    longest = [
+        stage.config.data.max_prompt_tokens if stage.source.grows else max(len(p.student_ids) for p in stage.prompts)
+        for stage in stages
+    ]
     return Prepared(
         config=config,
         path=path.resolve(),
@@ -165,7 +206,26 @@ def _prepared(
         common=_sets(common, tokenizer, builders[0], stages[0].config, rows),
         plan=make_plan(config, shape, longest),
         begun=begun,
+        sample_ids=builders[0].student(SAMPLE),
     )
+
+
+def _pairs(builder: PromptBuilder, task: TaskConfig, rows: int | None, records: Sequence[Record]) -> list[PromptPair]:
+    """Build the prompts of a task's records. rows: rows of the model's embedding."""
+    reply = task.sampling.max_new_tokens if on_demonstrations(task) else None
+    pairs = build_prompts(builder, records, *_limits(task), reply)
+    check_ids(records, pairs, rows)
+    return pairs
+
+
+def _check_ends(names: Sequence[str], schedules: Sequence[StageSchedule]) -> None:
+    """UserError unless every stage but the last has all its records: the steps behind it are counted from its end."""
+    for name, schedule in zip(names[:-1], schedules[:-1], strict=True):
+        if not schedule.end_is_known:
+            raise UserError(
+                f"{schedule.source.name}: stage {name} is not the last one, and its records are not all there; close "
+                f'the source with the row {{"closed": true}}, or train the later stages in another run'
+            )
 
 
 Questions = list[tuple[EvaluationSet, list[Record]]]
@@ -223,7 +283,7 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
     stages = tuple(
         StageSettings(
             before=stage.schedule.before,
-            steps=stage.schedule.last - stage.schedule.before,
+            steps=_steps(stage),
             loss=loss_of(stage.config),
             optimizer=stage.config.learner.optimizer,
             keep_moments=stage.config.keep_moments,
@@ -240,6 +300,15 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
         teacher=teacher_of(c),
         exclusive=c.strict and c.learner.ranks == 1,
     )
+
+
+def _steps(stage: Stage) -> int | None:
+    """Return the number of steps over which the learning rate goes.
+
+    Of a source that grows, it is the setting: the end of the source is known too late, and changes no earlier step.
+    """
+    s = stage.schedule
+    return stage.config.training.steps if stage.source.grows or s.last is None else s.last - s.before
 
 
 def check_memory(config: RunConfig, plan: Plan) -> None:

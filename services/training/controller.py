@@ -11,6 +11,7 @@
         An engine loads new weights between two decoding steps; its rollouts continue with them.
 
 What waits for what:
+    a step begins             when the source of its stage has the records of its batch (arrivals.py)
     a batch begins            when the student engines hold weights at most n steps old (rollouts.py)
     a batch is scored         when the teacher engines hold the weights that were sent last (weight_sync.py)
     the learner steps         when the batch is scored
@@ -34,6 +35,7 @@ from sdft.services.planning.prepare import Prepared
 from sdft.services.records.batches import write_batch
 from sdft.services.records.ledger import Ledger
 from sdft.services.training.accounting import Accounting
+from sdft.services.training.arrivals import Arrivals
 from sdft.services.training.checkpointer import Checkpointer
 from sdft.services.training.evaluations import Evaluations
 from sdft.services.training.rollouts import Rollouts, Times, now
@@ -71,6 +73,8 @@ class Controller:
         self._evaluations = Evaluations(prepared, run_dir, students, self._checkpoints, log, progress)
         self._accounting = Accounting(ledger, progress.note)
         self._teacher_moves = self._config.teacher.weights == "ema"
+        self._arrivals = Arrivals(prepared, run_dir, progress)
+        self._saved = 0  # step of the newest checkpoint
         self.steps_done = 0
 
     def _weights(self, role: str, pool: EnginePool) -> WeightSync:
@@ -78,9 +82,10 @@ class Controller:
 
     async def run(self, first_step: int) -> None:
         """Train to the end, from the state after optimizer step `first_step` (0: from the base model)."""
-        schedule, every = self._prepared.schedule, self._config.evaluation.every
+        schedule = self._prepared.schedule
         scoring = self._teachers or self._students
         student, teacher = self._student_weights, self._teacher_weights
+        self._saved = first_step
         rollouts = Rollouts(self._prepared, self._students, scoring, self._ledger, self._teachers_ready, first_step)
         try:
             # Unconditional: after a resume the engines hold the base model, and learner and engines would wait for each
@@ -96,17 +101,18 @@ class Controller:
             await self._evaluations.first(first_step)
             if not self._config.strict:
                 student.on_delivered = rollouts.begin
-            for step in range(first_step + 1, schedule.total_steps + 1):
+            step, ended = first_step, False
+            while await self._arrivals.wait(step + 1):
+                step += 1
                 stage = schedule.at(step)
                 if step == stage.before + 1 and step > 1:
                     await self._begin_stage(stage)
                 rollouts.open(stage)
                 await self._step(step, rollouts)
-                if step == stage.last or (every and step % every == 0):
-                    await student.wait_for_version(step, step)
-                    await self._evaluations.after(step)
-                if step == stage.last or step % self._config.checkpoint.every == 0:
-                    await self._checkpoints.save(step, self._evaluations.held)
+                ended = step == stage.last
+                await self._after_step(step, ended)
+            if not ended:  # the source was closed behind the records of this step, which were trained before
+                await self._after_step(step, True)
             await self._checkpoints.saved()
             await self._teachers_ready()
         finally:
@@ -115,6 +121,16 @@ class Controller:
             for weights in (student, teacher):
                 if weights is not None:
                     await weights.stop()
+
+    async def _after_step(self, step: int, ends: bool) -> None:
+        """Evaluate and save when it is due. ends: the step is the last one of its stage."""
+        every = self._config.evaluation.every
+        if ends or (every and step % every == 0):
+            await self._student_weights.wait_for_version(step, step)
+            await self._evaluations.after(step)
+        if (ends or step % self._config.checkpoint.every == 0) and step != self._saved:
+            await self._checkpoints.save(step, self._evaluations.held)
+            self._saved = step
 
     async def _begin_stage(self, stage: StageSchedule) -> None:
         """Prepare learner and engines for the first batch of a stage."""
@@ -148,7 +164,7 @@ class Controller:
         counts = Counts(*self._ledger.audit(self._prepared.schedule.issued_through(rollouts.begun)))
         if step % every.sync_every == 0 and self._follows(config):
             await times.of("sync", student.deliver(step) if self._config.strict else student.publish(step))
-        scored = self._teacher_moves and step < stage.last and not on_demonstrations(config)
+        scored = self._teacher_moves and step != stage.last and not on_demonstrations(config)
         if teacher is not None and scored and step % every.teacher_sync_every == 0:
             # Not awaited: the teacher engines load while the student engines sample the next rollouts.
             await times.of("sync", teacher.publish(step))
