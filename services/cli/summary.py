@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from sdft.services.algorithms.methods import on_demonstrations
 from sdft.services.analysis.status import status_text
 from sdft.services.base.errors import UserError, first_line
 from sdft.services.base.files import read_text
@@ -45,12 +44,9 @@ def stage_lines(prepared: Prepared) -> list[str]:
     lines = []
     for stage in prepared.stages:
         c, schedule = stage.config, stage.schedule
-        learns = f"{c.loss.divergence} divergence, {c.teacher.weights} teacher"
-        if on_demonstrations(c):
-            learns = f"{c.method} on the demonstrations' own tokens"
-        elif c.method == "off_policy":
-            learns = f"on the teacher's samples, {learns}"
-        rows = f"{len(stage.prompts)} demonstrations{'' if schedule.end_is_known else ' so far'}"
+        learns = f"{c.method.label}, {c.teacher.weights} teacher" if c.method.teacher_scores else c.method.label
+        rows = f"{len(stage.prompts) - stage.recalled} demonstrations{'' if schedule.end_is_known else ' so far'}"
+        rows += f" and {stage.recalled} prompts to recall" if stage.recalled else ""
         steps = "steps" if schedule.last is None else f"{schedule.last - schedule.before} steps"
         until = "" if schedule.end_is_known else f", until {schedule.source.name} is closed"
         lines.append(

@@ -3,6 +3,7 @@
 python -m sdft.services.config.reference > docs/configuration.md
 """
 
+import re
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -12,7 +13,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from sdft.services.config.explain import model_of
+from sdft.services.algorithms.base import Algorithm
+from sdft.services.config.explain import models_of, tag_of
 from sdft.services.config.run import RunConfig
 
 HEAD = """# Configuration
@@ -34,15 +36,17 @@ def sections() -> dict[type[BaseModel], str]:
     for model in waiting:
         # Breadth first, and stages last: what a stage may replace is described where the run has it.
         for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] == "stages"):
-            section = model_of(field.annotation)
-            if section is not None and section not in places:
-                places[section] = f"{places[model]}.{name}".lstrip(".") + ("[]" if _is_list(field.annotation) else "")
-                waiting.append(section)
+            for section in (kinds := _kinds(field)):
+                if section not in places:
+                    place = f"{places[model].split(' ')[0]}.{name}".lstrip(".")
+                    kind = f" {tag_of(section)}" if len(kinds) > 1 else ""
+                    places[section] = f"{place}{'[]' if _is_list(field.annotation) else ''}{kind}"
+                    waiting.append(section)
     order = list(RunConfig.model_fields)
     return dict(
         sorted(
             places.items(),
-            key=lambda item: (order.index(item[1].split(".")[0].removesuffix("[]")) if item[1] else -1, item[1]),
+            key=lambda item: (order.index(re.split(r"[. \[]", item[1])[0]) if item[1] else -1, item[1].split(" ")[0]),
         )
     )
 
@@ -61,16 +65,24 @@ def page() -> str:
 
 
 def _row(name: str, field: FieldInfo, places: dict[type[BaseModel], str]) -> str:
-    section = model_of(field.annotation)
-    if section is not None:
-        place = places[section]
-        value = f"[`{place}`](#{place.replace('.', '').replace('[]', '')})"
+    kinds = _kinds(field)
+    if kinds:
+        value = ", ".join(f"[`{places[kind]}`](#{_anchor(places[kind])})" for kind in kinds)
     else:
         limits = [
             f"{_SIGNS[type(m)]} {getattr(m, type(m).__name__.lower())}" for m in field.metadata if type(m) in _SIGNS
         ]
         value = ", ".join([_type(field.annotation), *limits])
     return f"| `{name}` | {value} | {_default(field)} | {_escaped(field.description or '')} |"
+
+
+def _kinds(field: FieldInfo) -> list[type[BaseModel]]:
+    """Return the section classes of a setting, without the base class of a user's own."""
+    return [model for model in models_of(field.annotation) if model is not Algorithm]
+
+
+def _anchor(place: str) -> str:
+    return place.replace(".", "").replace("[]", "").replace(" ", "-")
 
 
 def _escaped(text: str) -> str:
@@ -100,7 +112,7 @@ def _default(field: FieldInfo) -> str:
     if field.default_factory is not None or field.default is PydanticUndefined:
         return "`auto`"
     if isinstance(field.default, BaseModel):
-        return ""
+        return f"`{tag_of(field.default.__class__)}`" if len(_kinds(field)) > 1 else ""
     value = list(field.default) if isinstance(field.default, tuple) else field.default
     return f"`{yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}`"
 

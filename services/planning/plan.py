@@ -8,7 +8,6 @@ from typing import Any
 
 from sdft.actors.config import EngineSettings
 from sdft.actors.shared.process import GIB
-from sdft.services.algorithms.methods import teacher_of
 from sdft.services.base.errors import UserError
 from sdft.services.config.run import RunConfig, TaskConfig
 from sdft.services.planning.memory import WIDTH, learner_gib
@@ -92,7 +91,7 @@ def make_plan(config: RunConfig, shape: ModelShape, longest_prompts: Sequence[in
     learner = config.learner
     tasks = zip(config.tasks, longest_prompts, strict=True)
     forwards = [_largest_forward(task, longest) for task, longest in tasks]
-    teacher, stages = teacher_of(config), len(forwards)
+    teacher, stages = config.teacher_in_use, len(forwards)
     memory = max(learner_gib(learner, teacher, config.dtype, shape, *forward, stages) for forward in forwards)
     gpus = learner.gpus if cuda else 0
     learners = tuple(
@@ -113,8 +112,8 @@ def _largest_forward(config: TaskConfig, longest_prompt: int) -> tuple[int, int,
 
 def roles(config: RunConfig) -> tuple[str, ...]:
     """Return the roles that get engines. With a live teacher the student engines also score;
-    without a teacher (`teacher_of` returns "live") no engine scores."""
-    return ("student",) if teacher_of(config).weights == "live" else ("student", "teacher")
+    without a teacher (`teacher_in_use` is "live") no engine scores."""
+    return ("student",) if config.teacher_in_use.weights == "live" else ("student", "teacher")
 
 
 def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings:
@@ -146,7 +145,7 @@ def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings
         dtype=config.dtype,
         device=config.device,
         max_model_len=max_model_len,
-        max_logprobs=max(task.loss.top_k for task in config.tasks),
+        max_logprobs=max(loss.top_k for task in config.tasks for loss in task.method.losses),
         max_num_seqs=e.max_num_seqs,
         hold_batches=config.strict,
         exclusive=config.strict and e.most == 1,

@@ -1,10 +1,9 @@
 """Prepare a run from its configuration, before a process is started: model, data, prompts, schedule, plan."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,8 @@ import numpy as np
 from sdft.actors.shared.process import available_memory_gib
 from sdft.actors.shared.types import IntArray
 from sdft.learner.types import LearnerSettings, StageSettings
-from sdft.services.algorithms.methods import loss_of, on_demonstrations, teacher_of
-from sdft.services.base.errors import PreflightError, UserError
+from sdft.services.algorithms.base import Contexts
+from sdft.services.base.errors import PreflightError
 from sdft.services.config.run import RunConfig, TaskConfig
 from sdft.services.config.sections import EvaluationSet
 from sdft.services.config.sinks import check_sinks
@@ -24,15 +23,12 @@ from sdft.services.data.contexts import (
     PromptPair,
     build_prompts,
     check_ids,
-    shown_to_teacher,
     text_prompts,
 )
-from sdft.services.data.demonstrations import Message, Record, load_demonstrations, load_questions
+from sdft.services.data.demonstrations import Record, load_questions
 from sdft.services.data.schedule import Schedule, StageSchedule, make_schedule
 from sdft.services.data.sets import LoadedSet
 from sdft.services.data.sources.base import PromptSource
-from sdft.services.data.sources.fixed import FixedSource
-from sdft.services.data.sources.open import open_source
 from sdft.services.data.tokenizer import load_tokenizer
 from sdft.services.grading.grade import answer_check
 from sdft.services.grading.judge import check_judge
@@ -41,24 +37,13 @@ from sdft.services.planning.fingerprint import fingerprint_of
 from sdft.services.planning.models import check_positions, check_trainable, resolve_model
 from sdft.services.planning.plan import Plan, engine_settings, make_plan, roles
 from sdft.services.planning.shape import ModelShape, embedding_rows, read_headers, sample_of_weights
+from sdft.services.planning.sources import SAMPLE, Loaded, Questions, check_ends, load_rows, make_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBE_TOKENS = 48
 CHECKED = 100  # demonstrations whose length is checked
-# Takes the place of a record where a source that grows may have none yet: the end of a reply, the probe.
-SAMPLE = Record(
-    id="sample",
-    messages=(
-        Message(role="user", content="Name the days of the week, the months of the year, and a city by the sea."),
-    ),
-    demonstration="Monday is a day, May a month.",
-    context=None,
-    feedback=None,
-    answer=None,
-    where="data.template",
-)
 CHECKPOINT_BYTES_PER_PARAMETER = 20  # float32 masters, two moments, EMA, and the student in float32 at most
 
 
@@ -69,9 +54,11 @@ class Stage:
     name: str  # "" in a run without stages
     config: TaskConfig
     source: PromptSource
+    contexts: Callable[[int], Contexts]  # of the record at an index of the source
     sets: list[LoadedSet]  # evaluation sets of this stage
     schedule: StageSchedule
     fingerprint: str  # what must not change on resume, up to the end of this stage
+    recalled: int = 0  # number of records that the algorithm recalls; they come last
     warnings: tuple[str, ...] = ()  # reasons why the stage may not learn
 
     @property
@@ -130,11 +117,7 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
     check_sinks(config.monitoring)
     check_files(config, base)
     loaded = [
-        (
-            task,
-            [] if task.data.grows else load_demonstrations(task.data, base, _needed(task, base)),
-            _questions(stage_sets, base),
-        )
+        load_rows(task, base, _questions(stage_sets, base))
         for task, stage_sets in zip(config.tasks, [s.sets for s in config.stages] or [()], strict=True)
     ]
     common = _questions(config.evaluation.sets, base)
@@ -156,11 +139,11 @@ def _prepared(
     config: RunConfig,
     path: Path,
     model: Path,
-    loaded: "list[tuple[TaskConfig, list[Record], Questions]]",
-    common: "Questions",
+    loaded: Sequence[Loaded],
+    common: Questions,
     begun: datetime,
 ) -> Prepared:
-    """The part that needs the tokenizer. loaded: (task, its demonstrations, its own questions) for each task."""
+    """The part that needs the tokenizer. loaded: the rows of each task."""
     base = path.parent
     tokenizer = load_tokenizer(model)
     names = [s.name for s in config.stages] or [""]
@@ -168,25 +151,27 @@ def _prepared(
     rows = embedding_rows(headers)  # every token id must be below it
     identity = (model / "config.json").read_bytes() + sample_of_weights(headers)  # of the model
     builders = [PromptBuilder(tokenizer, task.data.template, base, task.data.system, begun) for task in config.tasks]
-    sources: list[PromptSource] = []
-    for builder, (task, demonstrations, _) in zip(builders, loaded, strict=True):
-        build = partial(_pairs, builder, task, rows)
-        if task.data.grows:
-            sources.append(open_source(task.data, base, ("prompt", *_needed(task, base)), build))
-        else:
-            sources.append(FixedSource(task.data.train, demonstrations, build(demonstrations)))
+    alone = [PromptBuilder(tokenizer, "none", base, task.data.system, begun) for task in config.tasks]
+    given_builders = zip(loaded, builders, alone, strict=True)
+    sources, contexts = zip(*(make_source(*given, rows, base) for given in given_builders), strict=True)
     schedules = make_schedule(config.tasks, sources).stages
-    _check_ends(names, schedules)
+    check_ends(names, schedules)
     stages: list[Stage] = []
-    by_stage = zip(names, builders, loaded, schedules, strict=True)
-    for name, builder, (task, _, questions), schedule in by_stage:
-        source = schedule.source
-        fingerprint = fingerprint_of(
-            stages[-1].fingerprint if stages else "", task, identity, () if source.grows else source.prompts
+    for i, (name, given, builder, source) in enumerate(zip(names, loaded, builders, sources, strict=True)):
+        task, before = given.task, stages[-1].fingerprint if stages else ""
+        stages.append(
+            Stage(
+                name=name,
+                config=task,
+                source=source,
+                contexts=contexts[i],
+                sets=_sets(given.questions, tokenizer, builder, task, rows),
+                schedule=schedules[i],
+                fingerprint=fingerprint_of(before, task, identity, () if source.grows else source.prompts),
+                recalled=len(given.recalled),
+                warnings=tuple(filter(None, (source.trouble, _short(builder, source.records, task)))),
+            )
         )
-        sets = _sets(questions, tokenizer, builder, task, rows)
-        warnings = tuple(filter(None, (source.trouble, _short(builder, source.records, task))))
-        stages.append(Stage(name, task, source, sets, schedule, fingerprint, warnings))
     first = SAMPLE if sources[0].grows else sources[0].records[0]
     end = builders[0].end(first).token_id
     check_ids([first], [PromptPair([end], None)], rows)
@@ -206,37 +191,8 @@ def _prepared(
         common=_sets(common, tokenizer, builders[0], stages[0].config, rows),
         plan=make_plan(config, shape, longest),
         begun=begun,
-        sample_ids=builders[0].student(SAMPLE),
+        sample_ids=builders[0].student(SAMPLE) if sources[0].grows else [],
     )
-
-
-def _pairs(builder: PromptBuilder, task: TaskConfig, rows: int | None, records: Sequence[Record]) -> list[PromptPair]:
-    """Build the prompts of a task's records. rows: rows of the model's embedding."""
-    reply = task.sampling.max_new_tokens if on_demonstrations(task) else None
-    pairs = build_prompts(builder, records, *_limits(task), reply)
-    check_ids(records, pairs, rows)
-    return pairs
-
-
-def _check_ends(names: Sequence[str], schedules: Sequence[StageSchedule]) -> None:
-    """UserError unless every stage but the last has all its records: the steps behind it are counted from its end."""
-    for name, schedule in zip(names[:-1], schedules[:-1], strict=True):
-        if not schedule.end_is_known:
-            raise UserError(
-                f"{schedule.source.name}: stage {name} is not the last one, and its records are not all there; close "
-                f'the source with the row {{"closed": true}}, or train the later stages in another run'
-            )
-
-
-Questions = list[tuple[EvaluationSet, list[Record]]]
-
-
-def _needed(task: TaskConfig, base: Path) -> list[str]:
-    """Return the columns that the task's rows need besides the prompt."""
-    if on_demonstrations(task):
-        return ["demonstration"]
-    column = shown_to_teacher(task.data.template, base)
-    return [] if column is None else [column]
 
 
 def _questions(sets: Sequence[EvaluationSet], base: Path) -> Questions:
@@ -244,15 +200,16 @@ def _questions(sets: Sequence[EvaluationSet], base: Path) -> Questions:
 
 
 def _short(builder: PromptBuilder, items: Sequence[Record], task: TaskConfig) -> str | None:
-    """Return a warning if more than half of a sample of demonstrations has at most loss.skip_first tokens."""
-    skipped = loss_of(task).skip_first
+    """Return a warning if more than half of a sample of demonstrations has at most method.skip_first tokens."""
+    skipped = task.method.skipped
     checked = [item for item in items[:: max(1, len(items) // CHECKED)] if item.demonstration is not None]
     short = sum(len(builder.demonstration(item)) <= skipped for item in checked)
     if 2 * short <= len(checked):
         return None
     return (
-        f"{short} of {len(checked)} demonstrations that were checked have at most loss.skip_first ({skipped}) tokens, "
-        f"and so short a rollout has no token in the loss; lower loss.skip_first, or train on longer demonstrations"
+        f"{short} of {len(checked)} demonstrations that were checked have at most method.skip_first ({skipped}) "
+        f"tokens, and so short a rollout has no token in the loss; lower method.skip_first, or train on longer "
+        f"demonstrations"
     )
 
 
@@ -284,7 +241,7 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
         StageSettings(
             before=stage.schedule.before,
             steps=_steps(stage),
-            loss=loss_of(stage.config),
+            losses=stage.config.method.losses,
             optimizer=stage.config.learner.optimizer,
             keep_moments=stage.config.keep_moments,
         )
@@ -297,7 +254,7 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
         seed=c.seed,
         config=c.learner,
         stages=stages,
-        teacher=teacher_of(c),
+        teacher=c.teacher_in_use,
         exclusive=c.strict and c.learner.ranks == 1,
     )
 

@@ -32,7 +32,7 @@ OF_THE_POOLS = ["actors.student.replicas=3", "actors.teacher.max_num_seqs=8"]
 OF_THE_RESULT = [
     "seed=5",
     "learner.optimizer.lr=1e-4",
-    "loss.top_k=8",
+    "method.divergence.top_k=8",
     "training.batch_size=2",
     "sampling.top_p=0.9",
     "data.template=paper",
