@@ -68,7 +68,7 @@ class GrowingSource(PromptSource):
 
     @property
     def trouble(self) -> str:
-        skipped = f"{len(self.skipped)} rows were skipped, the last one is {self.skipped[-1]}" if self.skipped else ""
+        skipped = f"rows skipped: {len(self.skipped)}, the last one {self.skipped[-1]}" if self.skipped else ""
         return "; ".join(text for text in (self.unreadable, skipped) if text)
 
     def read(self, count: int) -> None:

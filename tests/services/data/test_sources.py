@@ -94,7 +94,7 @@ def test_a_bad_line_is_skipped_with_its_reason_and_a_corrected_one_may_follow(lo
     for line, (reason, said) in enumerate(zip(reasons, source.skipped, strict=True), start=2):
         assert said.startswith(f"{log}:{line}: ")
         assert reason in said
-    assert source.trouble == f"5 rows were skipped, the last one is {source.skipped[-1]}"
+    assert source.trouble == f"rows skipped: 5, the last one {source.skipped[-1]}"
 
 
 def test_a_closed_log_is_read_no_further(log: Path) -> None:
