@@ -7,8 +7,10 @@ from contextlib import ExitStack
 from typing import TypeVar
 
 import ray
+from ray.exceptions import ObjectLostError
 
 from sdft.actors.config import EngineSettings
+from sdft.actors.shared.drafts import Completion, CompletionLost, Scores
 from sdft.actors.shared.process import large_imports, openmp_wait_policy, scratch_folder
 from sdft.actors.shared.types import (
     GenerateRequest,
@@ -73,6 +75,25 @@ class EngineWorker:
 
     async def score(self, rollouts: Sequence[tuple[IntArray, IntArray]], k: int) -> list[TeacherScores]:
         return await self._alive(self._engine.score(rollouts, k))
+
+    async def complete(self, requests: Sequence[GenerateRequest], sampling: Sampling) -> list[Completion]:
+        """Generate, and keep the rollouts in this node's object store."""
+        return [Completion.of(rollout, ray.put(rollout)) for rollout in await self.generate(requests, sampling)]
+
+    async def score_completions(self, items: Sequence[tuple[IntArray, Completion]], k: int) -> list[Scores]:
+        """Score completions behind the teacher's prompts, and keep the scores in this node's object store.
+
+        Raises CompletionLost if one cannot be fetched.
+        """
+        held = [completion.rollout for _, completion in items]
+        try:
+            values = await asyncio.gather(*(value for value in held if isinstance(value, ray.ObjectRef)))
+        except ObjectLostError as error:
+            raise CompletionLost(str(error)) from error
+        remaining = iter(values)
+        rollouts = [next(remaining) if isinstance(value, ray.ObjectRef) else value for value in held]
+        pairs = [(prompt, rollout.completion_ids) for (prompt, _), rollout in zip(items, rollouts, strict=True)]
+        return [Scores(ray.put(scores), scores.version) for scores in await self.score(pairs, k)]
 
     async def probe(self, ids: IntArray) -> object:
         return await self._alive(self._engine.probe(ids))

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.compat import onednn_layout
-from benchmarks.learner_step import samples, settings
+from benchmarks.learner_step import samples, settings, take_step
 from benchmarks.measure import in_a_process, report
 from benchmarks.scoring import DTYPE
 from benchmarks.scoring import settings as engine_settings
@@ -57,7 +57,7 @@ def packing() -> dict[str, list[float]]:
 
     learner = LearnerWorker()
     learner.start(settings(), 1, *learner.rendezvous(), np.arange(100, 148, dtype=np.int32))
-    learner.train_step(samples(8))
+    take_step(learner, samples(8))
     seconds: dict[str, list[float]] = {}
     memories: dict[str, mmap.mmap] = {}
     for _ in range(ROUNDS + 1):

@@ -14,10 +14,12 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from sdft.actors.reaper import end
+from sdft.actors.shared.drafts import Draft
 from sdft.actors.shared.sequences import TrainingSequence
-from sdft.actors.shared.types import IntArray, Process, Snapshot
+from sdft.actors.shared.types import IntArray, Process, SampleId, Snapshot
 from sdft.actors.shared.waiting import all_within, silent_for, within
 from sdft.learner.model.architecture import Untrainable
+from sdft.learner.shares import shares
 from sdft.learner.types import LearnerSettings, StepResult
 from sdft.learner.worker import learner_actor
 
@@ -26,6 +28,14 @@ HEALTH_EVERY_S = 10  # longest pause between two health checks
 
 class LearnerLost(Exception):
     """A rank died or does not answer. The training since the last checkpoint is lost."""
+
+
+class SequencesLost(Exception):
+    """Completions or scores of these samples were lost with an engine or a node before the learner had fetched them."""
+
+    def __init__(self, samples: Sequence[SampleId]) -> None:
+        super().__init__(f"the completions or scores of {len(samples)} samples were lost with an engine or its node")
+        self.samples = samples
 
 
 class LearnerGroup:
@@ -127,9 +137,16 @@ class LearnerGroup:
         self._end(hangs=True)
         raise self._reason()
 
-    async def train_step(self, sequences: Sequence[TrainingSequence]) -> StepResult:
-        """Take one optimizer step on a batch."""
-        results = await self._all("train_step", "the learner's step", ray.put(sequences))
+    async def train_step(self, batch: Sequence[Draft | TrainingSequence]) -> StepResult:
+        """Take one optimizer step on a batch.
+
+        Raises SequencesLost, before the step, if a rank cannot fetch its share.
+        """
+        divided = shares(batch, len(self.workers), self._settings.config.micro_batch_tokens)
+        lost = await self._each("fetch", "the learner to fetch a batch", divided)
+        if any(lost):
+            raise SequencesLost([sample for of_rank in lost for sample in of_rank])
+        results = await self._all("train_step", "the learner's step")
         return results[0]
 
     async def begin_stage(self) -> None:
@@ -190,7 +207,13 @@ class LearnerGroup:
             raise self._reason() from error
 
     async def _all(self, method: str, what: str, *args: Any) -> list[Any]:
-        calls = [getattr(worker, method).remote(*args) for worker in self.workers]
+        return await self._called([getattr(worker, method).remote(*args) for worker in self.workers], what)
+
+    async def _each(self, method: str, what: str, of_rank: Sequence[Any]) -> list[Any]:
+        pairs = zip(self.workers, of_rank, strict=True)
+        return await self._called([getattr(worker, method).remote(argument) for worker, argument in pairs], what)
+
+    async def _called(self, calls: list[Any], what: str) -> list[Any]:
         try:
             return await all_within(calls, self._settings.config.step_timeout_s, what)
         except RayActorError as error:

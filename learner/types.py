@@ -41,7 +41,7 @@ class StepResult:
 
     loss: float  # the value that is differentiated
     divergence: float  # the same without importance weights
-    mismatch_kl: float  # mean over loss tokens, k3 estimate of KL(sampler || trainer)
+    mismatch_kl: float  # mean over loss tokens that the student sampled, k3 estimate of KL(sampler || trainer)
     tail_mass: float  # mean over loss tokens of the teacher's mass outside its top K
     grad_norm: float  # before clipping; if it is not finite, see applied
     lr: float

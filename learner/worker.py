@@ -2,16 +2,19 @@
 
 import os
 import socket
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray import ObjectRef
+from ray.exceptions import ObjectLostError
 
+from sdft.actors.shared.drafts import Draft, joined
 from sdft.actors.shared.process import kept_heap, large_imports, openmp_wait_policy
 from sdft.actors.shared.sequences import TrainingSequence
-from sdft.actors.shared.types import IntArray, Process, Snapshot
+from sdft.actors.shared.types import IntArray, Process, SampleId, Snapshot
+from sdft.learner.shares import Share
 from sdft.learner.types import LearnerSettings, StepResult
 
 # Concurrency groups. Ray runs their methods concurrently with the others.
@@ -67,9 +70,21 @@ class LearnerWorker:
             self._publisher = Publisher(Path(settings.model), self._engine.dtype, probe_ids, node)
             self._broadcaster = Broadcaster(settings.device, _own_address())
 
-    def train_step(self, sequences: Sequence[TrainingSequence]) -> StepResult:
+    def fetch(self, share: Share) -> list[SampleId]:
+        """Fetch the values of this rank's share for the next step. Returns the samples whose values are lost."""
+        found, lost = [], []
+        for sequence in share.sequences:
+            try:
+                found.append(sequence if isinstance(sequence, TrainingSequence) else _joined(sequence))
+            except ObjectLostError:
+                lost.append(sequence.sample)
+        self._share = share.of(found)
+        return lost
+
+    def train_step(self) -> StepResult:
+        """Take one optimizer step on the batch whose shares were fetched. Collective."""
         self._saver.detach()
-        return self._engine.train_step(sequences)
+        return self._engine.train_step(self._share)
 
     def begin_stage(self) -> None:
         """Prepare the first step of a stage. Collective."""
@@ -176,6 +191,14 @@ def _environment(settings: LearnerSettings, ranks: int) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0))
     environment["OMP_NUM_THREADS"] = str(settings.config.threads or max(1, cores // ranks))
     return environment
+
+
+def _joined(draft: Draft) -> TrainingSequence:
+    """Fetch the values of a draft. Raises ObjectLostError."""
+    held = draft.references
+    remote = {i: value for i, value in enumerate(held) if isinstance(value, ObjectRef)}
+    values = dict(zip(remote, ray.get(list(remote.values())), strict=True))
+    return joined(draft, [values.get(i, value) for i, value in enumerate(held)])
 
 
 def _own_address() -> str:

@@ -21,8 +21,8 @@ from typing import IO, Any, cast
 import numpy as np
 from rich.console import Console
 
+from sdft.actors.shared.drafts import Draft
 from sdft.actors.shared.process import collect_rarely
-from sdft.actors.shared.sequences import TrainingSequence
 from sdft.actors.shared.types import (
     GenerateRequest,
     Rollout,
@@ -135,7 +135,7 @@ class Learner:
         self.ages: list[int] = []
         self.worked: list[float] = []  # seconds in each step
 
-    async def train_step(self, sequences: list[TrainingSequence]) -> StepResult:
+    async def train_step(self, sequences: list[Draft]) -> StepResult:
         self.ages += [self._step - s.spans[0].version for s in sequences]
         self._step += 1
         self.worked.append(self._sample_s * len(sequences))

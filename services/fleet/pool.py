@@ -14,6 +14,7 @@ from typing import Any
 
 from ray.exceptions import RayError
 
+from sdft.actors.shared.drafts import Completion, Scores
 from sdft.actors.shared.types import GenerateRequest, IntArray, Rollout, Sampling, Snapshot, TeacherScores, UpdateReport
 from sdft.actors.shared.waiting import all_of, cancelled, within
 from sdft.services.base.failures import Losses, reason
@@ -124,6 +125,21 @@ class EnginePool:
         limited: as in `generate`.
         """
         return await self._spread("score", pairs, k, limited)
+
+    async def complete(
+        self, requests: Sequence[GenerateRequest], sampling: Sampling, limited: bool = True
+    ) -> list[Completion]:
+        """As `generate`; the rollouts stay where they were made."""
+        return await self._spread("complete", requests, sampling, limited)
+
+    async def score_completions(
+        self, items: Sequence[tuple[IntArray, Completion]], k: int, limited: bool = True
+    ) -> list[Scores]:
+        """As `score`, for (teacher prompt, completion) pairs; the scores stay where they were made.
+
+        Raises CompletionLost if a completion was lost with the engine that made it.
+        """
+        return await self._spread("score_completions", items, k, limited)
 
     async def update_weights(self, snapshot: Snapshot, timeout_s: float) -> list[UpdateReport]:
         """Update every engine to the snapshot; each verifies it. The caller holds the lock of `published`.

@@ -17,12 +17,13 @@ What waits for what:
     the metrics of a step     follow the checkpoint of the step before onto the disk (checkpointer.py)
     evaluation, save          between two steps (evaluations.py, checkpointer.py)
 
-The controller moves references and small arrays; it owns no model.
+The controller holds drafts: lengths and references, but no tokens (actors/shared/drafts.py). It owns no model.
 """
 
 from pathlib import Path
 
-from sdft.learner.group import LearnerGroup
+from sdft.learner.group import LearnerGroup, SequencesLost
+from sdft.learner.types import StepResult
 from sdft.services.config.run import TaskConfig
 from sdft.services.data.schedule import StageSchedule
 from sdft.services.fleet.autoscaler import Autoscaler
@@ -33,10 +34,10 @@ from sdft.services.planning.prepare import Prepared
 from sdft.services.records.batches import write_batch
 from sdft.services.records.ledger import Ledger
 from sdft.services.training.accounting import Accounting
-from sdft.services.training.calls import now
+from sdft.services.training.calls import fetched, now
 from sdft.services.training.checkpointer import Checkpointer
 from sdft.services.training.evaluations import Evaluations
-from sdft.services.training.rollouts import Rollouts, Times
+from sdft.services.training.rollouts import Batch, Rollouts, Times
 from sdft.services.training.step_metrics import Counts, step_metrics
 from sdft.services.training.weight_sync import WeightSync
 
@@ -140,9 +141,7 @@ class Controller:
             needed = step - 1 - self._config.training.max_staleness
             await times.of("sync", student.wait_for_version(max(0, needed), step - 1))
         batch = await rollouts.take(step)
-        if self._config.monitoring.record_rollouts:
-            write_batch(self._run_dir, step, batch.sequences)
-        result = await times.of("learn", self._learner.train_step(batch.sequences))
+        batch, result = await times.of("learn", self._learn(batch, rollouts))
         self._accounting.step(step, batch.samples, result.applied)
         await times.of("sync", student.wait_delivered())
         counts = Counts(*self._ledger.audit(self._prepared.schedule.issued_through(rollouts.begun)))
@@ -160,6 +159,19 @@ class Controller:
         self._progress.step(metrics)
         self.steps_done += 1
         self._autoscaler.after_step(metrics.time_wait_s / metrics.time_step_s)
+
+    async def _learn(self, batch: Batch, rollouts: Rollouts) -> tuple[Batch, StepResult]:
+        """Take the learner's step. A batch of which a part was lost with an engine is made again."""
+        while True:
+            try:
+                if not self._config.monitoring.record_rollouts:
+                    return batch, await self._learner.train_step(batch.drafts)
+                sequences = await fetched(batch.drafts)  # what is recorded is what is trained
+                write_batch(self._run_dir, batch.step, sequences)
+                return batch, await self._learner.train_step(sequences)
+            except SequencesLost as error:
+                self._progress.note(f"step {batch.step}: {error}; the batch is made again")
+                batch = await rollouts.again(batch.step)
 
     async def _teachers_ready(self) -> None:
         if self._teacher_weights is not None:
