@@ -17,6 +17,7 @@ from sdft.services.base.errors import PreflightError
 from sdft.services.config.run import RunConfig, TaskConfig
 from sdft.services.config.sections import DataConfig, EvaluationSet
 from sdft.services.config.sinks import check_sinks
+from sdft.services.config.transport import check_transport
 from sdft.services.data.check_files import check_files
 from sdft.services.data.contexts import (
     PromptBuilder,
@@ -106,6 +107,7 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
     """
     base, begun = path.parent, begun or datetime.now()
     check_sinks(config.monitoring)
+    check_transport(config.weights)
     check_files(config, base)
     loaded = [
         Loaded(
@@ -277,6 +279,7 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
         stages=stages,
         teacher=c.teacher_in_use,
         exclusive=c.strict and c.learner.ranks == 1,
+        transport=c.weights.transport,
     )
 
 
