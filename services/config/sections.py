@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sdft.actors.config import SamplingConfig
 from sdft.actors.shared.own_code import is_own
-from sdft.actors.transport.named import BUILT_IN as TRANSPORTS
+from sdft.actors.transport.named import BUILT_IN, transport_class
 from sdft.learner.config import OptimizerConfig
 from sdft.services.algorithms.registry import Method
 from sdft.services.base.section import Section
@@ -84,8 +84,10 @@ class WeightsConfig(Section):
     @field_validator("transport")
     @classmethod
     def _a_transport(cls, name: str) -> str:
-        if name not in TRANSPORTS and not is_own(name):
-            near = difflib.get_close_matches(name, TRANSPORTS, n=1)
+        if is_own(name):
+            transport_class(name)  # raises NotImportable
+        elif name not in BUILT_IN:
+            near = difflib.get_close_matches(name, BUILT_IN, n=1)
             mend = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(
                 f"{name} is not memory, broadcast or the import path of your own, package.module:Name{mend}"

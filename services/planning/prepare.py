@@ -17,7 +17,6 @@ from sdft.services.base.errors import PreflightError
 from sdft.services.config.run import RunConfig, TaskConfig
 from sdft.services.config.sections import DataConfig, EvaluationSet
 from sdft.services.config.sinks import check_sinks
-from sdft.services.config.transport import check_transport
 from sdft.services.data.check_files import check_files
 from sdft.services.data.contexts import (
     PromptBuilder,
@@ -107,7 +106,6 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
     """
     base, begun = path.parent, begun or datetime.now()
     check_sinks(config.monitoring)
-    check_transport(config.weights)
     check_files(config, base)
     loaded = [
         Loaded(
