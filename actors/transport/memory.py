@@ -146,7 +146,7 @@ class MemoryTransport(WeightTransport):
                 try:
                     self._stored = snapshot, await self.learner().payload(snapshot.role)
                 except LearnerLost as error:
-                    raise FileNotFoundError(f"{snapshot.role} weights v{snapshot.version}: {error}") from error
+                    raise FileNotFoundError(str(error)) from error
             return self._stored[1]
 
     async def _copy_to_relay(

@@ -8,9 +8,9 @@
 
     offered ─► delivered to each engine ─► received ─► verified ─► released ─► the next version may overwrite it
        │                 │                    │           └─ wrong log-probs: the engine is replaced
-       │                 │                    └─ damaged: the version is offered again
+       │                 │                    └─ damaged or gone: the version is offered again
        │                 └─ the engine is lost: its replacement gets the version before it serves
-       └─ lost with the learner: engines that load it wait for the next version
+       └─ lost with the learner: late joiners wait for the next version
 
 A transport is one class, which `weights.transport` names. The driver has one instance for each role. Its `sender`,
 `receiver` and `stream` make the ends in the other processes. The engine verifies, whatever the transport is: the digest
@@ -50,7 +50,7 @@ class Receiver:
     def receive(self, snapshot: Snapshot) -> BinaryIO:
         """Return an open file with the snapshot's bytes, which has a descriptor and can be mapped.
 
-        Runs in a thread, while the engine generates. FileNotFoundError: the snapshot was lost with the learner.
+        Runs in a thread, while the engine generates. FileNotFoundError if the snapshot is gone, as with the learner.
         """
         return open(snapshot.path, "rb")
 
@@ -120,8 +120,8 @@ class WeightTransport:
     async def deliver(self, snapshot: Snapshot, engine: Destination, timeout_s: float) -> UpdateReport:
         """Let an engine receive and verify the snapshot.
 
-        Raises FileNotFoundError if the snapshot was lost with the learner, TimeoutError, RayActorError if the engine
-        dies, and what the engine raises: SnapshotDamaged, WeightMismatch.
+        Raises FileNotFoundError if the snapshot is gone, as with the learner; TimeoutError; RayActorError if the engine
+        dies; and what the engine raises: SnapshotDamaged, WeightMismatch.
         """
         what = f"{engine.name} to load {snapshot.role} weights v{snapshot.version}"
         report: UpdateReport = await within(engine.call("update_weights", snapshot), timeout_s, what)

@@ -119,10 +119,10 @@ class SupervisedEngine:
     async def update_weights(self, snapshot: Snapshot) -> UpdateReport | None:
         """Load a snapshot, while `versions` offers it.
 
-        Returns None if the engine is being replaced (the replacement loads the version), or if the version was lost
-        with the learner.
+        Returns None if the engine is being replaced; the replacement loads the version.
 
-        Raises SnapshotDamaged, and WeightMismatch if this is the engine's first version.
+        Raises SnapshotDamaged; FileNotFoundError if the version is gone, as with the learner; WeightMismatch if this is
+        the engine's first version.
         """
         if not self.up:
             return None
@@ -133,8 +133,9 @@ class SupervisedEngine:
             self._replace(actor, DIED)
         except TimeoutError as error:
             self._replace(actor, f"hangs ({error})")
-        except FileNotFoundError:
-            pass  # the snapshot was lost with the learner; the caller detects that death
+        except FileNotFoundError as error:
+            what = f"{snapshot.role} weights v{snapshot.version}"
+            raise FileNotFoundError(f"{self.name} does not find {what}: {reason(error)}") from error
         except WeightMismatch as error:
             if not self._proven:
                 raise WeightMismatch(reason(error)) from error

@@ -16,7 +16,7 @@ from sdft.actors.shared.waiting import cancelled
 from sdft.learner.group import LearnerGroup
 from sdft.services.fleet.pool import EnginePool
 
-TRIES = 3  # damaged snapshots in a row until SnapshotDamaged is raised
+TRIES = 3  # snapshots in a row that are damaged or gone, until the error is raised
 
 
 class WeightSync:
@@ -28,7 +28,7 @@ class WeightSync:
         self._role, self._pool, self._learner = role, pool, learner
         self._timeout_s, self._notice = timeout_s, notice
         self._delivery: asyncio.Task[None] | None = None
-        self._damaged = 0  # damaged snapshots in a row
+        self._damaged = 0  # snapshots in a row that are damaged or gone
         self._gap: float | None = None
         self._versions = pool.versions
         self._versions.verified = -1  # after a loss of the learner, engines have versions of the learner before
@@ -104,8 +104,9 @@ class WeightSync:
             async with self._versions.offering(offer, self._timeout_s) as snapshot:
                 published.set_result(None)
                 reports = await self._pool.update_weights(snapshot)
-        except SnapshotDamaged as error:
+        except (SnapshotDamaged, FileNotFoundError) as error:
             # Damage in transit does not persist over retries. A snapshot that is damaged each time has another cause.
+            # A snapshot that is gone was lost with the learner, which then raises LearnerLost when it is to publish.
             self._damaged += 1
             if self._damaged == TRIES:
                 raise

@@ -131,7 +131,7 @@ def test_weights_lost_with_the_learner_raise_file_not_found() -> None:
     async def run() -> None:
         learner = Learner()
         learner.lost = True
-        with pytest.raises(FileNotFoundError, match="student weights v1: learner rank 0 died"):
+        with pytest.raises(FileNotFoundError, match="learner rank 0 died"):
             await delivered(transport_of(learner), snapshot(1, 1000), "a node")
 
     asyncio.run(run())

@@ -198,7 +198,8 @@ def test_an_engine_whose_weights_were_lost_with_the_learner_does_not_count_as_lo
     async def run() -> None:
         bench = Bench(least=1, make=lambda number: SimulatedEngine(number, node="there"))
         await bench.pool.start()
-        await bench.publish(1)
+        with pytest.raises(FileNotFoundError, match="engine 0 does not find student weights v1: the learner died"):
+            await bench.publish(1)
         assert bench.started[0].version == 0
         assert bench.notices == []
         await bench.pool.stop()

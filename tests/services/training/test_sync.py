@@ -29,13 +29,18 @@ class Learner:
         return Snapshot(role, version, "/memory", "here", 0, (), EMPTY, EMPTY.astype(np.float32))
 
 
-def damaged(*which: int) -> Callable[[int], SimulatedEngine]:
-    """Return a factory of engines that refuse the snapshots with these numbers, counted from 1 over all engines."""
+def damaged(*which: int, gone: bool = False) -> Callable[[int], SimulatedEngine]:
+    """Return a factory of engines that refuse the snapshots with these numbers, counted from 1 over all engines.
+
+    gone: they do not find them.
+    """
     given = itertools.count(1)
 
     class Refusing(SimulatedEngine):
         def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
             if next(given) in which:
+                if gone:
+                    raise FileNotFoundError("no such file")
                 raise SnapshotDamaged(f"v{snapshot.version} arrived damaged")
             return 0.05, super().update_weights(snapshot)[1]
 
@@ -71,6 +76,22 @@ def test_a_snapshot_that_always_arrives_damaged_ends_the_run() -> None:
         sync, _ = weights(bench)
         with pytest.raises(SnapshotDamaged):
             await sync.deliver(0)
+        await bench.pool.stop()
+
+    asyncio.run(run())
+
+
+def test_a_snapshot_that_is_gone_is_not_taken_for_delivered() -> None:
+    """The file of a user's own transport may be missing while the learner is alive."""
+
+    async def run() -> None:
+        bench = Bench(strict=True, least=1, make=damaged(2, 3, 4, 5, gone=True))
+        await bench.pool.start()
+        sync, learner = weights(bench)
+        await sync.deliver(0)
+        with pytest.raises(FileNotFoundError, match="student engine 0 does not find student weights v1: no such file"):
+            await sync.deliver(1)
+        assert (sync.version, learner.asked) == (0, ["publish 0"] + ["publish 1"] * 3)
         await bench.pool.stop()
 
     asyncio.run(run())
