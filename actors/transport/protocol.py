@@ -3,8 +3,8 @@
     learner, rank 0        driver                              each engine
     ───────────────        ──────                              ───────────
     offer ───────────────► deliver, once for each engine ────► receive ─► verify
-                           │ the version is in use (services/fleet/versions.py)  │
-                           └─ released, when every engine has verified it ◄──────┘
+                           │ the version is in use                          │
+                           └─ released, when every engine has verified it ◄─┘
 
     offered ─► delivered to each engine ─► received ─► verified ─► released ─► the next version may overwrite it
        │                 │                    │           └─ wrong log-probs: the engine is replaced
@@ -17,7 +17,7 @@ A transport is one class, which `weights.transport` names. The driver has one in
 of each tensor before it loads them, and the log-probs of the probe afterwards.
 
 A late joiner gets the newest version by `deliver` alone, long after the other engines. So what `offer` has made
-available stays until the next `offer`.
+available stays until the next `offer`. services/fleet/versions.py says which version is in use.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence

@@ -14,6 +14,7 @@ from sdft.actors.shared.reason import reason
 from sdft.actors.shared.types import SnapshotDamaged
 from sdft.actors.shared.waiting import cancelled
 from sdft.learner.group import LearnerGroup
+from sdft.services.base.errors import RunFailed
 from sdft.services.fleet.pool import EnginePool
 
 TRIES = 3  # snapshots in a row that are damaged or gone, until the error is raised
@@ -109,6 +110,8 @@ class WeightSync:
             # A snapshot that is gone was lost with the learner, which then raises LearnerLost when it is to publish.
             self._damaged += 1
             if self._damaged == TRIES:
+                if isinstance(error, FileNotFoundError):
+                    raise RunFailed(reason(error)) from error  # not an error of this machine's disk
                 raise
             self._notice(f"{reason(error)}; the snapshot is published again")
             return

@@ -12,6 +12,7 @@ import pytest
 
 from sdft.actors.shared.types import Snapshot, SnapshotDamaged, UpdateReport
 from sdft.learner.group import LearnerGroup
+from sdft.services.base.errors import RunFailed
 from sdft.services.training.weight_sync import WeightSync
 from simulation import cluster
 from simulation.engine import SimulatedEngine
@@ -89,7 +90,7 @@ def test_a_snapshot_that_is_gone_is_not_taken_for_delivered() -> None:
         await bench.pool.start()
         sync, learner = weights(bench)
         await sync.deliver(0)
-        with pytest.raises(FileNotFoundError, match="student engine 0 does not find student weights v1: no such file"):
+        with pytest.raises(RunFailed, match="student engine 0 does not find student weights v1: no such file"):
             await sync.deliver(1)
         assert (sync.version, learner.asked) == (0, ["publish 0"] + ["publish 1"] * 3)
         await bench.pool.stop()
