@@ -2,9 +2,9 @@
 
 import asyncio
 import os
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import ObjectLostError
@@ -16,7 +16,6 @@ from sdft.actors.shared.types import (
     GenerateRequest,
     IntArray,
     Process,
-    Rendezvous,
     Rollout,
     Sampling,
     Snapshot,
@@ -105,13 +104,9 @@ class EngineWorker:
     async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
         return await self._alive(self._engine.update_weights(snapshot), to_its_end=True)
 
-    async def join(self, where: Rendezvous) -> None:
-        """Join a broadcast group."""
-        await self._alive(self._engine.join(where, ray.util.get_node_ip_address()))
-
-    async def receive_weights(self, snapshot: Snapshot, timeout_s: float) -> UpdateReport:
-        """Receive a snapshot that is broadcast to the joined group."""
-        return await self._alive(self._engine.receive_weights(snapshot, timeout_s), to_its_end=True)
+    async def connect(self, place: Mapping[str, Any]) -> None:
+        """Prepare for streams of weights. place: the transport's own."""
+        await self._alive(self._engine.connect(place, ray.util.get_node_ip_address()))
 
     async def _alive(self, work: Awaitable[T], to_its_end: bool = False) -> T:
         """The result of `work`. Exits this process if the engine's own process has died.

@@ -18,12 +18,12 @@ import numpy as np
 import ray
 
 from benchmarks.measure import in_a_process, report
+from sdft.actors.remote import RemoteActor
 from sdft.actors.shared.drafts import Completion, Draft, Scores, Turn, joined
 from sdft.actors.shared.types import GenerateRequest, IntArray, Rollout, SampleId, Sampling, TeacherScores
 from sdft.actors.worker import EngineWorker
 from sdft.learner.shares import shares
 from sdft.learner.worker import LearnerWorker
-from sdft.services.fleet.remote import RemoteActor
 
 SEQUENCES, K, PROMPT, TEACHER_PROMPT = 256, 64, 128, 256
 TOKENS = (256, 512, 1024, 2048)

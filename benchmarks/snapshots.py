@@ -107,7 +107,6 @@ def measure(scratch: Path) -> tuple[dict[str, list[float]], dict[str, int]]:
             taken, update = timed(engine.update_weights.remote(snapshot))
             note(f"load {role}, verified", taken, snapshot.nbytes)
             note(f"load {role}, generation paused", update.pause_s, snapshot.nbytes)
-            ray.get(learner.release.remote(role), timeout=WAIT_S)
         folder = scratch / str(i)
         folder.mkdir()
         start = time.perf_counter()

@@ -29,6 +29,7 @@ class LearnerSettings:
     teacher: TeacherConfig
     rank: int = 0
     exclusive: bool = False  # no other process of the run computes while this one does
+    transport: str = "memory"  # weights.transport
 
     def stage_of(self, step: int) -> int:
         """Return the index of the stage that optimizer step `step` is in. Steps after the last stage belong to it."""

@@ -44,9 +44,9 @@ class LearnerWorker:
             import torch
 
             from sdft.actors.shared.collective import serve, visit
+            from sdft.actors.transport.named import transport_class
             from sdft.learner.checkpoint.saving import Saver
             from sdft.learner.engine import LearnerEngine
-            from sdft.learner.weights.broadcaster import Broadcaster
             from sdft.learner.weights.publisher import Publisher
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         limit_s = settings.config.start_timeout_s
@@ -68,7 +68,7 @@ class LearnerWorker:
         if settings.rank == 0:
             node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
             self._publisher = Publisher(Path(settings.model), self._engine.dtype, probe_ids, node)
-            self._broadcaster = Broadcaster(settings.device, _own_address())
+            self._sender = transport_class(settings.transport).sender(settings.device, _own_address())
 
     def fetch(self, share: Share) -> list[SampleId]:
         """Fetch the values of this rank's share for the next step. Returns the samples whose values are lost."""
@@ -92,20 +92,14 @@ class LearnerWorker:
         self._engine.begin_stage()
 
     def publish(self, role: str, version: int) -> Snapshot | None:
-        """Return the snapshot on rank 0, and None on the others, which contribute their parts of the weights."""
+        """Return the snapshot, offered, on rank 0. The others contribute their parts of the weights and return None."""
         content = self._engine.snapshot(role)
         if self._publisher is not None:
-            return self._publisher.publish(role, version, content)
+            snapshot = self._publisher.publish(role, version, content)
+            return self._sender.offer(snapshot, self._publisher.payload(role))
         for _ in content.weights:
             pass
         return None
-
-    @ray.method(concurrency_group=HEALTH)
-    def release(self, role: str) -> None:
-        """Release the role's last snapshot. Runs at once, also in the middle of a step, because weight updates wait for
-        it."""
-        if self._publisher is not None:
-            self._publisher.release(role)
 
     @ray.method(concurrency_group=COPYING)
     def payload(self, role: str) -> list[ray.ObjectRef]:
@@ -117,20 +111,9 @@ class LearnerWorker:
         return [ray.put(self._publisher.payload(role))]
 
     @ray.method(concurrency_group=SENDING)
-    def meet(self, role: str) -> tuple[str, int]:
-        """Return address and port at which the next group for broadcasts to the role's engines meets."""
-        return self._broadcaster.meet(role)
-
-    @ray.method(concurrency_group=SENDING)
-    def join(self, role: str, size: int, timeout_s: float) -> None:
-        """Wait until all members of that group have joined."""
-        self._broadcaster.join(role, size, timeout_s)
-
-    @ray.method(concurrency_group=SENDING)
-    def send(self, role: str, timeout_s: float) -> None:
-        """Broadcast the role's last snapshot to all members."""
-        assert self._publisher is not None
-        self._broadcaster.send(role, self._publisher.payload(role), self._publisher.entries(role), timeout_s)
+    def sender(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the weight transport's sender. Runs also in the middle of a step."""
+        return getattr(self._sender, method)(*arguments)
 
     def save(self, folder: str) -> None:
         """Begin to write the training state, and the student as a Hugging Face or peft folder beside it. Collective.

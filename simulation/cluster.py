@@ -31,6 +31,7 @@ from sdft.actors.shared.types import (
     TeacherScores,
     UpdateReport,
 )
+from sdft.actors.transport.memory import MemoryTransport
 from sdft.learner.group import LearnerGroup
 from sdft.learner.types import StepResult
 from sdft.services.config.run import RunConfig
@@ -38,7 +39,6 @@ from sdft.services.data.contexts import PromptPair
 from sdft.services.data.schedule import make_schedule
 from sdft.services.fleet.engine import Patience
 from sdft.services.fleet.pool import EnginePool, PoolSettings
-from sdft.services.fleet.snapshots import Published
 from sdft.services.monitoring.console import Progress
 from sdft.services.monitoring.log import RunLog
 from sdft.services.planning.plan import Plan
@@ -148,8 +148,6 @@ class Learner:
         await asyncio.sleep(PUBLISH_S)
         return Snapshot(role, version, "", "here", 0, (), ANSWER[:0], LOGPROBS[:0])
 
-    async def release(self, role: str) -> None: ...
-
     async def save(self, folder: Path) -> None: ...
 
     async def written(self) -> None: ...
@@ -161,10 +159,11 @@ def pool(case: Case, role: str, most: int, make: Any) -> EnginePool:
         role, least, most, case.staleness == 0, ROOM, Patience(600, 120, 10**6), 36000, 60, one_by_one=False
     )
 
-    async def nowhere_else(role: str) -> list[Any]:
+    def nowhere_else() -> LearnerGroup:
         raise RuntimeError("all simulated engines are on one node")
 
-    return EnginePool(settings, make, Published(nowhere_else), lambda text: None, lambda: "")
+    transport = MemoryTransport(role, nowhere_else, lambda text: None)
+    return EnginePool(settings, make, transport, lambda text: None, lambda: "")
 
 
 NOWHERE: Any = None  # contexts of a record, which the built-in algorithms do not use

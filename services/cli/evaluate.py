@@ -1,8 +1,8 @@
 """`sdft eval`: run the evaluation sets of a configuration on a model, without training."""
 
-import ray
 from rich.console import Console
 
+from sdft.actors.transport.protocol import Learner
 from sdft.services.base.signals import run_until_stopped
 from sdft.services.cluster.cluster import places
 from sdft.services.evaluation.evaluator import Evaluator
@@ -26,7 +26,7 @@ async def _run(prepared: Prepared, plan: Plan, console: Console) -> tuple[list[E
         # Strict, so that the assignment of questions to engines depends only on the number of engines.
         c = c.model_copy(update={"training": c.training.model_copy(update={"max_staleness": 0})})
         model, end = prepared.model, prepared.reply_end
-        pool = engine_pool(c, model, end, "student", options["student"], console.print, _nothing_published)
+        pool = engine_pool(c, model, end, "student", options["student"], console.print, _no_learner)
         try:
             await pool.start()
             console.print(f"evaluating {prepared.model}", highlight=False, soft_wrap=True)
@@ -41,5 +41,5 @@ async def _run(prepared: Prepared, plan: Plan, console: Console) -> tuple[list[E
             await pool.stop()
 
 
-async def _nothing_published(role: str) -> list[ray.ObjectRef]:
-    raise RuntimeError(f"the {role} engines serve the model they were started with")
+def _no_learner() -> Learner:
+    raise RuntimeError("the engines serve the model they were started with")

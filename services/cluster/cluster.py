@@ -21,10 +21,10 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from sdft.actors.shared.process import scratch_folder
+from sdft.actors.shared.reason import reason
 from sdft.actors.shared.waiting import within
 from sdft.services.base.environment import check_temporary
 from sdft.services.base.errors import PreflightError, UserError
-from sdft.services.base.failures import reason
 from sdft.services.base.signals import stop_on_signals
 from sdft.services.cluster import head
 from sdft.services.cluster.compat import TEMPORARY, read_authentication

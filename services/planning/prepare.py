@@ -277,6 +277,7 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
         stages=stages,
         teacher=c.teacher_in_use,
         exclusive=c.strict and c.learner.ranks == 1,
+        transport=c.weights.transport,
     )
 
 

@@ -13,7 +13,6 @@ from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import ray
 from rich.console import Console
 
 from sdft.actors.shared.process import collect_rarely
@@ -145,7 +144,7 @@ class Session:
         self._progress.note(f"{error}; the learner restarts from the last checkpoint")
         self._learner.kill(hangs=True)
         for pool in self._pools.values():
-            pool.published.mark_lost()
+            pool.versions.mark_lost()
         await asyncio.sleep(after_s)
         folder, notes = await asyncio.to_thread(checkpoints.newest_usable, self._run_dir)
         if folder is not None:
@@ -167,14 +166,10 @@ class Session:
             role,
             self._options[role],
             self._notice,
-            self._payload,
             self._current,
         )
         self._pools[role] = pool
         await pool.start()
-
-    async def _payload(self, role: str) -> list[ray.ObjectRef]:
-        return await self._current().payload(role)
 
     def _current(self) -> LearnerGroup:
         assert self._learner is not None

@@ -71,6 +71,12 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         2,
         ["learner.lora.targets: lm_head is not a linear layer", "that can be adapted"],
     ),
+    "no such transport": (
+        setting("weights.transport", "no_such:Thing"),
+        TRAIN,
+        2,
+        ["my.yaml: weights.transport: no_such:Thing cannot be imported (No module named 'no_such')"],
+    ),
     "more ranks than rollouts": (setting("learner.ranks", 3), TRAIN, 2, ["learner.ranks 3 must not exceed"]),
     "override without =": (nothing, f"{TRAIN} --set seed", 2, ["--set seed", "no ="]),
     "override of nothing": (nothing, f"{TRAIN} --set sead=1", 2, ["--set sead=1", "did you mean seed?"]),

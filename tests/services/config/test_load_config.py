@@ -102,6 +102,16 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
             "my.yaml: weights.sync_every 3 lets rollouts be 2 steps behind; set training.max_staleness to 2, or "
             "weights.sync_every to 1",
         ),
+        (
+            "weights: {transport: memroy}",
+            "my.yaml: weights.transport: memroy is not memory, broadcast or the import path of your own, "
+            "package.module:Name; did you mean memory?",
+        ),
+        (
+            "weights: {transport: 'json:JSONDecoder'}",
+            "my.yaml: weights.transport: json:JSONDecoder is not a subclass of "
+            "sdft.actors.transport.protocol.WeightTransport; derive it from that class",
+        ),
         ("learner: {lora: {rank: 0}}", "my.yaml: learner.lora.rank must be at least 1, not 0"),
         ("learner: {lora: {r: 8}}", "my.yaml: learner.lora.r is not a setting; learner.lora has rank, alpha, targets"),
         ("learner: {lora: 16}", "my.yaml: learner.lora must be a mapping of settings, not 16"),
