@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from sdft.actors.roles import ROLES
 from sdft.actors.shared.process import kept_heap, large_imports, openmp_wait_policy
 from sdft.actors.shared.types import IntArray, Process, ScoredRollout, Snapshot
 from sdft.learner.types import LearnerSettings, StepResult
@@ -77,7 +78,7 @@ class LearnerWorker:
 
     def publish(self, role: str, version: int) -> Snapshot | None:
         """Return the snapshot on rank 0, and None on the others, which contribute their parts of the weights."""
-        content = self._engine.snapshot(role)
+        content = self._engine.snapshot(ROLES[role].weights)
         if self._publisher is not None:
             return self._publisher.publish(role, version, content)
         for _ in content.weights:

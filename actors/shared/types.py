@@ -110,7 +110,7 @@ class Snapshot:
     process, so nothing is left behind when a process dies.
     """
 
-    role: str  # "student" or "teacher"
+    role: str  # of the pool that loads it (roles.py)
     version: int  # 0: the weights in the model folder
     path: str
     node: str  # Ray's id of the machine whose memory `path` names

@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -55,7 +55,9 @@ def explain(error: ValidationError) -> list[Problem]:
             problems.append(Problem(e["loc"], text))
             meant.add(suggestion)
     for e in errors:
-        if e["loc"][-1:] == ("[key]",):
+        if e["type"] == "model_type" and _is_further(e["loc"]):  # a value, so it is meant as a setting
+            problems.append(Problem(e["loc"], _unknown(e["loc"][:-1], str(e["loc"][-1]))[0]))
+        elif e["loc"][-1:] == ("[key]",):
             problems.append(Problem(e["loc"][:-1], _no_column(e["loc"][:-1])))
         elif e["type"] != "extra_forbidden" and not (e["type"] == "missing" and e["loc"] in meant):
             problems.append(Problem(e["loc"], _sentence(e["type"], e["loc"], e["input"], e.get("ctx", {}), e["msg"])))
@@ -140,10 +142,7 @@ def _fields(section: Loc) -> dict[str, FieldInfo]:
     for part in section:
         if isinstance(part, int):
             continue  # an item of a list of sections has the list's model
-        if part not in model.model_fields:
-            return {}
-        annotation = model.model_fields[part].annotation
-        inner = model_of(annotation)
+        inner = model_of(model.model_fields[part].annotation) if part in model.model_fields else further(model)
         if inner is None:
             return {}
         model = inner
@@ -161,6 +160,18 @@ def model_of(annotation: Any) -> type[BaseModel] | None:
     """Return the section class in an annotation: the class itself, an optional one, or the item of a list."""
     candidates = (annotation, *get_args(annotation))
     return next((t for t in candidates if isinstance(t, type) and issubclass(t, BaseModel)), None)
+
+
+def further(model: type[BaseModel]) -> type[BaseModel] | None:
+    """Return the class of a section's entries whose names the user chooses; None if there are none."""
+    if model.model_config.get("extra") != "allow":
+        return None
+    return model_of(get_args(get_type_hints(model)["__pydantic_extra__"])[1])
+
+
+def _is_further(loc: Loc) -> bool:
+    """Return whether the entry at `loc` has a name that the user chose."""
+    return isinstance(loc[-1], str) and loc[-1] not in _fields(loc[:-1])
 
 
 def all_settings(model: type[BaseModel], loc: Loc) -> Iterator[Loc]:

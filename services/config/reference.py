@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from sdft.services.config.explain import model_of
+from sdft.services.config.explain import further, model_of
 from sdft.services.config.run import RunConfig
 
 HEAD = """# Configuration
@@ -55,6 +55,9 @@ def page() -> str:
         title = f"`{place}`" if place else "The file"
         rows = ["| setting | value | default | |", "|---|---|---|---|"]
         rows += [_row(name, field, places) for name, field in model.model_fields.items()]
+        entry = further(model)
+        if entry is not None:
+            rows.append(f"| a name of your own | {_link(places[entry])} |  | A further one |")
         about = " ".join((model.__doc__ or "").split())
         parts.append(f"## {title}\n\n{about}\n\n" + "\n".join(rows) + "\n")
     return "\n".join(parts)
@@ -63,14 +66,17 @@ def page() -> str:
 def _row(name: str, field: FieldInfo, places: dict[type[BaseModel], str]) -> str:
     section = model_of(field.annotation)
     if section is not None:
-        place = places[section]
-        value = f"[`{place}`](#{place.replace('.', '').replace('[]', '')})"
+        value = _link(places[section])
     else:
         limits = [
             f"{_SIGNS[type(m)]} {getattr(m, type(m).__name__.lower())}" for m in field.metadata if type(m) in _SIGNS
         ]
         value = ", ".join([_type(field.annotation), *limits])
     return f"| `{name}` | {value} | {_default(field)} | {_escaped(field.description or '')} |"
+
+
+def _link(place: str) -> str:
+    return f"[`{place}`](#{place.replace('.', '').replace('[]', '')})"
 
 
 def _escaped(text: str) -> str:

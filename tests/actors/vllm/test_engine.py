@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -32,6 +32,9 @@ from sdft.learner.weights.content import Content
 from sdft.learner.weights.publisher import Publisher
 from sdft.services.base.failures import reason
 from tests.fakes.rollouts import logprobs
+
+if TYPE_CHECKING:
+    from sdft.actors.vllm.engine import VllmEngine
 
 PROMPT = np.arange(20, 45, dtype=np.int32)
 TEACHER_PROMPT = np.arange(60, 110, dtype=np.int32)
@@ -65,6 +68,8 @@ def watched() -> type:
     """
 
     class Watched(EngineWorker):
+        _engine: "VllmEngine"
+
         async def cached(self, pairs: list, k: int) -> list[int]:
             """Score the pairs. Returns the number of cached tokens of each pair."""
             from sdft.actors.vllm.scoring import scoring_request
