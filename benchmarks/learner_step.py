@@ -21,8 +21,9 @@ from torch import Tensor
 from benchmarks.measure import device_parser, in_a_process, large_product, matrix_rate, report, seconds_in_turn
 from benchmarks.operations import Operations
 from sdft.actors.shared.process import kept_heap, openmp_wait_policy
-from sdft.actors.shared.types import Rollout, SampleId, ScoredRollout, TeacherScores
-from sdft.learner.config import LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
+from sdft.actors.shared.sequences import TrainingSequence, Turn, sequence_of
+from sdft.actors.shared.types import Rollout, SampleId, TeacherScores
+from sdft.learner.config import Forward, LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
 from sdft.learner.loss.chunked import divergence_loss
 from sdft.learner.model.student import SelfDistillation, hidden_states, load_student
 from sdft.learner.optimizer import AdamWWithTeacher
@@ -34,11 +35,11 @@ from sdft.services.planning.models import resolve_model
 
 PROMPT, COMPLETION, K = 96, 32, 64
 PRODUCTS = 12  # per round: half a second on two cores
-LOSS = LossConfig(top_k=K, skip_first=0)
+LOSS = LossConfig(divergence=Forward(top_k=K))
 OPTIMIZER = OptimizerConfig(lr=1e-5, warmup_steps=0, schedule="constant")
 
 
-def samples(sequences: int) -> list[ScoredRollout]:
+def samples(sequences: int) -> list[TrainingSequence]:
     """Samples with random tokens and a random teacher. The values do not affect the time."""
     rng = np.random.default_rng(0)
     made = []
@@ -47,7 +48,8 @@ def samples(sequences: int) -> list[ScoredRollout]:
         ids = rng.integers(100, 40000, (COMPLETION, K)).astype(np.int32)
         logprobs = np.full((COMPLETION, K), np.log(0.9 / K), dtype=np.float32)
         rollout = Rollout(prompt, completion, np.full(COMPLETION, -10, np.float32), ((0, 0, COMPLETION),), "length")
-        made.append(ScoredRollout(SampleId(0, 0, i, 0), rollout, TeacherScores(ids, logprobs, logprobs[:, 0], 0)))
+        scores = TeacherScores(ids, logprobs, logprobs[:, 0], 0)
+        made.append(sequence_of(SampleId(0, 0, i, 0), 0, [Turn(prompt, rollout, scores)]))
     return made
 
 
@@ -58,7 +60,7 @@ def settings(device: str = "cpu", tokens: int = 4096) -> LearnerSettings:
         device=device,
         seed=0,
         config=LearnerConfig(micro_batch_tokens=tokens),
-        stages=(StageSettings(0, 1000, LOSS, OPTIMIZER),),
+        stages=(StageSettings(0, 1000, (LOSS,), OPTIMIZER),),
         teacher=TeacherConfig(alpha=0.01),
         exclusive=True,
     )
@@ -83,7 +85,7 @@ def measure(device: str, tokens: int) -> None:
     learner = LearnerWorker()  # in this process, with the set-up of a run
     learner.start(given, 1, *learner.rendezvous(), np.arange(100, 132, dtype=np.int32))
     rollouts = samples(sequences)
-    batch = pack(rollouts, 0, sequences, K).to(device)
+    batch = pack(rollouts, sequences, K).to(device)
     model = SelfDistillation(load_student(path, dtype), LOSS).to(device)
 
     def states() -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import device_parser, peak_mib, report, seconds_in_turn
-from sdft.learner.config import LossConfig
+from sdft.learner.config import Forward, LossConfig
 from sdft.learner.loss.chunked import divergence_loss
 from sdft.learner.loss.divergences import token_objective
 from sdft.learner.loss.importance import importance_weights
@@ -19,7 +19,7 @@ from sdft.learner.loss.targets import Targets
 from sdft.services.config.dtype import native_dtype
 
 VOCABULARY, HIDDEN, K, SEQUENCE = 49152, 576, 64, 64
-CONFIG = LossConfig(top_k=K)
+CONFIG = LossConfig(divergence=Forward(top_k=K))
 TOKENS = (256, 1024, 2048, 4096)
 
 

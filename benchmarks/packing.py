@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from benchmarks.measure import report
-from sdft.actors.shared.types import Rollout, SampleId, ScoredRollout, TeacherScores
+from sdft.actors.shared.sequences import TrainingSequence, Turn, sequence_of
+from sdft.actors.shared.types import Rollout, SampleId, TeacherScores
 from sdft.learner.model.attention import short
 from sdft.learner.model.cpu.short_attention import length_groups
-from sdft.learner.packing import length, micro_batches, pack
+from sdft.learner.packing import micro_batches, pack
 from sdft.services.data.tokenizer import load_tokenizer
 from sdft.services.planning.models import resolve_model
 
@@ -42,11 +43,11 @@ def row(path: Path, most: int) -> dict[str, object]:
     useful = computed = pairs = computed_pairs = 0
     for first in range(0, len(lengths) - BATCH + 1, BATCH):
         samples = [_sample(n, int(rng.integers(5, most + 1))) for n in lengths[first : first + BATCH]]
-        sizes = [length(s) for s in samples]
+        sizes = [len(s) for s in samples]
         useful += sum(sizes)
         pairs += sum(n * (n + 1) // 2 for n in sizes)
         for members in micro_batches(sizes, BUDGET):
-            batch = pack([samples[i] for i in members], 0, BATCH, 1)
+            batch = pack([samples[i] for i in members], BATCH, 1)
             computed += len(batch.input_ids)
             computed_pairs += _pairs(batch.lengths)
     return {
@@ -64,11 +65,13 @@ def _pairs(lengths: tuple[int, ...]) -> int:
     return sum(len(g.members) * g.longest**2 for g in length_groups(lengths))
 
 
-def _sample(prompt: int, completion: int) -> ScoredRollout:
+def _sample(prompt: int, completion: int) -> TrainingSequence:
     ids = np.zeros((completion, 1), dtype=np.int32)
     logprobs = np.zeros((completion, 1), dtype=np.float32)
     rollout = Rollout(np.zeros(prompt, np.int32), ids[:, 0], logprobs[:, 0], ((0, 0, completion),), "stop")
-    return ScoredRollout(SampleId(0, 0, 0, 0), rollout, TeacherScores(ids, logprobs, logprobs[:, 0], 0))
+    return sequence_of(
+        SampleId(0, 0, 0, 0), 0, [Turn(rollout.prompt_ids, rollout, TeacherScores(ids, logprobs, logprobs[:, 0], 0))]
+    )
 
 
 def main() -> None:

@@ -64,7 +64,7 @@ def ours(folder: Path, model: Path, dtype: str) -> list[dict[str, float]]:
         "training": {"batch_size": BATCH, "steps": STEPS},
         "actors": {"student": {"enforce_eager": False}, "teacher": {"enforce_eager": False}},
         "teacher": {"weights": "ema", "alpha": 0.01},
-        "loss": {"top_k": K, "skip_first": SKIP},
+        "method": {"type": "sdft", "divergence": {"type": "forward", "top_k": K}, "skip_first": SKIP},
         "learner": {"optimizer": {"lr": 1e-5, "warmup_steps": 0, "schedule": "constant"}},
     }
     (folder / "ours.yaml").write_text(yaml.safe_dump(config))

@@ -1,6 +1,6 @@
 """Settings of the learner: loss, teacher weights, optimizer, DeepSpeed. Does not import torch, ray or vllm."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -35,29 +35,77 @@ class ImportanceConfig(BaseModel):
     cap: float = Field(2.0, gt=0, description="Largest weight")
 
 
-class LossConfig(BaseModel):
-    """The divergence between teacher q and student p on the student's own tokens."""
+class _OfSupport(BaseModel):
+    """A divergence over the teacher's most likely tokens."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    # The published numbers use forward KL(q||p), though the paper's theory is reverse KL.
-    divergence: Literal["forward", "reverse", "jsd", "sampled"] = Field(
-        "forward",
-        description="forward: KL(teacher, student); reverse: KL(student, teacher); jsd; sampled: reverse at the "
-        "sampled token alone",
-    )
-    beta: float = Field(0.5, gt=0, lt=1, description="JSD's weight of the teacher in the mixture")
     top_k: int = Field(64, ge=1, le=1024, description="Teacher tokens per position; the rest is one tail bucket")
-    skip_first: int = Field(3, ge=0, description="Completion tokens left out of the loss")
+
+
+class Forward(_OfSupport):
+    """KL(teacher, student). The published numbers use it, though the paper's theory is about reverse KL."""
+
+    type: Literal["forward"] = Field("forward", description="The divergence")
+
+
+class Reverse(_OfSupport):
+    """KL(student, teacher)."""
+
+    type: Literal["reverse"] = Field("reverse", description="The divergence")
+
+
+class Jsd(_OfSupport):
+    """The generalised Jensen-Shannon divergence."""
+
+    type: Literal["jsd"] = Field("jsd", description="The divergence")
+    beta: float = Field(0.5, gt=0, lt=1, description="Weight of the teacher in the mixture")
+
+
+class Sampled(BaseModel):
+    """Reverse KL, estimated at the sampled token alone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["sampled"] = Field("sampled", description="The divergence")
+
+
+class Nll(BaseModel):
+    """Negative log-likelihood of the sequence's own tokens, without a teacher."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["nll"] = "nll"
+
+
+class Dft(BaseModel):
+    """The same, each token weighted by the student's own probability of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["dft"] = "dft"
+
+
+Divergence = Forward | Reverse | Jsd | Sampled
+
+
+class LossConfig(BaseModel):
+    """A loss of the learner. Algorithms make it; it is not a section of the configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    divergence: Annotated[Divergence | Nll | Dft, Field(discriminator="type")] = Forward()
     importance: ImportanceConfig = ImportanceConfig()
 
+    @property
+    def top_k(self) -> int:
+        """Number of the teacher's tokens that the loss needs at each position."""
+        return self.divergence.top_k if isinstance(self.divergence, Forward | Reverse | Jsd) else 1
 
-class TokenLoss(LossConfig):
-    """Loss on a demonstration's tokens instead of a divergence, without a teacher. Users do not configure it."""
-
-    divergence: Literal["nll", "dft"] = "nll"  # type: ignore[assignment]
-    skip_first: int = 0  # a demonstration's first tokens are learnt like the others
-    importance: ImportanceConfig = ImportanceConfig(level="off")  # there is no sampler
+    @property
+    def name(self) -> str:
+        """Name of the divergence."""
+        return self.divergence.type
 
 
 class OptimizerConfig(BaseModel):

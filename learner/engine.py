@@ -17,7 +17,7 @@ from deepspeed.utils import (
     safe_get_local_optimizer_state,
 )
 
-from sdft.actors.shared.types import ScoredRollout
+from sdft.actors.shared.sequences import TrainingSequence
 from sdft.learner.checkpoint.saving import TensorFile
 from sdft.learner.checkpoint.state import CHANGE, Piece, StateFiles, state_files
 from sdft.learner.compat import build_nothing, divided_masters, fragment, link_state, numel, reduce_nothing
@@ -25,7 +25,7 @@ from sdft.learner.model.architecture import Untrainable
 from sdft.learner.model.faithful import unfaithful
 from sdft.learner.model.student import SelfDistillation, load_student
 from sdft.learner.optimizer import MASTER, TEACHER, AdamWWithTeacher, learning_rate, teacher_alpha
-from sdft.learner.packing import assign, length, micro_batches, pack
+from sdft.learner.packing import assign, micro_batches, pack
 from sdft.learner.types import LearnerSettings, StepResult
 from sdft.learner.weights.content import Content
 
@@ -47,7 +47,7 @@ class LearnerEngine:
         student = load_student(Path(settings.model), self.dtype)
         if settings.rank == 0 and (reason := unfaithful(student)):
             raise Untrainable(f"{settings.model} cannot be trained: {reason}")
-        model = SelfDistillation(student, settings.stages[0].loss)
+        model = SelfDistillation(student, settings.stages[0].losses[0])
         if settings.config.gradient_checkpointing:
             model.model.gradient_checkpointing_enable()
         self._lora = None
@@ -129,16 +129,12 @@ class LearnerEngine:
             return divided_masters(self._optimizer)
         return [p for param_group in self._adam.param_groups for p in param_group["params"]]
 
-    def train_step(self, samples: Sequence[ScoredRollout]) -> StepResult:
+    def train_step(self, sequences: Sequence[TrainingSequence]) -> StepResult:
         """Take one optimizer step on a whole batch. This rank computes its share of it. Collective."""
         s = self.settings
         stage = s.stages[s.stage_of(self.step + 1)]
         optimizer = stage.optimizer
-        self._engine.module.loss = stage.loss
-        lengths = [length(sample) for sample in samples]
-        shares = assign(lengths, self.ranks)
-        packs = [micro_batches([lengths[i] for i in share], s.config.micro_batch_tokens) for share in shares]
-        mine, my_packs = shares[s.rank], packs[s.rank]
+        plans = self._micro_batches(sequences)
         lr = learning_rate(self.step + 1 - stage.before, stage.steps, optimizer)
         for param_group in self._optimizer.param_groups:
             param_group |= {
@@ -148,26 +144,40 @@ class LearnerEngine:
                 "weight_decay": optimizer.weight_decay,
             }
         sums = torch.zeros(4, dtype=torch.float64, device=self._engine.device)  # NCCL reduces tensors on GPUs only
-        count = max(len(p) for p in packs)  # the same on every rank: each micro-batch is a collective
+        count = max(len(plan) for plan in plans)  # the same on every rank: each micro-batch is a collective
+        mine = plans[s.rank]
         for i in range(count):
-            members = [samples[mine[j]] for j in my_packs[i]] if i < len(my_packs) else []
-            batch = pack(members, stage.loss.skip_first, len(samples), stage.loss.top_k).to(self._engine.device)
+            members = [sequences[j] for j in mine[i]] if i < len(mine) else []
+            self._engine.module.loss = loss = stage.losses[members[0].objective if members else 0]
+            batch = pack(members, len(sequences), loss.top_k).to(self._engine.device)
             self._engine.set_gradient_accumulation_boundary(i == count - 1)
-            loss, *rest = self._engine(batch)
+            value, *rest = self._engine(batch)
             # DeepSpeed averages gradients over ranks, but the shares of the batch must be summed.
-            self._engine.backward(loss * self.ranks, scale_wrt_gas=False)
+            self._engine.backward(value * self.ranks, scale_wrt_gas=False)
             self._engine.step()
-            sums += torch.stack([loss.detach(), *rest])
+            sums += torch.stack([value.detach(), *rest])
         torch.distributed.all_reduce(sums)
         self.step += 1
         norm = self._adam.norm if self._adam.clip is not None else float(self._engine.get_global_grad_norm())
         applied = math.isfinite(norm)  # if not, neither DeepSpeed's optimizers nor AdamWWithTeacher take a step
         if self._lora is not None and applied:
             self._lora.follow(self._forward)
-        tokens = sum(max(0, len(sample.rollout.completion_ids) - stage.loss.skip_first) for sample in samples)
-        loss, divergence, mismatch, tail = sums.tolist()
+        tokens = sum(sequence.loss_tokens for sequence in sequences)
+        total, divergence, mismatch, tail = sums.tolist()
         means = mismatch / max(1, tokens), tail / max(1, tokens)
-        return StepResult(loss, divergence, *means, norm, lr, tokens, applied)
+        return StepResult(total, divergence, *means, norm, lr, tokens, applied)
+
+    def _micro_batches(self, sequences: Sequence[TrainingSequence]) -> list[list[list[int]]]:
+        """Return the sequences of every micro-batch of every rank, by index. Those of one have the same objective."""
+        lengths, budget = [len(sequence) for sequence in sequences], self.settings.config.micro_batch_tokens
+        plans = []
+        for share in assign(lengths, self.ranks):
+            plan: list[list[int]] = []
+            for objective in sorted({sequences[i].objective for i in share}):
+                of_it = [i for i in share if sequences[i].objective == objective]
+                plan += [[of_it[j] for j in members] for members in micro_batches([lengths[i] for i in of_it], budget)]
+            plans.append(plan)
+        return plans
 
     def weights(self, role: str, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every parameter whole, with its Hugging Face name, one at a time. Collective.

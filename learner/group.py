@@ -14,7 +14,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from sdft.actors.reaper import end
-from sdft.actors.shared.types import IntArray, Process, ScoredRollout, Snapshot
+from sdft.actors.shared.sequences import TrainingSequence
+from sdft.actors.shared.types import IntArray, Process, Snapshot
 from sdft.actors.shared.waiting import all_within, silent_for, within
 from sdft.learner.model.architecture import Untrainable
 from sdft.learner.types import LearnerSettings, StepResult
@@ -126,9 +127,9 @@ class LearnerGroup:
         self._end(hangs=True)
         raise self._reason()
 
-    async def train_step(self, samples: Sequence[ScoredRollout]) -> StepResult:
+    async def train_step(self, sequences: Sequence[TrainingSequence]) -> StepResult:
         """Take one optimizer step on a batch."""
-        results = await self._all("train_step", "the learner's step", ray.put(samples))
+        results = await self._all("train_step", "the learner's step", ray.put(sequences))
         return results[0]
 
     async def begin_stage(self) -> None:

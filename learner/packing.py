@@ -1,4 +1,4 @@
-"""Pack scored rollouts into micro-batches: sequences end to end, without padding.
+"""Pack training sequences into micro-batches: end to end, without padding.
 
 The loss is the mean over a batch's sequences of the mean over a sequence's loss tokens. Each row carries its share of
 that mean, so packing, order, micro-batch size and number of ranks cannot change the loss.
@@ -7,10 +7,12 @@ that mean, so packing, order, micro-batch size and number of ranks cannot change
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sdft.actors.shared.types import ScoredRollout
+from sdft.actors.shared.sequences import TrainingSequence
+from sdft.actors.shared.types import IntArray, TeacherScores
 from sdft.learner.loss.targets import Targets
 
 
@@ -65,45 +67,34 @@ def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return bins
 
 
-def length(sample: ScoredRollout) -> int:
-    """Return the number of tokens that the student's forward computes for a sample."""
-    return len(sample.rollout.prompt_ids) + len(sample.rollout.completion_ids)
+def pack(sequences: Sequence[TrainingSequence], batch_size: int, top_k: int) -> MicroBatch:
+    """Pack sequences into one micro-batch; `batch_size` is the number of sequences of the whole batch, over all ranks.
 
-
-def pack(samples: Sequence[ScoredRollout], skip_first: int, batch_size: int, top_k: int) -> MicroBatch:
-    """Pack samples into one micro-batch; `batch_size` is the number of sequences of the whole batch, over all ranks.
-
-    A completion not longer than `skip_first` has no rows and contributes zero. Without samples the micro-batch is two
-    tokens without rows, because a rank without work still takes part in every collective.
+    A sequence without a loss token has no rows and contributes zero. Without sequences the micro-batch is two tokens
+    without rows, because a rank without work still takes part in every collective.
     """
     ids, positions, predicting, offset = [], [], [], 0
     sampled, sampler, teacher_ids, teacher_logprobs, teacher_sampled, sequence, share = [], [], [], [], [], [], []
-    for i, sample in enumerate(samples):
-        rollout, scores = sample.rollout, sample.scores
-        prompt, completion = (
-            torch.from_numpy(rollout.prompt_ids.copy()),
-            torch.from_numpy(rollout.completion_ids.copy()),
-        )
-        total, loss_tokens = len(prompt) + len(completion), max(0, len(completion) - skip_first)
-        ids.append(torch.cat([prompt, completion]))
-        positions.append(torch.arange(total))
-        # The state at position t predicts token t + 1.
-        predicting.append(torch.arange(offset + total - loss_tokens - 1, offset + total - 1))
-        rows = slice(len(completion) - loss_tokens, None)
-        sampled.append(completion[rows])
-        sampler.append(torch.tensor(rollout.logprobs[rows]))
-        teacher_ids.append(torch.tensor(scores.ids[rows]))
-        teacher_logprobs.append(torch.tensor(scores.logprobs[rows]))
-        teacher_sampled.append(torch.tensor(scores.sampled[rows]))
-        sequence.append(torch.full((loss_tokens,), i))
-        share.append(torch.full((loss_tokens,), 1.0 / (max(1, loss_tokens) * batch_size)))
-        offset += total
-    if not samples:
+    for i, s in enumerate(sequences):
+        tokens, rows = torch.from_numpy(s.token_ids.copy()), s.loss_mask.nonzero()[0]
+        ids.append(tokens)
+        positions.append(torch.arange(len(s)))
+        predicting.append(torch.from_numpy(offset + rows - 1))  # the state at position t predicts token t + 1
+        sampled.append(tokens[rows])
+        sampler.append(torch.from_numpy(s.logprobs[rows]))
+        teacher = s.teacher or _certain(s.token_ids[rows])
+        teacher_ids.append(torch.tensor(teacher.ids))
+        teacher_logprobs.append(torch.tensor(teacher.logprobs))
+        teacher_sampled.append(torch.tensor(teacher.sampled))
+        sequence.append(torch.full((len(rows),), i))
+        share.append(torch.full((len(rows),), 1.0 / (max(1, len(rows)) * batch_size)))
+        offset += len(s)
+    if not sequences:
         ids, positions = [torch.zeros(2, dtype=torch.int32)], [torch.arange(2)]
     return MicroBatch(
         input_ids=torch.cat(ids).long(),
         position_ids=torch.cat(positions),
-        lengths=tuple(length(s) for s in samples) or (2,),
+        lengths=tuple(map(len, sequences)) or (2,),
         predicting=_cat(predicting, (0,)).long(),
         targets=Targets(
             sampled_ids=_cat(sampled, (0,)).long(),
@@ -115,6 +106,12 @@ def pack(samples: Sequence[ScoredRollout], skip_first: int, batch_size: int, top
             share=_cat(share, (0,)),
         ),
     )
+
+
+def _certain(tokens: IntArray) -> TeacherScores:
+    """Scores in place of a teacher's, for losses of the sequence's own tokens: each token is certain."""
+    certain = np.zeros((len(tokens), 1), dtype=np.float32)
+    return TeacherScores(tokens[:, None], certain, certain[:, 0], 0)
 
 
 def _cat(parts: list[Tensor], empty: tuple[int, ...]) -> Tensor:

@@ -11,7 +11,7 @@ class StageSettings:
 
     before: int  # optimizer steps of the stages before it
     steps: int
-    loss: LossConfig
+    losses: tuple[LossConfig, ...]  # a sequence's `objective` is the index
     optimizer: OptimizerConfig
     keep_moments: bool = False
 

@@ -11,7 +11,8 @@ import ray
 
 from sdft.actors.roles import ROLES
 from sdft.actors.shared.process import kept_heap, large_imports, openmp_wait_policy
-from sdft.actors.shared.types import IntArray, Process, ScoredRollout, Snapshot
+from sdft.actors.shared.sequences import TrainingSequence
+from sdft.actors.shared.types import IntArray, Process, Snapshot
 from sdft.learner.types import LearnerSettings, StepResult
 
 # Concurrency groups. Ray runs their methods concurrently with the others.
@@ -67,9 +68,9 @@ class LearnerWorker:
             self._publisher = Publisher(Path(settings.model), self._engine.dtype, probe_ids, node)
             self._broadcaster = Broadcaster(settings.device, _own_address())
 
-    def train_step(self, samples: Sequence[ScoredRollout]) -> StepResult:
+    def train_step(self, sequences: Sequence[TrainingSequence]) -> StepResult:
         self._saver.detach()
-        return self._engine.train_step(samples)
+        return self._engine.train_step(sequences)
 
     def begin_stage(self) -> None:
         """Prepare the first step of a stage. Collective."""

@@ -23,11 +23,11 @@ from rich.console import Console
 
 from sdft.actors.roles import EVALUATION, STUDENT, TEACHER
 from sdft.actors.shared.process import collect_rarely
+from sdft.actors.shared.sequences import TrainingSequence
 from sdft.actors.shared.types import (
     GenerateRequest,
     Rollout,
     Sampling,
-    ScoredRollout,
     Snapshot,
     TeacherScores,
     UpdateReport,
@@ -61,7 +61,6 @@ ROUNDS = 2  # samples per step, as a multiple of what the student engines can co
 WARM = 3  # steps left out of the reported means
 ANSWER = np.zeros(MOST_TOKENS, dtype=np.int32)
 LOGPROBS = np.zeros(MOST_TOKENS, dtype=np.float32)
-SCORES = TeacherScores(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32), np.zeros(1, np.float32), 0)
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,11 @@ class Student(SimulatedEngine):
         return self._load_s, super().update_weights(snapshot)[1]
 
 
+def scores(tokens: int, version: int = 0) -> TeacherScores:
+    """Return scores of a completion of this length, all of them zero."""
+    return TeacherScores(ANSWER[:tokens, None], LOGPROBS[:tokens, None], LOGPROBS[:tokens], version)
+
+
 class Teacher(SimulatedEngine):
     """Teacher engine that divides its time among its open calls."""
 
@@ -118,7 +122,7 @@ class Teacher(SimulatedEngine):
         return START_S, None
 
     def score(self, pairs: list[Any], k: int) -> tuple[float, list[TeacherScores]]:
-        return SCORE_S * max(len(pairs), len(self._open) + 1), [SCORES] * len(pairs)
+        return SCORE_S * max(len(pairs), len(self._open) + 1), [scores(len(completion)) for _, completion in pairs]
 
     def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
         return LOAD_S, super().update_weights(snapshot)[1]
@@ -132,12 +136,12 @@ class Learner:
         self.ages: list[int] = []
         self.worked: list[float] = []  # seconds in each step
 
-    async def train_step(self, samples: list[ScoredRollout]) -> StepResult:
-        self.ages += [self._step - s.rollout.versions[0][0] for s in samples]
+    async def train_step(self, sequences: list[TrainingSequence]) -> StepResult:
+        self.ages += [self._step - s.spans[0].version for s in sequences]
         self._step += 1
-        self.worked.append(self._sample_s * len(samples))
-        await asyncio.sleep(self._sample_s * len(samples))
-        return StepResult(1.0, 1.0, 0.0, 0.0, 1.0, 1e-5, sum(len(s.rollout.completion_ids) for s in samples))
+        self.worked.append(self._sample_s * len(sequences))
+        await asyncio.sleep(self._sample_s * len(sequences))
+        return StepResult(1.0, 1.0, 0.0, 0.0, 1.0, 1e-5, sum(s.sampled_tokens for s in sequences))
 
     async def publish(self, role: str, version: int) -> Snapshot:
         if self.worked:
@@ -164,6 +168,9 @@ def pool(case: Case, name: str, most: int, make: Any) -> EnginePool:
     return EnginePool(settings, make, Published(nowhere_else), lambda text: None, lambda: "")
 
 
+NOWHERE: Any = None  # contexts of a record, which the built-in algorithms do not use
+
+
 def prepared(case: Case, batch: int) -> Prepared:
     config = RunConfig.model_validate(
         {
@@ -184,7 +191,7 @@ def prepared(case: Case, batch: int) -> Prepared:
         shape=ModelShape(0, 0, 0, 0, 0, 0),
         tokenizer=None,
         reply_end=0,
-        stages=(Stage("", task, prompts, [], schedule, fingerprint=""),),
+        stages=(Stage("", task, prompts, [NOWHERE] * len(prompts), len(prompts), [], schedule, fingerprint=""),),
         common=[],
         plan=Plan({}, ()),
         begun=datetime.now(),

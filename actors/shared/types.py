@@ -80,15 +80,6 @@ class TeacherScores:
 
 
 @dataclass(frozen=True)
-class ScoredRollout:
-    """One training sample of the learner."""
-
-    sample: SampleId
-    rollout: Rollout
-    scores: TeacherScores
-
-
-@dataclass(frozen=True)
 class TensorEntry:
     """Location of one parameter in a snapshot's payload."""
 

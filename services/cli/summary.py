@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from sdft.services.algorithms.methods import on_demonstrations
 from sdft.services.analysis.status import status_text
 from sdft.services.base.errors import UserError, first_line
 from sdft.services.base.files import read_text
@@ -45,13 +44,11 @@ def stage_lines(prepared: Prepared) -> list[str]:
     lines = []
     for stage in prepared.stages:
         c, schedule = stage.config, stage.schedule
-        learns = f"{c.loss.divergence} divergence, {c.teacher.weights} teacher"
-        if on_demonstrations(c):
-            learns = f"{c.method} on the demonstrations' own tokens"
-        elif c.method == "off_policy":
-            learns = f"on the teacher's samples, {learns}"
+        learns = f"{c.method.label}, {c.teacher.weights} teacher" if c.method.teacher_scores else c.method.label
+        recalled = len(stage.prompts) - stage.demonstrations
+        rows = f"{stage.demonstrations} demonstrations" + (f" and {recalled} prompts to recall" if recalled else "")
         lines.append(
-            f"{f'{stage.name}: ' if stage.name else ''}{len(stage.prompts)} demonstrations, "
+            f"{f'{stage.name}: ' if stage.name else ''}{rows}, "
             f"{schedule.last - schedule.before} steps of {c.training.batch_size} prompts, {learns}"
         )
         if stage.warning is not None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from sdft.services.algorithms.registry import OWN
 from sdft.services.config.run import RunConfig
 
 Loc = tuple[str | int, ...]
@@ -25,12 +26,18 @@ _LIMITS = {
     "less_than": ("lt", "less than"),
     "less_than_equal": ("le", "at most"),
 }
-# Removed settings, and what to set instead.
+_LOSS = (
+    "it is part of method: set method.divergence (forward, reverse, jsd or sampled; or its type, top_k and beta), "
+    "method.skip_first and method.importance"
+)
+# Removed settings, without the numbers of list items, and what to set instead.
 _REPLACED: dict[Loc, str] = {
     ("evaluation", "timeout_s"): (
         "set actors.batch_timeout_s for rollouts, scores and replies, and evaluation.grading_timeout_s for a judge and "
         "lm-eval"
     ),
+    ("loss",): _LOSS,
+    ("stages", "loss"): _LOSS,
 }
 
 
@@ -46,28 +53,35 @@ def explain(error: ValidationError) -> list[Problem]:
 
     A mistyped key often causes a missing one. The missing key that an unknown one was meant for is left out.
     """
-    errors = error.errors(include_url=False)
+    # pydantic reports a default that needs other settings as missing when one of those is wrong.
+    errors = [e for e in error.errors(include_url=False) if e["type"] != "default_factory_not_called"]
     problems, meant = [], set()
     for e in errors:
         if e["type"] == "extra_forbidden":
             parent, key = e["loc"][:-1], str(e["loc"][-1])
             text, suggestion = _unknown(parent, key)
-            problems.append(Problem(e["loc"], text))
+            problems.append(Problem(_without_tags(e["loc"]), text))
             meant.add(suggestion)
     for e in errors:
         if e["type"] == "model_type" and _is_further(e["loc"]):  # a value, so it is meant as a setting
-            problems.append(Problem(e["loc"], _unknown(e["loc"][:-1], str(e["loc"][-1]))[0]))
+            problems.append(Problem(_without_tags(e["loc"]), _unknown(e["loc"][:-1], str(e["loc"][-1]))[0]))
         elif e["loc"][-1:] == ("[key]",):
             problems.append(Problem(e["loc"][:-1], _no_column(e["loc"][:-1])))
         elif e["type"] != "extra_forbidden" and not (e["type"] == "missing" and e["loc"] in meant):
-            problems.append(Problem(e["loc"], _sentence(e["type"], e["loc"], e["input"], e.get("ctx", {}), e["msg"])))
+            text = _sentence(e["type"], e["loc"], e["input"], e.get("ctx", {}), e["msg"])
+            problems.append(Problem(_without_tags(e["loc"]), text))
     return problems
 
 
 def _unknown(parent: Loc, key: str) -> tuple[str, Loc | None]:
     """Return the message for an unknown key, and the place of the setting that was probably meant."""
-    if (*parent, key) in _REPLACED:
-        return f"is not a setting any more; {_REPLACED[*parent, key]}", None
+    replaced = _REPLACED.get(tuple(part for part in (*_without_tags(parent), key) if not isinstance(part, int)))
+    if replaced is not None:
+        return f"is not a setting any more; {replaced}", None
+    kinds = _kinds_with(parent, key)
+    if kinds:
+        have = "has" if len(kinds) == 1 else "have"
+        return f"is not a setting with type: {parent[-1]}; only {' and '.join(kinds)} {have} it", None
     names = list(_fields(parent))
     # Settings of a stage are suggested only for keys inside `stages`. Elsewhere the run's own settings are.
     settings = [loc for loc in all_settings(RunConfig, ()) if loc[0] != "stages" or parent[:1] == ("stages",)]
@@ -79,6 +93,13 @@ def _unknown(parent: Loc, key: str) -> tuple[str, Loc | None]:
     if elsewhere:
         return f"is not a setting; did you mean {' or '.join(map(dotted, elsewhere))}?", None
     return f"is not a setting; {dotted(parent) or 'the file'} has {', '.join(names)}", None
+
+
+def _kinds_with(section: Loc, key: str) -> list[str]:
+    """Return the kinds of a section that have a setting; none if the section is not one of several kinds."""
+    if not section or section[-1] not in _tags(_models(section[:-1])):
+        return []
+    return [tag_of(model) for model in _models(section[:-1]) if key in model.model_fields]
 
 
 def _no_column(loc: Loc) -> str:
@@ -100,6 +121,14 @@ def _sentence(error_type: str, loc: Loc, given: Any, ctx: dict[str, Any], messag
         )
     if error_type == "value_error":
         return f": {ctx['error']}" if loc else str(ctx["error"])
+    if error_type == "union_tag_invalid":
+        kinds = _kinds_at(loc)
+        own = ", or a class of your own as package.module:Name" if OWN in ctx["expected_tags"] else ""
+        near = difflib.get_close_matches(ctx["tag"], kinds, n=1)
+        mend = f"; did you mean {near[0]}?" if near else ""
+        return f'must be {" or ".join(kinds)}{own}, not the text "{ctx["tag"]}"{mend}'
+    if error_type == "union_tag_not_found":
+        return f"must be text or a mapping of settings, not {given_text(given)}"
     if error_type in _EXPECTED:
         mend = "; put it in quotes" if error_type == "string_type" and isinstance(given, int | float) else ""
         if error_type == "model_type" and given is None:
@@ -136,17 +165,48 @@ def loose_values(value: Any, loc: Loc) -> Iterator[Problem]:
             yield Problem(loc, f"must be {' or '.join(map(str, options))}, not {given_text(value)}")
 
 
-def _fields(section: Loc) -> dict[str, FieldInfo]:
-    """Return the settings of the section at `section`; empty if there is no such section."""
-    model: type[BaseModel] = RunConfig
+def _models(section: Loc) -> list[type[BaseModel]]:
+    """Return the models of the section at `section`: several if it is one of several kinds; none if there is none."""
+    models: list[type[BaseModel]] = [RunConfig]
     for part in section:
         if isinstance(part, int):
             continue  # an item of a list of sections has the list's model
-        inner = model_of(model.model_fields[part].annotation) if part in model.model_fields else further(model)
-        if inner is None:
-            return {}
-        model = inner
-    return model.model_fields
+        if part in _tags(models):
+            models = [model for model in models if tag_of(model) == part]
+            continue
+        field = next((model.model_fields[part] for model in models if part in model.model_fields), None)
+        models = further(models) if field is None else models_of(field.annotation)
+    return models
+
+
+def tag_of(model: type[BaseModel]) -> str:
+    """Return the `type` of one kind of section."""
+    field = model.model_fields["type"]
+    return OWN if field.is_required() else str(field.default)
+
+
+def _tags(models: list[type[BaseModel]]) -> list[str]:
+    """Return the tags with which pydantic tells the kinds of a section apart; none if there is one kind."""
+    return [tag_of(model) for model in models] if len(models) > 1 else []
+
+
+def _kinds_at(loc: Loc) -> list[str]:
+    """Return the values of `type` at a section that is one of several kinds."""
+    return [tag for tag in _tags(_models(loc)) if tag != OWN]
+
+
+def _without_tags(loc: Loc) -> Loc:
+    """Return the place in the file: pydantic puts the kind of a section behind the section's name."""
+    kept: Loc = ()
+    for i, part in enumerate(loc):
+        if part not in _tags(_models(loc[:i])):
+            kept += (part,)
+    return kept
+
+
+def _fields(section: Loc) -> dict[str, FieldInfo]:
+    """Return the settings of the section at `section`, of all its kinds; empty if there is no such section."""
+    return {name: field for model in _models(section) for name, field in model.model_fields.items()}
 
 
 def _choices(loc: Loc) -> tuple[Any, ...]:
@@ -156,17 +216,17 @@ def _choices(loc: Loc) -> tuple[Any, ...]:
     return next((get_args(a) for a in (annotation, *get_args(annotation)) if get_origin(a) is Literal), ())
 
 
-def model_of(annotation: Any) -> type[BaseModel] | None:
-    """Return the section class in an annotation: the class itself, an optional one, or the item of a list."""
-    candidates = (annotation, *get_args(annotation))
-    return next((t for t in candidates if isinstance(t, type) and issubclass(t, BaseModel)), None)
+def models_of(annotation: Any) -> list[type[BaseModel]]:
+    """Return the section classes in an annotation: the class itself, an optional one, the item of a list, or kinds."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in models_of(inner)]
 
 
-def further(model: type[BaseModel]) -> type[BaseModel] | None:
-    """Return the class of a section's entries whose names the user chooses; None if there are none."""
-    if model.model_config.get("extra") != "allow":
-        return None
-    return model_of(get_args(get_type_hints(model)["__pydantic_extra__"])[1])
+def further(models: list[type[BaseModel]]) -> list[type[BaseModel]]:
+    """Return the classes of a section's entries whose names the user chooses; none if it has no such entries."""
+    allow = [model for model in models if model.model_config.get("extra") == "allow"]
+    return [entry for model in allow for entry in models_of(get_type_hints(model)["__pydantic_extra__"])]
 
 
 def _is_further(loc: Loc) -> bool:
@@ -175,14 +235,16 @@ def _is_further(loc: Loc) -> bool:
 
 
 def all_settings(model: type[BaseModel], loc: Loc) -> Iterator[Loc]:
+    found: dict[Loc, None] = {}
     for name, field in model.model_fields.items():
-        yield (*loc, name)
-        section = model_of(field.annotation)
-        if section is not None:
-            yield from all_settings(section, (*loc, name))
+        found[*loc, name] = None
+        for section in models_of(field.annotation):
+            found |= dict.fromkeys(all_settings(section, (*loc, name)))
+    yield from found
 
 
 def dotted(loc: Loc) -> str:
+    loc = _without_tags(loc)
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
 
 

@@ -15,6 +15,8 @@ from sdft.services.config.run import RunConfig
 from sdft.services.config.sections import StageConfig
 from sdft.services.config.yaml import YamlError, dump_yaml, parse_yaml
 
+SHORT = ("method", "divergence")  # sections that may be given as the text of their `type`
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Load the YAML file `path` and apply overrides like "training.batch_size=8". Raises UserError."""
@@ -102,6 +104,8 @@ def _apply(data: dict[str, Any], override: str) -> Loc:
         else:
             if section.get(part) is None:
                 section[part] = {}
+            elif part in SHORT and isinstance(section[part], str):
+                section[part] = {"type": section[part]}
             loc += (part,)
         section = section[loc[-1]]
         if not isinstance(section, (dict, list) if len(loc) < len(parts) - 1 else dict):

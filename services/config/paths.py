@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from sdft.services.algorithms.base import Algorithm
 from sdft.services.base.files import resolve_path
 from sdft.services.config.run import RunConfig
 from sdft.services.config.sections import DataConfig, EvaluationSet, StageConfig
@@ -19,6 +20,7 @@ def with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
     return config.model_copy(
         update={
             "model": model,
+            "method": _absolute_method(config.method, base),
             "data": None if config.data is None else _absolute_data(config.data, base),
             "stages": stages,
             "evaluation": config.evaluation.model_copy(update={"sets": sets}),
@@ -28,12 +30,19 @@ def with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
 
 def stage_with_absolute_paths(stage: StageConfig, base: Path) -> StageConfig:
     """Return one stage with absolute paths."""
-    return stage.model_copy(update={"data": _absolute_data(stage.data, base), "sets": _absolute_sets(stage.sets, base)})
+    method = None if stage.method is None else _absolute_method(stage.method, base)
+    absolute = {"data": _absolute_data(stage.data, base), "sets": _absolute_sets(stage.sets, base), "method": method}
+    return stage.model_copy(update=absolute)
 
 
 def _absolute(value: str, base: Path) -> str:
     path = resolve_path(base, value)
     return str(path.resolve()) if path.exists() else value
+
+
+def _absolute_method(method: Algorithm, base: Path) -> Algorithm:
+    """Return the algorithm with absolute paths in the settings that it names as files."""
+    return method.model_copy(update={key: _absolute(getattr(method, key), base) for key in method.files})
 
 
 def _absolute_data(data: DataConfig, base: Path) -> DataConfig:

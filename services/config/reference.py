@@ -3,6 +3,7 @@
 python -m sdft.services.config.reference > docs/configuration.md
 """
 
+import re
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -12,7 +13,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from sdft.services.config.explain import further, model_of
+from sdft.services.algorithms.base import Algorithm
+from sdft.services.config.explain import further, models_of, tag_of
 from sdft.services.config.run import RunConfig
 
 HEAD = """# Configuration
@@ -34,15 +36,17 @@ def sections() -> dict[type[BaseModel], str]:
     for model in waiting:
         # Breadth first, and stages last: what a stage may replace is described where the run has it.
         for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] == "stages"):
-            section = model_of(field.annotation)
-            if section is not None and section not in places:
-                places[section] = f"{places[model]}.{name}".lstrip(".") + ("[]" if _is_list(field.annotation) else "")
-                waiting.append(section)
+            for section in (kinds := _kinds(field)):
+                if section not in places:
+                    place = f"{places[model].split(' ')[0]}.{name}".lstrip(".")
+                    kind = f" {tag_of(section)}" if len(kinds) > 1 else ""
+                    places[section] = f"{place}{'[]' if _is_list(field.annotation) else ''}{kind}"
+                    waiting.append(section)
     order = list(RunConfig.model_fields)
     return dict(
         sorted(
             places.items(),
-            key=lambda item: (order.index(item[1].split(".")[0].removesuffix("[]")) if item[1] else -1, item[1]),
+            key=lambda item: (order.index(re.split(r"[. \[]", item[1])[0]) if item[1] else -1, item[1].split(" ")[0]),
         )
     )
 
@@ -55,18 +59,16 @@ def page() -> str:
         title = f"`{place}`" if place else "The file"
         rows = ["| setting | value | default | |", "|---|---|---|---|"]
         rows += [_row(name, field, places) for name, field in model.model_fields.items()]
-        entry = further(model)
-        if entry is not None:
-            rows.append(f"| a name of your own | {_link(places[entry])} |  | A further one |")
+        rows += [f"| a name of your own | {_link(places[entry])} |  | A further one |" for entry in further([model])]
         about = " ".join((model.__doc__ or "").split())
         parts.append(f"## {title}\n\n{about}\n\n" + "\n".join(rows) + "\n")
     return "\n".join(parts)
 
 
 def _row(name: str, field: FieldInfo, places: dict[type[BaseModel], str]) -> str:
-    section = model_of(field.annotation)
-    if section is not None:
-        value = _link(places[section])
+    kinds = _kinds(field)
+    if kinds:
+        value = ", ".join(_link(places[kind]) for kind in kinds)
     else:
         limits = [
             f"{_SIGNS[type(m)]} {getattr(m, type(m).__name__.lower())}" for m in field.metadata if type(m) in _SIGNS
@@ -76,7 +78,12 @@ def _row(name: str, field: FieldInfo, places: dict[type[BaseModel], str]) -> str
 
 
 def _link(place: str) -> str:
-    return f"[`{place}`](#{place.replace('.', '').replace('[]', '')})"
+    return f"[`{place}`](#{place.replace('.', '').replace('[]', '').replace(' ', '-')})"
+
+
+def _kinds(field: FieldInfo) -> list[type[BaseModel]]:
+    """Return the section classes of a setting, without the base class of a user's own."""
+    return [model for model in models_of(field.annotation) if model is not Algorithm]
 
 
 def _escaped(text: str) -> str:
@@ -106,7 +113,7 @@ def _default(field: FieldInfo) -> str:
     if field.default_factory is not None or field.default is PydanticUndefined:
         return "`auto`"
     if isinstance(field.default, BaseModel):
-        return ""
+        return f"`{tag_of(field.default.__class__)}`" if len(_kinds(field)) > 1 else ""
     value = list(field.default) if isinstance(field.default, tuple) else field.default
     return f"`{yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}`"
 

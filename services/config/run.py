@@ -5,18 +5,19 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from sdft.actors.config import ActorsConfig, Dtype, SamplingConfig
-from sdft.learner.config import LearnerConfig, LossConfig, TeacherConfig
+from sdft.learner.config import LearnerConfig, TeacherConfig
+from sdft.services.algorithms.registry import Method
+from sdft.services.algorithms.sdft import Sdft
+from sdft.services.base.section import Section
 from sdft.services.config.dtype import native_dtype
 from sdft.services.config.sections import (
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
     EvaluationSet,
-    Method,
     MonitoringConfig,
     RayConfig,
     RetentionConfig,
-    Section,
     StageConfig,
     TrainingConfig,
     WeightsConfig,
@@ -28,8 +29,9 @@ class RunConfig(Section):
 
     model: str = Field(description="A built-in name (smollm2-135m), a local folder or a hub id")
     method: Method = Field(
-        "sdft",
-        description="For comparison: off_policy learns from the teacher's samples, sft and dft from the demonstrations",
+        Sdft(),
+        description="The algorithm: sdft, off_policy, sft, dft, recall, or one of your own as package.module:Name; "
+        "with settings: {type: sdft, skip_first: 0}",
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="Device of engines and learner")
     dtype: Dtype = Field(
@@ -44,7 +46,6 @@ class RunConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     training: TrainingConfig
     teacher: TeacherConfig = TeacherConfig()
-    loss: LossConfig = LossConfig()
     learner: LearnerConfig = LearnerConfig()
     actors: ActorsConfig = ActorsConfig()
     weights: WeightsConfig = WeightsConfig()
@@ -66,6 +67,12 @@ class RunConfig(Section):
         if not self.stages:
             return (TaskConfig.model_construct(**settings),)
         return tuple(TaskConfig.model_construct(**settings | _of_stage(self, stage)) for stage in self.stages)
+
+    @property
+    def teacher_in_use(self) -> TeacherConfig:
+        """The teacher's settings: live weights, without a copy, if no stage is scored."""
+        scored = any(task.method.teacher_scores for task in self.tasks)
+        return self.teacher if scored else TeacherConfig(weights="live")
 
     @property
     def sets(self) -> tuple[EvaluationSet, ...]:
@@ -104,11 +111,17 @@ class RunConfig(Section):
     def _something_to_learn(self) -> "RunConfig":
         places = [f"stages[{i}]." for i in range(len(self.stages))] or [""]
         for place, task in zip(places, self.tasks, strict=True):
-            longest, skipped = task.sampling.max_new_tokens, task.loss.skip_first
-            if task.method in ("sdft", "off_policy") and longest <= skipped:
+            longest, skipped = task.sampling.max_new_tokens, task.method.skipped
+            if longest <= skipped:
                 raise ValueError(
-                    f"{place}sampling.max_new_tokens {longest} must be more than {place}loss.skip_first {skipped}, or "
-                    f"no token is in the loss; raise max_new_tokens, or lower skip_first"
+                    f"{place}sampling.max_new_tokens {longest} must be more than {place}method.skip_first {skipped}, "
+                    f"or no token is in the loss; raise max_new_tokens, or lower skip_first"
+                )
+            weights = task.method.teacher_weights
+            if weights not in (None, self.teacher.weights):
+                raise ValueError(
+                    f"{place}method {task.method.type} needs teacher.weights: {weights}, not {self.teacher.weights}; "
+                    f"change one of them"
                 )
         return self
 
@@ -187,7 +200,7 @@ class TaskConfig(RunConfig):
 
 def _of_stage(run: RunConfig, stage: StageConfig) -> dict[str, object]:
     """Return the settings with which a stage replaces those of the run."""
-    given = {name: value for name in ("method", "sampling", "loss") if (value := getattr(stage, name)) is not None}
+    given = {name: value for name in ("method", "sampling") if (value := getattr(stage, name)) is not None}
     training = run.training.model_copy(update={"epochs": stage.epochs, "steps": stage.steps})
     learner = run.learner
     if stage.optimizer is not None:

@@ -4,19 +4,14 @@ import os
 import re
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from sdft.actors.config import SamplingConfig
-from sdft.learner.config import LossConfig, OptimizerConfig
+from sdft.learner.config import OptimizerConfig
+from sdft.services.algorithms.registry import Method
+from sdft.services.base.section import Section
 
-Method = Literal["sdft", "off_policy", "sft", "dft"]
 Grader = Literal["exact", "contains", "choice", "numeric", "tool_call", "instruction", "judge", "perplexity"]
-
-
-class Section(BaseModel):
-    """A part of the configuration. Unknown keys are errors; values cannot be changed after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 Column = Literal["prompt", "demonstration", "id", "context", "feedback", "answer", "text"]
@@ -174,7 +169,7 @@ class EvaluationConfig(Section):
 
 
 class StageConfig(Section):
-    """One task of a stream of tasks. Method, sampling, loss and optimizer default to those of the run."""
+    """One task of a stream of tasks. Method, sampling and optimizer default to those of the run."""
 
     name: str = Field(pattern=r"^[a-z0-9_-]+$", description="Name of the stage, in lower case")
     data: DataConfig
@@ -182,7 +177,6 @@ class StageConfig(Section):
     steps: int | None = Field(None, ge=1, description="Optimizer steps of the stage; give this or epochs")
     method: Method | None = Field(None, description="null: the run's")
     sampling: SamplingConfig | None = Field(None, description="null: the run's")
-    loss: LossConfig | None = Field(None, description="null: the run's")
     optimizer: OptimizerConfig | None = Field(None, description="null: learner.optimizer")
     keep_moments: bool = Field(False, description="Keep AdamW's moments of the previous stage; false: from zero")
     sets: tuple[EvaluationSet, ...] = Field((), description="Evaluation sets of this task")

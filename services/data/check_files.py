@@ -22,6 +22,8 @@ def check_files(config: RunConfig, base: Path, sent: Path | None = None) -> None
             _check_file(f"{place}data.train", train, base, sent)
             if not is_data_file(train):
                 raise UserError(f"{place}data.train: {path} must be a .jsonl or .parquet file")
+        for key in task.method.files:
+            _check_file(f"{place}method.{key}", getattr(task.method, key), base, sent)
         if task.data.template not in BUILT_IN_TEMPLATES:
             _check_file(f"{place}data.template", task.data.template, base, sent)
     of_stages = [(f"stages[{i}].", stage.sets) for i, stage in enumerate(config.stages)]

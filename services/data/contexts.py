@@ -1,11 +1,14 @@
 """Prompts of student and teacher as token ids: the teacher's prompt also contains the demonstration."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from sdft.actors.shared.types import IntArray
 from sdft.services.base.errors import UserError, first_line
 from sdft.services.base.files import existing_file
 from sdft.services.config.templates import BUILT_IN_TEMPLATES
@@ -121,6 +124,10 @@ class PromptBuilder:
         ids: list[int] = self._tokenizer.encode(f"{item.demonstration or ''}{end.text}", add_special_tokens=False)
         return [*ids, end.token_id]
 
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of a reply, without the token that ends it and other special tokens."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
     def end(self, item: Record) -> ReplyEnd:
         """Return what ends a reply. It is found once, with the first `item`'s prompt, and is the same for all items."""
         if self._end is None:
@@ -176,6 +183,35 @@ def _loss(lost: Message, demonstration: bool) -> str:
         f"does not show the {lost['role']}'s message unchanged; use a chat template that takes a message's content as "
         f"text and writes it unchanged"
     )
+
+
+@dataclass(frozen=True)
+class RecordContexts:
+    """The texts and prompts of one record that are built while the run goes on (algorithms/base.py)."""
+
+    builder: PromptBuilder
+    record: Record
+    limit: int  # data.max_teacher_prompt_tokens
+
+    def teacher(self, **columns: str) -> IntArray:
+        """Return the teacher's prompt [P], with these values in place of the record's columns."""
+        changed: Any = columns  # text columns of Record
+        ids = self.builder.teacher(replace(self.record, **changed))
+        if ids is None:
+            raise UserError(
+                f"{self.record.where}: the teacher's prompt needs a column that this row lacks and that the algorithm "
+                f"did not give; add the column to the row, or choose another data.template"
+            )
+        if len(ids) > self.limit:
+            raise UserError(
+                f"{self.record.where}: a teacher's prompt that was made during the run has {len(ids)} tokens, but "
+                f"data.max_teacher_prompt_tokens is {self.limit}; raise it to at least {len(ids)}"
+            )
+        return np.asarray(ids, dtype=np.int32)
+
+    def text(self, ids: IntArray) -> str:
+        """Return the text of a completion [T], without the token that ends it."""
+        return self.builder.text(ids.tolist())
 
 
 def shown_to_teacher(template: str, base: Path) -> str | None:

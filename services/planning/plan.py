@@ -9,7 +9,6 @@ from typing import Any
 from sdft.actors.config import EngineSettings
 from sdft.actors.roles import EVALUATION, STUDENT, TEACHER
 from sdft.actors.shared.process import GIB
-from sdft.services.algorithms.methods import teacher_of
 from sdft.services.base.errors import UserError
 from sdft.services.config.run import RunConfig, TaskConfig
 from sdft.services.planning.memory import WIDTH, learner_gib
@@ -92,7 +91,7 @@ def make_plan(config: RunConfig, shape: ModelShape, longest_prompts: Sequence[in
     learner = config.learner
     tasks = zip(config.tasks, longest_prompts, strict=True)
     forwards = [_largest_forward(task, longest) for task, longest in tasks]
-    teacher, stages = teacher_of(config), len(forwards)
+    teacher, stages = config.teacher_in_use, len(forwards)
     names = pools(config)
     further = [config.actors.role(name).weights for name in names].count(STUDENT) - 1
     memory = max(learner_gib(learner, teacher, config.dtype, shape, *forward, stages, further) for forward in forwards)
@@ -115,10 +114,10 @@ def _largest_forward(config: TaskConfig, longest_prompt: int) -> tuple[int, int,
 def pools(config: RunConfig) -> tuple[str, ...]:
     """Return the names of the pools that are started.
 
-    With a live teacher the student engines also score; without a teacher (`teacher_of` returns "live") no engine
+    With a live teacher the student engines also score; without a teacher (`teacher_in_use` is "live") no engine
     scores. Without evaluation sets no pool is started for them.
     """
-    idle = {TEACHER: teacher_of(config).weights == "live", EVALUATION: not config.sets}
+    idle = {TEACHER: config.teacher_in_use.weights == "live", EVALUATION: not config.sets}
     return tuple(name for name in config.actors.pools if not idle.get(config.actors.role_name(name)))
 
 
@@ -151,7 +150,7 @@ def engine_settings(config: RunConfig, model: Path, pool: str) -> EngineSettings
         dtype=config.dtype,
         device=config.device,
         max_model_len=max_model_len,
-        max_logprobs=max(task.loss.top_k for task in config.tasks),
+        max_logprobs=max(loss.top_k for task in config.tasks for loss in task.method.losses),
         max_num_seqs=e.max_num_seqs,
         hold_batches=config.strict,
         exclusive=config.strict and e.most == 1,

@@ -12,15 +12,16 @@ import numpy as np
 from sdft.actors.shared.process import available_memory_gib
 from sdft.actors.shared.types import IntArray
 from sdft.learner.types import LearnerSettings, StageSettings
-from sdft.services.algorithms.methods import loss_of, on_demonstrations, teacher_of
+from sdft.services.algorithms.base import Contexts
 from sdft.services.base.errors import PreflightError
 from sdft.services.config.run import RunConfig, TaskConfig
-from sdft.services.config.sections import EvaluationSet
+from sdft.services.config.sections import DataConfig, EvaluationSet
 from sdft.services.config.sinks import check_sinks
 from sdft.services.data.check_files import check_files
 from sdft.services.data.contexts import (
     PromptBuilder,
     PromptPair,
+    RecordContexts,
     build_prompts,
     check_ids,
     shown_to_teacher,
@@ -53,7 +54,9 @@ class Stage:
 
     name: str  # "" in a run without stages
     config: TaskConfig
-    prompts: list[PromptPair]  # of the demonstrations, in file order
+    prompts: list[PromptPair]  # of the records, in file order; those that the algorithm recalls come last
+    contexts: Sequence[Contexts]  # of the same records
+    demonstrations: int  # number of records that are not recalled
     sets: list[LoadedSet]  # evaluation sets of this stage
     schedule: StageSchedule
     fingerprint: str  # what must not change on resume, up to the end of this stage
@@ -107,7 +110,12 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
     check_files(config, base)
     check_own_engines(config)
     loaded = [
-        (task, load_demonstrations(task.data, base, _needed(task, base)), _questions(stage_sets, base))
+        Loaded(
+            task,
+            load_demonstrations(task.data, base, _needed(task, base)),
+            _recalled(task, base),
+            _questions(stage_sets, base),
+        )
         for task, stage_sets in zip(config.tasks, [s.sets for s in config.stages] or [()], strict=True)
     ]
     common = _questions(config.evaluation.sets, base)
@@ -129,11 +137,11 @@ def _prepared(
     config: RunConfig,
     path: Path,
     model: Path,
-    loaded: "list[tuple[TaskConfig, list[Record], Questions]]",
+    loaded: "list[Loaded]",
     common: "Questions",
     begun: datetime,
 ) -> Prepared:
-    """The part that needs the tokenizer. loaded: (task, its demonstrations, its own questions) for each task."""
+    """The part that needs the tokenizer. loaded: the rows of each task."""
     base = path.parent
     tokenizer = load_tokenizer(model)
     names = [s.name for s in config.stages] or [""]
@@ -141,17 +149,31 @@ def _prepared(
     rows = embedding_rows(headers)  # every token id must be below it
     identity = (model / "config.json").read_bytes() + sample_of_weights(headers)  # of the model
     stages: list[Stage] = []
-    schedules = make_schedule(config.tasks, [len(demonstrations) for _, demonstrations, _ in loaded]).stages
+    schedules = make_schedule(config.tasks, [len(rows.demonstrations) + len(rows.recalled) for rows in loaded]).stages
     builders = [PromptBuilder(tokenizer, task.data.template, base, task.data.system, begun) for task in config.tasks]
-    by_stage = zip(names, builders, loaded, schedules, strict=True)
-    for name, builder, (task, demonstrations, questions), schedule in by_stage:
-        reply = task.sampling.max_new_tokens if on_demonstrations(task) else None
-        prompts = build_prompts(builder, demonstrations, *_limits(task), reply)
-        check_ids(demonstrations, prompts, rows)
-        fingerprint = fingerprint_of(stages[-1].fingerprint if stages else "", task, identity, prompts)
-        sets = _sets(questions, tokenizer, builder, task, rows)
-        stages.append(Stage(name, task, prompts, sets, schedule, fingerprint, _short(builder, demonstrations, task)))
-    first = loaded[0][1][0]
+    for name, builder, given, schedule in zip(names, builders, loaded, schedules, strict=True):
+        task, records = given.task, [*given.demonstrations, *given.recalled]
+        reply = task.sampling.max_new_tokens if task.method.trains_demonstrations else None
+        alone = PromptBuilder(tokenizer, "none", base, task.data.system, begun)  # shows the teacher the prompt only
+        prompts = build_prompts(builder, given.demonstrations, *_limits(task), reply)
+        prompts += build_prompts(alone, given.recalled, *_limits(task))
+        check_ids(records, prompts, rows)
+        limit = task.data.max_teacher_prompt_tokens
+        of_record = [builder] * len(given.demonstrations) + [alone] * len(given.recalled)
+        stages.append(
+            Stage(
+                name=name,
+                config=task,
+                prompts=prompts,
+                contexts=[RecordContexts(b, record, limit) for b, record in zip(of_record, records, strict=True)],
+                demonstrations=len(given.demonstrations),
+                sets=_sets(given.questions, tokenizer, builder, task, rows),
+                schedule=schedule,
+                fingerprint=fingerprint_of(stages[-1].fingerprint if stages else "", task, identity, prompts),
+                warning=_short(builder, given.demonstrations, task),
+            )
+        )
+    first = loaded[0].demonstrations[0]
     end = builders[0].end(first).token_id
     check_ids([first], [PromptPair([end], None)], rows)
     shape = ModelShape.of(model, headers, config.learner.lora)
@@ -173,12 +195,27 @@ def _prepared(
 Questions = list[tuple[EvaluationSet, list[Record]]]
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """The rows of one task."""
+
+    task: TaskConfig
+    demonstrations: list[Record]
+    recalled: list[Record]  # prompts that the algorithm trains beside the demonstrations
+    questions: Questions  # of the task's own evaluation sets
+
+
 def _needed(task: TaskConfig, base: Path) -> list[str]:
     """Return the columns that the task's rows need besides the prompt."""
-    if on_demonstrations(task):
+    if task.method.trains_demonstrations:
         return ["demonstration"]
     column = shown_to_teacher(task.data.template, base)
     return [] if column is None else [column]
+
+
+def _recalled(task: TaskConfig, base: Path) -> list[Record]:
+    file = task.method.recalled
+    return [] if file is None else load_demonstrations(DataConfig(train=file), base, [])
 
 
 def _questions(sets: Sequence[EvaluationSet], base: Path) -> Questions:
@@ -186,15 +223,16 @@ def _questions(sets: Sequence[EvaluationSet], base: Path) -> Questions:
 
 
 def _short(builder: PromptBuilder, items: Sequence[Record], task: TaskConfig) -> str | None:
-    """Return a warning if more than half of a sample of demonstrations has at most loss.skip_first tokens."""
-    skipped = loss_of(task).skip_first
+    """Return a warning if more than half of a sample of demonstrations has at most method.skip_first tokens."""
+    skipped = task.method.skipped
     checked = [item for item in items[:: max(1, len(items) // CHECKED)] if item.demonstration is not None]
     short = sum(len(builder.demonstration(item)) <= skipped for item in checked)
     if 2 * short <= len(checked):
         return None
     return (
-        f"{short} of {len(checked)} demonstrations that were checked have at most loss.skip_first ({skipped}) tokens, "
-        f"and so short a rollout has no token in the loss; lower loss.skip_first, or train on longer demonstrations"
+        f"{short} of {len(checked)} demonstrations that were checked have at most method.skip_first ({skipped}) "
+        f"tokens, and so short a rollout has no token in the loss; lower method.skip_first, or train on longer "
+        f"demonstrations"
     )
 
 
@@ -226,7 +264,7 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
         StageSettings(
             before=stage.schedule.before,
             steps=stage.schedule.last - stage.schedule.before,
-            loss=loss_of(stage.config),
+            losses=stage.config.method.losses,
             optimizer=stage.config.learner.optimizer,
             keep_moments=stage.config.keep_moments,
         )
@@ -239,7 +277,7 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
         seed=c.seed,
         config=c.learner,
         stages=stages,
-        teacher=teacher_of(c),
+        teacher=c.teacher_in_use,
         exclusive=c.strict and c.learner.ranks == 1,
     )
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sdft.actors.shared.types import Rollout, SampleId, ScoredRollout, TeacherScores
+from sdft.actors.shared.sequences import Span, TrainingSequence
+from sdft.actors.shared.types import SampleId, TeacherScores
 from sdft.services.base.files import write_atomically
 
 FOLDER = "rollouts"
@@ -16,25 +17,32 @@ def path_of(run_dir: Path, step: int) -> Path:
     return run_dir / FOLDER / f"step-{step:06d}.npz"
 
 
-def write_batch(run_dir: Path, step: int, samples: Sequence[ScoredRollout]) -> None:
+def write_batch(run_dir: Path, step: int, sequences: Sequence[TrainingSequence]) -> None:
     """Write the batch of optimizer step `step` as numpy arrays, with the sequences concatenated."""
-    rollouts, scores = [s.rollout for s in samples], [s.scores for s in samples]
-    versions = [span for r in rollouts for span in r.versions]
+    spans = [(span.version, span.start, span.end) for s in sequences for span in s.spans]
+    scores = [s.teacher for s in sequences if s.teacher is not None]
     arrays = {
-        "sample": np.array([(s.sample.stage, s.sample.epoch, s.sample.index, s.sample.generation) for s in samples]),
-        "prompt_lengths": np.array([len(r.prompt_ids) for r in rollouts]),
-        "prompt_ids": np.concatenate([r.prompt_ids for r in rollouts]),
-        "completion_lengths": np.array([len(r.completion_ids) for r in rollouts]),
-        "completion_ids": np.concatenate([r.completion_ids for r in rollouts]),
-        "logprobs": np.concatenate([r.logprobs for r in rollouts]),
-        "version_counts": np.array([len(r.versions) for r in rollouts]),
-        "versions": np.array(versions).reshape(-1, 3),
-        "finish_reasons": np.array([r.finish_reason for r in rollouts]),
-        "teacher_ids": np.concatenate([s.ids for s in scores]),
-        "teacher_logprobs": np.concatenate([s.logprobs for s in scores]),
-        "teacher_sampled": np.concatenate([s.sampled for s in scores]),
-        "teacher_versions": np.array([s.version for s in scores]),
+        "sample": np.array([(s.sample.stage, s.sample.epoch, s.sample.index, s.sample.generation) for s in sequences]),
+        "lengths": np.array([len(s) for s in sequences]),
+        "token_ids": np.concatenate([s.token_ids for s in sequences]),
+        "loss_mask": np.concatenate([s.loss_mask for s in sequences]),
+        "logprobs": np.concatenate([s.logprobs for s in sequences]),
+        "span_counts": np.array([len(s.spans) for s in sequences]),
+        "spans": np.array(spans).reshape(-1, 3),
+        "seeds": np.array([s.seed for s in sequences]),
+        "finish_reasons": np.array([s.finish_reason for s in sequences]),
+        "objectives": np.array([s.objective for s in sequences]),
+        "taught": np.array([s.teacher is not None for s in sequences]),
+        "teacher_versions": np.array([t.version for t in scores]),
     }
+    if scores:
+        # Objectives may have different numbers of teacher tokens, so these two are flat.
+        arrays |= {
+            "teacher_k": np.array([t.ids.shape[1] for t in scores]),
+            "teacher_ids": np.concatenate([t.ids.ravel() for t in scores]),
+            "teacher_logprobs": np.concatenate([t.logprobs.ravel() for t in scores]),
+            "teacher_sampled": np.concatenate([t.sampled for t in scores]),
+        }
     file = io.BytesIO()
     np.savez(file, **arrays)  # type: ignore[arg-type]
     path = path_of(run_dir, step)
@@ -42,28 +50,45 @@ def write_batch(run_dir: Path, step: int, samples: Sequence[ScoredRollout]) -> N
     write_atomically(path, file.getvalue())
 
 
-def read_batch(run_dir: Path, step: int) -> list[ScoredRollout]:
+def read_batch(run_dir: Path, step: int) -> list[TrainingSequence]:
     """Return the learner's batch of optimizer step `step`, bit for bit."""
     with np.load(path_of(run_dir, step)) as file:
         a = {name: file[name] for name in file.files}
-    prompts, completions, spans = (_cuts(a[n]) for n in ("prompt_lengths", "completion_lengths", "version_counts"))
-    samples = []
-    for i, (prompt, completion, span) in enumerate(zip(prompts, completions, spans, strict=True)):
-        rollout = Rollout(
-            a["prompt_ids"][prompt],
-            a["completion_ids"][completion],
-            a["logprobs"][completion],
-            tuple((int(version), int(start), int(end)) for version, start, end in a["versions"][span]),
-            str(a["finish_reasons"][i]),
+    tokens, spans = _cuts(a["lengths"]), _cuts(a["span_counts"])
+    teachers = _teachers(a, [int(a["loss_mask"][cut].sum()) for cut in tokens])
+    return [
+        TrainingSequence(
+            sample=SampleId(*map(int, a["sample"][i])),
+            token_ids=a["token_ids"][cut],
+            loss_mask=a["loss_mask"][cut],
+            logprobs=a["logprobs"][cut],
+            spans=tuple(Span(*map(int, span)) for span in a["spans"][spans[i]]),
+            teacher=teachers[i],
+            seed=int(a["seeds"][i]),
+            finish_reason=str(a["finish_reasons"][i]),
+            objective=int(a["objectives"][i]),
         )
-        scores = TeacherScores(
-            a["teacher_ids"][completion],
-            a["teacher_logprobs"][completion],
-            a["teacher_sampled"][completion],
-            int(a["teacher_versions"][i]),
+        for i, cut in enumerate(tokens)
+    ]
+
+
+def _teachers(a: dict[str, np.ndarray], loss_tokens: Sequence[int]) -> list[TeacherScores | None]:
+    """Return the teacher's scores of each sequence, or None. loss_tokens: those of each sequence."""
+    taught = np.flatnonzero(a["taught"])
+    if not len(taught):
+        return [None] * len(loss_tokens)
+    rows, widths = np.array([loss_tokens[i] for i in taught]), a["teacher_k"]
+    found: list[TeacherScores | None] = [None] * len(loss_tokens)
+    for i, row, cell, k, version in zip(
+        taught, _cuts(rows), _cuts(rows * widths), widths, a["teacher_versions"], strict=True
+    ):
+        found[i] = TeacherScores(
+            a["teacher_ids"][cell].reshape(-1, k),
+            a["teacher_logprobs"][cell].reshape(-1, k),
+            a["teacher_sampled"][row],
+            int(version),
         )
-        samples.append(ScoredRollout(SampleId(*map(int, a["sample"][i])), rollout, scores))
-    return samples
+    return found
 
 
 def recorded_steps(run_dir: Path) -> list[int]:

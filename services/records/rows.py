@@ -122,7 +122,7 @@ class StepMetrics:
 
     @property
     def divergence_name(self) -> str:
-        return DIVERGENCE_NAMES.get(self.direction, self.direction)
+        return " and ".join(DIVERGENCE_NAMES.get(name, name) for name in self.direction.split(" and "))
 
 
 def step_figures() -> dict[str, Figure]:
@@ -141,10 +141,12 @@ def without_loss_tokens(steps: Sequence[StepMetrics]) -> str | None:
     if empty == 0:
         return None
     if empty < len(steps):
-        return f"{empty} of {len(steps)} steps had no token in the loss: no completion was longer than loss.skip_first"
+        return (
+            f"{empty} of {len(steps)} steps had no token in the loss: no completion was longer than method.skip_first"
+        )
     return (
-        "nothing was learnt: no completion was longer than loss.skip_first, so no token was in the loss; lower "
-        "loss.skip_first, or train on longer replies"
+        "nothing was learnt: no completion was longer than method.skip_first, so no token was in the loss; lower "
+        "method.skip_first, or train on longer replies"
     )
 
 

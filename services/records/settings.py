@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from sdft.actors.roles import STUDENT, TEACHER
-from sdft.services.algorithms.methods import TOKEN_LOSSES
+from sdft.services.algorithms.base import Algorithm
+from sdft.services.algorithms.registry import ALGORITHMS
 from sdft.services.base.errors import UserError
 from sdft.services.config.yaml import YamlError, parse_yaml
 
@@ -25,10 +26,11 @@ def max_staleness(config: dict[str, Any]) -> int:
 
 
 def method_of(config: dict[str, Any], stage: int) -> str:
-    """Return the method of a stage (counted from 0), by default that of the run."""
+    """Return the name of a stage's algorithm (stages are counted from 0), by default that of the run."""
     stages = config.get("stages") or []
     of_stage = stages[stage].get("method") if stage < len(stages) else None
-    return str(of_stage or config.get("method") or "sdft")
+    method = of_stage or config.get("method") or "sdft"
+    return str(method.get("type", "sdft") if isinstance(method, dict) else method)
 
 
 def teacher_weights(config: dict[str, Any]) -> str:
@@ -38,8 +40,8 @@ def teacher_weights(config: dict[str, Any]) -> str:
 
 def sampler_and_scorer(config: dict[str, Any], stage: int) -> tuple[str, str] | None:
     """Return the roles whose engines sample and score in a stage; None if no engine does either."""
-    method = method_of(config, stage)
-    if method in TOKEN_LOSSES:
+    method = ALGORITHMS.get(method_of(config, stage), Algorithm)
+    if not method.teacher_scores:
         return None
     scorer = STUDENT if teacher_weights(config) == "live" else TEACHER
-    return (STUDENT if method == "sdft" else scorer), scorer
+    return (STUDENT if method.student_samples else scorer), scorer

@@ -26,7 +26,6 @@ from pathlib import Path
 
 from sdft.actors.roles import STUDENT, TEACHER, evaluating, scoring
 from sdft.learner.group import LearnerGroup
-from sdft.services.algorithms.methods import loss_of, on_demonstrations, on_policy
 from sdft.services.config.run import TaskConfig
 from sdft.services.data.schedule import StageSchedule
 from sdft.services.fleet.autoscaler import Autoscaler
@@ -37,9 +36,10 @@ from sdft.services.planning.prepare import Prepared
 from sdft.services.records.batches import write_batch
 from sdft.services.records.ledger import Ledger
 from sdft.services.training.accounting import Accounting
+from sdft.services.training.calls import now
 from sdft.services.training.checkpointer import Checkpointer
 from sdft.services.training.evaluations import Evaluations
-from sdft.services.training.rollouts import Rollouts, Times, now
+from sdft.services.training.rollouts import Rollouts, Times
 from sdft.services.training.step_metrics import Counts, step_metrics
 from sdft.services.training.weight_sync import WeightSync
 
@@ -126,12 +126,12 @@ class Controller:
         await self._learner.begin_stage()
         if self._follows(config):
             await self._student_weights.wait_for_version(step, step)
-        if self._teacher_weights is not None and not on_demonstrations(config):
+        if self._teacher_weights is not None and config.method.teacher_scores:
             await self._teacher_weights.deliver(step)
 
     def _follows(self, config: TaskConfig) -> bool:
         """Return whether the student engines need new weights: they sample, or score as the live teacher."""
-        return on_policy(config) or (self._teacher_weights is None and not on_demonstrations(config))
+        return config.method.student_samples or (self._teacher_weights is None and config.method.teacher_scores)
 
     async def _step(self, step: int, rollouts: Rollouts) -> None:
         times = Times()
@@ -144,21 +144,21 @@ class Controller:
             await times.of("sync", student.wait_for_version(max(0, needed), step - 1))
         batch = await rollouts.take(step)
         if self._config.monitoring.record_rollouts:
-            write_batch(self._run_dir, step, batch.samples)
-        result = await times.of("learn", self._learner.train_step(batch.samples))
-        self._accounting.step(step, [s.sample for s in batch.samples], result.applied)
+            write_batch(self._run_dir, step, batch.sequences)
+        result = await times.of("learn", self._learner.train_step(batch.sequences))
+        self._accounting.step(step, batch.samples, result.applied)
         await times.of("sync", student.wait_delivered())
         counts = Counts(*self._ledger.audit(self._prepared.schedule.issued_through(rollouts.begun)))
         if step % every.sync_every == 0 and self._follows(config):
             await times.of("sync", student.deliver(step) if self._config.strict else student.publish(step))
-        scored = self._teacher_moves and step < stage.last and not on_demonstrations(config)
+        scored = self._teacher_moves and step < stage.last and config.method.teacher_scores
         if teacher is not None and scored and step % every.teacher_sync_every == 0:
             # Not awaited: the teacher engines load while the student engines sample the next rollouts.
             await times.of("sync", teacher.publish(step))
         # Before the metrics are written: each step in them follows a checkpoint that is on the disk.
         await self._checkpoints.saved()
         took = now() - began
-        metrics = step_metrics(batch, result, loss_of(config).divergence, counts, times, took, self._config.strict)
+        metrics = step_metrics(batch, result, config.method.losses, counts, times, took, self._config.strict)
         self._log.step(metrics)
         self._progress.step(metrics)
         self.steps_done += 1

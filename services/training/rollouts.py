@@ -1,43 +1,34 @@
-"""Batches of scored rollouts, made ahead of the learner as far as max_staleness allows.
+"""Batches of training sequences, made ahead of the learner as far as max_staleness allows.
 
-    schedule -> ids -> student engines: rollouts -> teacher engines: scores -> the learner, in the order of the steps
+    schedule -> ids -> groups, one per record -> algorithm and engines -> the learner, in the order of the steps
 
 Batches are paced, not discarded: a batch is begun once the student engines hold weights that will be at most
-`max_staleness` steps old when it is trained on. No batch is too old to be trained on. In a strict run a batch is
-sampled whole and then scored whole. Otherwise each sample is scored as soon as its rollout has ended.
+`max_staleness` steps old when it is trained on. No batch is too old to be trained on. In a strict run the calls of all
+groups are joined: a batch is sampled whole and then scored whole. Otherwise each group is scored as soon as its
+rollouts have ended.
 """
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TypeVar
 
 import numpy as np
 
-from sdft.actors.shared.types import (
-    GenerateRequest,
-    IntArray,
-    Rollout,
-    SampleId,
-    Sampling,
-    ScoredRollout,
-    TeacherScores,
-)
+from sdft.actors.shared.sequences import TrainingSequence
+from sdft.actors.shared.types import IntArray, SampleId, Sampling
 from sdft.actors.shared.waiting import all_of, cancelled, within
-from sdft.services.algorithms.methods import on_demonstrations, on_policy
-from sdft.services.data.contexts import PromptPair
+from sdft.services.algorithms.base import Group
+from sdft.services.base.errors import RunFailed
 from sdft.services.data.schedule import StageSchedule, sample_seed
 from sdft.services.fleet.pool import EnginePool
-from sdft.services.planning.prepare import Prepared
+from sdft.services.planning.prepare import Prepared, Stage
 from sdft.services.records.ledger import Ledger
+from sdft.services.training.calls import EngineCalls, GroupStudent, GroupTeacher, now
 
 T = TypeVar("T")
-
-
-def now() -> float:
-    """Return the running loop's time in seconds: the monotonic clock, unless time is simulated."""
-    return asyncio.get_running_loop().time()
 
 
 @dataclass
@@ -56,24 +47,21 @@ class Times:
 
 @dataclass(frozen=True)
 class Batch:
-    """The scored rollouts of one optimizer step, and the time they took."""
+    """The training sequences of one optimizer step, and the time they took."""
 
     step: int
-    samples: list[ScoredRollout]
+    sequences: list[TrainingSequence]
     times: Times
 
     @property
+    def samples(self) -> list[SampleId]:
+        """The samples that the sequences are of, in order, each once."""
+        return list(dict.fromkeys(s.sample for s in self.sequences))
+
+    @property
     def staleness(self) -> list[int]:
-        """Steps that the weights of each rollout's first token are behind the weights that are trained."""
-        return [self.step - 1 - s.rollout.versions[0][0] for s in self.samples]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A part of a batch. ends: times at which it was sampled, the teachers were ready, and it was scored."""
-
-    samples: list[ScoredRollout]
-    ends: tuple[float, float, float]
+        """Steps that the weights of each sequence's first sampled token are behind the weights that are trained."""
+        return [self.step - 1 - s.spans[0].version for s in self.sequences]
 
 
 class Rollouts:
@@ -126,75 +114,82 @@ class Rollouts:
         await cancelled(self._making.values())
 
     async def _make(self, step: int, ids: list[SampleId]) -> Batch:
-        began = now()
-        if on_demonstrations(self._prepared.at(step).config):
-            parts = [self._demonstrations(step, ids)]
-        elif self._prepared.config.strict:
-            parts = [await self._part(step, ids)]
-        else:
-            # One limit for the whole batch: samples queue until an engine has room, so they have no limit of their own.
-            limit = self._students.settings.batch_s * (1 + self._prepared.config.training.max_staleness)
-            work = asyncio.ensure_future(all_of([self._part(step, [sample]) for sample in ids]))
-            try:
-                # Shielded, so that after a timeout the error can still list which engine has what.
-                parts = await within(asyncio.shield(work), limit, f"the rollouts and scores of step {step}")
-            except TimeoutError as error:
-                raise TimeoutError(f"{error}: {self._students.at_work}; {self._teachers.at_work}") from error
-            finally:
-                work.cancel()
-        sampled, ready, scored = (max(times) for times in zip(*(part.ends for part in parts), strict=True))
+        began, stage, strict = now(), self._prepared.at(step), self._prepared.config.strict
+        groups, s = list(_groups(step, stage, ids)), stage.config.sampling
+        calls = EngineCalls(
+            self._students,
+            self._teachers,
+            self._teachers_ready,
+            Sampling(s.max_new_tokens, s.temperature, s.top_p),
+            len(groups),
+            strict,
+        )
+        work = asyncio.ensure_future(all_of([self._sequences(stage, i, g, calls) for i, g in enumerate(groups)]))
+        try:
+            if strict:
+                made = await work
+            else:
+                # One limit for the whole batch: samples queue until an engine has room, so they have no limit of their
+                # own. Shielded, so that after a timeout the error can still list which engine has what.
+                limit = self._students.settings.batch_s * (1 + self._prepared.config.training.max_staleness)
+                made = await within(asyncio.shield(work), limit, f"the rollouts and scores of step {step}")
+        except TimeoutError as error:
+            if strict:
+                raise
+            raise TimeoutError(f"{error}: {self._students.at_work}; {self._teachers.at_work}") from error
+        finally:
+            work.cancel()
+            calls.cancel()
+        sequences = [sequence for of_group in made for sequence in of_group]
+        if not sequences:
+            raise RunFailed(f"step {step}: the algorithm made no training sequence of its {len(ids)} samples")
+        ready = max(calls.sampled, calls.ready)
         times = Times()
-        times.seconds |= {"rollout": sampled - began, "sync": ready - sampled, "score": scored - ready}
-        return Batch(step, [sample for part in parts for sample in part.samples], times)
+        times.seconds |= {
+            "rollout": calls.sampled - began,
+            "sync": ready - calls.sampled,
+            "score": max(0.0, calls.scored - ready),
+        }
+        return Batch(step, sequences, times)
 
-    def _demonstrations(self, step: int, ids: list[SampleId]) -> _Part:
-        """Return the demonstrations as if the previous step's weights had sampled them. No teacher scores them."""
-        samples, prompts = [], self._prepared.at(step).prompts
-        for sample in ids:
-            pair = prompts[sample.index]
-            reply = _array(pair.demonstration_ids)
-            rollout = _off_policy(step, pair, reply, "stop")
-            certain = np.zeros((len(reply), 1), dtype=np.float32)
-            samples.append(ScoredRollout(sample, rollout, TeacherScores(reply[:, None], certain, certain[:, 0], 0)))
-        self._ledger.advance(ids, "sampled", [len(s.rollout.completion_ids) for s in samples])
-        self._ledger.advance(ids, "scored")
-        return _Part(samples, (now(), now(), now()))
+    async def _sequences(self, stage: Stage, number: int, group: Group, calls: EngineCalls) -> list[TrainingSequence]:
+        """Let the algorithm make the sequences of one group, and move its samples in the ledger."""
+        sampled = False
 
-    async def _part(self, step: int, ids: list[SampleId]) -> _Part:
-        """Sample the given samples together, then score them together."""
-        stage = self._prepared.at(step)
-        config, prompts = stage.config, [stage.prompts[s.index] for s in ids]
-        seeds = [sample_seed(config.seed, s) for s in ids]
-        s = config.sampling
-        sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p)
-        limited = self._prepared.config.strict  # otherwise _make limits the whole batch
-        if on_policy(config):
-            requests = [GenerateRequest(_array(p.student_ids), seed) for p, seed in zip(prompts, seeds, strict=True)]
-            rollouts = await self._students.generate(requests, sampling, limited)
-        else:
-            await self._teachers_ready()
-            requests = [GenerateRequest(_array(p.teacher_ids), seed) for p, seed in zip(prompts, seeds, strict=True)]
-            sampled_by_teacher = await self._teachers.generate(requests, sampling, limited)
-            rollouts = [
-                _off_policy(step, p, r.completion_ids, r.finish_reason)
-                for p, r in zip(prompts, sampled_by_teacher, strict=True)
-            ]
-        sampled = now()
-        self._ledger.advance(ids, "sampled", [len(r.completion_ids) for r in rollouts])
-        pairs = [(_array(p.teacher_ids), r.completion_ids) for p, r in zip(prompts, rollouts, strict=True)]
-        await self._teachers_ready()
-        ready = now()
-        scores = await self._teachers.score(pairs, config.loss.top_k, limited)
-        self._ledger.advance(ids, "scored")
-        return _Part([ScoredRollout(*row) for row in zip(ids, rollouts, scores, strict=True)], (sampled, ready, now()))
+        def mark_sampled() -> None:
+            nonlocal sampled
+            if not sampled:
+                self._ledger.advance(group.samples, "sampled")
+            sampled = True
+
+        student, teacher = GroupStudent(calls, number), GroupTeacher(calls, number, mark_sampled)
+        made = await stage.config.method.make(group, student, teacher)
+        calls.done()
+        mark_sampled()
+        tokens = dict.fromkeys(group.samples, 0)
+        for sequence in made:
+            tokens[sequence.sample] += sequence.sampled_tokens
+        kept = [sample for sample in group.samples if any(sequence.sample == sample for sequence in made)]
+        for sample in set(group.samples) - set(kept):
+            self._ledger.drop(sample, "the algorithm made no training sequence of it")
+        self._ledger.advance(kept, "scored", [tokens[sample] for sample in kept])
+        return made
 
 
-def _array(ids: list[int] | None) -> IntArray:
+def _groups(step: int, stage: Stage, ids: list[SampleId]) -> Iterator[Group]:
+    """Yield the groups of a batch: the samples of one record each."""
+    for (_, _, index), of_record in groupby(ids, key=lambda s: (s.stage, s.epoch, s.index)):
+        samples, pair = tuple(of_record), stage.prompts[index]
+        yield Group(
+            step=step,
+            samples=samples,
+            seeds=tuple(sample_seed(stage.config.seed, sample) for sample in samples),
+            student_ids=_array(pair.student_ids),
+            teacher_ids=None if pair.teacher_ids is None else _array(pair.teacher_ids),
+            demonstration_ids=None if pair.demonstration_ids is None else _array(pair.demonstration_ids),
+            contexts=stage.contexts[index],
+        )
+
+
+def _array(ids: list[int]) -> IntArray:
     return np.asarray(ids, dtype=np.int32)
-
-
-def _off_policy(step: int, pair: PromptPair, completion: IntArray, finish_reason: str) -> Rollout:
-    """Return a completion not sampled by the student as a rollout: log-probs NaN, weight version step - 1."""
-    n = len(completion)
-    unknown = np.full(n, np.nan, dtype=np.float32)
-    return Rollout(_array(pair.student_ids), completion, unknown, ((step - 1, 0, n),), finish_reason)

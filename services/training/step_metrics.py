@@ -1,9 +1,11 @@
 """The metrics of one step, from its batch, the learner's result and the times."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from sdft.learner.config import LossConfig
 from sdft.learner.types import StepResult
 from sdft.services.records.rows import StepMetrics
 from sdft.services.training.rollouts import Batch, Times
@@ -19,32 +21,38 @@ class Counts:
 
 
 def step_metrics(
-    batch: Batch, result: StepResult, direction: str, counts: Counts, times: Times, took: float, strict: bool
+    batch: Batch,
+    result: StepResult,
+    losses: Sequence[LossConfig],
+    counts: Counts,
+    times: Times,
+    took: float,
+    strict: bool,
 ) -> StepMetrics:
     """Return the metrics of a step.
 
-    direction: the divergence's name. times: seconds of the controller's phases in this step, which took `took` seconds.
+    losses: those of the stage. times: seconds of the controller's phases in this step, which took `took` seconds.
     strict: the batch was made within the step; otherwise it was made beside earlier steps.
     """
     waited, synced = took - sum(times.seconds.values()), times.seconds["sync"]
     if strict:
         waited -= sum(batch.times.seconds.values())
         synced += batch.times.seconds["sync"]
-    samples = batch.samples
-    completion_tokens = sum(len(s.rollout.completion_ids) for s in samples)
+    sequences = batch.sequences
+    completion_tokens = sum(s.sampled_tokens for s in sequences)
     return StepMetrics(
         step=batch.step,
-        stage=samples[0].sample.stage,
+        stage=sequences[0].sample.stage,
         loss=result.loss,
         divergence=result.divergence,
-        direction=direction,
+        direction=" and ".join(loss.name for loss in losses),
         grad_norm=result.grad_norm,
         lr=result.lr,
-        samples=len(samples),
-        prompt_tokens=sum(len(s.rollout.prompt_ids) for s in samples),
+        samples=len(batch.samples),
+        prompt_tokens=sum(map(len, sequences)) - completion_tokens,
         completion_tokens=completion_tokens,
-        student_version=max(version for s in samples for version, _, _ in s.rollout.versions),
-        teacher_version=min(s.scores.version for s in samples),
+        student_version=max(span.version for s in sequences for span in s.spans),
+        teacher_version=min((s.teacher.version for s in sequences if s.teacher is not None), default=0),
         staleness_mean=float(np.mean(batch.staleness)),
         staleness_max=max(batch.staleness),
         mismatch_kl=result.mismatch_kl,

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from sdft.actors.shared.types import ScoredRollout
+from sdft.actors.shared.sequences import TrainingSequence
 
 
 class Reference:
     """Student and EMA teacher, trained on given rollouts with the forward KL on top-K + tail."""
 
-    def __init__(self, path: Path, alpha: float, skip: int, cap: float, clip: float, **adamw: Any) -> None:
+    def __init__(self, path: Path, alpha: float, cap: float, clip: float, **adamw: Any) -> None:
         """adamw: the settings of AdamW, without the learning rate."""
         self.student = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         self.teacher = {n: p.clone() for n, p in self.weights().items()}
-        self.alpha, self.skip, self.cap, self.clip = alpha, skip, cap, clip
+        self.alpha, self.cap, self.clip = alpha, cap, clip
         self.figures: dict[str, float] = {}  # of the last step; grad_norm is the norm before clipping
         self.adamw = adamw
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=0.0, **adamw)
@@ -32,23 +32,21 @@ class Reference:
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         return self.student(ids).logits
 
-    def sequence_loss(self, sample: ScoredRollout) -> tuple[torch.Tensor, ...]:
+    def sequence_loss(self, sample: TrainingSequence) -> tuple[torch.Tensor, ...]:
         """Return (w, divergence, k3 [T], q_tail [T]) of one sample, over its T loss tokens.
 
         w is the mean of min(r, cap) with r = p / p_sampler of the token itself. The divergence is the mean of sum_k q_k
         log(q_k / p_k) + q_tail log(q_tail / p_tail). k3 is r - 1 - log r.
         """
-        prompt = torch.tensor(sample.rollout.prompt_ids).long()
-        completion = torch.tensor(sample.rollout.completion_ids).long()
-        if len(completion) <= self.skip:
+        ids = torch.tensor(sample.token_ids).long()
+        rows = torch.tensor(sample.loss_mask).nonzero()[:, 0]
+        if not len(rows) or sample.teacher is None:
             return torch.ones(()), torch.zeros(()), torch.zeros(0), torch.zeros(0)
-        logits = self.logits(torch.cat([prompt, completion])[None])[0, len(prompt) - 1 : -1]
-        log_p = torch.log_softmax(logits, -1)[self.skip :]
-        completion = completion[self.skip :]
-        ids = torch.tensor(sample.scores.ids).long()[self.skip :]
-        log_q = torch.tensor(sample.scores.logprobs)[self.skip :]
+        log_p = torch.log_softmax(self.logits(ids[None])[0], -1)[rows - 1]
+        completion, ids = ids[rows], torch.tensor(sample.teacher.ids).long()
+        log_q = torch.tensor(sample.teacher.logprobs)
         own = log_p.gather(1, completion[:, None])[:, 0].detach()
-        ratio = torch.exp(own - torch.tensor(sample.rollout.logprobs)[self.skip :])
+        ratio = torch.exp(own - torch.tensor(sample.logprobs)[rows])
         weight = ratio.clamp(max=self.cap).mean()
         total, tails = torch.zeros(()), []
         for t in range(len(completion)):
@@ -67,7 +65,7 @@ class Reference:
         if not keep_moments:
             self.optimizer = torch.optim.AdamW(group["params"], lr=0.0, betas=betas, **self.adamw)
 
-    def step(self, samples: Sequence[ScoredRollout], lr: float) -> float:
+    def step(self, samples: Sequence[TrainingSequence], lr: float) -> float:
         """Take one optimizer step; return the loss."""
         weights, divergences, k3, tails = zip(*map(self.sequence_loss, samples), strict=True)
         loss = (torch.stack(weights) * torch.stack(divergences)).mean()
@@ -96,7 +94,7 @@ class LoraReference(Reference):
     def __init__(
         self, path: Path, adapters: dict[str, torch.Tensor], scale: float, alpha: float, clip: float, **adamw: Any
     ) -> None:
-        super().__init__(path, alpha, skip=3, cap=2.0, clip=clip, **adamw)
+        super().__init__(path, alpha, cap=2.0, clip=clip, **adamw)
         self.student.requires_grad_(False)
         self.base, self.scale = {n: p.clone() for n, p in self.weights().items()}, scale
         self.adapters = {name: tensor.clone().requires_grad_() for name, tensor in adapters.items()}

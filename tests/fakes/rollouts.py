@@ -1,4 +1,4 @@
-"""Scored rollouts for learner tests: random tokens, scored by a real model with a different context for the teacher."""
+"""Training sequences for learner tests: random tokens, scored by a real model with another context for the teacher."""
 
 from pathlib import Path
 
@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from sdft.actors.shared.types import Rollout, SampleId, ScoredRollout, TeacherScores
+from sdft.actors.shared.sequences import TrainingSequence, Turn, sequence_of
+from sdft.actors.shared.types import Rollout, SampleId, TeacherScores
 
 
-def make_rollouts(model_path: Path, count: int, k: int, seed: int) -> list[ScoredRollout]:
-    """Return `count` scored rollouts with completions of 1 to 24 tokens.
+def make_rollouts(model_path: Path, count: int, k: int, seed: int, skip: int = 0) -> list[TrainingSequence]:
+    """Return `count` sequences with completions of 1 to 24 tokens, the first `skip` of which are not in the loss.
 
     Sampler log-probs are the model's own with small noise, as those of a real sampler.
     """
@@ -32,7 +33,7 @@ def make_rollouts(model_path: Path, count: int, k: int, seed: int) -> list[Score
         scores = TeacherScores(
             top.indices.numpy().astype(np.int32), top.values.numpy(), teacher.gather(1, own)[:, 0].numpy(), 0
         )
-        samples.append(ScoredRollout(SampleId(0, 0, i, 0), rollout, scores))
+        samples.append(sequence_of(SampleId(0, 0, i, 0), 0, [Turn(prompt, rollout, scores)], skip))
     return samples
 
 

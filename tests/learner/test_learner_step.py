@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdft.actors.shared.types import ScoredRollout
-from sdft.learner.config import LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
+from sdft.actors.shared.sequences import TrainingSequence
+from sdft.learner.config import Forward, LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
 from sdft.learner.group import LearnerGroup
 from sdft.learner.optimizer import learning_rate
 from sdft.learner.types import LearnerSettings, StageSettings
@@ -17,6 +17,7 @@ from tests.fakes.reference import Reference
 from tests.fakes.rollouts import make_rollouts
 
 STEPS, K, ALPHA = 3, 16, 0.1
+LOSS, SKIP = LossConfig(divergence=Forward(top_k=K)), 3
 BOUNDARY = 2  # steps of the first of two stages
 BETAS = (0.8, 0.99)  # of the second stage
 CLIP = 0.05  # clips gradients, whose norms are 0.4 to 0.6
@@ -46,16 +47,17 @@ def settings(model: Path, stage: int, ranks: int, dtype: str = "float32", **chan
         seed=0,
         config=config,
         stages=(
-            StageSettings(0, BOUNDARY, LossConfig(top_k=K), config.optimizer),
-            StageSettings(BOUNDARY, 4, LossConfig(top_k=K), second(config.optimizer)),
+            StageSettings(0, BOUNDARY, (LOSS,), config.optimizer),
+            StageSettings(BOUNDARY, 4, (LOSS,), second(config.optimizer)),
         ),
         teacher=TeacherConfig(alpha=ALPHA),
     )
 
 
-def spoiled(samples: list[ScoredRollout]) -> list[ScoredRollout]:
+def spoiled(samples: list[TrainingSequence]) -> list[TrainingSequence]:
     """Set one of the teacher's log-probs to NaN."""
-    samples[2].scores.logprobs[-1, 0] = np.nan
+    assert samples[2].teacher is not None
+    samples[2].teacher.logprobs[-1, 0] = np.nan
     return samples
 
 
@@ -101,11 +103,11 @@ Steps = tuple[Reference, list[dict[str, float]]]
 
 def plain_steps(model: Path, alpha: float, keep_moments: bool) -> Steps:
     """Return the reference after its steps, and the figures of each step."""
-    plain, figures = Reference(model, alpha, skip=3, cap=2.0, clip=CLIP, **ADAMW), []
+    plain, figures = Reference(model, alpha, cap=2.0, clip=CLIP, **ADAMW), []
     for seed in range(STEPS):
         if seed == BOUNDARY:
             plain.begin_stage(BETAS, keep_moments)
-        loss = plain.step(make_rollouts(model, 7, K, seed), rate(seed + 1))
+        loss = plain.step(make_rollouts(model, 7, K, seed, SKIP), rate(seed + 1))
         figures.append(plain.figures | {"loss": loss})
     return plain, figures
 
@@ -142,7 +144,7 @@ def test_three_steps_equal_plain_torch(
             if seed == BOUNDARY:
                 for _ in range(2):  # twice, as after a restart in between; the effect is that of one call
                     await group.begin_stage()
-            result = await group.train_step(make_rollouts(tiny_model, 7, K, seed))
+            result = await group.train_step(make_rollouts(tiny_model, 7, K, seed, SKIP))
             assert result.loss == pytest.approx(expected["loss"], rel=1e-5)
             assert result.lr == rate(seed + 1)
             assert result.applied
@@ -150,7 +152,7 @@ def test_three_steps_equal_plain_torch(
         student, teacher = await group.parameters("student"), await group.parameters("teacher")
         assert_equal(student, teacher, plain, before)
         assert apart(student, teacher) > 0.2 * apart(student, before)
-        result = await group.train_step(spoiled(make_rollouts(tiny_model, 7, K, STEPS)))
+        result = await group.train_step(spoiled(make_rollouts(tiny_model, 7, K, STEPS, SKIP)))
         assert not result.applied
         assert not np.isfinite(result.grad_norm)
         assert worst(await group.parameters("student"), student) == 0
@@ -170,11 +172,11 @@ def test_a_first_step_that_is_not_taken_leaves_a_teacher_and_a_state(
     async def run() -> None:
         group = await LearnerGroup.start(settings(tiny_model, stage, 1, dtype), PROBE, [{"num_cpus": 0.5}])
         before = await group.parameters("student")
-        assert not (await group.train_step(spoiled(make_rollouts(tiny_model, 7, K, 0)))).applied
+        assert not (await group.train_step(spoiled(make_rollouts(tiny_model, 7, K, 0, SKIP)))).applied
         assert worst(await group.parameters("teacher"), before) == 0
         await group.save(tmp_path)
         await group.written()
-        assert (await group.train_step(make_rollouts(tiny_model, 7, K, 1))).applied
+        assert (await group.train_step(make_rollouts(tiny_model, 7, K, 1, SKIP))).applied
         assert await group.load(tmp_path) == 1
         assert worst(await group.parameters("student"), before) == 0
         for worker in group.workers:
@@ -189,7 +191,7 @@ def test_steps_in_bfloat16_equal_those_in_float32_up_to_rounding(
 ) -> None:
     """A single rank adds up gradients without DeepSpeed's reduction: none of several micro-batches is lost."""
     plain, figures = reference
-    begun = {name: tensor.numpy() for name, tensor in Reference(tiny_model, ALPHA, 3, 2.0, CLIP).weights().items()}
+    begun = {name: tensor.numpy() for name, tensor in Reference(tiny_model, ALPHA, 2.0, CLIP).weights().items()}
 
     async def run() -> None:
         group = await LearnerGroup.start(settings(tiny_model, 1, ranks, "bfloat16"), PROBE, [{"num_cpus": 0.5}] * ranks)
@@ -197,7 +199,7 @@ def test_steps_in_bfloat16_equal_those_in_float32_up_to_rounding(
         for seed, expected in enumerate(figures):
             if seed == BOUNDARY:
                 await group.begin_stage()
-            result = await group.train_step(make_rollouts(tiny_model, 7, K, seed))
+            result = await group.train_step(make_rollouts(tiny_model, 7, K, seed, SKIP))
             assert result.loss == pytest.approx(expected["loss"], rel=0.01)
             assert result.grad_norm == pytest.approx(expected["grad_norm"], rel=0.02)
         for role, theirs in (("student", plain.weights()), ("teacher", plain.teacher)):

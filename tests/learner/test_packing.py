@@ -17,23 +17,24 @@ from transformers import (
     RwkvConfig,
 )
 
-from sdft.actors.shared.types import Rollout, SampleId, ScoredRollout, TeacherScores
-from sdft.learner.config import LossConfig
+from sdft.actors.shared.sequences import TrainingSequence, Turn, sequence_of
+from sdft.actors.shared.types import Rollout, SampleId, TeacherScores
+from sdft.learner.config import Forward, LossConfig
 from sdft.learner.model.attention import PACKED, packed_attention
 from sdft.learner.model.cpu import short_attention
 from sdft.learner.model.student import SelfDistillation, hidden_states, load_student
-from sdft.learner.packing import assign, length, micro_batches, pack
+from sdft.learner.packing import assign, micro_batches, pack
 from tests.fakes.rollouts import make_rollouts
 
 LENGTHS = [7, 90, 31, 31, 4, 55, 12, 3, 64]
 
 
-def sample(prompt: int, completion: int, k: int = 2) -> ScoredRollout:
+def sample(prompt: int, completion: int, k: int = 2, skip: int = 3) -> TrainingSequence:
     ids = np.arange(completion, dtype=np.int32)
     logprobs = np.full(completion, -1.0, dtype=np.float32)
     rollout = Rollout(np.arange(prompt, dtype=np.int32), ids, logprobs, ((0, 0, completion),), "stop")
     scores = TeacherScores(np.stack([ids] * k, 1), np.stack([logprobs] * k, 1), logprobs, 0)
-    return ScoredRollout(SampleId(0, 0, 0, 0), rollout, scores)
+    return sequence_of(SampleId(0, 0, 0, 0), 0, [Turn(rollout.prompt_ids, rollout, scores)], skip)
 
 
 @pytest.mark.parametrize(("ranks", "apart"), [(1, 0), (2, 3), (3, 2), (12, 90)])
@@ -52,7 +53,7 @@ def test_micro_batches_hold_every_sequence_once_and_keep_the_budget() -> None:
 
 
 def test_a_pack_has_no_padding_and_positions_that_begin_anew() -> None:
-    batch = pack([sample(3, 5), sample(2, 4)], skip_first=3, batch_size=2, top_k=2)
+    batch = pack([sample(3, 5), sample(2, 4)], batch_size=2, top_k=2)
     assert batch.lengths == (8, 6)
     assert batch.position_ids.tolist() == [*range(8), *range(6)]
     # The rows that predict completion tokens 3 and 4 of the first sample (positions 6, 7) and token 3 of the second
@@ -63,27 +64,27 @@ def test_a_pack_has_no_padding_and_positions_that_begin_anew() -> None:
 
 
 def test_a_completion_no_longer_than_what_is_skipped_has_no_rows() -> None:
-    batch = pack([sample(4, 3), sample(4, 1)], skip_first=3, batch_size=2, top_k=2)
+    batch = pack([sample(4, 3), sample(4, 1)], batch_size=2, top_k=2)
     assert len(batch.predicting) == len(batch.targets.share) == 0
     assert batch.targets.teacher_ids.shape == (0, 2)
 
 
 def test_a_rank_without_work_still_has_a_batch_to_compute() -> None:
-    batch = pack([], skip_first=3, batch_size=2, top_k=2)
+    batch = pack([], batch_size=2, top_k=2)
     assert len(batch.input_ids) == sum(batch.lengths) == 2
     assert len(batch.predicting) == 0
 
 
 def test_loss_and_gradient_do_not_depend_on_order_or_micro_batches(tiny_model: Path) -> None:
-    rollouts = make_rollouts(tiny_model, 6, k=8, seed=1)
-    model = SelfDistillation(load_student(tiny_model, torch.float32), LossConfig(top_k=8))
+    rollouts = make_rollouts(tiny_model, 6, k=8, seed=1, skip=3)
+    model = SelfDistillation(load_student(tiny_model, torch.float32), LossConfig(divergence=Forward(top_k=8)))
 
     def result(order: list[int], budget: int) -> tuple[float, torch.Tensor]:
         model.zero_grad()
         members = [rollouts[i] for i in order]
         total = 0.0
-        for indices in micro_batches([length(s) for s in members], budget):
-            loss, *_ = model(pack([members[i] for i in indices], 3, len(rollouts), 8))
+        for indices in micro_batches([len(s) for s in members], budget):
+            loss, *_ = model(pack([members[i] for i in indices], len(rollouts), 8))
             loss.backward()
             total += loss.item()
         return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -96,10 +97,10 @@ def test_loss_and_gradient_do_not_depend_on_order_or_micro_batches(tiny_model: P
 
 
 def test_gradient_checkpointing_changes_neither_loss_nor_gradient(tiny_model: Path) -> None:
-    batch = pack(make_rollouts(tiny_model, 4, k=8, seed=2), 3, 4, 8)
+    batch = pack(make_rollouts(tiny_model, 4, k=8, seed=2, skip=3), 4, 8)
     results = []
     for checkpointing in (False, True):
-        model = SelfDistillation(load_student(tiny_model, torch.float32), LossConfig(top_k=8))
+        model = SelfDistillation(load_student(tiny_model, torch.float32), LossConfig(divergence=Forward(top_k=8)))
         if checkpointing:
             model.model.gradient_checkpointing_enable()
         loss, *_ = model(batch)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from sdft.services.cli.app import parse
-from sdft.services.config.explain import model_of
+from sdft.services.config.explain import models_of
 from sdft.services.config.reference import page, sections
 from sdft.services.config.run import RunConfig
 from tests.papers.documents import DOCUMENTS, README, ROOT, block, blocks, commands
@@ -69,7 +69,7 @@ def test_every_setting_is_described() -> None:
         f"{place}.{name}"
         for model, place in sections().items()
         for name, field in model.model_fields.items()
-        if model_of(field.annotation) is None and not field.description
+        if not models_of(field.annotation) and not field.description
     ]
     assert bare == []
 

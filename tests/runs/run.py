@@ -38,7 +38,7 @@ def write_run(folder: Path, model: Path, dtype: str, steps: int = STEPS, **learn
         "sampling": {"max_new_tokens": 12},
         "training": {"batch_size": 4, "steps": steps},
         "teacher": {"alpha": 0.2},
-        "loss": {"top_k": 16},
+        "method": {"type": "sdft", "divergence": {"type": "forward", "top_k": 16}},
         "learner": {"optimizer": {"lr": 1e-3, "warmup_steps": 2}} | learner,
         "actors": {"student": {"kv_cache_gib": 0.05}, "teacher": {"kv_cache_gib": 0.05}},
         "evaluation": {"sets": [{"name": "numbers", "file": "eval.jsonl", "grader": "exact", "max_new_tokens": 8}]},

@@ -92,10 +92,10 @@ def test_the_export_of_a_run_with_lora_has_the_log_probs_that_its_engine_had(
     gaps: dict[Path, list[float]] = {tiny_model: [], out: []}
     for path, found in gaps.items():
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        for rollout in (sample.rollout for sample in read_batch(alone, 5)):
-            rows = logprobs(model, rollout.prompt_ids, rollout.completion_ids)
-            own = rows.gather(1, torch.tensor(rollout.completion_ids).long()[:, None])[:, 0]
-            found.append(np.abs(own.numpy() - rollout.logprobs).max())
+        for sample in read_batch(alone, 5):
+            (completion,) = sample.completions
+            own = logprobs(model, sample.prompt_ids, completion).gather(1, torch.tensor(completion).long()[:, None])
+            found.append(np.abs(own[:, 0].numpy() - sample.logprobs[-len(completion) :]).max())
     assert max(gaps[out]) < 1e-4
     assert min(gaps[tiny_model]) > 1e-2, "adapters that change nothing would show nothing"
 

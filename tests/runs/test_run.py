@@ -14,6 +14,8 @@ import yaml
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sdft.actors.shared.sequences import TrainingSequence
+from sdft.actors.shared.types import TeacherScores
 from sdft.services.analysis.matrix import read_matrix
 from sdft.services.analysis.status import status_text
 from sdft.services.cli.train import train
@@ -81,10 +83,10 @@ def test_rollouts_go_on_while_the_learner_steps_and_are_never_too_old(undisturbe
     assert ahead.keys() == strict.keys()
     # If rounding exceeds the difference of two tokens' probabilities, another token is sampled, and all later ones
     # differ.
-    same = [s for s in ahead if np.array_equal(ahead[s].rollout.completion_ids, strict[s].rollout.completion_ids)]
+    same = [s for s in ahead if np.array_equal(ahead[s].token_ids, strict[s].token_ids)]
     assert len(same) >= len(ahead) / 2
     for sample in same:
-        np.testing.assert_allclose(ahead[sample].scores.sampled, strict[sample].scores.sampled, atol=0.1)
+        np.testing.assert_allclose(taught(ahead[sample]).sampled, taught(strict[sample]).sampled, atol=0.1)
     # At the start of a stage the teacher equals the student: the first loss comes only from the difference of the
     # prompts.
     assert rows[3]["teacher_version"] == 3
@@ -105,7 +107,7 @@ def test_a_replay_finds_a_changed_number(undisturbed: tuple[Path, Path]) -> None
     spoiled = whole.parent / "spoiled"
     shutil.copytree(whole, spoiled)
     samples = read_batch(spoiled, LONG)
-    samples[0].scores.logprobs[-1] -= 0.01
+    taught(samples[0]).logprobs[-1] -= 0.01
     write_batch(spoiled, LONG, samples)
     result = replayed(spoiled)
     assert result.returncode == 1, result.stderr[-3000:]
@@ -167,6 +169,12 @@ def stream(undisturbed: tuple[Path, Path], tiny_model: Path) -> tuple[Path, Path
     return config, run_dir, subprocess.run(words, capture_output=True, text=True, timeout=400, check=False)
 
 
+def taught(sequence: TrainingSequence) -> TeacherScores:
+    """Return the teacher's scores of a sequence that has them."""
+    assert sequence.teacher is not None
+    return sequence.teacher
+
+
 Stream = tuple[Path, Path, "subprocess.CompletedProcess[str]"]
 
 
@@ -178,10 +186,10 @@ def test_sft_trains_on_the_demonstrations_own_tokens(stream: Stream, tiny_model:
     losses = []
     for sample in read_batch(run_dir, 1):
         assert f"The number is {sample.sample.index}." in AutoTokenizer.from_pretrained(tiny_model).decode(
-            sample.rollout.completion_ids
+            sample.completions[0]
         )
-        own = torch.tensor(sample.rollout.completion_ids).long()[:, None]
-        losses.append(-logprobs(model, sample.rollout.prompt_ids, sample.rollout.completion_ids).gather(1, own).mean())
+        own = torch.tensor(sample.completions[0]).long()[:, None]
+        losses.append(-logprobs(model, sample.prompt_ids, sample.completions[0]).gather(1, own).mean())
     assert rows[0]["loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
     assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
     assert [row["trained"] for row in rows] == [4 * step for step in range(1, STEPS + 1)]
@@ -198,11 +206,11 @@ def test_off_policy_trains_on_what_the_teacher_samples(stream: Stream, tiny_mode
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     prompts = prepare(load_config(config), config).stages[0].prompts
     for sample in read_batch(run_dir, STEPS + 1):
-        pair, completion = prompts[sample.sample.index], sample.rollout.completion_ids
-        assert sample.rollout.prompt_ids.tolist() == pair.student_ids
+        pair, completion = prompts[sample.sample.index], sample.completions[0]
+        assert sample.prompt_ids.tolist() == pair.student_ids
         rows = logprobs(model, np.asarray(pair.teacher_ids), completion)
         own = rows.gather(1, torch.tensor(completion).long()[:, None])[:, 0]
-        np.testing.assert_allclose(sample.scores.sampled, own, atol=1e-4)
+        np.testing.assert_allclose(taught(sample).sampled, own[sample.loss_mask[-len(own) :]], atol=1e-4)
     rows = read_jsonl(run_dir / "metrics.jsonl")[STEPS:]
     assert [row["direction"] for row in rows] == ["forward"] * 2
     assert {row["mismatch_kl"] for row in rows} == {None}

@@ -7,13 +7,21 @@ import torch
 
 from benchmarks.loss import chunked
 from benchmarks.measure import peak_mib
-from sdft.learner.config import ImportanceConfig, LossConfig, TokenLoss
+from sdft.learner.config import Dft, Forward, ImportanceConfig, Jsd, LossConfig, Nll, Reverse, Sampled
 from sdft.learner.loss.chunked import FLOAT32_BYTES, VOCABULARY_ROWS, divergence_loss
 from sdft.learner.loss.divergences import divergence, log1mexp, token_objective, with_tail
 from sdft.learner.loss.targets import Targets
 
 V, H, N = 50, 16, 12
 OFF = ImportanceConfig(level="off")
+KINDS = {
+    "forward": Forward(),
+    "reverse": Reverse(),
+    "jsd": Jsd(beta=0.3),
+    "sampled": Sampled(),
+    "nll": Nll(),
+    "dft": Dft(),
+}
 
 
 def make_targets(log_q: torch.Tensor, k: int) -> Targets:
@@ -33,12 +41,14 @@ def make_targets(log_q: torch.Tensor, k: int) -> Targets:
 def full_divergence(logits: torch.Tensor, log_q: torch.Tensor, config: LossConfig) -> torch.Tensor:
     """The textbook formula over the whole vocabulary."""
     p, q = torch.softmax(logits, -1), log_q.exp()
-    if config.divergence == "forward":
+    if config.divergence.type == "forward":
         return (q * torch.log(q / p)).sum(-1)
-    if config.divergence == "reverse":
+    if config.divergence.type == "reverse":
         return (p * torch.log(p / q)).sum(-1)
-    m = (1 - config.beta) * p + config.beta * q
-    return config.beta * (q * torch.log(q / m)).sum(-1) + (1 - config.beta) * (p * torch.log(p / m)).sum(-1)
+    assert isinstance(config.divergence, Jsd)
+    beta = config.divergence.beta
+    m = (1 - beta) * p + beta * q
+    return beta * (q * torch.log(q / m)).sum(-1) + (1 - beta) * (p * torch.log(p / m)).sum(-1)
 
 
 def draw(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +60,7 @@ def draw(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("name", ["forward", "reverse", "jsd"])
 def test_top_k_of_the_whole_vocabulary_is_the_full_formula_in_value_and_gradient(name: str) -> None:
     logits, log_q = draw()
-    config = LossConfig(divergence=name, beta=0.3, importance=OFF)
+    config = LossConfig(divergence=KINDS[name], importance=OFF)
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     value, _ = token_objective(ours, make_targets(log_q, V), config)
     expected = full_divergence(theirs, log_q, config)
@@ -71,7 +81,7 @@ def test_the_logit_gradient_of_forward_kl_is_p_minus_q() -> None:
 def test_the_logit_gradient_of_reverse_kl_is_p_times_the_centred_log_ratio() -> None:
     logits, log_q = draw(2)
     logits.requires_grad_()
-    value, _ = token_objective(logits, make_targets(log_q, V), LossConfig(divergence="reverse", importance=OFF))
+    value, _ = token_objective(logits, make_targets(log_q, V), LossConfig(divergence=Reverse(), importance=OFF))
     value.sum().backward()
     log_p = torch.log_softmax(logits.detach(), -1)
     expected = log_p.exp() * (log_p - log_q - value.detach()[:, None])
@@ -82,7 +92,7 @@ def test_the_logit_gradient_of_reverse_kl_is_p_times_the_centred_log_ratio() -> 
 @pytest.mark.parametrize("k", [1, 5, 20])
 def test_a_tail_bucket_bounds_the_full_divergence_from_below(name: str, k: int) -> None:
     logits, log_q = draw(3)
-    config = LossConfig(divergence=name, importance=OFF)
+    config = LossConfig(divergence=KINDS[name], importance=OFF)
     value, _ = token_objective(logits, make_targets(log_q, k), config)
     full = full_divergence(logits, log_q, config)
     assert (value <= full + 1e-12).all()
@@ -107,7 +117,7 @@ def test_nll_is_the_cross_entropy_of_the_given_tokens() -> None:
     logits, log_q = draw(8)
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     targets = make_targets(log_q, 1)
-    objective, value = token_objective(ours, targets, TokenLoss(divergence="nll"))
+    objective, value = token_objective(ours, targets, LossConfig(divergence=Nll(), importance=OFF))
     expected = torch.nn.functional.cross_entropy(theirs, targets.sampled_ids, reduction="none")
     torch.testing.assert_close(value, expected.detach())
     objective.sum().backward()
@@ -120,7 +130,7 @@ def test_dft_weights_each_tokens_cross_entropy_by_its_probability_without_gradie
     logits, log_q = draw(9)
     logits.requires_grad_()
     targets = make_targets(log_q, 1)
-    objective, value = token_objective(logits, targets, TokenLoss(divergence="dft"))
+    objective, value = token_objective(logits, targets, LossConfig(divergence=Dft(), importance=OFF))
     p = torch.softmax(logits.detach(), -1)
     own = p.gather(1, targets.sampled_ids[:, None])
     torch.testing.assert_close(value, -own[:, 0].log())
@@ -144,9 +154,7 @@ def test_chunked_loss_equals_the_formula_on_whole_logits_in_value_and_both_gradi
     head = torch.randn(V, H, generator=g, dtype=torch.float64)
     bias = torch.randn(V, generator=g, dtype=torch.float64)
     log_q = draw(5)[1]
-    config = (TokenLoss if name in ("nll", "dft") else LossConfig)(
-        divergence=name, importance=ImportanceConfig(level=level, cap=1.5)
-    )
+    config = LossConfig(divergence=KINDS[name], importance=ImportanceConfig(level=level, cap=1.5))
     targets = make_targets(log_q, 8)
 
     ours = [x.clone().requires_grad_() for x in (hidden, head, bias)]
@@ -190,11 +198,11 @@ def test_the_sampled_estimator_has_the_gradient_of_reverse_kl_on_average() -> No
     every = torch.arange(V)  # each token once, weighted by its probability: the exact expectation
     base = make_targets(draw()[1], 4)
     targets = dataclasses.replace(base, sampled_ids=every, teacher_sampled=log_q[0])
-    objective, _ = token_objective(logits, targets, LossConfig(divergence="sampled"))
+    objective, _ = token_objective(logits, targets, LossConfig(divergence=Sampled()))
     p = torch.softmax(logits.detach()[0], -1)
     (objective * p).sum().backward()
     one = logits.detach()[:1].clone().requires_grad_()
-    divergence(torch.log_softmax(one, -1), log_q[:1], LossConfig(divergence="reverse")).sum().backward()
+    divergence(torch.log_softmax(one, -1), log_q[:1], LossConfig(divergence=Reverse())).sum().backward()
     torch.testing.assert_close(logits.grad.sum(0), one.grad[0], atol=1e-9, rtol=1e-6)
 
 

@@ -382,7 +382,7 @@ def test_a_ledger_that_has_only_been_created_counts_nothing(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("counts", "words"),
     [
-        ((0, 0), "nothing was learnt: no completion was longer than loss.skip_first"),
+        ((0, 0), "nothing was learnt: no completion was longer than method.skip_first"),
         ((0, 7), "1 of 2 steps had no token in the loss"),
         ((5, 7), None),
         ((None, None), None),

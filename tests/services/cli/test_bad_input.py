@@ -43,7 +43,12 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
     "unknown key": (setting("training.batch_sise", 4), TRAIN, 2, ["training.batch_sise", "training.batch_size?"]),
     "wrong type": (setting("training.steps", "ten"), TRAIN, 2, ["training.steps must be a whole number", '"ten"']),
     "out of range": (setting("teacher.alpha", 1.5), TRAIN, 2, ["teacher.alpha must be at most 1", "1.5"]),
-    "unknown choice": (setting("loss.divergence", "foward"), TRAIN, 2, ["loss.divergence", "did you mean forward?"]),
+    "unknown choice": (
+        setting("method.divergence", "foward"),
+        TRAIN,
+        2,
+        ["method.divergence", "did you mean forward?"],
+    ),
     "no data": (setting("data.train", None), TRAIN, 2, ["data.train is required"]),
     "two lengths": (setting("training.epochs", 1), TRAIN, 2, ["training", "exactly one of epochs and steps"]),
     "no length": (setting("training.steps", None), TRAIN, 2, ["training", "exactly one of epochs and steps"]),

@@ -38,7 +38,7 @@ def message(folder: Path, text: str, *overrides: str) -> str:
 def test_defaults_are_filled_in(tmp_path: Path) -> None:
     config = load(tmp_path, GOOD)
     assert config.training.epochs == 1
-    assert config.loss.divergence == "forward"
+    assert config.method.type == "sdft"
 
 
 def test_a_pool_has_the_role_of_its_name_unless_it_says_another(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
             "my.yaml: evaluation.timeout_s is not a setting any more; set actors.batch_timeout_s for rollouts, scores "
             "and replies, and evaluation.grading_timeout_s for a judge and lm-eval",
         ),
-        ("loss: {topk: 3}", "my.yaml: loss.topk is not a setting; did you mean loss.top_k?"),
+        ("method: {skip_frst: 3}", "my.yaml: method.skip_frst is not a setting; did you mean method.skip_first?"),
         ("ray: {zzz: 3}", "my.yaml: ray.zzz is not a setting; ray has address, wait_s, autoscaling"),
         ("seed: yes", "my.yaml: seed must be a whole number, not true"),
         ("seed: 1.5", "my.yaml: seed must be a whole number, not 1.5"),
@@ -128,8 +128,8 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
         ("monitoring: {tensorboard: 1}", "my.yaml: monitoring.tensorboard must be true or false, not 1"),
         ("run_dir: 5", "my.yaml: run_dir must be text, not 5; put it in quotes"),
         (
-            "loss: {divergence: foward}",
-            'my.yaml: loss.divergence must be forward or reverse or jsd or sampled, not the text "foward"; did you '
+            "method: {divergence: foward}",
+            'my.yaml: method.divergence must be forward or reverse or jsd or sampled, not the text "foward"; did you '
             "mean forward?",
         ),
         ("weights:", "my.yaml: weights must be a mapping of settings, not empty; give its settings or remove the key"),
@@ -232,7 +232,8 @@ def test_a_wrong_setting_is_named_with_its_mend(tmp_path: Path, extra: str, expe
 def test_a_mistyped_column_or_method_of_a_stage_is_named_with_its_mend(tmp_path: Path) -> None:
     rest = "model: m\ntraining: {batch_size: 4}\nstages: "
     assert message(tmp_path, rest + "[{name: a, steps: 1, data: {train: t.jsonl}, method: stf}]") == (
-        'my.yaml: stages[0].method must be sdft or off_policy or sft or dft, not the text "stf"; did you mean sft?'
+        "my.yaml: stages[0].method must be sdft or off_policy or sft or dft or recall, or a class of your own as "
+        'package.module:Name, not the text "stf"; did you mean sft?'
     )
     assert message(tmp_path, rest + "[{name: a, steps: 1, data: {train: t.jsonl, columns: {promt: x}}}]") == (
         "my.yaml: stages[0].data.columns.promt is not a column; did you mean stages[0].data.columns.prompt?"

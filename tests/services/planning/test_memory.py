@@ -52,7 +52,7 @@ async def measured(
 ) -> tuple[float, list[int]]:
     """Return the peak of a learner's resident memory in GiB, and the pages that the kernel gave it in each step."""
     settings = LearnerSettings(
-        str(model), dtype, "cpu", 0, config, (StageSettings(0, 10, LOSS, config.optimizer),), TeacherConfig()
+        str(model), dtype, "cpu", 0, config, (StageSettings(0, 10, (LOSS,), config.optimizer),), TeacherConfig()
     )
     group = await LearnerGroup.start(settings, np.arange(100, 148, dtype=np.int32), [{"num_cpus": 1}])
     new_pages = []

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdft.actors.shared.types import SampleId, ScoredRollout
+from sdft.actors.shared.sequences import Span
+from sdft.actors.shared.types import SampleId
 from sdft.services.base.errors import UserError
 from sdft.services.cli.replay import _range
 from sdft.services.records.batches import read_batch, recorded_steps, write_batch
@@ -14,29 +15,35 @@ from tests.fakes.rollouts import make_rollouts
 
 
 def test_a_batch_comes_back_bit_for_bit(tiny_model: Path, tmp_path: Path) -> None:
-    samples = make_rollouts(tiny_model, 5, k=8, seed=0)
-    two = samples[2].rollout
-    samples[2] = ScoredRollout(
-        SampleId(3, 4, 5, 6),
-        replace(two, versions=((7, 0, 2), (8, 2, len(two.completion_ids))), finish_reason="stop"),
-        replace(samples[2].scores, version=9),
+    samples = make_rollouts(tiny_model, 5, k=8, seed=0, skip=1)
+    two, three = samples[2], make_rollouts(tiny_model, 4, k=3, seed=1)[3]  # another number of teacher tokens
+    assert two.teacher is not None
+    begin, end = two.spans[0].start, len(two)
+    samples[2] = replace(
+        two,
+        sample=SampleId(3, 4, 5, 6),
+        spans=(Span(7, begin, begin + 2), Span(8, begin + 2, end)),
+        finish_reason="stop",
+        seed=2**62,
+        teacher=replace(two.teacher, version=9),
     )
+    samples[3] = replace(three, objective=1)
+    samples[4] = replace(samples[4], teacher=None)
     write_batch(tmp_path, 12, samples)
-    write_batch(tmp_path, 7, samples[:1])
-    again = read_batch(tmp_path, 12)
+    write_batch(tmp_path, 7, samples[4:])
     assert recorded_steps(tmp_path) == [7, 12]
-    assert [s.sample for s in again] == [s.sample for s in samples]
-    for mine, theirs in zip(again, samples, strict=True):
-        assert mine.rollout.versions == theirs.rollout.versions
-        assert mine.rollout.finish_reason == theirs.rollout.finish_reason
-        assert mine.scores.version == theirs.scores.version
-        for a, b in (
-            *((getattr(mine.rollout, n), getattr(theirs.rollout, n)) for n in ("prompt_ids", "completion_ids")),
-            (mine.rollout.logprobs, theirs.rollout.logprobs),
-            *((getattr(mine.scores, n), getattr(theirs.scores, n)) for n in ("ids", "logprobs", "sampled")),
-        ):
+    assert [s.teacher for s in read_batch(tmp_path, 7)] == [None]
+    for mine, theirs in zip(read_batch(tmp_path, 12), samples, strict=True):
+        for name in ("sample", "spans", "seed", "finish_reason", "objective"):
+            assert getattr(mine, name) == getattr(theirs, name)
+        assert (mine.teacher is None) == (theirs.teacher is None)
+        arrays = [(getattr(mine, n), getattr(theirs, n)) for n in ("token_ids", "loss_mask", "logprobs")]
+        if mine.teacher is not None and theirs.teacher is not None:
+            assert mine.teacher.version == theirs.teacher.version
+            arrays += [(getattr(mine.teacher, n), getattr(theirs.teacher, n)) for n in ("ids", "logprobs", "sampled")]
+        for a, b in arrays:
             assert a.dtype == b.dtype
-            assert np.array_equal(a, b)
+            assert np.array_equal(a, b, equal_nan=a.dtype == np.float32)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ SHORT = {"prompt": "Say one.", "demonstration": "1"}
 
 
 def config(method: str, stages: bool = False, **skips: int) -> RunConfig:
-    own: dict[str, Any] = {"sampling": {"max_new_tokens": 3}, "loss": skips}
-    whole: dict[str, Any] = {"model": "m", "method": method, "training": {}}
+    own: dict[str, Any] = {"sampling": {"max_new_tokens": 3}, "method": {"type": method} | skips}
+    whole: dict[str, Any] = {"model": "m", "training": {}}
     if stages:
         return RunConfig.model_validate(whole | {"stages": [own | {"name": "a", "data": {"train": "t"}, "steps": 1}]})
     return RunConfig.model_validate(whole | own | {"data": {"train": "t"}, "training": {"steps": 1}})
@@ -25,11 +25,13 @@ def config(method: str, stages: bool = False, **skips: int) -> RunConfig:
 def test_a_configuration_by_which_nothing_can_be_learnt_is_refused() -> None:
     for method in ("sdft", "off_policy"):
         for stages, place in ((False, ""), (True, r"stages\[0\]\.")):
-            words = rf"{place}sampling\.max_new_tokens 3 must be more than {place}loss\.skip_first 3, or no token is in"
+            words = (
+                rf"{place}sampling\.max_new_tokens 3 must be more than {place}method\.skip_first 3, or no token is in"
+            )
             with pytest.raises(ValueError, match=words):
                 config(method, stages)
-            assert config(method, stages, skip_first=2).tasks[0].loss.skip_first == 2
-    assert config("sft").method == "sft"  # SFT learns whole demonstrations
+            assert config(method, stages, skip_first=2).tasks[0].method.skipped == 2
+    assert config("sft").method.type == "sft"  # SFT learns whole demonstrations
 
 
 @pytest.mark.parametrize(
@@ -38,7 +40,7 @@ def test_a_configuration_by_which_nothing_can_be_learnt_is_refused() -> None:
         ([SHORT] * 3, {}, "3 of 3 demonstrations"),
         ([SHORT] * 2 + [ROW], {}, "2 of 3 demonstrations"),
         ([SHORT, ROW], {}, None),
-        ([SHORT] * 3, {"loss.skip_first": 1}, None),
+        ([SHORT] * 3, {"method.skip_first": 1}, None),
         ([SHORT] * 3, {"method": "sft"}, None),
     ],
 )
@@ -60,7 +62,7 @@ def test_check_warns_of_demonstrations_that_are_too_short(
     assert main(["check", "my.yaml"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(lines) == (warns is not None)
-    assert warns is None or (warns in lines[0] and "lower loss.skip_first" in lines[0])
+    assert warns is None or (warns in lines[0] and "lower method.skip_first" in lines[0])
 
 
 def test_the_loss_tokens_of_a_step_are_recorded(tmp_path: Path) -> None:

@@ -9,12 +9,15 @@ import pytest
 
 from sdft.actors.shared.types import Sampling, TeacherScores
 from sdft.learner.config import TeacherConfig
+from sdft.services.algorithms.base import Algorithm
+from sdft.services.algorithms.off_policy import OffPolicy
+from sdft.services.algorithms.sdft import Sdft
 from sdft.services.data.schedule import sample_seed
 from sdft.services.records.ledger import Ledger
 from sdft.services.records.rows import read_jsonl
 from sdft.services.training.rollouts import Batch, Rollouts
 from simulation import virtual_time
-from simulation.cluster import SCORES, Case, Learner, Student, Teacher, drive, pool, prepared
+from simulation.cluster import Case, Learner, Student, Teacher, drive, pool, prepared, scores
 
 CASE = Case("rollouts", engines=2, staleness=1, steps=3)
 
@@ -68,16 +71,16 @@ def test_rollouts_are_sampled_as_the_stage_says_and_each_by_its_own_seed(tmp_pat
     asked: set[tuple[int, Sampling]] = set()
     samples = made(Told, tmp_path, max_new_tokens=9, temperature=0.7, top_p=0.9).samples
     assert {sampling for _, sampling in asked} == {Sampling(9, 0.7, 0.9)}
-    assert {seed for seed, _ in asked} >= {sample_seed(0, one.sample) for one in samples}
+    assert {seed for seed, _ in asked} >= {sample_seed(0, one) for one in samples}
 
 
-@pytest.mark.parametrize("method", ["sdft", "off_policy"])
-def test_a_live_teacher_has_the_students_weights_of_the_step_before(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize("method", [Sdft(), OffPolicy()], ids=lambda method: method.type)
+def test_a_live_teacher_has_the_students_weights_of_the_step_before(tmp_path: Path, method: Algorithm) -> None:
     class Both(Student):
         """Scores too, and returns its weight version with the scores."""
 
         def score(self, pairs: list[Any], k: int) -> tuple[float, list[TeacherScores]]:
-            return 0.1, [replace(SCORES, version=self.version)] * len(pairs)
+            return 0.1, [scores(len(completion), self.version) for _, completion in pairs]
 
     case = Case("live", engines=1, staleness=0, steps=4)
     one = prepared(case, 8)

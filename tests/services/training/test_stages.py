@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import yaml
 
-from sdft.services.algorithms.methods import loss_of, on_demonstrations
 from sdft.services.analysis.matrix import make_matrix, matrix_text, over_runs
 from sdft.services.base.errors import UserError
 from sdft.services.config.append import appended
@@ -52,11 +51,11 @@ def message(tmp_path: Path, settings: dict[str, Any]) -> str:
 
 def test_a_stage_is_configured_as_a_run_of_its_own_would_be() -> None:
     a, b = config(learner={"optimizer": {"lr": 5e-6}, "ranks": 2}).tasks
-    assert (a.data.train, a.training.steps, a.training.batch_size, a.method) == ("a.jsonl", 3, 4, "sdft")
+    assert (a.data.train, a.training.steps, a.training.batch_size, a.method.type) == ("a.jsonl", 3, 4, "sdft")
     assert (b.data.template, b.training.epochs, b.training.steps, b.sampling.generations) == ("turn", 2, None, 2)
     assert (a.learner.optimizer.lr, b.learner.optimizer.lr, b.learner.ranks) == (5e-6, 1e-3, 2)
-    assert (on_demonstrations(a), on_demonstrations(b)) == (False, True)
-    assert loss_of(b).divergence == "dft"
+    assert (a.method.teacher_scores, b.method.teacher_scores) == (True, False)
+    assert [loss.name for loss in b.method.losses] == ["dft"]
 
 
 def test_a_run_without_stages_is_its_own_only_task() -> None:

@@ -1,0 +1,141 @@
+"""The protocol of an algorithm: it makes the training sequences of a record, with the engines of the run.
+
+    Group (a record and its samples) ─► make ─┬─► student.complete(prompts)          completions of the student
+                                              ├─► teacher.complete(prompts)          completions of the teacher
+                                              ├─► teacher.score(prompts, rollouts)   the teacher's log-probs of them
+                                              └─► training sequences, one per sample
+
+An algorithm is also the section `method` of the configuration: its fields are its settings. It holds no state.
+In a strict run the calls of all groups of a batch are joined into one call of the engines.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Protocol
+
+import numpy as np
+from pydantic import BeforeValidator, Field
+
+from sdft.actors.shared.sequences import TrainingSequence
+from sdft.actors.shared.types import IntArray, Rollout, SampleId, TeacherScores
+from sdft.learner.config import Divergence, Forward, ImportanceConfig, LossConfig
+from sdft.services.base.section import Section, short_form
+
+
+class Contexts(Protocol):
+    """Builds texts and token ids of a record while the run goes on."""
+
+    def teacher(self, **columns: str) -> IntArray:
+        """Return the teacher's prompt [P], with these values in place of the record's columns: `demonstration=...`.
+
+        A column that data.template does not show has no effect. Raises UserError if the prompt is longer than
+        data.max_teacher_prompt_tokens, or if the column that the template shows is missing.
+        """
+
+    def text(self, ids: IntArray) -> str:
+        """Return the text of a completion [T], without the token that ends it."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One record of a batch and the samples that are made of it. Samples of one group may use each other."""
+
+    step: int  # the optimizer step that trains on it
+    samples: tuple[SampleId, ...]  # one per generation
+    seeds: tuple[int, ...]  # sampling seed of each sample
+    student_ids: IntArray  # [P], the student's prompt
+    teacher_ids: IntArray | None  # the teacher's prompt; None: the record lacks the column that the template shows
+    demonstration_ids: IntArray | None  # the demonstration as a reply; None unless the algorithm trains it
+    contexts: Contexts
+
+    @property
+    def teacher_prompt(self) -> IntArray:
+        """The teacher's prompt [P]. Rows of an algorithm that scores and does not train demonstrations have one."""
+        if self.teacher_ids is None:
+            raise ValueError(f"sample {self.samples[0]}: the row lacks the column that data.template shows the teacher")
+        return self.teacher_ids
+
+
+class Student(Protocol):
+    """The student engines."""
+
+    async def complete(self, prompts: Sequence[IntArray], seeds: Sequence[int]) -> list[Rollout]:
+        """Return one completion per prompt, sampled with the settings in `sampling`."""
+
+
+class Teacher(Student, Protocol):
+    """The teacher engines, with the weights that teacher.weights names."""
+
+    async def score(self, prompts: Sequence[IntArray], rollouts: Sequence[Rollout], k: int) -> list[TeacherScores]:
+        """Return the teacher's k most likely tokens at each token of each completion, behind these prompts."""
+
+
+class Algorithm(Section):
+    """Base class. A subclass says what it needs and which losses the learner takes, and makes the sequences."""
+
+    student_samples: ClassVar[bool] = True  # the student engines need weights of at most max_staleness steps ago
+    teacher_scores: ClassVar[bool] = True  # engines with the teacher's weights are needed
+    trains_demonstrations: ClassVar[bool] = False  # each row of data.train needs one
+    teacher_weights: ClassVar[str | None] = None  # the only value of teacher.weights that has a meaning; None: any
+    files: ClassVar[tuple[str, ...]] = ()  # settings that are files, relative to the config file
+    figure: ClassVar[str] = "The {name}, which is also the loss."  # the metric `divergence`, for reports
+
+    type: str
+
+    @property
+    def losses(self) -> tuple[LossConfig, ...]:
+        """The learner's losses. `TrainingSequence.objective` is an index into them."""
+        raise NotImplementedError
+
+    @property
+    def skipped(self) -> int:
+        """Number of tokens at the start of a completion that no loss includes."""
+        return 0
+
+    @property
+    def recalled(self) -> str | None:
+        """A file of prompts that are trained beside data.train and have no demonstrations; None: no such file."""
+        return None
+
+    @property
+    def label(self) -> str:
+        """What is learnt, in a few words, for the lines of a plan."""
+        return self.type
+
+    async def make(self, group: Group, student: Student, teacher: Teacher) -> list[TrainingSequence]:
+        """Return the training sequences of a group. A sample without a sequence is dropped in the ledger."""
+        raise NotImplementedError
+
+
+Divergences = Annotated[Annotated[Divergence, Field(discriminator="type")], BeforeValidator(short_form("forward"))]
+
+
+class Distillation(Algorithm):
+    """Base class of algorithms whose loss is a divergence between teacher and student."""
+
+    divergence: Divergences = Field(
+        Forward(), description="Divergence between teacher and student: forward, reverse, jsd or sampled"
+    )
+    skip_first: int = Field(3, ge=0, description="Tokens at the start of a completion that are left out of the loss")
+
+    @property
+    def skipped(self) -> int:
+        return self.skip_first
+
+    @property
+    def loss(self) -> LossConfig:
+        """The divergence, without importance weights."""
+        return LossConfig(divergence=self.divergence, importance=ImportanceConfig(level="off"))
+
+    @property
+    def losses(self) -> tuple[LossConfig, ...]:
+        return (self.loss,)
+
+
+def not_sampled(step: int, prompt_ids: IntArray, completion_ids: IntArray, finish_reason: str = "stop") -> Rollout:
+    """Return tokens that the student did not sample as a rollout: log-probs NaN, the weight version of the step before.
+
+    step: the optimizer step that trains on it.
+    """
+    n = len(completion_ids)
+    return Rollout(prompt_ids, completion_ids, np.full(n, np.nan, np.float32), ((step - 1, 0, n),), finish_reason)

@@ -1,0 +1,59 @@
+"""SFT with on-policy recall: demonstrations are learnt by SFT, and the first model is recalled on general prompts.
+
+    row of data.train         ─► the demonstration's tokens                             ─► negative log-likelihood
+    row of method.prompts     ─► the student samples, the first model scores            ─► divergence to the first model
+
+Both are in one schedule, so a batch has them in the proportion of their rows.
+"""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from sdft.actors.shared.sequences import TrainingSequence, Turn, sequence_of
+from sdft.learner.config import ImportanceConfig, LossConfig, Nll
+from sdft.services.algorithms.base import Distillation, Group, Student, Teacher
+from sdft.services.algorithms.sft import demonstrated
+
+RECALL = 1  # objective of the recalled prompts
+
+
+class Recall(Distillation):
+    """SFT on the demonstrations, with recall of the first model on the student's own samples for general prompts."""
+
+    trains_demonstrations: ClassVar[bool] = True
+    teacher_weights: ClassVar[str | None] = "base"
+    files: ClassVar[tuple[str, ...]] = ("prompts",)
+    figure: ClassVar[str] = (
+        "The {name}: the first of the demonstrations' tokens, the second of first model and student on the student's "
+        "tokens."
+    )
+
+    type: Literal["recall"] = Field("recall", description="The algorithm")
+    prompts: str = Field(description="A .jsonl or .parquet file of general prompts, relative to the config file")
+    skip_first: int = Field(0, ge=0, description="Tokens at the start of a completion that are left out of the loss")
+    importance: ImportanceConfig = ImportanceConfig()
+
+    @property
+    def losses(self) -> tuple[LossConfig, ...]:
+        demonstrations = LossConfig(divergence=Nll(), importance=ImportanceConfig(level="off"))
+        return demonstrations, LossConfig(divergence=self.divergence, importance=self.importance)
+
+    @property
+    def recalled(self) -> str:
+        return self.prompts
+
+    @property
+    def label(self) -> str:
+        return f"sft on the demonstrations, {self.divergence.type} divergence to the first model on general prompts"
+
+    async def make(self, group: Group, student: Student, teacher: Teacher) -> list[TrainingSequence]:
+        if group.demonstration_ids is not None:
+            return demonstrated(group)
+        prompts = [group.student_ids] * len(group.samples)
+        rollouts = await student.complete(prompts, group.seeds)
+        scores = await teacher.score(prompts, rollouts, self.losses[RECALL].top_k)
+        return [
+            sequence_of(sample, seed, [Turn(group.student_ids, rollout, score)], self.skip_first, RECALL)
+            for sample, seed, rollout, score in zip(group.samples, group.seeds, rollouts, scores, strict=True)
+        ]

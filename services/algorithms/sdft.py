@@ -1,0 +1,37 @@
+"""SDFT: the student samples, and the teacher, which sees the demonstration, scores (arXiv 2601.19897)."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from sdft.actors.shared.sequences import TrainingSequence, Turn, sequence_of
+from sdft.learner.config import ImportanceConfig, LossConfig
+from sdft.services.algorithms.base import Distillation, Group, Student, Teacher
+
+
+class Sdft(Distillation):
+    """Self-distillation: rollouts of the student, pulled to the teacher, which sees the demonstration."""
+
+    figure: ClassVar[str] = (
+        "The {name} of teacher and student on the student's tokens; the loss adds the importance weights."
+    )
+
+    type: Literal["sdft"] = Field("sdft", description="The algorithm")
+    importance: ImportanceConfig = ImportanceConfig()
+
+    @property
+    def losses(self) -> tuple[LossConfig, ...]:
+        return (LossConfig(divergence=self.divergence, importance=self.importance),)
+
+    @property
+    def label(self) -> str:
+        return f"{self.divergence.type} divergence"
+
+    async def make(self, group: Group, student: Student, teacher: Teacher) -> list[TrainingSequence]:
+        n = len(group.samples)
+        rollouts = await student.complete([group.student_ids] * n, group.seeds)
+        scores = await teacher.score([group.teacher_prompt] * n, rollouts, self.losses[0].top_k)
+        return [
+            sequence_of(sample, seed, [Turn(group.student_ids, rollout, score)], self.skip_first)
+            for sample, seed, rollout, score in zip(group.samples, group.seeds, rollouts, scores, strict=True)
+        ]

@@ -1,0 +1,101 @@
+"""The engines as an algorithm calls them, for the groups of one batch.
+
+strict:   the calls of all groups are joined (joined.py), and each has the limit of the pool
+streamed: each group calls by itself; the whole batch has one limit (rollouts.py)
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Literal
+
+from sdft.actors.shared.types import GenerateRequest, IntArray, Rollout, Sampling, TeacherScores
+from sdft.services.fleet.pool import EnginePool
+from sdft.services.training.joined import Joined
+
+Kind = tuple[Literal["student", "teacher", "score"], int]  # what is called, and the k of scores
+
+
+def now() -> float:
+    """Return the running loop's time in seconds: the monotonic clock, unless time is simulated."""
+    return asyncio.get_running_loop().time()
+
+
+class EngineCalls:
+    """The engine calls of one batch, and when they ended."""
+
+    def __init__(
+        self,
+        students: EnginePool,
+        teachers: EnginePool,
+        teachers_ready: Callable[[], Awaitable[None]],
+        sampling: Sampling,
+        groups: int,
+        strict: bool,
+    ) -> None:
+        """teachers_ready(): waits until the teacher engines have the weights that were sent."""
+        self._students, self._teachers, self._teachers_ready = students, teachers, teachers_ready
+        self._sampling, self._strict = sampling, strict
+        self._joined: Joined[Kind] | None = Joined(groups, self._call) if strict else None
+        self.sampled = self.ready = self.scored = now()  # ends of the last call of a kind; ready: of the last wait
+
+    async def of(self, group: int, kind: Kind, items: Sequence[Any]) -> list[Any]:
+        """Return the results of a group's items."""
+        if self._joined is not None:
+            return await self._joined.call(group, kind, items)
+        return await self._call(kind, list(items))
+
+    def done(self) -> None:
+        """Note that a group makes no more calls."""
+        if self._joined is not None:
+            self._joined.done()
+
+    def cancel(self) -> None:
+        """Cancel the joined call in progress."""
+        if self._joined is not None:
+            self._joined.cancel()
+
+    async def _call(self, kind: Kind, items: list[Any]) -> list[Any]:
+        what, k = kind
+        if what == "student":
+            results: list[Any] = await self._students.generate(items, self._sampling, self._strict)
+            self.sampled = now()
+            return results
+        await self._teachers_ready()
+        if what == "teacher":
+            results = await self._teachers.generate(items, self._sampling, self._strict)
+            self.sampled = now()
+            return results
+        self.ready = now()
+        results = await self._teachers.score(items, k, self._strict)
+        self.scored = now()
+        return results
+
+
+class GroupStudent:
+    """The student engines for one group."""
+
+    def __init__(self, calls: EngineCalls, group: int) -> None:
+        self._calls, self._group = calls, group
+
+    async def complete(self, prompts: Sequence[IntArray], seeds: Sequence[int]) -> list[Rollout]:
+        return await self._calls.of(self._group, ("student", 0), _requests(prompts, seeds))
+
+
+class GroupTeacher:
+    """The teacher engines for one group."""
+
+    def __init__(self, calls: EngineCalls, group: int, before_scores: Callable[[], None]) -> None:
+        """before_scores(): called when the group has its completions, before they are scored."""
+        self._calls, self._group, self._before_scores = calls, group, before_scores
+
+    async def complete(self, prompts: Sequence[IntArray], seeds: Sequence[int]) -> list[Rollout]:
+        return await self._calls.of(self._group, ("teacher", 0), _requests(prompts, seeds))
+
+    async def score(self, prompts: Sequence[IntArray], rollouts: Sequence[Rollout], k: int) -> list[TeacherScores]:
+        self._before_scores()
+        pairs = [(prompt, r.completion_ids) for prompt, r in zip(prompts, rollouts, strict=True)]
+        return await self._calls.of(self._group, ("score", k), pairs)
+
+
+def _requests(prompts: Sequence[IntArray], seeds: Sequence[int]) -> list[GenerateRequest]:
+    return [GenerateRequest(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]

@@ -1,0 +1,144 @@
+"""An algorithm of a user's own: found by its import path, with its settings; what is wrong with it in a sentence."""
+
+import asyncio
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sdft.actors.shared.types import IntArray
+from sdft.services.base.errors import UserError
+from sdft.services.config.load import load_config, resolved_yaml
+from sdft.services.config.run import RunConfig
+from sdft.services.records.ledger import Ledger
+from sdft.services.training.rollouts import Batch, Rollouts
+from simulation import virtual_time
+from simulation.cluster import Case, Student, Teacher, pool, prepared
+
+HERE = Path(__file__).parent
+LEAST = {"model": "m", "data": {"train": "t.jsonl"}, "training": {"steps": 1}}
+
+
+@pytest.fixture
+def own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(HERE)
+
+
+def config(**settings: Any) -> RunConfig:
+    return RunConfig.model_validate_json(json.dumps(LEAST | settings), strict=True)
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_an_own_algorithm_has_its_settings_and_survives_a_round_trip(tmp_path: Path) -> None:
+    given = config(method={"type": "siblings:Siblings", "sure": True, "skip_first": 0})
+    assert (type(given.method).__name__, given.method.skipped) == ("Siblings", 0)
+    path = tmp_path / "config.yaml"
+    path.write_text(resolved_yaml(given))
+    assert load_config(path) == given
+
+
+@pytest.mark.usefixtures("own_folder")
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ({"type": "siblings:Sibling"}, "siblings:Sibling cannot be imported (module 'siblings' has no attribute"),
+        ({"type": "nowhere:Siblings"}, "nowhere:Siblings cannot be imported (No module named 'nowhere'); write it as"),
+        ({"type": "siblings:Group"}, "siblings:Group is not a subclass of sdft.services.algorithms.base.Algorithm"),
+        ({"type": "siblings:Siblings", "shure": True}, "method.shure: Extra inputs are not permitted"),
+        ({"type": "recall"}, "method.prompts is required but missing"),
+        ({"type": "recall", "prompts": "p"}, "method recall needs teacher.weights: base, not ema; change one of them"),
+        (
+            {"type": "sft", "skip_first": 0},
+            "method.skip_first is not a setting with type: sft; only sdft and off_policy and recall have it",
+        ),
+        (
+            {"divergence": {"type": "sampled", "top_k": 8}},
+            "method.divergence.top_k is not a setting with type: sampled; only forward and reverse and jsd have it",
+        ),
+        (3, "method must be text or a mapping of settings, not 3"),
+    ],
+)
+def test_a_method_that_means_nothing_is_refused(tmp_path: Path, method: Any, reason: str) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text(json.dumps(LEAST | {"method": method}))
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    assert reason in str(error.value)
+
+
+def test_the_section_that_the_losses_had_is_refused_with_the_new_keys(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    stage = {"name": "a", "data": {"train": "t"}, "steps": 1, "loss": {"top_k": 8}}
+    for settings in (LEAST | {"loss": {"top_k": 8}}, {"model": "m", "training": {}, "stages": [stage]}):
+        path.write_text(json.dumps(settings))
+        with pytest.raises(UserError, match="loss is not a setting any more; it is part of method"):
+            load_config(path)
+
+
+def test_an_override_completes_the_short_form_of_a_method(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text(json.dumps(LEAST | {"method": "off_policy"}))
+    loaded = load_config(path, ["method.skip_first=1", "method.divergence.top_k=8"])
+    assert (loaded.method.type, loaded.method.skipped, loaded.method.losses[0].top_k) == ("off_policy", 1, 8)
+
+
+class Texts:
+    """Contexts of a record: the teacher's prompt is the text that it shows."""
+
+    def teacher(self, **columns: str) -> IntArray:
+        return np.frombuffer(columns["demonstration"].encode(), np.uint8).astype(np.int32)
+
+    def text(self, ids: IntArray) -> str:
+        return f"{len(ids)} tokens"
+
+
+@pytest.mark.usefixtures("own_folder")
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_samples_without_a_sequence_are_dropped_and_siblings_see_each_other(tmp_path: Path, staleness: int) -> None:
+    case = Case("siblings", engines=2, staleness=staleness, steps=1)
+    shown: list[str] = []
+
+    class Watched(Teacher):
+        def score(self, pairs: list[Any], k: int) -> Any:
+            shown.extend(bytes(prompt.astype(np.uint8)).decode() for prompt, _ in pairs)
+            return super().score(pairs, k)
+
+    class Half(Student):
+        """Ends every other completion by itself."""
+
+        def generate(self, items: Any, argument: Any) -> Any:
+            took, rollouts = super().generate(items, argument)
+            ends = ("stop" if item.seed % 2 else "length" for item in items)
+            return took, [replace(rollout, finish_reason=end) for rollout, end in zip(rollouts, ends, strict=True)]
+
+    async def run() -> tuple[Batch, dict[str, int]]:
+        students = pool(case, "student", 2, lambda number: Half(number, case))
+        teachers = pool(case, "teacher", 1, Watched)
+        await asyncio.gather(students.start(), teachers.start())
+        one = prepared(case, 8)
+        (stage,) = one.stages
+        settings = one.config.model_dump() | {"method": {"type": "siblings:Siblings", "sure": True}}
+        (task,) = RunConfig.model_validate(settings | {"sampling": {"generations": 2}}).tasks
+        stage = replace(stage, config=task, contexts=[Texts()] * 1000, schedule=replace(stage.schedule, generations=2))
+        ledger = Ledger(tmp_path / "ledger.sqlite")
+
+        async def ready() -> None: ...
+
+        rollouts = Rollouts(replace(one, stages=(stage,)), students, teachers, ledger, ready, 0)
+        rollouts.open(stage.schedule)
+        rollouts.begin(0)
+        batch = await rollouts.take(1)
+        await asyncio.gather(students.stop(), teachers.stop())
+        return batch, ledger.counts()
+
+    batch, counts = virtual_time.run(run())
+    by_sample = {sequence.sample: sequence for sequence in batch.sequences}
+    siblings = {s: replace(s, generation=1 - s.generation) for s in by_sample}
+    assert 0 < len(batch.sequences) < 16
+    assert all(by_sample[other].finish_reason == "stop" for other in siblings.values() if other in by_sample)
+    assert counts == {"scored": len(batch.sequences), "dropped": 16 - len(batch.sequences)}
+    assert len(shown) == len(batch.sequences)
+    assert all(text.endswith(" tokens") for text in shown)
