@@ -130,8 +130,8 @@ class ActorsConfig(BaseModel):
             of_role[role] = name
             if not ROLES[role].trains and self.pools[name].max_replicas is not None:
                 raise ValueError(
-                    f"{name}.max_replicas lets a pool grow while the learner waits for it, and the learner does not "
-                    f"wait for {role} engines; set {name}.replicas alone"
+                    f"{name}.max_replicas lets a pool grow while the learner waits for its samples, and {role} engines "
+                    f"make none; set {name}.replicas alone"
                 )
         return self
 

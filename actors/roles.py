@@ -19,7 +19,7 @@ class Role:
     """One role."""
 
     weights: Literal["student", "teacher"]  # the learner's weights that the engines load
-    trains: bool  # the engines sample or score what is trained on, and the learner waits for them
+    trains: bool  # the engines sample or score what is trained on
 
 
 ROLES: dict[str, Role] = {

@@ -100,9 +100,7 @@ def test_the_export_of_a_run_with_lora_has_the_log_probs_that_its_engine_had(
     assert min(gaps[tiny_model]) > 1e-2, "adapters that change nothing would show nothing"
 
 
-def test_a_pool_that_no_step_waits_for_evaluates_to_the_same_bits(
-    alone: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_pool_that_trains_nothing_evaluates_to_the_same_bits(alone: Path, tiny_model: Path, tmp_path: Path) -> None:
     """The evaluations and the steps equal those of the run whose student engines evaluate."""
     folder, held_out = tmp_path / "run", "actors.held_out={role: evaluation, kv_cache_gib: 0.05}"
     finish(write_run(tmp_path, tiny_model, "float32", **LORA), folder, held_out)

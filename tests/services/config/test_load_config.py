@@ -210,8 +210,8 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
         ),
         (
             "actors: {evaluation: {max_replicas: 3}}",
-            "my.yaml: actors: evaluation.max_replicas lets a pool grow while the learner waits for it, and the learner "
-            "does not wait for evaluation engines; set evaluation.replicas alone",
+            "my.yaml: actors: evaluation.max_replicas lets a pool grow while the learner waits for its samples, and "
+            "evaluation engines make none; set evaluation.replicas alone",
         ),
         (
             "actors: {student: {engine: vlm}}",
