@@ -1,4 +1,4 @@
-"""Ray actor around an Engine. Sets up the process before vLLM is imported, then forwards calls."""
+"""Ray actor around an Engine. Sets up the process before the implementation is imported, then forwards calls."""
 
 import asyncio
 import os
@@ -10,7 +10,9 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from sdft.actors.config import EngineSettings
+from sdft.actors.engine import Engine, own_engine
 from sdft.actors.shared.drafts import Completion, CompletionLost, Scores
+from sdft.actors.shared.own_code import is_own
 from sdft.actors.shared.process import large_imports, openmp_wait_policy, scratch_folder
 from sdft.actors.shared.types import (
     GenerateRequest,
@@ -48,6 +50,15 @@ def engine_environment(settings: EngineSettings) -> dict[str, str]:
     return environment
 
 
+def engine_class(name: str) -> type[Engine]:
+    """Return the implementation of the engine interface with this name: "vllm", or a user's own. NotImportable."""
+    if is_own(name):
+        return own_engine(name)
+    from sdft.actors.vllm.engine import VllmEngine  # imports vLLM, which reads the environment
+
+    return VllmEngine
+
+
 class EngineWorker:
     """One engine in its own process."""
 
@@ -57,9 +68,7 @@ class EngineWorker:
         folder = self._scratch.enter_context(scratch_folder("sdft-engine-", os.environ.get("SDFT_SCRATCH")))
         os.environ.update(engine_environment(settings) | {"VLLM_RPC_BASE_PATH": str(folder)})
         with large_imports():
-            from sdft.actors.vllm.engine import Engine  # imports vLLM, which reads the environment
-
-        self._engine = Engine(settings)
+            self._engine = engine_class(settings.engine)(settings)
 
     async def where(self) -> Process:
         return Process(os.getpid(), ray.get_runtime_context().get_node_id())
@@ -98,7 +107,7 @@ class EngineWorker:
         return await self._alive(self._engine.probe(ids))
 
     async def ping(self) -> None:
-        """Return when this process and the engine's own process have answered (see Engine.ping)."""
+        """Return when this process and the engine's own process have answered (see VllmEngine.ping)."""
         await self._alive(self._engine.ping())
 
     async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
@@ -130,4 +139,4 @@ class EngineWorker:
         return task.result()
 
     async def stop(self) -> None:
-        await asyncio.to_thread(self._engine.shutdown)
+        await asyncio.to_thread(self._engine.stop)

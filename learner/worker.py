@@ -10,6 +10,7 @@ import ray
 from ray import ObjectRef
 from ray.exceptions import ObjectLostError
 
+from sdft.actors.roles import ROLES
 from sdft.actors.shared.drafts import Draft, joined
 from sdft.actors.shared.process import kept_heap, large_imports, openmp_wait_policy
 from sdft.actors.shared.sequences import TrainingSequence
@@ -93,7 +94,7 @@ class LearnerWorker:
 
     def publish(self, role: str, version: int) -> Snapshot | None:
         """Return the snapshot, offered, on rank 0. The others contribute their parts of the weights and return None."""
-        content = self._engine.snapshot(role)
+        content = self._engine.snapshot(ROLES[role].weights)
         if self._publisher is not None:
             snapshot = self._publisher.publish(role, version, content)
             return self._sender.offer(snapshot, self._publisher.payload(role))

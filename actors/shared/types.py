@@ -102,7 +102,7 @@ class Snapshot:
     and is valid on `node` until the role's next snapshot is packed. A transport may replace it (transport/protocol.py).
     """
 
-    role: str  # "student" or "teacher"
+    role: str  # of the pool that loads it (roles.py)
     version: int  # 0: the weights in the model folder
     path: str  # of a file with the payload; "": the transport streams the payload
     node: str  # Ray's id of the machine where the snapshot was packed

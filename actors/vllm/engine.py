@@ -1,6 +1,6 @@
-"""One vLLM engine: rollouts, teacher scores, verified weight updates. Drives vLLM's AsyncLLM.
+"""The engine interface on vLLM: rollouts, teacher scores, verified weight updates. Drives vLLM's AsyncLLM.
 
-    engine = Engine(settings); await engine.start()
+    engine = VllmEngine(settings); await engine.start()
     rollouts = await engine.generate(requests, sampling)       # token ids in, token ids and log-probs out
     scores = await engine.score([(teacher_ids, completion_ids)], k)
     report = await engine.update_weights(snapshot)              # raises WeightMismatch if the engine disagrees
@@ -38,6 +38,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from sdft.actors.config import EngineSettings
+from sdft.actors.engine import Engine
 from sdft.actors.shared.agreement import Agreement
 from sdft.actors.shared.types import (
     FloatArray,
@@ -60,11 +61,11 @@ from sdft.actors.vllm.transfer import BACKEND, check_digests
 log = logging.getLogger(__name__)
 
 
-class Engine:
+class VllmEngine(Engine):
     """AsyncLLM behind an interface of wire types. All methods must run in the event loop that `start` ran in."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        self.settings = settings
+        super().__init__(settings)
         self._turn = asyncio.Lock()  # one batch at a time: the composition of a batch must not depend on timing
         self._pausing = asyncio.Lock()  # the task that pauses the engine also resumes it
         self._incomplete = False  # an update failed midway: nothing may be computed until complete weights are loaded
@@ -218,7 +219,7 @@ class Engine:
         """Whether the engine's own process has ended. It then answers no calls."""
         return self._llm.errored
 
-    def shutdown(self) -> None:
+    def stop(self) -> None:
         """Kill the engine's processes. A clean exit would spend seconds on garbage collection to no benefit."""
         self._llm.shutdown(timeout=0)
 

@@ -176,7 +176,7 @@ class EvaluationSet(Section):
 
 
 class EvaluationConfig(Section):
-    """Greedy evaluation before, during and after the run, on the student engines."""
+    """Greedy evaluation before, during and after the run, on the student engines or on a pool of role evaluation."""
 
     every: int | None = Field(None, ge=1, description="Steps between evaluations; null: only before and after training")
     sets: tuple[EvaluationSet, ...] = ()

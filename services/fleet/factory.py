@@ -1,4 +1,4 @@
-"""Builds a pool of vLLM engines in Ray actors from the configuration."""
+"""Builds a pool of engines in Ray actors from the configuration."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,21 +22,21 @@ def engine_pool(
     config: RunConfig,
     model: Path,
     reply_end: int,
-    role: str,
+    name: str,
     options: Sequence[dict[str, Any]],
     notice: Callable[[str], None],
     learner: Callable[[], Learner],
 ) -> EnginePool:
-    """Return a pool that is not started.
+    """Return the pool with this name in the configuration. It is not started.
 
     reply_end: id of the token at which the engines stop.
     options: Ray actor options of the first engines, whose places are reserved. Later engines request the same
     resources on any node with the labels.
     learner(): returns the current learner, which publishes the weights.
     """
-    e = config.actors.of(role)
+    e, role = config.actors.pools[name], config.actors.role_name(name)
     transport = config.weights.transport
-    settings = replace(engine_settings(config, model, role), stop_ids=(reply_end,), transport=transport)
+    settings = replace(engine_settings(config, model, name), stop_ids=(reply_end,), transport=transport)
     actor = ray.remote(EngineWorker)
     gpus = e.gpus if config.device == "cuda" else 0
     where = labelled(e.labels)
@@ -53,7 +53,7 @@ def engine_pool(
 
     return EnginePool(
         PoolSettings(
-            role=role,
+            name=name,
             least=e.replicas,
             most=e.most,
             strict=config.strict,

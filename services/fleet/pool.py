@@ -32,7 +32,7 @@ PLACED_S = 60.0  # a notice follows if Ray has not placed an engine by then; a n
 class PoolSettings:
     """Settings of one pool."""
 
-    role: str  # "student" or "teacher"
+    name: str  # in the configuration
     least: int  # engines at the start, and the lower bound
     most: int
     strict: bool
@@ -99,7 +99,7 @@ class EnginePool:
     def at_work(self) -> str:
         """Sequences in flight by engine, as text for people; only a streamed pool counts them."""
         loads = [f"{engine.name} has {load} in flight" for engine, load in self._slots.loads.items()]
-        return ", ".join([*loads, f"{self._slots.queued} wait for a {self.settings.role} engine"])
+        return ", ".join([*loads, f"{self._slots.queued} wait for a {self.settings.name} engine"])
 
     def busy(self) -> float:
         """Return the share of the engines' room in use since the last call, 0 to 1."""
@@ -185,7 +185,7 @@ class EnginePool:
     def _new(self) -> SupervisedEngine:
         number, self._number = self._number, self._number + 1
         return SupervisedEngine(
-            f"{self.settings.role} engine {number}",
+            f"{self.settings.name} engine {number}",
             lambda: self._create(number),
             self.settings.patience,
             self.versions,
@@ -273,7 +273,7 @@ class EnginePool:
 
     @property
     def _engines_now(self) -> str:
-        return f"{len(self._engines)} {self.settings.role} engine{'' if len(self._engines) == 1 else 's'}"
+        return f"{len(self._engines)} {self.settings.name} engine{'' if len(self._engines) == 1 else 's'}"
 
     async def _spread(self, method: str, items: Sequence[Any], argument: Any, limited: bool) -> list[Any]:
         if self.settings.strict:
@@ -283,7 +283,7 @@ class EnginePool:
         work = all_of([self._one(method, item, argument) for item in items])
         if not limited:
             return await work
-        what = f"the {self.settings.role} engines to {method} {len(items)} sequences"
+        what = f"the {self.settings.name} engines to {method} {len(items)} sequences"
         return await within(work, self.settings.batch_s, what)
 
     async def _shares(self, method: str, items: Sequence[Any], argument: Any) -> list[Any]:

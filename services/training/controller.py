@@ -15,13 +15,16 @@ What waits for what:
     a batch is scored         when the teacher engines hold the weights that were sent last (weight_sync.py)
     the learner steps         when the batch is scored
     the metrics of a step     follow the checkpoint of the step before onto the disk (checkpointer.py)
-    evaluation, save          between two steps (evaluations.py, checkpointer.py)
+    evaluation, save          between two steps, on engines that hold the weights of the step (evaluations.py,
+                              checkpointer.py)
 
 The controller holds drafts: lengths and references, but no tokens (actors/shared/drafts.py). It owns no model.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from sdft.actors.roles import STUDENT, TEACHER, evaluating, scoring
 from sdft.learner.group import LearnerGroup, SequencesLost
 from sdft.learner.types import StepResult
 from sdft.services.config.run import TaskConfig
@@ -49,40 +52,40 @@ class Controller:
         self,
         prepared: Prepared,
         run_dir: Path,
-        students: EnginePool,
-        teachers: EnginePool | None,
+        pools: Mapping[str, EnginePool],
         learner: LearnerGroup,
         ledger: Ledger,
         log: RunLog,
         progress: Progress,
     ) -> None:
+        """pools: the started pools by role."""
         self._prepared = prepared
         self._config = prepared.config
         self._run_dir = run_dir
-        self._students = students
-        self._teachers = teachers  # None: the teacher's weights are live, and the student engines score
+        self._students, self._scoring = pools[STUDENT], pools[scoring(pools)]
         self._learner = learner
         self._ledger = ledger
         self._log = log
         self._progress = progress
-        self._student_weights = self._weights("student", students)
-        self._teacher_weights = None if teachers is None else self._weights("teacher", teachers)
-        self._autoscaler = Autoscaler(pool for pool in (students, teachers) if pool is not None)
+        limit = self._config.weights.timeout_s
+        self._weights = {role: WeightSync(role, pool, learner, limit, progress.note) for role, pool in pools.items()}
+        self._student_weights = self._weights[STUDENT]
+        self._teacher_weights = self._weights.get(TEACHER)  # None: its weights are live, and the student engines score
+        self._evaluated_weights = self._weights[evaluating(pools)]
+        self._autoscaler = Autoscaler(pools.values())
         self._checkpoints = Checkpointer(prepared, run_dir, learner, ledger, progress)
-        self._evaluations = Evaluations(prepared, run_dir, students, self._checkpoints, log, progress)
+        self._evaluations = Evaluations(prepared, run_dir, pools[evaluating(pools)], self._checkpoints, log, progress)
         self._accounting = Accounting(ledger, progress.note)
         self._teacher_moves = self._config.teacher.weights == "ema"
         self.steps_done = 0
 
-    def _weights(self, role: str, pool: EnginePool) -> WeightSync:
-        return WeightSync(role, pool, self._learner, self._config.weights.timeout_s, self._progress.note)
-
     async def run(self, first_step: int) -> None:
         """Train to the end, from the state after optimizer step `first_step` (0: from the base model)."""
         schedule, every = self._prepared.schedule, self._config.evaluation.every
-        scoring = self._teachers or self._students
-        student, teacher = self._student_weights, self._teacher_weights
-        rollouts = Rollouts(self._prepared, self._students, scoring, self._ledger, self._teachers_ready, first_step)
+        student = self._student_weights
+        rollouts = Rollouts(
+            self._prepared, self._students, self._scoring, self._ledger, self._teachers_ready, first_step
+        )
         try:
             # Unconditional: after a resume the engines hold the base model, and learner and engines would wait for each
             # other.
@@ -92,8 +95,9 @@ class Controller:
                     f"student weights v{first_step} verified: the probe's log-probs of engine and learner differ by "
                     f"{gap:.4f} (mean relative difference)"
                 )
-            if teacher is not None:
-                await teacher.deliver(first_step)
+            for weights in self._weights.values():
+                if weights is not student:
+                    await weights.deliver(first_step)
             await self._evaluations.first(first_step)
             if not self._config.strict:
                 student.on_delivered = rollouts.begin
@@ -104,7 +108,7 @@ class Controller:
                 rollouts.open(stage)
                 await self._step(step, rollouts)
                 if step == stage.last or (every and step % every == 0):
-                    await student.wait_for_version(step, step)
+                    await self._evaluated_weights.wait_for_version(step, step)
                     await self._evaluations.after(step)
                 if step == stage.last or step % self._config.checkpoint.every == 0:
                     await self._checkpoints.save(step, self._evaluations.held)
@@ -113,9 +117,8 @@ class Controller:
         finally:
             await rollouts.stop()
             await self._checkpoints.stop()
-            for weights in (student, teacher):
-                if weights is not None:
-                    await weights.stop()
+            for weights in self._weights.values():
+                await weights.stop()
 
     async def _begin_stage(self, stage: StageSchedule) -> None:
         """Prepare learner and engines for the first batch of a stage."""
@@ -129,7 +132,7 @@ class Controller:
 
     def _follows(self, config: TaskConfig) -> bool:
         """Return whether the student engines need new weights: they sample, or score as the live teacher."""
-        return config.method.student_samples or (self._teachers is None and config.method.teacher_scores)
+        return config.method.student_samples or (self._teacher_weights is None and config.method.teacher_scores)
 
     async def _step(self, step: int, rollouts: Rollouts) -> None:
         times = Times()

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -32,6 +32,9 @@ from sdft.actors.worker import EngineWorker
 from sdft.learner.weights.content import Content
 from sdft.learner.weights.publisher import Publisher
 from tests.fakes.rollouts import logprobs
+
+if TYPE_CHECKING:
+    from sdft.actors.vllm.engine import VllmEngine
 
 PROMPT = np.arange(20, 45, dtype=np.int32)
 TEACHER_PROMPT = np.arange(60, 110, dtype=np.int32)
@@ -66,6 +69,8 @@ def watched() -> type:
     """
 
     class Watched(EngineWorker):
+        _engine: "VllmEngine"
+
         async def cached(self, pairs: list, k: int) -> list[int]:
             """Score the pairs. Returns the number of cached tokens of each pair."""
             from sdft.actors.vllm.scoring import scoring_request

@@ -318,6 +318,20 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         2,
         ["actors.teacher.kv_cache_gib is 1e-05"],
     ),
+    "an unknown engine": (setting("actors.student.engine", "vlm"), TRAIN, 2, ["engine vlm is not known", "vllm"]),
+    "an engine that is not there": (
+        setting("actors.teacher.engine", "my_engines:Mine"),
+        TRAIN,
+        2,
+        ["actors.teacher.engine: my_engines:Mine cannot be imported", "PYTHONPATH"],
+    ),
+    "a mistyped pool": (setting("actors.studnet", {"replicas": 2}), TRAIN, 2, ["studnet has no role", "mean student?"]),
+    "a second pool of students": (
+        setting("actors.more", {"role": "student"}),
+        TRAIN,
+        2,
+        ["student and more have the same role", "student.replicas"],
+    ),
     "a shared GPU without a size": (
         two(setting("device", "cuda"), setting("actors.student.gpus", 0.5)),
         TRAIN,
