@@ -1,17 +1,27 @@
-"""Settings of the vLLM engines. Imports neither torch, ray nor vllm, so a config can be checked in milliseconds."""
+"""Settings of pools and engines. Imports neither torch, ray nor vllm, so a config can be checked in milliseconds."""
 
+import difflib
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sdft.actors.roles import ROLES, STUDENT, TEACHER, Role, RoleName
 
-class EngineConfig(BaseModel):
-    """Number and resources of the engines of one role."""
+VLLM = "vllm"  # the built-in engine
+NAME = r"[a-z0-9_-]+"  # of a pool
+LEARNER = "learner"  # names the learner beside the pools, as in pids.json
+
+
+class PoolConfig(BaseModel):
+    """A pool: what its engines do, their number and their resources."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    replicas: int = Field(1, ge=1, description="Number of engines of this role; with max_replicas the least")
+    role: RoleName | None = Field(None, description="What the engines do; null: what the name of the pool says")
+    engine: str = Field(VLLM, description="vllm, or a class of your own as package.module:Name")
+    replicas: int = Field(1, ge=1, description="Number of engines of the pool; with max_replicas the least")
     max_replicas: int | None = Field(
         None, ge=1, description="The pool grows to as many while the learner waits for it; null: it does not grow"
     )
@@ -38,7 +48,15 @@ class EngineConfig(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _sizes(self) -> "EngineConfig":
+    def _engine(self) -> "PoolConfig":
+        if self.engine != VLLM and ":" not in self.engine:
+            raise ValueError(
+                f"engine {self.engine} is not known; set it to {VLLM}, or to a class of your own as package.module:Name"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "PoolConfig":
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(
                 f"max_replicas {self.max_replicas} is less than replicas {self.replicas}, which is the pool's least; "
@@ -58,21 +76,64 @@ class EngineConfig(BaseModel):
 
 
 class ActorsConfig(BaseModel):
-    """The two pools. With live teacher weights the student engines score too and `teacher` is not started."""
+    """The pools by name. With live teacher weights the student engines score too and `teacher` is not started.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    A further pool has a name of your own and `role: evaluation`: its engines get the student's weights before each
+    evaluation, and the evaluation sets run on them instead of on the student engines.
+    """
 
-    student: EngineConfig = EngineConfig()
-    teacher: EngineConfig = EngineConfig()
+    model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, PoolConfig]
+
+    student: PoolConfig = PoolConfig()
+    teacher: PoolConfig = PoolConfig()
     batch_timeout_s: float = Field(
         1800,
         gt=0,
         description="How long the engines may take for a batch: a step's rollouts, its scores, or an evaluation set",
     )
 
-    def of(self, role: str) -> EngineConfig:
-        """The pool of a role, "student" or "teacher"; KeyError for any other."""
-        return {"student": self.student, "teacher": self.teacher}[role]
+    @property
+    def pools(self) -> dict[str, PoolConfig]:
+        """Every pool by its name: student, teacher, then the further ones."""
+        return {STUDENT: self.student, TEACHER: self.teacher, **self.__pydantic_extra__}
+
+    def role_name(self, pool: str) -> str:
+        """The name of the role of the pool with this name; KeyError for a name that is no pool."""
+        return self.pools[pool].role or pool
+
+    def role(self, pool: str) -> Role:
+        """The role of the pool with this name; KeyError for a name that is no pool."""
+        return ROLES[self.role_name(pool)]
+
+    @model_validator(mode="after")
+    def _names_and_roles(self) -> "ActorsConfig":
+        for name, pool in self.__pydantic_extra__.items():
+            if pool.role is None and name not in ROLES:
+                near = difflib.get_close_matches(name, type(self).model_fields, n=1)
+                meant = f"did you mean {near[0]}? A" if near else "a"
+                raise ValueError(f"{name} has no role; {meant} further pool needs role: evaluation")
+            if name == LEARNER:
+                raise ValueError(f"{name} is not a name for a pool, because it names the learner; choose another")
+            if not re.fullmatch(NAME, name):
+                raise ValueError(f"{name} is not a name for a pool; use lower-case letters, digits, - and _")
+        of_role: dict[str, str] = {}
+        for name in self.pools:
+            role = self.role_name(name)
+            if name in ROLES and name != role:
+                raise ValueError(f"{name}.role must be {name}, not {role}; remove it, or use another name for the pool")
+            if role in of_role:
+                raise ValueError(
+                    f"{of_role[role]} and {name} have the same role, {role}, and a run has one pool of each; remove "
+                    f"{name}, or raise {of_role[role]}.replicas"
+                )
+            of_role[role] = name
+            if not ROLES[role].trains and self.pools[name].max_replicas is not None:
+                raise ValueError(
+                    f"{name}.max_replicas lets a pool grow while the learner waits for its samples, and {role} engines "
+                    f"make none; set {name}.replicas alone"
+                )
+        return self
 
 
 class SamplingConfig(BaseModel):
@@ -110,6 +171,8 @@ class EngineSettings:
     max_probe_gap: float
     threads: int | None  # OpenMP threads on the CPU; None: every core
     kv_cache_gib: float | None  # None, on GPUs: what gpu_memory_utilization leaves for it
+    engine: str = VLLM  # or a user's own class, package.module:Name
     exclusive: bool = False  # no other process of the run computes while this engine does
     stop_ids: tuple[int, ...] = ()  # tokens that end a reply, besides those in the model folder
+    transport: str = "memory"  # weights.transport
     extension: str = "sdft.actors.vllm.extension.WorkerExtension"  # loaded in the engine's worker processes

@@ -1,20 +1,23 @@
-"""Ray actor around an Engine. Sets up the process before vLLM is imported, then forwards calls."""
+"""Ray actor around an Engine. Sets up the process before the implementation is imported, then forwards calls."""
 
 import asyncio
 import os
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import ObjectLostError
 
 from sdft.actors.config import EngineSettings
+from sdft.actors.engine import Engine, own_engine
+from sdft.actors.shared.drafts import Completion, CompletionLost, Scores
+from sdft.actors.shared.own_code import is_own
 from sdft.actors.shared.process import large_imports, openmp_wait_policy, scratch_folder
 from sdft.actors.shared.types import (
     GenerateRequest,
     IntArray,
     Process,
-    Rendezvous,
     Rollout,
     Sampling,
     Snapshot,
@@ -47,6 +50,15 @@ def engine_environment(settings: EngineSettings) -> dict[str, str]:
     return environment
 
 
+def engine_class(name: str) -> type[Engine]:
+    """Return the implementation of the engine interface with this name: "vllm", or a user's own. NotImportable."""
+    if is_own(name):
+        return own_engine(name)
+    from sdft.actors.vllm.engine import VllmEngine  # imports vLLM, which reads the environment
+
+    return VllmEngine
+
+
 class EngineWorker:
     """One engine in its own process."""
 
@@ -56,9 +68,7 @@ class EngineWorker:
         folder = self._scratch.enter_context(scratch_folder("sdft-engine-", os.environ.get("SDFT_SCRATCH")))
         os.environ.update(engine_environment(settings) | {"VLLM_RPC_BASE_PATH": str(folder)})
         with large_imports():
-            from sdft.actors.vllm.engine import Engine  # imports vLLM, which reads the environment
-
-        self._engine = Engine(settings)
+            self._engine = engine_class(settings.engine)(settings)
 
     async def where(self) -> Process:
         return Process(os.getpid(), ray.get_runtime_context().get_node_id())
@@ -74,23 +84,38 @@ class EngineWorker:
     async def score(self, rollouts: Sequence[tuple[IntArray, IntArray]], k: int) -> list[TeacherScores]:
         return await self._alive(self._engine.score(rollouts, k))
 
+    async def complete(self, requests: Sequence[GenerateRequest], sampling: Sampling) -> list[Completion]:
+        """Generate, and keep the rollouts in this node's object store."""
+        return [Completion.of(rollout, ray.put(rollout)) for rollout in await self.generate(requests, sampling)]
+
+    async def score_completions(self, items: Sequence[tuple[IntArray, Completion]], k: int) -> list[Scores]:
+        """Score completions behind the teacher's prompts, and keep the scores in this node's object store.
+
+        Raises CompletionLost if one cannot be fetched.
+        """
+        held = [completion.rollout for _, completion in items]
+        try:
+            values = await asyncio.gather(*(value for value in held if isinstance(value, ray.ObjectRef)))
+        except ObjectLostError as error:
+            raise CompletionLost(str(error)) from error
+        remaining = iter(values)
+        rollouts = [next(remaining) if isinstance(value, ray.ObjectRef) else value for value in held]
+        pairs = [(prompt, rollout.completion_ids) for (prompt, _), rollout in zip(items, rollouts, strict=True)]
+        return [Scores(ray.put(scores), scores.version) for scores in await self.score(pairs, k)]
+
     async def probe(self, ids: IntArray) -> object:
         return await self._alive(self._engine.probe(ids))
 
     async def ping(self) -> None:
-        """Return when this process and the engine's own process have answered (see Engine.ping)."""
+        """Return when this process and the engine's own process have answered (see VllmEngine.ping)."""
         await self._alive(self._engine.ping())
 
     async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
         return await self._alive(self._engine.update_weights(snapshot), to_its_end=True)
 
-    async def join(self, where: Rendezvous) -> None:
-        """Join a broadcast group."""
-        await self._alive(self._engine.join(where, ray.util.get_node_ip_address()))
-
-    async def receive_weights(self, snapshot: Snapshot, timeout_s: float) -> UpdateReport:
-        """Receive a snapshot that is broadcast to the joined group."""
-        return await self._alive(self._engine.receive_weights(snapshot, timeout_s), to_its_end=True)
+    async def connect(self, place: Mapping[str, Any]) -> None:
+        """Prepare for streams of weights. place: the transport's own."""
+        await self._alive(self._engine.connect(place, ray.util.get_node_ip_address()))
 
     async def _alive(self, work: Awaitable[T], to_its_end: bool = False) -> T:
         """The result of `work`. Exits this process if the engine's own process has died.
@@ -114,4 +139,4 @@ class EngineWorker:
         return task.result()
 
     async def stop(self) -> None:
-        await asyncio.to_thread(self._engine.shutdown)
+        await asyncio.to_thread(self._engine.stop)

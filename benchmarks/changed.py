@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.learner_step import take_step
 from benchmarks.measure import report
 from sdft.learner.config import OptimizerConfig
 from sdft.learner.types import LearnerSettings
@@ -45,7 +46,7 @@ def shares(settings: LearnerSettings, run_dir: Path) -> list[float]:
     before = {name: tensor.to(torch.bfloat16, copy=True) for name, tensor in engine.weights("student")}
     found = []
     for step in range(1, STEPS + 1):
-        learner.train_step(read_batch(run_dir, step))
+        take_step(learner, read_batch(run_dir, step))
         changed = total = 0
         for name, tensor in engine.weights("student"):
             now = tensor.to(torch.bfloat16, copy=True)

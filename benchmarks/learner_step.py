@@ -10,7 +10,7 @@ other processes.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,14 +20,16 @@ from torch import Tensor
 
 from benchmarks.measure import device_parser, in_a_process, large_product, matrix_rate, report, seconds_in_turn
 from benchmarks.operations import Operations
+from sdft.actors.shared.drafts import sequence_of
 from sdft.actors.shared.process import kept_heap, openmp_wait_policy
-from sdft.actors.shared.sequences import TrainingSequence, Turn, sequence_of
+from sdft.actors.shared.sequences import TrainingSequence
 from sdft.actors.shared.types import Rollout, SampleId, TeacherScores
 from sdft.learner.config import Forward, LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
 from sdft.learner.loss.chunked import divergence_loss
 from sdft.learner.model.student import SelfDistillation, hidden_states, load_student
 from sdft.learner.optimizer import AdamWWithTeacher
 from sdft.learner.packing import pack
+from sdft.learner.shares import shares
 from sdft.learner.types import LearnerSettings, StageSettings
 from sdft.learner.worker import LearnerWorker
 from sdft.services.config.dtype import native_dtype
@@ -49,7 +51,7 @@ def samples(sequences: int) -> list[TrainingSequence]:
         logprobs = np.full((COMPLETION, K), np.log(0.9 / K), dtype=np.float32)
         rollout = Rollout(prompt, completion, np.full(COMPLETION, -10, np.float32), ((0, 0, COMPLETION),), "length")
         scores = TeacherScores(ids, logprobs, logprobs[:, 0], 0)
-        made.append(sequence_of(SampleId(0, 0, i, 0), 0, [Turn(prompt, rollout, scores)]))
+        made.append(sequence_of(SampleId(0, 0, i, 0), rollout, scores))
     return made
 
 
@@ -64,6 +66,12 @@ def settings(device: str = "cpu", tokens: int = 4096) -> LearnerSettings:
         teacher=TeacherConfig(alpha=0.01),
         exclusive=True,
     )
+
+
+def take_step(learner: LearnerWorker, batch: Sequence[TrainingSequence]) -> None:
+    """Let a learner of one rank take a step."""
+    learner.fetch(shares(batch, 1, learner._engine.settings.config.micro_batch_tokens)[0])
+    learner.train_step()
 
 
 def launched(run: Callable[[], object]) -> tuple[int, float]:
@@ -106,7 +114,7 @@ def measure(device: str, tokens: int) -> None:
     product, operations = large_product(dtype, device)
     seconds = seconds_in_turn(
         {
-            "step": lambda: learner.train_step(rollouts),
+            "step": lambda: take_step(learner, rollouts),
             "body": body,
             "loss": loss,
             "adamw": adam.step,
@@ -129,7 +137,7 @@ def measure(device: str, tokens: int) -> None:
     setting = f"{tokens} packed tokens, {given.dtype} on {device}, {rates}, {tokens / step:.0f} tokens/s"
     report("learner_step", f"Learner step, {setting}", rows)
     if device == "cuda":
-        kernels, busy = launched(lambda: learner.train_step(rollouts))
+        kernels, busy = launched(lambda: take_step(learner, rollouts))
         print(f"  a step launches {kernels} kernels, which keep the GPU busy for {busy:.3f} s")
     torch.distributed.destroy_process_group()
 

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 
 from benchmarks.measure import report
-from sdft.actors.shared.sequences import TrainingSequence, Turn, sequence_of
+from sdft.actors.shared.drafts import sequence_of
+from sdft.actors.shared.sequences import TrainingSequence
 from sdft.actors.shared.types import Rollout, SampleId, TeacherScores
 from sdft.learner.model.attention import short
 from sdft.learner.model.cpu.short_attention import length_groups
-from sdft.learner.packing import micro_batches, pack
+from sdft.learner.packing import pack
+from sdft.learner.shares import micro_batches
 from sdft.services.data.tokenizer import load_tokenizer
 from sdft.services.planning.models import resolve_model
 
@@ -69,9 +71,7 @@ def _sample(prompt: int, completion: int) -> TrainingSequence:
     ids = np.zeros((completion, 1), dtype=np.int32)
     logprobs = np.zeros((completion, 1), dtype=np.float32)
     rollout = Rollout(np.zeros(prompt, np.int32), ids[:, 0], logprobs[:, 0], ((0, 0, completion),), "stop")
-    return sequence_of(
-        SampleId(0, 0, 0, 0), 0, [Turn(rollout.prompt_ids, rollout, TeacherScores(ids, logprobs, logprobs[:, 0], 0))]
-    )
+    return sequence_of(SampleId(0, 0, 0, 0), rollout, TeacherScores(ids, logprobs, logprobs[:, 0], 0))
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.compat import onednn_layout
-from benchmarks.learner_step import samples, settings
+from benchmarks.learner_step import samples, settings, take_step
 from benchmarks.measure import in_a_process, report
 from benchmarks.scoring import DTYPE
 from benchmarks.scoring import settings as engine_settings
@@ -57,7 +57,7 @@ def packing() -> dict[str, list[float]]:
 
     learner = LearnerWorker()
     learner.start(settings(), 1, *learner.rendezvous(), np.arange(100, 148, dtype=np.int32))
-    learner.train_step(samples(8))
+    take_step(learner, samples(8))
     seconds: dict[str, list[float]] = {}
     memories: dict[str, mmap.mmap] = {}
     for _ in range(ROUNDS + 1):
@@ -107,7 +107,6 @@ def measure(scratch: Path) -> tuple[dict[str, list[float]], dict[str, int]]:
             taken, update = timed(engine.update_weights.remote(snapshot))
             note(f"load {role}, verified", taken, snapshot.nbytes)
             note(f"load {role}, generation paused", update.pause_s, snapshot.nbytes)
-            ray.get(learner.release.remote(role), timeout=WAIT_S)
         folder = scratch / str(i)
         folder.mkdir()
         start = time.perf_counter()

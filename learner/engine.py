@@ -5,7 +5,7 @@ collectives.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import deepspeed
@@ -17,7 +17,6 @@ from deepspeed.utils import (
     safe_get_local_optimizer_state,
 )
 
-from sdft.actors.shared.sequences import TrainingSequence
 from sdft.learner.checkpoint.saving import TensorFile
 from sdft.learner.checkpoint.state import CHANGE, Piece, StateFiles, state_files
 from sdft.learner.compat import build_nothing, divided_masters, fragment, link_state, numel, reduce_nothing
@@ -25,7 +24,8 @@ from sdft.learner.model.architecture import Untrainable
 from sdft.learner.model.faithful import unfaithful
 from sdft.learner.model.student import SelfDistillation, load_student
 from sdft.learner.optimizer import MASTER, TEACHER, AdamWWithTeacher, learning_rate, teacher_alpha
-from sdft.learner.packing import assign, micro_batches, pack
+from sdft.learner.packing import pack
+from sdft.learner.shares import Share, fetched
 from sdft.learner.types import LearnerSettings, StepResult
 from sdft.learner.weights.content import Content
 
@@ -129,12 +129,11 @@ class LearnerEngine:
             return divided_masters(self._optimizer)
         return [p for param_group in self._adam.param_groups for p in param_group["params"]]
 
-    def train_step(self, sequences: Sequence[TrainingSequence]) -> StepResult:
-        """Take one optimizer step on a whole batch. This rank computes its share of it. Collective."""
+    def train_step(self, share: Share) -> StepResult:
+        """Take one optimizer step on a whole batch, of which this rank computes its share. Collective."""
         s = self.settings
         stage = s.stages[s.stage_of(self.step + 1)]
         optimizer = stage.optimizer
-        plans = self._micro_batches(sequences)
         lr = learning_rate(self.step + 1 - stage.before, stage.steps, optimizer)
         for param_group in self._optimizer.param_groups:
             param_group |= {
@@ -144,13 +143,11 @@ class LearnerEngine:
                 "weight_decay": optimizer.weight_decay,
             }
         sums = torch.zeros(4, dtype=torch.float64, device=self._engine.device)  # NCCL reduces tensors on GPUs only
-        count = max(len(plan) for plan in plans)  # the same on every rank: each micro-batch is a collective
-        mine = plans[s.rank]
-        for i in range(count):
-            members = [sequences[j] for j in mine[i]] if i < len(mine) else []
+        for i in range(share.count):
+            members = fetched(share, i) if i < len(share.micro_batches) else []
             self._engine.module.loss = loss = stage.losses[members[0].objective if members else 0]
-            batch = pack(members, len(sequences), loss.top_k).to(self._engine.device)
-            self._engine.set_gradient_accumulation_boundary(i == count - 1)
+            batch = pack(members, share.batch_size, loss.top_k).to(self._engine.device)
+            self._engine.set_gradient_accumulation_boundary(i == share.count - 1)
             value, *rest = self._engine(batch)
             # DeepSpeed averages gradients over ranks, but the shares of the batch must be summed.
             self._engine.backward(value * self.ranks, scale_wrt_gas=False)
@@ -162,22 +159,10 @@ class LearnerEngine:
         applied = math.isfinite(norm)  # if not, neither DeepSpeed's optimizers nor AdamWWithTeacher take a step
         if self._lora is not None and applied:
             self._lora.follow(self._forward)
-        tokens = sum(sequence.loss_tokens for sequence in sequences)
         total, divergence, mismatch, tail = sums.tolist()
-        means = mismatch / max(1, tokens), tail / max(1, tokens)
-        return StepResult(total, divergence, *means, norm, lr, tokens, applied)
-
-    def _micro_batches(self, sequences: Sequence[TrainingSequence]) -> list[list[list[int]]]:
-        """Return the sequences of every micro-batch of every rank, by index. Those of one have the same objective."""
-        lengths, budget = [len(sequence) for sequence in sequences], self.settings.config.micro_batch_tokens
-        plans = []
-        for share in assign(lengths, self.ranks):
-            plan: list[list[int]] = []
-            for objective in sorted({sequences[i].objective for i in share}):
-                of_it = [i for i in share if sequences[i].objective == objective]
-                plan += [[of_it[j] for j in members] for members in micro_batches([lengths[i] for i in of_it], budget)]
-            plans.append(plan)
-        return plans
+        tokens, sampled = share.loss_tokens, share.student_loss_tokens
+        mismatch = mismatch / max(1, sampled) if sampled or not tokens else math.nan
+        return StepResult(total, divergence, mismatch, tail / max(1, tokens), norm, lr, tokens, applied)
 
     def weights(self, role: str, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every parameter whole, with its Hugging Face name, one at a time. Collective.

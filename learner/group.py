@@ -14,18 +14,24 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from sdft.actors.reaper import end
+from sdft.actors.shared.drafts import Draft
 from sdft.actors.shared.sequences import TrainingSequence
-from sdft.actors.shared.types import IntArray, Process, Snapshot
+from sdft.actors.shared.types import IntArray, LearnerLost, Process, SampleId, Snapshot
 from sdft.actors.shared.waiting import all_within, silent_for, within
 from sdft.learner.model.architecture import Untrainable
+from sdft.learner.shares import shares
 from sdft.learner.types import LearnerSettings, StepResult
 from sdft.learner.worker import learner_actor
 
 HEALTH_EVERY_S = 10  # longest pause between two health checks
 
 
-class LearnerLost(Exception):
-    """A rank died or does not answer. The training since the last checkpoint is lost."""
+class SequencesLost(Exception):
+    """Completions or scores of these samples were lost with an engine or a node before the learner had fetched them."""
+
+    def __init__(self, samples: Sequence[SampleId]) -> None:
+        super().__init__(f"the completions or scores of {len(samples)} samples were lost with an engine or its node")
+        self.samples = samples
 
 
 class LearnerGroup:
@@ -127,9 +133,16 @@ class LearnerGroup:
         self._end(hangs=True)
         raise self._reason()
 
-    async def train_step(self, sequences: Sequence[TrainingSequence]) -> StepResult:
-        """Take one optimizer step on a batch."""
-        results = await self._all("train_step", "the learner's step", ray.put(sequences))
+    async def train_step(self, batch: Sequence[Draft | TrainingSequence]) -> StepResult:
+        """Take one optimizer step on a batch.
+
+        Raises SequencesLost, before the step, if a rank cannot fetch its share.
+        """
+        divided = shares(batch, len(self.workers), self._settings.config.micro_batch_tokens)
+        lost = await self._each("fetch", "the learner to fetch a batch", divided)
+        if any(lost):
+            raise SequencesLost([sample for of_rank in lost for sample in of_rank])
+        results = await self._all("train_step", "the learner's step")
         return results[0]
 
     async def begin_stage(self) -> None:
@@ -137,13 +150,9 @@ class LearnerGroup:
         await self._all("begin_stage", "the learner to begin a stage")
 
     async def publish(self, role: str, version: int) -> Snapshot:
-        """Make a snapshot of a role's weights. It stays until `release`."""
+        """Make a snapshot of a role's weights, and offer it. The role's next snapshot overwrites it."""
         results = await self._all("publish", f"the learner to publish {role} weights v{version}", role, version)
         return results[0]
-
-    async def release(self, role: str) -> None:
-        """Let the learner reuse the memory of the role's last snapshot, after its delivery."""
-        await self._first("release", 60, f"the learner to release {role} weights", role)
 
     async def payload(self, role: str) -> list[ray.ObjectRef]:
         """Put the bytes of the role's last snapshot into Ray's object store, for as long as the reference is held."""
@@ -152,18 +161,9 @@ class LearnerGroup:
         )
         return refs
 
-    async def meet(self, role: str) -> tuple[str, int]:
-        """Return address and port at which the next group for broadcasts to the role's engines meets."""
-        place: tuple[str, int] = await self._first("meet", 60, "the learner to find a port", role)
-        return place
-
-    async def join(self, role: str, size: int, timeout_s: float) -> None:
-        """Wait until all members of that group have joined, `size` including the learner."""
-        await self._first("join", 2 * timeout_s, f"{size - 1} {role} engines to meet", role, size, timeout_s)
-
-    async def send(self, role: str, timeout_s: float) -> None:
-        """Broadcast the role's last snapshot to that group."""
-        await self._first("send", 2 * timeout_s, f"the learner to broadcast {role} weights", role, timeout_s)
+    async def sender(self, method: str, seconds: float, what: str, *arguments: Any) -> Any:
+        """Call a method of the weight transport's sender, in rank 0."""
+        return await self._first("sender", seconds, what, method, *arguments)
 
     async def save(self, folder: Path) -> None:
         """Begin to write the training state and the student into an existing folder. Steps may run meanwhile."""
@@ -190,7 +190,13 @@ class LearnerGroup:
             raise self._reason() from error
 
     async def _all(self, method: str, what: str, *args: Any) -> list[Any]:
-        calls = [getattr(worker, method).remote(*args) for worker in self.workers]
+        return await self._called([getattr(worker, method).remote(*args) for worker in self.workers], what)
+
+    async def _each(self, method: str, what: str, of_rank: Sequence[Any]) -> list[Any]:
+        pairs = zip(self.workers, of_rank, strict=True)
+        return await self._called([getattr(worker, method).remote(argument) for worker, argument in pairs], what)
+
+    async def _called(self, calls: list[Any], what: str) -> list[Any]:
         try:
             return await all_within(calls, self._settings.config.step_timeout_s, what)
         except RayActorError as error:

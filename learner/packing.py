@@ -37,36 +37,6 @@ class MicroBatch:
         )
 
 
-def assign(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Balance sequences over ranks by tokens: longest first, each to the least loaded rank. Indices per rank."""
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        rank = loads.index(min(loads))
-        shares[rank].append(i)
-        loads[rank] += lengths[i]
-    return [sorted(share) for share in shares]
-
-
-def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Fill micro-batches up to `budget` tokens, longest first. Returns indices per micro-batch.
-
-    A sequence longer than the budget gets its own micro-batch.
-    """
-    bins: list[list[int]] = []
-    loads: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        for b, load in enumerate(loads):
-            if load + lengths[i] <= budget:
-                bins[b].append(i)
-                loads[b] += lengths[i]
-                break
-        else:
-            bins.append([i])
-            loads.append(lengths[i])
-    return bins
-
-
 def pack(sequences: Sequence[TrainingSequence], batch_size: int, top_k: int) -> MicroBatch:
     """Pack sequences into one micro-batch; `batch_size` is the number of sequences of the whole batch, over all ranks.
 

@@ -29,6 +29,7 @@ class LearnerSettings:
     teacher: TeacherConfig
     rank: int = 0
     exclusive: bool = False  # no other process of the run computes while this one does
+    transport: str = "memory"  # weights.transport
 
     def stage_of(self, step: int) -> int:
         """Return the index of the stage that optimizer step `step` is in. Steps after the last stage belong to it."""
@@ -41,7 +42,7 @@ class StepResult:
 
     loss: float  # the value that is differentiated
     divergence: float  # the same without importance weights
-    mismatch_kl: float  # mean over loss tokens, k3 estimate of KL(sampler || trainer)
+    mismatch_kl: float  # mean over loss tokens that the student sampled, k3 estimate of KL(sampler || trainer)
     tail_mass: float  # mean over loss tokens of the teacher's mass outside its top K
     grad_norm: float  # before clipping; if it is not finite, see applied
     lr: float

@@ -2,16 +2,20 @@
 
 import os
 import socket
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray import ObjectRef
+from ray.exceptions import ObjectLostError
 
+from sdft.actors.roles import ROLES
+from sdft.actors.shared.drafts import Draft, joined
 from sdft.actors.shared.process import kept_heap, large_imports, openmp_wait_policy
 from sdft.actors.shared.sequences import TrainingSequence
-from sdft.actors.shared.types import IntArray, Process, Snapshot
+from sdft.actors.shared.types import IntArray, Process, SampleId, Snapshot
+from sdft.learner.shares import Share
 from sdft.learner.types import LearnerSettings, StepResult
 
 # Concurrency groups. Ray runs their methods concurrently with the others.
@@ -41,9 +45,9 @@ class LearnerWorker:
             import torch
 
             from sdft.actors.shared.collective import serve, visit
+            from sdft.actors.transport.named import transport_class
             from sdft.learner.checkpoint.saving import Saver
             from sdft.learner.engine import LearnerEngine
-            from sdft.learner.weights.broadcaster import Broadcaster
             from sdft.learner.weights.publisher import Publisher
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         limit_s = settings.config.start_timeout_s
@@ -65,11 +69,23 @@ class LearnerWorker:
         if settings.rank == 0:
             node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
             self._publisher = Publisher(Path(settings.model), self._engine.dtype, probe_ids, node)
-            self._broadcaster = Broadcaster(settings.device, _own_address())
+            self._sender = transport_class(settings.transport).sender(settings.device, _own_address())
 
-    def train_step(self, sequences: Sequence[TrainingSequence]) -> StepResult:
+    def fetch(self, share: Share) -> list[SampleId]:
+        """Fetch the values of this rank's share for the next step. Returns the samples whose values are lost."""
+        found, lost = [], []
+        for sequence in share.sequences:
+            try:
+                found.append(sequence if isinstance(sequence, TrainingSequence) else _joined(sequence))
+            except ObjectLostError:
+                lost.append(sequence.sample)
+        self._share = share.of(found)
+        return lost
+
+    def train_step(self) -> StepResult:
+        """Take one optimizer step on the batch whose shares were fetched. Collective."""
         self._saver.detach()
-        return self._engine.train_step(sequences)
+        return self._engine.train_step(self._share)
 
     def begin_stage(self) -> None:
         """Prepare the first step of a stage. Collective."""
@@ -77,20 +93,14 @@ class LearnerWorker:
         self._engine.begin_stage()
 
     def publish(self, role: str, version: int) -> Snapshot | None:
-        """Return the snapshot on rank 0, and None on the others, which contribute their parts of the weights."""
-        content = self._engine.snapshot(role)
+        """Return the snapshot, offered, on rank 0. The others contribute their parts of the weights and return None."""
+        content = self._engine.snapshot(ROLES[role].weights)
         if self._publisher is not None:
-            return self._publisher.publish(role, version, content)
+            snapshot = self._publisher.publish(role, version, content)
+            return self._sender.offer(snapshot, self._publisher.payload(role))
         for _ in content.weights:
             pass
         return None
-
-    @ray.method(concurrency_group=HEALTH)
-    def release(self, role: str) -> None:
-        """Release the role's last snapshot. Runs at once, also in the middle of a step, because weight updates wait for
-        it."""
-        if self._publisher is not None:
-            self._publisher.release(role)
 
     @ray.method(concurrency_group=COPYING)
     def payload(self, role: str) -> list[ray.ObjectRef]:
@@ -102,20 +112,9 @@ class LearnerWorker:
         return [ray.put(self._publisher.payload(role))]
 
     @ray.method(concurrency_group=SENDING)
-    def meet(self, role: str) -> tuple[str, int]:
-        """Return address and port at which the next group for broadcasts to the role's engines meets."""
-        return self._broadcaster.meet(role)
-
-    @ray.method(concurrency_group=SENDING)
-    def join(self, role: str, size: int, timeout_s: float) -> None:
-        """Wait until all members of that group have joined."""
-        self._broadcaster.join(role, size, timeout_s)
-
-    @ray.method(concurrency_group=SENDING)
-    def send(self, role: str, timeout_s: float) -> None:
-        """Broadcast the role's last snapshot to all members."""
-        assert self._publisher is not None
-        self._broadcaster.send(role, self._publisher.payload(role), self._publisher.entries(role), timeout_s)
+    def sender(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the weight transport's sender. Runs also in the middle of a step."""
+        return getattr(self._sender, method)(*arguments)
 
     def save(self, folder: str) -> None:
         """Begin to write the training state, and the student as a Hugging Face or peft folder beside it. Collective.
@@ -176,6 +175,14 @@ def _environment(settings: LearnerSettings, ranks: int) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0))
     environment["OMP_NUM_THREADS"] = str(settings.config.threads or max(1, cores // ranks))
     return environment
+
+
+def _joined(draft: Draft) -> TrainingSequence:
+    """Fetch the values of a draft. Raises ObjectLostError."""
+    held = draft.references
+    remote = {i: value for i, value in enumerate(held) if isinstance(value, ObjectRef)}
+    values = dict(zip(remote, ray.get(list(remote.values())), strict=True))
+    return joined(draft, [values.get(i, value) for i, value in enumerate(held)])
 
 
 def _own_address() -> str:

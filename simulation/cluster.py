@@ -21,8 +21,9 @@ from typing import IO, Any, cast
 import numpy as np
 from rich.console import Console
 
+from sdft.actors.roles import EVALUATION, STUDENT, TEACHER
+from sdft.actors.shared.drafts import Draft
 from sdft.actors.shared.process import collect_rarely
-from sdft.actors.shared.sequences import TrainingSequence
 from sdft.actors.shared.types import (
     GenerateRequest,
     Rollout,
@@ -31,6 +32,7 @@ from sdft.actors.shared.types import (
     TeacherScores,
     UpdateReport,
 )
+from sdft.actors.transport.memory import MemoryTransport
 from sdft.learner.group import LearnerGroup
 from sdft.learner.types import StepResult
 from sdft.services.config.run import RunConfig
@@ -39,7 +41,6 @@ from sdft.services.data.schedule import make_schedule
 from sdft.services.data.sources.fixed import FixedSource
 from sdft.services.fleet.engine import Patience
 from sdft.services.fleet.pool import EnginePool, PoolSettings
-from sdft.services.fleet.snapshots import Published
 from sdft.services.monitoring.console import Progress
 from sdft.services.monitoring.log import RunLog
 from sdft.services.planning.plan import Plan
@@ -136,7 +137,7 @@ class Learner:
         self.ages: list[int] = []
         self.worked: list[float] = []  # seconds in each step
 
-    async def train_step(self, sequences: list[TrainingSequence]) -> StepResult:
+    async def train_step(self, sequences: list[Draft]) -> StepResult:
         self.ages += [self._step - s.spans[0].version for s in sequences]
         self._step += 1
         self.worked.append(self._sample_s * len(sequences))
@@ -149,23 +150,22 @@ class Learner:
         await asyncio.sleep(PUBLISH_S)
         return Snapshot(role, version, "", "here", 0, (), ANSWER[:0], LOGPROBS[:0])
 
-    async def release(self, role: str) -> None: ...
-
     async def save(self, folder: Path) -> None: ...
 
     async def written(self) -> None: ...
 
 
-def pool(case: Case, role: str, most: int, make: Any) -> EnginePool:
+def pool(case: Case, name: str, most: int, make: Any) -> EnginePool:
     least = max(1, round(most * case.begin_with))
     settings = PoolSettings(
-        role, least, most, case.staleness == 0, ROOM, Patience(600, 120, 10**6), 36000, 60, one_by_one=False
+        name, least, most, case.staleness == 0, ROOM, Patience(600, 120, 10**6), 36000, 60, one_by_one=False
     )
 
-    async def nowhere_else(role: str) -> list[Any]:
+    def nowhere_else() -> LearnerGroup:
         raise RuntimeError("all simulated engines are on one node")
 
-    return EnginePool(settings, make, Published(nowhere_else), lambda text: None, lambda: "")
+    transport = MemoryTransport(name, nowhere_else, lambda text: None)
+    return EnginePool(settings, make, transport, lambda text: None, lambda: "")
 
 
 NOWHERE: Any = None  # contexts of a record, which the built-in algorithms do not use
@@ -194,7 +194,7 @@ def prepared(case: Case, batch: int) -> Prepared:
         reply_end=0,
         stages=(Stage("", task, source, lambda index: NOWHERE, [], schedule, fingerprint=""),),
         common=[],
-        plan=Plan((), (), ()),
+        plan=Plan({}, ()),
         begun=datetime.now(),
     )
 
@@ -217,30 +217,33 @@ def drive(
     out: IO[str],
     teachers: int = 1,
     first_step: int = 0,
+    evaluation: Callable[[int], SimulatedEngine] | None = None,
 ) -> float:
     """Run the real controller on simulated parts in virtual time. Returns the processor seconds of the training loop.
 
     out: stream for the progress display. student: creates the student engine with the given number.
     teachers: number of teacher engines; 0: the student engines score.
     first_step: the last completed step, from which the run resumes with the files that `run_dir` holds.
+    evaluation: creates the engine of an evaluation pool; None: the student engines evaluate.
     """
     ledger, log = Ledger(run_dir / "ledger.sqlite"), RunLog(run_dir)
 
     async def work() -> float:
-        students = pool(case, "student", case.engines, student)
-        scorers = pool(case, "teacher", teachers, Teacher) if teachers else None
-        pools = [students] if scorers is None else [students, scorers]
-        await asyncio.gather(*(engines.start() for engines in pools))
+        students = pool(case, STUDENT, case.engines, student)
+        pools = {STUDENT: students}
+        if teachers:
+            pools[TEACHER] = pool(case, TEACHER, teachers, Teacher)
+        if evaluation is not None:
+            pools[EVALUATION] = pool(case, EVALUATION, 1, evaluation)
+        await asyncio.gather(*(engines.start() for engines in pools.values()))
         with Progress(Console(file=out, width=400), case.steps, case.name) as progress:
-            controller = Controller(
-                ready, run_dir, students, scorers, cast(LearnerGroup, learner), ledger, log, progress
-            )
+            controller = Controller(ready, run_dir, pools, cast(LearnerGroup, learner), ledger, log, progress)
             dying = asyncio.create_task(deaths(case, students))
             began = time.process_time()
             await controller.run(first_step)
             used = time.process_time() - began
             dying.cancel()
-        await asyncio.gather(*(engines.stop() for engines in pools))
+        await asyncio.gather(*(engines.stop() for engines in pools.values()))
         return used
 
     try:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
+from sdft.actors.shared.drafts import Completion, Scores
 from sdft.actors.shared.types import Process, Snapshot, UpdateReport
 
 
@@ -62,6 +63,17 @@ class SimulatedEngine:
 
     def generate(self, items: list[Any], argument: Any) -> tuple[float, list[Any]]:
         return self.seconds, [(self.number, item) for item in items]
+
+    def complete(self, items: list[Any], argument: Any) -> tuple[float, list[Completion]]:
+        seconds, rollouts = self.generate(items, argument)
+        return seconds, [Completion.of(rollout) for rollout in rollouts]
+
+    def score(self, pairs: list[Any], k: int) -> tuple[float, list[Any]]:
+        raise NotImplementedError
+
+    def score_completions(self, items: list[Any], k: int) -> tuple[float, list[Scores]]:
+        seconds, found = self.score([(prompt, c.rollout.completion_ids) for prompt, c in items], k)
+        return seconds, [Scores(scores, scores.version) for scores in found]
 
     def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
         self.version = snapshot.version

@@ -1,6 +1,6 @@
 """A broadcast group of the learner and the engines of a role, separate from torch's default group.
 
-    host ─► address, port ─► a BroadcastGroup at each member ─► broadcast, any number of times ─► close
+    host ─► address, port ─► a BroadcastGroup at each member ─► send, receive, any number of times ─► close
 
 The backend is NCCL on GPUs and gloo on CPUs, behind the same calls. A group is unusable after a member has failed. The
 member that detects the failure closes the group, the others get an error or reach their deadline, and the next
@@ -10,15 +10,18 @@ broadcast uses a new group.
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import xxhash
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sdft.actors.shared.compat import gloo_group, nccl_group
-from sdft.actors.shared.types import BroadcastFailed
+from sdft.actors.shared.types import NotReceived, SnapshotDamaged, TensorEntry
 
 BUCKET = 64 << 20  # bytes sent at once: large enough for a network's full rate, small compared with a model
 SEAL = 8  # bytes of the checksum that follows a bucket's payload
@@ -47,10 +50,11 @@ class BroadcastGroup:
     """One member's end of a group. All members construct it together; each waits up to `timeout_s` for the others."""
 
     def __init__(
-        self, store: dist.TCPStore, rank: int, size: int, device: torch.device, address: str, timeout_s: float
+        self, store: dist.TCPStore, rank: int, size: int, device: torch.device | str, address: str, timeout_s: float
     ) -> None:
         """address: address of this member's machine, at which the others connect to it (gloo)."""
         self._store = store  # must live as long as the group
+        self._device = device = torch.device(device)
         limit = timedelta(seconds=timeout_s)
         # NCCL, once connecting, waits for a lost member without a limit. So check first that all members are here.
         store.set(f"here/{rank}", b"")
@@ -59,7 +63,7 @@ class BroadcastGroup:
             self._group = nccl_group(store, rank, size)
             try:  # the first broadcast connects
                 self.broadcast(torch.zeros(1, dtype=torch.uint8, device=device), time.monotonic() + timeout_s)
-            except BroadcastFailed:
+            except NotReceived:
                 self.close()
                 raise
             return
@@ -69,7 +73,7 @@ class BroadcastGroup:
     def broadcast(self, tensor: Tensor, deadline: float) -> None:
         """Fill `tensor` [N] uint8 of every member with that of rank 0. deadline: on the monotonic clock.
 
-        Raises BroadcastFailed if the deadline passes or a member is lost.
+        Raises NotReceived if the deadline passes or a member is lost.
         """
         options = dist.BroadcastOptions()
         options.rootRank = 0
@@ -77,12 +81,36 @@ class BroadcastGroup:
             work = self._group.broadcast([tensor], options)
             while not work.is_completed():
                 if time.monotonic() > deadline:
-                    raise BroadcastFailed("a member of the group did not answer in time")
+                    raise NotReceived("a member of the group did not answer in time")
                 time.sleep(LOOK_S)
             work.wait()
         except RuntimeError as error:
             # Messages of gloo begin with its source file and end with advice. Both are cut off.
-            raise BroadcastFailed(re.sub(r"^\[\S+\] ", "", str(error)).split(". ")[0]) from error
+            raise NotReceived(re.sub(r"^\[\S+\] ", "", str(error)).split(". ")[0]) from error
+
+    def send(self, payload: NDArray[np.uint8], entries: Sequence[TensorEntry], deadline: float) -> None:
+        """Send a snapshot's bytes as rank 0, bucket by bucket. NotReceived if not all members received them.
+
+        Raises SnapshotDamaged if the bytes are not those that were packed.
+        """
+        # A separate stream on a GPU, so that the learner's next step runs concurrently.
+        with torch.cuda.stream(torch.cuda.Stream(self._device) if self._device.type == "cuda" else None):
+            for part in cut([e.nbytes for e in entries]):
+                self.broadcast(_sealed(payload, entries[part.start : part.stop], self._device), deadline)
+
+    def receive(self, entries: Sequence[TensorEntry], deadline: float) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of a snapshot as they arrive. NotReceived if one is missing or damaged."""
+        for part in cut([e.nbytes for e in entries]):
+            in_bucket = entries[part.start : part.stop]
+            start = in_bucket[0].offset
+            full = bucket(in_bucket[-1].offset + in_bucket[-1].nbytes - start, self._device)  # vLLM keeps views of it
+            self.broadcast(full, deadline)
+            if not whole(full):
+                raise NotReceived(
+                    f"{in_bucket[0].name} or one of the {len(in_bucket) - 1} tensors after it arrived damaged"
+                )
+            for e in in_bucket:
+                yield e.name, full[e.offset - start :][: e.nbytes].view(getattr(torch, e.dtype)).view(e.shape)
 
     def close(self) -> None:
         """Leave the group. The other members get an error or reach their deadline."""
@@ -104,6 +132,18 @@ def cut(sizes: Sequence[int]) -> list[range]:
 def bucket(nbytes: int, device: torch.device) -> Tensor:
     """A uint8 buffer for `nbytes`, padded to a multiple of SEAL, and the seal."""
     return torch.empty(-(-nbytes // SEAL) * SEAL + SEAL, dtype=torch.uint8, device=device)
+
+
+def _sealed(payload: NDArray[np.uint8], entries: Sequence[TensorEntry], device: torch.device) -> Tensor:
+    """A bucket with the bytes of these tensors, which are neighbours."""
+    for e in entries:
+        if xxhash.xxh3_128_hexdigest(payload[e.offset : e.offset + e.nbytes].data) != e.digest:
+            raise SnapshotDamaged(f"{e.name} is damaged in the learner's memory: its digest has changed")
+    start, end = entries[0].offset, entries[-1].offset + entries[-1].nbytes
+    full = bucket(end - start, device)
+    full[: end - start].copy_(torch.from_numpy(payload[start:end]))
+    seal(full)
+    return full
 
 
 def seal(full: Tensor) -> None:

@@ -5,17 +5,16 @@
     spans       │                 │ v7 ─────── v8 ───── │                  │ v8 ──────────────── │
     teacher     │                 │       row  row      │                  │ row   row   row     │
 
-Packing, loss, recording and replay use nothing else of a sample.
+Packing, loss, recording and replay use nothing else of a sample. The controller holds drafts of sequences (drafts.py).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdft.actors.shared.types import FloatArray, IntArray, Rollout, SampleId, TeacherScores
+from sdft.actors.shared.types import FloatArray, IntArray, SampleId, TeacherScores
 
 BoolArray = NDArray[np.bool_]
 
@@ -70,65 +69,12 @@ class TrainingSequence:
     def loss_tokens(self) -> int:
         return int(self.loss_mask.sum())
 
+    @property
+    def student_loss_tokens(self) -> int:
+        """Number of tokens in the loss that the student sampled."""
+        return int((self.loss_mask & ~np.isnan(self.logprobs)).sum())
 
-@dataclass(frozen=True)
-class Turn:
-    """A completion, what precedes it since the turn before, and the teacher's scores of it."""
-
-    context_ids: IntArray  # [C], not in the loss
-    rollout: Rollout  # its prompt_ids are not used
-    scores: TeacherScores | None = None  # T rows, one per completion token
-    mask: BoolArray | None = None  # [T], completion tokens in the loss; None: all
-
-
-def sequence_of(
-    sample: SampleId, seed: int, turns: Sequence[Turn], skip_first: int = 0, objective: int = 0
-) -> TrainingSequence:
-    """Join turns into one sequence. The first `skip_first` tokens of each completion are left out of the loss.
-
-    Either all turns have scores, or none has.
-    """
-    ids: list[IntArray] = []
-    masks: list[BoolArray] = []
-    logprobs: list[FloatArray] = []
-    spans: list[Span] = []
-    scores: list[TeacherScores] = []
-    offset = 0
-    for turn in turns:
-        context, completion = turn.context_ids, turn.rollout.completion_ids
-        mask = np.ones(len(completion), dtype=np.bool_) if turn.mask is None else turn.mask.copy()
-        mask[:skip_first] = False
-        ids += [context, completion]
-        masks += [np.zeros(len(context), dtype=np.bool_), mask]
-        logprobs += [np.full(len(context), np.nan, dtype=np.float32), turn.rollout.logprobs]
-        offset += len(context)
-        spans += [Span(version, offset + start, offset + end) for version, start, end in turn.rollout.versions]
-        offset += len(completion)
-        if turn.scores is not None:
-            s = turn.scores
-            scores.append(TeacherScores(s.ids[mask], s.logprobs[mask], s.sampled[mask], s.version))
-    if scores and len(scores) < len(turns):
-        raise ValueError(f"sample {sample}: {len(scores)} of {len(turns)} turns have scores; give all of them, or none")
-    return TrainingSequence(
-        sample=sample,
-        token_ids=np.concatenate(ids),
-        loss_mask=np.concatenate(masks),
-        logprobs=np.concatenate(logprobs),
-        spans=tuple(spans),
-        teacher=_joined(scores) if scores else None,
-        seed=seed,
-        finish_reason=turns[-1].rollout.finish_reason,
-        objective=objective,
-    )
-
-
-def _joined(scores: Sequence[TeacherScores]) -> TeacherScores:
-    """Join the scores of several turns. The version is the oldest."""
-    if len(scores) == 1:
-        return scores[0]
-    return TeacherScores(
-        np.concatenate([s.ids for s in scores]),
-        np.concatenate([s.logprobs for s in scores]),
-        np.concatenate([s.sampled for s in scores]),
-        min(s.version for s in scores),
-    )
+    @property
+    def teacher_version(self) -> int | None:
+        """The oldest weight version of the teacher that scored it; None without a teacher."""
+        return None if self.teacher is None else self.teacher.version

@@ -38,7 +38,8 @@ class Rendezvous:
     port: int
     rank: int
     size: int
-    timeout_s: float
+    timeout_s: float  # limit for all members to join
+    receive_s: float  # limit for one broadcast
 
 
 @dataclass(frozen=True)
@@ -93,18 +94,18 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One version of one role's weights in shared memory, with the data that verifies its arrival.
+    """One version of one role's weights, with the data that verifies its arrival.
 
     With `scale` the tensors are LoRA adapters, which the receiver merges into the base model (adapters.py).
 
-    `path` is valid on `node` while the publishing process holds the snapshot. It names anonymous memory of that
-    process, so nothing is left behind when a process dies.
+    The learner packs it into anonymous memory, so nothing is left behind when a process dies. `path` names that memory,
+    and is valid on `node` until the role's next snapshot is packed. A transport may replace it (transport/protocol.py).
     """
 
-    role: str  # "student" or "teacher"
+    role: str  # of the pool that loads it (roles.py)
     version: int  # 0: the weights in the model folder
-    path: str
-    node: str  # Ray's id of the machine whose memory `path` names
+    path: str  # of a file with the payload; "": the transport streams the payload
+    node: str  # Ray's id of the machine where the snapshot was packed
     nbytes: int
     tensors: tuple[TensorEntry, ...]
     probe_ids: IntArray  # [N]
@@ -125,12 +126,16 @@ def relative_gap(logprobs: FloatArray, expected: FloatArray) -> float:
     return float((np.abs(logprobs - expected) / np.maximum(1, np.abs(expected))).mean())
 
 
+class LearnerLost(Exception):
+    """A rank died or does not answer. The training since the last checkpoint is lost."""
+
+
 class SnapshotDamaged(Exception):
     """A snapshot's bytes differ from those that the learner packed. The engine loads nothing and keeps its weights."""
 
 
-class BroadcastFailed(Exception):
-    """A broadcast of weights did not arrive, or is incomplete. The engine computes nothing until a complete load."""
+class NotReceived(Exception):
+    """A stream of weights did not arrive, or is incomplete. The engine computes nothing until a complete load."""
 
 
 class WeightMismatch(Exception):

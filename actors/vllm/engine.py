@@ -1,10 +1,9 @@
-"""One vLLM engine: rollouts, teacher scores, verified weight updates. Drives vLLM's AsyncLLM.
+"""The engine interface on vLLM: rollouts, teacher scores, verified weight updates. Drives vLLM's AsyncLLM.
 
-    engine = Engine(settings); await engine.start()
+    engine = VllmEngine(settings); await engine.start()
     rollouts = await engine.generate(requests, sampling)       # token ids in, token ids and log-probs out
     scores = await engine.score([(teacher_ids, completion_ids)], k)
     report = await engine.update_weights(snapshot)              # raises WeightMismatch if the engine disagrees
-    report = await engine.receive_weights(snapshot, seconds)    # the same, by broadcast
 
 With settings.hold_batches the engine pauses, enqueues the whole batch and then resumes. The scheduler sees the same
 batch in every run, so tokens and log-probs are equal bit for bit, however slowly the requests arrive. Without it many
@@ -19,8 +18,10 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
+from dataclasses import astuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,19 +38,20 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from sdft.actors.config import EngineSettings
+from sdft.actors.engine import Engine
 from sdft.actors.shared.agreement import Agreement
 from sdft.actors.shared.types import (
-    BroadcastFailed,
     FloatArray,
     GenerateRequest,
     IntArray,
-    Rendezvous,
+    NotReceived,
     Rollout,
     Sampling,
     Snapshot,
     TeacherScores,
     UpdateReport,
 )
+from sdft.actors.transport.named import transport_class
 from sdft.actors.vllm.compat import RPC_FAILED, Output, enqueue
 from sdft.actors.vllm.kernels import fused_norms
 from sdft.actors.vllm.process import EngineProcess, error_line, forked
@@ -59,15 +61,16 @@ from sdft.actors.vllm.transfer import BACKEND, check_digests
 log = logging.getLogger(__name__)
 
 
-class Engine:
+class VllmEngine(Engine):
     """AsyncLLM behind an interface of wire types. All methods must run in the event loop that `start` ran in."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        self.settings = settings
+        super().__init__(settings)
         self._turn = asyncio.Lock()  # one batch at a time: the composition of a batch must not depend on timing
         self._pausing = asyncio.Lock()  # the task that pauses the engine also resumes it
         self._incomplete = False  # an update failed midway: nothing may be computed until complete weights are loaded
         self._agreement = Agreement(settings.max_probe_gap)
+        self._receiver = transport_class(settings.transport).receiver()
 
     async def start(self) -> None:
         """Load the model in a process that vLLM starts. Raises RuntimeError with the cause if vLLM cannot start."""
@@ -112,7 +115,7 @@ class Engine:
             log.warning(
                 "teacher scores: vLLM's V2 model runner computes the log-probs of prompts too, not of completions alone"
             )
-        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest({}))
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest({"transport": s.transport}))
         await self._llm.update_weight_version("0")
 
     async def generate(self, requests: Sequence[GenerateRequest], sampling: Sampling) -> list[Rollout]:
@@ -152,44 +155,39 @@ class Engine:
     async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
         """Replace the weights and verify them: digest of every tensor before, log-probs of the probe after.
 
-        Requests in flight are kept and continue with the new weights. Raises FileNotFoundError if the snapshot's
-        publisher is gone, and SnapshotDamaged naming the tensor whose bytes are wrong. Both leave the weights
-        untouched. Raises WeightMismatch with the gap of the log-probs. Raises RuntimeError if the weights cannot be
-        loaded; the engine then computes nothing until a later update succeeds.
+        Requests in flight are kept and continue with the new weights. Raises FileNotFoundError if the snapshot is gone,
+        and SnapshotDamaged naming the tensor whose bytes are wrong. Both leave the weights untouched. Raises
+        WeightMismatch with the gap of the log-probs. Raises RuntimeError if the weights cannot be loaded; the engine
+        then computes nothing until a later update succeeds.
+
+        A snapshot without a path is streamed (`connect`). The transport then checks what arrives. Raises NotReceived if
+        it does not arrive complete; the engine computes nothing until a later update succeeds.
         """
         await self._probe_before(snapshot)
-        # The open file keeps the memory if the publisher ends before the snapshot is loaded.
-        with open(snapshot.path, "rb") as file:
+        if not snapshot.path:
+            async with self._paused() as since:
+                await self._load(snapshot, NotReceived)
+            return await self._verified(snapshot, since)
+        # The open file keeps the memory if the learner ends before the snapshot is loaded.
+        with await asyncio.to_thread(self._receiver.receive, snapshot) as file:
             # In a thread, before the pause, so that generation continues.
             await asyncio.to_thread(check_digests, snapshot, file)
             async with self._paused() as since:
                 await self._load(snapshot, RuntimeError, path=f"/proc/{os.getpid()}/fd/{file.fileno()}")
         return await self._verified(snapshot, since)
 
-    async def join(self, where: Rendezvous, own_address: str) -> None:
-        """Join a broadcast group and leave the previous one. own_address: address of this machine.
+    async def connect(self, place: Mapping[str, Any], own_address: str) -> None:
+        """Prepare for streams of weights. place: the transport's own. own_address: address of this machine.
 
-        Raises BroadcastFailed if the group cannot be joined.
+        Raises NotReceived if the transport cannot connect.
         """
-        place = {"address": where.address, "port": where.port, "rank": where.rank, "size": where.size}
-        more = {"own_address": own_address, "timeout_s": where.timeout_s}
-        with _passed_on(BroadcastFailed, "the group for broadcasts"):
-            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(place | more))
-
-    async def receive_weights(self, snapshot: Snapshot, timeout_s: float) -> UpdateReport:
-        """Like update_weights, with a snapshot that the learner broadcasts to the joined group.
-
-        Verifies a checksum of each bucket that arrives, and the probe. Raises BroadcastFailed if the snapshot does not
-        arrive complete. The engine then computes nothing until update_weights has loaded a snapshot.
-        """
-        await self._probe_before(snapshot)
-        async with self._paused() as since:
-            await self._load(snapshot, BroadcastFailed, within_s=timeout_s)
-        return await self._verified(snapshot, since)
+        with _passed_on(NotReceived, "the connection for weights"):
+            request = WeightTransferInitRequest({"place": dict(place), "own_address": own_address})
+            await self._llm.init_weight_transfer_engine(request)
 
     async def _load(self, snapshot: Snapshot, failure: type[Exception], **how: object) -> None:
         """Load weights inside `_paused`. The pause continues if the load fails. failure: the type raised then."""
-        entries = [(t.name, t.dtype, list(t.shape), t.offset, t.nbytes) for t in snapshot.tensors]
+        entries = [astuple(t) for t in snapshot.tensors]
         self._incomplete = True
         with _passed_on(failure, f"{snapshot.role} weights v{snapshot.version}"):
             await self._llm.start_weight_update()
@@ -221,7 +219,7 @@ class Engine:
         """Whether the engine's own process has ended. It then answers no calls."""
         return self._llm.errored
 
-    def shutdown(self) -> None:
+    def stop(self) -> None:
         """Kill the engine's processes. A clean exit would spend seconds on garbage collection to no benefit."""
         self._llm.shutdown(timeout=0)
 

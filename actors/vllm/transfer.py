@@ -1,11 +1,10 @@
-"""Loads weights into a vLLM worker, from shared memory or by broadcast."""
+"""Loads weights into a vLLM worker, from a file that is mapped or from the transport's stream."""
 
 import mmap
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -18,88 +17,73 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from sdft.actors.shared.adapters import merged
-from sdft.actors.shared.collective import BroadcastGroup, bucket, cut, visit, whole
-from sdft.actors.shared.types import BroadcastFailed, Snapshot, SnapshotDamaged
+from sdft.actors.shared.types import Snapshot, SnapshotDamaged, TensorEntry
+from sdft.actors.transport.named import transport_class
+from sdft.actors.transport.protocol import Stream
 from sdft.actors.vllm.compat import begin_reload, finish_reload, repack
 from sdft.actors.vllm.process import die_with_parent, error_line, forget_names
 
 BACKEND = "sdft"
-Entry = tuple[str, str, list[int], int, int]  # name, dtype, shape, offset, bytes
 
 
 @dataclass
 class _InitInfo(WeightTransferInitInfo):
-    """Address and rank of a broadcast group. Port 0: no group."""
+    """The transport's name at the start; later the place to connect to."""
 
-    address: str = ""
-    port: int = 0
-    rank: int = 0
-    size: int = 0
+    transport: str = ""
+    place: dict[str, Any] = field(default_factory=dict)
     own_address: str = ""
-    timeout_s: float = 0.0
 
 
 @dataclass
 class _UpdateInfo(WeightTransferUpdateInfo):
-    path: str = ""  # in shared memory; "": receive by broadcast
-    within_s: float = 0.0
-    entries: list[Entry] = field(default_factory=list)
+    path: str = ""  # of the file; "": the weights are streamed
+    entries: list[Any] = field(default_factory=list)  # the fields of each TensorEntry
     scale: float | None = None  # for adapters only
 
 
 class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
-    """Reads snapshots from shared memory, or receives them by broadcast, in the engine's worker process."""
+    """Maps snapshots, or receives their stream, in the engine's worker process."""
 
-    _group: BroadcastGroup | None = None
+    _stream: Stream | None = None
 
     init_info_cls = _InitInfo
     update_info_cls = _UpdateInfo
 
     def init_transfer_engine(self, init_info: _InitInfo) -> None:
-        if init_info.port:
-            self.shutdown()
-            i = init_info
-            store = visit(i.address, i.port, i.timeout_s)
-            self._group = BroadcastGroup(store, i.rank, i.size, self.device, i.own_address, i.timeout_s)
-            return
-        die_with_parent()  # a fork has already called it at its start; a spawned process (on GPUs) has not
-        forget_names()
+        if init_info.transport:
+            self._stream = transport_class(init_info.transport).stream(self.device)
+            die_with_parent()  # a fork has already called it at its start; a spawned process (on GPUs) has not
+            forget_names()
+        else:
+            self._streaming().connect(init_info.place, init_info.own_address)
+
+    def _streaming(self) -> Stream:
+        if self._stream is None:
+            raise RuntimeError("this transport has no stream")
+        return self._stream
 
     def start_weight_update(self) -> None:
         begin_reload(self.model)
 
     def receive_weights(self, update_info: _UpdateInfo) -> None:
         try:
+            entries = [
+                TensorEntry(name, dtype, tuple(shape), *rest) for name, dtype, shape, *rest in update_info.entries
+            ]
             if update_info.path:
                 with open(update_info.path, "rb") as file:
-                    tensors = _tensors(mapped(file), update_info.entries)
+                    tensors = _tensors(mapped(file), entries)
             else:
-                tensors = self._received(update_info.entries, time.monotonic() + update_info.within_s)
+                tensors = self._streaming().tensors(entries)
             if update_info.scale is not None:
                 base, dtype = Path(self.model_config.model), self.model_config.dtype
                 tensors = merged(base, dict(tensors), update_info.scale, dtype)
             self.model.load_weights(tensors)
-        except Exception as error:  # any error: the other members of the group must not wait for this engine
+        except Exception as error:  # any error: the other members of a group must not wait for this engine
             self.shutdown()
             finish_reload(self.model, self.model_config)  # otherwise the next update cannot begin
             raise RuntimeError(error_line(error)) from error  # vLLM forwards the text only
-
-    def _received(self, entries: Sequence[Entry], deadline: float) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the tensors as they arrive, bucket by bucket. Raises BroadcastFailed if one is missing or damaged."""
-        if self._group is None:
-            raise BroadcastFailed("this engine is in no broadcast group")
-        for part in cut([nbytes for *_, nbytes in entries]):
-            in_bucket = [entries[i] for i in part]
-            start = in_bucket[0][3]
-            end = in_bucket[-1][3] + in_bucket[-1][4]
-            full = bucket(end - start, self.device)  # not reused: vLLM keeps views of it
-            self._group.broadcast(full, deadline)
-            if not whole(full):
-                raise BroadcastFailed(
-                    f"{in_bucket[0][0]} or one of the {len(in_bucket) - 1} tensors after it arrived damaged"
-                )
-            for name, dtype, shape, offset, nbytes in in_bucket:
-                yield name, full[offset - start :][:nbytes].view(getattr(torch, dtype)).view(shape)
 
     def finish_weight_update(self) -> None:
         finish_reload(self.model, self.model_config)
@@ -116,10 +100,9 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
             repack(head)
 
     def shutdown(self) -> None:
-        """Leave the group. No other resource is held between updates."""
-        group, self._group = self._group, None
-        if group is not None:
-            group.close()
+        """Close the stream. No other resource is held between updates."""
+        if self._stream is not None:
+            self._stream.close()
 
 
 def mapped(file: BinaryIO) -> memoryview:
@@ -135,10 +118,10 @@ def check_digests(snapshot: Snapshot, file: BinaryIO) -> None:
             raise SnapshotDamaged(f"{what} arrived damaged: its digest is not the learner's")
 
 
-def _tensors(payload: memoryview, entries: Sequence[Entry]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, dtype, shape, offset, _ in entries:
-        count = int(np.prod(shape))
-        yield name, torch.frombuffer(payload, dtype=getattr(torch, dtype), count=count, offset=offset).view(shape)
+def _tensors(payload: memoryview, entries: Sequence[TensorEntry]) -> Iterator[tuple[str, torch.Tensor]]:
+    for e in entries:
+        dtype, count = getattr(torch, e.dtype), int(np.prod(e.shape))
+        yield e.name, torch.frombuffer(payload, dtype=dtype, count=count, offset=e.offset).view(e.shape)
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, SnapshotTransfer)

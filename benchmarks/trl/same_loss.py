@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.compat import distillation_batch
 from benchmarks.trl.step import arguments, make_trainer
-from sdft.actors.shared.sequences import TrainingSequence, Turn, sequence_of
+from sdft.actors.shared.drafts import sequence_of
+from sdft.actors.shared.sequences import TrainingSequence
 from sdft.actors.shared.types import Rollout, SampleId, TeacherScores
 from sdft.learner.config import ImportanceConfig, LossConfig
 from sdft.learner.model.student import SelfDistillation, load_student
@@ -70,9 +71,7 @@ def ours(a: argparse.Namespace, batch: dict[str, Any]) -> dict[str, float]:
             scores = TeacherScores(
                 ids.numpy().astype(np.int32), q.gather(-1, ids).numpy(), q.gather(-1, own)[:, 0].numpy(), 0
             )
-            samples.setdefault(name, []).append(
-                sequence_of(SampleId(0, 0, i, 0), 0, [Turn(rollout.prompt_ids, rollout, scores)], a.skip)
-            )
+            samples.setdefault(name, []).append(sequence_of(SampleId(0, 0, i, 0), rollout, scores, a.skip))
     student = SelfDistillation(
         load_student(Path(a.model), torch.float32),
         LossConfig(importance=ImportanceConfig(level="off")),

@@ -85,6 +85,7 @@ class _Chunked(torch.autograd.Function):
         ctx.grads = grad_hidden, head_grad, None if bias is None else grad_bias.to(bias.dtype)
         difference = trainer - targets.sampler_logprobs
         k3 = torch.expm1(difference) - difference
+        k3 = torch.where(targets.sampler_logprobs.isnan(), 0, k3)  # tokens that the student did not sample
         tail = 1 - targets.teacher_logprobs.exp().sum(-1)
         return (values * scale).sum(), (values * targets.share).sum(), k3.sum(), tail.clamp(min=0).sum()
 
@@ -103,8 +104,8 @@ def divergence_loss(
 
     hidden: [N, H] states that predict the loss tokens, in the model's dtype, like `head` [V, H] and `bias` [V].
     Returns four scalars: the importance-weighted loss (differentiable once, in hidden, head and bias), the divergence
-    without weights, the sum over tokens of the k3 estimate of KL(sampler || trainer), and the sum over tokens of the
-    teacher's mass outside its top K.
+    without weights, the sum over the student's tokens of the k3 estimate of KL(sampler || trainer), and the sum over
+    tokens of the teacher's mass outside its top K.
     """
     return _Chunked.apply(hidden, head, bias, targets, config)
 

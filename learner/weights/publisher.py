@@ -1,7 +1,8 @@
 """Weights out of the learner: a versioned snapshot in shared memory, with digests and the probe's log-probs.
 
 The memory is anonymous (memfd) and reached through the publishing process, so it is freed when that process ends. No
-file is left behind, whichever process dies. Each role has one buffer, which the next version reuses after `release`.
+file is left behind, whichever process dies. Each role has one buffer, which its next version overwrites. The driver
+publishes no version while an engine loads the one before it (services/fleet/versions.py).
 """
 
 import mmap
@@ -27,8 +28,6 @@ from sdft.learner.weights.content import Content
 class _Buffer:
     fd: int
     memory: mmap.mmap
-    in_use: bool = False
-    entries: tuple[TensorEntry, ...] = ()
 
 
 class Publisher:
@@ -45,14 +44,12 @@ class Publisher:
         self._buffers: dict[str, _Buffer] = {}
 
     def publish(self, role: str, version: int, content: Content) -> Snapshot:
-        """Copy the weights into shared memory. Raises RuntimeError if the role's last snapshot was not released."""
+        """Copy the weights into shared memory, over the role's last snapshot."""
         buffer = self._buffers.get(role)
-        if buffer is not None and buffer.in_use:
-            raise RuntimeError(f"{role} weights v{version}: the previous snapshot was not released")
         if buffer is None:
             buffer = self._buffers[role] = _Buffer(*anonymous_memory(f"sdft-{role}", content.nbytes))
-        entries = buffer.entries = copy_tensors(content.weights, buffer.memory)
-        snapshot = Snapshot(
+        entries = copy_tensors(content.weights, buffer.memory)
+        return Snapshot(
             role=role,
             version=version,
             path=f"/proc/{os.getpid()}/fd/{buffer.fd}",
@@ -63,8 +60,6 @@ class Publisher:
             probe_logprobs=self._probe_logprobs(entries, buffer.memory, content.scale),
             scale=content.scale,
         )
-        buffer.in_use = True  # last: a snapshot whose probe fails reaches no engine, and is never released
-        return snapshot
 
     def _probe_logprobs(self, entries: Sequence[TensorEntry], memory: mmap.mmap, scale: float | None) -> FloatArray:
         """Compute the probe's log-probs from the packed bytes, because engines of both roles must reproduce those.
@@ -88,14 +83,6 @@ class Publisher:
     def payload(self, role: str) -> NDArray[np.uint8]:
         """Return the bytes of the role's last snapshot without a copy. They change when the next one is published."""
         return np.frombuffer(self._buffers[role].memory, np.uint8)
-
-    def entries(self, role: str) -> Sequence[TensorEntry]:
-        """Return name, place and digest of each tensor in the payload."""
-        return self._buffers[role].entries
-
-    def release(self, role: str) -> None:
-        """Allow the memory of the role's snapshot to be reused, after its delivery."""
-        self._buffers[role].in_use = False
 
 
 def copy_tensors(weights: Iterable[tuple[str, torch.Tensor]], memory: mmap.mmap) -> tuple[TensorEntry, ...]:

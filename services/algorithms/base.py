@@ -1,9 +1,11 @@
 """The protocol of an algorithm: it makes the training sequences of a record, with the engines of the run.
 
-    Group (a record and its samples) ─► make ─┬─► student.complete(prompts)          completions of the student
-                                              ├─► teacher.complete(prompts)          completions of the teacher
-                                              ├─► teacher.score(prompts, rollouts)   the teacher's log-probs of them
-                                              └─► training sequences, one per sample
+    Group (a record and its samples) ─► make ─┬─► student.complete(prompts)             completions of the student
+                                              ├─► teacher.complete(prompts)             completions of the teacher
+                                              ├─► teacher.score(prompts, completions)   the teacher's log-probs of them
+                                              └─► drafts of training sequences, usually one per sample
+
+Tokens and log-probs stay where they were made, and a draft refers to them. `student.tokens` fetches tokens.
 
 An algorithm is also the section `method` of the configuration: its fields are its settings. It holds no state.
 In a strict run the calls of all groups of a batch are joined into one call of the engines.
@@ -13,11 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Protocol
 
-import numpy as np
 from pydantic import BeforeValidator, Field
 
-from sdft.actors.shared.sequences import TrainingSequence
-from sdft.actors.shared.types import IntArray, Rollout, SampleId, TeacherScores
+from sdft.actors.shared.drafts import Completion, Draft, Scores
+from sdft.actors.shared.types import IntArray, SampleId
 from sdft.learner.config import Divergence, Forward, ImportanceConfig, LossConfig
 from sdft.services.base.section import Section, short_form
 
@@ -59,14 +60,17 @@ class Group:
 class Student(Protocol):
     """The student engines."""
 
-    async def complete(self, prompts: Sequence[IntArray], seeds: Sequence[int]) -> list[Rollout]:
+    async def complete(self, prompts: Sequence[IntArray], seeds: Sequence[int]) -> list[Completion]:
         """Return one completion per prompt, sampled with the settings in `sampling`."""
+
+    async def tokens(self, completions: Sequence[Completion]) -> list[IntArray]:
+        """Fetch the tokens [T] of completions, for algorithms that look at them."""
 
 
 class Teacher(Student, Protocol):
     """The teacher engines, with the weights that teacher.weights names."""
 
-    async def score(self, prompts: Sequence[IntArray], rollouts: Sequence[Rollout], k: int) -> list[TeacherScores]:
+    async def score(self, prompts: Sequence[IntArray], completions: Sequence[Completion], k: int) -> list[Scores]:
         """Return the teacher's k most likely tokens at each token of each completion, behind these prompts."""
 
 
@@ -84,7 +88,7 @@ class Algorithm(Section):
 
     @property
     def losses(self) -> tuple[LossConfig, ...]:
-        """The learner's losses. `TrainingSequence.objective` is an index into them."""
+        """The learner's losses. `Draft.objective` is an index into them."""
         raise NotImplementedError
 
     @property
@@ -102,8 +106,11 @@ class Algorithm(Section):
         """What is learnt, in a few words, for the lines of a plan."""
         return self.type
 
-    async def make(self, group: Group, student: Student, teacher: Teacher) -> list[TrainingSequence]:
-        """Return the training sequences of a group. A sample without a sequence is dropped in the ledger."""
+    async def make(self, group: Group, student: Student, teacher: Teacher) -> list[Draft]:
+        """Return drafts of the training sequences of a group. A sample without one is dropped in the ledger.
+
+        It may be called again for the same group, if completions are lost with an engine.
+        """
         raise NotImplementedError
 
 
@@ -130,12 +137,3 @@ class Distillation(Algorithm):
     @property
     def losses(self) -> tuple[LossConfig, ...]:
         return (self.loss,)
-
-
-def not_sampled(step: int, prompt_ids: IntArray, completion_ids: IntArray, finish_reason: str = "stop") -> Rollout:
-    """Return tokens that the student did not sample as a rollout: log-probs NaN, the weight version of the step before.
-
-    step: the optimizer step that trains on it.
-    """
-    n = len(completion_ids)
-    return Rollout(prompt_ids, completion_ids, np.full(n, np.nan, np.float32), ((step - 1, 0, n),), finish_reason)

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from sdft.actors.shared.sequences import TrainingSequence
+from sdft.actors.shared.drafts import Draft
 from sdft.learner.config import Dft as DftLoss
 from sdft.learner.config import ImportanceConfig, LossConfig
 from sdft.services.algorithms.base import Algorithm, Group, Student, Teacher
@@ -31,5 +31,5 @@ class Dft(Algorithm):
     def label(self) -> str:
         return "dft on the demonstrations' own tokens"
 
-    async def make(self, group: Group, student: Student, teacher: Teacher) -> list[TrainingSequence]:
+    async def make(self, group: Group, student: Student, teacher: Teacher) -> list[Draft]:
         return demonstrated(group)

@@ -4,8 +4,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from sdft.actors.shared.sequences import TrainingSequence, Turn, sequence_of
-from sdft.services.algorithms.base import Distillation, Group, Student, Teacher, not_sampled
+from sdft.actors.shared.drafts import Draft, Turn
+from sdft.services.algorithms.base import Distillation, Group, Student, Teacher
 
 
 class OffPolicy(Distillation):
@@ -20,12 +20,12 @@ class OffPolicy(Distillation):
     def label(self) -> str:
         return f"on the teacher's samples, {self.divergence.type} divergence"
 
-    async def make(self, group: Group, student: Student, teacher: Teacher) -> list[TrainingSequence]:
+    async def make(self, group: Group, student: Student, teacher: Teacher) -> list[Draft]:
         prompts = [group.teacher_prompt] * len(group.samples)
         completed = await teacher.complete(prompts, group.seeds)
-        rollouts = [not_sampled(group.step, group.student_ids, r.completion_ids, r.finish_reason) for r in completed]
-        scores = await teacher.score(prompts, rollouts, self.loss.top_k)
+        completions = [completion.not_by_student(group.step) for completion in completed]
+        scores = await teacher.score(prompts, completions, self.loss.top_k)
         return [
-            sequence_of(sample, seed, [Turn(group.student_ids, rollout, score)], self.skip_first)
-            for sample, seed, rollout, score in zip(group.samples, group.seeds, rollouts, scores, strict=True)
+            Draft(sample, seed, (Turn(group.student_ids, completion, score),), self.skip_first)
+            for sample, seed, completion, score in zip(group.samples, group.seeds, completions, scores, strict=True)
         ]

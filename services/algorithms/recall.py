@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from sdft.actors.shared.sequences import TrainingSequence, Turn, sequence_of
+from sdft.actors.shared.drafts import Draft, Turn
 from sdft.learner.config import ImportanceConfig, LossConfig, Nll
 from sdft.services.algorithms.base import Distillation, Group, Student, Teacher
 from sdft.services.algorithms.sft import demonstrated
@@ -47,13 +47,13 @@ class Recall(Distillation):
     def label(self) -> str:
         return f"sft on the demonstrations, {self.divergence.type} divergence to the first model on general prompts"
 
-    async def make(self, group: Group, student: Student, teacher: Teacher) -> list[TrainingSequence]:
+    async def make(self, group: Group, student: Student, teacher: Teacher) -> list[Draft]:
         if group.demonstration_ids is not None:
             return demonstrated(group)
         prompts = [group.student_ids] * len(group.samples)
-        rollouts = await student.complete(prompts, group.seeds)
-        scores = await teacher.score(prompts, rollouts, self.losses[RECALL].top_k)
+        completions = await student.complete(prompts, group.seeds)
+        scores = await teacher.score(prompts, completions, self.losses[RECALL].top_k)
         return [
-            sequence_of(sample, seed, [Turn(group.student_ids, rollout, score)], self.skip_first, RECALL)
-            for sample, seed, rollout, score in zip(group.samples, group.seeds, rollouts, scores, strict=True)
+            Draft(sample, seed, (Turn(group.student_ids, completion, score),), self.skip_first, RECALL)
+            for sample, seed, completion, score in zip(group.samples, group.seeds, completions, scores, strict=True)
         ]

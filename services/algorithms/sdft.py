@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from sdft.actors.shared.sequences import TrainingSequence, Turn, sequence_of
+from sdft.actors.shared.drafts import Draft, Turn
 from sdft.learner.config import ImportanceConfig, LossConfig
 from sdft.services.algorithms.base import Distillation, Group, Student, Teacher
 
@@ -27,11 +27,11 @@ class Sdft(Distillation):
     def label(self) -> str:
         return f"{self.divergence.type} divergence"
 
-    async def make(self, group: Group, student: Student, teacher: Teacher) -> list[TrainingSequence]:
+    async def make(self, group: Group, student: Student, teacher: Teacher) -> list[Draft]:
         n = len(group.samples)
-        rollouts = await student.complete([group.student_ids] * n, group.seeds)
-        scores = await teacher.score([group.teacher_prompt] * n, rollouts, self.losses[0].top_k)
+        completions = await student.complete([group.student_ids] * n, group.seeds)
+        scores = await teacher.score([group.teacher_prompt] * n, completions, self.losses[0].top_k)
         return [
-            sequence_of(sample, seed, [Turn(group.student_ids, rollout, score)], self.skip_first)
-            for sample, seed, rollout, score in zip(group.samples, group.seeds, rollouts, scores, strict=True)
+            Draft(sample, seed, (Turn(group.student_ids, completion, score),), self.skip_first)
+            for sample, seed, completion, score in zip(group.samples, group.seeds, completions, scores, strict=True)
         ]

@@ -4,9 +4,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from sdft.actors.shared.sequences import TrainingSequence, Turn, sequence_of
+from sdft.actors.shared.drafts import Draft, Turn, given
 from sdft.learner.config import ImportanceConfig, LossConfig, Nll
-from sdft.services.algorithms.base import Algorithm, Group, Student, Teacher, not_sampled
+from sdft.services.algorithms.base import Algorithm, Group, Student, Teacher
 
 
 class Sft(Algorithm):
@@ -27,15 +27,15 @@ class Sft(Algorithm):
     def label(self) -> str:
         return "sft on the demonstrations' own tokens"
 
-    async def make(self, group: Group, student: Student, teacher: Teacher) -> list[TrainingSequence]:
+    async def make(self, group: Group, student: Student, teacher: Teacher) -> list[Draft]:
         return demonstrated(group)
 
 
-def demonstrated(group: Group) -> list[TrainingSequence]:
+def demonstrated(group: Group) -> list[Draft]:
     """Return the demonstration as the completion of every sample of a group."""
     assert group.demonstration_ids is not None  # trains_demonstrations
-    rollout = not_sampled(group.step, group.student_ids, group.demonstration_ids)
+    completion = given(group.step, group.demonstration_ids)
     return [
-        sequence_of(sample, seed, [Turn(group.student_ids, rollout)])
+        Draft(sample, seed, (Turn(group.student_ids, completion),))
         for sample, seed in zip(group.samples, group.seeds, strict=True)
     ]

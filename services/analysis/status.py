@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdft.actors.config import LEARNER
 from sdft.services.analysis.bottleneck import verdict
 from sdft.services.records.checkpoints import MANIFEST, folders
 from sdft.services.records.rows import (
@@ -89,12 +90,12 @@ def step_of(row: EvalResult) -> int:
 
 
 def read_engines(run_dir: Path) -> dict[str, int]:
-    """Return the number of engines of each role of a running run; {} while they start."""
+    """Return the number of engines of each pool of a running run; {} while they start."""
     path = run_dir / "pids.json"
     if not path.exists():
         return {}
     pids = json.loads(path.read_text())
-    return {role: len(pids[role]) for role in ("student", "teacher") if role in pids}
+    return {pool: len(pids[pool]) for pool in pids if pool != LEARNER}
 
 
 def ended_lengths(run_dir: Path) -> "dict[str, Counter[int]]":
@@ -130,7 +131,7 @@ def status_text(run_dir: Path) -> str:
         lines += [("waits for" if i == 0 else "", text) for i, text in enumerate(waits)]
         engines = read_engines(run_dir)
         if engines:
-            lines.append(("engines", ", ".join(f"{count} {role}" for role, count in engines.items())))
+            lines.append(("engines", ", ".join(f"{count} {pool}" for pool, count in engines.items())))
     if steps:
         last = steps[-1]
         recent = ", ".join(f"{m.loss:.4f}" for m in steps[-5:])

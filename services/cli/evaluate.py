@@ -1,8 +1,9 @@
 """`sdft eval`: run the evaluation sets of a configuration on a model, without training."""
 
-import ray
 from rich.console import Console
 
+from sdft.actors.roles import evaluating
+from sdft.actors.transport.protocol import Learner
 from sdft.services.base.signals import run_until_stopped
 from sdft.services.cluster.cluster import places
 from sdft.services.evaluation.evaluator import Evaluator
@@ -14,19 +15,21 @@ from sdft.services.records.rows import EvalResult, Reply
 
 def evaluate(prepared: Prepared, console: Console) -> tuple[list[EvalResult], list[Reply]]:
     """Return results (of the student and, with demonstrations, of the teacher) and every reply of the student."""
-    plan = Plan(prepared.plan.students, (), ())
+    by_role = {prepared.config.actors.role_name(name): name for name in prepared.plan.pools}
+    name = by_role[evaluating(by_role)]
+    plan = Plan({name: prepared.plan.pools[name]}, ())
     check_memory(prepared.config, plan)
-    return run_until_stopped(_run(prepared, plan, console))
+    return run_until_stopped(_run(prepared, plan, name, console))
 
 
-async def _run(prepared: Prepared, plan: Plan, console: Console) -> tuple[list[EvalResult], list[Reply]]:
+async def _run(prepared: Prepared, plan: Plan, name: str, console: Console) -> tuple[list[EvalResult], list[Reply]]:
     c = prepared.config
     console.print("starting engines", highlight=False)
     async with places(c.ray, plan) as options:
         # Strict, so that the assignment of questions to engines depends only on the number of engines.
         c = c.model_copy(update={"training": c.training.model_copy(update={"max_staleness": 0})})
         model, end = prepared.model, prepared.reply_end
-        pool = engine_pool(c, model, end, "student", options["student"], console.print, _nothing_published)
+        pool = engine_pool(c, model, end, name, options[name], console.print, _no_learner)
         try:
             await pool.start()
             console.print(f"evaluating {prepared.model}", highlight=False, soft_wrap=True)
@@ -41,5 +44,5 @@ async def _run(prepared: Prepared, plan: Plan, console: Console) -> tuple[list[E
             await pool.stop()
 
 
-async def _nothing_published(role: str) -> list[ray.ObjectRef]:
-    raise RuntimeError(f"the {role} engines serve the model they were started with")
+def _no_learner() -> Learner:
+    raise RuntimeError("the engines serve the model they were started with")

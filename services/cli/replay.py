@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sdft.actors.config import LEARNER
 from sdft.services.base.errors import UserError
 from sdft.services.base.signals import run_until_stopped
 from sdft.services.cluster.cluster import places
@@ -50,7 +51,7 @@ def replay(run_dir: Path, steps: str | None, console: Console) -> str | None:
         )
     begun = checkpoints.begun(run_dir, "auto")
     prepared = prepare(load_config(run_dir / "config.yaml"), run_dir / "config.yaml", begun=begun)
-    plan = Plan((), (), prepared.plan.learners)
+    plan = Plan({}, prepared.plan.learners)
     check_memory(prepared.config, plan)
     console.print(f"replaying steps {begin + 1} to {last} from {start or 'the base model'}", soft_wrap=True)
     return run_until_stopped(_run(prepared, plan, run_dir, start, range(begin + 1, last + 1), console))
@@ -65,7 +66,7 @@ async def _run(
     c = prepared.config
     rows = {row.step: row for row in read_rows(run_dir, StepMetrics)}
     async with places(c.ray, plan) as options:
-        group = await start_learner(prepared, options["learner"])
+        group = await start_learner(prepared, options[LEARNER])
         if start is not None:
             await group.load(start)
         for step in steps:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from ray.exceptions import RayActorError, RayTaskError
 
+from sdft.actors.shared.reason import reason
 from sdft.actors.shared.types import WeightMismatch
 from sdft.learner.group import LearnerLost
 from sdft.services.base.errors import RunFailed
-from sdft.services.base.failures import reason
 
 FAILED_CALL = re.compile(r"ray::(\w+)\.(\w+)(?:\(\))?(?:\x1b\[\d+m)* \(pid=(\d+)")  # head of a remote traceback in Ray
 AN_ERROR = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Za-z_]*(?:Error|Exception|Interrupt): \S.*")

@@ -12,9 +12,9 @@ from typing import IO, Any
 
 from rich.console import Console
 
+from sdft.actors.shared.reason import reason
 from sdft.services.analysis.report import write_report
 from sdft.services.base.errors import PreflightError, RetentionLost, UserError
-from sdft.services.base.failures import reason
 from sdft.services.base.files import check_output, takes_no_more, write_atomically
 from sdft.services.base.signals import run_until_stopped
 from sdft.services.cluster.compat import JOB_FOLDER

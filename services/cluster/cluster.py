@@ -1,6 +1,7 @@
 """The Ray cluster of a run: a running one if an address is set, else its own, which ends with the driver."""
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -20,11 +21,12 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from sdft.actors.config import LEARNER
 from sdft.actors.shared.process import scratch_folder
+from sdft.actors.shared.reason import reason
 from sdft.actors.shared.waiting import within
 from sdft.services.base.environment import check_temporary
 from sdft.services.base.errors import PreflightError, UserError
-from sdft.services.base.failures import reason
 from sdft.services.base.signals import stop_on_signals
 from sdft.services.cluster import head
 from sdft.services.cluster.compat import TEMPORARY, read_authentication
@@ -186,8 +188,7 @@ def _keep_logs(scratch: Path, logs: Path) -> None:
 
 @asynccontextmanager
 async def placement(config: RayConfig, plan: Plan) -> AsyncIterator[dict[str, list[dict[str, Any]]]]:
-    """Reserve the plan's resources, packed onto few nodes. Yields Ray actor options for "student", "teacher" and
-    "learner".
+    """Reserve the plan's resources, packed onto few nodes. Yields Ray actor options by pool, and for LEARNER.
 
     PreflightError if the cluster is too small and ray.autoscaling is off, or if there is no room within ray.wait_s.
     """
@@ -204,12 +205,10 @@ async def placement(config: RayConfig, plan: Plan) -> AsyncIterator[dict[str, li
                 f"waited {config.wait_s:g} s (ray.wait_s) for {_parts(plan)}; free in the cluster now: {free()}; "
                 f"{'the autoscaler added no node' if config.autoscaling else 'other jobs hold the rest'}"
             ) from None
-        counts = {"student": len(plan.students), "teacher": len(plan.teachers), "learner": len(plan.learners)}
         options: dict[str, list[dict[str, Any]]] = {}
-        index = 0
-        for role, count in counts.items():
-            options[role] = [_options(group, i, plan.parts[i]) for i in range(index, index + count)]
-            index += count
+        bundle = itertools.count()
+        for name, parts in {**plan.pools, LEARNER: plan.learners}.items():
+            options[name] = [_options(group, next(bundle), part) for part in parts]
         yield options
     finally:
         # The run's own cluster ends anyway. In a running one Ray also removes the group when the driver ends.

@@ -24,9 +24,9 @@ class NodeRequest:
         self._coordinator = Coordinator()
 
     def renew(self, engines: Mapping[str, int], lasts_s: float = LASTS_S) -> None:
-        """Request resources for the learner and `engines` (role to number), for lasts_s; returns at once."""
-        pools = {"student": self._plan.students, "teacher": self._plan.teachers}
-        parts = [*self._plan.learners, *(pools[role][0] for role, size in engines.items() for _ in range(size))]
+        """Request resources for the learner and `engines` (pool to number), for lasts_s; returns at once."""
+        pools = self._plan.pools
+        parts = [*self._plan.learners, *(pools[name][0] for name, size in engines.items() for _ in range(size))]
         bundles, labels = [part.bundle for part in parts], [dict(part.labels) for part in parts]
         self._coordinator.request(self._requester, bundles, labels, lasts_s)
 
@@ -40,7 +40,7 @@ class NodeRequest:
 def requested(requester: str, plan: Plan, wait_s: float) -> Iterator[NodeRequest]:
     """Request resources for the plan, the first time for wait_s + LASTS_S; withdraw the request at the end."""
     request = NodeRequest(requester, plan)
-    request.renew({"student": len(plan.students), "teacher": len(plan.teachers)}, wait_s + LASTS_S)
+    request.renew({name: len(parts) for name, parts in plan.pools.items()}, wait_s + LASTS_S)
     try:
         yield request
     finally:

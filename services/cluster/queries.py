@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from ray.exceptions import RayError
 
-from sdft.services.base.failures import reason
+from sdft.actors.shared.reason import reason
 
 T = TypeVar("T")
 

@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -63,7 +63,9 @@ def explain(error: ValidationError) -> list[Problem]:
             problems.append(Problem(_without_tags(e["loc"]), text))
             meant.add(suggestion)
     for e in errors:
-        if e["loc"][-1:] == ("[key]",):
+        if e["type"] == "model_type" and _is_further(e["loc"]):  # a value, so it is meant as a setting
+            problems.append(Problem(_without_tags(e["loc"]), _unknown(e["loc"][:-1], str(e["loc"][-1]))[0]))
+        elif e["loc"][-1:] == ("[key]",):
             problems.append(Problem(e["loc"][:-1], _no_column(e["loc"][:-1])))
         elif e["type"] != "extra_forbidden" and not (e["type"] == "missing" and e["loc"] in meant):
             text = _sentence(e["type"], e["loc"], e["input"], e.get("ctx", {}), e["msg"])
@@ -173,7 +175,7 @@ def _models(section: Loc) -> list[type[BaseModel]]:
             models = [model for model in models if tag_of(model) == part]
             continue
         field = next((model.model_fields[part] for model in models if part in model.model_fields), None)
-        models = [] if field is None else models_of(field.annotation)
+        models = further(models) if field is None else models_of(field.annotation)
     return models
 
 
@@ -219,6 +221,17 @@ def models_of(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for inner in get_args(annotation) for model in models_of(inner)]
+
+
+def further(models: list[type[BaseModel]]) -> list[type[BaseModel]]:
+    """Return the classes of a section's entries whose names the user chooses; none if it has no such entries."""
+    allow = [model for model in models if model.model_config.get("extra") == "allow"]
+    return [entry for model in allow for entry in models_of(get_type_hints(model)["__pydantic_extra__"])]
+
+
+def _is_further(loc: Loc) -> bool:
+    """Return whether the entry at `loc` has a name that the user chose."""
+    return isinstance(loc[-1], str) and loc[-1] not in _fields(loc[:-1])
 
 
 def all_settings(model: type[BaseModel], loc: Loc) -> Iterator[Loc]:

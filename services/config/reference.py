@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from sdft.services.algorithms.base import Algorithm
-from sdft.services.config.explain import models_of, tag_of
+from sdft.services.config.explain import further, models_of, tag_of
 from sdft.services.config.run import RunConfig
 
 HEAD = """# Configuration
@@ -59,6 +59,7 @@ def page() -> str:
         title = f"`{place}`" if place else "The file"
         rows = ["| setting | value | default | |", "|---|---|---|---|"]
         rows += [_row(name, field, places) for name, field in model.model_fields.items()]
+        rows += [f"| a name of your own | {_link(places[entry])} |  | A further one |" for entry in further([model])]
         about = " ".join((model.__doc__ or "").split())
         parts.append(f"## {title}\n\n{about}\n\n" + "\n".join(rows) + "\n")
     return "\n".join(parts)
@@ -67,7 +68,7 @@ def page() -> str:
 def _row(name: str, field: FieldInfo, places: dict[type[BaseModel], str]) -> str:
     kinds = _kinds(field)
     if kinds:
-        value = ", ".join(f"[`{places[kind]}`](#{_anchor(places[kind])})" for kind in kinds)
+        value = ", ".join(_link(places[kind]) for kind in kinds)
     else:
         limits = [
             f"{_SIGNS[type(m)]} {getattr(m, type(m).__name__.lower())}" for m in field.metadata if type(m) in _SIGNS
@@ -76,13 +77,13 @@ def _row(name: str, field: FieldInfo, places: dict[type[BaseModel], str]) -> str
     return f"| `{name}` | {value} | {_default(field)} | {_escaped(field.description or '')} |"
 
 
+def _link(place: str) -> str:
+    return f"[`{place}`](#{place.replace('.', '').replace('[]', '').replace(' ', '-')})"
+
+
 def _kinds(field: FieldInfo) -> list[type[BaseModel]]:
     """Return the section classes of a setting, without the base class of a user's own."""
     return [model for model in models_of(field.annotation) if model is not Algorithm]
-
-
-def _anchor(place: str) -> str:
-    return place.replace(".", "").replace("[]", "").replace(" ", "-")
 
 
 def _escaped(text: str) -> str:

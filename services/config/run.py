@@ -176,7 +176,7 @@ class RunConfig(Section):
                 f"behind; set training.max_staleness to {self.weights.sync_every - 1}, or weights.sync_every to "
                 f"{self.training.max_staleness + 1}"
             )
-        grows = [role for role in ("student", "teacher") if self.actors.of(role).most > self.actors.of(role).replicas]
+        grows = [name for name, pool in self.actors.pools.items() if pool.most > pool.replicas]
         if grows and self.strict:
             raise ValueError(
                 f"actors.{grows[0]}.max_replicas lets the number of engines change, which would change the bits of a "
@@ -197,11 +197,11 @@ class RunConfig(Section):
                 "learner.zero_stage 0 keeps no float32 masters of bfloat16 weights; set it to 1 (the same cost on "
                 "one rank) or dtype to float32"
             )
-        for role in ("student", "teacher") if self.device == "cuda" else ():
-            if self.actors.of(role).gpus % 1 and self.actors.of(role).kv_cache_gib is None:
+        for name, pool in self.actors.pools.items() if self.device == "cuda" else ():
+            if pool.gpus % 1 and pool.kv_cache_gib is None:
                 raise ValueError(
-                    f"actors.{role}.gpus {self.actors.of(role).gpus:g} lets several processes share a GPU, so that an "
-                    f"engine cannot measure its free memory; set actors.{role}.kv_cache_gib"
+                    f"actors.{name}.gpus {pool.gpus:g} lets several processes share a GPU, so that an engine cannot "
+                    f"measure its free memory; set actors.{name}.kv_cache_gib"
                 )
         rollouts = min(self.training.batch_size * task.sampling.generations for task in self.tasks)
         if self.learner.ranks > rollouts:

@@ -1,13 +1,15 @@
 """The sections of a configuration. Imports neither torch, ray nor vllm."""
 
+import difflib
 import os
 import re
 from typing import Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sdft.actors.config import SamplingConfig
 from sdft.actors.shared.own_code import is_own
+from sdft.actors.transport.named import BUILT_IN, transport_class
 from sdft.learner.config import OptimizerConfig
 from sdft.services.algorithms.registry import Method
 from sdft.services.base.section import Section
@@ -103,14 +105,28 @@ class WeightsConfig(Section):
     swap: Literal["together", "one_by_one"] = Field(
         "together", description="Whether a role's engines pause for an update at the same time or in turn"
     )
-    transport: Literal["memory", "broadcast"] = Field(
+    transport: str = Field(
         "memory",
-        description="memory: each engine maps the snapshot; broadcast: the learner sends it to all engines of a role",
+        description="memory: each engine maps the snapshot; broadcast: the learner sends it to all engines of a role; "
+        "or the import path of your own, as package.module:Name",
     )
     max_probe_gap: float | None = Field(
         None, gt=0, description="Largest relative gap of the probe; null: 0.001 in float32, 0.08 in bfloat16"
     )
     timeout_s: float = Field(300, gt=0, description="How long an engine may take to load and verify new weights")
+
+    @field_validator("transport")
+    @classmethod
+    def _a_transport(cls, name: str) -> str:
+        if is_own(name):
+            transport_class(name)  # raises NotImportable
+        elif name not in BUILT_IN:
+            near = difflib.get_close_matches(name, BUILT_IN, n=1)
+            mend = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"{name} is not memory, broadcast or the import path of your own, package.module:Name{mend}"
+            )
+        return name
 
     @model_validator(mode="after")
     def _all_at_once(self) -> "WeightsConfig":
@@ -194,7 +210,7 @@ class EvaluationSet(Section):
 
 
 class EvaluationConfig(Section):
-    """Greedy evaluation before, during and after the run, on the student engines."""
+    """Greedy evaluation before, during and after the run, on the student engines or on a pool of role evaluation."""
 
     every: int | None = Field(None, ge=1, description="Steps between evaluations; null: only before and after training")
     sets: tuple[EvaluationSet, ...] = ()

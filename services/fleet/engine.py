@@ -15,12 +15,14 @@ from typing import Any
 
 from ray.exceptions import RayActorError, RayError
 
-from sdft.actors.shared.types import BroadcastFailed, Process, SnapshotDamaged, UpdateReport, WeightMismatch
+from sdft.actors.remote import Remote
+from sdft.actors.shared.reason import reason
+from sdft.actors.shared.types import Process, Snapshot, SnapshotDamaged, UpdateReport, WeightMismatch
 from sdft.actors.shared.waiting import cancelled, silent_for, within
+from sdft.actors.transport.protocol import Destination, WeightTransport
 from sdft.services.base.errors import RunFailed
-from sdft.services.base.failures import Losses, reason
-from sdft.services.fleet.remote import Remote
-from sdft.services.fleet.snapshots import Published
+from sdft.services.base.failures import Losses
+from sdft.services.fleet.versions import Versions
 
 HEALTH_EVERY_S = 10  # longest pause between two health checks
 STOP_S = 8  # limit of an engine's shutdown; it takes about 1 s. No answer comes if Ray's control service has ended
@@ -36,15 +38,6 @@ class Patience:
     max_restarts: int  # within an hour
 
 
-@dataclass
-class Receivers:
-    """The engine processes that form a broadcast group with the learner `sender` (broadcast.py)."""
-
-    sender: object
-    processes: tuple[Process, ...]
-    failure: str = ""  # why a broadcast did not reach all of them
-
-
 class EngineLost(Exception):
     """The engine was lost with its work, and is being replaced unless it was abandoned."""
 
@@ -57,11 +50,12 @@ class SupervisedEngine:
         name: str,
         create: Callable[[], Remote],
         patience: Patience,
-        published: Published,
+        versions: Versions,
+        transport: WeightTransport,
         notice: Callable[[str], None],
         changed: Callable[["SupervisedEngine"], None],
     ) -> None:
-        """name: such as "teacher engine 0". create(): starts a process. published: the weights to serve.
+        """name: such as "teacher engine 0". create(): starts a process. versions: the weights to serve.
 
         notice(text): the engine is lost, back, or failed to start. changed(engine): it is up, lost, or given up.
         """
@@ -71,12 +65,18 @@ class SupervisedEngine:
         self.failure: Exception | None = None  # why it is not replaced any more
         self._losses = Losses()
         self._create, self._patience = create, patience
-        self._published, self._notice, self._changed = published, notice, changed
+        self._versions, self._transport = versions, transport
+        self._notice, self._changed = notice, changed
         self._actor = create()
         self._started = self._abandoned = False
         self._replacing: asyncio.Task[None] | None = None
         self._proven = False  # has loaded and verified a snapshot
         self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def destination(self) -> Destination:
+        """Its current process, for a transport."""
+        return Destination(self.name, self.process, self._actor.call)
 
     @property
     def up(self) -> bool:
@@ -116,25 +116,26 @@ class SupervisedEngine:
             self._replace(actor, DIED)
             raise EngineLost(self.name) from error
 
-    async def update_weights(self, receivers: Receivers | None = None) -> UpdateReport | None:
-        """Load the newest snapshot; the caller holds the lock of `published`.
+    async def update_weights(self, snapshot: Snapshot) -> UpdateReport | None:
+        """Load a snapshot, while `versions` offers it.
 
-        receivers: those of the broadcast, if there is one. Returns None if the engine is being replaced (the
-        replacement loads the snapshot), or if the snapshot was lost with its publisher.
+        Returns None if the engine is being replaced; the replacement loads the version.
 
-        Raises SnapshotDamaged, and WeightMismatch if this is the engine's first snapshot.
+        Raises SnapshotDamaged; FileNotFoundError if the version is gone, as with the learner; WeightMismatch if this is
+        the engine's first version.
         """
         if not self.up:
             return None
         actor = self._actor
         try:
-            report = await self._receive_weights(actor, receivers)
+            report = await self._deliver(snapshot)
         except RayActorError:
             self._replace(actor, DIED)
         except TimeoutError as error:
             self._replace(actor, f"hangs ({error})")
-        except FileNotFoundError:
-            pass  # the snapshot was lost with its publisher; the caller detects that death
+        except FileNotFoundError as error:
+            what = f"{snapshot.role} weights v{snapshot.version}"
+            raise FileNotFoundError(f"{self.name} does not find {what}: {reason(error)}") from error
         except WeightMismatch as error:
             if not self._proven:
                 raise WeightMismatch(reason(error)) from error
@@ -173,32 +174,8 @@ class SupervisedEngine:
         await within(actor.call("start"), limit, f"{self.name} to load its model")
         self._watching = asyncio.create_task(self._watch(actor))
 
-    async def _receive_weights(self, actor: Remote, receivers: Receivers | None) -> UpdateReport:
-        snapshot = self._published.newest
-        if receivers is None or snapshot is None or self.process not in receivers.processes:
-            return await self._take_weights(actor)
-        what = f"{self.name} to receive {snapshot.role} weights v{snapshot.version}"
-        try:
-            work = actor.call("receive_weights", snapshot, self._published.timeout_s / 2)
-            report: UpdateReport = await within(work, self._published.timeout_s, what)
-        except BroadcastFailed as error:
-            receivers.failure = receivers.failure or reason(error)
-            return await self._take_weights(actor)
-        return report
-
-    async def _take_weights(self, actor: Remote) -> UpdateReport:
-        published = self._published
-        snapshot = await published.snapshot_on(self.process.node)
-        what = f"{self.name} to load {snapshot.role} weights v{snapshot.version}"
-        try:
-            report: UpdateReport = await within(actor.call("update_weights", snapshot), published.timeout_s, what)
-        except FileNotFoundError:
-            if snapshot is published.newest:
-                raise  # the snapshot was lost with its publisher
-            published.end_relay(self.process.node)  # the copy was lost with the node's relay
-            snapshot = await published.snapshot_on(self.process.node)
-            report = await within(actor.call("update_weights", snapshot), published.timeout_s, what)
-        return report
+    async def _deliver(self, snapshot: Snapshot) -> UpdateReport:
+        return await self._transport.deliver(snapshot, self.destination, self._versions.timeout_s)
 
     async def _watch(self, actor: Remote) -> None:
         """Replace the engine if it dies or hangs. Silence while weights load is no hang: loading has its own limit."""
@@ -210,7 +187,7 @@ class SupervisedEngine:
             except RayActorError:
                 self._replace(actor, DIED)
                 return
-            if silent and not self._published.lock.locked():
+            if silent and not self._versions.in_use:
                 self._replace(actor, f"hangs: no answer for {patience:g} s")
 
     def _replace(self, lost: Remote, how: str) -> None:
@@ -249,17 +226,15 @@ class SupervisedEngine:
             return
 
     async def _load(self) -> None:
-        """Load the newest snapshot. If its publisher has died, wait for the next publisher's."""
-        published = self._published
+        """Load the newest version. If it was lost with the learner, wait for the next learner's."""
         while True:
-            await published.readable.wait()
-            async with published.lock:
-                if published.newest is None:
+            async with self._versions.loading() as snapshot:
+                if snapshot is None:
                     return
                 try:
-                    await self._take_weights(self._actor)
+                    await self._deliver(snapshot)
                 except FileNotFoundError:
-                    published.mark_lost()
+                    self._versions.mark_lost()
                 else:
                     self._proven = True
                     return

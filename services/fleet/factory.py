@@ -1,4 +1,4 @@
-"""Builds a pool of vLLM engines in Ray actors from the configuration."""
+"""Builds a pool of engines in Ray actors from the configuration."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -7,14 +7,14 @@ from typing import Any
 
 import ray
 
+from sdft.actors.remote import Remote, RemoteActor
+from sdft.actors.transport.named import transport_class
+from sdft.actors.transport.protocol import Learner
 from sdft.actors.worker import EngineWorker
 from sdft.services.cluster.cluster import free, labelled, needs
 from sdft.services.config.run import RunConfig
-from sdft.services.fleet.broadcast import Broadcast, Sender
 from sdft.services.fleet.engine import Patience
 from sdft.services.fleet.pool import EnginePool, PoolSettings
-from sdft.services.fleet.remote import Remote, RemoteActor
-from sdft.services.fleet.snapshots import Payload, Published
 from sdft.services.planning.plan import engine_settings
 
 
@@ -22,21 +22,21 @@ def engine_pool(
     config: RunConfig,
     model: Path,
     reply_end: int,
-    role: str,
+    name: str,
     options: Sequence[dict[str, Any]],
     notice: Callable[[str], None],
-    payload: Payload,
-    learner: Callable[[], Sender] | None = None,
+    learner: Callable[[], Learner],
 ) -> EnginePool:
-    """Return a pool that is not started.
+    """Return the pool with this name in the configuration. It is not started.
 
     reply_end: id of the token at which the engines stop.
     options: Ray actor options of the first engines, whose places are reserved. Later engines request the same
     resources on any node with the labels.
-    payload(role): the snapshot's bytes, for nodes other than the learner's. learner(): the broadcasts' sender, if any.
+    learner(): returns the current learner, which publishes the weights.
     """
-    e = config.actors.of(role)
-    settings = replace(engine_settings(config, model, role), stop_ids=(reply_end,))
+    e, role = config.actors.pools[name], config.actors.role_name(name)
+    transport = config.weights.transport
+    settings = replace(engine_settings(config, model, name), stop_ids=(reply_end,), transport=transport)
     actor = ray.remote(EngineWorker)
     gpus = e.gpus if config.device == "cuda" else 0
     where = labelled(e.labels)
@@ -53,7 +53,7 @@ def engine_pool(
 
     return EnginePool(
         PoolSettings(
-            role=role,
+            name=name,
             least=e.replicas,
             most=e.most,
             strict=config.strict,
@@ -64,8 +64,7 @@ def engine_pool(
             one_by_one=config.weights.swap == "one_by_one",
         ),
         create,
-        Published(payload),
+        transport_class(transport)(role, learner, notice),
         notice,
         lambda: f"it needs one node{where} with {needs(e.cpus, gpus)} free; free in the cluster now: {free()}",
-        Broadcast(role, learner, notice) if learner and config.weights.transport == "broadcast" else None,
     )

@@ -32,5 +32,5 @@ async def watch_nodes(
                     pool.vacate(nodes)
         if request is not None:
             with renewal_fails.tolerated():
-                request.renew({role: pool.size for role, pool in pools.items()})
+                request.renew({name: pool.size for name, pool in pools.items()})
         await asyncio.sleep(every_s)

@@ -8,20 +8,21 @@ Joining: start, load and verify the newest weights, serve. Leaving: take no more
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayError
 
+from sdft.actors.remote import Remote
+from sdft.actors.shared.drafts import Completion, Scores
+from sdft.actors.shared.reason import reason
 from sdft.actors.shared.types import GenerateRequest, IntArray, Rollout, Sampling, Snapshot, TeacherScores, UpdateReport
 from sdft.actors.shared.waiting import all_of, cancelled, within
-from sdft.services.base.failures import Losses, reason
-from sdft.services.fleet.broadcast import Broadcast
+from sdft.actors.transport.protocol import WeightTransport
+from sdft.services.base.failures import Losses
 from sdft.services.fleet.dispatch import Slots
-from sdft.services.fleet.engine import EngineLost, Patience, Receivers, SupervisedEngine
-from sdft.services.fleet.remote import Remote
-from sdft.services.fleet.snapshots import Published
+from sdft.services.fleet.engine import EngineLost, Patience, SupervisedEngine
+from sdft.services.fleet.versions import Versions
 
 SOONEST_S = 1.0  # shortest delay before a pool below its least size retries
 PLACED_S = 60.0  # a notice follows if Ray has not placed an engine by then; a new node may take that long
@@ -31,7 +32,7 @@ PLACED_S = 60.0  # a notice follows if Ray has not placed an engine by then; a n
 class PoolSettings:
     """Settings of one pool."""
 
-    role: str  # "student" or "teacher"
+    name: str  # in the configuration
     least: int  # engines at the start, and the lower bound
     most: int
     strict: bool
@@ -49,19 +50,17 @@ class EnginePool:
         self,
         settings: PoolSettings,
         create: Callable[[int], Remote],
-        published: Published,
+        transport: WeightTransport,
         notice: Callable[[str], None],
         wanting: Callable[[], str],
-        broadcast: Broadcast | None = None,
     ) -> None:
         """create(number): starts an engine's process. notice(text): an engine is lost, joins or leaves.
 
-        wanting(): returns as text what an engine needs and what the cluster has. broadcast: sends weights to all
-        engines at once; None: each engine loads them from memory.
+        wanting(): returns as text what an engine needs and what the cluster has.
         """
-        self.settings, self.published = settings, published
+        self.settings, self.transport = settings, transport
+        self.versions = Versions()
         self._create, self._notice, self._wanting = create, notice, wanting
-        self._broadcast = broadcast
         self._engines: list[SupervisedEngine] = []  # without those that are leaving
         self._slots: Slots[SupervisedEngine] = Slots(settings.room, lambda: asyncio.get_running_loop().time())
         self._moving: set[asyncio.Task[None]] = set()  # tasks of engines that join or leave
@@ -100,7 +99,7 @@ class EnginePool:
     def at_work(self) -> str:
         """Sequences in flight by engine, as text for people; only a streamed pool counts them."""
         loads = [f"{engine.name} has {load} in flight" for engine, load in self._slots.loads.items()]
-        return ", ".join([*loads, f"{self._slots.queued} wait for a {self.settings.role} engine"])
+        return ", ".join([*loads, f"{self._slots.queued} wait for a {self.settings.name} engine"])
 
     def busy(self) -> float:
         """Return the share of the engines' room in use since the last call, 0 to 1."""
@@ -125,33 +124,40 @@ class EnginePool:
         """
         return await self._spread("score", pairs, k, limited)
 
-    async def update_weights(self, snapshot: Snapshot, timeout_s: float) -> list[UpdateReport]:
-        """Update every engine to the snapshot; each verifies it. The caller holds the lock of `published`.
+    async def complete(
+        self, requests: Sequence[GenerateRequest], sampling: Sampling, limited: bool = True
+    ) -> list[Completion]:
+        """As `generate`; the rollouts stay where they were made."""
+        return await self._spread("complete", requests, sampling, limited)
 
-        Returns or raises once no engine loads any more, so the snapshot's memory is free again. Engines that are being
-        replaced send no report; their replacements load the snapshot before they serve.
+    async def score_completions(
+        self, items: Sequence[tuple[IntArray, Completion]], k: int, limited: bool = True
+    ) -> list[Scores]:
+        """As `score`, for (teacher prompt, completion) pairs; the scores stay where they were made.
+
+        Raises CompletionLost if a completion was lost with the engine that made it.
         """
-        self.published.set_newest(snapshot, timeout_s)
-        serving = [engine for engine in self._engines if engine.up]
-        try:
-            broadcast = nullcontext() if self._broadcast is None else self._broadcast.send_to(serving, timeout_s)
-            async with broadcast as receivers:
-                outcomes = await self._update(receivers)
-        finally:
-            self.published.drop_stored()
+        return await self._spread("score_completions", items, k, limited)
+
+    async def update_weights(self, snapshot: Snapshot) -> list[UpdateReport]:
+        """Update every engine to a snapshot, while `versions` offers it; each engine verifies it.
+
+        Returns or raises once no engine loads any more. Engines that are being replaced send no report; their
+        replacements load the version before they serve.
+        """
+        serving = [engine.destination for engine in self._engines if engine.up]
+        async with self.transport.sending(snapshot, serving, self.versions.timeout_s):
+            turns = asyncio.Semaphore(1 if self.settings.one_by_one else len(self._engines))
+
+            async def update(engine: SupervisedEngine) -> UpdateReport | None:
+                async with turns:
+                    return await engine.update_weights(snapshot)
+
+            outcomes = await asyncio.gather(*map(update, self._engines), return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
         return [report for report in outcomes if isinstance(report, UpdateReport)]
-
-    async def _update(self, receivers: Receivers | None) -> list[UpdateReport | BaseException | None]:
-        turns = asyncio.Semaphore(1 if self.settings.one_by_one else len(self._engines))
-
-        async def update(engine: SupervisedEngine) -> UpdateReport | None:
-            async with turns:
-                return await engine.update_weights(receivers)
-
-        return await asyncio.gather(*map(update, self._engines), return_exceptions=True)
 
     def resize(self, wanted: int) -> None:
         """Let engines join, or leave (newest first), until the pool has `wanted`. Returns at once; work goes on."""
@@ -171,25 +177,26 @@ class EnginePool:
             self._leave(engine, "leaves its node, which is being drained", self._join())
 
     async def stop(self) -> None:
-        """Stop every engine and the relays."""
+        """Stop every engine and the transport."""
         await cancelled(self._moving)
         await asyncio.gather(*(engine.stop() for engine in (*self._engines, *self._joining)))
-        self.published.stop()
+        self.transport.stop()
 
     def _new(self) -> SupervisedEngine:
         number, self._number = self._number, self._number + 1
         return SupervisedEngine(
-            f"{self.settings.role} engine {number}",
+            f"{self.settings.name} engine {number}",
             lambda: self._create(number),
             self.settings.patience,
-            self.published,
+            self.versions,
+            self.transport,
             self._notice,
             self._changed,
         )
 
     def _changed(self, engine: SupervisedEngine) -> None:
         if engine in self._joining and engine.up:
-            # No await separates the lock's release from this append: an update in between would miss the engine.
+            # No await separates the end of its load from this append: an update in between would miss the engine.
             self._joining.discard(engine)
             self._refusals.recovered()
             self._engines.append(engine)
@@ -262,11 +269,11 @@ class EnginePool:
         finally:
             await engine.stop()
             if all(other.process.node != engine.process.node for other in (*self._engines, *self._joining)):
-                self.published.end_relay(engine.process.node)  # a relay would keep the node from being released
+                self.transport.vacated(engine.process.node)  # a relay would keep the node from being released
 
     @property
     def _engines_now(self) -> str:
-        return f"{len(self._engines)} {self.settings.role} engine{'' if len(self._engines) == 1 else 's'}"
+        return f"{len(self._engines)} {self.settings.name} engine{'' if len(self._engines) == 1 else 's'}"
 
     async def _spread(self, method: str, items: Sequence[Any], argument: Any, limited: bool) -> list[Any]:
         if self.settings.strict:
@@ -276,7 +283,7 @@ class EnginePool:
         work = all_of([self._one(method, item, argument) for item in items])
         if not limited:
             return await work
-        what = f"the {self.settings.role} engines to {method} {len(items)} sequences"
+        what = f"the {self.settings.name} engines to {method} {len(items)} sequences"
         return await within(work, self.settings.batch_s, what)
 
     async def _shares(self, method: str, items: Sequence[Any], argument: Any) -> list[Any]:

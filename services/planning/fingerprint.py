@@ -4,9 +4,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 
+from sdft.actors.config import VLLM
 from sdft.services.config.run import TaskConfig
 from sdft.services.data.contexts import PromptPair
-from sdft.services.planning.plan import roles
+from sdft.services.planning.plan import pools
 
 # Settings of a strict run's pool that do not affect the results.
 LIMITS_OF_POOL = ("start_timeout_s", "health_timeout_s", "drain_timeout_s", "max_restarts")
@@ -24,9 +25,16 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Seque
     settings = config.model_dump(mode="json", exclude=not_hashed)
     if config.strict:
         del settings["actors"]["batch_timeout_s"]
-        for role in roles(config):
-            for key in NOT_HASHED_OF_POOL:
-                del settings["actors"][role][key]
+        for name, pool in config.actors.pools.items():
+            of_pool = settings["actors"].pop(name)
+            if not config.actors.role(name).trains:
+                continue
+            del of_pool["role"]
+            if pool.engine == VLLM:  # runs that began when vLLM was the only engine can be resumed
+                del of_pool["engine"]
+            for key in NOT_HASHED_OF_POOL if name in pools(config) else ():
+                del of_pool[key]
+            settings["actors"][name] = of_pool
     else:  # a run ahead is not reproducible, whatever its engines are
         del settings["actors"]
         settings["training"]["max_staleness"] = "some"

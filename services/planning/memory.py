@@ -24,32 +24,34 @@ def learner_gib(
     rows: int,
     sequence: int,
     stages: int = 1,
+    further: int = 0,
 ) -> float:
     """Estimate the peak in GiB of the first rank, which also holds the snapshots.
 
     tokens: of one forward. rows: those of them in the loss. sequence: tokens a sequence. stages: stages of the run.
+    further: pools with the student's weights besides the student's own; each has a snapshot of its own.
     """
     if config.lora is None:
-        process, total = PROCESS_GIB, _state_bytes(config, teacher, dtype, shape)
+        process, total = PROCESS_GIB, _state_bytes(config, teacher, dtype, shape, further)
     else:
-        process, total = PROCESS_GIB + PEFT_GIB, _lora_state_bytes(config, teacher, dtype, shape, stages)
+        process, total = PROCESS_GIB + PEFT_GIB, _lora_state_bytes(config, teacher, dtype, shape, stages, further)
     total += _activation_bytes(config, dtype, shape, tokens, sequence)
     return process + (total + _loss_bytes(config, dtype, shape, rows)) / GIB
 
 
-def _state_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape) -> float:
+def _state_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, further: int) -> float:
     width, stage = WIDTH[dtype], config.zero_stage_for(dtype)
     ema = 0 if teacher.weights == "live" else 4
     masters = 4 if stage > 0 else 0  # at ZeRO stage 0 the weights are the masters
     optimizer = (masters + 8 + ema) / (config.ranks if stage > 0 else 1)
     accumulated = 0 if stage == 0 else 4 / (config.ranks if stage > 1 else 1)  # gradients, in float32
     weights = 2 * width / (config.ranks if stage > 2 else 1)  # weights and their gradients
-    snapshots = width * (1 if teacher.weights == "live" else 2)
+    snapshots = width * ((1 if teacher.weights == "live" else 2) + further)
     return shape.parameters * (optimizer + accumulated + weights + snapshots)
 
 
 def _lora_state_bytes(
-    config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, stages: int
+    config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, stages: int, further: int
 ) -> float:
     """Bytes of the frozen model, of the teacher's float32 change of it (if the teacher ever changes) and its snapshot.
 
@@ -60,7 +62,8 @@ def _lora_state_bytes(
     moves = teacher.weights == "ema" and teacher.alpha > 0
     change = 4 * shape.adapted / config.ranks if moves or becomes_student else 0
     model = width * shape.parameters
-    snapshots = model * (1 if teacher.weights == "live" else 2) + width * shape.adapters + FILE_BYTES * shape.parameters
+    snapshots = model * (1 if teacher.weights == "live" else 2) + width * shape.adapters * (1 + further)
+    snapshots += FILE_BYTES * shape.parameters
     frozen = model / (config.ranks if config.zero_stage_for(dtype) > 2 else 1)
     return frozen + change + snapshots + 16 * shape.adapters
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft.actors.config import EngineSettings
+from sdft.actors.roles import EVALUATION, STUDENT, TEACHER
 from sdft.actors.shared.process import GIB
 from sdft.services.base.errors import UserError
 from sdft.services.config.run import RunConfig, TaskConfig
@@ -42,14 +43,13 @@ class Part:
 class Plan:
     """All processes, in the order of the placement group's bundles."""
 
-    students: tuple[Part, ...]
-    teachers: tuple[Part, ...]
+    pools: Mapping[str, tuple[Part, ...]]  # the first engines of each pool, by its name
     learners: tuple[Part, ...]
-    growing: Mapping[str, int] = field(default_factory=dict)  # most engines of a role, if more than at the start
+    growing: Mapping[str, int] = field(default_factory=dict)  # most engines of a pool, if more than at the start
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        return (*self.students, *self.teachers, *self.learners)
+        return (*(part for pool in self.pools.values() for part in pool), *self.learners)
 
     @property
     def cpus(self) -> float:
@@ -70,7 +70,7 @@ class Plan:
         lines.append(f"{'Ray and driver':<22}{0:>10g}{0:>6g}{RAY_BASE_GIB:>8.1f} GiB")
         lines.append(f"{'total':<22}{self.cpus:>10g}{self.gpus:>6g}{self.memory_gib:>8.1f} GiB")
         lines += [
-            f"up to {most} {role} engines while the learner waits for them" for role, most in self.growing.items()
+            f"up to {most} {pool} engines while the learner waits for them" for pool, most in self.growing.items()
         ]
         return "\n".join(lines)
 
@@ -81,25 +81,26 @@ def make_plan(config: RunConfig, shape: ModelShape, longest_prompts: Sequence[in
     width = WIDTH[config.dtype]
     weights = shape.parameters * width / GIB
 
-    def engines(role: str) -> tuple[Part, ...]:
-        e = config.actors.of(role)
+    def engines(pool: str) -> tuple[Part, ...]:
+        e = config.actors.pools[pool]
         # An update holds the weights twice (the snapshot is mapped). KV cache and logits of a batch come on top.
         memory = ENGINE_BASE_GIB + 2 * weights + (0 if cuda else e.cpu_cache_gib)
         gpus = e.gpus if cuda else 0
-        return tuple(Part(f"{role} engine {i}", e.cpus, gpus, memory, e.labels) for i in range(e.replicas))
+        return tuple(Part(f"{pool} engine {i}", e.cpus, gpus, memory, e.labels) for i in range(e.replicas))
 
     learner = config.learner
     tasks = zip(config.tasks, longest_prompts, strict=True)
     forwards = [_largest_forward(task, longest) for task, longest in tasks]
     teacher, stages = config.teacher_in_use, len(forwards)
-    memory = max(learner_gib(learner, teacher, config.dtype, shape, *forward, stages) for forward in forwards)
+    names = pools(config)
+    further = [config.actors.role(name).weights for name in names].count(STUDENT) - 1
+    memory = max(learner_gib(learner, teacher, config.dtype, shape, *forward, stages, further) for forward in forwards)
     gpus = learner.gpus if cuda else 0
     learners = tuple(
         Part(f"learner rank {i}", learner.cpus, gpus, memory, learner.labels) for i in range(learner.ranks)
     )
-    pools = [(role, config.actors.of(role)) for role in roles(config)]
-    growing = {role: e.most for role, e in pools if e.most > e.replicas}
-    return Plan(engines("student"), engines("teacher") if "teacher" in roles(config) else (), learners, growing)
+    growing = {name: e.most for name in names if (e := config.actors.pools[name]).most > e.replicas}
+    return Plan({name: engines(name) for name in names}, learners, growing)
 
 
 def _largest_forward(config: TaskConfig, longest_prompt: int) -> tuple[int, int, int]:
@@ -110,18 +111,22 @@ def _largest_forward(config: TaskConfig, longest_prompt: int) -> tuple[int, int,
     return sequences * sequence, sequences * config.sampling.max_new_tokens, sequence
 
 
-def roles(config: RunConfig) -> tuple[str, ...]:
-    """Return the roles that get engines. With a live teacher the student engines also score;
-    without a teacher (`teacher_in_use` is "live") no engine scores."""
-    return ("student",) if config.teacher_in_use.weights == "live" else ("student", "teacher")
+def pools(config: RunConfig) -> tuple[str, ...]:
+    """Return the names of the pools that are started.
+
+    With a live teacher the student engines also score; without a teacher (`teacher_in_use` is "live") no engine
+    scores. Without evaluation sets no pool is started for them.
+    """
+    idle = {TEACHER: config.teacher_in_use.weights == "live", EVALUATION: not config.sets}
+    return tuple(name for name in config.actors.pools if not idle.get(config.actors.role_name(name)))
 
 
-def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings:
-    """Settings of an engine of this role. Student engines also evaluate, and score if teacher.weights is live.
+def engine_settings(config: RunConfig, model: Path, pool: str) -> EngineSettings:
+    """Settings of an engine of the pool with this name.
 
     UserError if the longest sequence exceeds the model's positions or the KV cache.
     """
-    e = config.actors.of(role)
+    e = config.actors.pools[pool]
     longest_reply = max([t.sampling.max_new_tokens for t in config.tasks] + [s.max_new_tokens for s in config.sets])
     max_model_len = max(task.data.max_teacher_prompt_tokens for task in config.tasks) + longest_reply + 1
     shape = json.loads((model / "config.json").read_text())
@@ -134,7 +139,7 @@ def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings
     cache = _cache_bytes_per_token(shape, WIDTH[config.dtype]) * max_model_len / GIB
     if config.device == "cpu" and cache > e.cpu_cache_gib:
         raise UserError(
-            f"actors.{role}.kv_cache_gib is {e.cpu_cache_gib:g}, but one sequence of {max_model_len} tokens "
+            f"actors.{pool}.kv_cache_gib is {e.cpu_cache_gib:g}, but one sequence of {max_model_len} tokens "
             f"(data.max_teacher_prompt_tokens and the longest reply) needs {cache:.2g} GiB; raise kv_cache_gib"
         )
     cache_gib = e.cpu_cache_gib if config.device == "cpu" else e.kv_cache_gib
@@ -155,6 +160,7 @@ def engine_settings(config: RunConfig, model: Path, role: str) -> EngineSettings
         max_probe_gap=config.weights.max_probe_gap or default_gap,
         threads=e.threads,
         kv_cache_gib=cache_gib,
+        engine=e.engine,
     )
 
 

@@ -32,10 +32,11 @@ from sdft.services.data.sources.base import PromptSource
 from sdft.services.data.tokenizer import load_tokenizer
 from sdft.services.grading.grade import answer_check
 from sdft.services.grading.judge import check_judge
+from sdft.services.planning.engines import check_own_engines
 from sdft.services.planning.examined import examined
 from sdft.services.planning.fingerprint import fingerprint_of
 from sdft.services.planning.models import check_positions, check_trainable, resolve_model
-from sdft.services.planning.plan import Plan, engine_settings, make_plan, roles
+from sdft.services.planning.plan import Plan, engine_settings, make_plan, pools
 from sdft.services.planning.shape import ModelShape, embedding_rows, read_headers, sample_of_weights
 from sdft.services.planning.sources import SAMPLE, Loaded, Questions, check_ends, load_rows, make_source
 
@@ -116,6 +117,7 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
     base, begun = path.parent, begun or datetime.now()
     check_sinks(config.monitoring)
     check_files(config, base)
+    check_own_engines(config)
     loaded = [
         load_rows(task, base, _questions(stage_sets, base))
         for task, stage_sets in zip(config.tasks, [s.sets for s in config.stages] or [()], strict=True)
@@ -129,7 +131,7 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
         if trains:
             check_trainable(model)
         # Raises when the model or the cache is too short for the prompts.
-        tokens = max(engine_settings(config, model, role).max_model_len for role in roles(config))
+        tokens = max(engine_settings(config, model, pool).max_model_len for pool in pools(config))
         if trains:
             check_positions(model, tokens)
         return _prepared(config, path, model, loaded, common, begun)
@@ -256,6 +258,7 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
         stages=stages,
         teacher=c.teacher_in_use,
         exclusive=c.strict and c.learner.ranks == 1,
+        transport=c.weights.transport,
     )
 
 

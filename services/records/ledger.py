@@ -73,6 +73,10 @@ class Accounts:
             else:
                 del self._open[s]
 
+    def state(self, sample: SampleId) -> str | None:
+        """Return the state of a sample that is in flight; None if it is not."""
+        return self._open.get(sample)
+
     def drop(self, sample: SampleId) -> None:
         if sample not in self._open:
             raise LedgerError(f"sample {sample} cannot be dropped: it is not in flight")
@@ -136,6 +140,10 @@ class Ledger:
             self._moves[s] = state, length, None
         if time.monotonic() - self._written > WRITE_EVERY_S:
             self._write()
+
+    def state(self, sample: SampleId) -> str | None:
+        """Return the state of a sample that is in flight; None if it is not."""
+        return self._accounts.state(sample)
 
     def drop(self, sample: SampleId, reason: str) -> None:
         """Mark a sample as dropped, with the reason. Raises LedgerError if it is not in flight."""

@@ -1,14 +1,13 @@
 """The resolved configuration in a run directory, not validated, so that runs of other versions stay readable."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from sdft.actors.roles import STUDENT, TEACHER
 from sdft.services.algorithms.base import Algorithm
 from sdft.services.algorithms.registry import ALGORITHMS
 from sdft.services.base.errors import UserError
 from sdft.services.config.yaml import YamlError, parse_yaml
-
-Role = Literal["student", "teacher"]
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
@@ -39,10 +38,10 @@ def teacher_weights(config: dict[str, Any]) -> str:
     return str((config.get("teacher") or {}).get("weights") or "ema")
 
 
-def sampler_and_scorer(config: dict[str, Any], stage: int) -> tuple[Role, Role] | None:
+def sampler_and_scorer(config: dict[str, Any], stage: int) -> tuple[str, str] | None:
     """Return the roles whose engines sample and score in a stage; None if no engine does either."""
     method = ALGORITHMS.get(method_of(config, stage), Algorithm)
     if not method.teacher_scores:
         return None
-    scorer: Role = "student" if teacher_weights(config) == "live" else "teacher"
-    return ("student" if method.student_samples else scorer), scorer
+    scorer = STUDENT if teacher_weights(config) == "live" else TEACHER
+    return (STUDENT if method.student_samples else scorer), scorer

@@ -8,7 +8,13 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
-from sdft.actors.shared.types import GenerateRequest, IntArray, Rollout, Sampling, TeacherScores
+from ray import ObjectRef
+from ray.exceptions import ObjectLostError
+
+from sdft.actors.shared.drafts import Completion, CompletionLost, Draft, Scores, joined
+from sdft.actors.shared.sequences import TrainingSequence
+from sdft.actors.shared.types import GenerateRequest, IntArray, Sampling
+from sdft.learner.group import SequencesLost
 from sdft.services.fleet.pool import EnginePool
 from sdft.services.training.joined import Joined
 
@@ -18,6 +24,20 @@ Kind = tuple[Literal["student", "teacher", "score"], int]  # what is called, and
 def now() -> float:
     """Return the running loop's time in seconds: the monotonic clock, unless time is simulated."""
     return asyncio.get_running_loop().time()
+
+
+async def fetched(drafts: Sequence[Draft]) -> list[TrainingSequence]:
+    """Fetch the values of drafts into this process. Raises SequencesLost if some were lost with an engine."""
+    sequences, lost = [], []
+    for draft in drafts:
+        try:
+            values = [await value if isinstance(value, ObjectRef) else value for value in draft.references]
+            sequences.append(joined(draft, values))
+        except ObjectLostError:
+            lost.append(draft.sample)
+    if lost:
+        raise SequencesLost(lost)
+    return sequences
 
 
 class EngineCalls:
@@ -57,16 +77,16 @@ class EngineCalls:
     async def _call(self, kind: Kind, items: list[Any]) -> list[Any]:
         what, k = kind
         if what == "student":
-            results: list[Any] = await self._students.generate(items, self._sampling, self._strict)
+            results: list[Any] = await self._students.complete(items, self._sampling, self._strict)
             self.sampled = now()
             return results
         await self._teachers_ready()
         if what == "teacher":
-            results = await self._teachers.generate(items, self._sampling, self._strict)
+            results = await self._teachers.complete(items, self._sampling, self._strict)
             self.sampled = now()
             return results
         self.ready = now()
-        results = await self._teachers.score(items, k, self._strict)
+        results = await self._teachers.score_completions(items, k, self._strict)
         self.scored = now()
         return results
 
@@ -74,28 +94,34 @@ class EngineCalls:
 class GroupStudent:
     """The student engines for one group."""
 
+    role: Literal["student", "teacher"] = "student"
+
     def __init__(self, calls: EngineCalls, group: int) -> None:
         self._calls, self._group = calls, group
 
-    async def complete(self, prompts: Sequence[IntArray], seeds: Sequence[int]) -> list[Rollout]:
-        return await self._calls.of(self._group, ("student", 0), _requests(prompts, seeds))
+    async def complete(self, prompts: Sequence[IntArray], seeds: Sequence[int]) -> list[Completion]:
+        requests = [GenerateRequest(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        return await self._calls.of(self._group, (self.role, 0), requests)
+
+    async def tokens(self, completions: Sequence[Completion]) -> list[IntArray]:
+        held = [completion.rollout for completion in completions]
+        try:
+            rollouts = [await value if isinstance(value, ObjectRef) else value for value in held]
+        except ObjectLostError as error:
+            raise CompletionLost(str(error)) from error
+        return [rollout.completion_ids for rollout in rollouts]
 
 
-class GroupTeacher:
+class GroupTeacher(GroupStudent):
     """The teacher engines for one group."""
+
+    role = "teacher"
 
     def __init__(self, calls: EngineCalls, group: int, before_scores: Callable[[], None]) -> None:
         """before_scores(): called when the group has its completions, before they are scored."""
-        self._calls, self._group, self._before_scores = calls, group, before_scores
+        super().__init__(calls, group)
+        self._before_scores = before_scores
 
-    async def complete(self, prompts: Sequence[IntArray], seeds: Sequence[int]) -> list[Rollout]:
-        return await self._calls.of(self._group, ("teacher", 0), _requests(prompts, seeds))
-
-    async def score(self, prompts: Sequence[IntArray], rollouts: Sequence[Rollout], k: int) -> list[TeacherScores]:
+    async def score(self, prompts: Sequence[IntArray], completions: Sequence[Completion], k: int) -> list[Scores]:
         self._before_scores()
-        pairs = [(prompt, r.completion_ids) for prompt, r in zip(prompts, rollouts, strict=True)]
-        return await self._calls.of(self._group, ("score", k), pairs)
-
-
-def _requests(prompts: Sequence[IntArray], seeds: Sequence[int]) -> list[GenerateRequest]:
-    return [GenerateRequest(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        return await self._calls.of(self._group, ("score", k), list(zip(prompts, completions, strict=True)))

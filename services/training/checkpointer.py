@@ -7,10 +7,10 @@ import asyncio
 import sqlite3
 from pathlib import Path
 
+from sdft.actors.shared.reason import reason
 from sdft.actors.shared.waiting import cancelled, within
 from sdft.learner.group import LearnerGroup
 from sdft.services.base.errors import PreflightError
-from sdft.services.base.failures import reason
 from sdft.services.base.files import of_a_file
 from sdft.services.monitoring.console import Progress
 from sdft.services.planning.prepare import Prepared

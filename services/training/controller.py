@@ -16,14 +16,18 @@ What waits for what:
     a batch is scored         when the teacher engines hold the weights that were sent last (weight_sync.py)
     the learner steps         when the batch is scored
     the metrics of a step     follow the checkpoint of the step before onto the disk (checkpointer.py)
-    evaluation, save          between two steps (evaluations.py, checkpointer.py)
+    evaluation, save          between two steps, on engines that hold the weights of the step (evaluations.py,
+                              checkpointer.py)
 
-The controller moves references and small arrays; it owns no model.
+The controller holds drafts: lengths and references, but no tokens (actors/shared/drafts.py). It owns no model.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from sdft.learner.group import LearnerGroup
+from sdft.actors.roles import STUDENT, TEACHER, evaluating, scoring
+from sdft.learner.group import LearnerGroup, SequencesLost
+from sdft.learner.types import StepResult
 from sdft.services.config.run import TaskConfig
 from sdft.services.data.schedule import StageSchedule
 from sdft.services.fleet.autoscaler import Autoscaler
@@ -35,10 +39,10 @@ from sdft.services.records.batches import write_batch
 from sdft.services.records.ledger import Ledger
 from sdft.services.training.accounting import Accounting
 from sdft.services.training.arrivals import Arrivals
-from sdft.services.training.calls import now
+from sdft.services.training.calls import fetched, now
 from sdft.services.training.checkpointer import Checkpointer
 from sdft.services.training.evaluations import Evaluations
-from sdft.services.training.rollouts import Rollouts, Times
+from sdft.services.training.rollouts import Batch, Rollouts, Times
 from sdft.services.training.step_metrics import Counts, step_metrics
 from sdft.services.training.weight_sync import WeightSync
 
@@ -50,43 +54,43 @@ class Controller:
         self,
         prepared: Prepared,
         run_dir: Path,
-        students: EnginePool,
-        teachers: EnginePool | None,
+        pools: Mapping[str, EnginePool],
         learner: LearnerGroup,
         ledger: Ledger,
         log: RunLog,
         progress: Progress,
     ) -> None:
+        """pools: the started pools by role."""
         self._prepared = prepared
         self._config = prepared.config
         self._run_dir = run_dir
-        self._students = students
-        self._teachers = teachers  # None: the teacher's weights are live, and the student engines score
+        self._students, self._scoring = pools[STUDENT], pools[scoring(pools)]
         self._learner = learner
         self._ledger = ledger
         self._log = log
         self._progress = progress
-        self._student_weights = self._weights("student", students)
-        self._teacher_weights = None if teachers is None else self._weights("teacher", teachers)
-        self._autoscaler = Autoscaler(pool for pool in (students, teachers) if pool is not None)
+        limit = self._config.weights.timeout_s
+        self._weights = {role: WeightSync(role, pool, learner, limit, progress.note) for role, pool in pools.items()}
+        self._student_weights = self._weights[STUDENT]
+        self._teacher_weights = self._weights.get(TEACHER)  # None: its weights are live, and the student engines score
+        self._evaluated_weights = self._weights[evaluating(pools)]
+        self._autoscaler = Autoscaler(pools.values())
         self._checkpoints = Checkpointer(prepared, run_dir, learner, ledger, progress)
-        self._evaluations = Evaluations(prepared, run_dir, students, self._checkpoints, log, progress)
+        self._evaluations = Evaluations(prepared, run_dir, pools[evaluating(pools)], self._checkpoints, log, progress)
         self._accounting = Accounting(ledger, progress.note)
         self._teacher_moves = self._config.teacher.weights == "ema"
         self._arrivals = Arrivals(prepared, run_dir, progress)
         self._saved = 0  # step of the newest checkpoint
         self.steps_done = 0
 
-    def _weights(self, role: str, pool: EnginePool) -> WeightSync:
-        return WeightSync(role, pool, self._learner, self._config.weights.timeout_s, self._progress.note)
-
     async def run(self, first_step: int) -> None:
         """Train to the end, from the state after optimizer step `first_step` (0: from the base model)."""
         schedule = self._prepared.schedule
-        scoring = self._teachers or self._students
-        student, teacher = self._student_weights, self._teacher_weights
+        student = self._student_weights
         self._saved = first_step
-        rollouts = Rollouts(self._prepared, self._students, scoring, self._ledger, self._teachers_ready, first_step)
+        rollouts = Rollouts(
+            self._prepared, self._students, self._scoring, self._ledger, self._teachers_ready, first_step
+        )
         try:
             # Unconditional: after a resume the engines hold the base model, and learner and engines would wait for each
             # other.
@@ -96,8 +100,9 @@ class Controller:
                     f"student weights v{first_step} verified: the probe's log-probs of engine and learner differ by "
                     f"{gap:.4f} (mean relative difference)"
                 )
-            if teacher is not None:
-                await teacher.deliver(first_step)
+            for weights in self._weights.values():
+                if weights is not student:
+                    await weights.deliver(first_step)
             await self._evaluations.first(first_step)
             if not self._config.strict:
                 student.on_delivered = rollouts.begin
@@ -118,15 +123,14 @@ class Controller:
         finally:
             await rollouts.stop()
             await self._checkpoints.stop()
-            for weights in (student, teacher):
-                if weights is not None:
-                    await weights.stop()
+            for weights in self._weights.values():
+                await weights.stop()
 
     async def _after_step(self, step: int, ends: bool) -> None:
         """Evaluate and save when it is due. ends: the step is the last one of its stage."""
         every = self._config.evaluation.every
         if ends or (every and step % every == 0):
-            await self._student_weights.wait_for_version(step, step)
+            await self._evaluated_weights.wait_for_version(step, step)
             await self._evaluations.after(step)
         if (ends or step % self._config.checkpoint.every == 0) and step != self._saved:
             await self._checkpoints.save(step, self._evaluations.held)
@@ -144,7 +148,7 @@ class Controller:
 
     def _follows(self, config: TaskConfig) -> bool:
         """Return whether the student engines need new weights: they sample, or score as the live teacher."""
-        return config.method.student_samples or (self._teachers is None and config.method.teacher_scores)
+        return config.method.student_samples or (self._teacher_weights is None and config.method.teacher_scores)
 
     async def _step(self, step: int, rollouts: Rollouts) -> None:
         times = Times()
@@ -156,9 +160,7 @@ class Controller:
             needed = step - 1 - self._config.training.max_staleness
             await times.of("sync", student.wait_for_version(max(0, needed), step - 1))
         batch = await rollouts.take(step)
-        if self._config.monitoring.record_rollouts:
-            write_batch(self._run_dir, step, batch.sequences)
-        result = await times.of("learn", self._learner.train_step(batch.sequences))
+        batch, result = await times.of("learn", self._learn(batch, rollouts))
         self._accounting.step(step, batch.samples, result.applied)
         await times.of("sync", student.wait_delivered())
         counts = Counts(*self._ledger.audit(self._prepared.schedule.issued_through(rollouts.begun)))
@@ -176,6 +178,19 @@ class Controller:
         self._progress.step(metrics)
         self.steps_done += 1
         self._autoscaler.after_step(metrics.time_wait_s / metrics.time_step_s)
+
+    async def _learn(self, batch: Batch, rollouts: Rollouts) -> tuple[Batch, StepResult]:
+        """Take the learner's step. A batch of which a part was lost with an engine is made again."""
+        while True:
+            try:
+                if not self._config.monitoring.record_rollouts:
+                    return batch, await self._learner.train_step(batch.drafts)
+                sequences = await fetched(batch.drafts)  # what is recorded is what is trained
+                write_batch(self._run_dir, batch.step, sequences)
+                return batch, await self._learner.train_step(sequences)
+            except SequencesLost as error:
+                self._progress.note(f"step {batch.step}: {error}; the batch is made again")
+                batch = await rollouts.again(batch.step)
 
     async def _teachers_ready(self) -> None:
         if self._teacher_weights is not None:

@@ -1,6 +1,6 @@
 """The evaluations of a run: replies and results are logged, and the retention guard acts on them.
 
-student engines -> evaluator: results, replies -> samples.jsonl, eval.jsonl -> guard: warn, stop or roll back
+engines -> evaluator: results, replies -> samples.jsonl, eval.jsonl -> guard: warn, stop or roll back
 """
 
 from collections.abc import Sequence
@@ -21,19 +21,19 @@ from sdft.services.training.retention import RetentionGuard
 
 
 class Evaluations:
-    """Evaluates sets on the student engines between two steps."""
+    """Evaluates sets between two steps, on the pool `engines`, which holds the student's weights of the step."""
 
     def __init__(
         self,
         prepared: Prepared,
         run_dir: Path,
-        students: EnginePool,
+        engines: EnginePool,
         saving: Checkpointer,
         log: RunLog,
         progress: Progress,
     ) -> None:
         self._prepared, self._run_dir = prepared, run_dir
-        self._students, self._saving = students, saving
+        self._engines, self._saving = engines, saving
         self._log, self._progress = log, progress
         self._evaluator = Evaluator(prepared.tokenizer, prepared.config.evaluation.grading_timeout_s, progress.part)
         earlier = read_rows(run_dir, EvalResult)
@@ -66,9 +66,9 @@ class Evaluations:
             return
         self._progress.phase(f"evaluating at step {step}")
         stage = self._prepared.schedule.at(step).stage
-        results, replies = await self._evaluator.students(self._students, sets, step, stage)
+        results, replies = await self._evaluator.students(self._engines, sets, step, stage)
         if teachers:
-            results += await self._evaluator.teachers(self._students, sets, step, stage)
+            results += await self._evaluator.teachers(self._engines, sets, step, stage)
         # Replies before results: if the run is killed in between, the evaluation has no results and is repeated.
         for reply in first_of_each_set(replies):
             self._log.reply(reply)

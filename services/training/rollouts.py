@@ -1,4 +1,4 @@
-"""Batches of training sequences, made ahead of the learner as far as max_staleness allows.
+"""Batches of drafts of training sequences, made ahead of the learner as far as max_staleness allows.
 
     schedule -> ids -> groups, one per record -> algorithm and engines -> the learner, in the order of the steps
 
@@ -10,14 +10,14 @@ rollouts have ended.
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TypeVar
 
 import numpy as np
 
-from sdft.actors.shared.sequences import TrainingSequence
+from sdft.actors.shared.drafts import CompletionLost, Draft
 from sdft.actors.shared.types import IntArray, SampleId, Sampling
 from sdft.actors.shared.waiting import all_of, cancelled, within
 from sdft.services.algorithms.base import Group
@@ -25,10 +25,11 @@ from sdft.services.base.errors import RunFailed
 from sdft.services.data.schedule import StageSchedule, sample_seed
 from sdft.services.fleet.pool import EnginePool
 from sdft.services.planning.prepare import Prepared, Stage
-from sdft.services.records.ledger import Ledger
+from sdft.services.records.ledger import BEFORE, Ledger
 from sdft.services.training.calls import EngineCalls, GroupStudent, GroupTeacher, now
 
 T = TypeVar("T")
+TRIES = 5  # to make a batch, or a group, that loses completions with an engine
 
 
 @dataclass
@@ -47,21 +48,21 @@ class Times:
 
 @dataclass(frozen=True)
 class Batch:
-    """The training sequences of one optimizer step, and the time they took."""
+    """The drafts of one optimizer step, and the time they took."""
 
     step: int
-    sequences: list[TrainingSequence]
+    drafts: list[Draft]
     times: Times
 
     @property
     def samples(self) -> list[SampleId]:
-        """The samples that the sequences are of, in order, each once."""
-        return list(dict.fromkeys(s.sample for s in self.sequences))
+        """The samples that the drafts are of, in order, each once."""
+        return list(dict.fromkeys(draft.sample for draft in self.drafts))
 
     @property
     def staleness(self) -> list[int]:
         """Steps that the weights of each sequence's first sampled token are behind the weights that are trained."""
-        return [self.step - 1 - s.spans[0].version for s in self.sequences]
+        return [self.step - 1 - draft.spans[0].version for draft in self.drafts]
 
 
 class Rollouts:
@@ -102,11 +103,17 @@ class Rollouts:
 
     async def take(self, step: int) -> Batch:
         """Return the batch of a step, once. Raises the error of making it, or RuntimeError if a rollout is too old."""
-        batch = await self._making.pop(step)
+        return self._young_enough(await self._making.pop(step))
+
+    async def again(self, step: int) -> Batch:
+        """Return a batch once more, because some of it was lost with an engine or a node after it was made."""
+        return self._young_enough(await self._make(step, self._prepared.schedule.batch(step)))
+
+    def _young_enough(self, batch: Batch) -> Batch:
         behind, allowed = max(batch.staleness), self._prepared.config.training.max_staleness
         if behind > allowed:
             raise RuntimeError(
-                f"step {step}: the weights of a rollout are {behind} steps behind, and {allowed} are allowed"
+                f"step {batch.step}: the weights of a rollout are {behind} steps behind, and {allowed} are allowed"
             )
         return batch
 
@@ -115,6 +122,16 @@ class Rollouts:
         await cancelled(self._making.values())
 
     async def _make(self, step: int, ids: list[SampleId]) -> Batch:
+        """Make a batch. In a strict run all of it is made again if a completion is lost, with the same bits."""
+        for attempt in range(TRIES):
+            try:
+                return await self._made(step, ids)
+            except CompletionLost:  # the loss of the engine is in the notices
+                if attempt == TRIES - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    async def _made(self, step: int, ids: list[SampleId]) -> Batch:
         began, stage, strict = now(), self._prepared.at(step), self._prepared.config.strict
         groups, s = list(_groups(step, stage, ids)), stage.config.sampling
         calls = EngineCalls(
@@ -125,7 +142,7 @@ class Rollouts:
             len(groups),
             strict,
         )
-        work = asyncio.ensure_future(all_of([self._sequences(stage, i, g, calls) for i, g in enumerate(groups)]))
+        work = asyncio.ensure_future(all_of([self._of_group(stage, i, g, calls) for i, g in enumerate(groups)]))
         try:
             if strict:
                 made = await work
@@ -141,8 +158,8 @@ class Rollouts:
         finally:
             work.cancel()
             calls.cancel()
-        sequences = [sequence for of_group in made for sequence in of_group]
-        if not sequences:
+        drafts = [draft for of_group in made for draft in of_group]
+        if not drafts:
             raise RunFailed(f"step {step}: the algorithm made no training sequence of its {len(ids)} samples")
         ready = max(calls.sampled, calls.ready)
         times = Times()
@@ -151,30 +168,37 @@ class Rollouts:
             "sync": ready - calls.sampled,
             "score": max(0.0, calls.scored - ready),
         }
-        return Batch(step, sequences, times)
+        return Batch(step, drafts, times)
 
-    async def _sequences(self, stage: Stage, number: int, group: Group, calls: EngineCalls) -> list[TrainingSequence]:
-        """Let the algorithm make the sequences of one group, and move its samples in the ledger."""
-        sampled = False
+    async def _of_group(self, stage: Stage, number: int, group: Group, calls: EngineCalls) -> list[Draft]:
+        """Let the algorithm make the drafts of one group, and move its samples in the ledger.
 
-        def mark_sampled() -> None:
-            nonlocal sampled
-            if not sampled:
-                self._ledger.advance(group.samples, "sampled")
-            sampled = True
-
-        student, teacher = GroupStudent(calls, number), GroupTeacher(calls, number, mark_sampled)
-        made = await stage.config.method.make(group, student, teacher)
+        A group that loses a completion is made again, unless its calls are joined with those of others.
+        """
+        student = GroupStudent(calls, number)
+        teacher = GroupTeacher(calls, number, lambda: self._advance(group.samples, "sampled"))
+        for attempt in range(TRIES):
+            try:
+                made = await stage.config.method.make(group, student, teacher)
+                break
+            except CompletionLost:
+                if self._prepared.config.strict or attempt == TRIES - 1:
+                    raise
         calls.done()
-        mark_sampled()
-        tokens = dict.fromkeys(group.samples, 0)
-        for sequence in made:
-            tokens[sequence.sample] += sequence.sampled_tokens
-        kept = [sample for sample in group.samples if any(sequence.sample == sample for sequence in made)]
-        for sample in set(group.samples) - set(kept):
-            self._ledger.drop(sample, "the algorithm made no training sequence of it")
-        self._ledger.advance(kept, "scored", [tokens[sample] for sample in kept])
-        return made
+        self._advance(group.samples, "sampled")
+        tokens: dict[SampleId, int] = defaultdict(int)
+        for draft in made:
+            tokens[draft.sample] += draft.sampled_tokens
+        for sample in group.samples:
+            if sample not in tokens and self._ledger.state(sample) is not None:
+                self._ledger.drop(sample, "the algorithm made no training sequence of it")
+        self._advance(list(tokens), "scored", tokens)
+        return [draft for draft in made if self._ledger.state(draft.sample) is not None]
+
+    def _advance(self, samples: Sequence[SampleId], state: str, tokens: Mapping[SampleId, int] | None = None) -> None:
+        """Move those samples to a state that are in the one before it. A batch that is made again has moved already."""
+        moved = [sample for sample in samples if self._ledger.state(sample) == BEFORE[state]]
+        self._ledger.advance(moved, state, None if tokens is None else [tokens[sample] for sample in moved])
 
 
 def _groups(step: int, stage: Stage, ids: list[SampleId]) -> Iterator[Group]:

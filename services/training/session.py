@@ -13,9 +13,9 @@ from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import ray
 from rich.console import Console
 
+from sdft.actors.config import LEARNER
 from sdft.actors.shared.process import collect_rarely
 from sdft.actors.shared.waiting import all_of, cancelled, unless
 from sdft.learner.group import LearnerGroup, LearnerLost
@@ -74,7 +74,10 @@ class Session:
         progress: Progress,
         request: NodeRequest | None,
     ) -> None:
-        """options: Ray actor options, role -> one per process. request: the node request to an autoscaler, if any."""
+        """options: Ray actor options by pool, and of the learner, one per process.
+
+        request: the node request to an autoscaler, if any.
+        """
         self._prepared, self._run_dir = prepared, run_dir
         self._options, self._progress = options, progress
         self._request = request
@@ -84,8 +87,7 @@ class Session:
     async def start(self) -> None:
         """Start the learner and all engines concurrently."""
         self._progress.phase("starting engines and learner")
-        roles = [role for role in ("student", "teacher") if self._options[role]]
-        await all_of([self._start_learner(), *map(self._start_pool, roles)])
+        await all_of([self._start_learner(), *map(self._start_pool, self._prepared.plan.pools)])
         self._write_pids()
 
     async def run_attempts(self, start: Path | None, sinks: Sinks) -> None:
@@ -124,10 +126,8 @@ class Session:
         restore_ledger(start / checkpoints.LEDGER if start else None, run_dir / "ledger.sqlite")
         with closing(Ledger(run_dir / "ledger.sqlite")) as ledger, closing(RunLog(run_dir, sinks)) as log:
             ledger.forget_in_flight()
-            students, teachers = self._pools["student"], self._pools.get("teacher")
-            controller = Controller(
-                self._prepared, run_dir, students, teachers, self._learner, ledger, log, self._progress
-            )
+            by_role = {self._prepared.config.actors.role_name(name): pool for name, pool in self._pools.items()}
+            controller = Controller(self._prepared, run_dir, by_role, self._learner, ledger, log, self._progress)
             watching = watch_nodes(self._pools, self._request, self._progress.note)
             failures = all_of([self._learner.until_lost(), watching])
             try:
@@ -145,7 +145,7 @@ class Session:
         self._progress.note(f"{error}; the learner restarts from the last checkpoint")
         self._learner.kill(hangs=True)
         for pool in self._pools.values():
-            pool.published.mark_lost()
+            pool.versions.mark_lost()
         await asyncio.sleep(after_s)
         folder, notes = await asyncio.to_thread(checkpoints.newest_usable, self._run_dir)
         if folder is not None:
@@ -159,29 +159,25 @@ class Session:
         self._write_pids()
         return folder
 
-    async def _start_pool(self, role: str) -> None:
+    async def _start_pool(self, name: str) -> None:
         pool = engine_pool(
             self._prepared.config,
             self._prepared.model,
             self._prepared.reply_end,
-            role,
-            self._options[role],
+            name,
+            self._options[name],
             self._notice,
-            self._payload,
             self._current,
         )
-        self._pools[role] = pool
+        self._pools[name] = pool
         await pool.start()
-
-    async def _payload(self, role: str) -> list[ray.ObjectRef]:
-        return await self._current().payload(role)
 
     def _current(self) -> LearnerGroup:
         assert self._learner is not None
         return self._learner
 
     async def _start_learner(self) -> None:
-        self._learner = await start_learner(self._prepared, self._options["learner"])
+        self._learner = await start_learner(self._prepared, self._options[LEARNER])
 
     def _notice(self, text: str) -> None:
         self._progress.note(text)
@@ -191,7 +187,7 @@ class Session:
         """Write pids.json for people and for tests that kill processes. Ignores a full disk and other file errors."""
         if self._learner is None:
             return
-        pids = {role: [e.process.pid for e in pool.engines] for role, pool in self._pools.items()}
-        pids["learner"] = self._learner.pids
+        pids = {name: [e.process.pid for e in pool.engines] for name, pool in self._pools.items()}
+        pids[LEARNER] = self._learner.pids
         with suppress(OSError):
             write_atomically(self._run_dir / "pids.json", json.dumps(pids).encode())

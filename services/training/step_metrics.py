@@ -38,21 +38,21 @@ def step_metrics(
     if strict:
         waited -= sum(batch.times.seconds.values())
         synced += batch.times.seconds["sync"]
-    sequences = batch.sequences
-    completion_tokens = sum(s.sampled_tokens for s in sequences)
+    drafts = batch.drafts
+    completion_tokens = sum(draft.sampled_tokens for draft in drafts)
     return StepMetrics(
         step=batch.step,
-        stage=sequences[0].sample.stage,
+        stage=drafts[0].sample.stage,
         loss=result.loss,
         divergence=result.divergence,
         direction=" and ".join(loss.name for loss in losses),
         grad_norm=result.grad_norm,
         lr=result.lr,
         samples=len(batch.samples),
-        prompt_tokens=sum(map(len, sequences)) - completion_tokens,
+        prompt_tokens=sum(map(len, drafts)) - completion_tokens,
         completion_tokens=completion_tokens,
-        student_version=max(span.version for s in sequences for span in s.spans),
-        teacher_version=min((s.teacher.version for s in sequences if s.teacher is not None), default=0),
+        student_version=max(span.version for draft in drafts for span in draft.spans),
+        teacher_version=min((v for draft in drafts if (v := draft.teacher_version) is not None), default=0),
         staleness_mean=float(np.mean(batch.staleness)),
         staleness_max=max(batch.staleness),
         mismatch_kl=result.mismatch_kl,

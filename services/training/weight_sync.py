@@ -1,6 +1,6 @@
 """Delivery of a role's weights from the learner to the role's engines, one version after the other.
 
-    learner: publish ─► every engine: load, verify ─► release      under a lock of the pool, from publish to release
+    learner: publish ─► every engine: load, verify ─► release      the version is in use meanwhile (fleet/versions.py)
 
 `deliver` waits until the engines have the weights. `publish` waits only for the publication: after it the learner may
 change its weights, and the engines load while the learner continues.
@@ -8,14 +8,16 @@ change its weights, and the engines load while the learner continues.
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
-from sdft.actors.shared.types import Snapshot, SnapshotDamaged
+from sdft.actors.shared.reason import reason
+from sdft.actors.shared.types import SnapshotDamaged
 from sdft.actors.shared.waiting import cancelled
 from sdft.learner.group import LearnerGroup
-from sdft.services.base.failures import reason
+from sdft.services.base.errors import RunFailed
 from sdft.services.fleet.pool import EnginePool
 
-TRIES = 3  # damaged snapshots in a row until SnapshotDamaged is raised
+TRIES = 3  # snapshots in a row that are damaged or gone, until the error is raised
 
 
 class WeightSync:
@@ -27,10 +29,16 @@ class WeightSync:
         self._role, self._pool, self._learner = role, pool, learner
         self._timeout_s, self._notice = timeout_s, notice
         self._delivery: asyncio.Task[None] | None = None
-        self._damaged = 0  # damaged snapshots in a row
+        self._damaged = 0  # snapshots in a row that are damaged or gone
         self._gap: float | None = None
-        self.version = -1  # newest version on all engines but those being replaced; -1: the weights they started with
-        self.on_delivered: Callable[[int], None] = lambda version: None  # called with each new value of `version`
+        self._versions = pool.versions
+        self._versions.verified = -1  # after a loss of the learner, engines have versions of the learner before
+        self.on_delivered: Callable[[int], None] = lambda version: None  # called with each new `version`
+
+    @property
+    def version(self) -> int:
+        """The newest version on all engines but those being replaced; -1: the weights they started with."""
+        return self._versions.verified
 
     async def deliver(self, version: int) -> float | None:
         """Publish the learner's weights, which are this version, and wait until all engines have verified them.
@@ -47,16 +55,16 @@ class WeightSync:
     async def publish(self, version: int) -> None:
         """Publish the learner's weights, which are this version. Waits for an earlier delivery first."""
         await self.wait_delivered()
-        lock = self._pool.published.lock
-        await lock.acquire()
+        published: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        delivery = asyncio.create_task(self._deliver(version, published), name=f"{self._role} weights v{version}")
         try:
-            snapshot = await self._learner.publish(self._role, version)
+            await asyncio.wait([published, delivery], return_when=asyncio.FIRST_COMPLETED)
+            if not published.done():
+                await delivery  # raises
         except BaseException:
-            lock.release()
+            await cancelled([delivery])
             raise
-        self._delivery = asyncio.create_task(self._load_into_engines(snapshot), name=f"{self._role} weights v{version}")
-        # The lock is not released in the task itself, because a task cancelled before it begins would keep the lock.
-        self._delivery.add_done_callback(lambda _: lock.release())
+        self._delivery = delivery
 
     async def wait_delivered(self) -> None:
         """Wait until the engines have the weights that were sent.
@@ -87,22 +95,27 @@ class WeightSync:
         await asyncio.shield(delivery)  # shielded: other callers may wait for the same delivery
         if self._delivery is delivery:
             self._delivery = None
-        newest = self._pool.published.newest
+        newest = self._versions.newest
         return None if newest is None else newest.version
 
-    async def _load_into_engines(self, snapshot: Snapshot) -> None:
+    async def _deliver(self, version: int, published: asyncio.Future[None]) -> None:
+        """Publish the version, complete `published`, and update the engines."""
+        offer = partial(self._learner.publish, self._role, version)
         try:
-            reports = await self._pool.update_weights(snapshot, self._timeout_s)
-        except SnapshotDamaged as error:
+            async with self._versions.offering(offer, self._timeout_s) as snapshot:
+                published.set_result(None)
+                reports = await self._pool.update_weights(snapshot)
+        except (SnapshotDamaged, FileNotFoundError) as error:
             # Damage in transit does not persist over retries. A snapshot that is damaged each time has another cause.
+            # A snapshot that is gone was lost with the learner, which then raises LearnerLost when it is to publish.
             self._damaged += 1
             if self._damaged == TRIES:
+                if isinstance(error, FileNotFoundError):
+                    raise RunFailed(reason(error)) from error  # not an error of this machine's disk
                 raise
             self._notice(f"{reason(error)}; the snapshot is published again")
             return
-        finally:
-            await self._learner.release(self._role)
         self._damaged = 0
         self._gap = max((report.probe_gap for report in reports), default=None)
-        self.version = snapshot.version
-        self.on_delivered(snapshot.version)
+        self._versions.verified = version
+        self.on_delivered(version)

@@ -1,25 +1,38 @@
 """A test bench: a pool of simulated engines that records the engines it starts and the notices it sends."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import ray
 
-from sdft.actors.shared.types import Snapshot
-from sdft.learner.group import LearnerLost
+from sdft.actors.shared.types import LearnerLost, Snapshot
+from sdft.actors.transport.memory import MemoryTransport
+from sdft.actors.transport.protocol import WeightTransport
 from sdft.services.fleet.engine import Patience
 from sdft.services.fleet.pool import EnginePool, PoolSettings
-from sdft.services.fleet.snapshots import Published
 from simulation.engine import SimulatedEngine
 
 EMPTY = np.zeros(0, dtype=np.int32)
 
 
-async def elsewhere(role: str) -> list[ray.ObjectRef]:
-    raise LearnerLost("the learner died")
+class LostLearner:
+    """Raises LearnerLost from every call of a transport."""
+
+    async def payload(self, role: str) -> list[Any]:
+        raise LearnerLost("the learner died")
+
+    async def sender(self, method: str, seconds: float, what: str, *arguments: Any) -> Any:
+        raise LearnerLost("the learner died")
+
+
+class Elsewhere(LostLearner):
+    """Sends an empty payload."""
+
+    async def payload(self, role: str) -> list[Any]:
+        return []
 
 
 @dataclass
@@ -32,6 +45,7 @@ class Bench:
     room: int = 2
     one_by_one: bool = False
     make: Callable[[int], SimulatedEngine] = SimulatedEngine
+    transport: WeightTransport | None = None  # None: memory, with the learner lost
     started: list[SimulatedEngine] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
@@ -48,7 +62,8 @@ class Bench:
             drain_s=0.5,
             one_by_one=self.one_by_one,
         )
-        self.pool = EnginePool(settings, self._create, Published(elsewhere), self.notices.append, lambda: "no room")
+        transport = self.transport or MemoryTransport("student", LostLearner, self.notices.append)
+        self.pool = EnginePool(settings, self._create, transport, self.notices.append, lambda: "no room")
 
     def _create(self, number: int) -> SimulatedEngine:
         self.started.append(self.make(number))
@@ -73,6 +88,14 @@ class Bench:
             await asyncio.sleep(0.01)
 
     async def publish(self, version: int, node: str = "here") -> None:
-        async with self.pool.published.lock:
-            snapshot = Snapshot("student", version, "", node, 0, (), EMPTY, EMPTY.astype(np.float32))
-            await self.pool.update_weights(snapshot, 5)
+        async def offer() -> Snapshot:
+            return Snapshot("student", version, "/memory", node, 0, (), EMPTY, EMPTY.astype(np.float32))
+
+        async with self.pool.versions.offering(offer, timeout_s=5) as snapshot:
+            await self.pool.update_weights(snapshot)
+
+    @asynccontextmanager
+    async def in_use(self) -> AsyncIterator[None]:
+        """Keep the newest version in use."""
+        async with self.pool.versions.loading():
+            yield

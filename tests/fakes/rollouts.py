@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from sdft.actors.shared.sequences import TrainingSequence, Turn, sequence_of
+from sdft.actors.shared.drafts import sequence_of
+from sdft.actors.shared.sequences import TrainingSequence
 from sdft.actors.shared.types import Rollout, SampleId, TeacherScores
 
 
@@ -33,7 +34,7 @@ def make_rollouts(model_path: Path, count: int, k: int, seed: int, skip: int = 0
         scores = TeacherScores(
             top.indices.numpy().astype(np.int32), top.values.numpy(), teacher.gather(1, own)[:, 0].numpy(), 0
         )
-        samples.append(sequence_of(SampleId(0, 0, i, 0), 0, [Turn(prompt, rollout, scores)], skip))
+        samples.append(sequence_of(SampleId(0, 0, i, 0), rollout, scores, skip))
     return samples
 
 

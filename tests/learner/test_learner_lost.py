@@ -49,7 +49,7 @@ def test_the_death_of_a_rank_that_is_not_awaited_causes_no_asyncio_message(ray_c
         os.kill(group.pids[0], signal.SIGKILL)
         await asyncio.wait(group._watching, timeout=60)
         with pytest.raises(LearnerLost, match=r"learner rank 0 .* died"):
-            await group.release("student")
+            await group.payload("student")
         del group
         gc.collect()
         return said
@@ -95,15 +95,17 @@ def test_a_learner_starts_beside_a_build_that_was_killed(ray_cluster: None, tiny
     assert list(tmp_path.rglob("*")) == [lock.parent, lock]
 
 
-def test_a_snapshot_is_released_in_the_middle_of_a_step(ray_cluster: None, tiny_model: Path) -> None:
-    """Otherwise engines would get no weights during a step, and a step of a minute would end the run."""
+def test_a_snapshot_is_sent_in_the_middle_of_a_step(ray_cluster: None, tiny_model: Path) -> None:
+    """Otherwise engines would get no weights during a step."""
 
     async def run() -> None:
-        group = await LearnerGroup.start(settings(tiny_model, 1, 1), PROBE, [{"num_cpus": 0.5}])
+        one = replace(settings(tiny_model, 1, 1), transport="broadcast")
+        group = await LearnerGroup.start(one, PROBE, [{"num_cpus": 0.5}])
         await group.publish("student", 0)
         steps = [asyncio.ensure_future(group.train_step(make_rollouts(tiny_model, 7, K, i))) for i in range(20)]
         await asyncio.sleep(0)
-        await group.release("student")
+        await group.payload("student")
+        await group.sender("meet", 60, "the learner to find a port", "student")
         assert not steps[-1].done()
         await asyncio.gather(*steps)
         group.kill()

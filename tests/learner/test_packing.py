@@ -17,13 +17,15 @@ from transformers import (
     RwkvConfig,
 )
 
-from sdft.actors.shared.sequences import TrainingSequence, Turn, sequence_of
+from sdft.actors.shared.drafts import sequence_of
+from sdft.actors.shared.sequences import TrainingSequence
 from sdft.actors.shared.types import Rollout, SampleId, TeacherScores
 from sdft.learner.config import Forward, LossConfig
 from sdft.learner.model.attention import PACKED, packed_attention
 from sdft.learner.model.cpu import short_attention
 from sdft.learner.model.student import SelfDistillation, hidden_states, load_student
-from sdft.learner.packing import assign, micro_batches, pack
+from sdft.learner.packing import pack
+from sdft.learner.shares import assign, micro_batches
 from tests.fakes.rollouts import make_rollouts
 
 LENGTHS = [7, 90, 31, 31, 4, 55, 12, 3, 64]
@@ -34,7 +36,7 @@ def sample(prompt: int, completion: int, k: int = 2, skip: int = 3) -> TrainingS
     logprobs = np.full(completion, -1.0, dtype=np.float32)
     rollout = Rollout(np.arange(prompt, dtype=np.int32), ids, logprobs, ((0, 0, completion),), "stop")
     scores = TeacherScores(np.stack([ids] * k, 1), np.stack([logprobs] * k, 1), logprobs, 0)
-    return sequence_of(SampleId(0, 0, 0, 0), 0, [Turn(rollout.prompt_ids, rollout, scores)], skip)
+    return sequence_of(SampleId(0, 0, 0, 0), rollout, scores, skip)
 
 
 @pytest.mark.parametrize(("ranks", "apart"), [(1, 0), (2, 3), (3, 2), (12, 90)])

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 import yaml
@@ -55,6 +56,12 @@ def test_the_page_of_settings_is_made_from_them() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == page()
     shown = {place for place in sections().values() if place}
     assert {"learner.optimizer", "evaluation.sets[].judge", "stages[]"} <= shown
+
+
+def test_the_engine_that_is_shown_is_the_one_that_is_tested() -> None:
+    shown = indent((ROOT / "tests" / "fakes" / "echo_engine.py").read_text(), "    ")
+    assert f"\n\n{shown}\n" in (ROOT / "docs" / "development.md").read_text()
+    assert len(shown.splitlines()) <= 60
 
 
 def test_every_setting_is_described() -> None:

@@ -231,7 +231,7 @@ def test_the_configuration_for_the_autoscaling_cluster_names_its_groups_and_fits
     config = RunConfig.model_validate({"model": "m", "data": {"train": "t.jsonl"}} | settings)
     _, learner, actors = groups("raycluster-autoscaling.yaml")
     assert (config.learner.labels, config.actors.student.labels) == (learner["labels"], actors["labels"])
-    for role in ("student", "teacher"):
+    for pool in config.actors.pools.values():
         container = actors["template"]["spec"]["containers"][0]
-        assert config.actors.of(role).cpus <= amount(container["resources"]["limits"]["cpu"])
+        assert pool.cpus <= amount(container["resources"]["limits"]["cpu"])
     assert config.ray.autoscaling

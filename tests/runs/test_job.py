@@ -100,6 +100,21 @@ def test_the_export_of_a_run_with_lora_has_the_log_probs_that_its_engine_had(
     assert min(gaps[tiny_model]) > 1e-2, "adapters that change nothing would show nothing"
 
 
+def test_a_pool_that_trains_nothing_evaluates_to_the_same_bits(alone: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """The evaluations and the steps equal those of the run whose student engines evaluate."""
+    folder, held_out = tmp_path / "run", "actors.held_out={role: evaluation, kv_cache_gib: 0.05}"
+    finish(write_run(tmp_path, tiny_model, "float32", **LORA), folder, held_out)
+    assert {name: len(pids) for name, pids in json.loads((folder / "pids.json").read_text()).items()} == {
+        "student": 1,
+        "teacher": 1,
+        "held_out": 1,
+        "learner": 1,
+    }
+    for file in ("eval.jsonl", "samples.jsonl"):
+        assert read_jsonl(folder / file) == read_jsonl(alone / file)
+    assert metrics(folder) == metrics(alone)
+
+
 def test_the_learner_alone_repeats_a_run_from_its_recorded_rollouts(alone: Path) -> None:
     """Bit for bit, from a checkpoint, including the learner states at the checkpoints."""
     result = replayed(alone, "--steps", "5:6")

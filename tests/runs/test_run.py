@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from sdft.services.records.batches import read_batch, write_batch
 from sdft.services.records.rows import read_jsonl
 from tests.fakes.rollouts import logprobs
 from tests.runs.leftovers import new_since, on_machine
-from tests.runs.run import LONG, STEPS, command, finish, replayed, wait_for_step
+from tests.runs.run import ENVIRONMENT, LONG, STEPS, command, finish, metrics, replayed, wait_for_step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -262,3 +263,23 @@ def test_the_retention_guard_ends_a_run_whose_guarded_set_falls(stream: Stream) 
 def test_nothing_is_left_behind(machine_before: set[str], stream: Stream) -> None:
     """After whole runs, a kill and a stop: no process, no shared memory, no temporary file."""
     assert new_since(machine_before) == set()
+
+
+def test_a_users_own_transport_delivers_the_same_bits_and_its_damaged_file_is_found(
+    undisturbed: tuple[Path, Path],
+) -> None:
+    config, whole = undisturbed
+    run_dir, weights = config.parent / "files", config.parent / "weights"
+    weights.mkdir()
+    words = command(config, run_dir, "weights.transport=tests.fakes.damaged_files:DamagingTransport")
+    environment = ENVIRONMENT | {"WEIGHTS_FOLDER": str(weights)}
+    with run_dir.with_suffix(".log").open("w+b") as log:
+        driver = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
+        wait_for_step(2, run_dir, driver)
+        driver.send_signal(signal.SIGTERM)
+        assert driver.wait(90) == 130
+        log.seek(0)
+        said = " ".join(log.read().decode().split())
+    assert re.search(r"student weights v1: \S+ arrived damaged: .*; the snapshot is published again", said), said
+    assert metrics(run_dir)[:2] == metrics(whole)[:2]
+    assert {file.name.split("-")[0] for file in weights.iterdir()} == {"student", "teacher"}

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from numpy.typing import NDArray
 
 from sdft.actors.shared import collective
 from sdft.actors.shared.collective import BroadcastGroup, bucket, cut, seal, visit, whole
-from sdft.actors.shared.types import BroadcastFailed, SnapshotDamaged, TensorEntry
-from sdft.learner.weights.broadcaster import Broadcaster
+from sdft.actors.shared.types import NotReceived, Snapshot, SnapshotDamaged, TensorEntry
+from sdft.actors.transport.broadcast import BroadcastSender
 
 CPU, HERE = torch.device("cpu"), "127.0.0.1"
 LONG_S = 30.0  # no test waits this long
@@ -24,33 +25,35 @@ ENTRIES = [
 ]
 
 
-def joined(broadcaster: Broadcaster, pool: ThreadPoolExecutor, members: int) -> list[BroadcastGroup]:
-    """Return the members' ends of a new group. The learner's end is in the broadcaster."""
-    address, port = broadcaster.meet("student")
+def sender_of(payload: NDArray[np.uint8]) -> BroadcastSender:
+    """Return the learner's end, which has been offered the payload."""
+    sender = BroadcastSender("cpu", HERE)
+    none = np.zeros(0, np.int32)
+    sender.offer(Snapshot("student", 1, "", "", 1000, tuple(ENTRIES), none, none.astype(np.float32)), payload)
+    return sender
+
+
+def joined(sender: BroadcastSender, pool: ThreadPoolExecutor, members: int) -> list[BroadcastGroup]:
+    """Return the members' ends of a new group. The learner's end is in the sender."""
+    address, port = sender.meet("student")
 
     def end(rank: int) -> BroadcastGroup:
         return BroadcastGroup(visit(address, port, LONG_S), rank, members + 1, CPU, HERE, LONG_S)
 
     ends = [pool.submit(end, rank) for rank in range(1, members + 1)]
-    broadcaster.join("student", members + 1, LONG_S)
+    sender.join("student", members + 1, LONG_S)
     return [end.result() for end in ends]
 
 
 def received(group: BroadcastGroup) -> bytes:
-    """Receive the buckets of the payload as a member, and check each."""
-    data = b""
-    for part in cut([e.nbytes for e in ENTRIES]):
-        nbytes = sum(ENTRIES[i].nbytes for i in part)
-        full = bucket(nbytes, CPU)
-        group.broadcast(full, time.monotonic() + LONG_S)
-        assert whole(full)
-        data += full[:nbytes].numpy().tobytes()
-    return data
+    """Receive the payload as a member."""
+    tensors = group.receive(ENTRIES, time.monotonic() + LONG_S)
+    return b"".join(tensor.numpy().tobytes() for _, tensor in tensors)
 
 
-def send_twice(broadcaster: Broadcaster) -> None:
+def send_twice(sender: BroadcastSender) -> None:
     for _ in range(2):
-        broadcaster.send("student", PAYLOAD, ENTRIES, LONG_S)
+        sender.send("student", LONG_S)
 
 
 def test_consecutive_tensors_share_a_bucket_up_to_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,51 +74,51 @@ def test_a_bucket_that_changed_on_the_way_is_not_whole() -> None:
 
 def test_all_members_get_what_the_learner_sends_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collective, "BUCKET", 500)  # the payload needs two buckets
-    broadcaster = Broadcaster("cpu", HERE)
+    sender = sender_of(PAYLOAD)
     with ThreadPoolExecutor() as pool:
-        members = joined(broadcaster, pool, 2)
+        members = joined(sender, pool, 2)
         for _ in range(2):
             got = [pool.submit(received, member) for member in members]
-            broadcaster.send("student", PAYLOAD, ENTRIES, LONG_S)
+            sender.send("student", LONG_S)
             assert [g.result() for g in got] == [PAYLOAD.tobytes()] * 2
         # A new group with other members replaces the old one.
-        (member,) = joined(broadcaster, pool, 1)
+        (member,) = joined(sender, pool, 1)
         its = pool.submit(received, member)
-        broadcaster.send("student", PAYLOAD, ENTRIES, LONG_S)
+        sender.send("student", LONG_S)
         assert its.result() == PAYLOAD.tobytes()
-        broadcaster.close("student")
+        sender.close("student")
 
 
 def test_the_loss_of_a_member_ends_the_broadcast_before_its_deadline() -> None:
-    broadcaster = Broadcaster("cpu", HERE)
+    sender = sender_of(PAYLOAD)
     with ThreadPoolExecutor() as pool:
-        lost, *others = joined(broadcaster, pool, 3)
+        lost, *others = joined(sender, pool, 3)
         lost.close()
         began = time.monotonic()
         got = [pool.submit(received, member) for member in others]
-        with pytest.raises(BroadcastFailed, match=r"^Connection closed by peer"):
-            send_twice(broadcaster)  # the first broadcast may succeed before the loss is known
+        with pytest.raises(NotReceived, match=r"^Connection closed by peer"):
+            send_twice(sender)  # the first broadcast may succeed before the loss is known
         for g in got:
-            assert isinstance(g.exception(), BroadcastFailed) or g.result() == PAYLOAD.tobytes()
+            assert isinstance(g.exception(), NotReceived) or g.result() == PAYLOAD.tobytes()
         assert time.monotonic() - began < LONG_S / 2
 
 
 def test_a_member_that_does_not_answer_fails_the_broadcast_at_its_deadline() -> None:
-    broadcaster = Broadcaster("cpu", HERE)
+    sender = sender_of(PAYLOAD)
     with ThreadPoolExecutor() as pool:
-        (member,) = joined(broadcaster, pool, 1)
-        with pytest.raises(BroadcastFailed, match="did not answer in time"):
+        (member,) = joined(sender, pool, 1)
+        with pytest.raises(NotReceived, match="did not answer in time"):
             member.broadcast(bucket(8, CPU), time.monotonic() + 0.2)
-        broadcaster.close("student")
+        sender.close("student")
 
 
 def test_a_tensor_damaged_in_the_learners_memory_is_not_sent() -> None:
-    broadcaster = Broadcaster("cpu", HERE)
     spoiled = PAYLOAD.copy()
     spoiled[200] ^= 1
+    sender = sender_of(spoiled)
     with ThreadPoolExecutor() as pool:
-        (member,) = joined(broadcaster, pool, 1)
+        (member,) = joined(sender, pool, 1)
         got = pool.submit(received, member)
         with pytest.raises(SnapshotDamaged, match="t1 is damaged in the learner's memory"):
-            broadcaster.send("student", spoiled, ENTRIES, LONG_S)
-        assert isinstance(got.exception(), BroadcastFailed)
+            sender.send("student", LONG_S)
+        assert isinstance(got.exception(), NotReceived)

@@ -4,9 +4,9 @@ import dataclasses
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from sdft.actors.config import EngineSettings
+from sdft.actors.shared.reason import reason
 from sdft.actors.shared.types import (
-    BroadcastFailed,
     GenerateRequest,
+    NotReceived,
     Rendezvous,
     Sampling,
     Snapshot,
@@ -26,12 +27,14 @@ from sdft.actors.shared.types import (
     UpdateReport,
     WeightMismatch,
 )
+from sdft.actors.transport.broadcast import BroadcastSender
 from sdft.actors.worker import EngineWorker
-from sdft.learner.weights.broadcaster import Broadcaster
 from sdft.learner.weights.content import Content
 from sdft.learner.weights.publisher import Publisher
-from sdft.services.base.failures import reason
 from tests.fakes.rollouts import logprobs
+
+if TYPE_CHECKING:
+    from sdft.actors.vllm.engine import VllmEngine
 
 PROMPT = np.arange(20, 45, dtype=np.int32)
 TEACHER_PROMPT = np.arange(60, 110, dtype=np.int32)
@@ -54,6 +57,7 @@ def engine_settings(model: Path, extension: str = "sdft.actors.vllm.extension.Wo
         max_probe_gap=0.001,
         threads=1,
         kv_cache_gib=0.05,
+        transport="broadcast",  # includes what engines with memory alone do
         extension=extension,
     )
 
@@ -65,6 +69,8 @@ def watched() -> type:
     """
 
     class Watched(EngineWorker):
+        _engine: "VllmEngine"
+
         async def cached(self, pairs: list, k: int) -> list[int]:
             """Score the pairs. Returns the number of cached tokens of each pair."""
             from sdft.actors.vllm.scoring import scoring_request
@@ -249,18 +255,23 @@ def publisher_of(model: Path) -> Publisher:
 
 
 @pytest.fixture
-def broadcaster(engines: list) -> Iterator[Broadcaster]:
-    """A broadcaster in a group with the sound engine."""
-    broadcaster = Broadcaster("cpu", "127.0.0.1")
-    joining = engines[0].join.remote(Rendezvous(*broadcaster.meet("student"), rank=1, size=2, timeout_s=30))
-    broadcaster.join("student", 2, 30)
+def sender(engines: list) -> Iterator[BroadcastSender]:
+    """The learner's end of a group with the sound engine."""
+    sender = BroadcastSender("cpu", "127.0.0.1")
+    place = Rendezvous(*sender.meet("student"), rank=1, size=2, timeout_s=30, receive_s=30)
+    joining = engines[0].connect.remote(asdict(place))
+    sender.join("student", 2, 30)
     ray.get(joining, timeout=60)
-    yield broadcaster
-    broadcaster.close("student")
+    yield sender
+    sender.close("student")
 
 
-def send(broadcaster: Broadcaster, publisher: Publisher) -> None:
-    broadcaster.send("student", publisher.payload("student"), publisher.entries("student"), 30)
+def streamed(engine: Any, sender: BroadcastSender, publisher: Publisher, snapshot: Snapshot) -> ray.ObjectRef:
+    """Broadcast the snapshot to the engine. Returns the engine's report."""
+    receiving = engine.update_weights.remote(replace(snapshot, path=""))
+    sender.offer(snapshot, publisher.payload("student"))
+    sender.send("student", 30)
+    return receiving
 
 
 def test_a_batch_that_is_refused_halfway_leaves_nothing_behind(engines: list) -> None:
@@ -299,7 +310,7 @@ def test_log_probs_are_hugging_faces_before_and_after_a_weight_update(engines: l
 
 @pytest.mark.parametrize("transport", ["memory", "broadcast"])
 def test_adapters_are_merged_into_the_base_model(
-    transport: str, engines: list, broadcaster: Broadcaster, tiny_model: Path
+    transport: str, engines: list, sender: BroadcastSender, tiny_model: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     torch.manual_seed(2)
@@ -316,9 +327,7 @@ def test_adapters_are_merged_into_the_base_model(
     if transport == "memory":
         report = ray.get(engines[0].update_weights.remote(snapshot), timeout=60)
     else:
-        receiving = engines[0].receive_weights.remote(snapshot, 30)
-        send(broadcaster, publisher)
-        report = ray.get(receiving, timeout=60)
+        report = ray.get(streamed(engines[0], sender, publisher, snapshot), timeout=60)
     assert report.probe_gap < 1e-4
     compare(engines[0], model, 4)
 
@@ -407,33 +416,30 @@ def test_a_snapshot_whose_publisher_ends_while_it_is_loaded_is_loaded_to_the_end
         ray.get(engines[0].update_weights.remote(snapshot), timeout=60)
 
 
-def test_weights_by_broadcast_are_the_learners(engines: list, broadcaster: Broadcaster, tiny_model: Path) -> None:
+def test_weights_by_broadcast_are_the_learners(engines: list, sender: BroadcastSender, tiny_model: Path) -> None:
     publisher = publisher_of(tiny_model)
     for version in (11, 12):  # a group can send more than one snapshot
         model = changed(tiny_model, seed=version)
         snapshot = publisher.publish("student", version, content(model))
-        receiving = engines[0].receive_weights.remote(dataclasses.replace(snapshot, path=""), 30)
-        send(broadcaster, publisher)
-        publisher.release("student")
-        report = ray.get(receiving, timeout=60)
+        report = ray.get(streamed(engines[0], sender, publisher, snapshot), timeout=60)
         assert (report.version, report.probe_gap < 1e-4) == (version, True)
         compare(engines[0], model, version)
 
 
 @pytest.mark.parametrize("how", ["damaged on the way", "broken off"])
 def test_after_a_failed_broadcast_an_engine_computes_nothing_until_it_has_whole_weights(
-    how: str, engines: list, broadcaster: Broadcaster, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, engines: list, sender: BroadcastSender, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = changed(tiny_model, seed=13)
     publisher = publisher_of(tiny_model)
     snapshot = publisher.publish("student", 13, content(model))
-    receiving = engines[0].receive_weights.remote(snapshot, 30)
     if how == "broken off":
-        broadcaster.close("student")
+        receiving = engines[0].update_weights.remote(replace(snapshot, path=""))
+        sender.close("student")
     else:
-        monkeypatch.setattr("sdft.learner.weights.broadcaster.seal", lambda full: full[-8:].fill_(1))
-        send(broadcaster, publisher)
-    with pytest.raises(BroadcastFailed, match=r"student weights v13: .*(arrived damaged|onnection closed)"):
+        monkeypatch.setattr("sdft.actors.shared.collective.seal", lambda full: full[-8:].fill_(1))
+        receiving = streamed(engines[0], sender, publisher, snapshot)
+    with pytest.raises(NotReceived, match=r"student weights v13: .*(arrived damaged|onnection closed)"):
         ray.get(receiving, timeout=20)
     asked = engines[0].generate.remote([GenerateRequest(PROMPT, 1)], Sampling(4))
     assert ray.wait([asked], timeout=2)[0] == []
@@ -465,7 +471,6 @@ def test_weights_that_cannot_be_loaded_are_named_and_nothing_is_computed_before_
     with pytest.raises(RuntimeError, match=r"student weights v31: \w+Error: .*surplus"):
         ray.get(engines[0].update_weights.remote(snapshot), timeout=60)
     assert ray.get(engines[0].left.remote(), timeout=60) == (True, 0)
-    publisher.release("student")
     snapshot = publisher_of(tiny_model).publish("student", 32, content(model))
     assert ray.get(engines[0].update_weights.remote(snapshot), timeout=60).version == 32
     compare(engines[0], model, 32)

@@ -12,7 +12,6 @@ from sdft.learner.weights.publisher import Publisher
 
 
 def test_a_snapshot_that_cannot_be_probed_does_not_block_the_next(tiny_model: Path) -> None:
-    """Such a snapshot reaches no engine, and nothing would release it."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     weights = dict(model.named_parameters())
     nbytes = sum(p.nbytes for p in weights.values())
@@ -22,5 +21,3 @@ def test_a_snapshot_that_cannot_be_probed_does_not_block_the_next(tiny_model: Pa
         publisher.publish("student", 0, Content((weights | {"model.norm.weight": norm[:5]}).items(), nbytes))
     snapshot = publisher.publish("student", 0, Content(weights.items(), nbytes))
     assert np.isfinite(snapshot.probe_logprobs).all()
-    with pytest.raises(RuntimeError, match="the previous snapshot was not released"):
-        publisher.publish("student", 1, Content(weights.items(), nbytes))

@@ -137,10 +137,14 @@ def test_samples_without_a_sequence_are_dropped_and_siblings_see_each_other(tmp_
         return batch, ledger.counts()
 
     batch, counts = virtual_time.run(run())
-    by_sample = {sequence.sample: sequence for sequence in batch.sequences}
+    by_sample = {draft.sample: draft for draft in batch.drafts}
     siblings = {s: replace(s, generation=1 - s.generation) for s in by_sample}
-    assert 0 < len(batch.sequences) < 16
-    assert all(by_sample[other].finish_reason == "stop" for other in siblings.values() if other in by_sample)
-    assert counts == {"scored": len(batch.sequences), "dropped": 16 - len(batch.sequences)}
-    assert len(shown) == len(batch.sequences)
+    assert 0 < len(batch.drafts) < 16
+    assert all(
+        by_sample[other].turns[-1].completion.finish_reason == "stop"
+        for other in siblings.values()
+        if other in by_sample
+    )
+    assert counts == {"scored": len(batch.drafts), "dropped": 16 - len(batch.drafts)}
+    assert len(shown) == len(batch.drafts)
     assert all(text.endswith(" tokens") for text in shown)

@@ -71,6 +71,12 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         2,
         ["learner.lora.targets: lm_head is not a linear layer", "that can be adapted"],
     ),
+    "no such transport": (
+        setting("weights.transport", "no_such:Thing"),
+        TRAIN,
+        2,
+        ["my.yaml: weights.transport: no_such:Thing cannot be imported (No module named 'no_such')"],
+    ),
     "more ranks than rollouts": (setting("learner.ranks", 3), TRAIN, 2, ["learner.ranks 3 must not exceed"]),
     "override without =": (nothing, f"{TRAIN} --set seed", 2, ["--set seed", "no ="]),
     "override of nothing": (nothing, f"{TRAIN} --set sead=1", 2, ["--set sead=1", "did you mean seed?"]),
@@ -311,6 +317,20 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         TRAIN,
         2,
         ["actors.teacher.kv_cache_gib is 1e-05"],
+    ),
+    "an unknown engine": (setting("actors.student.engine", "vlm"), TRAIN, 2, ["engine vlm is not known", "vllm"]),
+    "an engine that is not there": (
+        setting("actors.teacher.engine", "my_engines:Mine"),
+        TRAIN,
+        2,
+        ["actors.teacher.engine: my_engines:Mine cannot be imported", "PYTHONPATH"],
+    ),
+    "a mistyped pool": (setting("actors.studnet", {"replicas": 2}), TRAIN, 2, ["studnet has no role", "mean student?"]),
+    "a second pool of students": (
+        setting("actors.more", {"role": "student"}),
+        TRAIN,
+        2,
+        ["student and more have the same role", "student.replicas"],
     ),
     "a shared GPU without a size": (
         two(setting("device", "cuda"), setting("actors.student.gpus", 0.5)),

@@ -22,7 +22,8 @@ from sdft.services.planning.plan import Part, Plan
 from tests.runs.run import wait_until
 
 STUDENT, TEACHER = Part("student engine 0", 0.5, 0, 1.0), Part("teacher engine 0", 1, 1, 1.0)
-PLAN = Plan((STUDENT,), (TEACHER,), (Part("learner rank 0", 0.5, 0, 1.0), Part("learner rank 1", 0.5, 0, 1.0)))
+RANKS = (Part("learner rank 0", 0.5, 0, 1.0), Part("learner rank 1", 0.5, 0, 1.0))
+PLAN = Plan({"student": (STUDENT,), "teacher": (TEACHER,)}, RANKS)
 
 
 def told() -> list[dict[str, float]]:
@@ -51,7 +52,7 @@ def test_requests_of_runs_add_up_and_are_withdrawn_or_expire() -> None:
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_part_with_labels_is_placed_on_a_node_that_has_them_or_nowhere() -> None:
     async def place(config: RayConfig, **labels: str) -> None:
-        async with placement(config, Plan((replace(STUDENT, labels=labels),), (), ())) as options:
+        async with placement(config, Plan({"student": (replace(STUDENT, labels=labels),)}, ())) as options:
             assert len(options["student"]) == 1
 
     (node,) = ray.nodes()

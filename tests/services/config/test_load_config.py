@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sdft.actors.roles import ROLES
 from sdft.services.base.errors import UserError
 from sdft.services.cli import summary
 from sdft.services.cli.summary import dtype_lines
@@ -40,11 +41,17 @@ def test_defaults_are_filled_in(tmp_path: Path) -> None:
     assert config.method.type == "sdft"
 
 
-def test_an_unknown_role_of_a_pool_is_an_error(tmp_path: Path) -> None:
-    actors = load(tmp_path, GOOD + "actors: {teacher: {replicas: 2}}").actors
-    assert (actors.of("student").replicas, actors.of("teacher").replicas) == (1, 2)
+def test_a_pool_has_the_role_of_its_name_unless_it_says_another(tmp_path: Path) -> None:
+    actors = load(tmp_path, GOOD + "actors: {teacher: {replicas: 2}, held_out: {role: evaluation, replicas: 3}}").actors
+    assert {name: (actors.role_name(name), pool.replicas) for name, pool in actors.pools.items()} == {
+        "student": ("student", 1),
+        "teacher": ("teacher", 2),
+        "held_out": ("evaluation", 3),
+    }
+    assert load(tmp_path, GOOD + "actors: {evaluation: {}}").actors.role_name("evaluation") == "evaluation"
+    assert load(tmp_path, GOOD, "actors.held_out.role=evaluation").actors.role("held_out") == ROLES["evaluation"]
     with pytest.raises(KeyError, match="students"):
-        actors.of("students")
+        actors.role("students")
 
 
 def test_an_exponent_without_a_dot_is_a_number(tmp_path: Path) -> None:
@@ -102,6 +109,16 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
             "my.yaml: weights.sync_every 3 lets rollouts be 2 steps behind; set training.max_staleness to 2, or "
             "weights.sync_every to 1",
         ),
+        (
+            "weights: {transport: memroy}",
+            "my.yaml: weights.transport: memroy is not memory, broadcast or the import path of your own, "
+            "package.module:Name; did you mean memory?",
+        ),
+        (
+            "weights: {transport: 'json:JSONDecoder'}",
+            "my.yaml: weights.transport: json:JSONDecoder is not a subclass of "
+            "sdft.actors.transport.protocol.WeightTransport; derive it from that class",
+        ),
         ("learner: {lora: {rank: 0}}", "my.yaml: learner.lora.rank must be at least 1, not 0"),
         ("learner: {lora: {r: 8}}", "my.yaml: learner.lora.r is not a setting; learner.lora has rank, alpha, targets"),
         ("learner: {lora: 16}", "my.yaml: learner.lora must be a mapping of settings, not 16"),
@@ -158,6 +175,58 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
             "actors: {student: {replicas: 4, max_replicas: 3}}",
             "my.yaml: actors.student: max_replicas 3 is less than replicas 4, which is the pool's least; raise it, or "
             "leave it out for a pool of one size",
+        ),
+        (
+            "actors: {studnet: {}}",
+            "my.yaml: actors: studnet has no role; did you mean student? A further pool needs role: evaluation",
+        ),
+        ("actors: {held_out: {}}", "my.yaml: actors: held_out has no role; a further pool needs role: evaluation"),
+        (
+            "actors: {batch_timeout: 9}",
+            "my.yaml: actors.batch_timeout is not a setting; did you mean actors.batch_timeout_s?",
+        ),
+        (
+            "actors: {replicas: 2}",
+            "my.yaml: actors.replicas is not a setting; did you mean actors.student.replicas or "
+            "actors.teacher.replicas?",
+        ),
+        (
+            "actors: {held_out: {role: evaluation, cpu: 1}}",
+            "my.yaml: actors.held_out.cpu is not a setting; did you mean actors.held_out.cpus?",
+        ),
+        ("actors: {held_out: {role: evaluation, cpus: 0}}", "my.yaml: actors.held_out.cpus must be more than 0, not 0"),
+        (
+            "actors: {held_out: {role: evaluaton}}",
+            'my.yaml: actors.held_out.role must be student or teacher or evaluation, not the text "evaluaton"; did you '
+            "mean evaluation?",
+        ),
+        (
+            "actors: {more: {role: teacher}}",
+            "my.yaml: actors: teacher and more have the same role, teacher, and a run has one pool of each; remove "
+            "more, or raise teacher.replicas",
+        ),
+        (
+            "actors: {student: {role: evaluation}}",
+            "my.yaml: actors: student.role must be student, not evaluation; remove it, or use another name for the "
+            "pool",
+        ),
+        (
+            "actors: {learner: {role: evaluation}}",
+            "my.yaml: actors: learner is not a name for a pool, because it names the learner; choose another",
+        ),
+        (
+            "actors: {Held out: {role: evaluation}}",
+            "my.yaml: actors: Held out is not a name for a pool; use lower-case letters, digits, - and _",
+        ),
+        (
+            "actors: {evaluation: {max_replicas: 3}}",
+            "my.yaml: actors: evaluation.max_replicas lets a pool grow while the learner waits for its samples, and "
+            "evaluation engines make none; set evaluation.replicas alone",
+        ),
+        (
+            "actors: {student: {engine: vlm}}",
+            "my.yaml: actors.student: engine vlm is not known; set it to vllm, or to a class of your own as "
+            "package.module:Name",
         ),
         (
             "learner: {ranks: 64}",

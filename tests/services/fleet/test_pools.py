@@ -5,13 +5,12 @@ import gc
 from typing import Any
 
 import pytest
-import ray
 
 from sdft.actors.shared.types import Snapshot, UpdateReport, WeightMismatch
-from sdft.services.fleet.snapshots import Published
+from sdft.actors.transport.memory import MemoryTransport
 from simulation import virtual_time
 from simulation.engine import Relay, SimulatedEngine
-from tests.fakes.pool_bench import Bench
+from tests.fakes.pool_bench import Bench, Elsewhere
 
 
 def test_a_strict_pool_cuts_a_batch_by_the_number_of_its_engines_alone() -> None:
@@ -53,7 +52,7 @@ def test_an_engine_that_dies_while_it_joins_does_not_delay_the_weights_of_the_ot
         bench = Bench(least=1, make=Slow)
         await bench.pool.start()
         await bench.publish(7)
-        async with bench.pool.published.lock:
+        async with bench.in_use():
             bench.pool.resize(2)
             await asyncio.sleep(4)  # the engine waits for the lock, to load v7
             bench.started[1].die()
@@ -84,12 +83,9 @@ def test_weights_lost_with_a_relay_are_sent_again_and_a_relay_ends_with_its_last
         relays.append(Relay(node))
         return relays[-1]
 
-    async def payload(role: str) -> list[ray.ObjectRef]:
-        return []
-
     async def run() -> None:
-        bench = Bench(make=lambda number: Reading(number, node=f"node {number}"))
-        bench.pool.published = Published(payload, relay)
+        transport = MemoryTransport("student", Elsewhere, print, relay)
+        bench = Bench(make=lambda number: Reading(number, node=f"node {number}"), transport=transport)
         await bench.pool.start()
         await bench.publish(3, node="the learner's")
         assert [engine.version for engine in bench.started] == [3, 3]
@@ -202,7 +198,8 @@ def test_an_engine_whose_weights_were_lost_with_the_learner_does_not_count_as_lo
     async def run() -> None:
         bench = Bench(least=1, make=lambda number: SimulatedEngine(number, node="there"))
         await bench.pool.start()
-        await bench.publish(1)
+        with pytest.raises(FileNotFoundError, match="engine 0 does not find student weights v1: the learner died"):
+            await bench.publish(1)
         assert bench.started[0].version == 0
         assert bench.notices == []
         await bench.pool.stop()

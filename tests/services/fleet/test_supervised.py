@@ -15,15 +15,17 @@ from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from sdft.actors.reaper import end
+from sdft.actors.remote import RemoteActor
+from sdft.actors.shared.reason import reason
 from sdft.actors.shared.types import Process, Snapshot, SnapshotDamaged, UpdateReport, WeightMismatch
+from sdft.actors.transport.memory import MemoryTransport
 from sdft.actors.worker import EngineWorker
-from sdft.services.base.failures import Losses, reason
+from sdft.services.base.failures import Losses
 from sdft.services.fleet.engine import Patience, SupervisedEngine
-from sdft.services.fleet.remote import RemoteActor
-from sdft.services.fleet.snapshots import Published
+from sdft.services.fleet.versions import Versions
 from simulation import virtual_time
 from simulation.engine import SimulatedEngine
-from tests.fakes.pool_bench import EMPTY, Bench
+from tests.fakes.pool_bench import EMPTY, Bench, LostLearner
 
 
 def mortal() -> type:
@@ -72,22 +74,19 @@ def mortal() -> type:
     return Mortal
 
 
-async def nothing_elsewhere(role: str) -> list[ray.ObjectRef]:
-    raise AssertionError(f"all engines are on one node, and a {role} engine asked for weights from another")
-
-
 class Place:
-    """A supervised engine, and the snapshots published for it."""
+    """A supervised engine, and the versions that are offered to it."""
 
     def __init__(self, folder: Path) -> None:
         self.notices: list[str] = []
-        self.published = Published(nothing_elsewhere)
+        self.versions = Versions()
         actor = ray.remote(mortal()).options(num_cpus=0.1)
         self.engine = SupervisedEngine(
             "teacher engine 0",
             lambda: RemoteActor(actor.remote(folder)),
             Patience(60, 2, 2),
-            self.published,
+            self.versions,
+            MemoryTransport("teacher", LostLearner, self.notices.append),
             self.notices.append,
             lambda engine: None,
         )
@@ -97,12 +96,12 @@ class Place:
         return self.engine.process.pid
 
     async def update_weights(self, version: int, path: str = "") -> UpdateReport | None:
-        async with self.published.lock:
-            snapshot = Snapshot(
-                "teacher", version, path, self.engine.process.node, 0, (), EMPTY, EMPTY.astype(np.float32)
-            )
-            self.published.set_newest(snapshot, 60)
-            return await self.engine.update_weights()
+        async def offer() -> Snapshot:
+            node = self.engine.process.node
+            return Snapshot("teacher", version, path, node, 0, (), EMPTY, EMPTY.astype(np.float32))
+
+        async with self.versions.offering(offer, 60) as snapshot:
+            return await self.engine.update_weights(snapshot)
 
     async def loaded(self) -> int:
         version: int = await self.engine.call("to say what it has", 60, "loaded")
@@ -162,7 +161,7 @@ def test_an_engine_that_is_silent_while_weights_load_is_not_replaced() -> None:
     async def run() -> None:
         bench = Bench(least=1, make=Silent)
         await bench.pool.start()
-        async with bench.pool.published.lock:
+        async with bench.in_use():
             await asyncio.sleep(300)
             assert bench.notices == []
         await asyncio.sleep(80)
@@ -186,7 +185,7 @@ def test_a_replacement_waits_for_the_next_weights_if_the_newest_were_lost_with_t
         await one.update_weights(2, str(tmp_path / "memory"))
         (tmp_path / "memory").unlink()
         if known:
-            one.published.mark_lost()
+            one.versions.mark_lost()
         os.kill(one.pid, signal.SIGKILL)
         answer = asyncio.create_task(one.loaded())
         while len(list((tmp_path / "engines").iterdir())) < 2:

@@ -19,6 +19,7 @@ NOT_HASHED = [
     "evaluation.grading_timeout_s=9",
     "actors.student.cpus=2",
     "actors.teacher.labels={sdft: actors}",
+    "actors.held_out={role: evaluation, replicas: 2}",
     "learner.ranks=2",
     "checkpoint.every=7",
     "evaluation.every=3",
@@ -28,7 +29,11 @@ NOT_HASHED = [
     "weights.swap=one_by_one",
     "weights.transport=broadcast",
 ]
-OF_THE_POOLS = ["actors.student.replicas=3", "actors.teacher.max_num_seqs=8"]
+OF_THE_POOLS = [
+    "actors.student.replicas=3",
+    "actors.teacher.max_num_seqs=8",
+    "actors.teacher.engine=tests.fakes.echo_engine:EchoEngine",
+]
 OF_THE_RESULT = [
     "seed=5",
     "learner.optimizer.lr=1e-4",

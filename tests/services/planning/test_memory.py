@@ -62,7 +62,6 @@ async def measured(
         new_pages.append(page_faults(group.pids[0]) - before)
         for role in ("student", "teacher"):
             await group.publish(role, step)
-            await group.release(role)
     peak = resident_kib("VmHWM", group.pids[0]) * 1024 / GIB
     group.workers[0].__ray_terminate__.remote()
     return peak, new_pages

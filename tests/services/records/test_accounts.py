@@ -271,9 +271,24 @@ def test_the_plan_has_a_part_for_each_process() -> None:
 
 def test_a_live_teacher_has_no_engine_and_no_average() -> None:
     ema, live = (make_plan(config(teacher={"weights": w}), SHAPE, [100]) for w in ("ema", "live"))
-    assert live.teachers == ()
+    assert list(live.pools) == ["student"]
     assert live.memory_gib < ema.memory_gib
     assert live.learners[0].memory_gib < ema.learners[0].memory_gib
+
+
+def test_a_further_pool_is_in_the_plan_if_there_is_something_to_evaluate() -> None:
+    """The learner's first rank holds a snapshot of its own for it."""
+    sets = {"sets": [{"name": "quiz", "file": "q.jsonl", "grader": "exact"}]}
+    held_out: dict[str, object] = {"held_out": {"role": "evaluation", "replicas": 2, "cpus": 0.25}}
+    idle, plain = make_plan(config(actors=held_out), SHAPE, [100]), make_plan(config(evaluation=sets), SHAPE, [100])
+    assert list(idle.pools) == list(plain.pools) == ["student", "teacher"]
+    plan = make_plan(config(actors=held_out, evaluation=sets), SHAPE, [100])
+    assert list(plan.pools) == ["student", "teacher", "held_out"]
+    assert [p.name for p in plan.parts[2:]] == ["held_out engine 0", "held_out engine 1", "learner rank 0"]
+    assert plan.cpus == plain.cpus + 0.5
+    assert "held_out engine 1" in plan.text()
+    width = {"bfloat16": 2, "float32": 4}[config().dtype]
+    assert plan.learners[0].memory_gib - plain.learners[0].memory_gib == pytest.approx(135e6 * width / 2**30)
 
 
 def test_gpus_are_asked_for_with_cuda_only() -> None:

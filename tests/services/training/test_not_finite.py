@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdft.actors.shared.sequences import TrainingSequence
+from sdft.actors.shared.drafts import Draft
 from sdft.learner.types import StepResult
 from sdft.services.records.rows import read_jsonl
 from sdft.services.training.accounting import MOST_NOT_FINITE
@@ -23,7 +23,7 @@ class Unsteady(Learner):
         super().__init__(0.1)
         self._bad = bad
 
-    async def train_step(self, samples: list[TrainingSequence]) -> StepResult:
+    async def train_step(self, samples: list[Draft]) -> StepResult:
         result = await super().train_step(samples)
         if self._step not in self._bad:
             return result

@@ -3,16 +3,15 @@
 import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
-import ray
 
-from sdft.actors.shared.types import BroadcastFailed, Rendezvous, Snapshot, UpdateReport
+from sdft.actors.shared.types import LearnerLost, NotReceived, Snapshot, UpdateReport
 from sdft.actors.shared.waiting import cancelled
-from sdft.learner.group import LearnerLost
+from sdft.actors.transport.broadcast import TRIES, BroadcastTransport
+from sdft.actors.transport.named import transport_class
 from sdft.services.config.run import RunConfig
-from sdft.services.fleet.broadcast import TRIES, Broadcast
 from sdft.services.fleet.factory import engine_pool
 from simulation.engine import SimulatedEngine
 from tests.fakes.pool_bench import Bench
@@ -25,6 +24,12 @@ class Learner:
     fails: bool = False
     met: list[int] = field(default_factory=list)
     sent: int = 0
+
+    async def payload(self, role: str) -> list[Any]:
+        raise AssertionError("all engines are on the learner's node")
+
+    async def sender(self, method: str, seconds: float, what: str, *arguments: Any) -> Any:
+        return await getattr(self, method)(*arguments)
 
     async def meet(self, role: str) -> tuple[str, int]:
         return "here", 1
@@ -49,27 +54,26 @@ class Member(SimulatedEngine):
         self.came: list[str] = []
         self.rank = 0
 
-    def join(self, where: Rendezvous) -> tuple[float, None]:
-        self.rank = where.rank
+    def connect(self, place: dict[str, Any]) -> tuple[float, None]:
+        self.rank = place["rank"]
         return 0, None
 
-    def receive_weights(self, snapshot: Snapshot, timeout_s: float) -> tuple[float, UpdateReport]:
+    def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
+        if snapshot.path:
+            self.came.append("memory")
+            return super().update_weights(snapshot)
         if self.misses:
             self.misses = False
-            raise BroadcastFailed("arrived damaged")
+            raise NotReceived("arrived damaged")
         self.came.append("broadcast")
         return self.takes_s, super().update_weights(snapshot)[1]
-
-    def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
-        self.came.append("memory")
-        return super().update_weights(snapshot)
 
 
 def bench(learner: Learner) -> Bench:
     """Return a pool of three engines with a broadcast from the learner."""
-    it = Bench(least=3, make=Member)
-    it.pool._broadcast = Broadcast("student", lambda: learner, it.notices.append)
-    return it
+    notices: list[str] = []
+    transport = BroadcastTransport("student", lambda: learner, notices.append)
+    return Bench(least=3, make=Member, transport=transport, notices=notices)
 
 
 def members(it: Bench) -> list[Member]:
@@ -87,17 +91,14 @@ def came(it: Bench) -> list[list[str]]:
 
 @pytest.mark.parametrize("transport", ["memory", "broadcast"])
 def test_a_runs_pool_is_sent_weights_by_the_transport_that_is_configured(tmp_path: Path, transport: str) -> None:
-    async def payload(role: str) -> list[ray.ObjectRef]:
-        return []
-
     (tmp_path / "config.json").write_text("{}")
     config = RunConfig.model_validate(
         {"model": "m", "data": {"train": "t"}, "training": {"steps": 1}, "weights": {"transport": transport}}
     )
 
     async def run() -> None:
-        pool = engine_pool(config, tmp_path, 0, "student", [], print, payload, Learner)
-        assert (pool._broadcast is not None) == (transport == "broadcast")
+        pool = engine_pool(config, tmp_path, 0, "student", [], print, Learner)
+        assert type(pool.transport) is transport_class(transport)
 
     asyncio.run(run())
 
@@ -155,9 +156,9 @@ def test_an_engine_lost_while_a_group_forms_is_replaced_and_the_others_load_from
         await it.settled()
         assert members(it)[3].came == ["memory"]
         assert it.notices[:2] == [
-            "student engine 2 (process 1002) died; it is replaced",
             "the broadcast of student weights failed, because no group formed: student engine 2 is lost; the engines "
             "load them from memory",
+            "student engine 2 (process 1002) died; it is replaced",
         ]
         await it.publish(2)
         assert [engine.version for engine in it.started] == [2, 2, 0, 2]
@@ -214,5 +215,5 @@ def test_after_several_slow_failures_no_broadcast_is_tried(monkeypatch: pytest.M
     quick, tries = True, TRIES + 2
     asyncio.run(run())
     quick, tries = False, TRIES
-    monkeypatch.setattr("sdft.services.fleet.broadcast.SLOW_S", -1.0)
+    monkeypatch.setattr("sdft.actors.transport.broadcast.SLOW_S", -1.0)
     asyncio.run(run())

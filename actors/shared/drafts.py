@@ -1,0 +1,190 @@
+"""Drafts of training sequences: what the controller holds of a batch.
+
+    student engine ─► completion ┐   tokens and log-probs stay in Ray's object store,
+    teacher engine ─► scores     ┤   on the node where they were made
+                                 └─► draft: references, lengths, weight versions ─► a learner rank joins the values
+
+An algorithm makes drafts. The size of a draft does not depend on the number of sampled tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from sdft.actors.shared.sequences import BoolArray, Span, TrainingSequence
+from sdft.actors.shared.types import FloatArray, IntArray, Rollout, SampleId, TeacherScores
+
+
+class CompletionLost(Exception):
+    """A completion or its scores were lost with the engine or the node that held them."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A completion whose tokens stay where they were made."""
+
+    rollout: Any  # Rollout, or Ray's reference to it
+    tokens: int
+    versions: tuple[tuple[int, int, int], ...]  # as in Rollout
+    finish_reason: str
+    by_student: bool = True  # False: the student did not sample it, so its log-probs are not used
+
+    @classmethod
+    def of(cls, rollout: Rollout, reference: Any = None) -> "Completion":
+        """Describe a rollout. reference: Ray's reference to it; None: the rollout itself is held."""
+        held = rollout if reference is None else reference
+        return cls(held, len(rollout.completion_ids), rollout.versions, rollout.finish_reason)
+
+    def not_by_student(self, step: int) -> "Completion":
+        """Return it as tokens that the student did not sample. step: the optimizer step that trains on it.
+
+        It counts as sampled with the weights of the step before.
+        """
+        return replace(self, versions=((step - 1, 0, self.tokens),), by_student=False)
+
+
+def given(step: int, completion_ids: IntArray) -> Completion:
+    """Return tokens that no engine sampled, such as a demonstration, as a completion that the student did not sample.
+
+    step: the optimizer step that trains on it.
+    """
+    unknown = np.full(len(completion_ids), np.nan, np.float32)
+    return Completion.of(Rollout(completion_ids[:0], completion_ids, unknown, (), "stop")).not_by_student(step)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The teacher's scores of a completion, which stay where they were made."""
+
+    scores: Any  # TeacherScores with one row per completion token, or Ray's reference to it
+    version: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A completion, what precedes it since the turn before, and the teacher's scores of it."""
+
+    context_ids: IntArray  # [C], not in the loss
+    completion: Completion
+    scores: Scores | None = None
+    mask: BoolArray | None = None  # [T], completion tokens in the loss; None: all
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A training sequence whose completions and scores stay where they were made."""
+
+    sample: SampleId
+    seed: int
+    turns: tuple[Turn, ...]  # either all have scores, or none has
+    skip_first: int = 0  # tokens at the start of each completion that are left out of the loss
+    objective: int = 0
+
+    def __post_init__(self) -> None:
+        scored = sum(turn.scores is not None for turn in self.turns)
+        if scored not in (0, len(self.turns)):
+            raise ValueError(
+                f"sample {self.sample}: {scored} of {len(self.turns)} turns have scores; give all of them, or none"
+            )
+
+    def __len__(self) -> int:
+        return sum(len(turn.context_ids) + turn.completion.tokens for turn in self.turns)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """As in TrainingSequence."""
+        found, offset = [], 0
+        for turn in self.turns:
+            offset += len(turn.context_ids)
+            found += [Span(version, offset + start, offset + end) for version, start, end in turn.completion.versions]
+            offset += turn.completion.tokens
+        return tuple(found)
+
+    @property
+    def sampled_tokens(self) -> int:
+        """As in TrainingSequence."""
+        return sum(turn.completion.tokens for turn in self.turns)
+
+    @property
+    def loss_tokens(self) -> int:
+        """As in TrainingSequence."""
+        return sum(int(mask.sum()) for mask in self.masks)
+
+    @property
+    def student_loss_tokens(self) -> int:
+        """As in TrainingSequence."""
+        turns = zip(self.turns, self.masks, strict=True)
+        return sum(int(mask.sum()) for turn, mask in turns if turn.completion.by_student)
+
+    @property
+    def teacher_version(self) -> int | None:
+        """As in TrainingSequence."""
+        return min((turn.scores.version for turn in self.turns if turn.scores is not None), default=None)
+
+    @property
+    def masks(self) -> list[BoolArray]:
+        """Which tokens of each completion are in the loss: [T] for each turn."""
+        masks = []
+        for turn in self.turns:
+            mask = np.ones(turn.completion.tokens, dtype=np.bool_) if turn.mask is None else turn.mask.copy()
+            mask[: self.skip_first] = False
+            masks.append(mask)
+        return masks
+
+    @property
+    def references(self) -> list[Any]:
+        """What `joined` needs the values of: the rollout and the scores, if any, of each turn."""
+        return [
+            held
+            for turn in self.turns
+            for held in (turn.completion.rollout, *(() if turn.scores is None else (turn.scores.scores,)))
+        ]
+
+
+def joined(draft: Draft, values: Sequence[Any]) -> TrainingSequence:
+    """Join a draft and the values of its references, in their order, to a training sequence."""
+    ids: list[IntArray] = []
+    masks: list[BoolArray] = []
+    logprobs: list[FloatArray] = []
+    scores: list[TeacherScores] = []
+    remaining = iter(values)
+    for turn, mask in zip(draft.turns, draft.masks, strict=True):
+        context, rollout = turn.context_ids, next(remaining)
+        own = rollout.logprobs if turn.completion.by_student else np.full(len(mask), np.nan, np.float32)
+        ids += [context, rollout.completion_ids]
+        masks += [np.zeros(len(context), dtype=np.bool_), mask]
+        logprobs += [np.full(len(context), np.nan, dtype=np.float32), own]
+        if turn.scores is not None:
+            s = next(remaining)
+            scores.append(TeacherScores(s.ids[mask], s.logprobs[mask], s.sampled[mask], s.version))
+    return TrainingSequence(
+        sample=draft.sample,
+        token_ids=np.concatenate(ids),
+        loss_mask=np.concatenate(masks),
+        logprobs=np.concatenate(logprobs),
+        spans=draft.spans,
+        teacher=_in_a_row(scores) if scores else None,
+        seed=draft.seed,
+        finish_reason=draft.turns[-1].completion.finish_reason,
+        objective=draft.objective,
+    )
+
+
+def _in_a_row(scores: Sequence[TeacherScores]) -> TeacherScores:
+    """Join the scores of several turns. The version is the oldest."""
+    if len(scores) == 1:
+        return scores[0]
+    return TeacherScores(
+        np.concatenate([s.ids for s in scores]),
+        np.concatenate([s.logprobs for s in scores]),
+        np.concatenate([s.sampled for s in scores]),
+        min(s.version for s in scores),
+    )
+
+
+def sequence_of(sample: SampleId, rollout: Rollout, scores: TeacherScores, skip_first: int = 0) -> TrainingSequence:
+    """Make the training sequence of one scored rollout behind its prompt, for tests and benchmarks of the learner."""
+    turn = Turn(rollout.prompt_ids, Completion.of(rollout), Scores(scores, scores.version))
+    return joined(Draft(sample, 0, (turn,), skip_first), [rollout, scores])

@@ -1,0 +1,15 @@
+"""Transports by name: the built-in ones, and a user's own."""
+
+from sdft.actors.shared.own_code import own_class
+from sdft.actors.transport.protocol import WeightTransport
+
+# By import path: a process imports only the transport that it uses.
+BUILT_IN = {
+    "memory": "sdft.actors.transport.memory:MemoryTransport",
+    "broadcast": "sdft.actors.transport.broadcast:BroadcastTransport",
+}
+
+
+def transport_class(name: str) -> type[WeightTransport]:
+    """Return the class that `weights.transport` names. Raises NotImportable."""
+    return own_class(BUILT_IN.get(name, name), WeightTransport)
