@@ -48,7 +48,9 @@ def stage_lines(prepared: Prepared) -> list[str]:
         rows = f"{len(stage.prompts) - stage.recalled} demonstrations{'' if schedule.end_is_known else ' so far'}"
         rows += f" and {stage.recalled} prompts to recall" if stage.recalled else ""
         steps = "steps" if schedule.last is None else f"{schedule.last - schedule.before} steps"
-        until = "" if schedule.end_is_known else f", until {schedule.source.name} is closed"
+        if schedule.last is not None and not schedule.end_is_known:
+            steps = f"at most {steps}"
+        until = "" if schedule.end_is_known else f" until {schedule.source.name} is closed"
         lines.append(
             f"{f'{stage.name}: ' if stage.name else ''}{rows}, {steps} of {c.training.batch_size} prompts{until}, "
             f"{learns}"

@@ -55,6 +55,8 @@ class DataConfig(Section):
             raise ValueError(
                 f"source must be file, log, or a class of your own as package.module:Name, not {self.source}"
             )
+        if not self.grows and self.record_timeout_s != type(self).model_fields["record_timeout_s"].default:
+            raise ValueError("record_timeout_s is of a source that grows; remove it, or set source")
         if self.grows and self.split != "train":
             raise ValueError("split is of a hub data set, and source names none; remove split, or set source: file")
         return self
@@ -81,7 +83,10 @@ def check_length(data: DataConfig, epochs: int | None, steps: int | None) -> Non
 
 
 class TrainingConfig(Section):
-    """Length of training: `epochs` over the demonstrations, or a number of `steps`. With stages, each sets its own."""
+    """Length of training: `epochs` over the demonstrations, or a number of `steps`. With stages, each sets its own.
+
+    With a data.source that is no file, the length is `steps`, or ends with the source.
+    """
 
     batch_size: int = Field(32, ge=1, description="Prompts per optimizer step")
     epochs: int | None = Field(None, ge=1, description="Passes over the demonstrations; give this or steps")

@@ -34,7 +34,7 @@ def _check(schedule: StageSchedule, trained: Sequence[Drawn]) -> None:
                 f"({record.where}); restore the row as it was, with the same data.template, data.system and tokenizer, "
                 f"{NEW_RUN}"
             )
-    if len(trained) % schedule.batch_size and source.known > len(trained) != schedule.limit:
+    if len(trained) % schedule.batch_size and source.known > len(trained):
         raise UserError(
             f"{source.records[len(trained)].where}: the run has trained the record before it in a last, short batch, "
             f'because the source was closed there; put the row {{"closed": true}} back before this one, {NEW_RUN}'

@@ -1,5 +1,6 @@
 """The sources of a run's stages: the rows of the configuration, with the prompts that the tokenizer makes of them."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -70,7 +71,9 @@ def make_source(
     build = partial(_build, builder, task, reply, rows)
     source: PromptSource
     if task.data.grows:
-        source = open_source(task.data, base, ("prompt", *_needed(task, base)), build)
+        steps = task.training.steps
+        most = sys.maxsize if steps is None else steps * task.training.batch_size
+        source = open_source(task.data, base, ("prompt", *_needed(task, base)), build, most)
     else:
         prompts = build(given.demonstrations) + _build(alone, task, None, rows, given.recalled)
         source = FixedSource(task.data.train, [*given.demonstrations, *given.recalled], prompts)

@@ -20,8 +20,8 @@ class Arrivals:
         self._prepared, self._run_dir, self._progress = prepared, run_dir, progress
         self._sources = [stage.source for stage in prepared.stages]
         self._told = [len(source.skipped) for source in self._sources]  # prepare has told of these
-        if any(self._told):
-            self._write()
+        if any(source.grows for source in self._sources):
+            self._write()  # also if it is empty: an earlier start may have skipped rows that are corrected now
 
     async def wait(self, step: int) -> bool:
         """Wait until the batch of a step is there. False: the run has no such step. TimeoutError names the source."""

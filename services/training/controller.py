@@ -36,6 +36,7 @@ from sdft.services.monitoring.console import Progress
 from sdft.services.monitoring.log import RunLog
 from sdft.services.planning.prepare import Prepared
 from sdft.services.records.batches import write_batch
+from sdft.services.records.checkpoints import folder_of
 from sdft.services.records.ledger import Ledger
 from sdft.services.training.accounting import Accounting
 from sdft.services.training.arrivals import Arrivals
@@ -80,14 +81,12 @@ class Controller:
         self._accounting = Accounting(ledger, progress.note)
         self._teacher_moves = self._config.teacher.weights == "ema"
         self._arrivals = Arrivals(prepared, run_dir, progress)
-        self._saved = 0  # step of the newest checkpoint
         self.steps_done = 0
 
     async def run(self, first_step: int) -> None:
         """Train to the end, from the state after optimizer step `first_step` (0: from the base model)."""
         schedule = self._prepared.schedule
         student = self._student_weights
-        self._saved = first_step
         rollouts = Rollouts(
             self._prepared, self._students, self._scoring, self._ledger, self._teachers_ready, first_step
         )
@@ -114,10 +113,13 @@ class Controller:
                     await self._begin_stage(stage)
                 rollouts.open(stage)
                 await self._step(step, rollouts)
-                ended = step == stage.last
-                await self._after_step(step, ended)
-            if not ended:  # the source was closed behind the records of this step, which were trained before
-                await self._after_step(step, True)
+                ended, every = step == stage.last, self._config.evaluation.every
+                if ended or (every and step % every == 0):
+                    await self._evaluate(step)
+                if ended or step % self._config.checkpoint.every == 0:
+                    await self._checkpoints.save(step, self._evaluations.held)
+            if not ended:
+                await self._end_late(step)
             await self._checkpoints.saved()
             await self._teachers_ready()
         finally:
@@ -126,15 +128,16 @@ class Controller:
             for weights in self._weights.values():
                 await weights.stop()
 
-    async def _after_step(self, step: int, ends: bool) -> None:
-        """Evaluate and save when it is due. ends: the step is the last one of its stage."""
-        every = self._config.evaluation.every
-        if ends or (every and step % every == 0):
-            await self._evaluated_weights.wait_for_version(step, step)
-            await self._evaluations.after(step)
-        if (ends or step % self._config.checkpoint.every == 0) and step != self._saved:
+    async def _evaluate(self, step: int) -> None:
+        await self._evaluated_weights.wait_for_version(step, step)
+        await self._evaluations.after(step)
+
+    async def _end_late(self, step: int) -> None:
+        """End the run with `step`, behind whose records its source was closed after the step had been taken."""
+        await self._evaluate(step)
+        await self._checkpoints.saved()
+        if not folder_of(self._run_dir, step).exists():
             await self._checkpoints.save(step, self._evaluations.held)
-            self._saved = step
 
     async def _begin_stage(self, stage: StageSchedule) -> None:
         """Prepare learner and engines for the first batch of a stage."""

@@ -15,9 +15,13 @@ from sdft.services.data.sources.log import LogSource
 
 
 def open_source(
-    data: DataConfig, base: Path, required: tuple[str, ...], build: Callable[[Sequence[Record]], list[PromptPair]]
+    data: DataConfig,
+    base: Path,
+    required: tuple[str, ...],
+    build: Callable[[Sequence[Record]], list[PromptPair]],
+    count: int = sys.maxsize,
 ) -> GrowingSource:
-    """Open the source that data.train and data.source name, and read all that it has.
+    """Open the source that data.train and data.source name, and read what it has, up to `count` records.
 
     required: columns that a row needs. build() raises UserError for records that are too long. Raises UserError if the
     source cannot be read, or has rows and none of them is good: that is a mistake in the settings.
@@ -26,7 +30,7 @@ def open_source(
     name = str(path) if path.exists() else data.train
     maker = RecordMaker(RowChecker(name, required), data.columns, lambda record: build([record])[0])
     source = _class(data)(name, maker)
-    source.read(sys.maxsize)
+    source.read(count)
     if source.skipped and not source.records:
         more = len(source.skipped) - MAX_REPORTED
         shown = source.skipped[:MAX_REPORTED] + ([f"… and {more} more"] if more > 0 else [])

@@ -169,3 +169,28 @@ def test_a_run_is_finished_even_if_its_report_cannot_be_written(
     assert command(config) == 0
     assert (tmp_path / "run" / "report.html").is_file()
     assert started == [None]
+
+
+def test_a_run_whose_log_was_closed_behind_its_last_step_begins_once_more_to_evaluate(
+    tiny_model: Path, tmp_path: Path, started: list[Path | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_run(tmp_path, tiny_model, "float32")
+    log = tmp_path / "train.jsonl"
+    rows = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(rows[:8]))  # two batches
+    settings = ["data.source=log", "training.steps=null", "learner.optimizer.schedule=constant"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert command(config, *words) == 0
+    log.write_text("".join([*rows[:8], '{"closed": true}\n']))
+
+    async def evaluate(prepared: Prepared, run_dir: Path, start: Path | None, console: Console) -> None:
+        starts.append(start)
+        done = {"step": 2, "stage": 0, "task": "numbers", "metric": "accuracy", "value": 1.0, "n": 4}
+        (run_dir / "eval.jsonl").write_text(json.dumps(done) + "\n")
+
+    starts: list[Path | None] = []
+    monkeypatch.setattr(train, "run_session", evaluate)
+    assert (command(config, *words), command(config, *words)) == (0, 0)
+    assert starts == [checkpoints.folder_of(tmp_path / "run", 2)]
+    state = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (state["state"], state["total_steps"]) == ("finished", 2)

@@ -46,6 +46,10 @@ def test_a_source_that_grows_may_have_no_length(tmp_path: Path, changes: dict[st
     [
         ({"data": LOG | {"source": "logg"}}, "data: source must be file, log, or a class of your own as package"),
         ({"data": LOG | {"split": "test"}}, "data: split is of a hub data set, and source names none; remove split"),
+        (
+            {"data": LOG | {"source": "file", "record_timeout_s": 9}, "training": {"steps": 3}},
+            "data: record_timeout_s is of a source that grows; remove it, or set source",
+        ),
         ({"training": {"epochs": 2}}, "training: epochs has no meaning with data.source: log, whose records are"),
         ({"training": {"epochs": 2, "steps": 3}}, "training: give exactly one of epochs and steps"),
         ({"learner": {}}, "training.steps is missing, so that the learning rate's cosine has no end; set it, or"),
