@@ -94,15 +94,16 @@ def teacher_alpha(teacher: TeacherConfig) -> float | None:
     return {"ema": teacher.alpha, "frozen": 0.0, "base": 0.0, "live": None}[teacher.weights]
 
 
-def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
+def learning_rate(step: int, total_steps: int | None, config: OptimizerConfig) -> float:
     """Learning rate of optimizer step `step` (1-based): linear warm-up, then constant or cosine to zero at the end.
 
-    It is a pure function of the step, so there is no scheduler state to save.
+    total_steps: None if the end is open, which a cosine does not allow. It is a pure function of the step, so there is
+    no scheduler state to save.
     """
-    warmup = min(config.warmup_steps, max(0, total_steps - 1))
+    warmup = config.warmup_steps if total_steps is None else min(config.warmup_steps, max(0, total_steps - 1))
     if step <= warmup:
         return config.lr * step / warmup
-    if config.schedule == "constant":
+    if config.schedule == "constant" or total_steps is None:
         return config.lr
     done = (step - warmup - 1) / max(1, total_steps - warmup)
     return config.lr * 0.5 * (1 + math.cos(math.pi * done))

@@ -10,7 +10,7 @@ class StageSettings:
     """The learner's settings of one stage of the run."""
 
     before: int  # optimizer steps of the stages before it
-    steps: int
+    steps: int | None  # None: the end of the stage is open, and the learning rate is constant
     losses: tuple[LossConfig, ...]  # a sequence's `objective` is the index
     optimizer: OptimizerConfig
     keep_moments: bool = False

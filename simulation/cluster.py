@@ -38,6 +38,7 @@ from sdft.learner.types import StepResult
 from sdft.services.config.run import RunConfig
 from sdft.services.data.contexts import PromptPair
 from sdft.services.data.schedule import make_schedule
+from sdft.services.data.sources.fixed import FixedSource
 from sdft.services.fleet.engine import Patience
 from sdft.services.fleet.pool import EnginePool, PoolSettings
 from sdft.services.monitoring.console import Progress
@@ -182,7 +183,8 @@ def prepared(case: Case, batch: int) -> Prepared:
     )
     prompts = [PromptPair([1] * PROMPT, [1] * TEACHER_PROMPT)] * 1000
     (task,) = config.tasks
-    (schedule,) = make_schedule([task], [len(prompts)]).stages
+    source = FixedSource("simulated.jsonl", [], prompts)
+    (schedule,) = make_schedule([task], [source]).stages
     return Prepared(
         config=config,
         path=Path("simulated.yaml"),
@@ -190,7 +192,7 @@ def prepared(case: Case, batch: int) -> Prepared:
         shape=ModelShape(0, 0, 0, 0, 0, 0),
         tokenizer=None,
         reply_end=0,
-        stages=(Stage("", task, prompts, [NOWHERE] * len(prompts), len(prompts), [], schedule, fingerprint=""),),
+        stages=(Stage("", task, source, lambda index: NOWHERE, [], schedule, fingerprint=""),),
         common=[],
         plan=Plan({}, ()),
         begun=datetime.now(),

@@ -19,8 +19,17 @@ from sdft.services.records.rows import (
     read_rows,
     without_loss_tokens,
 )
-from sdft.services.records.run_dir import RunState, check_run_dir, read_ledger, read_lengths, read_stages, read_state
+from sdft.services.records.run_dir import (
+    NO_END,
+    RunState,
+    check_run_dir,
+    read_ledger,
+    read_lengths,
+    read_stages,
+    read_state,
+)
 from sdft.services.records.settings import read_config
+from sdft.services.records.skipped import SKIPPED, read_skipped
 from sdft.services.records.text import percent
 from sdft.services.records.waits import read_waiting
 
@@ -143,6 +152,9 @@ def status_text(run_dir: Path) -> str:
     if ledger:
         lines.append(("samples", ", ".join(f"{count} {name}" for name, count in ledger.items())))
         lines += [("", f"{state}: {spread(lengths)}") for state, lengths in ended_lengths(run_dir).items()]
+    skipped = read_skipped(run_dir)
+    if skipped:
+        lines.append(("skipped", f"{len(skipped)} rows, in {run_dir / SKIPPED}; the last one is {skipped[-1]}"))
     lines.append(("checkpoint", str(checkpoint) if checkpoint else "none yet"))
     lines.append(("next", _next(run_dir, state, checkpoint)))
     return "\n".join(f"{label:<12}{text}" for label, text in lines)
@@ -153,7 +165,8 @@ def _stage(stages: list[tuple[str, int]], step: int) -> str:
     lasts = [last for _, last in stages]
     index = next((i for i, last in enumerate(lasts) if step < last), len(stages) - 1)
     first = lasts[index - 1] + 1 if index else 1
-    return f"{index + 1} of {len(stages)}, {stages[index][0]}: steps {first} to {lasts[index]}"
+    last = "the end of its source" if lasts[index] == NO_END else lasts[index]
+    return f"{index + 1} of {len(stages)}, {stages[index][0]}: steps {first} to {last}"
 
 
 def spread(lengths: "Counter[int]") -> str:

@@ -45,14 +45,15 @@ def stage_lines(prepared: Prepared) -> list[str]:
     for stage in prepared.stages:
         c, schedule = stage.config, stage.schedule
         learns = f"{c.method.label}, {c.teacher.weights} teacher" if c.method.teacher_scores else c.method.label
-        recalled = len(stage.prompts) - stage.demonstrations
-        rows = f"{stage.demonstrations} demonstrations" + (f" and {recalled} prompts to recall" if recalled else "")
+        rows = f"{len(stage.prompts) - stage.recalled} demonstrations{'' if schedule.end_is_known else ' so far'}"
+        rows += f" and {stage.recalled} prompts to recall" if stage.recalled else ""
+        steps = "steps" if schedule.last is None else f"{schedule.last - schedule.before} steps"
+        until = "" if schedule.end_is_known else f", until {schedule.source.name} is closed"
         lines.append(
-            f"{f'{stage.name}: ' if stage.name else ''}{rows}, "
-            f"{schedule.last - schedule.before} steps of {c.training.batch_size} prompts, {learns}"
+            f"{f'{stage.name}: ' if stage.name else ''}{rows}, {steps} of {c.training.batch_size} prompts{until}, "
+            f"{learns}"
         )
-        if stage.warning is not None:
-            lines.append(f"warning: {stage.warning}")
+        lines += [f"warning: {warning}" for warning in stage.warnings]
     return lines
 
 

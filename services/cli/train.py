@@ -20,8 +20,10 @@ from sdft.services.base.signals import run_until_stopped
 from sdft.services.cluster.compat import JOB_FOLDER
 from sdft.services.config.load import resolved_yaml
 from sdft.services.config.paths import with_absolute_paths
+from sdft.services.planning.prefix import check_prefixes
 from sdft.services.planning.prepare import Prepared, check_disk, check_memory
 from sdft.services.records import checkpoints
+from sdft.services.records.rows import read_jsonl
 from sdft.services.records.run_dir import LOCK, write_state
 from sdft.services.training.session import run_session
 
@@ -57,20 +59,18 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
                 console.print(note, soft_wrap=True)
         check_disk(prepared, run_dir)
         total = prepared.schedule.total_steps
-        if first >= total:
+        if total is not None and first >= total and not _unevaluated(prepared, run_dir, first):
             console.print(f"{run_dir}: all {total} steps are done already", soft_wrap=True)
             return _ended(run_dir, _finished_after_all(run_dir), console)
-        check_output(checkpoints.folder_of(run_dir, total))
+        check_output(checkpoints.folder_of(run_dir, total or first + 1))
         config = with_absolute_paths(prepared.config, prepared.path.parent)
         state: dict[str, Any] = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "state": "running",
             "error": None,
-            "total_steps": total,
-            "stages": [(stage.name, stage.schedule.last) for stage in prepared.stages],
             "started": time.time(),
-        }
+        } | _length(prepared)
         stopped = state | {"state": "failed", "error": "stopped by a signal"}
         try:
             write_atomically(run_dir / "config.yaml", resolved_yaml(config).encode())
@@ -91,7 +91,21 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
                     f"the command to resume from the last checkpoint"
                 ) from error
             raise
-        return _ended(run_dir, state | {"state": "finished"}, console)
+        return _ended(run_dir, state | {"state": "finished"} | _length(prepared), console)
+
+
+def _length(prepared: Prepared) -> dict[str, Any]:
+    """Return the entries of run.json about the run's length, as far as it is known now."""
+    stages = [(stage.name, stage.schedule.last) for stage in prepared.stages]
+    return {"total_steps": prepared.schedule.total_steps, "stages": stages}
+
+
+def _unevaluated(prepared: Prepared, run_dir: Path, last: int) -> bool:
+    """Return whether the evaluation at the last step is missing: the source was closed while the run was stopped."""
+    if not prepared.stages[-1].source.grows:
+        return False
+    evaluated = {row["task"] for row in read_jsonl(run_dir / "eval.jsonl") if row["step"] == last}
+    return any(s.settings.name not in evaluated for s in prepared.sets)
 
 
 def _ended(run_dir: Path, state: dict[str, Any] | None, console: Console) -> Path | None:
@@ -139,11 +153,12 @@ def _starting_point(prepared: Prepared, run_dir: Path, resume: str, console: Con
             f"{folder} belongs to a run in {state.dtype}, and this one is in {prepared.config.dtype}; set "
             f"dtype: {state.dtype} to continue it, or name another --run-dir to begin a new run"
         )
-    if state.step > prepared.schedule.total_steps or state.fingerprint != prepared.at(state.step).fingerprint:
+    if not prepared.schedule.has(state.step) or state.fingerprint != prepared.at(state.step).fingerprint:
         raise UserError(
             f"{folder} belongs to a run with another configuration or other data; use the configuration in "
             f"{folder.parent.parent / 'config.yaml'}, or name another --run-dir to begin a new run"
         )
+    check_prefixes(prepared.schedule.stages, folder / checkpoints.LEDGER)
     learner = prepared.config.learner
     zero_stage = learner.zero_stage_for(state.dtype)
     if (state.ranks, state.zero_stage) != (learner.ranks, zero_stage):

@@ -21,6 +21,7 @@ from sdft.services.config.sections import (
     StageConfig,
     TrainingConfig,
     WeightsConfig,
+    check_length,
 )
 
 
@@ -87,8 +88,11 @@ class RunConfig(Section):
             raise ValueError(f"a run with stages must not set {key}; set it in each stage instead")
         if not self.stages and self.data is None:
             raise ValueError("data is required but missing; set data.train to the file of demonstrations")
-        if not self.stages and t.epochs is None and t.steps is None:
-            raise ValueError("training: give exactly one of epochs and steps")
+        if self.data is not None:
+            try:
+                check_length(self.data, t.epochs, t.steps)
+            except ValueError as error:
+                raise ValueError(f"training: {error}") from None
         names_of = {"stages": [s.name for s in self.stages], "evaluation sets": [s.name for s in self.sets]}
         for plural, names in names_of.items():
             twice = next((name for name in names if names.count(name) > 1), None)
@@ -108,6 +112,18 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_cosine_has_an_end(self) -> "RunConfig":
+        places = [(f"stages[{i}].", "steps") for i in range(len(self.stages))] or [("", "training.steps")]
+        for (place, key), task in zip(places, self.tasks, strict=True):
+            unbounded = task.training.epochs is None and task.training.steps is None
+            if unbounded and task.learner.optimizer.schedule == "cosine":
+                raise ValueError(
+                    f"{place}{key} is missing, so that the learning rate's cosine has no end; set it, or set "
+                    f"learner.optimizer.schedule: constant"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _something_to_learn(self) -> "RunConfig":
         places = [f"stages[{i}]." for i in range(len(self.stages))] or [""]
         for place, task in zip(places, self.tasks, strict=True):
@@ -116,6 +132,11 @@ class RunConfig(Section):
                 raise ValueError(
                     f"{place}sampling.max_new_tokens {longest} must be more than {place}method.skip_first {skipped}, "
                     f"or no token is in the loss; raise max_new_tokens, or lower skip_first"
+                )
+            if task.method.recalled is not None and task.data.grows:
+                raise ValueError(
+                    f"{place}method {task.method.type} trains its prompts in each epoch, and a source that grows has "
+                    f"none; set {place}data.source: file, or choose another method"
                 )
             weights = task.method.teacher_weights
             if weights not in (None, self.teacher.weights):

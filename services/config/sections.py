@@ -25,6 +25,14 @@ class DataConfig(Section):
     """Demonstrations, and how the prompts of student and teacher are made from them."""
 
     train: str = Field(description="A .jsonl or .parquet file (relative to the config file), or a hub data set's name")
+    source: str = Field(
+        "file",
+        description="What train names: file (also a hub data set); log, a .jsonl file to which lines are appended "
+        "while the run goes on; or what a class of your own reads, as package.module:Name",
+    )
+    record_timeout_s: float = Field(
+        86400, gt=0, description="How long the run waits for the next record of a source that is no file"
+    )
     split: str = Field("train", description="Split of a hub data set")
     columns: dict[Column, str] = Field({}, description="Column names in the file: {demonstration: output_text}")
     template: str = Field(
@@ -36,6 +44,21 @@ class DataConfig(Section):
         2048, ge=1, description="Longest prompt of the teacher; a longer one is an error"
     )
 
+    @property
+    def grows(self) -> bool:
+        """Whether records are added while the run goes on. They are taken in order, each once."""
+        return self.source != "file"
+
+    @model_validator(mode="after")
+    def _source_is_known(self) -> "DataConfig":
+        if self.source not in ("file", "log") and not is_own(self.source):
+            raise ValueError(
+                f"source must be file, log, or a class of your own as package.module:Name, not {self.source}"
+            )
+        if self.grows and self.split != "train":
+            raise ValueError("split is of a hub data set, and source names none; remove split, or set source: file")
+        return self
+
     @model_validator(mode="after")
     def _teacher_sees_more(self) -> "DataConfig":
         if self.max_teacher_prompt_tokens < self.max_prompt_tokens:
@@ -44,6 +67,17 @@ class DataConfig(Section):
                 "student's"
             )
         return self
+
+
+def check_length(data: DataConfig, epochs: int | None, steps: int | None) -> None:
+    """ValueError unless a task on `data` has one length. One on a source that grows may have none: its end is open."""
+    if data.grows and epochs is not None:
+        raise ValueError(
+            f"epochs has no meaning with data.source: {data.source}, whose records are trained once each; remove "
+            f"epochs, or give steps"
+        )
+    if not data.grows and (epochs is None) == (steps is None):
+        raise ValueError("give exactly one of epochs and steps")
 
 
 class TrainingConfig(Section):
@@ -200,8 +234,7 @@ class StageConfig(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> "StageConfig":
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give exactly one of epochs and steps")
+        check_length(self.data, self.epochs, self.steps)
         return self
 
 

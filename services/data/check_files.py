@@ -16,9 +16,11 @@ def check_files(config: RunConfig, base: Path, sent: Path | None = None) -> None
     """
     places = [f"stages[{i}]." for i in range(len(config.stages))] or [""]
     for place, task in zip(places, config.tasks, strict=True):
-        train = task.data.train
+        train, source = task.data.train, task.data.source
         path = resolve_path(base, train)
-        if is_data_file(train) or path.exists() or not is_hub_name(train):
+        if source == "log":
+            _check_log(f"{place}data.train", train, base, sent)
+        elif source == "file" and (is_data_file(train) or path.exists() or not is_hub_name(train)):
             _check_file(f"{place}data.train", train, base, sent)
             if not is_data_file(train):
                 raise UserError(f"{place}data.train: {path} must be a .jsonl or .parquet file")
@@ -30,6 +32,18 @@ def check_files(config: RunConfig, base: Path, sent: Path | None = None) -> None
     for place, sets in [("evaluation.", config.evaluation.sets), *of_stages]:
         for i, evaluation_set in enumerate(sets):
             _check_file(f"{place}sets[{i}].file", evaluation_set.file, base, sent)
+
+
+def _check_log(key: str, value: str, base: Path, sent: Path | None) -> None:
+    _check_file(key, value, base, sent)
+    path = resolve_path(base, value)
+    if path.suffix != ".jsonl":
+        raise UserError(f"{key}: {path} must be a .jsonl file, because data.source is log")
+    if sent is not None and path.resolve().is_relative_to(sent.resolve()):
+        raise UserError(
+            f"{key}: {path} would be copied to the cluster, and lines that are appended later would not reach the run; "
+            f"put the log on storage that the cluster sees, and give its absolute path"
+        )
 
 
 def _check_file(key: str, value: str, base: Path, sent: Path | None) -> None:

@@ -80,28 +80,58 @@ def _file_rows(key: str, value: str, base: Path) -> Iterable[NumberedRow]:
     return parquet_rows(path) if path.suffix == ".parquet" else jsonl_rows(path)
 
 
+class RowChecker:
+    """Checks the rows of one file or source and makes records of them. Two records of it have no id in common."""
+
+    def __init__(
+        self, name: str, required: tuple[str, ...], check_answer: Callable[[Any], str | None] = lambda answer: None
+    ) -> None:
+        """name: of the file, for messages. check_answer() returns the problem of an answer."""
+        self.name = name
+        self._required, self._check_answer = required, check_answer
+        self._line_of_id: dict[str, int] = {}
+
+    def check(self, line: int, given: dict[str, Any] | BadRow) -> Record | BadRow:
+        """Return the record of a row, or all that is wrong with the row."""
+        if isinstance(given, BadRow):
+            return given
+        row = _without_blanks(given, self._required)
+        problems = list(_problems(row, self._required, self._check_answer))
+        row_id = _id_of(line, row)
+        if row_id in self._line_of_id and not any(p.startswith("id ") for p in problems):
+            problems.append(
+                f'id "{row_id}" is already used in {self.name}:{self._line_of_id[row_id]}; change one of them'
+            )
+        if problems:
+            return BadRow("; ".join(problems))
+        columns = {column: row.get(column) for column in ("demonstration", "context", "feedback", "answer", "text")}
+        messages = _messages(row["prompt"]) if "prompt" in self._required else ()
+        return Record(id=row_id, messages=messages, where=f"{self.name}:{line}", **columns)
+
+    def accept(self, record: Record, line: int) -> None:
+        """Keep the id of a record that is used: a later row with the same id is bad."""
+        self._line_of_id.setdefault(record.id, line)
+
+
+def _id_of(line: int, row: dict[str, Any]) -> str:
+    given = row.get("id")
+    return f"row-{line}" if given is None else str(given)
+
+
 def _checked(
     name: str, rows: Iterable[NumberedRow], required: tuple[str, ...], check_answer: Callable[[Any], str | None]
 ) -> list[Record]:
     """Check the rows; one UserError lists all bad rows, up to MAX_REPORTED."""
     good: list[Record] = []
     bad: list[str] = []
-    line_of_id: dict[str, int] = {}
-    for line, given_row in rows:
-        row = given_row if isinstance(given_row, BadRow) else _without_blanks(given_row, required)
-        problems = [str(row)] if isinstance(row, BadRow) else list(_problems(row, required, check_answer))
-        if isinstance(row, dict) and not any(p.startswith("id ") for p in problems):
-            given = row.get("id")
-            row_id = f"row-{line}" if given is None else str(given)
-            if row_id in line_of_id:
-                problems.append(f'id "{row_id}" is already used in {name}:{line_of_id[row_id]}; change one of them')
-            line_of_id.setdefault(row_id, line)
-        if problems:
-            bad.append(f"{name}:{line}: {'; '.join(problems)}")
-        elif isinstance(row, dict):
-            columns = {column: row.get(column) for column in ("demonstration", "context", "feedback", "answer", "text")}
-            messages = _messages(row["prompt"]) if "prompt" in required else ()
-            good.append(Record(id=row_id, messages=messages, where=f"{name}:{line}", **columns))
+    checker = RowChecker(name, required, check_answer)
+    for line, row in rows:
+        record = checker.check(line, row)
+        if isinstance(record, BadRow):
+            bad.append(f"{name}:{line}: {record}")
+        else:
+            checker.accept(record, line)
+            good.append(record)
     if bad:
         if len(bad) > MAX_REPORTED:
             bad[MAX_REPORTED:] = [f"… and {len(bad) - MAX_REPORTED} more"]

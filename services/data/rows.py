@@ -15,6 +15,7 @@ class BadRow(str):
 
 
 NumberedRow = tuple[int, dict[str, Any] | BadRow]
+BOM = b"\xef\xbb\xbf"  # some editors begin a UTF-8 file with it
 
 
 def jsonl_rows(path: Path) -> Iterator[NumberedRow]:
@@ -22,9 +23,9 @@ def jsonl_rows(path: Path) -> Iterator[NumberedRow]:
     with _opened(path) as file:
         # Lines end at \n only: str.splitlines would also cut at characters that JSON allows inside a string.
         for number, line in enumerate(file, start=1):
-            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            text = line.removeprefix(BOM) if number == 1 else line
             if text.strip():
-                yield number, _parse(text)
+                yield number, parse_line(text)
 
 
 def parquet_rows(path: Path) -> Iterator[NumberedRow]:
@@ -117,7 +118,8 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _parse(line: bytes) -> dict[str, Any] | BadRow:
+def parse_line(line: bytes) -> dict[str, Any] | BadRow:
+    """Return the object in a line of a JSONL file, which is not blank."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as e:

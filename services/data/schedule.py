@@ -1,48 +1,94 @@
-"""Which samples each optimizer step trains on: a pure function of the configuration."""
+"""Which samples each optimizer step trains on: a pure function of the configuration and of the source's records."""
 
 import hashlib
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from sdft.actors.shared.types import SampleId
 from sdft.services.config.run import TaskConfig
+from sdft.services.data.sources.base import PromptSource
+from sdft.services.records.ledger import Drawn
 
 
 @dataclass(frozen=True)
 class StageSchedule:
-    """Demonstrations, reshuffled each epoch and cut into batches of prompts. A batch may span two epochs."""
+    """The prompts of a stage, cut into batches. The last batch may be short.
 
-    demonstrations: int
+    A fixed source is reshuffled each epoch, and a batch may span two epochs. A growing source is taken in its order,
+    each record once, in epoch 0: a batch is there once all its records are, or the source is closed.
+    """
+
+    source: PromptSource
     batch_size: int  # prompts
     generations: int  # rollouts per prompt
     seed: int
-    prompts: int  # prompts of the whole stage
+    limit: int | None  # prompts of the whole stage, at most; None: all that a growing source gives until it is closed
     stage: int = 0
     before: int = 0  # optimizer steps of all earlier stages
 
     @property
-    def last(self) -> int:
-        """Last optimizer step of the stage; the first is before + 1."""
-        return self.before + -(-self.prompts // self.batch_size)
+    def prompts(self) -> int | None:
+        """Prompts of the whole stage; of a source that is not closed, at most so many. None: not known yet."""
+        if not self.source.grows or not self.source.closed:
+            return self.limit
+        return min(self.source.known, self.limit or sys.maxsize)
+
+    @property
+    def last(self) -> int | None:
+        """Last optimizer step of the stage; the first is before + 1. None: not known yet."""
+        return None if self.prompts is None else self.before - (-self.prompts // self.batch_size)
+
+    @property
+    def end_is_known(self) -> bool:
+        """Whether all records of the stage are known."""
+        return self.source.closed or (self.limit is not None and self.source.known >= self.limit)
+
+    def needed(self, step: int) -> int:
+        """Return how many records of a growing source must be known for the batch of a step to be whole; else 0."""
+        return min((step - self.before) * self.batch_size, self.limit or sys.maxsize) if self.source.grows else 0
+
+    def is_there(self, step: int) -> bool:
+        """Return whether the stage has `step` and its records are known. Looks for new records, without waiting."""
+        needed = self.needed(step)
+        self.source.read(needed)
+        return (self.last is None or step <= self.last) and (self.source.known >= needed or self.source.closed)
 
     def batch(self, step: int) -> list[SampleId]:
-        """Return the samples of optimizer step `step`. The last batch may be short."""
-        first = (step - self.before - 1) * self.batch_size
+        """Return the samples of optimizer step `step`, whose records must be known. The last batch may be short."""
         samples = []
-        for position in range(first, min(first + self.batch_size, self.prompts)):
-            epoch, place = divmod(position, self.demonstrations)
-            index = _order(self.demonstrations, f"{self.seed}/{self.stage}/{epoch}")[place]
+        for position in self._positions(step):
+            epoch, index = (0, position) if self.source.grows else self._shuffled(position)
             samples += [SampleId(self.stage, epoch, index, g) for g in range(self.generations)]
         return samples
 
+    def drawn(self, step: int) -> list[Drawn]:
+        """Return the records that a growing source gives to the batch of `step`; none of a fixed source."""
+        source = self.source
+        positions = self._positions(step) if source.grows else ()
+        return [Drawn(self.stage, i, source.records[i].where, source.digest(i)) for i in positions]
+
     def issued_through(self, step: int) -> dict[tuple[int, int], int]:
         """Count the stage's samples up to and including `step`, by (stage, epoch)."""
-        issued = max(0, min((step - self.before) * self.batch_size, self.prompts))
-        whole, rest = divmod(issued, self.demonstrations)
-        prompts = [self.demonstrations] * whole + ([rest] if rest else [])
+        issued = max(0, min((step - self.before) * self.batch_size, self._end))
+        records = issued if self.source.grows else self.source.known
+        whole, rest = divmod(issued, records) if issued else (0, 0)
+        prompts = [records] * whole + ([rest] if rest else [])
         return {(self.stage, epoch): count * self.generations for epoch, count in enumerate(prompts)}
+
+    @property
+    def _end(self) -> int:
+        return sys.maxsize if self.prompts is None else self.prompts
+
+    def _positions(self, step: int) -> range:
+        first = (step - self.before - 1) * self.batch_size
+        return range(first, min(first + self.batch_size, self._end))
+
+    def _shuffled(self, position: int) -> tuple[int, int]:
+        epoch, place = divmod(position, self.source.known)
+        return epoch, _order(self.source.known, f"{self.seed}/{self.stage}/{epoch}")[place]
 
 
 @dataclass(frozen=True)
@@ -52,12 +98,17 @@ class Schedule:
     stages: tuple[StageSchedule, ...]
 
     @property
-    def total_steps(self) -> int:
+    def total_steps(self) -> int | None:
+        """Steps of the run; of a source that is not closed, at most so many. None: not known yet."""
         return self.stages[-1].last
+
+    def has(self, step: int) -> bool:
+        """Return whether the run has optimizer step `step`, or may still have it."""
+        return self.total_steps is None or step <= self.total_steps
 
     def at(self, step: int) -> StageSchedule:
         """Return the stage of optimizer step `step`; the first stage for step 0."""
-        return next(stage for stage in self.stages if step <= stage.last)
+        return next(stage for stage in self.stages if stage.last is None or step <= stage.last)
 
     def batch(self, step: int) -> list[SampleId]:
         """Return the samples of optimizer step `step`."""
@@ -69,22 +120,25 @@ class Schedule:
 
 
 @lru_cache(maxsize=4)  # a batch usually spans one or two epochs; batch() calls this once per prompt
-def _order(demonstrations: int, seed: str) -> list[int]:
+def _order(records: int, seed: str) -> list[int]:
     """Return the indices of all rows, shuffled by `seed`."""
-    order = list(range(demonstrations))
+    order = list(range(records))
     random.Random(seed).shuffle(order)
     return order
 
 
-def make_schedule(tasks: Sequence[TaskConfig], demonstrations: Sequence[int]) -> Schedule:
-    """Make the schedule of a run. demonstrations: the number of demonstrations of each task."""
+def make_schedule(tasks: Sequence[TaskConfig], sources: Sequence[PromptSource]) -> Schedule:
+    """Make the schedule of a run. sources: of each task."""
     stages: list[StageSchedule] = []
-    for task, rows in zip(tasks, demonstrations, strict=True):
+    for task, source in zip(tasks, sources, strict=True):
         t = task.training
-        prompts = rows * t.epochs if t.epochs is not None else t.batch_size * (t.steps or 0)
-        before = stages[-1].last if stages else 0
+        limit = None if t.steps is None else t.batch_size * t.steps
+        if t.epochs is not None:
+            limit = source.known * t.epochs
+        # Only the last stage may have an unknown end: prepare.py checks it.
+        before = (stages[-1].last or 0) if stages else 0
         stages.append(
-            StageSchedule(rows, t.batch_size, task.sampling.generations, task.seed, prompts, len(stages), before)
+            StageSchedule(source, t.batch_size, task.sampling.generations, task.seed, limit, len(stages), before)
         )
     return Schedule(tuple(stages))
 

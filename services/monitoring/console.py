@@ -22,7 +22,8 @@ class Progress:
     """Shows the progress of a run: `with Progress(console, total_steps=40, title="demo") as progress:`, then one method
     call per event."""
 
-    def __init__(self, console: Console, total_steps: int, title: str) -> None:
+    def __init__(self, console: Console, total_steps: int | None, title: str) -> None:
+        """total_steps: None if the end of the run is open."""
         self._console, self._total, self._title = console, total_steps, title
         self._last: StepMetrics | None = None
         self._began = 0.0  # start of this process's first step, on the monotonic clock
@@ -64,13 +65,14 @@ class Progress:
         self._steps_seen += 1
         self._last = metrics
         # From the mean time per step, including evaluations and checkpoints between the steps.
-        self._ends = now + (now - self._began) / self._steps_seen * (self._total - metrics.step)
+        if self._total is not None:
+            self._ends = now + (now - self._began) / self._steps_seen * (self._total - metrics.step)
         if not self._live:
             m = metrics
             times = " ".join(f"{phase.name} {m.seconds(phase):.1f}s" for phase in PHASES)
             self._line(
-                f"step {m.step}/{self._total}  loss {m.loss:.4f}  {m.divergence_name} {m.divergence:.4f}  "
-                f"{m.loss_tokens} loss tokens  {m.tokens_per_s:.0f} tok/s  {times}  ETA {self._eta()}"
+                f"step {self._of_total(m.step)}  loss {m.loss:.4f}  {m.divergence_name} {m.divergence:.4f}  "
+                f"{m.loss_tokens} loss tokens  {m.tokens_per_s:.0f} tok/s  {times}{self._eta()}"
             )
 
     def evaluation(self, results: list[EvalResult]) -> None:
@@ -88,10 +90,16 @@ class Progress:
         # soft_wrap: lines are neither wrapped nor cut at the reported width of the console.
         self._console.print(Text(text), soft_wrap=True)
 
+    def _of_total(self, step: int) -> str:
+        return str(step) if self._total is None else f"{step}/{self._total}"
+
     def _eta(self) -> str:
+        """Return the time until the end of the run, to be put behind other text; empty if the end is open."""
+        if self._total is None:
+            return ""
         minutes, seconds = divmod(max(0, round(self._ends - time.monotonic())), 60)
         hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+        return f"  ETA {hours}:{minutes:02}:{seconds:02}" if hours else f"  ETA {minutes}:{seconds:02}"
 
     def _panel(self) -> RenderableType:
         parts: list[RenderableType] = [self._bar(), self._spinner]
@@ -107,10 +115,9 @@ class Progress:
         row.add_column(no_wrap=True)
         row.add_column(ratio=1)
         row.add_column(no_wrap=True)
-        eta = f"ETA {self._eta()}" if self._last else "ETA –"
-        row.add_row(
-            Text(f"step {step}/{self._total}", "bold"), ProgressBar(self._total, step, complete_style="green"), eta
-        )
+        eta = self._eta().strip() if self._last else "ETA –"
+        bar = ProgressBar(self._total, step, complete_style="green")
+        row.add_row(Text(f"step {self._of_total(step)}", "bold"), bar, eta)
         return row
 
     def _numbers(self, m: StepMetrics) -> RenderableType:

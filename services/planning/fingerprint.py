@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 from sdft.actors.config import VLLM
 from sdft.services.config.run import TaskConfig
@@ -13,10 +14,11 @@ LIMITS_OF_POOL = ("start_timeout_s", "health_timeout_s", "drain_timeout_s", "max
 NOT_HASHED_OF_POOL = (*LIMITS_OF_POOL, "max_replicas", "cpus", "gpus", "labels")
 
 
-def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: list[PromptPair]) -> str:
+def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Sequence[PromptPair]) -> str:
     """Hash the settings that change the result, the model and the training tokens, up to and including this task.
 
-    before: the fingerprint of the previous task. model: bytes that identify the model. Paths are not hashed, so a run
+    before: the fingerprint of the previous task. model: bytes that identify the model. prompts: of all records; none of
+    a source that grows, whose trained prefix is compared instead (prefix.py). Paths are not hashed, so a run
     can be resumed after its files were moved. Returns a SHA-256 hex digest.
     """
     not_hashed = {"model", "data", "stages", "run_dir", "ray", "monitoring", "checkpoint", "evaluation", "retention"}
@@ -39,6 +41,11 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: list[
     # The other settings of these sections change how the result is computed, not what it is.
     settings["weights"] = {key: settings["weights"][key] for key in ("sync_every", "teacher_sync_every")}
     settings["learner"] = {key: settings["learner"][key] for key in ("optimizer", "lora")}
+    if config.data.grows and config.learner.optimizer.schedule == "constant":
+        # The number of steps only says when the run ends, so that it may be raised when the run is continued.
+        steps, optimizer = settings["training"].pop("steps"), settings["learner"]["optimizer"]
+        if steps is not None:
+            optimizer["warmup_steps"] = min(optimizer["warmup_steps"], max(0, steps - 1))  # as learning_rate() does
     digest = hashlib.sha256(before.encode() + json.dumps(settings, sort_keys=True).encode())
     digest.update(model)
     for pair in prompts:

@@ -1,8 +1,8 @@
 """Prepare a run from its configuration, before a process is started: model, data, prompts, schedule, plan."""
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,21 +15,20 @@ from sdft.learner.types import LearnerSettings, StageSettings
 from sdft.services.algorithms.base import Contexts
 from sdft.services.base.errors import PreflightError
 from sdft.services.config.run import RunConfig, TaskConfig
-from sdft.services.config.sections import DataConfig, EvaluationSet
+from sdft.services.config.sections import EvaluationSet
 from sdft.services.config.sinks import check_sinks
 from sdft.services.data.check_files import check_files
 from sdft.services.data.contexts import (
     PromptBuilder,
     PromptPair,
-    RecordContexts,
     build_prompts,
     check_ids,
-    shown_to_teacher,
     text_prompts,
 )
-from sdft.services.data.demonstrations import Record, load_demonstrations, load_questions
+from sdft.services.data.demonstrations import Record, load_questions
 from sdft.services.data.schedule import Schedule, StageSchedule, make_schedule
 from sdft.services.data.sets import LoadedSet
+from sdft.services.data.sources.base import PromptSource
 from sdft.services.data.tokenizer import load_tokenizer
 from sdft.services.grading.grade import answer_check
 from sdft.services.grading.judge import check_judge
@@ -39,6 +38,7 @@ from sdft.services.planning.fingerprint import fingerprint_of
 from sdft.services.planning.models import check_positions, check_trainable, resolve_model
 from sdft.services.planning.plan import Plan, engine_settings, make_plan, pools
 from sdft.services.planning.shape import ModelShape, embedding_rows, read_headers, sample_of_weights
+from sdft.services.planning.sources import SAMPLE, Loaded, Questions, check_ends, load_rows, make_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,13 +54,18 @@ class Stage:
 
     name: str  # "" in a run without stages
     config: TaskConfig
-    prompts: list[PromptPair]  # of the records, in file order; those that the algorithm recalls come last
-    contexts: Sequence[Contexts]  # of the same records
-    demonstrations: int  # number of records that are not recalled
+    source: PromptSource
+    contexts: Callable[[int], Contexts]  # of the record at an index of the source
     sets: list[LoadedSet]  # evaluation sets of this stage
     schedule: StageSchedule
     fingerprint: str  # what must not change on resume, up to the end of this stage
-    warning: str | None = None  # a reason why the stage may not learn
+    recalled: int = 0  # number of records that the algorithm recalls; they come last
+    warnings: tuple[str, ...] = ()  # reasons why the stage may not learn
+
+    @property
+    def prompts(self) -> Sequence[PromptPair]:
+        """Prompts of the records that are known, by their index in the source."""
+        return self.source.prompts
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Prepared:
     common: list[LoadedSet]  # evaluation sets that belong to no stage
     plan: Plan
     begun: datetime  # local time; chat templates may write it into prompts
+    sample_ids: list[int] = field(default_factory=list)  # prompt of SAMPLE, with the first stage's settings
 
     @property
     def schedule(self) -> Schedule:
@@ -90,9 +96,12 @@ class Prepared:
 
     @property
     def probe_ids(self) -> IntArray:
-        """The probe: the first PROBE_TOKENS tokens, int32, of the longest of the first 32 prompts."""
-        ids = max((p.teacher_ids or p.student_ids for p in self.stages[0].prompts[:32]), key=len)
-        return np.asarray(ids[:PROBE_TOKENS], dtype=np.int32)
+        """The probe: the first PROBE_TOKENS tokens, int32, of the longest of the first 32 prompts.
+
+        A source that has no record yet gives the tokens of SAMPLE.
+        """
+        first = [p.teacher_ids or p.student_ids for p in self.stages[0].prompts[:32]] or [self.sample_ids]
+        return np.asarray(max(first, key=len)[:PROBE_TOKENS], dtype=np.int32)
 
     def at(self, step: int) -> Stage:
         """Return the stage of optimizer step `step`; the first stage for step 0."""
@@ -110,12 +119,7 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
     check_files(config, base)
     check_own_engines(config)
     loaded = [
-        Loaded(
-            task,
-            load_demonstrations(task.data, base, _needed(task, base)),
-            _recalled(task, base),
-            _questions(stage_sets, base),
-        )
+        load_rows(task, base, _questions(stage_sets, base))
         for task, stage_sets in zip(config.tasks, [s.sets for s in config.stages] or [()], strict=True)
     ]
     common = _questions(config.evaluation.sets, base)
@@ -137,8 +141,8 @@ def _prepared(
     config: RunConfig,
     path: Path,
     model: Path,
-    loaded: "list[Loaded]",
-    common: "Questions",
+    loaded: Sequence[Loaded],
+    common: Questions,
     begun: datetime,
 ) -> Prepared:
     """The part that needs the tokenizer. loaded: the rows of each task."""
@@ -148,36 +152,36 @@ def _prepared(
     headers = read_headers(model)
     rows = embedding_rows(headers)  # every token id must be below it
     identity = (model / "config.json").read_bytes() + sample_of_weights(headers)  # of the model
-    stages: list[Stage] = []
-    schedules = make_schedule(config.tasks, [len(rows.demonstrations) + len(rows.recalled) for rows in loaded]).stages
     builders = [PromptBuilder(tokenizer, task.data.template, base, task.data.system, begun) for task in config.tasks]
-    for name, builder, given, schedule in zip(names, builders, loaded, schedules, strict=True):
-        task, records = given.task, [*given.demonstrations, *given.recalled]
-        reply = task.sampling.max_new_tokens if task.method.trains_demonstrations else None
-        alone = PromptBuilder(tokenizer, "none", base, task.data.system, begun)  # shows the teacher the prompt only
-        prompts = build_prompts(builder, given.demonstrations, *_limits(task), reply)
-        prompts += build_prompts(alone, given.recalled, *_limits(task))
-        check_ids(records, prompts, rows)
-        limit = task.data.max_teacher_prompt_tokens
-        of_record = [builder] * len(given.demonstrations) + [alone] * len(given.recalled)
+    alone = [PromptBuilder(tokenizer, "none", base, task.data.system, begun) for task in config.tasks]
+    given_builders = zip(loaded, builders, alone, strict=True)
+    sources, contexts = zip(*(make_source(*given, rows, base) for given in given_builders), strict=True)
+    schedules = make_schedule(config.tasks, sources).stages
+    check_ends(names, schedules)
+    stages: list[Stage] = []
+    for i, (name, given, builder, source) in enumerate(zip(names, loaded, builders, sources, strict=True)):
+        task, before = given.task, stages[-1].fingerprint if stages else ""
         stages.append(
             Stage(
                 name=name,
                 config=task,
-                prompts=prompts,
-                contexts=[RecordContexts(b, record, limit) for b, record in zip(of_record, records, strict=True)],
-                demonstrations=len(given.demonstrations),
+                source=source,
+                contexts=contexts[i],
                 sets=_sets(given.questions, tokenizer, builder, task, rows),
-                schedule=schedule,
-                fingerprint=fingerprint_of(stages[-1].fingerprint if stages else "", task, identity, prompts),
-                warning=_short(builder, given.demonstrations, task),
+                schedule=schedules[i],
+                fingerprint=fingerprint_of(before, task, identity, () if source.grows else source.prompts),
+                recalled=len(given.recalled),
+                warnings=tuple(filter(None, (source.trouble, _short(builder, source.records, task)))),
             )
         )
-    first = loaded[0].demonstrations[0]
+    first = SAMPLE if sources[0].grows else sources[0].records[0]
     end = builders[0].end(first).token_id
     check_ids([first], [PromptPair([end], None)], rows)
     shape = ModelShape.of(model, headers, config.learner.lora)
-    longest = [max(len(p.student_ids) for p in stage.prompts) for stage in stages]
+    longest = [
+        stage.config.data.max_prompt_tokens if stage.source.grows else max(len(p.student_ids) for p in stage.prompts)
+        for stage in stages
+    ]
     return Prepared(
         config=config,
         path=path.resolve(),
@@ -189,33 +193,8 @@ def _prepared(
         common=_sets(common, tokenizer, builders[0], stages[0].config, rows),
         plan=make_plan(config, shape, longest),
         begun=begun,
+        sample_ids=builders[0].student(SAMPLE) if sources[0].grows else [],
     )
-
-
-Questions = list[tuple[EvaluationSet, list[Record]]]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The rows of one task."""
-
-    task: TaskConfig
-    demonstrations: list[Record]
-    recalled: list[Record]  # prompts that the algorithm trains beside the demonstrations
-    questions: Questions  # of the task's own evaluation sets
-
-
-def _needed(task: TaskConfig, base: Path) -> list[str]:
-    """Return the columns that the task's rows need besides the prompt."""
-    if task.method.trains_demonstrations:
-        return ["demonstration"]
-    column = shown_to_teacher(task.data.template, base)
-    return [] if column is None else [column]
-
-
-def _recalled(task: TaskConfig, base: Path) -> list[Record]:
-    file = task.method.recalled
-    return [] if file is None else load_demonstrations(DataConfig(train=file), base, [])
 
 
 def _questions(sets: Sequence[EvaluationSet], base: Path) -> Questions:
@@ -263,7 +242,7 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
     stages = tuple(
         StageSettings(
             before=stage.schedule.before,
-            steps=stage.schedule.last - stage.schedule.before,
+            steps=_steps(stage),
             losses=stage.config.method.losses,
             optimizer=stage.config.learner.optimizer,
             keep_moments=stage.config.keep_moments,
@@ -281,6 +260,15 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
         exclusive=c.strict and c.learner.ranks == 1,
         transport=c.weights.transport,
     )
+
+
+def _steps(stage: Stage) -> int | None:
+    """Return the number of steps over which the learning rate goes.
+
+    Of a source that grows, it is the setting: the end of the source is known too late, and changes no earlier step.
+    """
+    s = stage.schedule
+    return stage.config.training.steps if stage.source.grows or s.last is None else s.last - s.before
 
 
 def check_memory(config: RunConfig, plan: Plan) -> None:

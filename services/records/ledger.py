@@ -3,6 +3,9 @@
     Accounts: the state machine, in memory: samples in flight, and counts by state
     Ledger:   the same in SQLite, written several moves at a time and part of each checkpoint
 
+Of a source that grows while the run goes on, the ledger also has the records that were drawn, with their digests: the
+prefix that a resumed run compares with the source (planning/prefix.py).
+
 A resumed run continues from the ledger that belongs to its weights, so no sample is lost or trained twice. `advance`
 writes moves to the file once WRITE_EVERY_S have passed since the last write; `audit` writes them before a step's
 metrics are written. Written moves survive the death of the process, but not of the machine: after that a checkpoint's
@@ -15,6 +18,8 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from sdft.actors.shared.types import SampleId
@@ -24,6 +29,17 @@ BEFORE = {after: before for before, after in NEXT.items()}
 IN_FLIGHT = ("issued", "sampled", "scored")
 WRITE_EVERY_S = 0.5
 Account = tuple[int, int, str]  # stage, epoch, state
+OF_RECORD = "samples.stage = records.stage AND samples.idx = records.idx"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A record of a growing source that samples were issued for."""
+
+    stage: int
+    index: int  # in the source
+    where: str  # "name:number" of its row, for messages
+    digest: str  # of its prompts
 
 
 class LedgerError(Exception):
@@ -91,16 +107,23 @@ class Ledger:
             " state TEXT NOT NULL, step INTEGER NOT NULL, tokens INTEGER, reason TEXT,"
             " PRIMARY KEY (stage, epoch, idx, generation))"
         )
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS records (stage INTEGER, idx INTEGER, place TEXT NOT NULL, digest TEXT NOT NULL,"
+            " PRIMARY KEY (stage, idx))"
+        )
         self._db.commit()
         rows = self._db.execute(f"SELECT stage, epoch, idx, generation, state FROM samples WHERE state IN {IN_FLIGHT}")
         self._accounts = Accounts(self._filed(), {SampleId(*key): state for *key, state in rows})
         self._moves: dict[SampleId, tuple[str, int | None, str | None]] = {}  # not written yet: (state, tokens, reason)
         self._written = time.monotonic()
 
-    def issue(self, samples: Sequence[SampleId], step: int) -> None:
-        """Enter the samples of optimizer step `step`. Raises LedgerError if one was issued before."""
+    def issue(self, samples: Sequence[SampleId], step: int, drawn: Sequence[Drawn] = ()) -> None:
+        """Enter the samples of optimizer step `step`. Raises LedgerError if one was issued before.
+
+        drawn: the records of a growing source that the samples belong to.
+        """
         try:
-            self._write([(*_key(s), "issued", step) for s in samples])
+            self._write([(*_key(s), "issued", step) for s in samples], map(astuple, drawn))
         except sqlite3.IntegrityError as error:
             raise LedgerError(f"step {step}: a sample would be issued a second time ({error})") from error
         self._accounts.issue(samples)
@@ -133,6 +156,7 @@ class Ledger:
         self._write()
         with self._db:
             self._db.execute(f"DELETE FROM samples WHERE state IN {IN_FLIGHT}")
+            self._db.execute(f"DELETE FROM records WHERE NOT EXISTS (SELECT 1 FROM samples WHERE {OF_RECORD})")
         return self._accounts.forget_in_flight()
 
     def counts(self) -> dict[str, int]:
@@ -183,8 +207,8 @@ class Ledger:
         rows = self._db.execute("SELECT stage, epoch, state, COUNT(*) FROM samples GROUP BY stage, epoch, state")
         return Counter({(stage, epoch, state): count for stage, epoch, state, count in rows})
 
-    def _write(self, issued: Iterable[tuple[object, ...]] = ()) -> None:
-        """Write pending moves and newly issued samples to the file in one transaction."""
+    def _write(self, issued: Iterable[tuple[object, ...]] = (), drawn: Iterable[tuple[object, ...]] = ()) -> None:
+        """Write pending moves, newly issued samples and their records to the file in one transaction."""
         moves = [(*move, *_key(s)) for s, move in self._moves.items()]
         with self._db:
             self._db.executemany(
@@ -195,6 +219,7 @@ class Ledger:
             self._db.executemany(
                 "INSERT INTO samples (stage, epoch, idx, generation, state, step) VALUES (?, ?, ?, ?, ?, ?)", issued
             )
+            self._db.executemany("INSERT INTO records VALUES (?, ?, ?, ?)", drawn)
         self._moves.clear()
         self._written = time.monotonic()
 
@@ -209,6 +234,19 @@ def restore_ledger(copy: Path | None, path: Path) -> None:
     part = path.with_name(f".{path.name}.part")
     shutil.copyfile(copy, part)  # without permissions, because the run writes to it
     os.replace(part, path)
+
+
+def read_drawn(path: Path, stage: int) -> list[Drawn]:
+    """Return the records of a stage that a ledger's trained and dropped samples belong to, in order.
+
+    Empty for a ledger that a version without growing sources has written.
+    """
+    ended = f"EXISTS (SELECT 1 FROM samples WHERE {OF_RECORD} AND state NOT IN {IN_FLIGHT})"
+    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)) as ledger:
+        if not ledger.execute("SELECT 1 FROM sqlite_master WHERE name = 'records'").fetchone():
+            return []
+        rows = ledger.execute(f"SELECT * FROM records WHERE stage = ? AND {ended} ORDER BY idx", (stage,))
+        return [Drawn(*row) for row in rows]
 
 
 def _key(sample: SampleId) -> tuple[int, int, int, int]:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import socket
 import sqlite3
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from sdft.services.base.errors import UserError
 from sdft.services.base.files import write_atomically
 
 SAMPLE_STATES = ("issued", "sampled", "scored", "trained", "dropped")  # states of the ledger, in order
+NO_END = sys.maxsize
 LOCK = ".lock"  # held by the process that trains
 RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "ledger.sqlite")
 
@@ -36,10 +38,13 @@ def check_run_dir(run_dir: Path) -> None:
 
 
 def read_stages(run_dir: Path) -> list[tuple[str, int]]:
-    """Return the name and last step of each stage, [] for a run without stages."""
+    """Return the name and last step of each stage, [] for a run without stages.
+
+    A stage whose source is not closed may have no last step yet; it gets NO_END.
+    """
     path = run_dir / "run.json"
     stages = json.loads(path.read_text()).get("stages", []) if path.exists() else []
-    return [(name, last) for name, last in stages if name]
+    return [(name, NO_END if last is None else last) for name, last in stages if name]
 
 
 def read_state(run_dir: Path) -> RunState:

@@ -11,6 +11,7 @@
         An engine loads new weights between two decoding steps; its rollouts continue with them.
 
 What waits for what:
+    a step begins             when the source of its stage has the records of its batch (arrivals.py)
     a batch begins            when the student engines hold weights at most n steps old (rollouts.py)
     a batch is scored         when the teacher engines hold the weights that were sent last (weight_sync.py)
     the learner steps         when the batch is scored
@@ -27,6 +28,7 @@ from pathlib import Path
 from sdft.actors.roles import STUDENT, TEACHER, evaluating, scoring
 from sdft.learner.group import LearnerGroup, SequencesLost
 from sdft.learner.types import StepResult
+from sdft.services.base.errors import RunFailed
 from sdft.services.config.run import TaskConfig
 from sdft.services.data.schedule import StageSchedule
 from sdft.services.fleet.autoscaler import Autoscaler
@@ -37,10 +39,11 @@ from sdft.services.planning.prepare import Prepared
 from sdft.services.records.batches import write_batch
 from sdft.services.records.ledger import Ledger
 from sdft.services.training.accounting import Accounting
+from sdft.services.training.arrivals import Arrivals
 from sdft.services.training.calls import fetched, now
 from sdft.services.training.checkpointer import Checkpointer
 from sdft.services.training.evaluations import Evaluations
-from sdft.services.training.rollouts import Batch, Rollouts, Times
+from sdft.services.training.rollouts import TRIES, Batch, Rollouts, Times
 from sdft.services.training.step_metrics import Counts, step_metrics
 from sdft.services.training.weight_sync import WeightSync
 
@@ -77,12 +80,15 @@ class Controller:
         self._evaluations = Evaluations(prepared, run_dir, pools[evaluating(pools)], self._checkpoints, log, progress)
         self._accounting = Accounting(ledger, progress.note)
         self._teacher_moves = self._config.teacher.weights == "ema"
+        self._arrivals = Arrivals(prepared, run_dir, progress)
+        self._saved = 0  # step of the newest checkpoint
         self.steps_done = 0
 
     async def run(self, first_step: int) -> None:
         """Train to the end, from the state after optimizer step `first_step` (0: from the base model)."""
-        schedule, every = self._prepared.schedule, self._config.evaluation.every
+        schedule = self._prepared.schedule
         student = self._student_weights
+        self._saved = first_step
         rollouts = Rollouts(
             self._prepared, self._students, self._scoring, self._ledger, self._teachers_ready, first_step
         )
@@ -101,17 +107,18 @@ class Controller:
             await self._evaluations.first(first_step)
             if not self._config.strict:
                 student.on_delivered = rollouts.begin
-            for step in range(first_step + 1, schedule.total_steps + 1):
+            step, ended = first_step, False
+            while await self._arrivals.wait(step + 1):
+                step += 1
                 stage = schedule.at(step)
                 if step == stage.before + 1 and step > 1:
                     await self._begin_stage(stage)
                 rollouts.open(stage)
                 await self._step(step, rollouts)
-                if step == stage.last or (every and step % every == 0):
-                    await self._evaluated_weights.wait_for_version(step, step)
-                    await self._evaluations.after(step)
-                if step == stage.last or step % self._config.checkpoint.every == 0:
-                    await self._checkpoints.save(step, self._evaluations.held)
+                ended = step == stage.last
+                await self._after_step(step, ended)
+            if not ended:  # the source was closed behind the records of this step, which were trained before
+                await self._after_step(step, True)
             await self._checkpoints.saved()
             await self._teachers_ready()
         finally:
@@ -119,6 +126,16 @@ class Controller:
             await self._checkpoints.stop()
             for weights in self._weights.values():
                 await weights.stop()
+
+    async def _after_step(self, step: int, ends: bool) -> None:
+        """Evaluate and save when it is due. ends: the step is the last one of its stage."""
+        every = self._config.evaluation.every
+        if ends or (every and step % every == 0):
+            await self._evaluated_weights.wait_for_version(step, step)
+            await self._evaluations.after(step)
+        if (ends or step % self._config.checkpoint.every == 0) and step != self._saved:
+            await self._checkpoints.save(step, self._evaluations.held)
+            self._saved = step
 
     async def _begin_stage(self, stage: StageSchedule) -> None:
         """Prepare learner and engines for the first batch of a stage."""
@@ -150,7 +167,7 @@ class Controller:
         counts = Counts(*self._ledger.audit(self._prepared.schedule.issued_through(rollouts.begun)))
         if step % every.sync_every == 0 and self._follows(config):
             await times.of("sync", student.deliver(step) if self._config.strict else student.publish(step))
-        scored = self._teacher_moves and step < stage.last and config.method.teacher_scores
+        scored = self._teacher_moves and step != stage.last and config.method.teacher_scores
         if teacher is not None and scored and step % every.teacher_sync_every == 0:
             # Not awaited: the teacher engines load while the student engines sample the next rollouts.
             await times.of("sync", teacher.publish(step))
@@ -164,8 +181,10 @@ class Controller:
         self._autoscaler.after_step(metrics.time_wait_s / metrics.time_step_s)
 
     async def _learn(self, batch: Batch, rollouts: Rollouts) -> tuple[Batch, StepResult]:
-        """Take the learner's step. A batch of which a part was lost with an engine is made again."""
-        while True:
+        """Take the learner's step. A batch of which a part was lost with an engine is made again, TRIES times at most."""
+        for attempt in range(TRIES):
+            if attempt:
+                batch = await rollouts.again(batch.step)
             try:
                 if not self._config.monitoring.record_rollouts:
                     return batch, await self._learner.train_step(batch.drafts)
@@ -173,8 +192,9 @@ class Controller:
                 write_batch(self._run_dir, batch.step, sequences)
                 return batch, await self._learner.train_step(sequences)
             except SequencesLost as error:
-                self._progress.note(f"step {batch.step}: {error}; the batch is made again")
-                batch = await rollouts.again(batch.step)
+                lost = error
+                self._progress.note(f"step {batch.step}: {lost}; the batch is made again")
+        raise RunFailed(f"step {batch.step}: {lost}, {TRIES} times in a row") from lost
 
     async def _teachers_ready(self) -> None:
         if self._teacher_weights is not None:

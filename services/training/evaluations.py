@@ -38,8 +38,8 @@ class Evaluations:
         self._evaluator = Evaluator(prepared.tokenizer, prepared.config.evaluation.grading_timeout_s, progress.part)
         earlier = read_rows(run_dir, EvalResult)
         self._guard = RetentionGuard(prepared.config, earlier)
-        evaluated = {result.task for result in earlier}
-        self._new = [loaded for loaded in prepared.sets if loaded.settings.name not in evaluated]
+        self._evaluated: dict[str, int] = {result.task: result.step for result in earlier}  # set -> its last step
+        self._new = [loaded for loaded in prepared.sets if loaded.settings.name not in self._evaluated]
 
     @property
     def held(self) -> int | None:
@@ -51,10 +51,15 @@ class Evaluations:
         await self._evaluate(step, self._new, teachers=True)
 
     async def after(self, step: int) -> None:
-        """Evaluate after a step: at the end of a stage all sets, otherwise those of the stage and of the run."""
+        """Evaluate after a step: at the end of a stage all sets, otherwise those of the stage and of the run.
+
+        Sets that have results of this step are left out: a source may be closed after the evaluation of a step, which
+        then ends the stage.
+        """
         stage = self._prepared.schedule.at(step)
         own = [*self._prepared.common, *self._prepared.stages[stage.stage].sets]
-        await self._evaluate(step, self._prepared.sets if step == stage.last else own)
+        sets = self._prepared.sets if step == stage.last else own
+        await self._evaluate(step, [s for s in sets if self._evaluated.get(s.settings.name) != step])
 
     async def _evaluate(self, step: int, sets: Sequence[LoadedSet], teachers: bool = False) -> None:
         if not sets:
@@ -68,6 +73,7 @@ class Evaluations:
         for reply in first_of_each_set(replies):
             self._log.reply(reply)
         self._log.evaluation(*results)
+        self._evaluated |= {s.settings.name: step for s in sets}
         self._progress.evaluation(results)
         await self._judge(step, results, replies)
         self._progress.phase("training")

@@ -84,19 +84,20 @@ class Rollouts:
         self._teachers_ready = teachers_ready
         self._making: dict[int, asyncio.Task[Batch]] = {}
         self.begun = first_step  # last step whose batch was begun
-        self._open = first_step  # last step of the opened stages
+        self._opened: StageSchedule | None = None  # batches of later stages are not begun
 
     def open(self, stage: StageSchedule) -> None:
         """Allow the batches of a stage to begin, once its teacher is in place to score them."""
-        self._open = stage.last
+        self._opened = stage
 
     def begin(self, student_version: int) -> None:
-        """Begin every batch of the opened stages that may be sampled with weights of this version."""
-        schedule = self._prepared.schedule
-        last = min(self._open, student_version + 1 + self._prepared.config.training.max_staleness)
+        """Begin every batch of the opened stage that may be sampled with weights of this version, and is there."""
+        stage, last = self._opened, student_version + 1 + self._prepared.config.training.max_staleness
         for step in range(self.begun + 1, last + 1):
-            ids = schedule.batch(step)
-            self._ledger.issue(ids, step)
+            if stage is None or not stage.is_there(step):
+                return
+            ids = stage.batch(step)
+            self._ledger.issue(ids, step, stage.drawn(step))
             self._making[step] = asyncio.create_task(self._make(step, ids), name=f"the rollouts of step {step}")
             self.begun = step
 
@@ -211,7 +212,7 @@ def _groups(step: int, stage: Stage, ids: list[SampleId]) -> Iterator[Group]:
             student_ids=_array(pair.student_ids),
             teacher_ids=None if pair.teacher_ids is None else _array(pair.teacher_ids),
             demonstration_ids=None if pair.demonstration_ids is None else _array(pair.demonstration_ids),
-            contexts=stage.contexts[index],
+            contexts=stage.contexts(index),
         )
 
 

@@ -74,7 +74,7 @@ def test_an_own_algorithm_shows_the_teacher_what_the_run_made(
     for sequence in sequences:
         sample = sequence.sample
         (sibling,) = (s for key, s in by_sample.items() if key.index == sample.index and key != sample)
-        context = contexts[sample.index]
+        context = contexts(sample.index)
         taught(base, context.teacher(demonstration=context.text(sibling.completions[0])).tolist(), sequence)
 
 

@@ -122,7 +122,9 @@ def test_samples_without_a_sequence_are_dropped_and_siblings_see_each_other(tmp_
         (stage,) = one.stages
         settings = one.config.model_dump() | {"method": {"type": "siblings:Siblings", "sure": True}}
         (task,) = RunConfig.model_validate(settings | {"sampling": {"generations": 2}}).tasks
-        stage = replace(stage, config=task, contexts=[Texts()] * 1000, schedule=replace(stage.schedule, generations=2))
+        stage = replace(
+            stage, config=task, contexts=lambda index: Texts(), schedule=replace(stage.schedule, generations=2)
+        )
         ledger = Ledger(tmp_path / "ledger.sqlite")
 
         async def ready() -> None: ...

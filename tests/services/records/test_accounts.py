@@ -26,6 +26,7 @@ from sdft.services.records.checkpoints import CheckpointState
 from sdft.services.records.ledger import Ledger, LedgerError, restore_ledger
 from sdft.services.training.checkpointer import Checkpointer
 from simulation.cluster import Case, prepared
+from tests.fakes.sources import numbered
 
 SHAPE = ModelShape(135_000_000, 30, 576, 1536, 49152, 9)
 STATE = CheckpointState(step=2, ranks=1, zero_stage=1, dtype="bfloat16", fingerprint="f")
@@ -41,7 +42,7 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 def test_epochs_train_on_every_demonstration_as_often_as_every_other() -> None:
-    schedule = StageSchedule(10, batch_size=4, generations=2, seed=3, prompts=30)
+    schedule = StageSchedule(numbered(10), batch_size=4, generations=2, seed=3, limit=30)
     assert schedule.last == 8  # 30 prompts in batches of 4, the last of 2
     issued = [s for step in range(1, 9) for s in schedule.batch(step)]
     assert len(issued) == len(set(issued)) == 60
@@ -67,7 +68,7 @@ def test_an_audit_checks_each_epoch() -> None:
 
 def test_the_order_changes_with_the_epoch_and_the_seed_and_nothing_else() -> None:
     def orders(seed: int) -> list[list[int]]:
-        schedule = StageSchedule(50, 50, 1, seed, prompts=100)
+        schedule = StageSchedule(numbered(50), 50, 1, seed, limit=100)
         return [[s.index for s in schedule.batch(step)] for step in (1, 2)]
 
     assert orders(0) == orders(0)
@@ -77,7 +78,7 @@ def test_the_order_changes_with_the_epoch_and_the_seed_and_nothing_else() -> Non
 
 def test_the_order_of_an_epoch_is_computed_once() -> None:
     """The order of an epoch is computed once. Computing it for each sample would take 60 ms per sample."""
-    schedule = StageSchedule(100_000, 2000, 1, 0, prompts=100_000)
+    schedule = StageSchedule(numbered(100_000), 2000, 1, 0, limit=100_000)
     _order.cache_clear()
     assert len({s.index for s in schedule.batch(1)}) == 2000
     assert _order.cache_info().misses == 1

@@ -66,6 +66,7 @@ def test_of_failed_checkpoints_only_the_last_ends_the_run(tiny_model: Path, tmp_
     config, run_dir = write_run(tmp_path, tiny_model, "float32"), tmp_path / "run"
     prepared, out = prepare(load_config(config), config), io.StringIO()
     last = prepared.schedule.total_steps
+    assert last is not None
     run_dir.mkdir()
     (run_dir / "checkpoints").write_text("")  # blocks the folder: nothing can be written, and no learner is needed
     progress = Progress(Console(file=out, width=400), last, "test")

@@ -50,7 +50,7 @@ def run_of(stages: int, sets: Sequence[EvaluationSet]) -> Prepared:
     one = prepared(CASE, 8)
     (stage,) = one.stages
     task = stage.config.model_copy(update={"training": stage.config.training.model_copy(update={"steps": STEPS})})
-    schedules = make_schedule([task] * stages, [len(stage.prompts)] * stages).stages
+    schedules = make_schedule([task] * stages, [stage.source] * stages).stages
     each = tuple(replace(stage, name=f"s{i}", schedule=schedule) for i, schedule in enumerate(schedules))
     evaluation = one.config.evaluation.model_copy(update={"sets": tuple(sets)})
     config = one.config.model_copy(update={"evaluation": evaluation, "retention": RetentionConfig(max_drop=0.1)})

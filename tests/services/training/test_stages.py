@@ -23,6 +23,7 @@ from sdft.services.records.settings import read_config
 from sdft.services.training.rollouts import Rollouts
 from simulation import virtual_time
 from simulation.cluster import Case, Student, Teacher, pool, prepared
+from tests.fakes.sources import numbered
 from tests.runs.run import write_stages
 
 A = {"name": "a", "data": {"train": "a.jsonl"}, "steps": 3}
@@ -102,7 +103,7 @@ def test_two_sets_of_one_name_are_refused_wherever_they_stand(tmp_path: Path) ->
 
 
 def test_steps_are_counted_through_the_stages_and_every_sample_belongs_to_one() -> None:
-    schedule = make_schedule(config().tasks, [5, 7])
+    schedule = make_schedule(config().tasks, [numbered(5), numbered(7)])
     assert [(s.before, s.last) for s in schedule.stages] == [(0, 3), (3, 7)]  # 12 prompts; 14, the last batch of 2
     assert schedule.total_steps == 7
     issued: Counter[Any] = Counter()
@@ -121,7 +122,7 @@ def test_nothing_of_a_stage_is_begun_before_it_is_open(tmp_path: Path) -> None:
     case = Case("stages", engines=1, staleness=2, steps=2)
     one = prepared(case, 4)
     stage = one.stages[0]
-    schedule = make_schedule([stage.config] * 2, [len(stage.prompts)] * 2)
+    schedule = make_schedule([stage.config] * 2, [stage.source] * 2)
     both = replace(one, stages=tuple(replace(stage, schedule=s) for s in schedule.stages))
 
     async def run() -> list[int]:

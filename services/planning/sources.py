@@ -1,0 +1,110 @@
+"""The sources of a run's stages: the rows of the configuration, with the prompts that the tokenizer makes of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from sdft.services.algorithms.base import Contexts
+from sdft.services.base.errors import UserError
+from sdft.services.config.run import TaskConfig
+from sdft.services.config.sections import DataConfig, EvaluationSet
+from sdft.services.data.contexts import (
+    PromptBuilder,
+    PromptPair,
+    RecordContexts,
+    build_prompts,
+    check_ids,
+    shown_to_teacher,
+)
+from sdft.services.data.demonstrations import Message, Record, load_demonstrations
+from sdft.services.data.schedule import StageSchedule
+from sdft.services.data.sources.base import PromptSource
+from sdft.services.data.sources.fixed import FixedSource
+from sdft.services.data.sources.open import open_source
+
+# Takes the place of a record where a source that grows may have none yet: the end of a reply, the probe.
+SAMPLE = Record(
+    id="sample",
+    messages=(
+        Message(role="user", content="Name the days of the week, the months of the year, and a city by the sea."),
+    ),
+    demonstration="Monday is a day, May a month.",
+    context=None,
+    feedback=None,
+    answer=None,
+    where="data.template",
+)
+Questions = list[tuple[EvaluationSet, list[Record]]]
+Build = Callable[[Sequence[Record]], list[PromptPair]]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The rows of one task that are known without the tokenizer."""
+
+    task: TaskConfig
+    demonstrations: list[Record]  # empty for a source that grows
+    recalled: list[Record]  # prompts that the algorithm trains beside the demonstrations
+    questions: Questions  # of the task's own evaluation sets
+
+
+def load_rows(task: TaskConfig, base: Path, questions: Questions) -> Loaded:
+    """Load and check the rows of the files that a task names, relative to the folder `base`. Raises UserError."""
+    demonstrations = [] if task.data.grows else load_demonstrations(task.data, base, _needed(task, base))
+    file = task.method.recalled
+    recalled = [] if file is None else load_demonstrations(DataConfig(train=file), base, [])
+    return Loaded(task, demonstrations, recalled, questions)
+
+
+def make_source(
+    given: Loaded, builder: PromptBuilder, alone: PromptBuilder, rows: int | None, base: Path
+) -> tuple[PromptSource, Callable[[int], Contexts]]:
+    """Return the source of a task, and a function from a record's index to its contexts.
+
+    alone: builder that shows the teacher the prompt only, for recalled prompts, whose records come last.
+    rows: rows of the model's embedding.
+    """
+    task, count = given.task, len(given.demonstrations)
+    reply = task.sampling.max_new_tokens if task.method.trains_demonstrations else None
+    build = partial(_build, builder, task, reply, rows)
+    source: PromptSource
+    if task.data.grows:
+        source = open_source(task.data, base, ("prompt", *_needed(task, base)), build)
+    else:
+        prompts = build(given.demonstrations) + _build(alone, task, None, rows, given.recalled)
+        source = FixedSource(task.data.train, [*given.demonstrations, *given.recalled], prompts)
+
+    def contexts(index: int) -> Contexts:
+        of_record = builder if task.data.grows or index < count else alone
+        return RecordContexts(of_record, source.records[index], task.data.max_teacher_prompt_tokens)
+
+    return source, contexts
+
+
+def check_ends(names: Sequence[str], schedules: Sequence[StageSchedule]) -> None:
+    """UserError unless every stage but the last has all its records: the steps behind it are counted from its end."""
+    for name, schedule in zip(names[:-1], schedules[:-1], strict=True):
+        if not schedule.end_is_known:
+            raise UserError(
+                f"{schedule.source.name}: stage {name} is not the last one, and its records are not all there; close "
+                f'the source with the row {{"closed": true}}, or train the later stages in another run'
+            )
+
+
+def _build(
+    builder: PromptBuilder, task: TaskConfig, reply: int | None, rows: int | None, records: Sequence[Record]
+) -> list[PromptPair]:
+    """Build and check the prompts of records. reply: longest demonstration; None: demonstrations are not trained."""
+    data = task.data
+    pairs = build_prompts(builder, records, data.max_prompt_tokens, data.max_teacher_prompt_tokens, reply)
+    check_ids(records, pairs, rows)
+    return pairs
+
+
+def _needed(task: TaskConfig, base: Path) -> list[str]:
+    """Return the columns that the task's rows need besides the prompt."""
+    if task.method.trains_demonstrations:
+        return ["demonstration"]
+    column = shown_to_teacher(task.data.template, base)
+    return [] if column is None else [column]
