@@ -26,9 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sdft.actors.roles import STUDENT, TEACHER, evaluating, scoring
-from sdft.learner.group import LearnerGroup, SequencesLost
-from sdft.learner.types import StepResult
-from sdft.services.base.errors import RunFailed
+from sdft.learner.group import LearnerGroup
 from sdft.services.config.run import TaskConfig
 from sdft.services.data.schedule import StageSchedule
 from sdft.services.fleet.autoscaler import Autoscaler
@@ -36,14 +34,14 @@ from sdft.services.fleet.pool import EnginePool
 from sdft.services.monitoring.console import Progress
 from sdft.services.monitoring.log import RunLog
 from sdft.services.planning.prepare import Prepared
-from sdft.services.records.batches import write_batch
 from sdft.services.records.ledger import Ledger
 from sdft.services.training.accounting import Accounting
 from sdft.services.training.arrivals import Arrivals
-from sdft.services.training.calls import fetched, now
+from sdft.services.training.calls import now
 from sdft.services.training.checkpointer import Checkpointer
 from sdft.services.training.evaluations import Evaluations
-from sdft.services.training.rollouts import TRIES, Batch, Rollouts, Times
+from sdft.services.training.learning import learn
+from sdft.services.training.rollouts import Rollouts, Times
 from sdft.services.training.step_metrics import Counts, step_metrics
 from sdft.services.training.weight_sync import WeightSync
 
@@ -161,7 +159,9 @@ class Controller:
             needed = step - 1 - self._config.training.max_staleness
             await times.of("sync", student.wait_for_version(max(0, needed), step - 1))
         batch = await rollouts.take(step)
-        batch, result = await times.of("learn", self._learn(batch, rollouts))
+        recorded = self._run_dir if self._config.monitoring.record_rollouts else None
+        work = learn(self._learner, batch, rollouts, recorded, self._progress.note)
+        batch, result = await times.of("learn", work)
         self._accounting.step(step, batch.samples, result.applied)
         await times.of("sync", student.wait_delivered())
         counts = Counts(*self._ledger.audit(self._prepared.schedule.issued_through(rollouts.begun)))
@@ -179,22 +179,6 @@ class Controller:
         self._progress.step(metrics)
         self.steps_done += 1
         self._autoscaler.after_step(metrics.time_wait_s / metrics.time_step_s)
-
-    async def _learn(self, batch: Batch, rollouts: Rollouts) -> tuple[Batch, StepResult]:
-        """Take the learner's step. A batch of which a part was lost with an engine is made again, TRIES times at most."""
-        for attempt in range(TRIES):
-            if attempt:
-                batch = await rollouts.again(batch.step)
-            try:
-                if not self._config.monitoring.record_rollouts:
-                    return batch, await self._learner.train_step(batch.drafts)
-                sequences = await fetched(batch.drafts)  # what is recorded is what is trained
-                write_batch(self._run_dir, batch.step, sequences)
-                return batch, await self._learner.train_step(sequences)
-            except SequencesLost as error:
-                lost = error
-                self._progress.note(f"step {batch.step}: {lost}; the batch is made again")
-        raise RunFailed(f"step {batch.step}: {lost}, {TRIES} times in a row") from lost
 
     async def _teachers_ready(self) -> None:
         if self._teacher_weights is not None:
