@@ -8,6 +8,7 @@ import pytest
 
 from sdft.actors.shared.types import SampleId
 from sdft.services.base.errors import UserError
+from sdft.services.config.append import as_stream
 from sdft.services.config.load import load_config
 from sdft.services.data.schedule import StageSchedule
 from sdft.services.planning.prefix import check_prefixes
@@ -144,3 +145,9 @@ def test_a_stage_behind_a_log_waits_for_its_end(tiny_model: Path, tmp_path: Path
     append(tmp_path / "log.jsonl", CLOSE)
     schedule = prepare(load_config(path), path).schedule
     assert [(stage.before, stage.last) for stage in schedule.stages] == [(0, 2), (2, 4)]
+
+
+def test_a_log_that_becomes_a_stage_keeps_its_fingerprint(tiny_model: Path, tmp_path: Path) -> None:
+    alone = grown(tmp_path, tiny_model)
+    stream = prepare(as_stream(alone.config, "log"), alone.path)
+    assert [stage.fingerprint for stage in stream.stages] == [alone.stages[0].fingerprint]
