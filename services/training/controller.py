@@ -6,7 +6,7 @@
         teacher engines load their new weights while the student engines sample.
 
     ahead (max_staleness n)
-        engines    │ sample and score t+1 ... t+n, each sample by itself          │ ...
+        engines    │ sample and score t+1 ... t+n, each prompt by itself          │ ...
         learner    │ step t │ publish │ step t+1 │ publish │ ...
         An engine loads new weights between two decoding steps; its rollouts continue with them.
 
@@ -26,8 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sdft.actors.roles import STUDENT, TEACHER, evaluating, scoring
-from sdft.learner.group import LearnerGroup, SequencesLost
-from sdft.learner.types import StepResult
+from sdft.learner.group import LearnerGroup
 from sdft.services.config.run import TaskConfig
 from sdft.services.data.schedule import StageSchedule
 from sdft.services.fleet.autoscaler import Autoscaler
@@ -35,15 +34,15 @@ from sdft.services.fleet.pool import EnginePool
 from sdft.services.monitoring.console import Progress
 from sdft.services.monitoring.log import RunLog
 from sdft.services.planning.prepare import Prepared
-from sdft.services.records.batches import write_batch
 from sdft.services.records.checkpoints import folder_of
 from sdft.services.records.ledger import Ledger
 from sdft.services.training.accounting import Accounting
 from sdft.services.training.arrivals import Arrivals
-from sdft.services.training.calls import fetched, now
+from sdft.services.training.calls import now
 from sdft.services.training.checkpointer import Checkpointer
 from sdft.services.training.evaluations import Evaluations
-from sdft.services.training.rollouts import Batch, Rollouts, Times
+from sdft.services.training.learning import learn
+from sdft.services.training.rollouts import Rollouts, Times
 from sdft.services.training.step_metrics import Counts, step_metrics
 from sdft.services.training.weight_sync import WeightSync
 
@@ -163,7 +162,9 @@ class Controller:
             needed = step - 1 - self._config.training.max_staleness
             await times.of("sync", student.wait_for_version(max(0, needed), step - 1))
         batch = await rollouts.take(step)
-        batch, result = await times.of("learn", self._learn(batch, rollouts))
+        recorded = self._run_dir if self._config.monitoring.record_rollouts else None
+        work = learn(self._learner, batch, rollouts, recorded, self._progress.note)
+        batch, result = await times.of("learn", work)
         self._accounting.step(step, batch.samples, result.applied)
         await times.of("sync", student.wait_delivered())
         counts = Counts(*self._ledger.audit(self._prepared.schedule.issued_through(rollouts.begun)))
@@ -181,19 +182,6 @@ class Controller:
         self._progress.step(metrics)
         self.steps_done += 1
         self._autoscaler.after_step(metrics.time_wait_s / metrics.time_step_s)
-
-    async def _learn(self, batch: Batch, rollouts: Rollouts) -> tuple[Batch, StepResult]:
-        """Take the learner's step. A batch of which a part was lost with an engine is made again."""
-        while True:
-            try:
-                if not self._config.monitoring.record_rollouts:
-                    return batch, await self._learner.train_step(batch.drafts)
-                sequences = await fetched(batch.drafts)  # what is recorded is what is trained
-                write_batch(self._run_dir, batch.step, sequences)
-                return batch, await self._learner.train_step(sequences)
-            except SequencesLost as error:
-                self._progress.note(f"step {batch.step}: {error}; the batch is made again")
-                batch = await rollouts.again(batch.step)
 
     async def _teachers_ready(self) -> None:
         if self._teacher_weights is not None:
