@@ -19,7 +19,7 @@ class Arrivals:
     def __init__(self, prepared: Prepared, run_dir: Path, progress: Progress) -> None:
         self._prepared, self._run_dir, self._progress = prepared, run_dir, progress
         self._sources = [stage.source for stage in prepared.stages]
-        self._told = [len(source.skipped) for source in self._sources]  # prepare has told of these
+        self._reported = [len(source.skipped) for source in self._sources]  # by the warnings of the stages
         if any(source.grows for source in self._sources):
             self._write()  # also if it is empty: an earlier start may have skipped rows that are corrected now
 
@@ -34,17 +34,17 @@ class Arrivals:
             self._progress.phase(f"waiting for record {needed} of {source.name} ({source.known} are there)")
             await source.wait(needed, self._prepared.at(step).config.data.record_timeout_s)
             self._progress.phase("training")
-        self._tell()
+        self._report()
         return self._prepared.schedule.has(step)
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         now = [len(source.skipped) for source in self._sources]
-        if now == self._told:
+        if now == self._reported:
             return
-        for source, told in zip(self._sources, self._told, strict=True):
-            for problem in source.skipped[told:]:
+        for source, reported in zip(self._sources, self._reported, strict=True):
+            for problem in source.skipped[reported:]:
                 self._progress.note(f"skipped: {problem}")
-        self._told = now
+        self._reported = now
         self._write()
 
     def _write(self) -> None:
