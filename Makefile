@@ -33,6 +33,7 @@ bench: install $(TRL)
 	$(BIN)/python -m benchmarks.gradient
 	$(BIN)/python -m benchmarks.changed
 	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.data_plane
 	$(BIN)/python -m benchmarks.ahead
 	$(BIN)/python -m benchmarks.peer
 

@@ -18,10 +18,10 @@ import numpy as np
 import ray
 
 from benchmarks.measure import in_a_process, report
+from benchmarks.random_engine import Worker
 from sdft.actors.remote import RemoteActor
 from sdft.actors.shared.drafts import Completion, Draft, Scores, Turn, joined
-from sdft.actors.shared.types import GenerateRequest, IntArray, Rollout, SampleId, Sampling, TeacherScores
-from sdft.actors.worker import EngineWorker
+from sdft.actors.shared.types import GenerateRequest, SampleId, Sampling
 from sdft.learner.shares import shares
 from sdft.learner.worker import learner_actor
 
@@ -29,36 +29,6 @@ SEQUENCES, K, PROMPT, TEACHER_PROMPT = 256, 64, 128, 256
 TOKENS = (256, 512, 1024, 2048)
 RANKS, BUDGET = 2, 16384
 ENGINES = {"num_cpus": 0.5}
-
-
-class Numbers:
-    """An engine that samples and scores at once."""
-
-    dead = False
-
-    async def generate(self, requests: list[GenerateRequest], sampling: Sampling) -> list[Rollout]:
-        n = sampling.max_new_tokens
-        ids, logprobs = np.zeros(n, np.int32), np.zeros(n, np.float32)
-        return [Rollout(r.prompt_ids, ids, logprobs, ((0, 0, n),), "length") for r in requests]
-
-    async def score(self, pairs: list[tuple[IntArray, IntArray]], k: int) -> list[TeacherScores]:
-        rng = np.random.default_rng(0)
-        return [
-            TeacherScores(
-                rng.integers(0, 40000, (len(ids), k)).astype(np.int32),
-                rng.random((len(ids), k), np.float32),
-                np.zeros(len(ids), np.float32),
-                0,
-            )
-            for _, ids in pairs
-        ]
-
-
-class Worker(EngineWorker):
-    """The actor of an engine, around this engine."""
-
-    def __init__(self) -> None:
-        self._engine: Any = Numbers()
 
 
 class Counted:
