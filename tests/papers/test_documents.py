@@ -1,9 +1,9 @@
 """What the documents show is there: commands, targets, configurations, settings, links."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
-from textwrap import indent
 
 import pytest
 import yaml
@@ -58,10 +58,16 @@ def test_the_page_of_settings_is_made_from_them() -> None:
     assert {"learner.optimizer", "evaluation.sets[].judge", "stages[]"} <= shown
 
 
-def test_the_engine_that_is_shown_is_the_one_that_is_tested() -> None:
-    shown = indent((ROOT / "tests" / "fakes" / "echo_engine.py").read_text(), "    ")
-    assert f"\n\n{shown}\n" in (ROOT / "docs" / "development.md").read_text()
-    assert len(shown.splitlines()) <= 60
+def test_what_development_shows_of_a_second_implementation_is_short_and_run_by_a_test() -> None:
+    """The page includes the files themselves. A test names each of them by its import path or its class."""
+    text = (ROOT / "docs" / "development.md").read_text()
+    shown = [(ROOT / "docs" / path).resolve() for path in re.findall(r"{literalinclude} (\S+)", text)]
+    assert len(shown) == 4
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for path in shown:
+        assert len(path.read_text().splitlines()) <= 60
+        (name,) = re.findall(r"^class (\w+)\(", path.read_text(), re.MULTILINE)
+        assert re.search(rf"{path.stem}(:{name}| import .*{name})", tests), f"no test uses {path}"
 
 
 def test_every_setting_is_described() -> None:
