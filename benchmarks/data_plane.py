@@ -23,7 +23,7 @@ from sdft.actors.shared.drafts import Completion, Draft, Scores, Turn, joined
 from sdft.actors.shared.types import GenerateRequest, IntArray, Rollout, SampleId, Sampling, TeacherScores
 from sdft.actors.worker import EngineWorker
 from sdft.learner.shares import shares
-from sdft.learner.worker import LearnerWorker
+from sdft.learner.worker import learner_actor
 
 SEQUENCES, K, PROMPT, TEACHER_PROMPT = 256, 64, 128, 256
 TOKENS = (256, 512, 1024, 2048)
@@ -81,7 +81,7 @@ def resident_mib() -> float:
 async def batch(by_reference: bool, tokens: int) -> tuple[float, float]:
     """Return MB through the driver, and the MiB that its memory grew by, for one batch after a first small one."""
     student, teacher = (ray.remote(Worker).options(**ENGINES).remote() for _ in range(2))
-    ranks = [ray.remote(LearnerWorker).options(**ENGINES).remote() for _ in range(RANKS)]
+    ranks = [learner_actor("cpu").options(**ENGINES).remote() for _ in range(RANKS)]
 
     async def one(count: int) -> tuple[float, float]:
         counted, before = Counted(), resident_mib()

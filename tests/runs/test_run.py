@@ -271,7 +271,8 @@ def test_a_users_own_transport_delivers_the_same_bits_and_its_damaged_file_is_fo
     config, whole = undisturbed
     run_dir, weights = config.parent / "files", config.parent / "weights"
     weights.mkdir()
-    words = command(config, run_dir, "weights.transport=tests.fakes.damaged_files:DamagingTransport")
+    quick = ("evaluation.sets=[]", "checkpoint.every=50", "monitoring.tensorboard=false")
+    words = command(config, run_dir, "weights.transport=tests.fakes.damaged_files:DamagingTransport", *quick)
     environment = ENVIRONMENT | {"WEIGHTS_FOLDER": str(weights)}
     with run_dir.with_suffix(".log").open("w+b") as log:
         driver = subprocess.Popen(words, env=environment, stdout=log, stderr=log)

@@ -8,9 +8,10 @@ import pytest
 from ray.exceptions import RayActorError
 
 from sdft.actors.shared.types import Process, Snapshot, UpdateReport
+from sdft.actors.transport.memory import MemoryTransport
 from simulation import virtual_time
-from simulation.engine import SimulatedEngine
-from tests.fakes.pool_bench import Bench
+from simulation.engine import Relay, SimulatedEngine
+from tests.fakes.pool_bench import Bench, Elsewhere
 
 
 def test_a_late_joiner_has_the_newest_weights_before_it_gets_work() -> None:
@@ -109,7 +110,8 @@ def test_engines_leave_a_node_that_is_being_drained_and_others_come() -> None:
             return await super().placed()
 
     async def run() -> None:
-        bench = Bench(make=lambda number: Late(number, node="spot" if number == 1 else "here"))
+        transport = MemoryTransport("student", Elsewhere, print, Relay)  # one engine is not on the learner's node
+        bench = Bench(make=lambda number: Late(number, node="spot" if number == 1 else "here"), transport=transport)
         await bench.pool.start()
         await bench.publish(3)
         bench.pool.vacate({"spot"})
