@@ -18,7 +18,7 @@ class StageSchedule:
     """The prompts of a stage, cut into batches. The last batch may be short.
 
     A fixed source is reshuffled each epoch, and a batch may span two epochs. A growing source is taken in its order,
-    each record once, in epoch 0: a batch is there once all its records are, or the source is closed.
+    each record once, in epoch 0: a batch is ready once all its records are known, or the source is closed.
     """
 
     source: PromptSource
@@ -50,7 +50,7 @@ class StageSchedule:
         """Return how many records of a growing source must be known for the batch of a step to be whole; else 0."""
         return min((step - self.before) * self.batch_size, self.limit or sys.maxsize) if self.source.grows else 0
 
-    def is_there(self, step: int) -> bool:
+    def is_ready(self, step: int) -> bool:
         """Return whether the stage has `step` and its records are known. Looks for new records, without waiting."""
         needed = self.needed(step)
         self.source.read(needed)

@@ -24,14 +24,14 @@ class Arrivals:
             self._write()  # also if it is empty: an earlier start may have skipped rows that are corrected now
 
     async def wait(self, step: int) -> bool:
-        """Wait until the batch of a step is there. False: the run has no such step. TimeoutError names the source."""
+        """Wait until the batch of a step is ready. False: the run has no such step. TimeoutError names the source."""
         schedule = self._prepared.schedule
         if not schedule.has(step):
             return False
         stage = schedule.at(step)
         source, needed = stage.source, stage.needed(step)
-        if not stage.is_there(step) and not source.closed:
-            self._progress.phase(f"waiting for record {needed} of {source.name} ({source.known} are there)")
+        if not stage.is_ready(step) and not source.closed:
+            self._progress.phase(f"waiting for record {needed} of {source.name} ({source.known} known)")
             await source.wait(needed, self._prepared.at(step).config.data.record_timeout_s)
             self._progress.phase("training")
         self._report()

@@ -91,10 +91,10 @@ class Rollouts:
         self._opened = stage
 
     def begin(self, student_version: int) -> None:
-        """Begin every batch of the opened stage that may be sampled with weights of this version, and is there."""
+        """Begin every batch of the opened stage that may be sampled with weights of this version, and is ready."""
         stage, last = self._opened, student_version + 1 + self._prepared.config.training.max_staleness
         for step in range(self.begun + 1, last + 1):
-            if stage is None or not stage.is_there(step):
+            if stage is None or not stage.is_ready(step):
                 return
             ids = stage.batch(step)
             self._ledger.issue(ids, step, stage.drawn(step))

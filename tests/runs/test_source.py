@@ -44,7 +44,7 @@ def test_a_run_that_was_killed_goes_on_with_the_records_that_came_since(tiny_mod
         wait_for_step(2, run_dir, driver)
         add(table, ROWS[9:13])
         wait_for_step(3, run_dir, driver)
-        what = f"record 12 of {table} (9 are there)"
+        what = f"record 12 of {table} (9 known)"
         wait_until(lambda: what in [w.what for w in read_waiting(run_dir)], "it waited for records", driver)
         assert what in status_text(run_dir)
         driver.kill()

@@ -57,16 +57,16 @@ class PromptSource(ABC):
 
     async def wait(self, count: int, timeout_s: float) -> None:
         """Wait until `count` records are known or the source is closed. TimeoutError after `timeout_s`."""
-        what = f"record {count} of {self.name} ({self.known} are there)"
-        number = self.known
+        what = f"record {count} of {self.name} ({self.known} known)"
+        before = self.known
         try:
             await within(self._arrived(count), timeout_s, what)
         except TimeoutError as error:
-            came = f"; {self.known - number} came meanwhile" if self.known > number else ""
+            arrived = f"; {self.known - before} arrived meanwhile" if self.known > before else ""
             trouble = f"; {self.trouble}" if self.trouble else ""
             raise TimeoutError(
-                f"{error}{came}{trouble}; add records, or raise data.record_timeout_s, and run the same command again: "
-                f"it resumes from the last checkpoint"
+                f"{error}{arrived}{trouble}; add records, or raise data.record_timeout_s, and run the same command "
+                f"again: it resumes from the last checkpoint"
             ) from error
 
     async def _arrived(self, count: int) -> None:

@@ -55,7 +55,7 @@ class GrowingSource(PromptSource):
         self.unreadable = ""  # why the last look failed; empty: it did not
 
     def rows(self, after: int) -> Iterable[NumberedRow]:
-        """Yield the rows behind the row numbered `after` that are there now, with their numbers, which ascend from 1.
+        """Yield the rows behind the row numbered `after` that exist now, with their numbers, which ascend from 1.
 
         The rows are taken one by one, and the iteration may be ended behind any of them. An OSError is taken for a
         fault that passes.

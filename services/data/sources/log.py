@@ -10,7 +10,7 @@ from sdft.services.data.sources.growing import GrowingSource, RecordMaker
 
 
 class LogSource(GrowingSource):
-    """The lines of a .jsonl file. A line counts once its newline is there; blank lines are skipped."""
+    """The lines of a .jsonl file. A line counts once it has its newline; blank lines are skipped."""
 
     def __init__(self, name: str, maker: RecordMaker) -> None:
         super().__init__(name, maker)

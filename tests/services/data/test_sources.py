@@ -63,7 +63,7 @@ def texts(source: PromptSource) -> list[str | None]:
     return [record.demonstration for record in source.records]
 
 
-def test_a_line_is_read_once_its_newline_is_there(log: Path) -> None:
+def test_a_line_is_read_once_its_newline_is_ready(log: Path) -> None:
     source, line = opened(log), json.dumps(row(1)).encode()
     append(log, row(0), line[:9])
     assert texts(source) == ["0"]
@@ -213,7 +213,7 @@ def test_a_wait_that_is_too_long_names_the_record_and_what_came() -> None:
         return str(error.value)
 
     assert timed(work) == (
-        "waited 25 s for record 6 of timed (0 are there); 2 came meanwhile; add records, or raise "
+        "waited 25 s for record 6 of timed (0 known); 2 arrived meanwhile; add records, or raise "
         "data.record_timeout_s, and run the same command again: it resumes from the last checkpoint"
     )
 
@@ -224,10 +224,10 @@ def test_a_growing_source_is_drawn_in_order_in_whole_batches_and_a_last_short_on
     schedule = StageSchedule(source, batch_size=4, generations=2, seed=0, limit=None, before=3)
     assert schedule.last is None
     assert not schedule.end_is_known
-    assert [schedule.is_there(step) for step in (4, 5)] == [True, False]
+    assert [schedule.is_ready(step) for step in (4, 5)] == [True, False]
     assert Counter((s.epoch, s.index) for s in schedule.batch(4)) == {(0, i): 2 for i in range(4)}
     append(log, row(5), CLOSE)
-    assert [schedule.is_there(step) for step in (5, 6)] == [True, False]
+    assert [schedule.is_ready(step) for step in (5, 6)] == [True, False]
     assert schedule.last == 5
     assert schedule.end_is_known
     assert [s.index for s in schedule.batch(5)] == [4, 4, 5, 5]
@@ -239,8 +239,8 @@ def test_steps_bound_a_growing_source(log: Path) -> None:
     append(log, *(row(i) for i in range(5)))
     source = opened(log)
     schedule = StageSchedule(source, batch_size=4, generations=1, seed=0, limit=8)
-    assert (schedule.last, schedule.end_is_known, schedule.is_there(2)) == (2, False, False)
+    assert (schedule.last, schedule.end_is_known, schedule.is_ready(2)) == (2, False, False)
     append(log, *(row(i) for i in range(9)))
-    assert [schedule.is_there(step) for step in (2, 3)] == [True, False]
+    assert [schedule.is_ready(step) for step in (2, 3)] == [True, False]
     assert schedule.end_is_known
     assert schedule.issued_through(2) == {(0, 0): 8}

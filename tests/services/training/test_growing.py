@@ -92,7 +92,7 @@ def test_a_run_waits_for_records_and_ends_with_the_source(tmp_path: Path, stalen
     assert steps(tmp_path) == [(1, 4, 4), (2, 4, 8), (3, 2, 10)]
     assert evaluated(tmp_path) == [0, 3]
     assert list(folders(tmp_path)) == [2, 3]
-    assert "waiting for record 8 of 5,11,closes (4 are there)" in said
+    assert "waiting for record 8 of 5,11,closes (4 known)" in said
     assert json.loads((tmp_path / "skipped.jsonl").read_text()) == {"problem": "5,11,closes:3: prompt is empty"}
 
 
@@ -105,7 +105,7 @@ def test_a_source_that_is_closed_behind_the_last_batch_ends_the_run_with_that_st
 
 
 def test_a_wait_without_an_end_fails_with_the_reason(tmp_path: Path) -> None:
-    expected = r"waited 2000 s for record 8 of 5,7,open \(4 are there\); 2 came meanwhile; rows skipped: 1, the last"
+    expected = r"waited 2000 s for record 8 of 5,7,open \(4 known\); 2 arrived meanwhile; rows skipped: 1, the last"
     with pytest.raises(TimeoutError, match=expected):
         train(tmp_path, run_of("5,7,open"))
     assert steps(tmp_path) == [(1, 4, 4)]
