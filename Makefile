@@ -18,7 +18,7 @@ continual: $(RUNS)
 test: install
 	$(BIN)/python -m pytest -n 2
 
-# The test in tests/runs/chaos with 200 kills instead of 30: half an hour.
+# The test in tests/runs/chaos with 200 kills instead of 12: half an hour.
 chaos: install
 	CHAOS_KILLS=200 $(BIN)/python -m pytest tests/runs/chaos
 

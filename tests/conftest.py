@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TwoAtATime:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model of 0.26 M parameters that every engine can load."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def unexamined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accept every model folder without a process that examines it for 4 s. test_examine tests the examination."""
+    monkeypatch.setattr("sdft.services.planning.prepare.examined", lambda *_: nullcontext())
 
 
 @pytest.fixture(scope="session")

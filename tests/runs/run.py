@@ -15,7 +15,8 @@ import yaml
 from sdft.services.records.rows import DETERMINISTIC_FIELDS, read_jsonl
 
 STEPS = 6
-LONG, STAGE = 42, 7  # steps of the reference run, and of each of its stages
+LONG, STAGE = 28, 7  # steps of the reference run, and of each of its stages
+STOPPED = "sdft: stopped; the same command resumes from the last checkpoint\n"
 BIN = Path(sys.executable).parent  # folder of the sdft and ray commands
 ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}  # finds both commands by name
 

@@ -20,10 +20,18 @@ from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNE
 
 from sdft.services.records.rows import read_jsonl
 from tests.runs.leftovers import new_since, on_machine
-from tests.runs.run import BIN, ENVIRONMENT, command, free_port, wait_for_step, wait_until, write_run
+from tests.runs.run import BIN, ENVIRONMENT, STOPPED, command, free_port, wait_for_step, wait_until, write_run
 
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
+
+# Evaluates expressions in one driver of the cluster: a new one takes seconds for each.
+ANSWER = "answer: "
+ASK = f"""
+import json, sys, ray, ray.experimental.internal_kv
+ray.init(address='auto', log_to_driver=False, logging_level='ERROR')
+for expression in sys.stdin: print({ANSWER!r} + json.dumps(eval(expression)), flush=True)
+"""
 
 
 def with_environment(entry: str) -> list[int]:
@@ -64,6 +72,7 @@ class Growing:
 
     address: str
     environment: dict[str, str]
+    asked: subprocess.Popen[str]  # runs ASK
 
     def drain(self, node: str) -> None:
         """Announce that a node is about to be preempted."""
@@ -87,14 +96,12 @@ class Growing:
         return json.loads(told)
 
     def _ask(self, expression: str) -> Any:
-        code = (
-            "import json, ray, ray.experimental.internal_kv; "
-            f"ray.init(address='auto', log_to_driver=False, logging_level='ERROR'); print(json.dumps({expression}))"
-        )
-        result = subprocess.run(
-            [BIN / "python", "-c", code], env=self.environment, capture_output=True, text=True, timeout=60, check=True
-        )
-        return json.loads(result.stdout.strip().splitlines()[-1])
+        assert self.asked.stdin is not None
+        assert self.asked.stdout is not None
+        print(expression, file=self.asked.stdin, flush=True)
+        while not (line := self.asked.stdout.readline()).startswith(ANSWER):
+            assert line, f"the process that asks the cluster has ended: {self.asked.wait()}"
+        return json.loads(line.removeprefix(ANSWER))
 
 
 @pytest.fixture
@@ -151,7 +158,10 @@ def growing() -> Iterator[Growing]:
         head = subprocess.Popen([BIN / "ray", *start], stdout=log, stderr=log, env=environment)
     try:
         wait_until(lambda: "Ray runtime started" in (scratch / "start.log").read_text(), "the head was up", head)
-        yield Growing(f"127.0.0.1:{port}", environment)
+        ask = [str(BIN / "python"), "-c", ASK]
+        with subprocess.Popen(ask, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as asked:
+            yield Growing(f"127.0.0.1:{port}", environment, asked)
+            asked.kill()
     finally:
         # The head and the nodes that the autoscaler started. A regular stop of Ray takes half a minute.
         head.kill()
@@ -172,7 +182,7 @@ def test_a_pool_grows_leaves_a_drained_node_and_loses_a_killed_one_without_losin
     config = write_run(tmp_path, tiny_model, "float32")
     run_dir, log = tmp_path / "run", tmp_path / "run.log"
     overrides = (
-        "sampling.max_new_tokens=80",
+        "sampling.max_new_tokens=40",
         "training.batch_size=16",
         "training.steps=1000",
         "training.max_staleness=2",
@@ -207,6 +217,8 @@ def test_a_pool_grows_leaves_a_drained_node_and_loses_a_killed_one_without_losin
         until_more(5)
         driver.terminate()
         assert driver.wait(timeout=60) == 130
+        assert STOPPED in log.read_text()
+        assert json.loads((run_dir / "run.json").read_text())["error"] == "stopped by a signal"
     finally:
         driver.kill()
         print(log.read_text()[-4000:])

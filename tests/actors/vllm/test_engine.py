@@ -372,6 +372,17 @@ def test_a_rollout_continues_through_a_weight_update(engines: list, tiny_model: 
     assert 0 < middle == again < end
 
 
+def test_an_engine_that_computes_a_model_differently_is_refused_before_any_update(
+    engines: list, tiny_model: Path
+) -> None:
+    """The engine has had no update before: the next test makes its first."""
+    snapshot = publisher_of(tiny_model).publish("student", 0, content(changed(tiny_model)))
+    with pytest.raises(
+        WeightMismatch, match=r"student engine and learner with the weights in the model's folder: .* choose another"
+    ):
+        ray.get(engines[1].update_weights.remote(snapshot), timeout=60)
+
+
 def test_an_update_that_leaves_the_lm_head_stale_is_refused_and_the_gap_is_named(
     engines: list, tiny_model: Path
 ) -> None:
@@ -474,19 +485,6 @@ def test_weights_that_cannot_be_loaded_are_named_and_nothing_is_computed_before_
     snapshot = publisher_of(tiny_model).publish("student", 32, content(model))
     assert ray.get(engines[0].update_weights.remote(snapshot), timeout=60).version == 32
     compare(engines[0], model, 32)
-
-
-def test_an_engine_that_computes_a_model_differently_is_refused_before_any_update(
-    ray_cluster: None, tiny_model: Path
-) -> None:
-    engine = ray.remote(EngineWorker).options(num_cpus=0.5).remote(engine_settings(tiny_model))
-    ray.get(engine.start.remote(), timeout=300)
-    snapshot = publisher_of(tiny_model).publish("student", 0, content(changed(tiny_model)))
-    with pytest.raises(
-        WeightMismatch, match=r"student engine and learner with the weights in the model's folder: .* choose another"
-    ):
-        ray.get(engine.update_weights.remote(snapshot), timeout=60)
-    ray.get(engine.stop.remote(), timeout=60)
 
 
 def test_an_engine_that_cannot_load_its_model_says_what_its_process_raised(

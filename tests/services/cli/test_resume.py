@@ -65,6 +65,7 @@ def dated(model: Path, folder: Path) -> Path:
     return copy
 
 
+@pytest.mark.usefixtures("unexamined")
 def test_a_resumed_run_keeps_the_date_in_its_prompts(
     tiny_model: Path, tmp_path: Path, started: list[Path | None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,6 +81,7 @@ def test_a_resumed_run_keeps_the_date_in_its_prompts(
     assert started[3:] == [moved, None]
 
 
+@pytest.mark.usefixtures("unexamined")
 def test_runs_of_different_dates_have_different_prompts(
     tiny_model: Path, tmp_path: Path, started: list[Path | None]
 ) -> None:

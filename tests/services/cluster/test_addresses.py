@@ -1,14 +1,14 @@
 """Addresses of clusters: the accepted forms, including IPv6, and the errors that name the right form."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from sdft.services.base.errors import UserError
+from sdft.services.cli.main import main
 from sdft.services.cluster.cluster import host_and_port
 from sdft.services.config.sections import RayConfig
+from tests.runs.run import write_run
 
 
 @pytest.mark.parametrize(
@@ -52,13 +52,12 @@ def test_the_environment_may_say_local(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:6379", "ray://head:10001", "auto", "http://", "grpc://head:8265"])
-def test_jobs_are_submitted_to_a_dashboard_only(address: str, tmp_path: Path, tiny_model: Path) -> None:
-    from tests.runs.run import write_run
-
+def test_jobs_are_submitted_to_a_dashboard_only(
+    address: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = write_run(tmp_path, tiny_model, "float32")
-    words = ["submit", config.name, "--address", address, "--run-dir", "/shared/run"]
-    command = [sys.executable, "-m", "sdft.services.cli", *words]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"sdft: --address {address} ")
-    assert "as http://HEAD:8265 or http://[IPV6]:8265" in result.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main(["submit", config.name, "--address", address, "--run-dir", "/shared/run"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"sdft: --address {address} ")
+    assert "as http://HEAD:8265 or http://[IPV6]:8265" in said

@@ -131,6 +131,7 @@ def test_a_tokenizer_without_eos_token_is_refused_only_where_nothing_else_ends_a
         ("<|endoftext|>", [], True),
     ],
 )
+@pytest.mark.usefixtures("unexamined")
 def test_check_warns_of_an_end_that_other_servers_of_the_model_do_not_know(
     tmp_path: Path,
     tiny_model: Path,

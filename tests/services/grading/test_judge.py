@@ -51,7 +51,7 @@ class Endpoint(BaseHTTPRequestHandler):
 def endpoint() -> Iterator[JudgeConfig]:
     Endpoint.says, Endpoint.asked = None, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=[0.01])  # its `shutdown` waits for a poll
     thread.start()
     yield JudgeConfig(url=f"http://127.0.0.1:{server.server_port}/v1", model="judge", concurrency=3, timeout_s=20)
     server.shutdown()

@@ -77,6 +77,7 @@ def test_a_run_ahead_may_not_change_what_its_result_depends_on(tiny_model: Path,
     assert fingerprint(tmp_path, tiny_model, AHEAD, override) != fingerprint(tmp_path, tiny_model, AHEAD)
 
 
+@pytest.mark.usefixtures("unexamined")
 def test_another_model_of_the_same_shape_may_not_take_its_place(tiny_model: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(tiny_model, tmp_path / "moved"))
     other = make_tiny_model(tmp_path / "other", seed=1)
