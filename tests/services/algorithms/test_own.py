@@ -44,8 +44,14 @@ def test_an_own_algorithm_has_its_settings_and_survives_a_round_trip(tmp_path: P
 @pytest.mark.parametrize(
     ("method", "reason"),
     [
-        ({"type": "siblings:Sibling"}, "siblings:Sibling cannot be imported (module 'siblings' has no attribute"),
-        ({"type": "nowhere:Siblings"}, "nowhere:Siblings cannot be imported (No module named 'nowhere'); write it as"),
+        (
+            {"type": "siblings:Sibling"},
+            "siblings:Sibling cannot be imported (AttributeError: module 'siblings' has no attribute",
+        ),
+        (
+            {"type": "nowhere:Siblings"},
+            "nowhere:Siblings cannot be imported (ModuleNotFoundError: No module named 'nowhere'); write it as",
+        ),
         ({"type": "siblings:Group"}, "siblings:Group is not a subclass of sdft.services.algorithms.base.Algorithm"),
         ({"type": "siblings:Siblings", "shure": True}, "method.shure: Extra inputs are not permitted"),
         ({"type": "recall"}, "method.prompts is required but missing"),
