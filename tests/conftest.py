@@ -48,13 +48,21 @@ def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> t
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A local Ray cluster for tests that call actors directly."""
+def ray_ended() -> Iterator[None]:
+    """Ends the cluster of `ray_cluster` with pytest."""
+    yield
     import ray
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(ray_ended: None) -> None:
+    """A local Ray cluster for tests that call actors directly. Files share it until tests/runs/conftest.py ends it."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,12 @@
 """Training sequences for learner tests: random tokens, scored by a real model with another context for the teacher."""
 
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sdft.actors.shared.drafts import sequence_of
 from sdft.actors.shared.sequences import TrainingSequence
@@ -14,9 +16,20 @@ from sdft.actors.shared.types import Rollout, SampleId, TeacherScores
 def make_rollouts(model_path: Path, count: int, k: int, seed: int, skip: int = 0) -> list[TrainingSequence]:
     """Return `count` sequences with completions of 1 to 24 tokens, the first `skip` of which are not in the loss.
 
-    Sampler log-probs are the model's own with small noise, as those of a real sampler.
+    Sampler log-probs are the model's own with small noise, as those of a real sampler. Many tests ask for the same
+    rollouts, and some change them.
     """
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    return deepcopy(_made(model_path, count, k, seed))
+
+
+@cache
+def _model(path: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+@cache
+def _made(model_path: Path, count: int, k: int, seed: int) -> list[ScoredRollout]:
+    model = _model(model_path)
     rng = np.random.default_rng(seed)
     samples = []
     for i in range(count):
