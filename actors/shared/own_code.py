@@ -30,8 +30,8 @@ def own_class(name: str, base: type[T]) -> type[T]:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:
         raise NotImportable(
-            f"{name} cannot be imported ({type(error).__name__}: {error}); write it as package.module:Name, and install "
-            f"the package or put its folder on PYTHONPATH"
+            f"{name} cannot be imported ({type(error).__name__}: {error}); write it as package.module:Name, and "
+            f"install the package or put its folder on PYTHONPATH"
         ) from error
     if not (isinstance(found, type) and issubclass(found, base)):
         raise NotImportable(f"{name} is not a subclass of {base.__module__}.{base.__name__}; derive it from that class")

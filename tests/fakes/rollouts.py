@@ -19,7 +19,7 @@ def make_rollouts(model_path: Path, count: int, k: int, seed: int, skip: int = 0
     Sampler log-probs are the model's own with small noise, as those of a real sampler. Many tests ask for the same
     rollouts, and some change them.
     """
-    return deepcopy(_made(model_path, count, k, seed))
+    return deepcopy(_made(model_path, count, k, seed, skip))
 
 
 @cache
@@ -28,7 +28,7 @@ def _model(path: Path) -> PreTrainedModel:
 
 
 @cache
-def _made(model_path: Path, count: int, k: int, seed: int) -> list[ScoredRollout]:
+def _made(model_path: Path, count: int, k: int, seed: int, skip: int) -> list[TrainingSequence]:
     model = _model(model_path)
     rng = np.random.default_rng(seed)
     samples = []
