@@ -23,7 +23,8 @@ from sdft.learner.config import OptimizerConfig
 from sdft.learner.types import LearnerSettings
 from sdft.learner.worker import LearnerWorker
 from sdft.services.config.load import load_config
-from sdft.services.planning.prepare import learner_settings, prepare
+from sdft.services.planning.prepare import prepare
+from sdft.services.planning.prepared import learner_settings
 from sdft.services.records.batches import read_batch
 
 EXAMPLE, STEPS = Path("examples/tools/tools.yaml"), 8

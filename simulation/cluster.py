@@ -44,7 +44,7 @@ from sdft.services.fleet.pool import EnginePool, PoolSettings
 from sdft.services.monitoring.console import Progress
 from sdft.services.monitoring.log import RunLog
 from sdft.services.planning.plan import Plan
-from sdft.services.planning.prepare import Prepared, Stage
+from sdft.services.planning.prepared import Prepared, Stage
 from sdft.services.planning.shape import ModelShape
 from sdft.services.records.ledger import Ledger
 from sdft.services.records.rows import read_jsonl

@@ -8,8 +8,9 @@ from sdft.services.base.signals import run_until_stopped
 from sdft.services.cluster.cluster import places
 from sdft.services.evaluation.evaluator import Evaluator
 from sdft.services.fleet.factory import engine_pool
+from sdft.services.planning.capacity import check_memory
 from sdft.services.planning.plan import Plan
-from sdft.services.planning.prepare import Prepared, check_memory
+from sdft.services.planning.prepared import Prepared
 from sdft.services.records.rows import EvalResult, Reply
 
 

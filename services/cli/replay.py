@@ -16,8 +16,10 @@ from sdft.services.base.errors import UserError
 from sdft.services.base.signals import run_until_stopped
 from sdft.services.cluster.cluster import places
 from sdft.services.config.load import load_config
+from sdft.services.planning.capacity import check_memory
 from sdft.services.planning.plan import Plan
-from sdft.services.planning.prepare import Prepared, check_memory, prepare
+from sdft.services.planning.prepare import prepare
+from sdft.services.planning.prepared import Prepared
 from sdft.services.records import checkpoints
 from sdft.services.records.batches import read_batch, recorded_steps
 from sdft.services.records.rows import StepMetrics, read_rows

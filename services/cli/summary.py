@@ -8,7 +8,7 @@ from sdft.services.base.errors import UserError, first_line
 from sdft.services.base.files import read_text
 from sdft.services.config.dtype import has_bfloat16
 from sdft.services.config.run import RunConfig
-from sdft.services.planning.prepare import Prepared
+from sdft.services.planning.prepared import Prepared
 from sdft.services.records.rows import Reply, read_rows
 
 

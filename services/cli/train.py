@@ -20,8 +20,9 @@ from sdft.services.base.signals import run_until_stopped
 from sdft.services.cluster.compat import JOB_FOLDER
 from sdft.services.config.load import resolved_yaml
 from sdft.services.config.paths import with_absolute_paths
+from sdft.services.planning.capacity import check_disk, check_memory
 from sdft.services.planning.prefix import check_prefixes
-from sdft.services.planning.prepare import Prepared, check_disk, check_memory
+from sdft.services.planning.prepared import Prepared
 from sdft.services.records import checkpoints
 from sdft.services.records.rows import read_jsonl
 from sdft.services.records.run_dir import LOCK, write_state

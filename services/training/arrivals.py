@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sdft.services.monitoring.console import Progress
-from sdft.services.planning.prepare import Prepared
+from sdft.services.planning.prepared import Prepared
 from sdft.services.records.skipped import write_skipped
 
 

@@ -13,7 +13,7 @@ from sdft.learner.group import LearnerGroup
 from sdft.services.base.errors import PreflightError
 from sdft.services.base.files import of_a_file
 from sdft.services.monitoring.console import Progress
-from sdft.services.planning.prepare import Prepared
+from sdft.services.planning.prepared import Prepared
 from sdft.services.records import checkpoints
 from sdft.services.records.checkpoints import CheckpointState
 from sdft.services.records.ledger import Ledger

@@ -33,7 +33,7 @@ from sdft.services.fleet.autoscaler import Autoscaler
 from sdft.services.fleet.pool import EnginePool
 from sdft.services.monitoring.console import Progress
 from sdft.services.monitoring.log import RunLog
-from sdft.services.planning.prepare import Prepared
+from sdft.services.planning.prepared import Prepared
 from sdft.services.records.checkpoints import folder_of
 from sdft.services.records.ledger import Ledger
 from sdft.services.training.accounting import Accounting

@@ -13,7 +13,7 @@ from sdft.services.evaluation.replies import write_replies
 from sdft.services.fleet.pool import EnginePool
 from sdft.services.monitoring.console import Progress
 from sdft.services.monitoring.log import RunLog
-from sdft.services.planning.prepare import Prepared
+from sdft.services.planning.prepared import Prepared
 from sdft.services.records import checkpoints
 from sdft.services.records.rows import EvalResult, Reply, first_of_each_set, read_rows
 from sdft.services.training.checkpointer import Checkpointer

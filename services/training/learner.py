@@ -6,7 +6,7 @@ from typing import Any
 from sdft.learner.group import LearnerGroup
 from sdft.learner.model.architecture import Untrainable
 from sdft.services.base.errors import UserError
-from sdft.services.planning.prepare import Prepared, learner_settings
+from sdft.services.planning.prepared import Prepared, learner_settings
 
 
 async def start_learner(prepared: Prepared, options: Sequence[dict[str, Any]]) -> LearnerGroup:

@@ -24,7 +24,7 @@ from sdft.services.algorithms.base import Group
 from sdft.services.base.errors import RunFailed
 from sdft.services.data.schedule import StageSchedule, sample_seed
 from sdft.services.fleet.pool import EnginePool
-from sdft.services.planning.prepare import Prepared, Stage
+from sdft.services.planning.prepared import Prepared, Stage
 from sdft.services.records.ledger import BEFORE, Ledger
 from sdft.services.training.calls import EngineCalls, GroupStudent, GroupTeacher, now
 

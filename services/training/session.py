@@ -31,7 +31,7 @@ from sdft.services.monitoring.console import Progress
 from sdft.services.monitoring.log import RunLog
 from sdft.services.monitoring.sinks import Sinks
 from sdft.services.monitoring.watchdog import Watchdog
-from sdft.services.planning.prepare import Prepared
+from sdft.services.planning.prepared import Prepared
 from sdft.services.records import checkpoints
 from sdft.services.records.ledger import Ledger, restore_ledger
 from sdft.services.training.controller import Controller

@@ -19,7 +19,8 @@ from sdft.services.cli.app import parse
 from sdft.services.cli.commands.train import train
 from sdft.services.config.load import load_config
 from sdft.services.config.run import RunConfig
-from sdft.services.planning.prepare import Prepared, prepare
+from sdft.services.planning.prepare import prepare
+from sdft.services.planning.prepared import Prepared
 from tests.papers.documents import ROOT
 
 DEPLOY = ROOT / "deploy"

@@ -17,7 +17,7 @@ from sdft.learner.group import LearnerGroup
 from sdft.services.cli import train
 from sdft.services.cli.main import main
 from sdft.services.monitoring.console import Progress
-from sdft.services.planning.prepare import Prepared
+from sdft.services.planning.prepared import Prepared
 from sdft.services.records import checkpoints
 from sdft.services.records.ledger import Ledger
 from sdft.services.training.checkpointer import Checkpointer

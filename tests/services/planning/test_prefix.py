@@ -12,7 +12,8 @@ from sdft.services.config.append import as_stream
 from sdft.services.config.load import load_config
 from sdft.services.data.schedule import StageSchedule
 from sdft.services.planning.prefix import check_prefixes
-from sdft.services.planning.prepare import learner_settings, prepare
+from sdft.services.planning.prepare import prepare
+from sdft.services.planning.prepared import learner_settings
 from sdft.services.records.ledger import Ledger, read_drawn
 from tests.runs.run import write_run
 from tests.services.data.test_sources import CLOSE, append, opened, row

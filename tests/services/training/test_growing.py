@@ -18,7 +18,7 @@ from sdft.services.data.sources.growing import GrowingSource
 from sdft.services.data.sources.open import open_source
 from sdft.services.monitoring.log import RunLog
 from sdft.services.planning.prefix import check_prefixes
-from sdft.services.planning.prepare import Prepared
+from sdft.services.planning.prepared import Prepared
 from sdft.services.records.checkpoints import LEDGER, folder_of, folders
 from sdft.services.records.ledger import restore_ledger
 from sdft.services.records.rows import read_jsonl

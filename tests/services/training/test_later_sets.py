@@ -19,7 +19,7 @@ from sdft.services.data.demonstrations import Record
 from sdft.services.data.schedule import make_schedule
 from sdft.services.data.sets import LoadedSet
 from sdft.services.monitoring.log import RunLog
-from sdft.services.planning.prepare import Prepared
+from sdft.services.planning.prepared import Prepared
 from sdft.services.records.rows import EvalResult, read_jsonl
 from simulation.cluster import Case, Learner, drive, prepared
 from tests.runs.run import metrics

@@ -16,7 +16,7 @@ from sdft.services.algorithms.base import Algorithm
 from sdft.services.algorithms.off_policy import OffPolicy
 from sdft.services.algorithms.sdft import Sdft
 from sdft.services.data.schedule import sample_seed
-from sdft.services.planning.prepare import Prepared
+from sdft.services.planning.prepared import Prepared
 from sdft.services.records.ledger import Ledger
 from sdft.services.records.rows import read_jsonl
 from sdft.services.training.rollouts import Batch, Rollouts

@@ -16,7 +16,8 @@ from sdft.services.config.append import appended
 from sdft.services.config.load import load_config, resolved_yaml
 from sdft.services.config.run import RunConfig
 from sdft.services.data.schedule import make_schedule
-from sdft.services.planning.prepare import learner_settings, prepare
+from sdft.services.planning.prepare import prepare
+from sdft.services.planning.prepared import learner_settings
 from sdft.services.records.ledger import Ledger
 from sdft.services.records.rows import EvalResult
 from sdft.services.records.settings import read_config
