@@ -93,12 +93,12 @@ EXPERIMENTS = {
     "teacher": [USUAL, skill("frozen", teacher__weights="frozen"), skill("live", teacher__weights="live")],
     "divergence": [
         USUAL,
-        skill("reverse", loss__divergence="reverse"),
-        skill("jsd", loss__divergence="jsd"),
-        skill("sampled", loss__divergence="sampled"),
-        skill("k8", loss__top_k=8),
+        skill("reverse", method__divergence="reverse"),
+        skill("jsd", method__divergence="jsd"),
+        skill("sampled", method__divergence="sampled"),
+        skill("k8", method__divergence__top_k=8),
     ],
-    "policy": [USUAL, skill("off-policy", method="off_policy"), skill("sft", method="sft")],
+    "policy": [USUAL, skill("off-policy", method__type="off_policy"), skill("sft", method="sft")],
     "knowledge": [
         facts("answer"),
         facts("text", data__train="articles.jsonl", data__template="context"),

@@ -97,8 +97,11 @@ class Algorithm(Section):
         return 0
 
     @property
-    def recalled(self) -> str | None:
-        """A file of prompts that are trained beside data.train and have no demonstrations; None: no such file."""
+    def recalled(self) -> tuple[str, int | None] | None:
+        """A file of prompts without demonstrations that are trained beside data.train, and how many of them.
+
+        None: no such file; None as the number: all of them.
+        """
         return None
 
     @property

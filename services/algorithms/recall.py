@@ -31,6 +31,7 @@ class Recall(Distillation):
 
     type: Literal["recall"] = Field("recall", description="The algorithm")
     prompts: str = Field(description="A .jsonl or .parquet file of general prompts, relative to the config file")
+    rows: int | None = Field(None, ge=1, description="Number of these prompts, spread evenly over the file; null: all")
     skip_first: int = Field(0, ge=0, description="Tokens at the start of a completion that are left out of the loss")
     importance: ImportanceConfig = ImportanceConfig()
 
@@ -40,8 +41,8 @@ class Recall(Distillation):
         return demonstrations, LossConfig(divergence=self.divergence, importance=self.importance)
 
     @property
-    def recalled(self) -> str:
-        return self.prompts
+    def recalled(self) -> tuple[str, int | None]:
+        return self.prompts, self.rows
 
     @property
     def label(self) -> str:

@@ -69,8 +69,14 @@ def load_questions(s: EvaluationSet, base: Path, check: Callable[[Any], str | No
     rows = _file_rows(f"evaluation.sets ({s.name}).file", s.file, base)
     needed = ("text",) if s.is_text else ("prompt", "answer")
     all_of_them = _checked(str(resolve_path(base, s.file)), renamed(rows, s.columns), needed, check)
-    count = len(all_of_them)
-    return [all_of_them[i * count // s.rows] for i in range(s.rows)] if s.rows and s.rows < count else all_of_them
+    return spread(all_of_them, s.rows)
+
+
+def spread(records: list[Record], count: int | None) -> list[Record]:
+    """Return so many records, spread evenly over the given ones; all of them for None or more than there are."""
+    if count is None or count >= len(records):
+        return records
+    return [records[i * len(records) // count] for i in range(count)]
 
 
 def _file_rows(key: str, value: str, base: Path) -> Iterable[NumberedRow]:

@@ -18,7 +18,7 @@ from sdft.services.data.contexts import (
     check_ids,
     shown_to_teacher,
 )
-from sdft.services.data.demonstrations import Message, Record, load_demonstrations
+from sdft.services.data.demonstrations import Message, Record, load_demonstrations, spread
 from sdft.services.data.schedule import StageSchedule
 from sdft.services.data.sources.base import PromptSource
 from sdft.services.data.sources.fixed import FixedSource
@@ -53,9 +53,14 @@ class Loaded:
 def load_rows(task: TaskConfig, base: Path, questions: Questions) -> Loaded:
     """Load and check the rows of the files that a task names, relative to the folder `base`. Raises UserError."""
     demonstrations = [] if task.data.grows else load_demonstrations(task.data, base, _needed(task, base))
-    file = task.method.recalled
-    recalled = [] if file is None else load_demonstrations(DataConfig(train=file), base, [])
-    return Loaded(task, demonstrations, recalled, questions)
+    return Loaded(task, demonstrations, _recalled(task, base), questions)
+
+
+def _recalled(task: TaskConfig, base: Path) -> list[Record]:
+    if task.method.recalled is None:
+        return []
+    file, count = task.method.recalled
+    return spread(load_demonstrations(DataConfig(train=file), base, []), count)
 
 
 def make_source(

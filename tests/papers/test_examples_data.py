@@ -179,7 +179,13 @@ def test_every_variant_of_the_sweep_is_a_configuration_and_has_a_name_of_its_own
         load_config(v.config, [f"{key}={json.dumps(value)}" for key, value in v.settings.items()])
 
 
-CONFIGS = ["tools/tools.yaml", "facts/facts.yaml", "continual/continual.yaml", "continual/reinvoke.yaml"]
+CONFIGS = [
+    "tools/tools.yaml",
+    "facts/facts.yaml",
+    "continual/continual.yaml",
+    "continual/reinvoke.yaml",
+    "continual/recall.yaml",
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
