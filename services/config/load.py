@@ -74,7 +74,8 @@ def _report(path: Path, overridden: dict[Loc, str], problems: list[Problem]) -> 
     by_override = [given for o, given in overridden.items() if loc and (o[: len(loc)] == loc or loc[: len(o)] == o)]
     source = f"--set {by_override[0]}" if by_override else str(path)
     key = f"{dotted(loc)}{'' if text.startswith(':') else ' '}"
-    unset = "; --set KEY=null removes a setting of the file" if by_override and text.startswith(":") else ""
+    combined = bool(by_override) and text.startswith(":") and loc not in overridden  # with other settings of the file
+    unset = "; --set KEY=null removes a setting of the file" if combined else ""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{source}: {key.lstrip()}{text}{unset}{more}"
 
