@@ -145,9 +145,9 @@ class SamplingConfig(BaseModel):
     temperature: float = Field(
         1.0,
         gt=0,
-        description="Training is at 1: importance weights correct for another up to a cap; mismatch_kl includes it",
+        description="Sampling temperature; the learner computes at 1, and importance weights correct another up to a cap",
     )
-    top_p: float = Field(1.0, gt=0, le=1, description="The same; tokens that it leaves out are never trained on")
+    top_p: float = Field(1.0, gt=0, le=1, description="As temperature; tokens that it leaves out are never trained on")
     generations: int = Field(1, ge=1, description="Rollouts per prompt; more than one gave negligible gain")
 
 

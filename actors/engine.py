@@ -63,7 +63,10 @@ class Engine(ABC):
 
     @abstractmethod
     async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
-        """Load the snapshot's tensors from `snapshot.path`, verify them, and serve them from now on.
+        """Load the snapshot's tensors, verify them, and serve them from now on.
+
+        The receiver of the transport settings.transport returns a file with the bytes
+        (`transport_class(name).receiver().receive(snapshot)`): only the transport knows what `snapshot.path` means.
 
         Rollouts in flight continue with the new weights; Rollout.versions says which tokens each version sampled.
         Raises, without a change of the weights, FileNotFoundError if the path is gone, and SnapshotDamaged if bytes are

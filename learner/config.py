@@ -25,7 +25,7 @@ class TeacherConfig(BaseModel):
 
 
 class ImportanceConfig(BaseModel):
-    """Truncated importance weights, trainer over sampler: exp(logp_trainer - logp_sampler), capped, no gradient."""
+    """Truncated importance weights, learner over sampler: exp(logp_learner - logp_sampler), capped, no gradient."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -100,7 +100,7 @@ class LossConfig(BaseModel):
     @property
     def top_k(self) -> int:
         """Number of the teacher's tokens that the loss needs at each position."""
-        return self.divergence.top_k if isinstance(self.divergence, Forward | Reverse | Jsd) else 1
+        return self.divergence.top_k if isinstance(self.divergence, _OfSupport) else 1
 
     @property
     def name(self) -> str:

@@ -82,7 +82,7 @@ class Algorithm(Section):
     trains_demonstrations: ClassVar[bool] = False  # each row of data.train needs one
     teacher_weights: ClassVar[str | None] = None  # the only value of teacher.weights that has a meaning; None: any
     files: ClassVar[tuple[str, ...]] = ()  # settings that are files, relative to the config file
-    figure: ClassVar[str] = "The {name}, which is also the loss."  # the metric `divergence`, for reports
+    figure: ClassVar[str] = "The {name} of the loss, without importance weights."  # of `divergence`, for reports
 
     type: str
 

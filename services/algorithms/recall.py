@@ -1,7 +1,7 @@
-"""SFT with on-policy recall: demonstrations are learnt by SFT, and the first model is recalled on general prompts.
+"""SFT with on-policy recall: demonstrations are learnt by SFT, and the base model is recalled on general prompts.
 
     row of data.train         ─► the demonstration's tokens                             ─► negative log-likelihood
-    row of method.prompts     ─► the student samples, the first model scores            ─► divergence to the first model
+    row of method.prompts     ─► the student samples, the base model scores             ─► divergence to the base model
 
 Both are in one schedule, so a batch has them in the proportion of their rows.
 """
@@ -19,13 +19,13 @@ RECALL = 1  # objective of the recalled prompts
 
 
 class Recall(Distillation):
-    """SFT on the demonstrations, with recall of the first model on the student's own samples for general prompts."""
+    """SFT on the demonstrations, with recall of the base model on the student's own samples for general prompts."""
 
     trains_demonstrations: ClassVar[bool] = True
     teacher_weights: ClassVar[str | None] = "base"
     files: ClassVar[tuple[str, ...]] = ("prompts",)
     figure: ClassVar[str] = (
-        "The {name}: the first of the demonstrations' tokens, the second of first model and student on the student's "
+        "The {name}: the first of the demonstrations' tokens, the second of base model and student on the student's "
         "tokens."
     )
 
@@ -46,7 +46,7 @@ class Recall(Distillation):
 
     @property
     def label(self) -> str:
-        return f"sft on the demonstrations, {self.divergence.type} divergence to the first model on general prompts"
+        return f"sft on the demonstrations, {self.divergence.type} divergence to the base model on general prompts"
 
     async def make(self, group: Group, student: Student, teacher: Teacher) -> list[Draft]:
         if group.demonstration_ids is not None:
