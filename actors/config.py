@@ -145,7 +145,7 @@ class SamplingConfig(BaseModel):
     temperature: float = Field(
         1.0,
         gt=0,
-        description="Sampling temperature; the learner computes at 1, and importance weights correct another up to a cap",
+        description="Temperature; the learner computes at 1, and importance weights correct another up to a cap",
     )
     top_p: float = Field(1.0, gt=0, le=1, description="As temperature; tokens that it leaves out are never trained on")
     generations: int = Field(1, ge=1, description="Rollouts per prompt; more than one gave negligible gain")

@@ -37,7 +37,7 @@ class DataConfig(Section):
     columns: dict[Column, str] = Field({}, description="Column names in the file: {demonstration: output_text}")
     template: str = Field(
         "paper",
-        description="Template of the teacher's prompt: paper, turn, context, feedback, none, or the path of a Jinja file",
+        description="The teacher's prompt: paper, turn, context, feedback, none, or the path of a Jinja template",
     )
     system: str | None = Field(None, description="System message for prompts without one")
     max_prompt_tokens: int = Field(1024, ge=1, description="Longest prompt of the student; a longer one is an error")
