@@ -49,7 +49,7 @@ def test_a_run_resumed_with_other_ranks_and_zero_stages_equals_the_run_of_one_pr
     The run's second stage begins after the second step. If ranks of ZeRO stage 0 step apart, the loss of the next step
     shows it.
     """
-    plain = Reference(tiny_model, ALPHA, skip=3, cap=2.0, clip=CLIP, **ADAMW)
+    plain = Reference(tiny_model, ALPHA, cap=2.0, clip=CLIP, **ADAMW)
 
     async def run() -> None:
         base = {n: p.detach().numpy().copy() for n, p in plain.student.named_parameters()}
