@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from ray.exceptions import ObjectLostError
 from sdft.actors.roles import ROLES
 from sdft.actors.shared.drafts import Draft, joined
 from sdft.actors.shared.process import kept_heap, large_imports, openmp_wait_policy
-from sdft.actors.shared.sequences import TrainingSequence
 from sdft.actors.shared.types import IntArray, Process, SampleId, Snapshot
 from sdft.learner.shares import Share
 from sdft.learner.types import LearnerSettings, StepResult
@@ -73,13 +73,20 @@ class LearnerWorker:
 
     def fetch(self, share: Share) -> list[SampleId]:
         """Fetch the values of this rank's share for the next step. Returns the samples whose values are lost."""
-        found, lost = [], []
-        for sequence in share.sequences:
-            try:
-                found.append(sequence if isinstance(sequence, TrainingSequence) else _joined(sequence))
-            except ObjectLostError:
-                lost.append(sequence.sample)
-        self._share = share.of(found)
+        drafts = [sequence for sequence in share.sequences if isinstance(sequence, Draft)]
+        values: list[list[Any]] = []
+        lost = []
+        try:
+            values = _values(drafts)  # one call for all of them
+        except ObjectLostError:
+            for draft in drafts:
+                try:
+                    values += _values([draft])
+                except ObjectLostError:
+                    lost.append(draft.sample)
+        if not lost:
+            fetched = iter(joined(draft, of_draft) for draft, of_draft in zip(drafts, values, strict=True))
+            self._share = share.of([next(fetched) if isinstance(s, Draft) else s for s in share.sequences])
         return lost
 
     def train_step(self) -> StepResult:
@@ -177,12 +184,11 @@ def _environment(settings: LearnerSettings, ranks: int) -> dict[str, str]:
     return environment
 
 
-def _joined(draft: Draft) -> TrainingSequence:
-    """Fetch the values of a draft. Raises ObjectLostError."""
-    held = draft.references
-    remote = {i: value for i, value in enumerate(held) if isinstance(value, ObjectRef)}
-    values = dict(zip(remote, ray.get(list(remote.values())), strict=True))
-    return joined(draft, [values.get(i, value) for i, value in enumerate(held)])
+def _values(drafts: Sequence[Draft]) -> list[list[Any]]:
+    """Fetch the values of the references of each draft. Raises ObjectLostError."""
+    held = [value for draft in drafts for value in draft.references]
+    there = iter(ray.get([value for value in held if isinstance(value, ObjectRef)]))
+    return [[next(there) if isinstance(v, ObjectRef) else v for v in draft.references] for draft in drafts]
 
 
 def _own_address() -> str:
