@@ -27,6 +27,7 @@ from benchmarks.measure import in_a_process, report
 from benchmarks.scoring import DTYPE
 from benchmarks.scoring import settings as engine_settings
 from sdft.actors.worker import EngineWorker
+from sdft.learner.shares import shares
 from sdft.learner.worker import LearnerWorker, learner_actor
 
 ROUNDS, WAIT_S = 5, 300
@@ -92,7 +93,8 @@ def measure(scratch: Path) -> tuple[dict[str, list[float]], dict[str, int]]:
     )
     address, port = ray.get(learner.rendezvous.remote(), timeout=WAIT_S)
     ray.get([learner.start.remote(settings(), 1, address, port, probe), engine.start.remote()], timeout=WAIT_S)
-    ray.get(learner.train_step.remote(samples(8)), timeout=WAIT_S)
+    (share,) = shares(samples(8), 1, 4096)
+    ray.get([learner.fetch.remote(share), learner.train_step.remote()], timeout=WAIT_S)
     seconds: dict[str, list[float]] = {}
     nbytes: dict[str, int] = {}
 
