@@ -138,7 +138,7 @@ class Learner:
         self.worked: list[float] = []  # seconds in each step
 
     async def train_step(self, sequences: list[Draft]) -> StepResult:
-        self.ages += [self._step - s.spans[0].version for s in sequences]
+        self.ages += [self._step - s.oldest_version for s in sequences]
         self._step += 1
         self.worked.append(self._sample_s * len(sequences))
         await asyncio.sleep(self._sample_s * len(sequences))

@@ -103,6 +103,16 @@ class Draft:
         return tuple(found)
 
     @property
+    def oldest_version(self) -> int:
+        """Weight version of the first sampled token."""
+        return self.turns[0].completion.versions[0][0]
+
+    @property
+    def newest_version(self) -> int:
+        """Weight version of the last sampled token."""
+        return self.turns[-1].completion.versions[-1][0]
+
+    @property
     def sampled_tokens(self) -> int:
         """As in TrainingSequence."""
         return sum(turn.completion.tokens for turn in self.turns)

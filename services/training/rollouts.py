@@ -62,7 +62,7 @@ class Batch:
     @property
     def staleness(self) -> list[int]:
         """Steps that the weights of each sequence's first sampled token are behind the weights that are trained."""
-        return [self.step - 1 - draft.spans[0].version for draft in self.drafts]
+        return [self.step - 1 - draft.oldest_version for draft in self.drafts]
 
 
 class Rollouts:

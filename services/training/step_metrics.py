@@ -51,7 +51,7 @@ def step_metrics(
         samples=len(batch.samples),
         prompt_tokens=sum(map(len, drafts)) - completion_tokens,
         completion_tokens=completion_tokens,
-        student_version=max(span.version for draft in drafts for span in draft.spans),
+        student_version=max(draft.newest_version for draft in drafts),
         teacher_version=min((v for draft in drafts if (v := draft.teacher_version) is not None), default=0),
         staleness_mean=float(np.mean(batch.staleness)),
         staleness_max=max(batch.staleness),
