@@ -7,11 +7,11 @@ from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import ObjectLostError
 
 from sdft.actors.config import EngineSettings
 from sdft.actors.engine import Engine, own_engine
-from sdft.actors.shared.drafts import Completion, CompletionLost, Scores
+from sdft.actors.held import fetched
+from sdft.actors.shared.drafts import Completion, Scores
 from sdft.actors.shared.own_code import is_own
 from sdft.actors.shared.process import large_imports, openmp_wait_policy, scratch_folder
 from sdft.actors.shared.types import (
@@ -93,13 +93,7 @@ class EngineWorker:
 
         Raises CompletionLost if one cannot be fetched.
         """
-        held = [completion.rollout for _, completion in items]
-        try:
-            values = await asyncio.gather(*(value for value in held if isinstance(value, ray.ObjectRef)))
-        except ObjectLostError as error:
-            raise CompletionLost(str(error)) from error
-        remaining = iter(values)
-        rollouts = [next(remaining) if isinstance(value, ray.ObjectRef) else value for value in held]
+        rollouts = await fetched([completion.rollout for _, completion in items])
         pairs = [(prompt, rollout.completion_ids) for (prompt, _), rollout in zip(items, rollouts, strict=True)]
         return [Scores(ray.put(scores), scores.version) for scores in await self.score(pairs, k)]
 

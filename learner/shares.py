@@ -44,14 +44,16 @@ def shares(batch: Sequence[Draft | TrainingSequence], ranks: int, budget: int) -
             packed = micro_batches([lengths[share[place]] for place in places], budget)
             plan += [[places[j] for j in members] for members in packed]
         plans.append(plan)
+    loss_tokens = sum(sequence.loss_tokens for sequence in batch)
+    student_loss_tokens = sum(sequence.student_loss_tokens for sequence in batch)
     return [
         Share(
             sequences=tuple(batch[i] for i in share),
             micro_batches=plan,
             count=max(map(len, plans)),
             batch_size=len(batch),
-            loss_tokens=sum(sequence.loss_tokens for sequence in batch),
-            student_loss_tokens=sum(sequence.student_loss_tokens for sequence in batch),
+            loss_tokens=loss_tokens,
+            student_loss_tokens=student_loss_tokens,
         )
         for share, plan in zip(of_ranks, plans, strict=True)
     ]

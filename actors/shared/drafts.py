@@ -83,8 +83,8 @@ class Draft:
     objective: int = 0
 
     def __post_init__(self) -> None:
-        scored = sum(turn.scores is not None for turn in self.turns)
-        if scored not in (0, len(self.turns)):
+        if len({turn.scores is None for turn in self.turns}) > 1:
+            scored = sum(turn.scores is not None for turn in self.turns)
             raise ValueError(
                 f"sample {self.sample}: {scored} of {len(self.turns)} turns have scores; give all of them, or none"
             )
@@ -120,13 +120,17 @@ class Draft:
     @property
     def loss_tokens(self) -> int:
         """As in TrainingSequence."""
-        return sum(int(mask.sum()) for mask in self.masks)
+        return sum(map(self._loss_tokens, self.turns))
 
     @property
     def student_loss_tokens(self) -> int:
         """As in TrainingSequence."""
-        turns = zip(self.turns, self.masks, strict=True)
-        return sum(int(mask.sum()) for turn, mask in turns if turn.completion.by_student)
+        return sum(self._loss_tokens(turn) for turn in self.turns if turn.completion.by_student)
+
+    def _loss_tokens(self, turn: Turn) -> int:
+        if turn.mask is None:
+            return max(0, turn.completion.tokens - self.skip_first)
+        return int(turn.mask[self.skip_first :].sum())
 
     @property
     def teacher_version(self) -> int | None:

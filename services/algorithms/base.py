@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar, Protocol
 
 from pydantic import BeforeValidator, Field
 
-from sdft.actors.shared.drafts import Completion, Draft, Scores
+from sdft.actors.shared.drafts import Completion, Draft, Scores, Turn, given
 from sdft.actors.shared.types import IntArray, SampleId
 from sdft.learner.config import Divergence, Forward, ImportanceConfig, LossConfig
 from sdft.services.base.section import Section, short_form
@@ -55,6 +55,22 @@ class Group:
         if self.teacher_ids is None:
             raise ValueError(f"sample {self.samples[0]}: the row lacks the column that data.template shows the teacher")
         return self.teacher_ids
+
+    def drafts(
+        self, completions: Sequence[Completion], scores: Sequence[Scores], skip_first: int, objective: int = 0
+    ) -> list[Draft]:
+        """Return a draft of one turn for each sample: its completion behind the student's prompt, and its scores."""
+        return [
+            Draft(sample, seed, (Turn(self.student_ids, completion, score),), skip_first, objective)
+            for sample, seed, completion, score in zip(self.samples, self.seeds, completions, scores, strict=True)
+        ]
+
+    def demonstrated(self) -> list[Draft]:
+        """Return a draft for each sample: the demonstration as its completion. Needs `trains_demonstrations`."""
+        if self.demonstration_ids is None:
+            raise ValueError(f"sample {self.samples[0]}: the row has no demonstration")
+        turn = Turn(self.student_ids, given(self.step, self.demonstration_ids))
+        return [Draft(sample, seed, (turn,)) for sample, seed in zip(self.samples, self.seeds, strict=True)]
 
 
 class Student(Protocol):

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from sdft.actors.shared.drafts import Draft, Turn
+from sdft.actors.shared.drafts import Draft
 from sdft.services.algorithms.base import Distillation, Group, Student, Teacher
 
 
@@ -25,7 +25,4 @@ class OffPolicy(Distillation):
         completed = await teacher.complete(prompts, group.seeds)
         completions = [completion.not_by_student(group.step) for completion in completed]
         scores = await teacher.score(prompts, completions, self.loss.top_k)
-        return [
-            Draft(sample, seed, (Turn(group.student_ids, completion, score),), self.skip_first)
-            for sample, seed, completion, score in zip(group.samples, group.seeds, completions, scores, strict=True)
-        ]
+        return group.drafts(completions, scores, self.skip_first)

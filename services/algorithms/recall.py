@@ -10,10 +10,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from sdft.actors.shared.drafts import Draft, Turn
+from sdft.actors.shared.drafts import Draft
 from sdft.learner.config import ImportanceConfig, LossConfig, Nll
 from sdft.services.algorithms.base import Distillation, Group, Student, Teacher
-from sdft.services.algorithms.sft import demonstrated
 
 RECALL = 1  # objective of the recalled prompts
 
@@ -50,11 +49,8 @@ class Recall(Distillation):
 
     async def make(self, group: Group, student: Student, teacher: Teacher) -> list[Draft]:
         if group.demonstration_ids is not None:
-            return demonstrated(group)
+            return group.demonstrated()
         prompts = [group.student_ids] * len(group.samples)
         completions = await student.complete(prompts, group.seeds)
         scores = await teacher.score(prompts, completions, self.losses[RECALL].top_k)
-        return [
-            Draft(sample, seed, (Turn(group.student_ids, completion, score),), self.skip_first, RECALL)
-            for sample, seed, completion, score in zip(group.samples, group.seeds, completions, scores, strict=True)
-        ]
+        return group.drafts(completions, scores, self.skip_first, RECALL)

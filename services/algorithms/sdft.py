@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from sdft.actors.shared.drafts import Draft, Turn
+from sdft.actors.shared.drafts import Draft
 from sdft.learner.config import ImportanceConfig, LossConfig
 from sdft.services.algorithms.base import Distillation, Group, Student, Teacher
 
@@ -31,7 +31,4 @@ class Sdft(Distillation):
         n = len(group.samples)
         completions = await student.complete([group.student_ids] * n, group.seeds)
         scores = await teacher.score([group.teacher_prompt] * n, completions, self.losses[0].top_k)
-        return [
-            Draft(sample, seed, (Turn(group.student_ids, completion, score),), self.skip_first)
-            for sample, seed, completion, score in zip(group.samples, group.seeds, completions, scores, strict=True)
-        ]
+        return group.drafts(completions, scores, self.skip_first)

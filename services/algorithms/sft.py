@@ -4,38 +4,36 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from sdft.actors.shared.drafts import Draft, Turn, given
+from sdft.actors.shared.drafts import Draft
+from sdft.learner.config import Dft as DftLoss
 from sdft.learner.config import ImportanceConfig, LossConfig, Nll
 from sdft.services.algorithms.base import Algorithm, Group, Student, Teacher
 
 
-class Sft(Algorithm):
-    """Supervised fine-tuning on the demonstrations' tokens."""
+class OnDemonstrations(Algorithm):
+    """Base class of algorithms that train the demonstrations' own tokens, without an engine."""
 
     student_samples: ClassVar[bool] = False
     teacher_scores: ClassVar[bool] = False
     trains_demonstrations: ClassVar[bool] = True
-    figure: ClassVar[str] = "The {name} of the demonstrations' tokens, which is also the loss."
-
-    type: Literal["sft"] = Field("sft", description="The algorithm")
+    divergence: ClassVar[Nll | DftLoss]
 
     @property
     def losses(self) -> tuple[LossConfig, ...]:
-        return (LossConfig(divergence=Nll(), importance=ImportanceConfig(level="off")),)
+        return (LossConfig(divergence=self.divergence, importance=ImportanceConfig(level="off")),)
 
     @property
     def label(self) -> str:
-        return "sft on the demonstrations' own tokens"
+        return f"{self.type} on the demonstrations' own tokens"
 
     async def make(self, group: Group, student: Student, teacher: Teacher) -> list[Draft]:
-        return demonstrated(group)
+        return group.demonstrated()
 
 
-def demonstrated(group: Group) -> list[Draft]:
-    """Return the demonstration as the completion of every sample of a group."""
-    assert group.demonstration_ids is not None  # trains_demonstrations
-    completion = given(group.step, group.demonstration_ids)
-    return [
-        Draft(sample, seed, (Turn(group.student_ids, completion),))
-        for sample, seed in zip(group.samples, group.seeds, strict=True)
-    ]
+class Sft(OnDemonstrations):
+    """Supervised fine-tuning on the demonstrations' tokens."""
+
+    divergence: ClassVar[Nll | DftLoss] = Nll()
+    figure: ClassVar[str] = "The {name} of the demonstrations' tokens, which is also the loss."
+
+    type: Literal["sft"] = Field("sft", description="The algorithm")

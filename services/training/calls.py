@@ -8,9 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
-from ray import ObjectRef
-from ray.exceptions import ObjectLostError
-
+from sdft.actors import held
 from sdft.actors.shared.drafts import Completion, CompletionLost, Draft, Scores, joined
 from sdft.actors.shared.sequences import TrainingSequence
 from sdft.actors.shared.types import GenerateRequest, IntArray, Sampling
@@ -31,9 +29,8 @@ async def fetched(drafts: Sequence[Draft]) -> list[TrainingSequence]:
     sequences, lost = [], []
     for draft in drafts:
         try:
-            values = [await value if isinstance(value, ObjectRef) else value for value in draft.references]
-            sequences.append(joined(draft, values))
-        except ObjectLostError:
+            sequences.append(joined(draft, await held.fetched(draft.references)))
+        except CompletionLost:
             lost.append(draft.sample)
     if lost:
         raise SequencesLost(lost)
@@ -104,11 +101,7 @@ class GroupStudent:
         return await self._calls.of(self._group, (self.role, 0), requests)
 
     async def tokens(self, completions: Sequence[Completion]) -> list[IntArray]:
-        held = [completion.rollout for completion in completions]
-        try:
-            rollouts = [await value if isinstance(value, ObjectRef) else value for value in held]
-        except ObjectLostError as error:
-            raise CompletionLost(str(error)) from error
+        rollouts = await held.fetched([completion.rollout for completion in completions])
         return [rollout.completion_ids for rollout in rollouts]
 
 

@@ -10,8 +10,9 @@ rollouts have ended.
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import TypeVar
 
@@ -25,7 +26,7 @@ from sdft.services.base.errors import RunFailed
 from sdft.services.data.schedule import StageSchedule, sample_seed
 from sdft.services.fleet.pool import EnginePool
 from sdft.services.planning.prepared import Prepared, Stage
-from sdft.services.records.ledger import BEFORE, Ledger
+from sdft.services.records.ledger import Ledger
 from sdft.services.training.calls import EngineCalls, GroupStudent, GroupTeacher, now
 
 T = TypeVar("T")
@@ -123,13 +124,8 @@ class Rollouts:
 
     async def _make(self, step: int, ids: list[SampleId]) -> Batch:
         """Make a batch. In a strict run all of it is made again if a completion is lost, with the same bits."""
-        for attempt in range(TRIES):
-            try:
-                return await self._made(step, ids)
-            except CompletionLost:  # the loss of the engine is in the notices
-                if attempt == TRIES - 1:
-                    raise
-        raise AssertionError("unreachable")
+        made = partial(self._made, step, ids)
+        return await (_retried(made) if self._prepared.config.strict else made())
 
     async def _made(self, step: int, ids: list[SampleId]) -> Batch:
         began, stage, strict = now(), self._prepared.at(step), self._prepared.config.strict
@@ -176,29 +172,39 @@ class Rollouts:
         A group that loses a completion is made again, unless its calls are joined with those of others.
         """
         student = GroupStudent(calls, number)
-        teacher = GroupTeacher(calls, number, lambda: self._advance(group.samples, "sampled"))
-        for attempt in range(TRIES):
-            try:
-                made = await stage.config.method.make(group, student, teacher)
-                break
-            except CompletionLost:
-                if self._prepared.config.strict or attempt == TRIES - 1:
-                    raise
+        teacher = GroupTeacher(calls, number, lambda: self._mark_sampled(group))
+        make = partial(stage.config.method.make, group, student, teacher)
+        made = await (make() if self._prepared.config.strict else _retried(make))
         calls.done()
-        self._advance(group.samples, "sampled")
+        self._mark_sampled(group)
         tokens: dict[SampleId, int] = defaultdict(int)
         for draft in made:
             tokens[draft.sample] += draft.sampled_tokens
+        # A group that is made again may have been scored before, and samples of it dropped.
+        new = [sample for sample in group.samples if self._ledger.state(sample) == "sampled"]
+        kept = [sample for sample in new if sample in tokens]
+        self._ledger.advance(kept, "scored", [tokens[sample] for sample in kept])
+        if len(kept) == len(group.samples):
+            return made
         for sample in group.samples:
             if sample not in tokens and self._ledger.state(sample) is not None:
                 self._ledger.drop(sample, "the algorithm made no training sequence of it")
-        self._advance(list(tokens), "scored", tokens)
         return [draft for draft in made if self._ledger.state(draft.sample) is not None]
 
-    def _advance(self, samples: Sequence[SampleId], state: str, tokens: Mapping[SampleId, int] | None = None) -> None:
-        """Move those samples to a state that are in the one before it. A batch that is made again has moved already."""
-        moved = [sample for sample in samples if self._ledger.state(sample) == BEFORE[state]]
-        self._ledger.advance(moved, state, None if tokens is None else [tokens[sample] for sample in moved])
+    def _mark_sampled(self, group: Group) -> None:
+        """Move a group's samples to sampled, all at once and once."""
+        if self._ledger.state(group.samples[0]) == "issued":
+            self._ledger.advance(group.samples, "sampled")
+
+
+async def _retried(make: Callable[[], Awaitable[T]]) -> T:
+    """Return what `make` makes, TRIES times at most while completions are lost. The notices tell the lost engines."""
+    for _ in range(TRIES - 1):
+        try:
+            return await make()
+        except CompletionLost:
+            continue
+    return await make()
 
 
 def _groups(step: int, stage: Stage, ids: list[SampleId]) -> Iterator[Group]:
