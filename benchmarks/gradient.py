@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.measure import report
+from sdft.actors.shared.types import IntArray
 from sdft.learner.config import LossConfig
 from sdft.learner.loss.divergences import divergence, with_tail
 from sdft.services.config.load import load_config
@@ -30,10 +31,10 @@ STRIDE = 16
 
 
 @torch.no_grad()
-def sample(model: Any, prompt: list[int], seed: int, end: int) -> Tensor:
+def sample(model: Any, prompt: IntArray, seed: int, end: int) -> Tensor:
     """Sample a completion at temperature 1."""
     torch.manual_seed(seed)
-    ids = torch.tensor(prompt)[None]
+    ids = torch.from_numpy(prompt).long()[None]
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -48,9 +49,9 @@ def sample(model: Any, prompt: list[int], seed: int, end: int) -> Tensor:
     return out[0, len(prompt) :]
 
 
-def log_probs(model: Any, prompt: list[int], completion: Tensor) -> Tensor:
+def log_probs(model: Any, prompt: IntArray, completion: Tensor) -> Tensor:
     """Log-probs over the vocabulary at every loss token: [T - SKIP, V]."""
-    ids = torch.cat([torch.tensor(prompt), completion])[None]
+    ids = torch.cat([torch.from_numpy(prompt).long(), completion])[None]
     return torch.log_softmax(model(ids).logits[0, len(prompt) + SKIP - 1 : -1], -1)
 
 
@@ -69,11 +70,12 @@ def main() -> None:
     prompts = prepared.stages[0].prompts
     pairs = prompts[:: max(1, len(prompts) // PROMPTS)][:PROMPTS]
     for seed, pair in enumerate(pairs):
+        assert pair.teacher_ids is not None  # every row has a demonstration
         completion = sample(model, pair.student_ids, seed, prepared.reply_end)
         if len(completion) <= SKIP:
             continue
         with torch.no_grad():
-            log_q = log_probs(model, pair.teacher_ids or [], completion)
+            log_q = log_probs(model, pair.teacher_ids, completion)
         top = log_q.topk(max(SUPPORTS), -1).indices
         log_p = log_probs(model, pair.student_ids, completion)
         # One forward serves all cases. The gradient with respect to the logits is small; each case adds one backward.

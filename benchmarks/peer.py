@@ -77,8 +77,8 @@ def ours(folder: Path, model: Path, dtype: str) -> list[dict[str, float]]:
     prepared = prepare(load_config(folder / "ours.yaml"), folder / "ours.yaml")
     steps = []
     for r in read_jsonl(run_dir / "metrics.jsonl"):
-        members = [prepared.stages[0].prompts[s.index] for s in prepared.schedule.batch(r["step"])]
-        scored = sum(len(p.teacher_ids or ()) for p in members) + r["completion_tokens"]
+        members = [prepared.stages[0].prompts[s.record] for s in prepared.schedule.batch(r["step"])]
+        scored = sum(len(p.teacher_ids) for p in members if p.teacher_ids is not None) + r["completion_tokens"]
         work = operations(model, r["prompt_tokens"] + r["completion_tokens"], scored, r["completion_tokens"])
         new_tokens = r["completion_tokens"] / r["samples"]
         steps.append({"seconds": r["time_step_s"], "new_tokens": new_tokens, "loss": r["loss"], "bound": work / rate})

@@ -35,12 +35,25 @@ class ImportanceConfig(BaseModel):
     cap: float = Field(2.0, gt=0, description="Largest weight")
 
 
-class _OfSupport(BaseModel):
-    """A divergence over the teacher's most likely tokens."""
+class _OfToken(BaseModel):
+    """A divergence that needs the teacher's log-prob of the sampled token alone, or none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @property
+    def support(self) -> int:
+        """Number of the teacher's tokens that are scored at each position."""
+        return 1
+
+
+class _OfSupport(_OfToken):
+    """A divergence over the teacher's most likely tokens."""
+
     top_k: int = Field(64, ge=1, le=1024, description="Teacher tokens per position; the rest is one tail bucket")
+
+    @property
+    def support(self) -> int:
+        return self.top_k
 
 
 class Forward(_OfSupport):
@@ -62,26 +75,20 @@ class Jsd(_OfSupport):
     beta: float = Field(0.5, gt=0, lt=1, description="Weight of the teacher in the mixture")
 
 
-class Sampled(BaseModel):
+class Sampled(_OfToken):
     """Reverse KL, estimated at the sampled token alone."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["sampled"] = Field("sampled", description="The divergence")
 
 
-class Nll(BaseModel):
+class Nll(_OfToken):
     """Negative log-likelihood of the sequence's own tokens, without a teacher."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["nll"] = "nll"
 
 
-class Dft(BaseModel):
+class Dft(_OfToken):
     """The same, each token weighted by the student's own probability of it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["dft"] = "dft"
 
@@ -96,11 +103,6 @@ class LossConfig(BaseModel):
 
     divergence: Annotated[Divergence | Nll | Dft, Field(discriminator="type")] = Forward()
     importance: ImportanceConfig = ImportanceConfig()
-
-    @property
-    def top_k(self) -> int:
-        """Number of the teacher's tokens that the loss needs at each position."""
-        return self.divergence.top_k if isinstance(self.divergence, _OfSupport) else 1
 
     @property
     def name(self) -> str:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -111,6 +112,7 @@ class Student(SimulatedEngine):
         return self._load_s, super().update_weights(snapshot)[1]
 
 
+@lru_cache  # the time to make them belongs to the teacher engines, not to the control plane
 def scores(tokens: int, version: int = 0) -> TeacherScores:
     """Return scores of a completion of this length, all of them zero."""
     return TeacherScores(ANSWER[:tokens, None], LOGPROBS[:tokens, None], LOGPROBS[:tokens], version)
@@ -181,7 +183,7 @@ def prepared(case: Case, batch: int) -> Prepared:
             "checkpoint": {"every": 10**6},
         }
     )
-    prompts = [PromptPair([1] * PROMPT, [1] * TEACHER_PROMPT)] * 1000
+    prompts = [PromptPair.of([1] * PROMPT, [1] * TEACHER_PROMPT)] * 1000
     (task,) = config.tasks
     source = FixedSource("simulated.jsonl", [], prompts)
     (schedule,) = make_schedule([task], [source]).stages

@@ -21,7 +21,7 @@ class CompletionLost(Exception):
     """A completion or its scores were lost with the engine or the node that held them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Completion:
     """A completion whose tokens stay where they were made."""
 
@@ -54,7 +54,7 @@ def given(step: int, completion_ids: IntArray) -> Completion:
     return Completion.of(Rollout(completion_ids[:0], completion_ids, unknown, (), "stop")).not_by_student(step)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Scores:
     """The teacher's scores of a completion, which stay where they were made."""
 
@@ -62,7 +62,7 @@ class Scores:
     version: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Turn:
     """A completion, what precedes it since the turn before, and the teacher's scores of it."""
 
@@ -72,7 +72,7 @@ class Turn:
     mask: BoolArray | None = None  # [T], completion tokens in the loss; None: all
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Draft:
     """A training sequence whose completions and scores stay where they were made."""
 

@@ -1,6 +1,7 @@
 """Types sent between controller, engines and learner: numpy and tuples, no torch or vLLM objects."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,17 +10,19 @@ IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
 
 
-@dataclass(frozen=True, order=True)
-class SampleId:
-    """Permanent identifier of a sample in a run: stage, epoch, demonstration and which of its rollouts."""
+class SampleId(NamedTuple):
+    """Permanent identifier of a sample in a run: stage, epoch, record and which of its rollouts.
+
+    A tuple, because the ledger looks a sample up six times, and a tuple hashes in C.
+    """
 
     stage: int
     epoch: int
-    index: int  # row in the demonstrations file, before shuffling
+    record: int  # its index in the source, before shuffling
     generation: int
 
     def __str__(self) -> str:
-        return f"{self.stage}/{self.epoch}/{self.index}/{self.generation}"
+        return f"{self.stage}/{self.epoch}/{self.record}/{self.generation}"
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Rendezvous:
     receive_s: float  # limit for one broadcast
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One prompt to complete."""
 
@@ -59,7 +62,7 @@ class Sampling:
     top_p: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rollout:
     """A completion that the student sampled."""
 
@@ -70,7 +73,7 @@ class Rollout:
     finish_reason: str  # "stop" (EOS) or "length"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TeacherScores:
     """The teacher's distribution at every completion token, cut to its top K."""
 

@@ -37,7 +37,7 @@ class Contexts(Protocol):
         """Return the text of a completion [T], without the token that ends it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Group:
     """One record of a batch and the samples that are made of it. Samples of one group may use each other."""
 

@@ -24,5 +24,5 @@ class OffPolicy(Distillation):
         prompts = [group.teacher_prompt] * len(group.samples)
         completed = await teacher.complete(prompts, group.seeds)
         completions = [completion.not_by_student(group.step) for completion in completed]
-        scores = await teacher.score(prompts, completions, self.loss.top_k)
+        scores = await teacher.score(prompts, completions, self.divergence.support)
         return group.drafts(completions, scores, self.skip_first)

@@ -30,5 +30,5 @@ class Sdft(Distillation):
     async def make(self, group: Group, student: Student, teacher: Teacher) -> list[Draft]:
         n = len(group.samples)
         completions = await student.complete([group.student_ids] * n, group.seeds)
-        scores = await teacher.score([group.teacher_prompt] * n, completions, self.losses[0].top_k)
+        scores = await teacher.score([group.teacher_prompt] * n, completions, self.divergence.support)
         return group.drafts(completions, scores, self.skip_first)

@@ -37,9 +37,24 @@ _FEEDBACK = (
 class PromptPair:
     """Token ids of one record's prompts; both end where the assistant's reply begins."""
 
-    student_ids: list[int]
-    teacher_ids: list[int] | None  # None: the record has nothing for a teacher
-    demonstration_ids: list[int] | None = None  # as a reply, with the token that ends it
+    student_ids: IntArray  # [P]
+    teacher_ids: IntArray | None  # [P]; None: the record has nothing for a teacher
+    demonstration_ids: IntArray | None = None  # [T], as a reply, with the token that ends it
+
+    @classmethod
+    def of(cls, student: list[int], teacher: list[int] | None, demonstration: list[int] | None = None) -> "PromptPair":
+        """Make a pair of a tokenizer's lists. Arrays take a ninth of their memory."""
+        return cls(
+            np.asarray(student, np.int32),
+            None if teacher is None else np.asarray(teacher, np.int32),
+            None if demonstration is None else np.asarray(demonstration, np.int32),
+        )
+
+    @property
+    def lists(self) -> list[list[int] | None]:
+        """The three fields as lists, for digests."""
+        every = (self.student_ids, self.teacher_ids, self.demonstration_ids)
+        return [None if ids is None else ids.tolist() for ids in every]
 
 
 class PromptBuilder:
@@ -241,10 +256,11 @@ def build_prompts(
     needed: dict[str, int] = {}
     for item in items:
         teacher_ids = builder.teacher(item)
+        student_ids = builder.student(item)
         reply_ids = None if max_demonstration_tokens is None else builder.demonstration(item)
-        pairs.append(PromptPair(builder.student(item), teacher_ids, reply_ids))
+        pairs.append(PromptPair.of(student_ids, teacher_ids, reply_ids))
         for part, ids, key, limit in (
-            ("prompt", pairs[-1].student_ids, "data.max_prompt_tokens", max_prompt_tokens),
+            ("prompt", student_ids, "data.max_prompt_tokens", max_prompt_tokens),
             ("teacher's prompt", teacher_ids or [], "data.max_teacher_prompt_tokens", max_teacher_prompt_tokens),
             ("demonstration", reply_ids or [], "sampling.max_new_tokens", max_demonstration_tokens or 0),
         ):
@@ -264,9 +280,8 @@ def check_ids(items: Sequence[Record], pairs: Sequence[PromptPair], rows: int | 
     if rows is None:
         return
     for item, pair in zip(items, pairs, strict=True):
-        largest = max(
-            max(ids, default=0) for ids in (pair.student_ids, pair.teacher_ids, pair.demonstration_ids) if ids
-        )
+        every = (pair.student_ids, pair.teacher_ids, pair.demonstration_ids)
+        largest = max(int(ids.max(initial=0)) for ids in every if ids is not None)
         if largest >= rows:
             raise UserError(
                 f"{item.where}: the tokenizer gives token {largest}, and the model's embedding has rows for tokens 0 "
@@ -284,7 +299,7 @@ def text_prompts(tokenizer: "PreTrainedTokenizerBase", items: Sequence[Record], 
                 f"{item.where}: the text has {len(ids)} tokens, and a text must have 2 to {limit} "
                 f"(data.max_teacher_prompt_tokens); split the text, or join it with another"
             )
-        pairs.append(PromptPair(ids, None))
+        pairs.append(PromptPair.of(ids, None))
     return pairs
 
 

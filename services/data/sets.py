@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from sdft.actors.shared.types import IntArray
 from sdft.services.config.sections import EvaluationSet
 from sdft.services.data.contexts import PromptPair
 from sdft.services.data.demonstrations import Record
@@ -20,8 +23,10 @@ class LoadedSet:
     @property
     def has_teacher(self) -> bool:
         """Whether every question has a teacher prompt that differs from the student's."""
-        return all(p.teacher_ids not in (None, p.student_ids) for p in self.prompts)
+        return all(p.teacher_ids is not None and not np.array_equal(p.teacher_ids, p.student_ids) for p in self.prompts)
 
-    def prompts_of(self, metric: str) -> list[list[int] | None]:
-        """Return the prompts, as token ids, for the metric STUDENT_ACCURACY or TEACHER_ACCURACY."""
-        return [p.student_ids if metric == STUDENT_ACCURACY else p.teacher_ids for p in self.prompts]
+    def prompts_of(self, metric: str) -> list[IntArray]:
+        """Return the prompts for the metric STUDENT_ACCURACY or TEACHER_ACCURACY."""
+        if metric == STUDENT_ACCURACY:
+            return [p.student_ids for p in self.prompts]
+        return [p.teacher_ids for p in self.prompts if p.teacher_ids is not None]

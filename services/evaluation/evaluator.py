@@ -70,7 +70,7 @@ class Evaluator:
         if not s.pass_at:
             return []
         requests = [
-            GenerateRequest(np.asarray(ids, dtype=np.int32), seed_of(f"{s.name}/{question.id}/{i}"))
+            GenerateRequest(ids, seed_of(f"{s.name}/{question.id}/{i}"))
             for question, ids in zip(loaded.questions, loaded.prompts_of(metric), strict=True)
             for i in range(s.sampled)
         ]
@@ -86,7 +86,7 @@ class Evaluator:
         ]
 
     async def _perplexity(self, pool: EnginePool, loaded: LoadedSet, step: int, stage: int) -> EvalResult:
-        texts = [np.asarray(p.student_ids, dtype=np.int32) for p in loaded.prompts]
+        texts = [p.student_ids for p in loaded.prompts]
         self._say(f"{loaded.settings.name}: {len(texts)} texts")
         scores = await pool.score([(ids[:1], ids[1:]) for ids in texts], 1)
         logprobs = np.concatenate([s.sampled for s in scores]).astype(np.float64)
@@ -99,7 +99,7 @@ class Evaluator:
         self, pool: EnginePool, loaded: LoadedSet, metric: str, step: int, stage: int
     ) -> tuple[EvalResult, list[Reply]]:
         s = loaded.settings
-        requests = [GenerateRequest(np.asarray(ids, dtype=np.int32)) for ids in loaded.prompts_of(metric)]
+        requests = [GenerateRequest(ids) for ids in loaded.prompts_of(metric)]
         self._say(f"{_asked(s.name, metric)}: {len(requests)} questions")
         rollouts = await pool.generate(requests, Sampling(s.max_new_tokens, temperature=0.0))
         texts = list(map(self._text, rollouts))

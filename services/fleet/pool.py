@@ -9,7 +9,7 @@ Joining: start, load and verify the newest weights, serve. Leaving: take no more
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.exceptions import RayError
 
@@ -24,6 +24,8 @@ from sdft.services.fleet.dispatch import Slots
 from sdft.services.fleet.engine import EngineLost, Patience, SupervisedEngine
 from sdft.services.fleet.versions import Versions
 
+T = TypeVar("T")
+Work = Coroutine[Any, Any, list[T]]  # results, one per item, in the order of the items
 SOONEST_S = 1.0  # shortest delay before a pool below its least size retries
 PLACED_S = 60.0  # a notice follows if Ray has not placed an engine by then; a new node may take that long
 
@@ -105,39 +107,35 @@ class EnginePool:
         """Return the share of the engines' room in use since the last call, 0 to 1."""
         return self._slots.busy()
 
-    async def generate(
-        self, requests: Sequence[GenerateRequest], sampling: Sampling, limited: bool = True
-    ) -> list[Rollout]:
+    def generate(self, requests: Sequence[GenerateRequest], sampling: Sampling, limited: bool = True) -> Work[Rollout]:
         """Return one rollout per request, in the order of the requests.
 
         limited: TimeoutError after settings.batch_s. If False, a streamed pool leaves the limit to the caller; a strict
         pool limits each attempt anyway.
         """
-        return await self._spread("generate", requests, sampling, limited)
+        return self._spread("generate", requests, sampling, limited)
 
-    async def score(
-        self, pairs: Sequence[tuple[IntArray, IntArray]], k: int, limited: bool = True
-    ) -> list[TeacherScores]:
+    def score(self, pairs: Sequence[tuple[IntArray, IntArray]], k: int, limited: bool = True) -> Work[TeacherScores]:
         """Return teacher scores with the top k, one per (teacher prompt, completion) pair, in order.
 
         limited: as in `generate`.
         """
-        return await self._spread("score", pairs, k, limited)
+        return self._spread("score", pairs, k, limited)
 
-    async def complete(
+    def complete(
         self, requests: Sequence[GenerateRequest], sampling: Sampling, limited: bool = True
-    ) -> list[Completion]:
+    ) -> Work[Completion]:
         """As `generate`; the rollouts stay where they were made."""
-        return await self._spread("complete", requests, sampling, limited)
+        return self._spread("complete", requests, sampling, limited)
 
-    async def score_completions(
+    def score_completions(
         self, items: Sequence[tuple[IntArray, Completion]], k: int, limited: bool = True
-    ) -> list[Scores]:
+    ) -> Work[Scores]:
         """As `score`, for (teacher prompt, completion) pairs; the scores stay where they were made.
 
         Raises CompletionLost if a completion was lost with the engine that made it.
         """
-        return await self._spread("score_completions", items, k, limited)
+        return self._spread("score_completions", items, k, limited)
 
     async def update_weights(self, snapshot: Snapshot) -> list[UpdateReport]:
         """Update every engine to a snapshot, while `versions` offers it; each engine verifies it.
@@ -275,16 +273,21 @@ class EnginePool:
     def _engines_now(self) -> str:
         return f"{len(self._engines)} {self.settings.name} engine{'' if len(self._engines) == 1 else 's'}"
 
-    async def _spread(self, method: str, items: Sequence[Any], argument: Any, limited: bool) -> list[Any]:
+    def _spread(self, method: str, items: Sequence[Any], argument: Any, limited: bool) -> Work[Any]:
+        """Return a coroutine, as its callers do: each frame that awaits costs memory and time for every sample."""
         if self.settings.strict:
-            return await self._shares(method, items, argument)
+            return self._shares(method, items, argument)
         if len(items) == 1 and not limited:
-            return [await self._one(method, items[0], argument)]
-        work = all_of([self._one(method, item, argument) for item in items])
-        if not limited:
-            return await work
-        what = f"the {self.settings.name} engines to {method} {len(items)} sequences"
-        return await within(work, self.settings.batch_s, what)
+            return self._one(method, items, argument)
+        return self._each(method, items, argument, limited)
+
+    async def _each(self, method: str, items: Sequence[Any], argument: Any, limited: bool) -> list[Any]:
+        """Each item by itself, from an engine with room."""
+        work = all_of([self._one(method, [item], argument) for item in items])
+        if limited:
+            what = f"the {self.settings.name} engines to {method} {len(items)} sequences"
+            work = within(work, self.settings.batch_s, what)
+        return [result for (result,) in await work]
 
     async def _shares(self, method: str, items: Sequence[Any], argument: Any) -> list[Any]:
         """Contiguous, equal shares: the assignment depends only on the numbers of items and engines."""
@@ -297,12 +300,12 @@ class EnginePool:
         ]
         return [result for part in await all_of(calls) for result in part]
 
-    async def _one(self, method: str, item: Any, argument: Any) -> Any:
+    async def _one(self, method: str, item: Sequence[Any], argument: Any) -> list[Any]:
         """The result for one item from an engine with room; another engine repeats it if that one is lost."""
         while True:
             engine = await self._slots.take()
             try:
-                (result,) = await engine.attempt(method, [item], argument)
+                result: list[Any] = await engine.attempt(method, item, argument)
             except EngineLost:
                 continue
             finally:

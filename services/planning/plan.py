@@ -150,7 +150,7 @@ def engine_settings(config: RunConfig, model: Path, pool: str) -> EngineSettings
         dtype=config.dtype,
         device=config.device,
         max_model_len=max_model_len,
-        max_logprobs=max(loss.top_k for task in config.tasks for loss in task.method.losses),
+        max_logprobs=max(loss.divergence.support for task in config.tasks for loss in task.method.losses),
         max_num_seqs=e.max_num_seqs,
         hold_batches=config.strict,
         exclusive=config.strict and e.most == 1,

@@ -105,7 +105,7 @@ def _prepared(
         )
     first = SAMPLE if sources[0].grows else sources[0].records[0]
     end = builders[0].end(first).token_id
-    check_ids([first], [PromptPair([end], None)], rows)
+    check_ids([first], [PromptPair.of([end], None)], rows)
     shape = ModelShape.of(model, headers, config.learner.lora)
     longest = [
         stage.config.data.max_prompt_tokens if stage.source.grows else max(len(p.student_ids) for p in stage.prompts)

@@ -79,8 +79,8 @@ class Prepared:
 
         A source that has no record yet gives the tokens of SAMPLE.
         """
-        first = [p.teacher_ids or p.student_ids for p in self.stages[0].prompts[:32]] or [self.sample_ids]
-        return np.asarray(max(first, key=len)[:PROBE_TOKENS], dtype=np.int32)
+        first = [p.student_ids if p.teacher_ids is None else p.teacher_ids for p in self.stages[0].prompts[:32]]
+        return max(first or [np.asarray(self.sample_ids, np.int32)], key=len)[:PROBE_TOKENS]
 
     def at(self, step: int) -> Stage:
         """Return the stage of optimizer step `step`; the first stage for step 0."""

@@ -22,7 +22,7 @@ def write_batch(run_dir: Path, step: int, sequences: Sequence[TrainingSequence])
     spans = [(span.version, span.start, span.end) for s in sequences for span in s.spans]
     scores = [s.teacher for s in sequences if s.teacher is not None]
     arrays = {
-        "sample": np.array([(s.sample.stage, s.sample.epoch, s.sample.index, s.sample.generation) for s in sequences]),
+        "sample": np.array([s.sample for s in sequences]),
         "lengths": np.array([len(s) for s in sequences]),
         "token_ids": np.concatenate([s.token_ids for s in sequences]),
         "loss_mask": np.concatenate([s.loss_mask for s in sequences]),

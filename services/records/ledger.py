@@ -62,9 +62,11 @@ class Accounts:
 
     def advance(self, samples: Sequence[SampleId], state: str) -> None:
         before = BEFORE[state]
-        wrong = sum(self._open.get(s) != before for s in samples)
+        wrong = [s for s in samples if self._open.get(s) != before]
         if wrong:
-            raise LedgerError(f"{wrong} of {len(samples)} samples cannot become {state}, because they are not {before}")
+            raise LedgerError(
+                f"{len(wrong)} of {len(samples)} samples cannot become {state}, because they are not {before}"
+            )
         for s in samples:
             self._counts[s.stage, s.epoch, before] -= 1
             self._counts[s.stage, s.epoch, state] += 1
@@ -123,7 +125,7 @@ class Ledger:
         drawn: the records of a growing source that the samples belong to.
         """
         try:
-            self._write([(*_key(s), "issued", step) for s in samples], map(astuple, drawn))
+            self._write([(*s, "issued", step) for s in samples], map(astuple, drawn))
         except sqlite3.IntegrityError as error:
             raise LedgerError(f"step {step}: a sample would be issued a second time ({error})") from error
         self._accounts.issue(samples)
@@ -209,7 +211,7 @@ class Ledger:
 
     def _write(self, issued: Iterable[tuple[object, ...]] = (), drawn: Iterable[tuple[object, ...]] = ()) -> None:
         """Write pending moves, newly issued samples and their records to the file in one transaction."""
-        moves = [(*move, *_key(s)) for s, move in self._moves.items()]
+        moves = [(*move, *s) for s, move in self._moves.items()]
         with self._db:
             self._db.executemany(
                 "UPDATE samples SET state = ?, tokens = COALESCE(?, tokens), reason = ?"
@@ -247,7 +249,3 @@ def read_drawn(path: Path, stage: int) -> list[Drawn]:
             return []
         rows = ledger.execute(f"SELECT * FROM records WHERE stage = ? AND {ended} ORDER BY idx", (stage,))
         return [Drawn(*row) for row in rows]
-
-
-def _key(sample: SampleId) -> tuple[int, int, int, int]:
-    return sample.stage, sample.epoch, sample.index, sample.generation

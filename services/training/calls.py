@@ -13,7 +13,7 @@ from sdft.actors.shared.drafts import Completion, CompletionLost, Draft, Scores,
 from sdft.actors.shared.sequences import TrainingSequence
 from sdft.actors.shared.types import GenerateRequest, IntArray, Sampling
 from sdft.learner.group import SequencesLost
-from sdft.services.fleet.pool import EnginePool
+from sdft.services.fleet.pool import EnginePool, Work
 from sdft.services.training.joined import Joined
 
 Kind = tuple[Literal["student", "teacher", "score"], int]  # what is called, and the k of scores
@@ -55,11 +55,9 @@ class EngineCalls:
         self._joined: Joined[Kind] | None = Joined(groups, self._call) if strict else None
         self.sampled = self.ready = self.scored = now()  # ends of the last call of a kind; ready: of the last wait
 
-    async def of(self, group: int, kind: Kind, items: Sequence[Any]) -> list[Any]:
-        """Return the results of a group's items."""
-        if self._joined is not None:
-            return await self._joined.call(group, kind, items)
-        return await self._call(kind, list(items))
+    def of(self, group: int, kind: Kind, items: list[Any]) -> Work[Any]:
+        """Return the coroutine of the results of a group's items. Plain, as `complete`: there is one per sample."""
+        return self._call(kind, items) if self._joined is None else self._joined.call(group, kind, items)
 
     def done(self) -> None:
         """Note that a group makes no more calls."""
@@ -96,9 +94,9 @@ class GroupStudent:
     def __init__(self, calls: EngineCalls, group: int) -> None:
         self._calls, self._group = calls, group
 
-    async def complete(self, prompts: Sequence[IntArray], seeds: Sequence[int]) -> list[Completion]:
+    def complete(self, prompts: Sequence[IntArray], seeds: Sequence[int]) -> Work[Completion]:
         requests = [GenerateRequest(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-        return await self._calls.of(self._group, (self.role, 0), requests)
+        return self._calls.of(self._group, (self.role, 0), requests)
 
     async def tokens(self, completions: Sequence[Completion]) -> list[IntArray]:
         rollouts = await held.fetched([completion.rollout for completion in completions])
@@ -115,6 +113,6 @@ class GroupTeacher(GroupStudent):
         super().__init__(calls, group)
         self._before_scores = before_scores
 
-    async def score(self, prompts: Sequence[IntArray], completions: Sequence[Completion], k: int) -> list[Scores]:
+    def score(self, prompts: Sequence[IntArray], completions: Sequence[Completion], k: int) -> Work[Scores]:
         self._before_scores()
-        return await self._calls.of(self._group, ("score", k), list(zip(prompts, completions, strict=True)))
+        return self._calls.of(self._group, ("score", k), list(zip(prompts, completions, strict=True)))

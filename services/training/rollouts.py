@@ -16,10 +16,8 @@ from functools import partial
 from itertools import groupby
 from typing import TypeVar
 
-import numpy as np
-
 from sdft.actors.shared.drafts import CompletionLost, Draft
-from sdft.actors.shared.types import IntArray, SampleId, Sampling
+from sdft.actors.shared.types import SampleId, Sampling
 from sdft.actors.shared.waiting import all_of, cancelled, within
 from sdft.services.algorithms.base import Group
 from sdft.services.base.errors import RunFailed
@@ -177,9 +175,9 @@ class Rollouts:
         made = await (make() if self._prepared.config.strict else _retried(make))
         calls.done()
         self._mark_sampled(group)
-        tokens: dict[SampleId, int] = defaultdict(int)
+        tokens: dict[SampleId, int] = {}
         for draft in made:
-            tokens[draft.sample] += draft.sampled_tokens
+            tokens[draft.sample] = tokens.get(draft.sample, 0) + draft.sampled_tokens
         # A group that is made again may have been scored before, and samples of it dropped.
         new = [sample for sample in group.samples if self._ledger.state(sample) == "sampled"]
         kept = [sample for sample in new if sample in tokens]
@@ -209,18 +207,14 @@ async def _retried(make: Callable[[], Awaitable[T]]) -> T:
 
 def _groups(step: int, stage: Stage, ids: list[SampleId]) -> Iterator[Group]:
     """Yield the groups of a batch: the samples of one record each."""
-    for (_, _, index), of_record in groupby(ids, key=lambda s: (s.stage, s.epoch, s.index)):
-        samples, pair = tuple(of_record), stage.prompts[index]
+    for (_, _, record), of_record in groupby(ids, key=lambda s: s[:3]):
+        samples, pair = tuple(of_record), stage.prompts[record]
         yield Group(
             step=step,
             samples=samples,
             seeds=tuple(sample_seed(stage.config.seed, sample) for sample in samples),
-            student_ids=_array(pair.student_ids),
-            teacher_ids=None if pair.teacher_ids is None else _array(pair.teacher_ids),
-            demonstration_ids=None if pair.demonstration_ids is None else _array(pair.demonstration_ids),
-            contexts=stage.contexts(index),
+            student_ids=pair.student_ids,
+            teacher_ids=pair.teacher_ids,
+            demonstration_ids=pair.demonstration_ids,
+            contexts=stage.contexts(record),
         )
-
-
-def _array(ids: list[int]) -> IntArray:
-    return np.asarray(ids, dtype=np.int32)

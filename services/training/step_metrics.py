@@ -38,7 +38,7 @@ def step_metrics(
     if strict:
         waited -= sum(batch.times.seconds.values())
         synced += batch.times.seconds["sync"]
-    drafts = batch.drafts
+    drafts, staleness = batch.drafts, batch.staleness
     completion_tokens = sum(draft.sampled_tokens for draft in drafts)
     return StepMetrics(
         step=batch.step,
@@ -53,8 +53,8 @@ def step_metrics(
         completion_tokens=completion_tokens,
         student_version=max(draft.newest_version for draft in drafts),
         teacher_version=min((v for draft in drafts if (v := draft.teacher_version) is not None), default=0),
-        staleness_mean=float(np.mean(batch.staleness)),
-        staleness_max=max(batch.staleness),
+        staleness_mean=float(np.mean(staleness)),
+        staleness_max=max(staleness),
         mismatch_kl=result.mismatch_kl,
         tail_mass=result.tail_mass,
         time_rollout_s=batch.times.seconds["rollout"],

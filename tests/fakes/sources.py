@@ -6,4 +6,4 @@ from sdft.services.data.sources.fixed import FixedSource
 
 def numbered(count: int) -> FixedSource:
     """Return a fixed source of so many records; prompt i is the token i."""
-    return FixedSource("numbered", [], [PromptPair([i], [i]) for i in range(count)])
+    return FixedSource("numbered", [], [PromptPair.of([i], [i]) for i in range(count)])

@@ -70,11 +70,11 @@ def test_an_own_algorithm_shows_the_teacher_what_the_run_made(
     contexts = prepare(load_config(config), config).stages[0].contexts
     sequences = read_batch(run_dir, 1)
     by_sample = {s.sample: s for s in sequences}
-    assert Counter(s.sample.index for s in sequences) == dict.fromkeys({s.sample.index for s in sequences}, 2)
+    assert Counter(s.sample.record for s in sequences) == dict.fromkeys({s.sample.record for s in sequences}, 2)
     for sequence in sequences:
         sample = sequence.sample
-        (sibling,) = (s for key, s in by_sample.items() if key.index == sample.index and key != sample)
-        context = contexts(sample.index)
+        (sibling,) = (s for key, s in by_sample.items() if key.record == sample.record and key != sample)
+        context = contexts(sample.record)
         taught(base, context.teacher(demonstration=context.text(sibling.completions[0])).tolist(), sequence)
 
 
@@ -104,5 +104,5 @@ def test_recall_learns_demonstrations_and_keeps_the_first_model(both: tuple[Path
     text = AutoTokenizer.from_pretrained(tiny_model)
     for sequence in sequences:
         prompt, reply = (text.decode(ids) for ids in (sequence.prompt_ids, sequence.completions[0]))
-        assert (f"The number is {sequence.sample.index}." in reply) == (sequence.teacher is None)
+        assert (f"The number is {sequence.sample.record}." in reply) == (sequence.teacher is None)
         assert any(line in prompt for line in GENERAL) == (sequence.teacher is not None)

@@ -194,7 +194,7 @@ def test_sft_trains_on_the_demonstrations_own_tokens(stream: Stream, tiny_model:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     losses = []
     for sample in read_batch(run_dir, 1):
-        assert f"The number is {sample.sample.index}." in AutoTokenizer.from_pretrained(tiny_model).decode(
+        assert f"The number is {sample.sample.record}." in AutoTokenizer.from_pretrained(tiny_model).decode(
             sample.completions[0]
         )
         own = torch.tensor(sample.completions[0]).long()[:, None]
@@ -215,9 +215,10 @@ def test_off_policy_trains_on_what_the_teacher_samples(stream: Stream, tiny_mode
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     prompts = prepare(load_config(config), config).stages[0].prompts
     for sample in read_batch(run_dir, STEPS + 1):
-        pair, completion = prompts[sample.sample.index], sample.completions[0]
-        assert sample.prompt_ids.tolist() == pair.student_ids
-        rows = logprobs(model, np.asarray(pair.teacher_ids), completion)
+        pair, completion = prompts[sample.sample.record], sample.completions[0]
+        assert sample.prompt_ids.tolist() == pair.student_ids.tolist()
+        assert pair.teacher_ids is not None
+        rows = logprobs(model, pair.teacher_ids, completion)
         own = rows.gather(1, torch.tensor(completion).long()[:, None])[:, 0]
         np.testing.assert_allclose(taught(sample).sampled, own[sample.loss_mask[-len(own) :]], atol=1e-4)
     rows = read_jsonl(run_dir / "metrics.jsonl")[STEPS:]

@@ -76,7 +76,8 @@ def check(config: Config, overrides: Overrides = None) -> None:
     from sdft.services.planning.prepare import prepare
 
     prepared = prepare(load_config(config, overrides or []), config)
-    longest = max((len(p.teacher_ids or []) for stage in prepared.stages for p in stage.prompts), default=0)
+    prompts = [p.teacher_ids for stage in prepared.stages for p in stage.prompts if p.teacher_ids is not None]
+    longest = max(map(len, prompts), default=0)
     print(f"{config}: valid; the longest teacher prompt has {longest} tokens")
     print(*dtype_lines(prepared.config), *reply_lines(prepared), *stage_lines(prepared), sep="\n")
     print(f"evaluation: {', '.join(s.settings.name for s in prepared.sets) or 'none'}")

@@ -52,7 +52,7 @@ class PromptSource(ABC):
     def digest(self, index: int) -> str:
         """Return the identity of a record: a digest of the token ids of its prompts, 32 hex digits."""
         pair = self.prompts[index]
-        ids = json.dumps([pair.student_ids, pair.teacher_ids, pair.demonstration_ids])
+        ids = json.dumps(pair.lists)
         return hashlib.sha256(ids.encode()).hexdigest()[:32]
 
     async def wait(self, count: int, timeout_s: float) -> None:

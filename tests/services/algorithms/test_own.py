@@ -88,7 +88,8 @@ def test_an_override_completes_the_short_form_of_a_method(tmp_path: Path) -> Non
     path = tmp_path / "my.yaml"
     path.write_text(json.dumps(LEAST | {"method": "off_policy"}))
     loaded = load_config(path, ["method.skip_first=1", "method.divergence.top_k=8"])
-    assert (loaded.method.type, loaded.method.skipped, loaded.method.losses[0].top_k) == ("off_policy", 1, 8)
+    (loss,) = loaded.method.losses
+    assert (loaded.method.type, loaded.method.skipped, loss.divergence.support) == ("off_policy", 1, 8)
 
 
 class Texts:
@@ -144,7 +145,7 @@ def test_samples_without_a_sequence_are_dropped_and_siblings_see_each_other(tmp_
 
     batch, counts = virtual_time.run(run())
     by_sample = {draft.sample: draft for draft in batch.drafts}
-    siblings = {s: replace(s, generation=1 - s.generation) for s in by_sample}
+    siblings = {s: s._replace(generation=1 - s.generation) for s in by_sample}
     assert 0 < len(batch.drafts) < 16
     assert all(
         by_sample[other].turns[-1].completion.finish_reason == "stop"

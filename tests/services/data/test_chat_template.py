@@ -179,7 +179,7 @@ def test_chat_templates_without_a_default_are_named(tiny_model: Path) -> None:
 
 
 def test_a_token_without_a_row_in_the_embedding_is_an_error() -> None:
-    pairs = [PromptPair([1, 511], None, [3]), PromptPair([1], [512])]
+    pairs = [PromptPair.of([1, 511], None, [3]), PromptPair.of([1], [512])]
     check_ids([record()] * 2, pairs, 513)
     check_ids([record()] * 2, pairs, None)
     with pytest.raises(UserError, match=r"train\.jsonl:7: the tokenizer gives token 512, .*tokens 0 to 511 only"):

@@ -54,7 +54,7 @@ def test_a_demonstration_as_a_reply_ends_with_the_token_that_ends_a_reply(tokeni
     builder = PromptBuilder(tokenizer, "paper", tmp_path, None)
     (pair,) = build_prompts(builder, [item()], 100, 200, 50)
     assert pair.demonstration_ids is not None
-    assert tokenizer.decode(pair.student_ids + pair.demonstration_ids) == turns(("user", "Why {x}?")) + (
+    assert tokenizer.decode([*pair.student_ids, *pair.demonstration_ids]) == turns(("user", "Why {x}?")) + (
         "Because {{ y }}." + tokenizer.eos_token
     )
     with pytest.raises(
@@ -192,8 +192,9 @@ def test_prompts_come_in_order_and_without_demonstration_there_is_no_teacher(tok
     builder = PromptBuilder(tokenizer, "turn", tmp_path, None)
     question = Record("q", (Message(role="user", content="Q"),), None, None, None, "A", "eval.jsonl:1")
     pairs = build_prompts(builder, [item(), question], 1000, 1000)
-    assert pairs[0].student_ids == builder.student(item())
-    assert pairs[0].teacher_ids == builder.teacher(item())
+    assert pairs[0].student_ids.tolist() == builder.student(item())
+    assert pairs[0].teacher_ids is not None
+    assert pairs[0].teacher_ids.tolist() == builder.teacher(item())
     assert pairs[1].teacher_ids is None
 
 

@@ -37,7 +37,7 @@ def build(records: Sequence[Record]) -> list[PromptPair]:
         text = f"{record.messages[-1]['content']}{record.demonstration}"
         if len(text) > 20:
             raise UserError(f"{record.where}: too long\nshorten it")
-        pairs.append(PromptPair(list(text.encode()), None))
+        pairs.append(PromptPair.of(list(text.encode()), None))
     return pairs
 
 
@@ -225,12 +225,12 @@ def test_a_growing_source_is_drawn_in_order_in_whole_batches_and_a_last_short_on
     assert schedule.last is None
     assert not schedule.end_is_known
     assert [schedule.is_ready(step) for step in (4, 5)] == [True, False]
-    assert Counter((s.epoch, s.index) for s in schedule.batch(4)) == {(0, i): 2 for i in range(4)}
+    assert Counter((s.epoch, s.record) for s in schedule.batch(4)) == {(0, i): 2 for i in range(4)}
     append(log, row(5), CLOSE)
     assert [schedule.is_ready(step) for step in (5, 6)] == [True, False]
     assert schedule.last == 5
     assert schedule.end_is_known
-    assert [s.index for s in schedule.batch(5)] == [4, 4, 5, 5]
+    assert [s.record for s in schedule.batch(5)] == [4, 4, 5, 5]
     assert [schedule.issued_through(step) for step in (3, 4, 5)] == [{}, {(0, 0): 8}, {(0, 0): 12}]
     assert [(d.index, d.where) for d in schedule.drawn(5)] == [(4, f"{log}:5"), (5, f"{log}:6")]
 

@@ -127,7 +127,7 @@ class Letters:
 def test_pass_at_k_grows_with_k_and_does_not_depend_on_the_step() -> None:
     settings = EvaluationSet(name="letters", file="f", grader="exact", pass_at=(1, 4, 16), pass_samples=64)
     questions = [Record(f"q{i}", (Message(role="user", content="?"),), None, None, None, "A", "f:1") for i in range(50)]
-    loaded = LoadedSet(settings, questions, [PromptPair([1], None)] * 50)
+    loaded = LoadedSet(settings, questions, [PromptPair.of([1], None)] * 50)
     evaluator = Evaluator(Letters(), 60, print)
 
     def results(step: int) -> dict[str, float]:
@@ -152,7 +152,7 @@ def test_the_teacher_is_asked_as_often_as_the_student_with_its_own_prompt() -> N
 
     settings = EvaluationSet(name="letters", file="f", grader="exact", pass_at=(1, 4), pass_samples=8)
     question = Record("q", (Message(role="user", content="?"),), None, None, None, "A", "f:1")
-    shown, alone = (LoadedSet(settings, [question], [PromptPair([1], ids)]) for ids in ([2, 1], None))
+    shown, alone = (LoadedSet(settings, [question], [PromptPair.of([1], ids)]) for ids in ([2, 1], None))
     said: list[str] = []
     rows = asyncio.run(
         Evaluator(Letters(), 60, said.append).teachers(cast(EnginePool, Leading()), [alone, shown], 0, 0)

@@ -46,7 +46,7 @@ def test_epochs_train_on_every_demonstration_as_often_as_every_other() -> None:
     assert schedule.last == 8  # 30 prompts in batches of 4, the last of 2
     issued = [s for step in range(1, 9) for s in schedule.batch(step)]
     assert len(issued) == len(set(issued)) == 60
-    assert {(s.epoch, s.index, s.generation) for s in issued} == {
+    assert {(s.epoch, s.record, s.generation) for s in issued} == {
         (e, i, g) for e in range(3) for i in range(10) for g in range(2)
     }
     assert [s.epoch for s in issued] == sorted(s.epoch for s in issued)
@@ -69,7 +69,7 @@ def test_an_audit_checks_each_epoch() -> None:
 def test_the_order_changes_with_the_epoch_and_the_seed_and_nothing_else() -> None:
     def orders(seed: int) -> list[list[int]]:
         schedule = StageSchedule(numbered(50), 50, 1, seed, limit=100)
-        return [[s.index for s in schedule.batch(step)] for step in (1, 2)]
+        return [[s.record for s in schedule.batch(step)] for step in (1, 2)]
 
     assert orders(0) == orders(0)
     assert orders(0)[0] != orders(0)[1]
@@ -80,7 +80,7 @@ def test_the_order_of_an_epoch_is_computed_once() -> None:
     """The order of an epoch is computed once. Computing it for each sample would take 60 ms per sample."""
     schedule = StageSchedule(numbered(100_000), 2000, 1, 0, limit=100_000)
     _order.cache_clear()
-    assert len({s.index for s in schedule.batch(1)}) == 2000
+    assert len({s.record for s in schedule.batch(1)}) == 2000
     assert _order.cache_info().misses == 1
 
 

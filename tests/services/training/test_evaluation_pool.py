@@ -34,7 +34,7 @@ def test_it_evaluates_every_set_with_the_weights_of_the_step_and_nothing_else(tm
     one = prepared(case, 8)
     evaluation = EvaluationConfig.model_validate({"every": 2, "sets": [GENERAL]})
     question = Record("q", ({"role": "user", "content": "?"},), None, None, None, "right", "f:1")
-    sets = [LoadedSet(s, [question], [PromptPair([1], None)]) for s in evaluation.sets]
+    sets = [LoadedSet(s, [question], [PromptPair.of([1], None)]) for s in evaluation.sets]
     settings = one.config.model_copy(update={"evaluation": evaluation})
     one = replace(one, config=settings, common=sets, tokenizer=Tokens())
     with (tmp_path / "log").open("w") as said:

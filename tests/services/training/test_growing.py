@@ -48,7 +48,7 @@ class Arriving(GrowingSource):
 
 
 def build(records: Sequence[Record]) -> list[PromptPair]:
-    return [PromptPair([int(record.messages[0]["content"])], [1]) for record in records]
+    return [PromptPair.of([int(record.messages[0]["content"])], [1]) for record in records]
 
 
 def run_of(name: str, staleness: int = 0, **training: Any) -> Prepared:

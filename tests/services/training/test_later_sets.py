@@ -43,7 +43,7 @@ class Staged(Learner):
 
 def loaded(settings: EvaluationSet) -> LoadedSet:
     question = Record("q", ({"role": "user", "content": "?"},), "It is right.", None, None, "right", "f:1")
-    return LoadedSet(settings, [question], [PromptPair([1], [2, 1])])
+    return LoadedSet(settings, [question], [PromptPair.of([1], [2, 1])])
 
 
 def run_of(stages: int, sets: Sequence[EvaluationSet]) -> Prepared:

@@ -122,7 +122,7 @@ def trained(run_dir: Path, action: str) -> None:
     questions = [
         Record(f"q{i}", ({"role": "user", "content": "?"},), None, None, None, "right", "f:1") for i in range(10)
     ]
-    sets = [LoadedSet(s, questions, [PromptPair([1], None)] * 10) for s in guarded.evaluation.sets]
+    sets = [LoadedSet(s, questions, [PromptPair.of([1], None)] * 10) for s in guarded.evaluation.sets]
     settings = one.config.model_copy(
         update={
             "evaluation": guarded.evaluation,

@@ -115,7 +115,7 @@ def test_steps_are_counted_through_the_stages_and_every_sample_belongs_to_one() 
         assert schedule.issued_through(step) == issued
     assert issued[1, 0] == issued[1, 1] == 14  # 7 demonstrations, 2 rollouts each
     assert schedule.at(0).stage == 0
-    assert Counter(s.index for step in range(4, 8) for s in schedule.batch(step)) == dict.fromkeys(range(7), 4)
+    assert Counter(s.record for step in range(4, 8) for s in schedule.batch(step)) == dict.fromkeys(range(7), 4)
 
 
 def test_nothing_of_a_stage_is_begun_before_it_is_open(tmp_path: Path) -> None:
