@@ -10,6 +10,7 @@ not on the order in which they happen to run: a strict run has the same bits eve
 
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable, Sequence
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -55,9 +56,9 @@ class Joined(Generic[K]):
         try:
             for kind in dict.fromkeys(kind for kind, _, _ in calls.values()):
                 of_kind = [(items, result) for other, items, result in calls.values() if other == kind]
-                results = await self._run(kind, [item for items, _ in of_kind for item in items])
+                results = iter(await self._run(kind, [item for items, _ in of_kind for item in items]))
                 for items, result in of_kind:
-                    its, results = results[: len(items)], results[len(items) :]
+                    its = list(islice(results, len(items)))
                     if not result.done():
                         result.set_result(its)
         except BaseException as error:
