@@ -1,8 +1,10 @@
 """The extension that vLLM loads into its worker processes."""
 
 import sdft.actors.vllm.transfer  # noqa: F401  registers the weight transfer in the worker process
-from sdft.actors.vllm.compat import score_from
+from sdft.actors.vllm.compat import rotate_each_head, score_from
 from sdft.actors.vllm.scoring import first_row
+
+rotate_each_head()
 
 
 class WorkerExtension:

@@ -22,6 +22,13 @@ def dtype_lines(config: RunConfig) -> list[str]:
     ]
 
 
+def learner_lines(prepared: Prepared) -> list[str]:
+    """Return a line if the learner computes the sequences of a pack one by one."""
+    if prepared.alone is None:
+        return []
+    return [f"the learner computes sequences one by one, which is slower than in packs: {prepared.alone}"]
+
+
 def reply_lines(prepared: Prepared) -> list[str]:
     """Return a warning if a server without the chat template would not stop at the end of a reply."""
     end, folder = prepared.reply_end, prepared.model

@@ -1,6 +1,7 @@
 """Prepare a run from its configuration, before a process is started: model, data, prompts, schedule, plan."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,14 +57,15 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
         if s.judge is not None:
             check_judge(s.name, s.judge)
     model = resolve_model(config.model, base)
-    with examined(model, trains):
+    with examined(model, trains) as found:
         if trains:
-            check_trainable(model)
+            check_trainable(model, config.device, config.dtype)
         # Raises when the model or the cache is too short for the prompts.
         tokens = max(engine_settings(config, model, pool).max_model_len for pool in pools(config))
         if trains:
             check_positions(model, tokens)
-        return _prepared(config, path, model, loaded, common, begun)
+        prepared = _prepared(config, path, model, loaded, common, begun)
+    return replace(prepared, alone=found.alone)
 
 
 def _prepared(

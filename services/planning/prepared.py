@@ -62,6 +62,7 @@ class Prepared:
     plan: Plan
     begun: datetime  # local time; chat templates may write it into prompts
     sample_ids: list[int] = field(default_factory=list)  # prompt of SAMPLE, with the first stage's settings
+    alone: str | None = None  # why the learner computes sequences one by one, as the end of a sentence; None: it packs
 
     @property
     def schedule(self) -> Schedule:
