@@ -22,7 +22,7 @@ from sdft.learner.checkpoint.state import CHANGE, Piece, StateFiles, state_files
 from sdft.learner.compat import build_nothing, divided_masters, fragment, link_state, numel, reduce_nothing
 from sdft.learner.model.architecture import Untrainable
 from sdft.learner.model.faithful import unfaithful
-from sdft.learner.model.student import SelfDistillation, load_student
+from sdft.learner.model.student import SelfDistillation, load_student, tied_names
 from sdft.learner.optimizer import MASTER, TEACHER, AdamWWithTeacher, learning_rate, teacher_alpha
 from sdft.learner.packing import pack
 from sdft.learner.shares import Share, fetched
@@ -101,6 +101,11 @@ class LearnerEngine:
             self._adam.begin(p)
         if self._zero_stage in (1, 2):
             link_state(self._optimizer)
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """As tied_names of the student."""
+        return tied_names(self._engine.module.model)
 
     @property
     def divided(self) -> bool:

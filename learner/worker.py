@@ -128,7 +128,7 @@ class LearnerWorker:
 
         `written` returns when it is done. Steps may run meanwhile.
         """
-        from sdft.learner.weights.export import adapter_file, student_file
+        from sdft.learner.weights.export import adapter_file, student_files
 
         settings, out = self._engine.settings, Path(folder) / "student"
         files = self._engine.state(Path(folder))
@@ -139,7 +139,7 @@ class LearnerWorker:
         if self._publisher is not None and settings.config.lora is not None:
             files.append(adapter_file(Path(settings.model), weights, settings.config.lora, out))
         elif self._publisher is not None:
-            files.append(student_file(Path(settings.model), weights, out))
+            files += student_files(Path(settings.model), weights, self._engine.tied, out)
         self._saver.begin(files)
 
     @ray.method(concurrency_group=SAVING)

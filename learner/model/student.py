@@ -45,6 +45,13 @@ def load_student(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model.train()
 
 
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Return the further names of parameters, such as a tied head's, each with the name in named_parameters."""
+    own = {id(p): name for name, p in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: own[id(p)] for name, p in every if own[id(p)] != name}
+
+
 def without_dropout(model: nn.Module) -> None:
     """Set every dropout probability to 0, because rollouts are sampled without dropout.
 
