@@ -47,7 +47,7 @@ class LearnerEngine:
         student = load_student(Path(settings.model), self.dtype)
         if settings.rank == 0 and (reason := unfaithful(student)):
             raise Untrainable(f"{settings.model} cannot be trained: {reason}")
-        model = SelfDistillation(student, settings.stages[0].losses[0])
+        model = SelfDistillation(student, settings.stages[0].losses[0], settings.vocabulary)
         if settings.config.gradient_checkpointing:
             model.model.gradient_checkpointing_enable()
         self._lora = None

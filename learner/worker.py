@@ -68,7 +68,8 @@ class LearnerWorker:
         self._publisher = None
         if settings.rank == 0:
             node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
-            self._publisher = Publisher(Path(settings.model), self._engine.dtype, probe_ids, node)
+            model, dtype = Path(settings.model), self._engine.dtype
+            self._publisher = Publisher(model, dtype, probe_ids, node, settings.vocabulary)
             self._sender = transport_class(settings.transport).sender(settings.device, _own_address())
 
     def fetch(self, share: Share) -> list[SampleId]:

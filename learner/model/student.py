@@ -68,12 +68,16 @@ def without_dropout(model: nn.Module) -> None:
 
 
 class SelfDistillation(nn.Module):
-    """Map a packed micro-batch to its part of the loss."""
+    """Map a packed micro-batch to its part of the loss.
 
-    def __init__(self, model: PreTrainedModel, loss: LossConfig) -> None:
+    vocabulary: the number of the head's first rows that are tokens; None: all.
+    """
+
+    def __init__(self, model: PreTrainedModel, loss: LossConfig, vocabulary: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
+        self.vocabulary = vocabulary
 
     @property
     def head(self) -> nn.Linear:
@@ -86,14 +90,19 @@ class SelfDistillation(nn.Module):
         They are a plain tuple, which DeepSpeed can traverse.
         """
         states = hidden_states(self.model, batch.input_ids, batch.position_ids, batch.lengths, batch.predicting)
-        return divergence_loss(states, self.head.weight, self.head.bias, batch.targets, self.loss)
+        head = self.head
+        return divergence_loss(states, head.weight, head.bias, batch.targets, self.loss, self.vocabulary)
 
 
 class Probe(nn.Module):
-    """Compute the log-probs of one sequence under the weights passed with torch.func.functional_call."""
+    """Compute the log-probs of one sequence under the weights passed with torch.func.functional_call.
 
-    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+    vocabulary: the number of the head's first rows that are tokens; None: all.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype, vocabulary: int | None = None) -> None:
         super().__init__()
+        self.vocabulary = vocabulary
         config = AutoConfig.from_pretrained(path)
         with init_empty_weights():  # parameters on the meta device, buffers real: almost no memory
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PACKED)
@@ -103,7 +112,7 @@ class Probe(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Return the log-prob of every token of `ids` [N] after the first: [N - 1] float32."""
         states = hidden_states(self.model, ids, torch.arange(len(ids)), (len(ids),))
-        logits = self.model.get_output_embeddings()(states[:-1]).float()
+        logits = self.model.get_output_embeddings()(states[:-1]).float()[:, : self.vocabulary]
         return torch.log_softmax(logits, -1).gather(-1, ids[1:, None])[:, 0]
 
 

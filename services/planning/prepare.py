@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdft.services.base.errors import UserError
 from sdft.services.config.run import RunConfig, TaskConfig
 from sdft.services.config.sections import EvaluationSet
 from sdft.services.config.sinks import check_sinks
@@ -19,7 +20,7 @@ from sdft.services.data.contexts import (
 from sdft.services.data.demonstrations import Record, load_questions
 from sdft.services.data.schedule import make_schedule
 from sdft.services.data.sets import LoadedSet
-from sdft.services.data.tokenizer import load_tokenizer
+from sdft.services.data.tokenizer import load_tokenizer, vocabulary_of
 from sdft.services.grading.grade import answer_check
 from sdft.services.grading.judge import check_judge
 from sdft.services.planning.engines import check_own_engines
@@ -63,7 +64,10 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
         tokens = max(engine_settings(config, model, pool).max_model_len for pool in pools(config))
         if trains:
             check_positions(model, tokens)
-        return _prepared(config, path, model, loaded, common, begun)
+        prepared = _prepared(config, path, model, loaded, common, begun)
+        if trains:
+            _check_support(config, prepared.vocabulary)
+        return prepared
 
 
 def _prepared(
@@ -80,6 +84,7 @@ def _prepared(
     names = [s.name for s in config.stages] or [""]
     headers = read_headers(model)
     rows = embedding_rows(headers)  # every token id must be below it
+    vocabulary = vocabulary_of(tokenizer, rows)
     identity = (model / "config.json").read_bytes() + sample_of_weights(headers)  # of the model
     builders = [PromptBuilder(tokenizer, task.data.template, base, task.data.system, begun) for task in config.tasks]
     alone = [PromptBuilder(tokenizer, "none", base, task.data.system, begun) for task in config.tasks]
@@ -118,12 +123,23 @@ def _prepared(
         shape=shape,
         tokenizer=tokenizer,
         reply_end=end,
+        vocabulary=vocabulary,
         stages=tuple(stages),
         common=_sets(common, tokenizer, builders[0], stages[0].config, rows),
         plan=make_plan(config, shape, longest),
         begun=begun,
         sample_ids=builders[0].student(SAMPLE) if sources[0].grows else [],
     )
+
+
+def _check_support(config: RunConfig, vocabulary: int) -> None:
+    """UserError unless the teacher's top K are all tokens of the tokenizer."""
+    most = max(loss.divergence.support for task in config.tasks for loss in task.method.losses)
+    if most > vocabulary:
+        raise UserError(
+            f"method.divergence.top_k is {most}, and the tokenizer has {vocabulary} tokens; lower it to at most "
+            f"{vocabulary}"
+        )
 
 
 def _questions(sets: Sequence[EvaluationSet], base: Path) -> Questions:

@@ -57,6 +57,7 @@ class Prepared:
     shape: ModelShape
     tokenizer: "PreTrainedTokenizerBase"
     reply_end: int  # the token that ends a reply in the chat template; engines stop at it
+    vocabulary: int  # tokens of the tokenizer; engines and learner leave later rows of the head out
     stages: tuple[Stage, ...]
     common: list[LoadedSet]  # evaluation sets that belong to no stage
     plan: Plan
@@ -110,6 +111,7 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
         teacher=c.teacher_in_use,
         exclusive=c.strict and c.learner.ranks == 1,
         transport=c.weights.transport,
+        vocabulary=prepared.vocabulary,
     )
 
 
