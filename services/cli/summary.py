@@ -12,6 +12,16 @@ from sdft.services.planning.prepared import Prepared
 from sdft.services.records.rows import Reply, read_rows
 
 
+def model_lines(prepared: Prepared) -> list[str]:
+    """Return a line about the folder of the model if it is a dequantized copy."""
+    if prepared.quantized is None:
+        return []
+    return [
+        f"the weights in {prepared.quantized} are quantized; the run begins with their dequantized copy in "
+        f"{prepared.model}"
+    ]
+
+
 def dtype_lines(config: RunConfig) -> list[str]:
     """Return a warning if this processor has no instructions for the run's dtype."""
     if config.device != "cpu" or config.dtype != "bfloat16" or has_bfloat16():

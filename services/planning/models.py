@@ -49,10 +49,10 @@ def resolve_model(name: str, base: Path) -> Path:
         ) from None
 
 
-def check_trainable(model: Path) -> None:
-    """UserError unless config.json describes a model that the learner can train."""
+def check_trainable(model: Path, quantized: bool = False) -> None:
+    """UserError unless config.json describes a model that the learner can train. quantized: as in why_not."""
     with large_imports(), import_for_tokenizers():
-        reason = why_not(model)
+        reason = why_not(model, quantized)
     if reason:
         raise UserError(f"model: {model} cannot be trained here: {reason}; choose another model")
     refuse_experts(model)

@@ -1,6 +1,7 @@
 """Prepare a run from its configuration, before a process is started: model, data, prompts, schedule, plan."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from sdft.services.data.sets import LoadedSet
 from sdft.services.data.tokenizer import load_tokenizer, vocabulary_of
 from sdft.services.grading.grade import answer_check
 from sdft.services.grading.judge import check_judge
+from sdft.services.planning.dequantized import trainable
 from sdft.services.planning.engines import check_own_engines
 from sdft.services.planning.examined import examined
 from sdft.services.planning.fingerprint import fingerprint_of
@@ -56,7 +58,8 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
     for s in config.sets:
         if s.judge is not None:
             check_judge(s.name, s.judge)
-    model = resolve_model(config.model, base)
+    given = resolve_model(config.model, base)
+    model = trainable(given) if trains else given
     with examined(model, trains):
         if trains:
             check_trainable(model)
@@ -67,7 +70,7 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
         prepared = _prepared(config, path, model, loaded, common, begun)
         if trains:
             _check_support(config, prepared.vocabulary)
-        return prepared
+        return prepared if model == given else replace(prepared, quantized=given)
 
 
 def _prepared(

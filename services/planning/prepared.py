@@ -63,6 +63,7 @@ class Prepared:
     plan: Plan
     begun: datetime  # local time; chat templates may write it into prompts
     sample_ids: list[int] = field(default_factory=list)  # prompt of SAMPLE, with the first stage's settings
+    quantized: Path | None = None  # the folder whose dequantized copy `model` is
 
     @property
     def schedule(self) -> Schedule:
