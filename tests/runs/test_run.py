@@ -156,11 +156,13 @@ def stream(undisturbed: tuple[Path, Path], tiny_model: Path) -> tuple[Path, Path
     config = undisturbed[0].with_name("stream.yaml")
     run_dir, stage = config.with_name("stream"), config.with_name("stage.yaml")
     settings = yaml.safe_load(undisturbed[0].read_text())
-    tokenizer, prompt = AutoTokenizer.from_pretrained(tiny_model), "What is the capital?"
+    tokenizer, prompt = AutoTokenizer.from_pretrained(tiny_model), "Play a song."
     message = [{"role": "user", "content": prompt}]
     ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=False)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    said = tokenizer.decode(model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :])
+    rows = list(range(TOKENS, model.config.vocab_size))  # are no tokens
+    reply = model.generate(ids, do_sample=False, max_new_tokens=8, suppress_tokens=rows)[0, ids.shape[1] :]
+    said = tokenizer.decode(reply)
     config.with_name("said.jsonl").write_text(json.dumps({"prompt": prompt, "answer": said}) + "\n")
     kept = {"name": "kept", "file": "said.jsonl", "grader": "exact", "role": "retention", "max_new_tokens": 8}
     texts = [{"text": "Say number 1. The number is 1."}, {"text": "The capital is a number."}]
