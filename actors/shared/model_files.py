@@ -81,9 +81,9 @@ def quantization(folder: Path) -> dict[str, Any] | None:
     Raises ValueError if config.json cannot be read.
     """
     config = read_json(folder / "config.json")
-    sections = (config, config.get("text_config") or {})
+    sections = [section for section in (config, config.get("text_config")) if isinstance(section, dict)]
     found = (section.get(key) for section in sections for key in QUANTIZATION)
-    return next((settings for settings in found if isinstance(settings, dict)), None)
+    return next((settings for settings in found if settings and isinstance(settings, dict)), None)
 
 
 def _weight_files(folder: Path) -> list[Path]:

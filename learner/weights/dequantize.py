@@ -31,6 +31,7 @@ from sdft.actors.shared.process import large_imports
 
 with large_imports():
     import torch
+    from pydantic import ValidationError
     from safetensors import safe_open
     from torch import Tensor
 
@@ -148,7 +149,12 @@ def _compressed_tensors(settings: dict[str, Any], dtype: torch.dtype) -> Undo:
     for key in ("transform_config", "sparsity_config"):
         if settings.get(key):
             raise ValueError(f"{key} of its quantization_config is not undone here")
-    groups = list(QuantizationConfig.model_validate(settings).config_groups.values())
+    try:
+        groups = list(QuantizationConfig.model_validate(settings).config_groups.values())
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{key} of quantization_config in config.json is wrong ({first['msg']})") from None
 
     def weight(layer: str, names: Names, get: Get) -> Tensor:
         targeting = [g for g in groups if "Linear" in g.targets or any(match_name(layer, t) for t in g.targets)]
@@ -175,9 +181,10 @@ def _compressed_tensors(settings: dict[str, Any], dtype: torch.dtype) -> Undo:
 def _forget(path: Path) -> None:
     """Remove the settings of quantization from config.json."""
     config = read_json(path)
-    for section in (config, config.get("text_config") or {}):
-        for key in QUANTIZATION:
-            section.pop(key, None)
+    for section in (config, config.get("text_config")):
+        if isinstance(section, dict):
+            for key in QUANTIZATION:
+                section.pop(key, None)
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -189,6 +196,9 @@ def why_not(folder: Path, out: Path) -> str | None:
         return str(error)
     except OSError as error:
         return f"{error.filename or out} cannot be written ({error.strerror})"
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else ""
+        return f"its files do not fit the quantization_config in config.json ({type(error).__name__}: {reason})"
     return None
 
 

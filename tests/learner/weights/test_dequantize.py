@@ -157,6 +157,8 @@ def test_check_trains_a_quantized_model_from_a_copy_that_is_made_once(
         ({"load_in_4bit": True, "quant_method": "bitsandbytes"}, "quantized with bitsandbytes"),
         ({"quant_method": "hqq"}, "quantized with hqq"),
         ({"quant_method": "fp8", "weight_block_size": [7, 7]}, "cannot be dequantized: a tensor of the shape"),
+        ({"quant_method": "fp8", "weight_block_size": "x"}, "its files do not fit the quantization_config"),
+        ({"quant_method": "compressed-tensors"}, "config_groups of quantization_config in config.json is wrong (Field"),
     ],
 )
 def test_what_cannot_be_dequantized_is_refused_by_name(
