@@ -174,5 +174,6 @@ class EngineSettings:
     engine: str = VLLM  # or a user's own class, package.module:Name
     exclusive: bool = False  # no other process of the run computes while this engine does
     stop_ids: tuple[int, ...] = ()  # tokens that end a reply, besides those in the model folder
+    vocabulary: int | None = None  # tokens of the tokenizer; later rows are in no distribution. None: all rows are
     transport: str = "memory"  # weights.transport
     extension: str = "sdft.actors.vllm.extension.WorkerExtension"  # loaded in the engine's worker processes

@@ -25,7 +25,7 @@ from sdft.learner.model.architecture import Untrainable
 from sdft.learner.model.experts import freeze_routers
 from sdft.learner.model.faithful import unfaithful
 from sdft.learner.model.stored import Stored
-from sdft.learner.model.student import SelfDistillation, load_student
+from sdft.learner.model.student import SelfDistillation, load_student, tied_names
 from sdft.learner.optimizer import MASTER, TEACHER, AdamWWithTeacher, learning_rate, teacher_alpha
 from sdft.learner.packing import pack
 from sdft.learner.shares import Share, fetched
@@ -53,7 +53,7 @@ class LearnerEngine:
         self._stored = Stored(student)
         if not settings.config.train_router:
             freeze_routers(student)
-        model = SelfDistillation(student, settings.stages[0].losses[0])
+        model = SelfDistillation(student, settings.stages[0].losses[0], settings.vocabulary)
         if settings.config.gradient_checkpointing:
             model.model.gradient_checkpointing_enable()
         self._lora = None
@@ -107,6 +107,11 @@ class LearnerEngine:
             self._adam.begin(p)
         if self._zero_stage in (1, 2):
             link_state(self._optimizer)
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """As tied_names of the student."""
+        return tied_names(self._engine.module.model)
 
     @property
     def divided(self) -> bool:

@@ -194,6 +194,7 @@ def prepared(case: Case, batch: int) -> Prepared:
         shape=ModelShape(0, 0, 0, 0, 0, 0),
         tokenizer=None,
         reply_end=0,
+        vocabulary=1,
         stages=(Stage("", task, source, lambda index: NOWHERE, [], schedule, fingerprint=""),),
         common=[],
         plan=Plan({}, ()),

@@ -4,15 +4,18 @@ Each function names what it uses. tests/actors/vllm/test_compat.py has one line 
 """
 
 import functools
+import json
 import multiprocessing.util
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.synchronize import SemLock
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 import vllm.v1.engine.utils
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm import SamplingParams, ir
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
@@ -87,6 +90,34 @@ def unlink_semaphores() -> None:
     for finalizer in list(multiprocessing.util._finalizer_registry.values()):  # type: ignore[attr-defined]
         if finalizer._callback is SemLock._cleanup:  # type: ignore[attr-defined]
             finalizer()
+
+
+def missing_architectures(model: Path) -> dict[str, list[str]]:
+    """The entry `architectures` for the configuration of a model folder that has none; {} if it has one.
+
+    Uses transformers' MODEL_FOR_CAUSAL_LM_MAPPING_NAMES. vLLM itself would take the model without its head, which
+    generates nothing.
+    """
+    config = json.loads((model / "config.json").read_text())
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type"))
+    return {} if config.get("architectures") or name is None else {"architectures": [name]}
+
+
+def hide_rows(runner: Any, vocabulary: int) -> None:
+    """Give the tokens from `vocabulary` on the logit -inf: in sampling, in log-probs, and in the probe.
+
+    Replaces compute_logits of the runner's model, from which both runners (V1 and V2) get all logits.
+    """
+    model = runner.get_model()
+    compute = model.compute_logits
+
+    def hidden(*given: Any) -> Any:
+        logits = compute(*given)
+        if logits is not None:  # as on a rank of tensor parallelism that gathers none
+            logits[..., vocabulary:] = -torch.inf
+        return logits
+
+    model.compute_logits = hidden
 
 
 def begin_reload(model: torch.nn.Module) -> None:

@@ -21,6 +21,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ from sdft.actors.shared.types import (
     UpdateReport,
 )
 from sdft.actors.transport.named import transport_class
-from sdft.actors.vllm.compat import RPC_FAILED, Output, carries_state, enqueue
+from sdft.actors.vllm.compat import RPC_FAILED, Output, carries_state, enqueue, missing_architectures
 from sdft.actors.vllm.kernels import fused_norms
 from sdft.actors.vllm.process import EngineProcess, error_line, forked
 from sdft.actors.vllm.scoring import SharedPrompts, scores_of, scoring_request, versions_of
@@ -93,6 +94,8 @@ class VllmEngine(Engine):
             log.warning(
                 "teacher scores: vLLM's V2 model runner computes the log-probs of prompts too, not of completions alone"
             )
+        if self.settings.vocabulary is not None:
+            await self._llm.collective_rpc("hide_rows", args=(self.settings.vocabulary,))
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest({"transport": self.settings.transport}))
         await self._llm.update_weight_version("0")
 
@@ -101,6 +104,7 @@ class VllmEngine(Engine):
         s = self.settings
         return AsyncEngineArgs(
             model=s.model,
+            hf_overrides=missing_architectures(Path(s.model)),
             load_format="safetensors",  # "auto" prefers consolidated*.safetensors to the files in the index
             dtype=s.dtype,
             enforce_eager=s.enforce_eager,

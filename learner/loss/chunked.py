@@ -6,6 +6,11 @@ of the full one and equals it for K = V. No gradient reaches the teacher or the 
 
 Logits exist for one chunk of positions at a time, so `divergence_loss` computes value and gradient without a
 [tokens, vocabulary] array.
+
+Rows of the head beyond the tokenizer are in no distribution: engines give them the logit -inf, and the softmax here is
+over the other rows. So the log-probs of sampler, teacher and trainer are of one vocabulary, the tail bucket has no mass
+of tokens that do not exist, and these rows get no gradient. To hide them only when an engine samples would not do: its
+log-probs would be those of a renormalised distribution, and the trainer's not.
 """
 
 from collections.abc import Iterator
@@ -42,7 +47,10 @@ class _Chunked(torch.autograd.Function):
         targets: Targets,
         config: LossConfig,
         scaling: LogitScaling,
+        vocabulary: int | None,
     ) -> tuple[Tensor, ...]:
+        whole_head, whole_bias = head, bias
+        head, bias = head[:vocabulary], None if bias is None else bias[:vocabulary]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         rows_at_once = max(1, CHUNK_BYTES // (len(head) * head.element_size()))
         groups = _groups(targets.sequence, config.importance.level, rows_at_once)
@@ -51,10 +59,10 @@ class _Chunked(torch.autograd.Function):
         buffer = hidden.new_empty(longest, len(head))  # a chunk's logits, then their gradient. Fresh pages cost time
         trainer, scale, values = torch.empty(3, len(hidden), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
-        trained = head.requires_grad  # False with LoRA: the head's gradient is then not computed
-        shape = head.shape if trained else (0,)
+        trained = whole_head.requires_grad  # False with LoRA: the head's gradient is then not computed
+        shape = whole_head.shape if trained else (0,)
         grad_head = torch.zeros(shape, dtype=wide if chunks > 1 else head.dtype, device=head.device)
-        grad_bias = torch.zeros(0 if bias is None else len(bias), dtype=wide, device=head.device)
+        grad_bias = torch.zeros(0 if whole_bias is None else len(whole_bias), dtype=wide, device=head.device)
         for group in groups:
             of_group = slice(group[0].start, group[-1].stop)
             group_targets = _rows(targets, of_group)
@@ -79,9 +87,9 @@ class _Chunked(torch.autograd.Function):
                 _to_gradient(logits, total[part], ids[part], at_ids[part], scaling)
                 torch.mm(logits, head, out=grad_hidden[rows])
                 if trained:
-                    _add_product(grad_head, logits, hidden[rows])
+                    _add_product(grad_head[:vocabulary], logits, hidden[rows])
                 if bias is not None:
-                    grad_bias += logits.sum(0)
+                    grad_bias[:vocabulary] += logits.sum(0)
         logits = buffer = hidden.new_empty(0)  # frees the buffer before the head's gradient is copied
         head_grad = grad_head.to(head.dtype) if trained else None
         ctx.grads = grad_hidden, head_grad, None if bias is None else grad_bias.to(bias.dtype)
@@ -96,7 +104,7 @@ class _Chunked(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("divergence_loss can be differentiated once: its gradients are scaled in place")
         grads, ctx.grads = ctx.grads, None
-        return *(None if g is None else g.mul_(grad) for g in grads), None, None, None
+        return *(None if g is None else g.mul_(grad) for g in grads), None, None, None, None
 
 
 def divergence_loss(
@@ -106,16 +114,18 @@ def divergence_loss(
     targets: Targets,
     config: LossConfig,
     scaling: LogitScaling = IDENTITY,
+    vocabulary: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return this micro-batch's part of the batch's figures. The parts of all micro-batches and ranks add up to them.
 
     hidden: [N, H] states that predict the loss tokens, in the model's dtype, like `head` [V, H] and `bias` [V].
     scaling: what the model does to its head's logits.
+    vocabulary: the number of the head's first rows that are tokens; None: all.
     Returns four scalars: the importance-weighted loss (differentiable once, in hidden, head and bias), the divergence
     without weights, the sum over the student's tokens of the k3 estimate of KL(sampler || trainer), and the sum over
     tokens of the teacher's mass outside its top K.
     """
-    return _Chunked.apply(hidden, head, bias, targets, config, scaling)
+    return _Chunked.apply(hidden, head, bias, targets, config, scaling, vocabulary)
 
 
 def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:

@@ -20,14 +20,17 @@ class NotCausal(Untrainable):
     """The model's attention reads later tokens, so no loss on its own tokens has a meaning."""
 
 
-def why_not(path: Path) -> str | None:
-    """Return why the model in a local folder cannot be trained, as the end of a sentence, or None if it can."""
+def why_not(path: Path, quantized: bool = False) -> str | None:
+    """Return why the model in a local folder cannot be trained, as the end of a sentence, or None if it can.
+
+    quantized: its weights may be quantized, because a dequantized copy is trained.
+    """
     try:
         config = read_config(path)
     except Untrainable as error:
         return str(error)
     text = config.get_text_config()  # differs from `config` in multimodal models only
-    if is_quantized(config):
+    if not quantized and is_quantized(config):
         return (
             "its weights are quantized (quantization_config in config.json), and the learner trains unquantized "
             "weights only"

@@ -51,6 +51,13 @@ def load_student(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model.train()
 
 
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Return the further names of parameters, such as a tied head's, each with the name in named_parameters."""
+    own = {id(p): name for name, p in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: own[id(p)] for name, p in every if own[id(p)] != name}
+
+
 def without_dropout(model: nn.Module) -> None:
     """Set every dropout probability to 0, because rollouts are sampled without dropout.
 
@@ -67,13 +74,17 @@ def without_dropout(model: nn.Module) -> None:
 
 
 class SelfDistillation(nn.Module):
-    """Map a packed micro-batch to its part of the loss."""
+    """Map a packed micro-batch to its part of the loss.
 
-    def __init__(self, model: PreTrainedModel, loss: LossConfig) -> None:
+    vocabulary: the number of the head's first rows that are tokens; None: all.
+    """
+
+    def __init__(self, model: PreTrainedModel, loss: LossConfig, vocabulary: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
         self.scaling = LogitScaling.of(model.config)
+        self.vocabulary = vocabulary
 
     @property
     def head(self) -> nn.Linear:
@@ -86,14 +97,19 @@ class SelfDistillation(nn.Module):
         They are a plain tuple, which DeepSpeed can traverse.
         """
         states = hidden_states(self.model, batch.input_ids, batch.position_ids, batch.lengths, batch.predicting)
-        return divergence_loss(states, self.head.weight, self.head.bias, batch.targets, self.loss, self.scaling)
+        head = self.head
+        return divergence_loss(states, head.weight, head.bias, batch.targets, self.loss, self.scaling, self.vocabulary)
 
 
 class Probe(nn.Module):
-    """Compute the log-probs of one sequence under the weights passed with torch.func.functional_call."""
+    """Compute the log-probs of one sequence under the weights passed with torch.func.functional_call.
 
-    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+    vocabulary: the number of the head's first rows that are tokens; None: all.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype, vocabulary: int | None = None) -> None:
         super().__init__()
+        self.vocabulary = vocabulary
         config = AutoConfig.from_pretrained(path)
         attention = attention_for(config)
         with init_empty_weights():  # parameters on the meta device, buffers real: almost no memory
@@ -122,5 +138,6 @@ class Probe(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Return the log-prob of every token of `ids` [N] after the first: [N - 1] float32."""
         states = hidden_states(self.model, ids, torch.arange(len(ids)), (len(ids),))
-        logits = LogitScaling.of(self.model.config).apply_(self.model.get_output_embeddings()(states[:-1]))
-        return torch.log_softmax(logits.float(), -1).gather(-1, ids[1:, None])[:, 0]
+        logits = self.model.get_output_embeddings()(states[:-1])[:, : self.vocabulary]
+        logits = LogitScaling.of(self.model.config).apply_(logits).float()
+        return torch.log_softmax(logits, -1).gather(-1, ids[1:, None])[:, 0]

@@ -33,11 +33,13 @@ class _Buffer:
 class Publisher:
     """Packs snapshots, on the learner's first rank."""
 
-    def __init__(self, model: Path, dtype: torch.dtype, probe_ids: IntArray, node: str) -> None:
-        """node: Ray's node id of this machine."""
+    def __init__(
+        self, model: Path, dtype: torch.dtype, probe_ids: IntArray, node: str, vocabulary: int | None = None
+    ) -> None:
+        """node: Ray's node id of this machine. vocabulary: as in LearnerSettings."""
         self._node = node
         self._model = model
-        self._probe = Probe(model, dtype)
+        self._probe = Probe(model, dtype, vocabulary)
         self._dtype = dtype
         self._probe_ids = probe_ids
         self._buffers: dict[str, _Buffer] = {}

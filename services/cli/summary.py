@@ -12,6 +12,19 @@ from sdft.services.planning.prepared import Prepared
 from sdft.services.records.rows import Reply, read_rows
 
 
+def model_lines(prepared: Prepared) -> list[str]:
+    """Return lines about what is special in the model: it is a dequantized copy, or its sequences are not packed."""
+    lines = []
+    if prepared.quantized is not None:
+        lines.append(
+            f"the weights in {prepared.quantized} are quantized; the run begins with their dequantized copy in "
+            f"{prepared.model}"
+        )
+    if prepared.alone is not None:
+        lines.append(f"the learner computes sequences one by one, which is slower than in packs: {prepared.alone}")
+    return lines
+
+
 def dtype_lines(config: RunConfig) -> list[str]:
     """Return a warning if this processor has no instructions for the run's dtype."""
     if config.device != "cpu" or config.dtype != "bfloat16" or has_bfloat16():
@@ -20,13 +33,6 @@ def dtype_lines(config: RunConfig) -> list[str]:
         "warning: this processor has no instructions for bfloat16, so a step can take a hundred times as long; "
         "set dtype: float32 or auto"
     ]
-
-
-def learner_lines(prepared: Prepared) -> list[str]:
-    """Return a line if the learner computes the sequences of a pack one by one."""
-    if prepared.alone is None:
-        return []
-    return [f"the learner computes sequences one by one, which is slower than in packs: {prepared.alone}"]
 
 
 def reply_lines(prepared: Prepared) -> list[str]:

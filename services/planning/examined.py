@@ -1,9 +1,5 @@
 """Whether a model folder's tensors fit its configuration: examined once, in another process, which imports torch."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,6 +11,7 @@ import xxhash
 from sdft import actors, learner
 from sdft.services.base.errors import UserError
 from sdft.services.base.files import write_atomically
+from sdft.services.planning.apart import answer, start
 from sdft.services.planning.models import cache_folder
 
 REMEMBERED = 100  # the last folders that passed
@@ -39,20 +36,13 @@ def examined(model: Path, trains: bool) -> Iterator[Examined]:
         found.alone = passed or None
         yield found
         return
-    command = [sys.executable, "-P", "-m", "sdft.learner.model.examine", str(model), *(["--trains"] if trains else [])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the same modules as this process
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    with start("sdft.learner.model.examine", str(model), *(["--trains"] if trains else [])) as process:
         try:
             yield found
-            out, log = process.communicate()
+            result = answer(process)
         except BaseException:
             process.kill()
             raise
-    if process.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {log[-2000:]}")
-    result = json.loads(out.splitlines()[-1])
     if result["fault"]:
         raise UserError(f"model: {model} cannot be {'trained' if trains else 'evaluated'} here: {result['fault']}")
     found.alone = result["alone"]

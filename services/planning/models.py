@@ -50,10 +50,13 @@ def resolve_model(name: str, base: Path) -> Path:
         ) from None
 
 
-def check_trainable(model: Path, device: str, dtype: str) -> None:
-    """UserError unless config.json describes a model that the learner can train and the engines can serve."""
+def check_trainable(model: Path, device: str, dtype: str, quantized: bool = False) -> None:
+    """UserError unless config.json describes a model that the learner can train and the engines can serve.
+
+    quantized: as in why_not.
+    """
     with large_imports(), import_for_tokenizers():
-        reason = why_not(model)
+        reason = why_not(model, quantized)
     if reason:
         raise UserError(f"model: {model} cannot be trained here: {reason}; choose another model")
     if limit := engine_limit(read_json(model / "config.json"), device, dtype):

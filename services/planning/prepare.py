@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdft.services.base.errors import UserError
 from sdft.services.config.run import RunConfig, TaskConfig
 from sdft.services.config.sections import EvaluationSet
 from sdft.services.config.sinks import check_sinks
@@ -20,9 +21,10 @@ from sdft.services.data.contexts import (
 from sdft.services.data.demonstrations import Record, load_questions
 from sdft.services.data.schedule import make_schedule
 from sdft.services.data.sets import LoadedSet
-from sdft.services.data.tokenizer import load_tokenizer
+from sdft.services.data.tokenizer import load_tokenizer, vocabulary_of
 from sdft.services.grading.grade import answer_check
 from sdft.services.grading.judge import check_judge
+from sdft.services.planning.dequantized import trainable
 from sdft.services.planning.engines import check_own_engines
 from sdft.services.planning.examined import examined
 from sdft.services.planning.fingerprint import fingerprint_of
@@ -56,7 +58,8 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
     for s in config.sets:
         if s.judge is not None:
             check_judge(s.name, s.judge)
-    model = resolve_model(config.model, base)
+    given = resolve_model(config.model, base)
+    model = trainable(given, config.device, config.dtype) if trains else given
     with examined(model, trains) as found:
         if trains:
             check_trainable(model, config.device, config.dtype)
@@ -65,7 +68,9 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
         if trains:
             check_positions(model, tokens)
         prepared = _prepared(config, path, model, loaded, common, begun)
-    return replace(prepared, alone=found.alone)
+        if trains:
+            _check_support(config, prepared.vocabulary)
+    return replace(prepared, alone=found.alone, quantized=None if model == given else given)
 
 
 def _prepared(
@@ -82,6 +87,7 @@ def _prepared(
     names = [s.name for s in config.stages] or [""]
     headers = read_headers(model)
     rows = embedding_rows(headers)  # every token id must be below it
+    vocabulary = vocabulary_of(tokenizer, rows)
     identity = (model / "config.json").read_bytes() + sample_of_weights(headers)  # of the model
     builders = [PromptBuilder(tokenizer, task.data.template, base, task.data.system, begun) for task in config.tasks]
     alone = [PromptBuilder(tokenizer, "none", base, task.data.system, begun) for task in config.tasks]
@@ -120,12 +126,23 @@ def _prepared(
         shape=shape,
         tokenizer=tokenizer,
         reply_end=end,
+        vocabulary=vocabulary,
         stages=tuple(stages),
         common=_sets(common, tokenizer, builders[0], stages[0].config, rows),
         plan=make_plan(config, shape, longest),
         begun=begun,
         sample_ids=builders[0].student(SAMPLE) if sources[0].grows else [],
     )
+
+
+def _check_support(config: RunConfig, vocabulary: int) -> None:
+    """UserError unless the teacher's top K are all tokens of the tokenizer."""
+    most = max(loss.divergence.support for task in config.tasks for loss in task.method.losses)
+    if most > vocabulary:
+        raise UserError(
+            f"method.divergence.top_k is {most}, and the tokenizer has {vocabulary} tokens; lower it to at most "
+            f"{vocabulary}"
+        )
 
 
 def _questions(sets: Sequence[EvaluationSet], base: Path) -> Questions:

@@ -164,6 +164,7 @@ class Session:
             self._prepared.config,
             self._prepared.model,
             self._prepared.reply_end,
+            self._prepared.vocabulary,
             name,
             self._options[name],
             self._notice,

@@ -31,6 +31,7 @@ from transformers import logging as transformers_logging
 from sdft.actors.config import EngineSettings
 from sdft.actors.engine import Engine
 from sdft.actors.shared.drafts import sequence_of
+from sdft.actors.shared.model_files import SINGLE
 from sdft.actors.shared.sequences import TrainingSequence
 from sdft.actors.shared.types import FloatArray, GenerateRequest, IntArray, Rollout, SampleId, Sampling, TeacherScores
 from sdft.actors.worker import engine_class, engine_environment
@@ -52,7 +53,7 @@ from sdft.learner.packing import pack
 from sdft.learner.shares import shares
 from sdft.learner.types import LearnerSettings, StageSettings
 from sdft.learner.weights.content import Content
-from sdft.learner.weights.export import adapter_file, merge_adapter, student_file
+from sdft.learner.weights.export import adapter_file, merge_adapter, student_files
 from sdft.learner.weights.publisher import Publisher
 from tests.fakes.reference import Reference
 
@@ -236,13 +237,15 @@ async def served(folder: Path, dtype: str, scratch: Path) -> dict[str, Any]:
         step(learner, sequences(plain(folder), version))
         report = await engine.update_weights(publisher.publish("student", version, learner.snapshot("student")))
         exported = scratch / f"v{version}"
-        student_file(folder, {n: w.contiguous() for n, w in learner.weights("student")}, exported).write()
+        whole = {name: weight.contiguous() for name, weight in learner.weights("student")}
+        for file in student_files(folder, whole, learner.tied, exported):
+            file.write()
         gaps.append(report.probe_gap)
         differences.append(await difference(engine, plain(exported, getattr(torch, dtype))))
     adapted, update = lora(folder, dtype, scratch)
     await engine.update_weights(publisher.publish("student", STEPS + 1, update))
     found["LoRA"] = await difference(engine, plain(adapted, getattr(torch, dtype)))
-    before, after = (load_file(next(path.glob("*.safetensors"))) for path in (folder, exported))
+    before, after = (load_file(path / SINGLE) for path in (folder, exported))
     return found | {
         "updated": max(differences),
         "probe": max(gaps),

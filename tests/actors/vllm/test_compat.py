@@ -77,6 +77,16 @@ CANARIES: dict[str, Canary] = {
     "LogprobsTensors(logprob_token_ids, logprobs, selected_token_ranks)": lambda: (
         compat.LogprobsTensors._fields[:3] == ("logprob_token_ids", "logprobs", "selected_token_ranks")
     ),
+    "logits by model.compute_logits in both runners": lambda: (
+        mentions(f"{RUNNER}.execute_model", "model", "compute_logits")
+        and mentions("vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample", "model", "compute_logits")
+    ),
+    "get_model of both runners": lambda: (
+        named(f"{RUNNER}.get_model") and named("vllm.v1.worker.gpu.model_runner:GPUModelRunner.get_model")
+    ),
+    "a configuration that takes architectures of hf_overrides": lambda: mentions(
+        "vllm.config.model:ModelConfig.__post_init__", "hf_overrides"
+    ),
     "vllm.ir.ops.rms_norm and fused_add_rms_norm": lambda: tuple(compat.norm_operations()) == NORMS,
     "IrOp.impls": lambda: all("native" in op.impls for op in compat.norm_operations().values()),
     "IrOp.set_default": lambda: takes("vllm.ir.op:IrOp.set_default", "self", "priority"),
@@ -113,6 +123,10 @@ def test_vllm_has_the_name(name: str) -> None:
 
 def test_ray_has_the_name() -> None:
     RAY.check("ray._raylet.setproctitle", lambda: named("ray._raylet:setproctitle"))
+
+
+def test_transformers_has_the_name() -> None:
+    assert compat.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["qwen2"] == "Qwen2ForCausalLM"
 
 
 @pytest.mark.parametrize("name", OF_PYTHON)

@@ -31,6 +31,7 @@ from sdft.actors.transport.broadcast import BroadcastSender
 from sdft.actors.worker import EngineWorker
 from sdft.learner.weights.content import Content
 from sdft.learner.weights.publisher import Publisher
+from tests.fakes.folders import as_it_comes
 from tests.fakes.rollouts import logprobs
 
 if TYPE_CHECKING:
@@ -221,6 +222,39 @@ def test_a_model_with_norms_of_queries_and_keys_is_computed_correctly(ray_cluste
     engine = ray.remote(EngineWorker).options(num_cpus=0.5).remote(engine_settings(tmp_path))
     ray.get(engine.start.remote(), timeout=300)
     compare(engine, model, 0)
+    ray.get(engine.stop.remote(), timeout=60)
+
+
+def test_a_folder_as_it_comes_is_loaded_and_updated_and_rows_beyond_the_tokenizer_are_no_tokens(
+    ray_cluster: None, tiny_model: Path, tmp_path: Path
+) -> None:
+    """In float16, in two files, without `architectures`, with the tied head twice, and with 100 tokens of 512 rows.
+
+    The other rows have larger logits than most tokens, and would be sampled.
+    """
+    vocabulary = 100
+    folder = as_it_comes(shutil.copytree(tiny_model, tmp_path / "m"))
+    settings = replace(engine_settings(folder), vocabulary=vocabulary)
+    engine = ray.remote(EngineWorker).options(num_cpus=0.5).remote(settings)
+    ray.get(engine.start.remote(), timeout=300)
+    publisher = Publisher(folder, torch.float32, PROBE % vocabulary, "", vocabulary)
+    prompt = PROMPT % vocabulary
+    for version, model in enumerate(
+        [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), changed(folder)]
+    ):
+        snapshot = publisher.publish("student", version, content(model))
+        assert ray.get(engine.update_weights.remote(snapshot), timeout=60).probe_gap < 1e-4
+        requests = [GenerateRequest(prompt, seed) for seed in range(4)]
+        for rollout in ray.get(engine.generate.remote(requests, PLAIN), timeout=60):
+            ids = torch.tensor(rollout.completion_ids).long()
+            assert ids.max() < vocabulary
+            every = logprobs(model, prompt, rollout.completion_ids)
+            own = every[:, :vocabulary].log_softmax(-1)
+            assert every[:, vocabulary:].exp().sum(-1).mean() > 0.5
+            np.testing.assert_allclose(rollout.logprobs, own.gather(1, ids[:, None])[:, 0], atol=1e-4)
+            (scores,) = ray.get(engine.score.remote([(prompt, rollout.completion_ids)], 16), timeout=60)
+            assert scores.ids.max() < vocabulary
+            np.testing.assert_allclose(scores.logprobs, own.topk(16, -1).values, atol=1e-4)
     ray.get(engine.stop.remote(), timeout=60)
 
 

@@ -182,6 +182,30 @@ def test_chunked_loss_equals_the_formula_on_whole_logits_in_value_and_both_gradi
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5)  # the sums of both gradients are in float32
 
 
+@pytest.mark.parametrize("chunk", [5, 100])
+def test_rows_beyond_the_tokenizer_are_in_no_distribution(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss and its gradients are those of a head without these rows, which get no gradient."""
+    monkeypatch.setattr("sdft.learner.loss.chunked.CHUNK_BYTES", chunk * V * 8)  # rows of float64
+    g = torch.Generator().manual_seed(5)
+    hidden = torch.randn(N, H, generator=g, dtype=torch.float64)
+    head = torch.randn(V + 3, H, generator=g, dtype=torch.float64)
+    bias = torch.randn(V + 3, generator=g, dtype=torch.float64)
+    targets = make_targets(draw(5)[1], 8)
+    padded = [x.clone().requires_grad_() for x in (hidden, head, bias)]
+    plain = [x.clone().requires_grad_() for x in (hidden, head[:V], bias[:V])]
+    ours = divergence_loss(padded[0], padded[1], padded[2], targets, LossConfig(), vocabulary=V)
+    expected = divergence_loss(plain[0], plain[1], plain[2], targets, LossConfig())
+    torch.testing.assert_close(ours, expected)
+    ours[0].backward()
+    expected[0].backward()
+    assert padded[1].grad is not None
+    assert padded[2].grad is not None
+    assert not padded[1].grad[V:].any()
+    assert not padded[2].grad[V:].any()
+    for a, b in zip(padded, plain, strict=True):
+        torch.testing.assert_close(a.grad[: len(b)], b.grad)
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_the_loss_restores_torchs_setting_of_deterministic_algorithms(kept: bool) -> None:
     log_q = draw(5)[1]

@@ -142,11 +142,17 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         2,
         ["train.jsonl:1: the chat template", "can only concatenate str", "change the messages or the template"],
     ),
+    "more tokens scored than there are": (
+        setting("method.divergence", {"type": "forward", "top_k": 353}),
+        TRAIN,
+        2,
+        ["method.divergence.top_k is 353, and the tokenizer has 352 tokens; lower it"],
+    ),
     "a tokenizer of another model": (
         larger_tokenizer,
         TRAIN,
         2,
-        ["train.jsonl:2: the tokenizer gives token 551", "tokens 0 to 511 only", "put the tokenizer"],
+        ["the token <199> with id 551", "tokens 0 to 511 only", "put the tokenizer"],
     ),
     "tools beside a prompt": (
         rows("train.jsonl", ROW | {"tools": [{"name": "f"}]}),

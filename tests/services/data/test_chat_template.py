@@ -11,7 +11,7 @@ from sdft.services.cli.main import main
 from sdft.services.data.chat_template import ReplyEnd
 from sdft.services.data.contexts import PromptBuilder, PromptPair, build_prompts, check_ids
 from sdft.services.data.demonstrations import Message, Record
-from sdft.services.data.tokenizer import load_tokenizer
+from sdft.services.data.tokenizer import load_tokenizer, vocabulary_of
 from tests.fakes.spoiling import Work, chat_template
 from tests.fakes.tiny import TEMPLATE
 
@@ -184,6 +184,28 @@ def test_a_token_without_a_row_in_the_embedding_is_an_error() -> None:
     check_ids([record()] * 2, pairs, None)
     with pytest.raises(UserError, match=r"train\.jsonl:7: the tokenizer gives token 512, .*tokens 0 to 511 only"):
         check_ids([record()] * 2, pairs, 512)
+
+
+def test_rows_beyond_the_tokenizer_are_no_tokens_and_a_token_beyond_the_rows_is_an_error(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    tokens = len(tokenizer)
+    assert tokens < 512
+    assert vocabulary_of(tokenizer, 512) == vocabulary_of(tokenizer, tokens) == vocabulary_of(tokenizer, None) == tokens
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
+    assert vocabulary_of(tokenizer, tokens + 1) == tokens + 1
+    with pytest.raises(
+        UserError, match=rf"has the token <new> with id {tokens}, .* tokens 0 to {tokens - 1} only; put"
+    ):
+        vocabulary_of(tokenizer, tokens)
+
+
+def test_a_token_that_stands_for_an_image_needs_no_row(tiny_model: Path) -> None:
+    """As in Gemma 3's models for text, which have 262144 rows and the token <image_soft_token> with this id."""
+    tokenizer: Any = load_tokenizer(tiny_model)
+    tokens = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.image_token = "<image>"
+    assert vocabulary_of(tokenizer, tokens) == tokens
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sdft.services.base.errors import PreflightError, UserError
 from sdft.services.cli.main import main
 from sdft.services.evaluation.lm_eval import Score, _reason, scores
+from tests.fakes.tiny import TOKENS
 from tests.runs.run import write_run
 
 CHOICES = ["blue", "green", "white", "red"]
@@ -33,7 +34,7 @@ def config(tiny_model: Path, tmp_path: Path) -> Path:
         for choice in CHOICES:
             start, ids = len(tokenizer.encode(question)), torch.tensor(tokenizer.encode(f"{question} {choice}"))
             with torch.no_grad():
-                rows = torch.log_softmax(model(ids[None]).logits[0, start - 1 : -1], -1)
+                rows = torch.log_softmax(model(ids[None]).logits[0, start - 1 : -1, :TOKENS], -1)
             found.append(float(rows.gather(1, ids[start:, None]).sum()))
         return found.index(max(found))
 
