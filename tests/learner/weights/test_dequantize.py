@@ -53,7 +53,7 @@ def test_fp8_in_blocks(block: int, model: Path, tmp_path: Path) -> None:
     assert set(json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]) == before.keys()
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert_as_loaded(tmp_path / "out", model)
-    assert examine(tmp_path / "out", True) is None
+    assert examine(tmp_path / "out", True).fault is None
 
 
 def test_blocks_at_the_edges_are_smaller() -> None:
@@ -184,7 +184,7 @@ def test_a_quantized_model_that_the_learner_could_not_train_is_not_copied(
 ) -> None:
     monkeypatch.setenv("SDFT_CACHE", str(tmp_path / "cache"))
     quantize_fp8(model)
-    configure(model, final_logit_softcapping=3.0)
+    configure(model, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
     assert main(["check", str(write_run(tmp_path, model, "float32"))]) == 2
-    assert "final_logit_softcapping" in capsys.readouterr().err
+    assert "rope_type is dynamic" in capsys.readouterr().err
     assert not (tmp_path / "cache").exists()
