@@ -1,9 +1,10 @@
 """Prompts of student and teacher as token ids: the teacher's prompt also contains the demonstration."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,8 +13,11 @@ from sdft.actors.shared.types import IntArray
 from sdft.services.base.errors import UserError, first_line
 from sdft.services.base.files import existing_file
 from sdft.services.config.templates import BUILT_IN_TEMPLATES
-from sdft.services.data.chat_template import ReplyEnd, left_out, reply_end
+from sdft.services.data.chat_template import ReplyEnd, left_out, reply_end, reply_text
 from sdft.services.data.demonstrations import Message, Record
+from sdft.services.data.first_token import begins_twice, missing_first
+from sdft.services.data.generation import known_ends
+from sdft.services.data.template_variables import check_variables
 from sdft.services.data.templates import UserTemplate
 
 if TYPE_CHECKING:
@@ -64,7 +68,8 @@ class PromptBuilder:
     turn), "context" (the background alone), "feedback" (feedback on an attempt), "none" (the teacher's prompt is the
     student's), or the path of a Jinja template, relative to the folder `base`, whose output is the teacher's last
     user message. `system` is prepended to records without a system message. `now` is the time for chat templates that
-    write the date; None: the current time. UserError if the tokenizer has no usable chat template.
+    write the date; None: the current time. `student_variables` and `teacher_variables` are given to the chat template
+    for the prompts of each. UserError if the tokenizer has no usable chat template, or it does not use such a variable.
     """
 
     def __init__(
@@ -74,6 +79,8 @@ class PromptBuilder:
         base: Path,
         system: str | None,
         now: datetime | None = None,
+        student_variables: Mapping[str, Any] = MappingProxyType({}),
+        teacher_variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         if not tokenizer.chat_template:
             raise UserError(
@@ -86,7 +93,10 @@ class PromptBuilder:
                 f"{', '.join(sorted(tokenizer.chat_template))} and none named default; name one of them default, or "
                 f"keep only one, in chat_template.jinja"
             )
+        check_variables(tokenizer, [*student_variables, *teacher_variables])
         self._tokenizer = tokenizer
+        self._student_variables, self._teacher_variables = student_variables, teacher_variables
+        self._known_ends = known_ends(tokenizer)
         self._template = template
         self._system = system
         self._now = now or datetime.now()
@@ -97,7 +107,7 @@ class PromptBuilder:
 
     def student(self, item: Record) -> list[int]:
         """Token ids of the prompt alone."""
-        return self._encode(self._with_system(item), item)
+        return self._encode(self._with_system(item), item, self._student_variables)
 
     def teacher(self, item: Record) -> list[int] | None:
         """Token ids of the prompt with the column that the template shows; None if the record lacks that column."""
@@ -131,13 +141,34 @@ class PromptBuilder:
                     f"same; put {{{{ {self._shown} }}}} into the template"
                 )
             turns = [_user(text)]
-        return self._encode([*earlier, *turns], item, whole=len(earlier) + 1 if self._template == "turn" else None)
+        shown = len(earlier) + 1 if self._template == "turn" else None
+        return self._encode([*earlier, *turns], item, self._teacher_variables, whole=shown)
 
     def demonstration(self, item: Record) -> list[int]:
-        """Token ids of the demonstration as a reply to the student's prompt, with the tokens that end it."""
-        end = self.end(item)
-        ids: list[int] = self._tokenizer.encode(f"{item.demonstration or ''}{end.text}", add_special_tokens=False)
-        return [*ids, end.token_id]
+        """Token ids of the demonstration as a reply to the student's prompt, with the token that ends it.
+
+        They are what the chat template renders behind the prompt. UserError if it does not show the demonstration
+        there, or if the demonstration has the token that ends a reply.
+        """
+        end, messages = self.end(item), self._with_system(item)
+        demonstration = item.demonstration or ""
+        prompt = self._render(messages, item, opened=True)
+        whole = self._render([*messages, Message(role="assistant", content=demonstration)], item, opened=False)
+        try:
+            text = reply_text(demonstration, prompt, whole, end)
+        except ValueError as problem:
+            raise UserError(f"{item.where}: {self._chat_template} {problem}") from None
+        # Tokenized behind the prompt, because some tokenizers treat the beginning of a text in another way.
+        before, ids = self._ids(prompt), self._ids(f"{prompt}{text}")
+        reply = ids[len(before) :] if ids[: len(before)] == before else self._ids(text)
+        if end.token_id in reply:
+            token = self._tokenizer.convert_ids_to_tokens(end.token_id)
+            raise UserError(f"{item.where}: the demonstration has {token}, which ends a reply; remove it")
+        return [*reply, end.token_id]
+
+    def length(self, item: Record) -> int:
+        """Return about how many tokens the demonstration has as a reply, without a check."""
+        return len(self._ids(f"{item.demonstration or ''}{self.end(item).text}")) + 1
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of a reply, without the token that ends it and other special tokens."""
@@ -147,9 +178,27 @@ class PromptBuilder:
         """Return what ends a reply. It is found once, with the first `item`'s prompt, and is the same for all items."""
         if self._end is None:
             self._end = reply_end(
-                self._tokenizer, lambda messages, opened: self._render(messages, item, opened), self._with_system(item)
+                self._tokenizer,
+                lambda messages, opened: self._render(messages, item, opened),
+                self._with_system(item),
+                self._known_ends,
             )
         return self._end
+
+    def stop_ids(self, item: Record) -> tuple[int, ...]:
+        """Return every token that ends a reply: that of `end` first, then those that the model's files name."""
+        return tuple(dict.fromkeys((self.end(item).token_id, *self._known_ends)))
+
+    def lacks_first(self, item: Record) -> str | None:
+        """Return a warning if the tokenizer begins a text with a token that the chat template leaves out."""
+        missing = missing_first(self._tokenizer, self.student(item))
+        if missing is None:
+            return None
+        return (
+            f"the tokenizer in {self._tokenizer.name_or_path} begins a text with {missing}, and its chat template does "
+            f"not write it, so the prompts of this run do not begin with it either; write it at the beginning of the "
+            f"template if the model was trained with it"
+        )
 
     def _with_system(self, item: Record) -> list[Message]:
         messages = list(item.messages)
@@ -157,32 +206,65 @@ class PromptBuilder:
             messages.insert(0, Message(role="system", content=self._system))
         return messages
 
-    def _encode(self, messages: list[Message], item: Record, whole: int | None = None) -> list[int]:
+    def _encode(
+        self, messages: list[Message], item: Record, variables: Mapping[str, Any], whole: int | None = None
+    ) -> list[int]:
         """Render and tokenize `messages`. UserError if the template drops one. whole: index of the demonstration."""
-        text = self._render(messages, item, opened=True)
+        text = self._render(messages, item, opened=True, variables=variables)
         lost = left_out(text, messages, whole)
         if lost is not None:
             problem = _loss(lost, whole is not None and lost is messages[whole])
             raise UserError(f"{item.where}: {self._chat_template} {problem}")
+        ids = self._ids(text)
+        if begins_twice(self._tokenizer, ids):
+            raise UserError(
+                f"{item.where}: {self._chat_template} begins this prompt with {self._tokenizer.bos_token} twice; "
+                f"remove one from the template or the messages"
+            )
+        return ids
+
+    def _ids(self, text: str) -> list[int]:
         return [int(i) for i in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
 
-    def _render(self, messages: list[Message], item: Record, opened: bool) -> str:
-        """Render a conversation to text. opened: the text ends where the assistant's reply begins."""
+    def _render(
+        self, messages: list[Message], item: Record, opened: bool, variables: Mapping[str, Any] | None = None
+    ) -> str:
+        """Render a conversation to text. opened: the text ends where the assistant's reply begins.
+
+        variables: of the chat template; None: the student's.
+        """
+        given = self._student_variables if variables is None else variables
         try:
-            # A list of messages renders to one text.
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages,
-                    tokenize=False,
-                    add_generation_prompt=opened,
-                    strftime_now=self._now.strftime,  # overrides that of transformers, which reads the clock
-                )
-            )
+            return self._rendered(messages, opened, given)
         except Exception as e:  # noqa: BLE001 - a template is a program from the model: it can raise anything
             raise UserError(
-                f"{item.where}: {self._chat_template} fails on these messages: {first_line(e)}; change the messages "
-                f"or the template"
+                f"{item.where}: {self._chat_template} fails on these messages: {first_line(e)}; "
+                f"{self._mend(messages, opened, given)}"
             ) from None
+
+    def _rendered(self, messages: list[Message], opened: bool, variables: Mapping[str, Any]) -> str:
+        # A list of messages renders to one text.
+        return str(
+            self._tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=opened,
+                strftime_now=self._now.strftime,  # overrides that of transformers, which reads the clock
+                **variables,
+            )
+        )
+
+    def _mend(self, messages: list[Message], opened: bool, variables: Mapping[str, Any]) -> str:
+        """Return what to do about messages that the chat template fails on."""
+        without = [m for m in messages if m["role"] != "system"]
+        if len(without) < len(messages):
+            try:
+                self._rendered(without, opened, variables)
+                return "it takes no system message: put that text into the first user message, and set no data.system"
+            except Exception:  # noqa: BLE001, S110 - the system message is not the reason
+                pass
+        settings = ", data.chat_template_kwargs" if variables else ""
+        return f"change the messages{settings} or the template"
 
 
 def _loss(lost: Message, demonstration: bool) -> str:
@@ -298,6 +380,11 @@ def text_prompts(tokenizer: "PreTrainedTokenizerBase", items: Sequence[Record], 
             raise UserError(
                 f"{item.where}: the text has {len(ids)} tokens, and a text must have 2 to {limit} "
                 f"(data.max_teacher_prompt_tokens); split the text, or join it with another"
+            )
+        if begins_twice(tokenizer, ids):
+            raise UserError(
+                f"{item.where}: the text begins with {tokenizer.bos_token}, and the tokenizer adds another one; remove "
+                f"it from the text"
             )
         pairs.append(PromptPair.of(ids, None))
     return pairs
