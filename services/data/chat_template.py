@@ -5,6 +5,7 @@ A template is a program that comes with the model. It can drop or cut a message 
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from sdft.services.base.errors import UserError
@@ -53,9 +54,10 @@ def reply_end(
 ) -> ReplyEnd:
     """Find what ends a reply to `messages`. known: tokens that the tokenizer and the model's files name as ends.
 
-    The end is the first known token that the template puts behind a reply: other special tokens may come before it, as
-    in Command R7B. If there is none, it is the first special token behind the reply, in its own turn or, in templates
-    that do not end a turn, in the next turn; else the tokenizer's eos_token.
+    The end is the first known token that the template puts behind every reply: other special tokens may come before it,
+    as in Command R7B. If there is none, it is the first special token there. A template may put another end behind the
+    last reply, as gpt-oss does, or none, as GLM 4, where the beginning of the next turn ends a reply. Without any
+    special token it is the tokenizer's eos_token.
 
     UserError if the prompt does not end where a reply begins, or if no token would stop an engine.
     """
@@ -73,12 +75,17 @@ def reply_end(
     if REPLY in answered:
         special = _special_tokens(tokenizer, known)
         ends = {token: i for token, i in special.items() if i in known}
-        found = _first(behind, ends) or _first(behind, special)
-        if found is None:  # rendered only here, because some templates refuse a conversation that goes on
+        try:
             longer = render([*messages, reply, Message(role="user", content="Go on.")], False)
-            found = _first(longer.rpartition(REPLY)[2], special)
-        if found is not None:
-            return ReplyEnd(*found, behind)
+        except UserError:  # some templates refuse a conversation that goes on
+            longer = answered
+        going_on = longer.rpartition(REPLY)[2]
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(behind, going_on, strict=False))
+        of_turn = "".join(character for character, _ in same)  # without the end of the whole text, as in Phi 3
+        for text in (of_turn, behind, going_on):
+            found = _first(text, ends) or _first(text, special)
+            if found is not None:
+                return ReplyEnd(*found, behind)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model: no token ends a reply: the chat template of the tokenizer in {folder} appends no special token, "

@@ -1,7 +1,7 @@
 """The variables that a run gives to the model's chat template (data.chat_template_kwargs), checked against it."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from sdft.services.base.errors import UserError
@@ -51,12 +51,21 @@ def _parsed(chat_template: Any) -> "list[nodes.Template]":
 
 def _set_first(template: "nodes.Template") -> set[str]:
     """Return the names that the template sets before it reads them: they are its own, also if set in branches."""
+    contexts: dict[str, str] = {}
+    for name in _names(template):
+        contexts.setdefault(name.name, name.ctx)
+    return {name for name, context in contexts.items() if context != "load"}
+
+
+def _names(node: "nodes.Node") -> "Iterator[nodes.Name]":
+    """Yield the names in the order in which the template reads and sets them: a value is read before it is set."""
     from jinja2 import nodes
 
-    contexts: dict[str, str] = {}
-    for name in template.find_all(nodes.Name):
-        contexts.setdefault(name.name, name.ctx)
-    return {name for name, context in contexts.items() if context == "store"}
+    if isinstance(node, nodes.Name):
+        yield node
+    inner = [node.node, node.target] if isinstance(node, nodes.Assign) else node.iter_child_nodes()
+    for child in inner:
+        yield from _names(child)
 
 
 def _generation_tag() -> Any:

@@ -137,6 +137,12 @@ FAMILIES = {
         eos="<|endoftext|>",
         named=("<|endoftext|>", "<|assistant|>", "<|end|>"),
     ),
+    "phi-eos": Family(
+        PHI,
+        ("<|endoftext|>", "<|assistant|>", "<|user|>", "<|system|>", "<|end|>"),
+        end="<|end|>",
+        eos="<|endoftext|>",
+    ),
     "mistral": Family(
         MISTRAL, ("<unk>", "<s>", "</s>"), end="</s>", eos="</s>", bos="<s>", adds=("<s>",)
     ),
