@@ -3,12 +3,13 @@
 A template is a program that comes with the model. It can drop or cut a message without an error.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sdft.services.base.errors import UserError
-from sdft.services.data.demonstrations import Message
+from sdft.services.data.messages import Message
 from sdft.services.data.thoughts import without_thoughts
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ def left_out(text: str, messages: Sequence[Message], whole: int | None = None) -
             content = without_thoughts(content)
         content = content.strip()
         found = text.find(content, 0 if message["role"] == "system" else position)
+        if found < 0 and message["role"] == "tool":  # some templates write a tool's result as a JSON text
+            content = json.dumps(content, ensure_ascii=False)[1:-1]
+            found = text.find(content, position)
         if found < 0:
             return message
         if message["role"] != "system":

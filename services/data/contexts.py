@@ -13,7 +13,9 @@ from sdft.services.base.errors import UserError, first_line
 from sdft.services.base.files import existing_file
 from sdft.services.config.templates import BUILT_IN_TEMPLATES
 from sdft.services.data.chat_template import ReplyEnd, left_out, reply_end
-from sdft.services.data.demonstrations import Message, Record
+from sdft.services.data.demonstrations import Record
+from sdft.services.data.marks import marked
+from sdft.services.data.messages import Message
 from sdft.services.data.templates import UserTemplate
 
 if TYPE_CHECKING:
@@ -104,23 +106,25 @@ class PromptBuilder:
         if self._shown is not None and getattr(item, self._shown) is None:
             return None
         messages = self._with_system(item)
-        earlier, question = messages[:-1], messages[-1]["content"]
+        at = max(i for i, message in enumerate(messages) if message["role"] == "user")
+        earlier, question = messages[:at], messages[at]["content"]
+        later = messages[at + 1 :]  # the assistant's calls of tools and their results
         if self._template == "none":
-            turns = [messages[-1]]
+            turns = [messages[at]]
         elif self._template == "context":
             turns = [_user(f"{_CONTEXT.format(context=item.context)}{question}")]
         elif self._template == "feedback":
             turns = [_user(_FEEDBACK.format(question=question, feedback=item.feedback))]
         elif self._template == "turn":
             first = question if item.context is None else f"{_CONTEXT.format(context=item.context)}{question}"
-            turns = [_user(first), Message(role="assistant", content=item.demonstration or ""), _user(question)]
+            turns = [_user(first), *later, _reply(item.demonstration), _user(question)]
         elif self._user_template is None:
-            turns = [_user(_paper(question, item.demonstration or "", item.context))]
+            turns = [_user(_paper(question, self._demonstration_text(item) or "", item.context))]
         else:
             text = self._user_template.render(
                 item.where,
                 prompt=question,
-                demonstration=item.demonstration,
+                demonstration=self._demonstration_text(item),
                 context=item.context,
                 feedback=item.feedback,
                 messages=messages,
@@ -131,13 +135,48 @@ class PromptBuilder:
                     f"same; put {{{{ {self._shown} }}}} into the template"
                 )
             turns = [_user(text)]
-        return self._encode([*earlier, *turns], item, whole=len(earlier) + 1 if self._template == "turn" else None)
+        whole = at + 1 + len(later) if self._template == "turn" else None
+        return self._encode([*earlier, *turns, *later], item, whole)
 
     def demonstration(self, item: Record) -> list[int]:
         """Token ids of the demonstration as a reply to the student's prompt, with the tokens that end it."""
         end = self.end(item)
-        ids: list[int] = self._tokenizer.encode(f"{item.demonstration or ''}{end.text}", add_special_tokens=False)
+        text = self._demonstration_text(item) or ""
+        if not isinstance(item.demonstration, dict):
+            text += end.text
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return [*ids, end.token_id]
+
+    def _demonstration_text(self, item: Record) -> str | None:
+        """Return the text of the demonstration, without the token that ends it; None if there is no demonstration.
+
+        Of a message with calls it is what the chat template writes behind the student's prompt.
+        """
+        if not isinstance(item.demonstration, dict):
+            return item.demonstration
+        messages = self._with_system(item)
+        answered = [*messages, item.demonstration]
+        prompt, whole = self._render(messages, item, opened=True), self._render(answered, item, opened=False)
+        if not whole.startswith(prompt):
+            raise UserError(
+                f"{item.where}: {self._chat_template} does not write the demonstration, which has tool_calls, behind "
+                f"the prompt; write the call as the text of the demonstration, or use another chat template"
+            )
+        self._check_shown(whole, answered, item, len(messages))
+        written, end = whole[len(prompt) :], self._token(self.end(item).token_id)
+        if end in written:
+            return written.partition(end)[0]
+        last = self._tokenizer.encode(written.rstrip(), add_special_tokens=False)[-1]
+        if last in self._tokenizer.all_special_ids:
+            raise UserError(
+                f"{item.where}: {self._chat_template} ends the demonstration, which has tool_calls, with "
+                f"{self._token(last)}, and other replies with {end}, at which an engine stops; write the call as the "
+                f"text of the demonstration, or use another chat template"
+            )
+        return written.rstrip()
+
+    def _token(self, token_id: int) -> str:
+        return str(self._tokenizer.convert_ids_to_tokens(token_id))
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of a reply, without the token that ends it and other special tokens."""
@@ -160,11 +199,22 @@ class PromptBuilder:
     def _encode(self, messages: list[Message], item: Record, whole: int | None = None) -> list[int]:
         """Render and tokenize `messages`. UserError if the template drops one. whole: index of the demonstration."""
         text = self._render(messages, item, opened=True)
+        self._check_shown(text, messages, item, whole)
+        return [int(i) for i in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    def _check_shown(self, text: str, messages: list[Message], item: Record, whole: int | None) -> None:
+        """UserError if the rendered `text` lacks a message, a tool or a call. whole: index of the demonstration."""
         lost = left_out(text, messages, whole)
         if lost is not None:
             problem = _loss(lost, whole is not None and lost is messages[whole])
             raise UserError(f"{item.where}: {self._chat_template} {problem}")
-        return [int(i) for i in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
+        marks = marked(messages, item.tools)
+        if marks is None:
+            return
+        opened = messages[-1]["role"] != "assistant"
+        unshown = marks.left_out(self._render(marks.messages, replace(item, tools=marks.tools), opened))
+        if unshown is not None:
+            raise UserError(f"{item.where}: {self._chat_template} leaves out {unshown}")
 
     def _render(self, messages: list[Message], item: Record, opened: bool) -> str:
         """Render a conversation to text. opened: the text ends where the assistant's reply begins."""
@@ -173,6 +223,7 @@ class PromptBuilder:
             return str(
                 self._tokenizer.apply_chat_template(
                     messages,
+                    tools=item.tools,
                     tokenize=False,
                     add_generation_prompt=opened,
                     strftime_now=self._now.strftime,  # overrides that of transformers, which reads the clock
@@ -194,6 +245,8 @@ def _loss(lost: Message, demonstration: bool) -> str:
         )
     if lost["role"] == "system":
         return "leaves out the system message; put its text into the first user message"
+    if "tool_calls" in lost:
+        return "leaves out the content of an assistant's message beside its tool_calls; remove the content there"
     return (
         f"does not show the {lost['role']}'s message unchanged; use a chat template that takes a message's content as "
         f"text and writes it unchanged"
@@ -305,6 +358,12 @@ def text_prompts(tokenizer: "PreTrainedTokenizerBase", items: Sequence[Record], 
 
 def _user(content: str) -> Message:
     return Message(role="user", content=content)
+
+
+def _reply(demonstration: str | Message | None) -> Message:
+    if isinstance(demonstration, dict):
+        return demonstration
+    return Message(role="assistant", content=demonstration or "")
 
 
 def _paper(question: str, demonstration: str, context: str | None) -> str:

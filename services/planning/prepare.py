@@ -81,8 +81,8 @@ def _prepared(
     headers = read_headers(model)
     rows = embedding_rows(headers)  # every token id must be below it
     identity = (model / "config.json").read_bytes() + sample_of_weights(headers)  # of the model
-    builders = [PromptBuilder(tokenizer, task.data.template, base, task.data.system, begun) for task in config.tasks]
-    alone = [PromptBuilder(tokenizer, "none", base, task.data.system, begun) for task in config.tasks]
+    builders = [prompt_builder(task, tokenizer, base, begun) for task in config.tasks]
+    alone = [prompt_builder(task, tokenizer, base, begun, "none") for task in config.tasks]
     given_builders = zip(loaded, builders, alone, strict=True)
     sources, contexts = zip(*(make_source(*given, rows, base) for given in given_builders), strict=True)
     schedules = make_schedule(config.tasks, sources).stages
@@ -124,6 +124,13 @@ def _prepared(
         begun=begun,
         sample_ids=builders[0].student(SAMPLE) if sources[0].grows else [],
     )
+
+
+def prompt_builder(
+    task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", base: Path, begun: datetime, template: str | None = None
+) -> PromptBuilder:
+    """Return the builder of a task's prompts. template: instead of data.template."""
+    return PromptBuilder(tokenizer, template or task.data.template, base, task.data.system, begun)
 
 
 def _questions(sets: Sequence[EvaluationSet], base: Path) -> Questions:

@@ -18,7 +18,8 @@ from sdft.services.data.contexts import (
     check_ids,
     shown_to_teacher,
 )
-from sdft.services.data.demonstrations import Message, Record, load_demonstrations, spread
+from sdft.services.data.demonstrations import Record, load_demonstrations, spread
+from sdft.services.data.messages import Message
 from sdft.services.data.schedule import StageSchedule
 from sdft.services.data.sources.base import PromptSource
 from sdft.services.data.sources.fixed import FixedSource

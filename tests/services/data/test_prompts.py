@@ -8,7 +8,8 @@ import pytest
 from sdft.services.base.errors import UserError
 from sdft.services.data.chat_template import ReplyEnd
 from sdft.services.data.contexts import PromptBuilder, build_prompts, shown_to_teacher
-from sdft.services.data.demonstrations import Message, Record
+from sdft.services.data.demonstrations import Record
+from sdft.services.data.messages import Message
 from sdft.services.data.tokenizer import load_tokenizer
 
 
