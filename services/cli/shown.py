@@ -1,6 +1,7 @@
 """Rows of a prepared run as the model will see them: contexts and reply as text, with the loss tokens marked."""
 
 import os
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 OPEN, CLOSE = "⟦", "⟧"  # around the loss tokens, with colour and without
 LOSS, SKIPPED, HEADING = "green", "dim", "bold"
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 CUT = "\ufffd"  # what is decoded of the first bytes of a character
 
 
@@ -83,4 +85,6 @@ def _reply(
 
 
 def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    """Decode tokens, the special ones too. Control characters other than a new line and a tab become escapes."""
+    text = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)

@@ -157,12 +157,12 @@ class PromptBuilder:
         messages = self._with_system(item)
         answered = [*messages, item.demonstration]
         prompt, whole = self._render(messages, item, opened=True), self._render(answered, item, opened=False)
+        self._check_shown(whole, answered, item, len(messages))
         if not whole.startswith(prompt):
             raise UserError(
                 f"{item.where}: {self._chat_template} does not write the demonstration, which has tool_calls, behind "
                 f"the prompt; write the call as the text of the demonstration, or use another chat template"
             )
-        self._check_shown(whole, answered, item, len(messages))
         written, end = whole[len(prompt) :], self._token(self.end(item).token_id)
         if end in written:
             return written.partition(end)[0]

@@ -78,9 +78,12 @@ class RowChecker:
         name: str,
         required: tuple[str, ...],
         check_answer: Callable[[Any], str | None] = lambda answer: None,
-        format_: Format = "messages",
+        format_: Format | None = None,
     ) -> None:
-        """name: of the file, for messages. check_answer() returns the problem of an answer."""
+        """name: of the file, for messages. check_answer() returns the problem of an answer.
+
+        format_: data.format; None: of a file that always has the format messages.
+        """
         self.name, self.required = name, required
         self._check_answer, self._format = check_answer, format_
         self._line_of_id: dict[str, int] = {}
@@ -92,11 +95,12 @@ class RowChecker:
         row, called = given, dict[str, str]()
         if "prompt" in self.required:
             try:
-                row, called = in_our_columns(self._format, given)
+                row, called = in_our_columns(self._format or "messages", given)
             except Unusable as problem:
                 return BadRow(str(problem))
         row = without_blanks(row, self.required)
-        values, problems = read_row(row, self.required, self._check_answer, Given(tuple(given), called))
+        as_given = Given(tuple(given), called, self._format is not None)
+        values, problems = read_row(row, self.required, self._check_answer, as_given)
         row_id = _id_of(line, row)
         if row_id in self._line_of_id and not any(p.startswith("id ") for p in problems):
             problems.append(

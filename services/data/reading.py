@@ -29,6 +29,7 @@ class Given:
 
     columns: tuple[str, ...]
     called: dict[str, str]  # our name -> the column's name, for those that have another one
+    has_formats: bool = True  # data.format can be set for it
 
 
 def without_blanks(row: dict[str, Any], required: tuple[str, ...]) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def _check_absent(column: str, row: dict[str, Any], required: bool, given: Given
     if required:
         if name in given.columns:
             raise Unusable(f"{name} is null")
-        other = _other_format(row) if column == "prompt" else None
+        other = _other_format(row) if column == "prompt" and given.has_formats else None
         mend = f"; set data.format: {OTHER_FORMATS[other]} to read {other}" if other else ""
         raise Unusable(f"{name} is missing (the row has {', '.join(given.columns) or 'no columns'}){mend}")
 

@@ -104,6 +104,14 @@ def test_colour_is_on_a_terminal_and_not_with_no_color(
     assert CODES.sub("", said).strip() == plain
 
 
+def test_spaces_are_kept_and_control_characters_are_visible(work: Work, capsys: pytest.CaptureFixture[str]) -> None:
+    long = "x" * 90 + "   "
+    work.set("data.max_prompt_tokens", 300)
+    work.set("data.max_teacher_prompt_tokens", 300)
+    work.rows("train.jsonl", ROW | {"prompt": f"[bold]{long}\n\x1b[31mA\r"}, ROW)
+    assert f"user\n[bold]{long}\n\\x1b[31mA\\r<|im_end|>\n" in shown(work, capsys)
+
+
 def test_help_names_the_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.MonkeyPatch.context() as context:
         context.setitem(os.environ, "COLUMNS", "120")

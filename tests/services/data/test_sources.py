@@ -77,6 +77,19 @@ def test_a_line_is_read_once_its_newline_is_ready(log: Path) -> None:
     assert not source.closed
 
 
+def test_the_lines_of_a_log_have_the_format_of_the_data(log: Path) -> None:
+    data = DataConfig(train=str(log), source="log", format="sharegpt")
+    source = open_source(data, log.parent, REQUIRED, build)
+    said = [{"from": "human", "value": "Say 0."}, {"from": "gpt", "value": "0"}]
+    append(log, {"conversations": said}, {"conversations": said[:1]}, row(1))
+    assert texts(source) == ["0"]
+    assert [reason.partition(" (")[0] for reason in source.skipped] == [
+        f"{log}:2: demonstration is missing",
+        f"{log}:3: prompt is not read in data.format: sharegpt, which has conversations; remove the column, or set "
+        f"data.format: messages",
+    ]
+
+
 def test_a_bad_line_is_skipped_with_its_reason_and_a_corrected_one_may_follow(log: Path) -> None:
     source = opened(log)
     append(

@@ -116,6 +116,12 @@ def test_a_call_is_trained_as_the_chat_template_writes_it(tiny_model: Path, temp
             record(HISTORY[0], demonstration=CALL),
             r"ends the demonstration, which has tool_calls, with <\|endoftext\|>, and other replies with <\|im_end\|>",
         ),
+        # Trimmed, an empty reply does not begin with the prompt, but what is left out comes first.
+        (
+            TEMPLATE.replace("{{ m['content'] }}<|im_end|>", "{{ m['content'] }}"),
+            record(HISTORY[0], demonstration=CALL),
+            "leaves out the tool look",
+        ),
         ("{{ raise_exception('one call only') }}", record(*HISTORY), "fails on these messages: one call only"),
     ],
 )
