@@ -73,12 +73,14 @@ def _reply(
             first = f" but the first {skipped} tokens" if skipped else ""
             yield Text(f"── reply: sampled during the run; all{first} in the loss", HEADING)
             return
-        longest = stage.config.sampling.max_new_tokens
-        ids = builder.demonstration(record)[:longest]
+        ids = builder.demonstration(record)
         words = "reply (the demonstration in place of a sampled one)"
     in_loss = max(0, len(ids) - skipped)
     where = f" {OPEN}{CLOSE}" if in_loss else ""
     yield Text(f"── {words}, {len(ids)} tokens, {in_loss} in the loss{where}:", HEADING)
+    longest = stage.config.sampling.max_new_tokens
+    if len(ids) > longest:
+        yield Text(f"   a sampled reply is cut after {longest} tokens, sampling.max_new_tokens", HEADING)
     whole = _text(tokenizer, ids)
     before = _text(tokenizer, ids[:skipped]).rstrip(CUT)
     yield Text.assemble((before, SKIPPED), (f"{OPEN}{whole[len(before) :]}{CLOSE}", LOSS) if in_loss else "")
