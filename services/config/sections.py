@@ -3,7 +3,7 @@
 import difflib
 import os
 import re
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,12 +13,9 @@ from sdft.actors.transport.named import BUILT_IN, transport_class
 from sdft.learner.config import OptimizerConfig
 from sdft.services.algorithms.registry import Method
 from sdft.services.base.section import Section
+from sdft.services.config.columns import Column, DataColumn, Format, check_columns
 
 Grader = Literal["exact", "contains", "choice", "numeric", "tool_call", "instruction", "judge", "perplexity"]
-
-
-Column = Literal["prompt", "demonstration", "id", "context", "feedback", "answer", "text"]
-COLUMNS: tuple[str, ...] = get_args(Column)  # columns that a row may have
 # Names that a chat template gets from the run, the tokenizer or transformers.
 OWN_VARIABLES = frozenset(
     (
@@ -45,7 +42,12 @@ class DataConfig(Section):
         86400, gt=0, description="How long the run waits for the next record of a source that is no file"
     )
     split: str = Field("train", description="Split of a hub data set")
-    columns: dict[Column, str] = Field({}, description="Column names in the file: {demonstration: output_text}")
+    format: Format = Field(
+        "messages",
+        description="Columns of a row: messages (prompt, demonstration, ...), sharegpt (conversations) or alpaca "
+        "(instruction, input, output)",
+    )
+    columns: dict[DataColumn, str] = Field({}, description="Column names in the file: {demonstration: output_text}")
     template: str = Field(
         "paper",
         description="The teacher's prompt: paper, turn, context, feedback, none, or the path of a Jinja template",
@@ -110,6 +112,11 @@ class DataConfig(Section):
             raise ValueError("record_timeout_s is of a source that grows; remove it, or set source")
         if self.grows and self.split != "train":
             raise ValueError("split is of a hub data set, and source names none; remove split, or set source: file")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_of_the_format(self) -> "DataConfig":
+        check_columns(self.format, self.columns)
         return self
 
     @model_validator(mode="after")

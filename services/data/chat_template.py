@@ -3,19 +3,21 @@
 A template is a program that comes with the model. It can drop or cut a message without an error.
 """
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from sdft.services.base.errors import UserError
-from sdft.services.data.demonstrations import Message
+from sdft.services.data.messages import Message
 from sdft.services.data.thoughts import MARKS, parts, without_thoughts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Render = Callable[[list[Message], bool], str]  # messages, whether the assistant's turn is opened -> text
+_CALL_AS_TEXT = "write the call as the text of the demonstration, or use another chat template"
 REPLY = "sdft-reply"  # placeholder for a reply; it occurs in no template
 
 
@@ -42,6 +44,9 @@ def left_out(text: str, messages: Sequence[Message], whole: int | None = None) -
             content = without_thoughts(content)
         content = content.strip()
         found = text.find(content, 0 if message["role"] == "system" else position)
+        if found < 0 and message["role"] == "tool":  # some templates write a tool's result as a JSON text
+            content = json.dumps(content, ensure_ascii=False)[1:-1]
+            found = text.find(content, position)
         if found < 0:
             return message
         if message["role"] != "system":
@@ -94,21 +99,60 @@ def reply_end(
     return ReplyEnd("", int(tokenizer.eos_token_id), behind if REPLY in answered else "")
 
 
-def reply_text(demonstration: str, prompt: str, whole: str, end: ReplyEnd) -> str:
-    """Return the demonstration as the template renders it behind the prompt, up to the token that ends it.
+def reply_text(
+    tokenizer: "PreTrainedTokenizerBase",
+    reply: Message,
+    prompt: str,
+    whole: str,
+    end: ReplyEnd,
+    known: Collection[int],
+) -> tuple[str, int]:
+    """Return a reply as the template renders it behind the prompt, up to the token that ends it, and that token.
 
-    prompt, whole: the rendered prompt, and the rendered prompt with the demonstration as its reply. If the template
-    removes the reasoning of a reply, the demonstration is returned as it is given, because the model writes its
-    reasoning. ValueError, with the rest of a sentence about the template, if the demonstration is not the text that
-    follows the prompt.
+    prompt, whole: the rendered prompt, and the rendered prompt with the reply. end: what ends a reply without calls.
+    known: as in reply_end(). If the template removes the reasoning of a reply without calls, the reply is returned as
+    it is given, because the model writes its reasoning. ValueError, with the rest of a sentence about the template, if
+    the reply is not the text that follows the prompt.
     """
-    if whole.startswith(prompt) and whole.endswith(end.behind):
-        text = whole[len(prompt) : len(whole) - len(end.behind)]
-        if _in_order(text, parts(demonstration)):
-            return text + end.text
-        if not _in_order(text, [without_thoughts(demonstration).strip()]):
+    content, calls = reply["content"], "tool_calls" in reply
+    follows = whole.startswith(prompt)
+    written = whole[len(prompt) :]
+    if calls and not follows:
+        raise ValueError(f"does not write the demonstration, which has tool_calls, behind the prompt; {_CALL_AS_TEXT}")
+    if follows and (calls or written.endswith(end.behind)):
+        if written.endswith(end.behind) and (end.behind.strip() or not calls):
+            text, token = written.removesuffix(end.behind) + end.text, end.token_id
+        else:
+            text, token = _end_of_calls(tokenizer, written, end.token_id, known)
+        if _in_order(text, parts(content)):
+            return text, token
+        if calls or not _in_order(text, [without_thoughts(content).strip()]):
             raise ValueError("does not show the demonstration unchanged as a reply; change the demonstration")
-    return _continued(demonstration, prompt.rstrip(), prompt.endswith("\n")) + end.text
+    return _continued(content, prompt.rstrip(), prompt.endswith("\n")) + end.text, end.token_id
+
+
+def _end_of_calls(
+    tokenizer: "PreTrainedTokenizerBase", written: str, usual: int, known: Collection[int]
+) -> tuple[str, int]:
+    """Return a reply with calls up to the token that ends it, and that token. usual: what ends other replies.
+
+    Calls may have an end of their own, as in gpt-oss. It must be one at which an engine stops.
+    """
+    ends = {usual, *known}
+    special = _special_tokens(tokenizer, ends)
+    body = written.rstrip()
+    while last := next((token for token in special if body.endswith(token)), None):
+        body = body.removesuffix(last).rstrip()
+    behind = written[len(body) :]
+    found = _first(behind, {token: i for token, i in special.items() if i in ends})
+    if found is not None:
+        return body + found[0], found[1]
+    if behind.strip():
+        raise ValueError(
+            f"ends the demonstration, which has tool_calls, with {behind.strip()}, and other replies with "
+            f"{tokenizer.convert_ids_to_tokens(usual)}, at which an engine stops; {_CALL_AS_TEXT}"
+        )
+    return body, usual
 
 
 def _continued(demonstration: str, prompt: str, on_new_line: bool) -> str:

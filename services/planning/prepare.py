@@ -9,14 +9,9 @@ from sdft.services.config.run import RunConfig, TaskConfig
 from sdft.services.config.sections import EvaluationSet
 from sdft.services.config.sinks import check_sinks
 from sdft.services.data.check_files import check_files
-from sdft.services.data.contexts import (
-    PromptBuilder,
-    PromptPair,
-    build_prompts,
-    check_ids,
-    text_prompts,
-)
+from sdft.services.data.contexts import PromptBuilder, PromptPair
 from sdft.services.data.demonstrations import Record, load_questions
+from sdft.services.data.prompts import build_prompts, check_ids, text_prompts
 from sdft.services.data.schedule import make_schedule
 from sdft.services.data.sets import LoadedSet
 from sdft.services.data.tokenizer import load_tokenizer
@@ -81,8 +76,8 @@ def _prepared(
     headers = read_headers(model)
     rows = embedding_rows(headers)  # every token id must be below it
     identity = (model / "config.json").read_bytes() + sample_of_weights(headers)  # of the model
-    builders = [_builder(tokenizer, task, base, begun) for task in config.tasks]
-    alone = [_builder(tokenizer, task, base, begun, alone=True) for task in config.tasks]
+    builders = [prompt_builder(task, tokenizer, base, begun) for task in config.tasks]
+    alone = [prompt_builder(task, tokenizer, base, begun, alone=True) for task in config.tasks]
     given_builders = zip(loaded, builders, alone, strict=True)
     sources, contexts = zip(*(make_source(*given, rows, base) for given in given_builders), strict=True)
     schedules = make_schedule(config.tasks, sources).stages
@@ -127,8 +122,8 @@ def _prepared(
     )
 
 
-def _builder(
-    tokenizer: "PreTrainedTokenizerBase", task: TaskConfig, base: Path, begun: datetime, alone: bool = False
+def prompt_builder(
+    task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", base: Path, begun: datetime, alone: bool = False
 ) -> PromptBuilder:
     """Return the builder of a task's prompts. alone: the teacher sees the student's prompt."""
     d = task.data

@@ -28,6 +28,15 @@ QWEN = """\
     {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}
 {%- endif %}
 """
+# The same with tools and calls of them.
+QWEN_TOOLS = (
+    "{%- if tools %}{{ '<|im_start|>system' }}{% for t in tools %}{{ '\\n' + (t | tojson) }}{% endfor %}"
+    "{{ '<|im_end|>\\n' }}{% endif %}"
+) + QWEN.replace(
+    "{{- content + '<|im_end|>",
+    "{{- content }}{% for c in m.tool_calls %}{{ '<tool_call>' + (c.function | tojson) + '</tool_call>' }}{% endfor %}"
+    "{{- '<|im_end|>",
+)
 LLAMA3 = """\
 {{- bos_token }}
 {%- if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}

@@ -69,7 +69,20 @@ def train(
         console.print(f"report: {report}", markup=False, soft_wrap=True)
 
 
-def check(config: Config, overrides: Overrides = None) -> None:
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    show: Annotated[
+        int | None,
+        typer.Option(
+            "--show",
+            metavar="N",
+            min=1,
+            help="Print the first N rows of each stage as the model will see them, with the loss tokens in colour.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Check configuration, data and prompts without starting anything."""
     from sdft.services.cli.summary import run_lines
     from sdft.services.config.load import load_config
@@ -82,3 +95,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
     print(*run_lines(prepared), sep="\n")
     print(f"evaluation: {', '.join(s.settings.name for s in prepared.sets) or 'none'}")
     print(prepared.plan.text())
+    if show:
+        from sdft.services.cli.shown import shown_rows
+
+        print(shown_rows(prepared, show), end="")

@@ -10,8 +10,10 @@ import yaml
 from sdft.services.base.errors import UserError
 from sdft.services.cli.main import main
 from sdft.services.config.load import load_config
-from sdft.services.data.contexts import PromptBuilder, text_prompts
-from sdft.services.data.demonstrations import Message, Record
+from sdft.services.data.contexts import PromptBuilder
+from sdft.services.data.demonstrations import Record
+from sdft.services.data.messages import Message
+from sdft.services.data.prompts import text_prompts
 from sdft.services.data.tokenizer import load_tokenizer
 from sdft.services.planning.prepare import prepare
 from tests.fakes.chat import FAMILIES, change, make_chat_model

@@ -9,8 +9,10 @@ import pytest
 from sdft.services.base.errors import UserError
 from sdft.services.cli.main import main
 from sdft.services.data.chat_template import ReplyEnd
-from sdft.services.data.contexts import PromptBuilder, PromptPair, build_prompts, check_ids
-from sdft.services.data.demonstrations import Message, Record
+from sdft.services.data.contexts import PromptBuilder, PromptPair
+from sdft.services.data.demonstrations import Record
+from sdft.services.data.messages import Message
+from sdft.services.data.prompts import build_prompts, check_ids
 from sdft.services.data.tokenizer import load_tokenizer
 from tests.fakes.spoiling import Work, chat_template
 from tests.fakes.tiny import TEMPLATE

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 
 from sdft.services.base.errors import UserError
-from sdft.services.data.contexts import PromptBuilder, build_prompts, shown_to_teacher
-from sdft.services.data.demonstrations import Message, Record
+from sdft.services.data.contexts import PromptBuilder, shown_to_teacher
+from sdft.services.data.demonstrations import Record
+from sdft.services.data.messages import Message
+from sdft.services.data.prompts import build_prompts
 from sdft.services.data.tokenizer import load_tokenizer
 
 
