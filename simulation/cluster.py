@@ -193,7 +193,7 @@ def prepared(case: Case, batch: int) -> Prepared:
         model=Path("simulated"),
         shape=ModelShape(0, 0, 0, 0, 0, 0),
         tokenizer=None,
-        reply_end=0,
+        stop_ids=(0,),
         vocabulary=1,
         stages=(Stage("", task, source, lambda index: NOWHERE, [], schedule, fingerprint=""),),
         common=[],

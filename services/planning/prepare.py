@@ -11,14 +11,9 @@ from sdft.services.config.run import RunConfig, TaskConfig
 from sdft.services.config.sections import EvaluationSet
 from sdft.services.config.sinks import check_sinks
 from sdft.services.data.check_files import check_files
-from sdft.services.data.contexts import (
-    PromptBuilder,
-    PromptPair,
-    build_prompts,
-    check_ids,
-    text_prompts,
-)
+from sdft.services.data.contexts import PromptBuilder, PromptPair
 from sdft.services.data.demonstrations import Record, load_questions
+from sdft.services.data.prompts import build_prompts, check_ids, text_prompts
 from sdft.services.data.schedule import make_schedule
 from sdft.services.data.sets import LoadedSet
 from sdft.services.data.tokenizer import load_tokenizer, vocabulary_of
@@ -89,12 +84,14 @@ def _prepared(
     rows = embedding_rows(headers)  # every token id must be below it
     vocabulary = vocabulary_of(tokenizer, rows)
     identity = (model / "config.json").read_bytes() + sample_of_weights(headers)  # of the model
-    builders = [PromptBuilder(tokenizer, task.data.template, base, task.data.system, begun) for task in config.tasks]
-    alone = [PromptBuilder(tokenizer, "none", base, task.data.system, begun) for task in config.tasks]
+    builders = [prompt_builder(task, tokenizer, base, begun) for task in config.tasks]
+    alone = [prompt_builder(task, tokenizer, base, begun, alone=True) for task in config.tasks]
     given_builders = zip(loaded, builders, alone, strict=True)
     sources, contexts = zip(*(make_source(*given, rows, base) for given in given_builders), strict=True)
     schedules = make_schedule(config.tasks, sources).stages
     check_ends(names, schedules)
+    first = [SAMPLE if source.grows else source.records[0] for source in sources]
+    lacks = [builders[0].lacks_first(first[0]), *(None for _ in names[1:])]  # the same for all stages
     stages: list[Stage] = []
     for i, (name, given, builder, source) in enumerate(zip(names, loaded, builders, sources, strict=True)):
         task, before = given.task, stages[-1].fingerprint if stages else ""
@@ -108,12 +105,11 @@ def _prepared(
                 schedule=schedules[i],
                 fingerprint=fingerprint_of(before, task, identity, () if source.grows else source.prompts),
                 recalled=len(given.recalled),
-                warnings=tuple(filter(None, (source.trouble, _short(builder, source.records, task)))),
+                warnings=tuple(filter(None, (source.trouble, _short(builder, source.records, task), lacks[i]))),
             )
         )
-    first = SAMPLE if sources[0].grows else sources[0].records[0]
-    end = builders[0].end(first).token_id
-    check_ids([first], [PromptPair.of([end], None)], rows)
+    ends = dict.fromkeys(i for builder, record in zip(builders, first, strict=True) for i in builder.stop_ids(record))
+    check_ids(first[:1], [PromptPair.of([builders[0].end(first[0]).token_id], None)], rows)
     shape = ModelShape.of(model, headers, config.learner.lora)
     longest = [
         stage.config.data.max_prompt_tokens if stage.source.grows else max(len(p.student_ids) for p in stage.prompts)
@@ -125,7 +121,7 @@ def _prepared(
         model=model,
         shape=shape,
         tokenizer=tokenizer,
-        reply_end=end,
+        stop_ids=tuple(ends),
         vocabulary=vocabulary,
         stages=tuple(stages),
         common=_sets(common, tokenizer, builders[0], stages[0].config, rows),
@@ -145,6 +141,15 @@ def _check_support(config: RunConfig, vocabulary: int) -> None:
         )
 
 
+def prompt_builder(
+    task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", base: Path, begun: datetime, alone: bool = False
+) -> PromptBuilder:
+    """Return the builder of a task's prompts. alone: the teacher sees the student's prompt."""
+    d = task.data
+    template, teacher = ("none", d.student_variables) if alone else (d.template, d.teacher_variables)
+    return PromptBuilder(tokenizer, template, base, d.system, begun, d.student_variables, teacher)
+
+
 def _questions(sets: Sequence[EvaluationSet], base: Path) -> Questions:
     return [(s, load_questions(s, base, answer_check(s))) for s in sets]
 
@@ -153,7 +158,7 @@ def _short(builder: PromptBuilder, items: Sequence[Record], task: TaskConfig) ->
     """Return a warning if more than half of a sample of demonstrations has at most method.skip_first tokens."""
     skipped = task.method.skipped
     checked = [item for item in items[:: max(1, len(items) // CHECKED)] if item.demonstration is not None]
-    short = sum(len(builder.demonstration(item)) <= skipped for item in checked)
+    short = sum(builder.length(item) <= skipped for item in checked)
     if 2 * short <= len(checked):
         return None
     return (

@@ -56,7 +56,7 @@ class Prepared:
     model: Path
     shape: ModelShape
     tokenizer: "PreTrainedTokenizerBase"
-    reply_end: int  # the token that ends a reply in the chat template; engines stop at it
+    stop_ids: tuple[int, ...]  # tokens that end a reply; the first one is what the chat template puts behind it
     vocabulary: int  # tokens of the tokenizer; engines and learner leave later rows of the head out
     stages: tuple[Stage, ...]
     common: list[LoadedSet]  # evaluation sets that belong to no stage

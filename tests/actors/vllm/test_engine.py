@@ -31,6 +31,7 @@ from sdft.actors.transport.broadcast import BroadcastSender
 from sdft.actors.worker import EngineWorker
 from sdft.learner.weights.content import Content
 from sdft.learner.weights.publisher import Publisher
+from tests.fakes.chat import change
 from tests.fakes.folders import as_it_comes
 from tests.fakes.rollouts import logprobs
 
@@ -80,10 +81,10 @@ def watched() -> type:
             outputs = await self._engine._run([np.concatenate(pair) for pair in pairs], params)
             return [output.num_cached_tokens for output in outputs]
 
-        async def generate_until(self, stop_id: int, requests: list, sampling: Sampling) -> list:
-            """Generate as an engine that starts with this token among its stop ids."""
+        async def generate_until(self, stop_ids: tuple[int, ...], requests: list, sampling: Sampling) -> list:
+            """Generate as an engine that starts with these stop ids."""
             settings = self._engine.settings
-            self._engine.settings = replace(settings, stop_ids=(stop_id,))
+            self._engine.settings = replace(settings, stop_ids=stop_ids)
             try:
                 return await self._engine.generate(requests, sampling)
             finally:
@@ -258,17 +259,33 @@ def test_a_folder_as_it_comes_is_loaded_and_updated_and_rows_beyond_the_tokenize
     ray.get(engine.stop.remote(), timeout=60)
 
 
-def test_a_reply_ends_with_the_token_that_the_chat_template_ends_it_with(engines: list) -> None:
+def test_a_reply_ends_with_any_of_the_stop_ids(engines: list) -> None:
     """Even if neither the tokenizer nor generation_config.json lists it as a stop token."""
     request = [GenerateRequest(PROMPT, 7)]
     (whole,) = ray.get(engines[0].generate.remote(request, PLAIN), timeout=60)
     stop = int(whole.completion_ids[5])
     end = whole.completion_ids.tolist().index(stop) + 1
     assert end < len(whole.completion_ids)
-    (cut,) = ray.get(engines[0].generate_until.remote(stop, request, PLAIN), timeout=60)
+    absent = next(i for i in range(3, 500) if i not in whole.completion_ids)
+    (cut,) = ray.get(engines[0].generate_until.remote((absent, stop), request, PLAIN), timeout=60)
     assert cut.finish_reason == "stop"
     np.testing.assert_array_equal(cut.completion_ids, whole.completion_ids[:end])
     np.testing.assert_array_equal(cut.logprobs, whole.logprobs[:end])
+
+
+def test_sampling_defaults_of_the_model_folder_shape_no_rollout(
+    ray_cluster: None, tiny_model: Path, tmp_path: Path
+) -> None:
+    """vLLM's server would sample with them. With top_k 1 every log-prob were 0, and all rollouts were equal."""
+    folder = shutil.copytree(tiny_model, tmp_path / "m")
+    change(folder / "generation_config.json", top_k=1, repetition_penalty=5.0, temperature=0.1, do_sample=True)
+    engine = ray.remote(EngineWorker).options(num_cpus=0.5).remote(engine_settings(folder))
+    ray.get(engine.start.remote(), timeout=300)
+    compare(engine, AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), 0)
+    requests = [GenerateRequest(PROMPT, seed) for seed in range(8)]
+    rollouts = ray.get(engine.generate.remote(requests, PLAIN), timeout=60)
+    assert len({tuple(rollout.completion_ids) for rollout in rollouts}) == 8
+    ray.get(engine.stop.remote(), timeout=60)
 
 
 def changed(tiny_model: Path, seed: int = 1) -> torch.nn.Module:

@@ -9,8 +9,10 @@ import pytest
 from sdft.services.base.errors import UserError
 from sdft.services.cli.main import main
 from sdft.services.data.chat_template import ReplyEnd
-from sdft.services.data.contexts import PromptBuilder, PromptPair, build_prompts, check_ids
-from sdft.services.data.demonstrations import Message, Record
+from sdft.services.data.contexts import PromptBuilder, PromptPair
+from sdft.services.data.demonstrations import Record
+from sdft.services.data.messages import Message
+from sdft.services.data.prompts import build_prompts, check_ids
 from sdft.services.data.tokenizer import load_tokenizer, vocabulary_of
 from tests.fakes.spoiling import Work, chat_template
 from tests.fakes.tiny import TEMPLATE
@@ -95,24 +97,45 @@ def test_a_prompt_that_ends_before_the_reply_begins_is_an_error(tiny_model: Path
 
 
 @pytest.mark.parametrize(
-    ("chat_template", "end"),
+    ("chat_template", "reply", "end"),
     [
-        (TEMPLATE, ReplyEnd("", 2)),
-        (TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] }}\n"), ReplyEnd("\n", 2)),
-        # As in Mistral's: nothing opens a reply, and the end of the text is the end of a turn.
-        (INSTRUCT, ReplyEnd("", 0)),
-        (TEMPLATE.replace("<|im_end|>", "<|im_end|><|endoftext|>"), ReplyEnd("<|im_end|>", 0)),
+        (TEMPLATE, "Oslo.", ReplyEnd("", 2, "<|im_end|>\n")),
+        (
+            TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] }}\n"),
+            "Oslo.\n",
+            ReplyEnd("\n", 2, "\n<|im_end|>\n"),
+        ),
+        # As in Mistral's: nothing opens a reply, a space comes first, and the end of the text is the end of a turn.
+        (INSTRUCT, " Oslo.", ReplyEnd("", 0, "<|endoftext|>")),
+        # As in Phi 3's: the end of a turn, which config.json names, comes before eos_token.
+        (
+            TEMPLATE.replace("<|im_end|>", "<|im_end|><|endoftext|>"),
+            "Oslo.",
+            ReplyEnd("", 2, "<|im_end|><|endoftext|>\n"),
+        ),
+        # As in Command R7B's: the first special token is not an end that the model's files name.
+        (
+            TEMPLATE.replace("<|im_end|>", "<|im_start|><|im_end|>"),
+            "Oslo.<|im_start|>",
+            ReplyEnd("<|im_start|>", 2, "<|im_start|><|im_end|>\n"),
+        ),
         # As in GLM 4's: the beginning of the next turn ends a reply.
-        (f"{EACH}<|im_start|>{{{{ m['role'] }}}}\n{{{{ m['content'] }}}}{OPEN}", ReplyEnd("", 1)),
+        (f"{EACH}<|im_start|>{{{{ m['role'] }}}}\n{{{{ m['content'] }}}}{OPEN}", "Oslo.", ReplyEnd("", 1, "")),
         # Without special tokens the tokenizer's eos_token ends a reply.
-        (f"{EACH}{{{{ m['role'] }}}}: {{{{ m['content'] }}}}\n{OPEN.replace('<|im_start|>', '')}", ReplyEnd("", 0)),
+        (
+            f"{EACH}{{{{ m['role'] }}}}: {{{{ m['content'] }}}}\n{OPEN.replace('<|im_start|>', '')}",
+            "Oslo.",
+            ReplyEnd("", 0, "\n"),
+        ),
     ],
 )
-def test_a_reply_ends_with_what_the_template_appends(tiny_model: Path, chat_template: str, end: ReplyEnd) -> None:
+def test_a_reply_ends_with_what_the_template_appends(
+    tiny_model: Path, chat_template: str, reply: str, end: ReplyEnd
+) -> None:
     """The tokenizer's eos_token does not matter; some of these templates do not use it."""
     one = builder(tiny_model, chat_template, eos_token="<|endoftext|>")
     assert one.end(record()) == end
-    assert one.demonstration(record()) == [*one._tokenizer.encode(f"Oslo.{end.text}"), end.token_id]
+    assert one.demonstration(record()) == [*one._tokenizer.encode(reply), end.token_id]
 
 
 def test_a_tokenizer_without_eos_token_is_refused_only_where_nothing_else_ends_a_reply(tiny_model: Path) -> None:
