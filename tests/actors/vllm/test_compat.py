@@ -49,6 +49,21 @@ CANARIES: dict[str, Canary] = {
         mentions("vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding.__init__", "quant_method")
         and takes(f"vllm.model_executor.layers.quantization.base_config:QuantizeMethodBase.{LOADED}", "layer")
     ),
+    "experts' quant_method.moe_kernel and its fused_experts": lambda: mentions(
+        "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:UnquantizedFusedMoEMethod._setup_kernel",
+        "moe_kernel",
+        "fused_experts",
+        LOADED,
+    ),
+    f"CPUUnquantizedExperts.{LOADED}(layer)": lambda: takes(
+        f"vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts.{LOADED}", "layer"
+    ),
+    "RotaryEmbedding.forward_cpu(positions, query, key)": lambda: takes(
+        "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding.forward_cpu", "positions", "query", "key"
+    ),
+    "EngineArgs.create_model_config": lambda: named("vllm.engine.arg_utils:EngineArgs.create_model_config"),
+    "ModelConfig.is_hybrid": lambda: named("vllm.config:ModelConfig.is_hybrid"),
+    "ModelConfig.is_attention_free": lambda: named("vllm.config:ModelConfig.is_attention_free"),
     "AsyncScheduler as a Scheduler": lambda: issubclass(compat.AsyncScheduler, named(SCHEDULER)),
     "Scheduler.kv_cache_manager": lambda: mentions(f"{SCHEDULER}.__init__", "kv_cache_manager"),
     "Scheduler.hash_block_size": lambda: mentions(f"{SCHEDULER}.__init__", "hash_block_size"),
