@@ -5,7 +5,7 @@ RUNS := .venv/.runs
 INSTALLED := .venv/.installed
 TRL := benchmarks/trl/.venv/.installed
 
-.PHONY: demo continual test chaos bench docs lint install clean
+.PHONY: demo continual test chaos models bench docs lint install clean
 
 demo: $(RUNS)
 	$(BIN)/sdft train examples/tools/tools.yaml
@@ -21,6 +21,10 @@ test: install
 # The test in tests/runs/chaos with 200 kills instead of 12: half an hour.
 chaos: install
 	CHAOS_KILLS=200 $(BIN)/python -m pytest tests/runs/chaos
+
+# Every family of models; writes docs/models.md.
+models: install
+	$(BIN)/python -m tests.models.matrix
 
 # Alone on the machine: anything else that runs is in the figures.
 bench: install $(TRL)

@@ -173,6 +173,7 @@ class EngineSettings:
     kv_cache_gib: float | None  # None, on GPUs: what gpu_memory_utilization leaves for it
     engine: str = VLLM  # or a user's own class, package.module:Name
     exclusive: bool = False  # no other process of the run computes while this engine does
-    stop_ids: tuple[int, ...] = ()  # tokens that end a reply, besides those in the model folder
+    stop_ids: tuple[int, ...] = ()  # tokens that end a reply; a completion contains the one that ended it
+    vocabulary: int | None = None  # tokens of the tokenizer; later rows are in no distribution. None: all rows are
     transport: str = "memory"  # weights.transport
     extension: str = "sdft.actors.vllm.extension.WorkerExtension"  # loaded in the engine's worker processes

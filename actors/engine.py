@@ -45,8 +45,9 @@ class Engine(ABC):
     async def generate(self, requests: Sequence[GenerateRequest], sampling: Sampling) -> list[Rollout]:
         """Complete each prompt; return one rollout per request, in the order of the requests.
 
-        A completion ends with the end-of-sequence token of the model folder or with one of settings.stop_ids, which it
-        contains, or at sampling.max_new_tokens. With settings.hold_batches equal calls return equal bits.
+        A completion ends with one of settings.stop_ids, which it contains, or at sampling.max_new_tokens. Only the
+        settings in `sampling` shape the distribution: defaults in the model folder (generation_config.json) do not.
+        With settings.hold_batches equal calls return equal bits.
         """
 
     @abstractmethod

@@ -71,7 +71,7 @@ def main() -> None:
     pairs = prompts[:: max(1, len(prompts) // PROMPTS)][:PROMPTS]
     for seed, pair in enumerate(pairs):
         assert pair.teacher_ids is not None  # every row has a demonstration
-        completion = sample(model, pair.student_ids, seed, prepared.reply_end)
+        completion = sample(model, pair.student_ids, seed, prepared.stop_ids[0])
         if len(completion) <= SKIP:
             continue
         with torch.no_grad():

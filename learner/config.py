@@ -150,6 +150,9 @@ class LearnerConfig(BaseModel):
     )
     threads: int | None = Field(None, ge=1, description="Threads of each rank; null: the node's cores / ranks")
     micro_batch_tokens: int = Field(4096, ge=1, description="Tokens packed into one forward")
+    train_router: bool = Field(
+        False, description="Train the routers of a mixture of experts too; otherwise they stay as they are"
+    )
     gradient_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass: less memory, more time"
     )

@@ -6,6 +6,7 @@ collectives.
 
 import math
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import deepspeed
@@ -21,8 +22,10 @@ from sdft.learner.checkpoint.saving import TensorFile
 from sdft.learner.checkpoint.state import CHANGE, Piece, StateFiles, state_files
 from sdft.learner.compat import build_nothing, divided_masters, fragment, link_state, numel, reduce_nothing
 from sdft.learner.model.architecture import Untrainable
+from sdft.learner.model.experts import freeze_routers
 from sdft.learner.model.faithful import unfaithful
-from sdft.learner.model.student import SelfDistillation, load_student
+from sdft.learner.model.stored import Stored
+from sdft.learner.model.student import SelfDistillation, load_student, tied_names
 from sdft.learner.optimizer import MASTER, TEACHER, AdamWWithTeacher, learning_rate, teacher_alpha
 from sdft.learner.packing import pack
 from sdft.learner.shares import Share, fetched
@@ -47,7 +50,10 @@ class LearnerEngine:
         student = load_student(Path(settings.model), self.dtype)
         if settings.rank == 0 and (reason := unfaithful(student)):
             raise Untrainable(f"{settings.model} cannot be trained: {reason}")
-        model = SelfDistillation(student, settings.stages[0].losses[0])
+        self._stored = Stored(student)
+        if not settings.config.train_router:
+            freeze_routers(student)
+        model = SelfDistillation(student, settings.stages[0].losses[0], settings.vocabulary)
         if settings.config.gradient_checkpointing:
             model.model.gradient_checkpointing_enable()
         self._lora = None
@@ -101,6 +107,11 @@ class LearnerEngine:
             self._adam.begin(p)
         if self._zero_stage in (1, 2):
             link_state(self._optimizer)
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """As tied_names of the student."""
+        return tied_names(self._engine.module.model)
 
     @property
     def divided(self) -> bool:
@@ -165,29 +176,37 @@ class LearnerEngine:
         return StepResult(total, divergence, mismatch, tail / max(1, tokens), norm, lr, tokens, applied)
 
     def weights(self, role: str, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every parameter whole, with its Hugging Face name, one at a time. Collective.
+        """Yield every weight whole, as the model's files have it, a few at a time. Collective.
 
         role: "student", or "teacher" for the EMA, which equals the student until the first step and with live weights.
         dtype: None means the engines' dtype, rounded from the float32 masters.
         """
         wanted = dtype or self.dtype
         if self._lora is not None:
-            yield from self._lora.weights(role, wanted, self._forward)
-            return
-        for name, param in self._engine.module.named_parameters():
-            yield name.removeprefix("model."), self._whole(param, role, wanted).to(wanted)
+            trained = self._lora.weights(role, wanted, self._forward)
+        else:
+            trained = (
+                (name.removeprefix("model."), self._whole(param, role, wanted).to(wanted))
+                for name, param in self._engine.module.named_parameters()
+            )
+        constants = ((name, buffer.to(wanted)) for name, buffer in self._stored.constants)  # all of them numbers
+        return self._stored.of(chain(trained, constants))
 
     def snapshot(self, role: str) -> Content:
         """Return the weights that a role's engines load: all in their dtype, or only the adapters of a LoRA student."""
-        if self._lora is not None:
-            return self._lora.snapshot(role, self._forward)
-        return Content(self.weights(role), self.dtype.itemsize * sum(map(numel, self._engine.module.parameters())))
+        if self._lora is not None and role == "student":
+            return self._lora.snapshot(self._forward)
+        count = self._lora.count if self._lora is not None else sum(map(numel, self._engine.module.parameters()))
+        constants = sum(buffer.numel() for _, buffer in self._stored.constants)
+        return Content(self.weights(role), self.dtype.itemsize * (count + constants))
 
     def _whole(self, param: torch.nn.Parameter, role: str, dtype: torch.dtype) -> torch.Tensor:
         """Return a parameter whole, in float32 or, where it is available without rounding, in the engines' dtype.
 
         The model's own weights are the rounded masters.
         """
+        if not param.requires_grad:
+            return self._forward(param)
         stage = self._zero_stage
         if role == "teacher" and self.step > 0 and self._adam.alpha is not None:
             if stage == 0:

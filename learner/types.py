@@ -30,6 +30,7 @@ class LearnerSettings:
     rank: int = 0
     exclusive: bool = False  # no other process of the run computes while this one does
     transport: str = "memory"  # weights.transport
+    vocabulary: int | None = None  # tokens of the tokenizer; later rows are in no distribution. None: all rows are
 
     def stage_of(self, step: int) -> int:
         """Return the index of the stage that optimizer step `step` is in. Steps after the last stage belong to it."""

@@ -68,7 +68,8 @@ class LearnerWorker:
         self._publisher = None
         if settings.rank == 0:
             node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
-            self._publisher = Publisher(Path(settings.model), self._engine.dtype, probe_ids, node)
+            model, dtype = Path(settings.model), self._engine.dtype
+            self._publisher = Publisher(model, dtype, probe_ids, node, settings.vocabulary)
             self._sender = transport_class(settings.transport).sender(settings.device, _own_address())
 
     def fetch(self, share: Share) -> list[SampleId]:
@@ -128,7 +129,7 @@ class LearnerWorker:
 
         `written` returns when it is done. Steps may run meanwhile.
         """
-        from sdft.learner.weights.export import adapter_file, student_file
+        from sdft.learner.weights.export import adapter_file, student_files
 
         settings, out = self._engine.settings, Path(folder) / "student"
         files = self._engine.state(Path(folder))
@@ -139,7 +140,7 @@ class LearnerWorker:
         if self._publisher is not None and settings.config.lora is not None:
             files.append(adapter_file(Path(settings.model), weights, settings.config.lora, out))
         elif self._publisher is not None:
-            files.append(student_file(Path(settings.model), weights, out))
+            files += student_files(Path(settings.model), weights, self._engine.tied, out)
         self._saver.begin(files)
 
     @ray.method(concurrency_group=SAVING)

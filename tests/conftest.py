@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sdft.services.planning.examined import Examined
 from tests.fakes.tiny import make_tiny_model
 from tests.runs.run import LONG, STAGE, finish, in_stages_of_pairs, write_run
 from tests.two_at_a_time import TwoAtATime, in_order
@@ -35,7 +36,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def unexamined(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accept every model folder without a process that examines it for 4 s. test_examine tests the examination."""
-    monkeypatch.setattr("sdft.services.planning.prepare.examined", lambda *_: nullcontext())
+    monkeypatch.setattr("sdft.services.planning.prepare.examined", lambda *_: nullcontext(Examined()))
 
 
 @pytest.fixture(scope="session")

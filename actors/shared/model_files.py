@@ -16,6 +16,8 @@ COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
+QUANTIZATION = ("quantization_config", "compression_config")  # keys of config.json
+FP8, MXFP4, COMPRESSED_TENSORS = "fp8", "mxfp4", "compressed-tensors"  # values of quant_method
 AGAIN = "copy or download it again"
 LFS_POINTER = b"version https://git-lfs"
 
@@ -71,6 +73,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object; {AGAIN}")
     return content
+
+
+def quantization(folder: Path) -> dict[str, Any] | None:
+    """The settings by which a model folder's weights are quantized, from config.json; None if they are not.
+
+    Raises ValueError if config.json cannot be read.
+    """
+    config = read_json(folder / "config.json")
+    sections = [section for section in (config, config.get("text_config")) if isinstance(section, dict)]
+    found = (section.get(key) for section in sections for key in QUANTIZATION)
+    return next((settings for settings in found if settings and isinstance(settings, dict)), None)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -4,16 +4,22 @@ Each function names what it uses. tests/actors/vllm/test_compat.py has one line 
 """
 
 import functools
+import json
 import multiprocessing.util
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.synchronize import SemLock
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 import vllm.v1.engine.utils
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm import SamplingParams, ir
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.outputs import RequestOutput
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -59,6 +65,15 @@ def processes_by(context: Callable[[], Any]) -> Iterator[None]:
         vllm.v1.engine.utils.get_mp_context = own
 
 
+def carries_state(arguments: AsyncEngineArgs) -> bool:
+    """Whether layers of the model carry a state from token to token, as state spaces and convolutions do.
+
+    Uses EngineArgs.create_model_config and ModelConfig.is_hybrid and is_attention_free.
+    """
+    config = arguments.create_model_config()
+    return bool(config.is_hybrid or config.is_attention_free)
+
+
 def set_title(title: str) -> None:
     """Set this process's title. Uses ray._raylet.setproctitle.
 
@@ -77,14 +92,69 @@ def unlink_semaphores() -> None:
             finalizer()
 
 
+def missing_architectures(model: Path) -> dict[str, list[str]]:
+    """The entry `architectures` for the configuration of a model folder that has none; {} if it has one.
+
+    Uses transformers' MODEL_FOR_CAUSAL_LM_MAPPING_NAMES. vLLM itself would take the model without its head, which
+    generates nothing.
+    """
+    config = json.loads((model / "config.json").read_text())
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type"))
+    return {} if config.get("architectures") or name is None else {"architectures": [name]}
+
+
+def hide_rows(runner: Any, vocabulary: int) -> None:
+    """Give the tokens from `vocabulary` on the logit -inf: in sampling, in log-probs, and in the probe.
+
+    Replaces compute_logits of the runner's model, from which both runners (V1 and V2) get all logits.
+    """
+    model = runner.get_model()
+    compute = model.compute_logits
+
+    def hidden(*given: Any) -> Any:
+        logits = compute(*given)
+        if logits is not None:  # as on a rank of tensor parallelism that gathers none
+            logits[..., vocabulary:] = -torch.inf
+        return logits
+
+    model.compute_logits = hidden
+
+
 def begin_reload(model: torch.nn.Module) -> None:
     """Prepare a model for load_weights. Uses vLLM's initialize_layerwise_reload, as its own weight transfers do."""
     initialize_layerwise_reload(model)
 
 
 def finish_reload(model: torch.nn.Module, config: Any) -> None:
-    """Lay loaded weights out for the kernels. Uses vLLM's finalize_layerwise_reload. config: vLLM's ModelConfig."""
+    """Lay loaded weights out for the kernels. Uses vLLM's finalize_layerwise_reload. config: vLLM's ModelConfig.
+
+    vLLM lays experts out for a CPU's kernels after the first load only, so later weights would be read in the wrong
+    order. Uses quant_method.moe_kernel.fused_experts, CPUUnquantizedExperts and its process_weights_after_loading.
+    """
     finalize_layerwise_reload(model, config)
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None and isinstance(kernel.fused_experts, CPUUnquantizedExperts):
+            kernel.fused_experts.process_weights_after_loading(layer)
+
+
+def rotate_each_head() -> None:
+    """Make vLLM's rotary embedding on a CPU rotate each head of queries and keys of shape [tokens, heads, head_dim].
+
+    Its kernel takes their second dimension for that of all heads together, so LFM2 would rotate the first head only.
+    Replaces RotaryEmbedding.forward_cpu, which works in place.
+    """
+    own = RotaryEmbedding.forward_cpu
+
+    def flat(self: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None) -> Any:
+        if query.dim() != 3:
+            return own(self, positions, query, key)
+        shapes = query.shape, None if key is None else key.shape
+        key = None if key is None else key.reshape(len(key), -1)
+        rotated = own(self, positions, query.reshape(len(query), -1), key)
+        return tuple(x if x is None else x.view(shape) for x, shape in zip(rotated, shapes, strict=True))
+
+    RotaryEmbedding.forward_cpu = flat
 
 
 def repack(layer: torch.nn.Module) -> None:

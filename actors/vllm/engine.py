@@ -9,8 +9,8 @@ With settings.hold_batches the engine pauses, enqueues the whole batch and then 
 batch in every run, so tokens and log-probs are equal bit for bit, however slowly the requests arrive. Without it many
 calls of one or a few sequences share the engine, and each joins the running batch as it arrives.
 
-With settings.share_prompts a prompt that several sequences begin with is computed once. It is kept until the next held
-batch or the next weights, because a pause empties vLLM's cache.
+With settings.share_prompts a prompt that several sequences begin with is computed once, unless a layer carries a state
+along the prompt. It is kept until the next held batch or the next weights, because a pause empties vLLM's cache.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ from sdft.actors.shared.types import (
     UpdateReport,
 )
 from sdft.actors.transport.named import transport_class
-from sdft.actors.vllm.compat import RPC_FAILED, Output, enqueue
+from sdft.actors.vllm.compat import RPC_FAILED, Output, carries_state, enqueue, missing_architectures
 from sdft.actors.vllm.kernels import fused_norms
 from sdft.actors.vllm.process import EngineProcess, error_line, forked
 from sdft.actors.vllm.scoring import SharedPrompts, scores_of, scoring_request, versions_of
@@ -74,9 +75,36 @@ class VllmEngine(Engine):
 
     async def start(self) -> None:
         """Load the model in a process that vLLM starts. Raises RuntimeError with the cause if vLLM cannot start."""
+        arguments = self._arguments(self.settings.share_prompts)
+        if self.settings.share_prompts and carries_state(arguments):
+            # vLLM can only keep such a model's state at the ends of chunks, and prompts are not chunked.
+            arguments = self._arguments(share=False)
+        processes: list[EngineProcess] = []
+        try:
+            # A process that has used CUDA cannot be forked. The actor's has not, unless the platform used it at import.
+            with nullcontext() if torch.cuda.is_initialized() else forked(processes):
+                self._llm = AsyncLLM.from_engine_args(arguments)
+        except Exception as error:
+            # vLLM's text only refers to a log. The error of its process is in `EngineProcess.failure`.
+            causes = [process.failure for process in processes if process.failure]
+            raise RuntimeError(
+                f"vLLM cannot start with {self.settings.model}: {causes[0] if causes else error_line(error)}"
+            ) from error
+        if not all(await self._llm.collective_rpc("score_completions_only")):
+            log.warning(
+                "teacher scores: vLLM's V2 model runner computes the log-probs of prompts too, not of completions alone"
+            )
+        if self.settings.vocabulary is not None:
+            await self._llm.collective_rpc("hide_rows", args=(self.settings.vocabulary,))
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest({"transport": self.settings.transport}))
+        await self._llm.update_weight_version("0")
+
+    def _arguments(self, share: bool) -> AsyncEngineArgs:
+        """vLLM's settings. share: a prompt that several sequences begin with is computed once."""
         s = self.settings
-        arguments = AsyncEngineArgs(
+        return AsyncEngineArgs(
             model=s.model,
+            hf_overrides=missing_architectures(Path(s.model)),
             load_format="safetensors",  # "auto" prefers consolidated*.safetensors to the files in the index
             dtype=s.dtype,
             enforce_eager=s.enforce_eager,
@@ -88,10 +116,11 @@ class VllmEngine(Engine):
             enable_chunked_prefill=False,
             max_num_batched_tokens=max(s.max_model_len, 2048),
             # A hit changes the shapes of a prefill and so the last bits of a log-prob, in the same way in each run.
-            enable_prefix_caching=s.share_prompts,
-            scheduler_cls=SharedPrompts if s.share_prompts else None,
-            block_size=64 if s.share_prompts and s.device == "cpu" else None,  # vLLM shares whole blocks only
+            enable_prefix_caching=share,
+            scheduler_cls=SharedPrompts if share else None,
+            block_size=64 if share and s.device == "cpu" else None,  # vLLM shares whole blocks only
             max_logprobs=s.max_logprobs,
+            generation_config="vllm",  # no sampling defaults of the model folder; its ends of a reply count
             logprobs_mode="processed_logprobs",  # log-probs of the distribution sampled from, including temperature
             gpu_memory_utilization=s.gpu_memory_utilization,
             kv_cache_memory_bytes=None if s.kv_cache_gib is None else int(s.kv_cache_gib * 2**30),
@@ -100,23 +129,6 @@ class VllmEngine(Engine):
             distributed_executor_backend="uni",
             disable_log_stats=True,
         )
-        processes: list[EngineProcess] = []
-        try:
-            # A process that has used CUDA cannot be forked. The actor's has not, unless the platform used it at import.
-            with nullcontext() if torch.cuda.is_initialized() else forked(processes):
-                self._llm = AsyncLLM.from_engine_args(arguments)
-        except Exception as error:
-            # vLLM's text only refers to a log. The error of its process is in `EngineProcess.failure`.
-            causes = [process.failure for process in processes if process.failure]
-            raise RuntimeError(
-                f"vLLM cannot start with {s.model}: {causes[0] if causes else error_line(error)}"
-            ) from error
-        if not all(await self._llm.collective_rpc("score_completions_only")):
-            log.warning(
-                "teacher scores: vLLM's V2 model runner computes the log-probs of prompts too, not of completions alone"
-            )
-        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest({"transport": s.transport}))
-        await self._llm.update_weight_version("0")
 
     async def generate(self, requests: Sequence[GenerateRequest], sampling: Sampling) -> list[Rollout]:
         """Complete each prompt. Returns rollouts in the order of the requests."""

@@ -1,8 +1,10 @@
 """The extension that vLLM loads into its worker processes."""
 
 import sdft.actors.vllm.transfer  # noqa: F401  registers the weight transfer in the worker process
-from sdft.actors.vllm.compat import score_from
+from sdft.actors.vllm.compat import hide_rows, rotate_each_head, score_from
 from sdft.actors.vllm.scoring import first_row
+
+rotate_each_head()
 
 
 class WorkerExtension:
@@ -15,3 +17,7 @@ class WorkerExtension:
         completion rows are the same.
         """
         return score_from(self.model_runner, first_row)  # type: ignore[attr-defined]
+
+    def hide_rows(self, vocabulary: int) -> None:
+        """Leave the tokens from `vocabulary` on out of every distribution (EngineSettings.vocabulary)."""
+        hide_rows(self.model_runner, vocabulary)  # type: ignore[attr-defined]

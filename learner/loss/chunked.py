@@ -6,6 +6,11 @@ of the full one and equals it for K = V. No gradient reaches the teacher or the 
 
 Logits exist for one chunk of positions at a time, so `divergence_loss` computes value and gradient without a
 [tokens, vocabulary] array.
+
+Rows of the head beyond the tokenizer are in no distribution: engines give them the logit -inf, and the softmax here is
+over the other rows. So the log-probs of sampler, teacher and trainer are of one vocabulary, the tail bucket has no mass
+of tokens that do not exist, and these rows get no gradient. To hide them only when an engine samples would not do: its
+log-probs would be those of a renormalised distribution, and the trainer's not.
 """
 
 from collections.abc import Iterator
@@ -17,6 +22,7 @@ from torch import Tensor
 from sdft.learner.config import CHUNK_BYTES, LossConfig
 from sdft.learner.loss.divergences import support, support_objective
 from sdft.learner.loss.importance import importance_weights
+from sdft.learner.loss.scaling import IDENTITY, LogitScaling
 from sdft.learner.loss.targets import Targets
 
 # Bytes of float32 scratch per block: on a CPU it fits the cache; on a GPU it adds a quarter of a chunk's size, because
@@ -40,7 +46,11 @@ class _Chunked(torch.autograd.Function):
         bias: Tensor | None,
         targets: Targets,
         config: LossConfig,
+        scaling: LogitScaling,
+        vocabulary: int | None,
     ) -> tuple[Tensor, ...]:
+        whole_head, whole_bias = head, bias
+        head, bias = head[:vocabulary], None if bias is None else bias[:vocabulary]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         rows_at_once = max(1, CHUNK_BYTES // (len(head) * head.element_size()))
         groups = _groups(targets.sequence, config.importance.level, rows_at_once)
@@ -49,10 +59,10 @@ class _Chunked(torch.autograd.Function):
         buffer = hidden.new_empty(longest, len(head))  # a chunk's logits, then their gradient. Fresh pages cost time
         trainer, scale, values = torch.empty(3, len(hidden), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
-        trained = head.requires_grad  # False with LoRA: the head's gradient is then not computed
-        shape = head.shape if trained else (0,)
+        trained = whole_head.requires_grad  # False with LoRA: the head's gradient is then not computed
+        shape = whole_head.shape if trained else (0,)
         grad_head = torch.zeros(shape, dtype=wide if chunks > 1 else head.dtype, device=head.device)
-        grad_bias = torch.zeros(0 if bias is None else len(bias), dtype=wide, device=head.device)
+        grad_bias = torch.zeros(0 if whole_bias is None else len(whole_bias), dtype=wide, device=head.device)
         for group in groups:
             of_group = slice(group[0].start, group[-1].stop)
             group_targets = _rows(targets, of_group)
@@ -61,7 +71,7 @@ class _Chunked(torch.autograd.Function):
             known = hidden.new_empty(wanted.shape, dtype=wide)  # one block: small ones among large fragment the heap
             parts = [slice(rows.start - of_group.start, rows.stop - of_group.start) for rows in group]
             for rows, part in zip(group, parts, strict=True):
-                logits = _logits(hidden[rows], head, bias, buffer)
+                logits = scaling.apply_(_logits(hidden[rows], head, bias, buffer))
                 _log_probs(logits, wanted[part], known[part])
             trainer[of_group] = known[:, 0]
             scale[of_group] = importance_weights(known[:, 0], group_targets, config) * group_targets.share
@@ -70,16 +80,16 @@ class _Chunked(torch.autograd.Function):
                 objective, values[of_group] = support_objective(log_p, group_targets, len(head), config)
                 (grad_log_p,) = torch.autograd.grad((objective * scale[of_group]).sum(), log_p)
             total = grad_log_p.sum(-1, keepdim=True)
-            at_ids = (grad_log_p - log_p.detach().exp() * total).to(logits.dtype)
+            at_ids = grad_log_p - log_p.detach().exp() * total
             for rows, part in zip(group, parts, strict=True):
                 if len(group) > 1:  # the buffer holds the last chunk's logits
-                    logits = _logits(hidden[rows], head, bias, buffer)
-                _to_gradient(logits, total[part], ids[part], at_ids[part])
+                    logits = scaling.apply_(_logits(hidden[rows], head, bias, buffer))
+                _to_gradient(logits, total[part], ids[part], at_ids[part], scaling)
                 torch.mm(logits, head, out=grad_hidden[rows])
                 if trained:
-                    _add_product(grad_head, logits, hidden[rows])
+                    _add_product(grad_head[:vocabulary], logits, hidden[rows])
                 if bias is not None:
-                    grad_bias += logits.sum(0)
+                    grad_bias[:vocabulary] += logits.sum(0)
         logits = buffer = hidden.new_empty(0)  # frees the buffer before the head's gradient is copied
         head_grad = grad_head.to(head.dtype) if trained else None
         ctx.grads = grad_hidden, head_grad, None if bias is None else grad_bias.to(bias.dtype)
@@ -94,20 +104,28 @@ class _Chunked(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("divergence_loss can be differentiated once: its gradients are scaled in place")
         grads, ctx.grads = ctx.grads, None
-        return *(None if g is None else g.mul_(grad) for g in grads), None, None
+        return *(None if g is None else g.mul_(grad) for g in grads), None, None, None, None
 
 
 def divergence_loss(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Targets, config: LossConfig
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    targets: Targets,
+    config: LossConfig,
+    scaling: LogitScaling = IDENTITY,
+    vocabulary: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return this micro-batch's part of the batch's figures. The parts of all micro-batches and ranks add up to them.
 
     hidden: [N, H] states that predict the loss tokens, in the model's dtype, like `head` [V, H] and `bias` [V].
+    scaling: what the model does to its head's logits.
+    vocabulary: the number of the head's first rows that are tokens; None: all.
     Returns four scalars: the importance-weighted loss (differentiable once, in hidden, head and bias), the divergence
     without weights, the sum over the student's tokens of the k3 estimate of KL(sampler || trainer), and the sum over
     tokens of the teacher's mass outside its top K.
     """
-    return _Chunked.apply(hidden, head, bias, targets, config)
+    return _Chunked.apply(hidden, head, bias, targets, config, scaling, vocabulary)
 
 
 def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
@@ -128,14 +146,18 @@ def _log_probs(logits: Tensor, ids: Tensor, out: Tensor) -> None:
         torch.gather(torch.log_softmax(block, -1, dtype=out.dtype), -1, its_ids, out=its_out)
 
 
-def _to_gradient(logits: Tensor, total: Tensor, ids: Tensor, at_ids: Tensor) -> None:
-    """Overwrite the logits with -softmax * total, [n, V] and [n, 1], and with `at_ids` at the tokens `ids`."""
+def _to_gradient(logits: Tensor, total: Tensor, ids: Tensor, at_ids: Tensor, scaling: LogitScaling) -> None:
+    """Overwrite scaled logits with the gradient of the head's logits.
+
+    That is -softmax * total, [n, V] and [n, 1], and `at_ids` at the tokens `ids`, each times the slope of the scaling.
+    """
+    at_ids = scaling.back_(at_ids, logits.gather(1, ids))
     for block, its_total in _blocks(logits, -total):
         # A temporary without a name is freed before the next block allocates its own.
-        block.copy_(torch.softmax(block, -1, dtype=its_total.dtype).mul_(its_total))
+        block.copy_(scaling.back_(torch.softmax(block, -1, dtype=its_total.dtype).mul_(its_total), block))
     rows = torch.arange(len(logits), device=logits.device)[:, None]
     with _any_order():
-        logits[rows, ids] = at_ids  # scatter_ on a CPU in half precision would copy all to float32
+        logits[rows, ids] = at_ids.to(logits.dtype)  # scatter_ on a CPU in half precision would copy all to float32
 
 
 @contextmanager

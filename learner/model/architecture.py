@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-# Settings of a head that is more than a linear layer. The chunked loss would silently leave them out.
-HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-# Layer types that keep packed sequences apart by their lengths. Others carry a state from one sequence into the next.
-ATTENTION = {"full_attention", "sliding_attention", "attention"}
+# Layer types that keep packed sequences apart: attention by their lengths, the others compute each token by itself.
+# All other types carry a state, or a convolution, from one sequence into the next.
+SEPARATE = {"full_attention", "sliding_attention", "attention", "mlp", "moe"}
 STATEFUL = {"rwkv", "xlstm"}  # models whose configuration lists no layer types
 
 # Exceptions that a model's code raises when it does not fit its configuration or its arguments.
@@ -17,31 +16,38 @@ class Untrainable(ValueError):
     """The learner cannot train the model. The message is the reason, as a sentence or the end of one."""
 
 
-def why_not(path: Path) -> str | None:
-    """Return why the model in a local folder cannot be trained, as the end of a sentence, or None if it can."""
+class NotCausal(Untrainable):
+    """The model's attention reads later tokens, so no loss on its own tokens has a meaning."""
+
+
+def why_not(path: Path, quantized: bool = False) -> str | None:
+    """Return why the model in a local folder cannot be trained, as the end of a sentence, or None if it can.
+
+    quantized: its weights may be quantized, because a dequantized copy is trained.
+    """
     try:
         config = read_config(path)
     except Untrainable as error:
         return str(error)
     text = config.get_text_config()  # differs from `config` in multimodal models only
-    if is_quantized(config):
+    if not quantized and is_quantized(config):
         return (
             "its weights are quantized (quantization_config in config.json), and the learner trains unquantized "
             "weights only"
         )
-    used = [name for name in HEAD if getattr(text, name, None) not in (None, 1, 1.0)]
-    if used:
-        return f"its head uses {', '.join(used)}, which the loss does not compute"
-    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
-    others = set(kinds) - ATTENTION | ({text.model_type} & STATEFUL)
-    if others:
-        return (
-            f"it has layers other than attention ({', '.join(sorted(others))}), which would mix the sequences that are "
-            f"packed together"
-        )
     if any(rope.get("rope_type") == "dynamic" and "alpha" not in rope for rope in _ropes(text)):
         return "its rope_type is dynamic: positions would depend on the longest sequence that is packed with it"
     return None
+
+
+def stateful(config: Any) -> str | None:
+    """Return which layers would mix the sequences of a pack, as the end of a sentence, or None if none would."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
+    others = set(kinds) - SEPARATE | ({text.model_type} & STATEFUL)
+    if not others:
+        return None
+    return f"layers of the type {', '.join(sorted(others))} carry something from each token to the next"
 
 
 def read_config(path: Path) -> Any:

@@ -4,6 +4,7 @@ On a GPU in half precision, torch's variable-length kernel (flash attention) tak
 matrix products take several short sequences at once. Otherwise the sequences are computed one after the other.
 """
 
+import math
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from sdft.learner.model.architecture import Untrainable
+from sdft.learner.model.architecture import NotCausal, Untrainable
 from sdft.learner.model.cpu.short_attention import ShortAttention
 
 PACKED = "sdft_packed"
@@ -33,32 +34,42 @@ def packed_attention(
     lengths: tuple[int, ...] = (),
     sliding_window: int | None = None,
     is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each packed sequence: query [1, heads, T, D], key and value [1, kv heads, T, D].
 
     Nothing is computed between sequences. sliding_window: how many tokens each token attends to, itself included.
-    dropout is ignored, because rollouts are sampled without it. Returns [1, T, heads, D]. Raises Untrainable if a
-    model's layers do not pass `lengths` on, or need what is not computed here.
+    softcap: bound of the scores, softcap * tanh(score / softcap) (Gemma 2). s_aux: [heads], scores of the sinks, which
+    take part in the softmax and have no value (gpt-oss). dropout is ignored, because rollouts are sampled without it.
+    Returns [1, T, heads, D]. Raises Untrainable if a model's layers do not pass `lengths` on, or need what is not
+    computed here.
     """
     unknown = sorted(name for name, given in others.items() if given is not None and name not in HARMLESS)
     if attention_mask is not None:
         unknown.append("a mask of its own")
-    if unknown or not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise Untrainable(
-            f"its attention uses {', '.join(unknown) or 'later tokens'}, which the learner does not compute"
-        )
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise NotCausal("its attention uses later tokens, so it is no model that writes one token after the other")
+    if unknown:
+        raise Untrainable(f"its attention uses {', '.join(unknown)}, which the learner does not compute")
     if not lengths:
         raise Untrainable("its layers do not pass the lengths of packed sequences to their attention")
     window = sliding_window if sliding_window is not None and sliding_window < max(lengths) else None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    same = key.shape == value.shape
-    if query.device.type == "cpu" and window is None and same and short(lengths, query.dtype):
+    same, plain = key.shape == value.shape, softcap is None and s_aux is None
+    if plain and query.device.type == "cpu" and window is None and same and short(lengths, query.dtype):
         return ShortAttention.apply(query, key, value, lengths, scale).transpose(1, 2), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    if query.device.type == "cuda" and query.dtype in HALF:
+    if not plain:
+        parts = [
+            _with_extras(q[0], k[0], v[0], scale, window, softcap, s_aux)
+            for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        ]
+        return torch.cat(parts, dim=1).transpose(0, 1)[None], None
+    if query.device.type == "cuda" and query.dtype in HALF and same:
         return _varlen_attention(query, key, value, lengths, scale, window)[None], None
     attend = nn.functional.scaled_dot_product_attention
     parts = [
@@ -68,6 +79,30 @@ def packed_attention(
         for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _with_extras(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention of one sequence with a soft cap or sinks, by plain matrix products: [heads, L, D] each -> the same.
+
+    No kernel of torch has both. The scores [heads, L, L] are kept for the gradient.
+    """
+    scores = query @ key.transpose(1, 2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    length = query.shape[1]
+    scores = scores.masked_fill(~_band(length, window or length, query.device), -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(-1, length, 1)], -1)
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+    return weights[..., :length] @ value
 
 
 def short(lengths: tuple[int, ...], dtype: torch.dtype) -> bool:

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sdft.actors.shared.process import GIB, available_memory_gib
+from sdft.learner.loss.scaling import LogitScaling
 from sdft.learner.model.architecture import BROKEN, Untrainable
-from sdft.learner.model.attention import PACKED
 from sdft.learner.model.cpu.last_layer import rows_computed
-from sdft.learner.model.student import hidden_states
+from sdft.learner.model.forward import hidden_states, one_line, packs
 
 LENGTHS = (9, 5)
 STRIDE = 7919  # a prime: neighbouring tokens are far apart in any vocabulary
@@ -46,7 +46,7 @@ def unfaithful(model: PreTrainedModel) -> str | None:
     except Untrainable as error:
         return str(error)
     except (*BROKEN, RuntimeError) as error:
-        return f"its forward fails ({type(error).__name__}: {error})"
+        return f"its forward fails ({one_line(error)})"
     if not torch.equal(once, again):
         return (
             "the same input gives different outputs each time: a part of its training mode is random, such as dropout"
@@ -57,7 +57,7 @@ def unfaithful(model: PreTrainedModel) -> str | None:
             f"the learner does not compute a part of it: its log-probs differ by up to {gap:.2g} from those of "
             f"transformers' own forward"
         )
-    if any(count != len(read) for count in rows):  # correct, but slower without a word
+    if packs(model) and any(count != len(read) for count in rows):  # correct, but slower without a word
         return (
             "its layers do not pass the argument `read` on, so the last feed-forward network would compute rows that "
             "no loss reads"
@@ -67,7 +67,8 @@ def unfaithful(model: PreTrainedModel) -> str | None:
 
 def _log_probs(model: PreTrainedModel, states: Tensor) -> Tensor:
     head = model.get_output_embeddings()
-    return torch.log_softmax(torch.nn.functional.linear(states, head.weight, head.bias).float(), -1)
+    logits = LogitScaling.of(model.config).apply_(torch.nn.functional.linear(states, head.weight, head.bias))
+    return torch.log_softmax(logits.float(), -1)
 
 
 def _own_log_probs(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -78,12 +79,13 @@ def _own_log_probs(model: PreTrainedModel, ids: Tensor) -> Tensor:
 @contextmanager
 def _as_evaluated(model: PreTrainedModel) -> Iterator[None]:
     """Use eager attention and no dropout inside the block, because rollouts are sampled without dropout."""
+    attention = model.config._attn_implementation
     model.eval()
     model.set_attn_implementation("eager")
     try:
         yield
     finally:
-        model.set_attn_implementation(PACKED)
+        model.set_attn_implementation(attention)
         model.train()
 
 

@@ -12,11 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sdft.learner.config import LossConfig
 from sdft.learner.loss.chunked import divergence_loss
-from sdft.learner.model.architecture import Untrainable, misfit, why_not
-from sdft.learner.model.attention import PACKED
+from sdft.learner.loss.scaling import LogitScaling
+from sdft.learner.model.architecture import Untrainable, misfit, read_config, why_not
 from sdft.learner.model.compat import falsely_tied
 from sdft.learner.model.cpu.last_layer import only_where_read
 from sdft.learner.model.cpu.norm import replace_norms
+from sdft.learner.model.forward import attention_for, hidden_states, packs
 from sdft.learner.packing import MicroBatch
 
 
@@ -24,10 +25,14 @@ def load_student(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Load a local folder's model for packed input, without dropout. Raises Untrainable if it cannot be trained."""
     if reason := why_not(path):
         raise Untrainable(f"{path} cannot be trained: {reason}")
+    try:
+        attention = attention_for(read_config(path))
+    except Untrainable as error:
+        raise Untrainable(f"{path} cannot be trained: {error}") from None
     model, loaded = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=dtype,
-        attn_implementation=PACKED,
+        attn_implementation=attention,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # reported in the loading info instead of raised
     )
@@ -40,9 +45,17 @@ def load_student(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         )
     model.config.use_cache = False
     replace_norms(model)
-    only_where_read(model)
+    if packs(model):
+        only_where_read(model)
     without_dropout(model)
     return model.train()
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Return the further names of parameters, such as a tied head's, each with the name in named_parameters."""
+    own = {id(p): name for name, p in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: own[id(p)] for name, p in every if own[id(p)] != name}
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -61,12 +74,17 @@ def without_dropout(model: nn.Module) -> None:
 
 
 class SelfDistillation(nn.Module):
-    """Map a packed micro-batch to its part of the loss."""
+    """Map a packed micro-batch to its part of the loss.
 
-    def __init__(self, model: PreTrainedModel, loss: LossConfig) -> None:
+    vocabulary: the number of the head's first rows that are tokens; None: all.
+    """
+
+    def __init__(self, model: PreTrainedModel, loss: LossConfig, vocabulary: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
+        self.scaling = LogitScaling.of(model.config)
+        self.vocabulary = vocabulary
 
     @property
     def head(self) -> nn.Linear:
@@ -79,31 +97,47 @@ class SelfDistillation(nn.Module):
         They are a plain tuple, which DeepSpeed can traverse.
         """
         states = hidden_states(self.model, batch.input_ids, batch.position_ids, batch.lengths, batch.predicting)
-        return divergence_loss(states, self.head.weight, self.head.bias, batch.targets, self.loss)
+        head = self.head
+        return divergence_loss(states, head.weight, head.bias, batch.targets, self.loss, self.scaling, self.vocabulary)
 
 
 class Probe(nn.Module):
-    """Compute the log-probs of one sequence under the weights passed with torch.func.functional_call."""
+    """Compute the log-probs of one sequence under the weights passed with torch.func.functional_call.
 
-    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+    vocabulary: the number of the head's first rows that are tokens; None: all.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype, vocabulary: int | None = None) -> None:
         super().__init__()
+        self.vocabulary = vocabulary
         config = AutoConfig.from_pretrained(path)
+        attention = attention_for(config)
         with init_empty_weights():  # parameters on the meta device, buffers real: almost no memory
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PACKED)
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         self.model.tie_weights()  # init_empty_weights replaces parameters one by one, which unties them
         self.eval()
+
+    def parameters_of(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the module's parameters, for torch.func.functional_call, from weights as the model's files have them.
+
+        They share the memory of the weights, unless transformers converts them. Raises ValueError if one is missing.
+        """
+        names = {name for name, _ in self.named_parameters()}
+        # A folder may also hold a copy of a tied head, which is not a parameter.
+        parameters = {f"model.{n}": t for n, t in tensors.items() if f"model.{n}" in names}
+        if names - parameters.keys():
+            config, dtype = self.model.config, self.model.dtype
+            loaded, info = type(self.model).from_pretrained(
+                None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+            )
+            if missing := sorted(info["missing_keys"]):  # they would be random
+                raise ValueError(f"the weights to publish lack {missing[0]}")
+            parameters = {f"model.{n}": p.detach() for n, p in loaded.named_parameters()}
+        return parameters
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the log-prob of every token of `ids` [N] after the first: [N - 1] float32."""
         states = hidden_states(self.model, ids, torch.arange(len(ids)), (len(ids),))
-        logits = self.model.get_output_embeddings()(states[:-1]).float()
+        logits = self.model.get_output_embeddings()(states[:-1])[:, : self.vocabulary]
+        logits = LogitScaling.of(self.model.config).apply_(logits).float()
         return torch.log_softmax(logits, -1).gather(-1, ids[1:, None])[:, 0]
-
-
-def hidden_states(
-    model: PreTrainedModel, ids: Tensor, positions: Tensor, lengths: tuple[int, ...], read: Tensor | None = None
-) -> Tensor:
-    """Last hidden states of packed sequences, ids and positions [T]: [T, H], or [N, H] of the tokens `read` [N]."""
-    inputs = {"input_ids": ids[None], "position_ids": positions[None], "lengths": lengths, "use_cache": False}
-    states = model.base_model(**inputs, read=read).last_hidden_state[0]
-    return states if read is None else states[read]

@@ -1,33 +1,49 @@
-"""The student on disk: a Hugging Face folder, or with LoRA a peft adapter, which can be merged into such a folder."""
+"""The student on disk: a Hugging Face folder, or with LoRA a peft adapter, which can be merged into such a folder.
+
+The folder has the weight files of the base model's folder: the same names, each with the same tensors. A tied head that
+the base stores twice is stored twice again.
+"""
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sdft.actors.shared.adapters import merged
-from sdft.actors.shared.model_files import ADAPTER_CONFIG, COMPANIONS, SINGLE, read_header, weight_files
+from sdft.actors.shared.model_files import ADAPTER_CONFIG, COMPANIONS, INDEX, SINGLE, read_header, weight_files
 from sdft.learner.checkpoint.saving import TensorFile
 from sdft.learner.config import LoraConfig
 
 WEIGHT_INDICES = "*.safetensors.index.json"  # describe the base model's files, so they are not copied
 PEFT_PREFIX = "base_model.model."  # prefix of the names in a peft adapter
+FORMAT = {"format": "pt"}  # metadata that transformers expects in a safetensors file
 
 
 class BaseModelGone(Exception):
     """An adapter's base model is not at the path that the adapter names."""
 
 
-def student_file(base: Path, weights: dict[str, torch.Tensor], out: Path) -> TensorFile:
+def student_files(
+    base: Path, weights: Mapping[str, torch.Tensor], tied: Mapping[str, str], out: Path
+) -> list[TensorFile]:
     """Make the folder `out`, which must not exist, with everything from `base` except the weights.
 
-    Returns the file of the weights (Hugging Face names), not yet written.
+    weights: the model's parameters by their Hugging Face names. tied: further names of parameters, each with the
+    parameter's own name. Returns the files of the weights, not yet written.
     """
     out.mkdir(parents=True)
-    _copy_companions(base, out, next(iter(weights.values())).dtype)
-    return TensorFile(out / SINGLE, weights, {"format": "pt"})
+    copy_companions(base, out, next(iter(weights.values())).dtype)
+    stored = {name for path in weight_files(base) for name in read_header(path)[0]}
+    if weights.keys() - {tied.get(name, name) for name in stored}:
+        # transformers names them differently from the files of `base`.
+        return [TensorFile(out / SINGLE, dict(weights), FORMAT)]
+    files = [TensorFile(out / path.name, _tensors(path, weights, tied), FORMAT) for path in weight_files(base)]
+    write_index(base, out, {file.path.name: _sizes(file.tensors) for file in files})
+    return files
 
 
 def adapter_file(base: Path, adapters: dict[str, torch.Tensor], config: LoraConfig, out: Path) -> TensorFile:
@@ -40,7 +56,7 @@ def adapter_file(base: Path, adapters: dict[str, torch.Tensor], config: LoraConf
     out.mkdir(parents=True)
     peft_config(config, base).save_pretrained(out)
     tensors = {PEFT_PREFIX + name: tensor for name, tensor in adapters.items()}
-    return TensorFile(out / "adapter_model.safetensors", tensors, {"format": "pt"})
+    return TensorFile(out / "adapter_model.safetensors", tensors, FORMAT)
 
 
 def merge_adapter(adapter: Path, out: Path) -> None:
@@ -59,12 +75,44 @@ def merge_adapter(adapter: Path, out: Path) -> None:
     }
     dtype = next(iter(tensors.values())).dtype
     out.mkdir(parents=True)
-    _copy_companions(base, out, dtype)
+    copy_companions(base, out, dtype)
     weights = dict(merged(base, tensors, config["lora_alpha"] / config["r"], dtype))
-    TensorFile(out / SINGLE, weights, {"format": "pt"}).write()
+    files = {path.name: {name: weights[name] for name in read_header(path)[0]} for path in weight_files(base)}
+    for file_name, of_file in files.items():
+        TensorFile(out / file_name, of_file, FORMAT).write()
+    write_index(base, out, {file_name: _sizes(of_file) for file_name, of_file in files.items()})
 
 
-def _copy_companions(base: Path, out: Path, dtype: torch.dtype) -> None:
+def _tensors(path: Path, weights: Mapping[str, torch.Tensor], tied: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a weight file of the base model, with the values of `weights`.
+
+    A tensor that is no parameter of the model, such as a buffer, is the base model's.
+    """
+    tensors = {}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            if name in tied:
+                tensors[name] = weights[tied[name]].clone()  # a file does not hold two names of the same memory
+            else:
+                tensors[name] = weights[name] if name in weights else file.get_tensor(name)
+    return tensors
+
+
+def _sizes(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    return {name: tensor.nbytes for name, tensor in tensors.items()}
+
+
+def write_index(base: Path, out: Path, sizes: Mapping[str, Mapping[str, int]]) -> None:
+    """Write the index of weight files if the model folder `base` has one. sizes: bytes of each file's tensors."""
+    if not (base / INDEX).exists():
+        return
+    total = sum(sum(of_file.values()) for of_file in sizes.values())
+    names = {name: file for file, of_file in sizes.items() for name in sorted(of_file)}
+    content = {"metadata": {"total_size": total}, "weight_map": names}
+    (out / INDEX).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def copy_companions(base: Path, out: Path, dtype: torch.dtype) -> None:
     """Copy a model folder except its weights, and set `dtype` in config.json."""
     for pattern in COMPANIONS:
         for path in base.glob(pattern):

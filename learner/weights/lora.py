@@ -46,7 +46,14 @@ class Lora:
         Call it before the parameters are divided over ranks. Raises ValueError if the head gets an adapter, Untrainable
         if the model's files name an adapted weight differently.
         """
-        inject_adapter_in_model(peft_config(config, base), model)
+        adapters = peft_config(config, base)
+        if not config.targets:  # peft would also take the experts of a mixture, which are no layers but parameters
+            head = model.get_output_embeddings()
+            linear = (
+                name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+            )
+            adapters.target_modules = set(linear)
+        inject_adapter_in_model(adapters, model)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
         if any(module is model.get_output_embeddings() for module in layers.values()):
             raise ValueError("the model's head cannot have an adapter: the loss reads only the head's own weight")
@@ -64,10 +71,7 @@ class Lora:
             name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if not p.requires_grad
         }
         self._shapes = {name: (up.shape[0], down.shape[1]) for name, (down, up) in self._pairs.items()}
-        self._bytes = {
-            "student": dtype.itemsize * sum(p.numel() for pair in self._pairs.values() for p in pair),
-            "teacher": dtype.itemsize * sum(p.numel() for p in self._base.values()),
-        }
+        self.count = sum(p.numel() for p in self._base.values())  # numbers in all weights, adapters merged
         self._dtype = dtype
         self._scale = config.alpha / config.rank
         self._teacher: ChangeEMA | None = None
@@ -105,11 +109,10 @@ class Lora:
             else:
                 yield name, weight.to(dtype)
 
-    def snapshot(self, role: str, whole: Whole) -> Content:
-        """Return a role's weights for the engines: only the adapters of the student, the teacher whole."""
-        if role == "teacher":
-            return Content(self.weights(role, self._dtype, whole), self._bytes[role])
-        return Content(self._adapters(whole), self._bytes[role], self._scale)
+    def snapshot(self, whole: Whole) -> Content:
+        """Return the adapters, which engines merge into the base model."""
+        count = sum(p.numel() for pair in self._pairs.values() for p in pair)
+        return Content(self._adapters(whole), self._dtype.itemsize * count, self._scale)
 
     def pieces(self) -> Iterator[Piece]:
         """Yield this rank's pieces of the teacher."""

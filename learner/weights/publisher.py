@@ -33,12 +33,13 @@ class _Buffer:
 class Publisher:
     """Packs snapshots, on the learner's first rank."""
 
-    def __init__(self, model: Path, dtype: torch.dtype, probe_ids: IntArray, node: str) -> None:
-        """node: Ray's node id of this machine."""
+    def __init__(
+        self, model: Path, dtype: torch.dtype, probe_ids: IntArray, node: str, vocabulary: int | None = None
+    ) -> None:
+        """node: Ray's node id of this machine. vocabulary: as in LearnerSettings."""
         self._node = node
         self._model = model
-        self._probe = Probe(model, dtype)
-        self._probe_names = {name for name, _ in self._probe.named_parameters()}
+        self._probe = Probe(model, dtype, vocabulary)
         self._dtype = dtype
         self._probe_ids = probe_ids
         self._buffers: dict[str, _Buffer] = {}
@@ -72,10 +73,7 @@ class Publisher:
         }
         if scale is not None:
             tensors = dict(merged(self._model, tensors, scale, self._dtype))
-        # A folder may also hold a copy of a tied head, which is not a parameter.
-        parameters = {f"model.{n}": t for n, t in tensors.items() if f"model.{n}" in self._probe_names}
-        if missing := self._probe_names - parameters.keys():  # torch would compute with unallocated memory
-            raise ValueError(f"the weights to publish lack {min(missing).removeprefix('model.')}")
+        parameters = self._probe.parameters_of(tensors)
         ids = torch.from_numpy(self._probe_ids.astype(np.int64))
         with torch.no_grad():
             return functional_call(self._probe, parameters, (ids,)).numpy()

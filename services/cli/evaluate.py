@@ -29,8 +29,8 @@ async def _run(prepared: Prepared, plan: Plan, name: str, console: Console) -> t
     async with places(c.ray, plan) as options:
         # Strict, so that the assignment of questions to engines depends only on the number of engines.
         c = c.model_copy(update={"training": c.training.model_copy(update={"max_staleness": 0})})
-        model, end = prepared.model, prepared.reply_end
-        pool = engine_pool(c, model, end, name, options[name], console.print, _no_learner)
+        model, ends, vocabulary = prepared.model, prepared.stop_ids, prepared.vocabulary
+        pool = engine_pool(c, model, ends, vocabulary, name, options[name], console.print, _no_learner)
         try:
             await pool.start()
             console.print(f"evaluating {prepared.model}", highlight=False, soft_wrap=True)

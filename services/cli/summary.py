@@ -1,15 +1,38 @@
 """Lines that `sdft train` and `sdft check` print before a run starts and after it has ended."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 from sdft.services.analysis.status import status_text
-from sdft.services.base.errors import UserError, first_line
-from sdft.services.base.files import read_text
 from sdft.services.config.dtype import has_bfloat16
 from sdft.services.config.run import RunConfig
+from sdft.services.data.generation import DEFAULTS, EOS_FILES, end_ids, sampling_defaults
 from sdft.services.planning.prepared import Prepared
 from sdft.services.records.rows import Reply, read_rows
+
+
+def run_lines(prepared: Prepared) -> list[str]:
+    """Return the lines about a run that has not started: its model and stages, what it samples, warnings."""
+    return [
+        *model_lines(prepared),
+        *dtype_lines(prepared.config),
+        *reply_lines(prepared),
+        *stage_lines(prepared),
+        *sampling_lines(prepared),
+    ]
+
+
+def model_lines(prepared: Prepared) -> list[str]:
+    """Return lines about what is special in the model: it is a dequantized copy, or its sequences are not packed."""
+    lines = []
+    if prepared.quantized is not None:
+        lines.append(
+            f"the weights in {prepared.quantized} are quantized; the run begins with their dequantized copy in "
+            f"{prepared.model}"
+        )
+    if prepared.alone is not None:
+        lines.append(f"the learner computes sequences one by one, which is slower than in packs: {prepared.alone}")
+    return lines
 
 
 def dtype_lines(config: RunConfig) -> list[str]:
@@ -23,20 +46,57 @@ def dtype_lines(config: RunConfig) -> list[str]:
 
 
 def reply_lines(prepared: Prepared) -> list[str]:
-    """Return a warning if a server without the chat template would not stop at the end of a reply."""
-    end, folder = prepared.reply_end, prepared.model
-    path = next(folder / name for name in ("generation_config.json", "config.json") if (folder / name).is_file())
-    try:
-        named = json.loads(read_text(path)).get("eos_token_id")
-    except (AttributeError, ValueError) as error:
-        raise UserError(f"{path}: not a JSON object ({first_line(error)}); download the model again") from None
-    if end in (prepared.tokenizer.eos_token_id, named) or (isinstance(named, list) and end in named):
-        return []
-    token = prepared.tokenizer.convert_ids_to_tokens(end)
-    return [
-        f"warning: a reply ends with {token}, but eos_token_id in {path} does not name it, so other servers of the "
-        f"model would not stop there; add {end} to eos_token_id"
-    ]
+    """Return what ends a reply, with warnings of ends that other servers do not know or that replies may contain."""
+    tokenizer, folder = prepared.tokenizer, prepared.model
+    end, *others = prepared.stop_ids
+    named = end_ids(folder)
+    token, *also = tokenizer.convert_ids_to_tokens([end, *others])
+    further = [text for text in also if text is not None]
+    lines = [f"replies end with {token}{f'; engines also stop at {_listed(further)}' if further else ''}"]
+    known = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    for i, text in zip(others, also, strict=True):
+        if i not in known:
+            what = "no token of the tokenizer" if text is None else f"ordinary text ({text}), and replies end there"
+            lines.append(f"warning: eos_token_id in {named[i]} names {i}, which is {what}; correct eos_token_id")
+    path = next(folder / name for name in EOS_FILES if (folder / name).is_file())
+    if end != tokenizer.eos_token_id and end not in end_ids(folder, path.name):
+        lines.append(
+            f"warning: a reply ends with {token}, but eos_token_id in {path} does not name it, so other servers of the "
+            f"model would not stop there; add {end} to eos_token_id"
+        )
+    return lines
+
+
+def sampling_lines(prepared: Prepared) -> list[str]:
+    """Return what each stage's rollouts are sampled from, and which defaults of the model folder are not used."""
+    defaults = sampling_defaults(prepared.model)
+    lines: dict[str, None] = {}
+    for stage in prepared.stages:
+        c = stage.config
+        used: dict[str, float] = {}
+        if c.method.student_samples or c.method.teacher_scores:
+            used = {"temperature": c.sampling.temperature, "top_p": c.sampling.top_p}
+            text = (
+                f"rollouts are sampled with temperature {used['temperature']:g} and top_p {used['top_p']:g}, and their "
+                f"log-probs are of that distribution"
+            )
+        elif prepared.sets:
+            text = "replies to evaluation sets are greedy"
+        else:
+            continue
+        ignored = [_setting(name, value) for name, value in defaults.items() if used.get(name) != value]
+        verb = "is" if len(ignored) == 1 else "are"
+        lines[text + (f"; {_listed(ignored)} in {DEFAULTS} {verb} not used" if ignored else "")] = None
+    return list(lines)
+
+
+def _setting(name: str, value: Any) -> str:
+    return f"{name} {value:g}" if isinstance(value, int | float) else name
+
+
+def _listed(items: list[str]) -> str:
+    *first, last = items
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def stage_lines(prepared: Prepared) -> list[str]:

@@ -19,6 +19,7 @@ _EXPECTED = {
     "string_type": "text",
     "tuple_type": "a list",
     "model_type": "a mapping of settings",
+    "dict_type": "a mapping",
 }
 _LIMITS = {
     "greater_than": ("gt", "more than"),

@@ -25,7 +25,7 @@ which name the key and the fix. `sdft train CONFIG --dry-run` prints every setti
 
 This page is made from the program: `python -m sdft.services.config.reference`.
 """
-_WORDS = {str: "text", int: "whole number", float: "number", bool: "true, false"}
+_WORDS = {str: "text", int: "whole number", float: "number", bool: "true, false", Any: "any value"}
 _SIGNS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
 
 

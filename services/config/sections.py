@@ -3,7 +3,7 @@
 import difflib
 import os
 import re
-from typing import Literal, get_args
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,12 +13,20 @@ from sdft.actors.transport.named import BUILT_IN, transport_class
 from sdft.learner.config import OptimizerConfig
 from sdft.services.algorithms.registry import Method
 from sdft.services.base.section import Section
+from sdft.services.config.columns import Column, DataColumn, Format, check_columns
 
 Grader = Literal["exact", "contains", "choice", "numeric", "tool_call", "instruction", "judge", "perplexity"]
-
-
-Column = Literal["prompt", "demonstration", "id", "context", "feedback", "answer", "text"]
-COLUMNS: tuple[str, ...] = get_args(Column)  # columns that a row may have
+# Names that a chat template gets from the run, the tokenizer or transformers.
+OWN_VARIABLES = frozenset(
+    (
+        *("messages", "conversation", "conversations", "tools", "add_generation_prompt", "continue_final_message"),
+        *("strftime_now", "raise_exception", "chat_template", "tokenize", "tokenizer_kwargs", "padding", "truncation"),
+        *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+        *("additional_special_tokens", "extra_special_tokens"),
+    )
+)
+SIDES = ("student", "teacher")  # whose prompt a variable of the chat template is for
 
 
 class DataConfig(Section):
@@ -34,12 +42,22 @@ class DataConfig(Section):
         86400, gt=0, description="How long the run waits for the next record of a source that is no file"
     )
     split: str = Field("train", description="Split of a hub data set")
-    columns: dict[Column, str] = Field({}, description="Column names in the file: {demonstration: output_text}")
+    format: Format = Field(
+        "messages",
+        description="Columns of a row: messages (prompt, demonstration, ...), sharegpt (conversations) or alpaca "
+        "(instruction, input, output)",
+    )
+    columns: dict[DataColumn, str] = Field({}, description="Column names in the file: {demonstration: output_text}")
     template: str = Field(
         "paper",
         description="The teacher's prompt: paper, turn, context, feedback, none, or the path of a Jinja template",
     )
     system: str | None = Field(None, description="System message for prompts without one")
+    chat_template_kwargs: dict[str, Any] = Field(
+        {},
+        description="Variables of the model's chat template, such as {enable_thinking: false}. Those under student or "
+        "teacher are for the prompts of one alone: {teacher: {enable_thinking: true}}",
+    )
     max_prompt_tokens: int = Field(1024, ge=1, description="Longest prompt of the student; a longer one is an error")
     max_teacher_prompt_tokens: int = Field(
         2048, ge=1, description="Longest prompt of the teacher; a longer one is an error"
@@ -49,6 +67,40 @@ class DataConfig(Section):
     def grows(self) -> bool:
         """Whether records are added while the run goes on. They are taken in order, each once."""
         return self.source != "file"
+
+    @property
+    def student_variables(self) -> dict[str, Any]:
+        """Variables of the chat template for the student's prompts, and for demonstrations as replies to them."""
+        return self._variables("student")
+
+    @property
+    def teacher_variables(self) -> dict[str, Any]:
+        """Variables of the chat template for the teacher's prompts."""
+        return self._variables("teacher")
+
+    def _variables(self, side: str) -> dict[str, Any]:
+        both = {name: value for name, value in self.chat_template_kwargs.items() if name not in SIDES}
+        return both | self.chat_template_kwargs.get(side, {})
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _variables_of_a_template(cls, given: dict[str, Any]) -> dict[str, Any]:
+        groups = {"": {name: value for name, value in given.items() if name not in SIDES}}
+        for side in SIDES:
+            group = given.get(side, {})
+            if not isinstance(group, dict):
+                raise ValueError(
+                    f"{side} must be a mapping of variables for the {side}'s prompts, such as "
+                    f"{{{side}: {{enable_thinking: false}}}}"
+                )
+            groups[f"{side}."] = group
+        for place, group in groups.items():
+            for name in group:
+                if name in OWN_VARIABLES:
+                    raise ValueError(f"{place}{name} is set by the run or the tokenizer; remove it")
+                if not name.isidentifier() or (place and name in SIDES):
+                    raise ValueError(f"{place}{name} is not the name of a variable of a template; correct it")
+        return given
 
     @model_validator(mode="after")
     def _source_is_known(self) -> "DataConfig":
@@ -60,6 +112,11 @@ class DataConfig(Section):
             raise ValueError("record_timeout_s is of a source that grows; remove it, or set source")
         if self.grows and self.split != "train":
             raise ValueError("split is of a hub data set, and source names none; remove split, or set source: file")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_of_the_format(self) -> "DataConfig":
+        check_columns(self.format, self.columns)
         return self
 
     @model_validator(mode="after")

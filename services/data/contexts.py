@@ -1,25 +1,32 @@
 """Prompts of student and teacher as token ids: the teacher's prompt also contains the demonstration."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sdft.actors.shared.types import IntArray
-from sdft.services.base.errors import UserError, first_line
+from sdft.services.base.errors import UserError
 from sdft.services.base.files import existing_file
 from sdft.services.config.templates import BUILT_IN_TEMPLATES
-from sdft.services.data.chat_template import ReplyEnd, left_out, reply_end
-from sdft.services.data.demonstrations import Message, Record
+from sdft.services.data.chat_template import ReplyEnd, reply_end, reply_text
+from sdft.services.data.demonstrations import Record
+from sdft.services.data.first_token import begins_twice, missing_first
+from sdft.services.data.generation import known_ends
+from sdft.services.data.messages import Message
+from sdft.services.data.rendering import ChatTemplate
+from sdft.services.data.template_variables import check_variables
 from sdft.services.data.templates import UserTemplate
+from sdft.services.data.thoughts import without_thoughts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_REPORTED = 20
 # Wording of the SDFT paper (arXiv 2601.19897). The paper has no wording for a context; it comes before the example.
 _CONTEXT = "This is background for the question:\n{context}\n\n"
 _PAPER = (
@@ -64,7 +71,8 @@ class PromptBuilder:
     turn), "context" (the background alone), "feedback" (feedback on an attempt), "none" (the teacher's prompt is the
     student's), or the path of a Jinja template, relative to the folder `base`, whose output is the teacher's last
     user message. `system` is prepended to records without a system message. `now` is the time for chat templates that
-    write the date; None: the current time. UserError if the tokenizer has no usable chat template.
+    write the date; None: the current time. `student_variables` and `teacher_variables` are given to the chat template
+    for the prompts of each. UserError if the tokenizer has no usable chat template, or it does not use such a variable.
     """
 
     def __init__(
@@ -74,53 +82,48 @@ class PromptBuilder:
         base: Path,
         system: str | None,
         now: datetime | None = None,
+        student_variables: Mapping[str, Any] = MappingProxyType({}),
+        teacher_variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        if not tokenizer.chat_template:
-            raise UserError(
-                f"model: the tokenizer in {tokenizer.name_or_path} has no chat template; use an instruct model, or put "
-                "a chat_template.jinja into the folder"
-            )
-        if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
-            raise UserError(
-                f"model: the tokenizer in {tokenizer.name_or_path} has chat templates named "
-                f"{', '.join(sorted(tokenizer.chat_template))} and none named default; name one of them default, or "
-                f"keep only one, in chat_template.jinja"
-            )
+        self._chat = ChatTemplate(tokenizer, now or datetime.now())
+        check_variables(tokenizer, [*student_variables, *teacher_variables])
         self._tokenizer = tokenizer
+        self._student_variables, self._teacher_variables = student_variables, teacher_variables
+        self._known_ends = known_ends(tokenizer)
         self._template = template
         self._system = system
-        self._now = now or datetime.now()
         self._user_template = None if template in BUILT_IN_TEMPLATES else _user_template(template, base)
         self._shown = self._user_template.shown if self._user_template else BUILT_IN_TEMPLATES[template]
-        self._chat_template = f"the chat template of the tokenizer in {tokenizer.name_or_path}"
         self._end: ReplyEnd | None = None
 
     def student(self, item: Record) -> list[int]:
         """Token ids of the prompt alone."""
-        return self._encode(self._with_system(item), item)
+        return self._encode(self._with_system(item), item, self._student_variables)
 
     def teacher(self, item: Record) -> list[int] | None:
         """Token ids of the prompt with the column that the template shows; None if the record lacks that column."""
         if self._shown is not None and getattr(item, self._shown) is None:
             return None
         messages = self._with_system(item)
-        earlier, question = messages[:-1], messages[-1]["content"]
+        at = max(i for i, message in enumerate(messages) if message["role"] == "user")
+        earlier, question = messages[:at], messages[at]["content"]
+        later = messages[at + 1 :]  # the assistant's calls of tools and their results
         if self._template == "none":
-            turns = [messages[-1]]
+            turns = [messages[at]]
         elif self._template == "context":
             turns = [_user(f"{_CONTEXT.format(context=item.context)}{question}")]
         elif self._template == "feedback":
             turns = [_user(_FEEDBACK.format(question=question, feedback=item.feedback))]
         elif self._template == "turn":
             first = question if item.context is None else f"{_CONTEXT.format(context=item.context)}{question}"
-            turns = [_user(first), Message(role="assistant", content=item.demonstration or ""), _user(question)]
+            turns = [_user(first), *later, _reply(item.demonstration), _user(question)]
         elif self._user_template is None:
-            turns = [_user(_paper(question, item.demonstration or "", item.context))]
+            turns = [_user(_paper(question, self._as_example(item) or "", item.context))]
         else:
             text = self._user_template.render(
                 item.where,
                 prompt=question,
-                demonstration=item.demonstration,
+                demonstration=self._as_example(item),
                 context=item.context,
                 feedback=item.feedback,
                 messages=messages,
@@ -131,13 +134,54 @@ class PromptBuilder:
                     f"same; put {{{{ {self._shown} }}}} into the template"
                 )
             turns = [_user(text)]
-        return self._encode([*earlier, *turns], item, whole=len(earlier) + 1 if self._template == "turn" else None)
+        whole = at + 1 + len(later) if self._template == "turn" else None
+        return self._encode([*earlier, *turns, *later], item, self._teacher_variables, whole)
 
     def demonstration(self, item: Record) -> list[int]:
-        """Token ids of the demonstration as a reply to the student's prompt, with the tokens that end it."""
-        end = self.end(item)
-        ids: list[int] = self._tokenizer.encode(f"{item.demonstration or ''}{end.text}", add_special_tokens=False)
-        return [*ids, end.token_id]
+        """Token ids of the demonstration as a reply to the student's prompt, with the token that ends it.
+
+        They are what the chat template renders behind the prompt. UserError if it does not show the demonstration
+        there, or if the demonstration has the token that ends a reply.
+        """
+        prompt, text, end = self._as_reply(item)
+        # Tokenized behind the prompt, because some tokenizers treat the beginning of a text in another way.
+        before, ids = self._ids(prompt), self._ids(f"{prompt}{text}")
+        reply = ids[len(before) :] if ids[: len(before)] == before else self._ids(text)
+        ends = (end, self.end(item).token_id)
+        found = next((i for i in reply if i in ends), None)
+        if found is not None:
+            token = self._tokenizer.convert_ids_to_tokens(found)
+            raise UserError(f"{item.where}: the demonstration has {token}, which ends a reply; remove it")
+        return [*reply, end]
+
+    def _as_reply(self, item: Record) -> tuple[str, str, int]:
+        """Return the student's prompt, the demonstration as a reply to it, and the token that ends the reply."""
+        messages, reply = self._with_system(item), _reply(item.demonstration)
+        answered = [*messages, reply]
+        prompt, whole = self._render(messages, item, opened=True), self._render(answered, item, opened=False)
+        if "tool_calls" in reply:
+            self._chat.check_shown(whole, answered, item, self._student_variables)
+        try:
+            return prompt, *reply_text(self._tokenizer, reply, prompt, whole, self.end(item), self._known_ends)
+        except ValueError as problem:
+            raise UserError(f"{item.where}: {self._chat.name} {problem}") from None
+
+    def length(self, item: Record) -> int:
+        """Return about how many tokens the demonstration has as a reply, without a check."""
+        reply = _reply(item.demonstration)
+        calls = "".join(json.dumps(call["function"], ensure_ascii=False) for call in reply.get("tool_calls", []))
+        return len(self._ids(f"{reply['content']}{calls}{self.end(item).text}")) + 1
+
+    def _as_example(self, item: Record) -> str | None:
+        """Return the demonstration as text in a user's message; None if there is none.
+
+        A message with calls is what the chat template writes for it, without an empty reasoning that it adds.
+        """
+        if not isinstance(item.demonstration, dict):
+            return item.demonstration
+        _, text, _ = self._as_reply(item)
+        content = item.demonstration["content"]
+        return (text if without_thoughts(content) != content else without_thoughts(text)).strip()
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of a reply, without the token that ends it and other special tokens."""
@@ -147,9 +191,27 @@ class PromptBuilder:
         """Return what ends a reply. It is found once, with the first `item`'s prompt, and is the same for all items."""
         if self._end is None:
             self._end = reply_end(
-                self._tokenizer, lambda messages, opened: self._render(messages, item, opened), self._with_system(item)
+                self._tokenizer,
+                lambda messages, opened: self._render(messages, item, opened),
+                self._with_system(item),
+                self._known_ends,
             )
         return self._end
+
+    def stop_ids(self, item: Record) -> tuple[int, ...]:
+        """Return every token that ends a reply: that of `end` first, then those that the model's files name."""
+        return tuple(dict.fromkeys((self.end(item).token_id, *self._known_ends)))
+
+    def lacks_first(self, item: Record) -> str | None:
+        """Return a warning if the tokenizer begins a text with a token that the chat template leaves out."""
+        missing = missing_first(self._tokenizer, self.student(item))
+        if missing is None:
+            return None
+        return (
+            f"the tokenizer in {self._tokenizer.name_or_path} begins a text with {missing}, and its chat template does "
+            f"not write it, so the prompts of this run do not begin with it either; write it at the beginning of the "
+            f"template if the model was trained with it"
+        )
 
     def _with_system(self, item: Record) -> list[Message]:
         messages = list(item.messages)
@@ -157,47 +219,25 @@ class PromptBuilder:
             messages.insert(0, Message(role="system", content=self._system))
         return messages
 
-    def _encode(self, messages: list[Message], item: Record, whole: int | None = None) -> list[int]:
+    def _encode(
+        self, messages: list[Message], item: Record, variables: Mapping[str, Any], whole: int | None = None
+    ) -> list[int]:
         """Render and tokenize `messages`. UserError if the template drops one. whole: index of the demonstration."""
-        text = self._render(messages, item, opened=True)
-        lost = left_out(text, messages, whole)
-        if lost is not None:
-            problem = _loss(lost, whole is not None and lost is messages[whole])
-            raise UserError(f"{item.where}: {self._chat_template} {problem}")
-        return [int(i) for i in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
+        text = self._chat.text(messages, item, True, variables)
+        self._chat.check_shown(text, messages, item, variables, whole)
+        ids = self._ids(text)
+        if begins_twice(self._tokenizer, ids):
+            raise UserError(
+                f"{item.where}: {self._chat.name} begins this prompt with {self._tokenizer.bos_token} twice; "
+                f"remove one from the template or the messages"
+            )
+        return ids
 
     def _render(self, messages: list[Message], item: Record, opened: bool) -> str:
-        """Render a conversation to text. opened: the text ends where the assistant's reply begins."""
-        try:
-            # A list of messages renders to one text.
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages,
-                    tokenize=False,
-                    add_generation_prompt=opened,
-                    strftime_now=self._now.strftime,  # overrides that of transformers, which reads the clock
-                )
-            )
-        except Exception as e:  # noqa: BLE001 - a template is a program from the model: it can raise anything
-            raise UserError(
-                f"{item.where}: {self._chat_template} fails on these messages: {first_line(e)}; change the messages "
-                f"or the template"
-            ) from None
+        return self._chat.text(messages, item, opened, self._student_variables)
 
-
-def _loss(lost: Message, demonstration: bool) -> str:
-    """Describe, for an error message, how the chat template drops this message, and the fix."""
-    if demonstration:
-        return (
-            "does not show the whole demonstration as an earlier turn (templates of reasoning models cut the reasoning "
-            "there); set data.template: paper, which puts the demonstration into the user's turn"
-        )
-    if lost["role"] == "system":
-        return "leaves out the system message; put its text into the first user message"
-    return (
-        f"does not show the {lost['role']}'s message unchanged; use a chat template that takes a message's content as "
-        f"text and writes it unchanged"
-    )
+    def _ids(self, text: str) -> list[int]:
+        return [int(i) for i in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
 @dataclass(frozen=True)
@@ -240,71 +280,14 @@ def _user_template(template: str, base: Path) -> UserTemplate:
     return UserTemplate(existing_file("data.template", template, base))
 
 
-def build_prompts(
-    builder: PromptBuilder,
-    items: Sequence[Record],
-    max_prompt_tokens: int,
-    max_teacher_prompt_tokens: int,
-    max_demonstration_tokens: int | None = None,
-) -> list[PromptPair]:
-    """Build the prompts of all items in order. Nothing is truncated: UserError lists the items that are too long.
-
-    max_demonstration_tokens: None leaves demonstration_ids empty (None).
-    """
-    pairs: list[PromptPair] = []
-    too_long: list[str] = []
-    needed: dict[str, int] = {}
-    for item in items:
-        teacher_ids = builder.teacher(item)
-        student_ids = builder.student(item)
-        reply_ids = None if max_demonstration_tokens is None else builder.demonstration(item)
-        pairs.append(PromptPair.of(student_ids, teacher_ids, reply_ids))
-        for part, ids, key, limit in (
-            ("prompt", student_ids, "data.max_prompt_tokens", max_prompt_tokens),
-            ("teacher's prompt", teacher_ids or [], "data.max_teacher_prompt_tokens", max_teacher_prompt_tokens),
-            ("demonstration", reply_ids or [], "sampling.max_new_tokens", max_demonstration_tokens or 0),
-        ):
-            if len(ids) > limit:
-                too_long.append(f"{item.where}: the {part} has {len(ids)} tokens, but {key} is {limit}")
-                needed[key] = max(len(ids), needed.get(key, 0))
-    if too_long:
-        if len(too_long) > MAX_REPORTED:
-            too_long[MAX_REPORTED:] = [f"… and {len(too_long) - MAX_REPORTED} more"]
-        mend = " and ".join(f"raise {key} to at least {tokens}" for key, tokens in needed.items())
-        raise UserError("\n".join([*too_long, f"{mend}, or shorten these rows"]))
-    return pairs
-
-
-def check_ids(items: Sequence[Record], pairs: Sequence[PromptPair], rows: int | None) -> None:
-    """UserError if a token id of a prompt or reply is not below `rows`, the model's embedding rows (None: unknown)."""
-    if rows is None:
-        return
-    for item, pair in zip(items, pairs, strict=True):
-        every = (pair.student_ids, pair.teacher_ids, pair.demonstration_ids)
-        largest = max(int(ids.max(initial=0)) for ids in every if ids is not None)
-        if largest >= rows:
-            raise UserError(
-                f"{item.where}: the tokenizer gives token {largest}, and the model's embedding has rows for tokens 0 "
-                f"to {rows - 1} only; put the tokenizer that belongs to these weights into the model's folder"
-            )
-
-
-def text_prompts(tokenizer: "PreTrainedTokenizerBase", items: Sequence[Record], limit: int) -> list[PromptPair]:
-    """Tokenize each text as it is, without a chat template. UserError unless it has 2 to `limit` tokens."""
-    pairs = []
-    for item in items:
-        ids: list[int] = tokenizer(item.text).input_ids
-        if not 2 <= len(ids) <= limit:
-            raise UserError(
-                f"{item.where}: the text has {len(ids)} tokens, and a text must have 2 to {limit} "
-                f"(data.max_teacher_prompt_tokens); split the text, or join it with another"
-            )
-        pairs.append(PromptPair.of(ids, None))
-    return pairs
-
-
 def _user(content: str) -> Message:
     return Message(role="user", content=content)
+
+
+def _reply(demonstration: str | Message | None) -> Message:
+    if isinstance(demonstration, dict):
+        return demonstration
+    return Message(role="assistant", content=demonstration or "")
 
 
 def _paper(question: str, demonstration: str, context: str | None) -> str:

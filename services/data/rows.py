@@ -125,7 +125,7 @@ def parse_line(line: bytes) -> dict[str, Any] | BadRow:
     except UnicodeDecodeError as e:
         return BadRow(f"byte {e.start + 1} is not UTF-8; save the file as UTF-8")
     try:
-        row = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        row = parse_json(text)
     except json.JSONDecodeError as e:
         if e.pos >= len(text.rstrip()) or e.msg.startswith("Unterminated string"):
             return BadRow("the JSON ends too early; the line is cut off, or the object spans several lines")
@@ -135,6 +135,11 @@ def parse_line(line: bytes) -> dict[str, Any] | BadRow:
     if not isinstance(row, dict):
         return BadRow(f"the row is {json_kind(row)}, not an object; give one JSON object a line")
     return row
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text. ValueError or RecursionError if it is not one, has a key twice or a NaN."""
+    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -32,6 +32,12 @@ def without_thoughts(text: str) -> str:
     return text
 
 
+def parts(text: str) -> list[str]:
+    """Split a reply at the marks of its reasoning: the reasoning and the answer, without white space around them."""
+    marks = "|".join(re.escape(mark) for pair in MARKS for mark in pair)
+    return [part.strip() for part in re.split(marks, text) if part.strip()]
+
+
 class ReplyText:
     """Decode replies to text: without special tokens, but with all marks of the reasoning."""
 

@@ -1,6 +1,7 @@
 """`sdft eval --harness`: run the benchmarks of EleutherAI's lm-eval on a model, in a separate process.
 
-lm-eval uses its own backend: Hugging Face on a CPU, vLLM on a GPU.
+lm-eval uses its own backend: Hugging Face on a CPU, vLLM on a GPU. Its tasks say how they sample. Hugging Face would
+add the penalties of the model's generation_config.json to greedy decoding, so they are set to values without effect.
 
     model folder, tasks ─► python -m lm_eval ─► its results file ─► a line for each task and metric
 """
@@ -19,6 +20,7 @@ from typing import Any
 
 from sdft.services.base.errors import PreflightError, UserError
 from sdft.services.config.run import RunConfig
+from sdft.services.data.generation import PENALTIES, sampling_defaults
 from sdft.services.records.rows import Z_95
 
 LAST_LINES = 40  # of lm-eval's output, searched for the reason of a failure
@@ -55,6 +57,8 @@ def run_harness(config: RunConfig, model: Path, tasks: str, include: str | None,
         command = [sys.executable, "-m", "lm_eval", "run", "--model", "vllm" if on_gpu else "hf"]
         command += ["--model_args", f"pretrained={model},dtype={config.dtype}", "--device", config.device]
         command += ["--tasks", tasks, "--batch_size", "auto" if on_gpu else "8", "--output_path", scratch]
+        neutral = [f"{name}={PENALTIES[name]}" for name in sampling_defaults(model) if name in PENALTIES]
+        command += ["--gen_kwargs", ",".join(neutral)] if neutral and not on_gpu else []
         command += [] if include is None else ["--include_path", include]
         command += [] if limit is None else ["--limit", str(limit)]
         _run(command, tasks, config.evaluation.grading_timeout_s)

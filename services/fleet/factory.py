@@ -21,7 +21,8 @@ from sdft.services.planning.plan import engine_settings
 def engine_pool(
     config: RunConfig,
     model: Path,
-    reply_end: int,
+    stop_ids: tuple[int, ...],
+    vocabulary: int,
     name: str,
     options: Sequence[dict[str, Any]],
     notice: Callable[[str], None],
@@ -29,14 +30,16 @@ def engine_pool(
 ) -> EnginePool:
     """Return the pool with this name in the configuration. It is not started.
 
-    reply_end: id of the token at which the engines stop.
+    stop_ids: tokens at which the engines stop. vocabulary: number of the tokenizer's tokens.
     options: Ray actor options of the first engines, whose places are reserved. Later engines request the same
     resources on any node with the labels.
     learner(): returns the current learner, which publishes the weights.
     """
     e, role = config.actors.pools[name], config.actors.role_name(name)
     transport = config.weights.transport
-    settings = replace(engine_settings(config, model, name), stop_ids=(reply_end,), transport=transport)
+    settings = replace(
+        engine_settings(config, model, name), stop_ids=stop_ids, vocabulary=vocabulary, transport=transport
+    )
     actor = ray.remote(EngineWorker)
     gpus = e.gpus if config.device == "cuda" else 0
     where = labelled(e.labels)

@@ -1,11 +1,8 @@
 """Whether a model folder's tensors fit its configuration: examined once, in another process, which imports torch."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,42 +11,46 @@ import xxhash
 from sdft import actors, learner
 from sdft.services.base.errors import UserError
 from sdft.services.base.files import write_atomically
+from sdft.services.planning.apart import answer, start
 from sdft.services.planning.models import cache_folder
 
 REMEMBERED = 100  # the last folders that passed
 
 
+@dataclass
+class Examined:
+    """The result of an examination, known at its end."""
+
+    alone: str | None = None  # why the learner computes the sequences of a pack one by one, as the end of a sentence
+
+
 @contextmanager
-def examined(model: Path, trains: bool) -> Iterator[None]:
+def examined(model: Path, trains: bool) -> Iterator[Examined]:
     """UserError at exit unless the folder's tensors are those that the model needs and the learner can run it.
 
     The examination needs torch, which this process does not import. A subprocess runs it in 3 s, in parallel with the
     body of the `with` statement. A folder that passed and has not changed is not examined again, by later commands too.
     """
-    stamp = _stamp(model, trains)
-    if stamp in _passed():
-        yield
+    stamp, found = _stamp(model, trains), Examined()
+    if (passed := _passed().get(stamp)) is not None:
+        found.alone = passed or None
+        yield found
         return
-    command = [sys.executable, "-P", "-m", "sdft.learner.model.examine", str(model), *(["--trains"] if trains else [])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the same modules as this process
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    with start("sdft.learner.model.examine", str(model), *(["--trains"] if trains else [])) as process:
         try:
-            yield
-            out, log = process.communicate()
+            yield found
+            result = answer(process)
         except BaseException:
             process.kill()
             raise
-    if process.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {log[-2000:]}")
-    reason = json.loads(out.splitlines()[-1])
-    if reason:
-        raise UserError(f"model: {model} cannot be {'trained' if trains else 'evaluated'} here: {reason}")
+    if result["fault"]:
+        raise UserError(f"model: {model} cannot be {'trained' if trains else 'evaluated'} here: {result['fault']}")
+    found.alone = result["alone"]
     with suppress(OSError, UserError):  # without it the next command examines the folder again
         path = _memory()
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, "\n".join([*_passed(), stamp][-REMEMBERED:]).encode())
+        lines = [f"{key} {alone}" for key, alone in (_passed() | {stamp: found.alone or ""}).items()]
+        write_atomically(path, "\n".join(lines[-REMEMBERED:]).encode())
 
 
 def _stamp(model: Path, trains: bool) -> str:
@@ -71,9 +72,9 @@ def _memory() -> Path:
     return cache_folder() / "examined"
 
 
-def _passed() -> list[str]:
-    """Return the stamps of the folders that passed, the oldest first."""
+def _passed() -> dict[str, str]:
+    """Return Examined.alone, or "" for None, of the folders that passed, by their stamps, the oldest first."""
     try:
-        return _memory().read_text().splitlines()
+        return dict(line.partition(" ")[::2] for line in _memory().read_text().splitlines())
     except (OSError, UserError, UnicodeDecodeError):
-        return []
+        return {}

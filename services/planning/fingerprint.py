@@ -46,6 +46,9 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Seque
         steps, optimizer = settings["training"].pop("steps"), settings["learner"]["optimizer"]
         if steps is not None:
             optimizer["warmup_steps"] = min(optimizer["warmup_steps"], max(0, steps - 1))  # as learning_rate() does
+    variables = [config.data.student_variables, config.data.teacher_variables]
+    if any(variables):  # also where they change no token of the known prompts; runs without them keep their digest
+        settings["chat_template_kwargs"] = variables
     digest = hashlib.sha256(before.encode() + json.dumps(settings, sort_keys=True).encode())
     digest.update(model)
     for pair in prompts:

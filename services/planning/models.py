@@ -6,13 +6,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from sdft.actors.shared.model_files import COMPANIONS, INDEX
+from sdft.actors.shared.model_files import COMPANIONS, INDEX, read_json
 from sdft.actors.shared.process import large_imports
 from sdft.learner.model.architecture import longest_of_short_rope, why_not
 from sdft.services.base.errors import UserError, first_line
 from sdft.services.base.files import resolve_path
 from sdft.services.data.without_torch import import_for_tokenizers
-from sdft.services.planning.shape import check_files, refuse_experts
+from sdft.services.planning.limits import engine_limit
+from sdft.services.planning.shape import check_files
 from sdft.services.planning.smollm2 import make_smollm2
 
 BUILT_IN = {"smollm2-135m": make_smollm2}
@@ -49,13 +50,17 @@ def resolve_model(name: str, base: Path) -> Path:
         ) from None
 
 
-def check_trainable(model: Path) -> None:
-    """UserError unless config.json describes a model that the learner can train."""
+def check_trainable(model: Path, device: str, dtype: str, quantized: bool = False) -> None:
+    """UserError unless config.json describes a model that the learner can train and the engines can serve.
+
+    quantized: as in why_not.
+    """
     with large_imports(), import_for_tokenizers():
-        reason = why_not(model)
+        reason = why_not(model, quantized)
     if reason:
         raise UserError(f"model: {model} cannot be trained here: {reason}; choose another model")
-    refuse_experts(model)
+    if limit := engine_limit(read_json(model / "config.json"), device, dtype):
+        raise UserError(f"model: {model} cannot be trained here: {limit}")
 
 
 def check_positions(model: Path, tokens: int) -> None:

@@ -1,27 +1,25 @@
 """Prepare a run from its configuration, before a process is started: model, data, prompts, schedule, plan."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdft.services.base.errors import UserError
 from sdft.services.config.run import RunConfig, TaskConfig
 from sdft.services.config.sections import EvaluationSet
 from sdft.services.config.sinks import check_sinks
 from sdft.services.data.check_files import check_files
-from sdft.services.data.contexts import (
-    PromptBuilder,
-    PromptPair,
-    build_prompts,
-    check_ids,
-    text_prompts,
-)
+from sdft.services.data.contexts import PromptBuilder, PromptPair
 from sdft.services.data.demonstrations import Record, load_questions
+from sdft.services.data.prompts import build_prompts, check_ids, text_prompts
 from sdft.services.data.schedule import make_schedule
 from sdft.services.data.sets import LoadedSet
-from sdft.services.data.tokenizer import load_tokenizer
+from sdft.services.data.tokenizer import load_tokenizer, vocabulary_of
 from sdft.services.grading.grade import answer_check
 from sdft.services.grading.judge import check_judge
+from sdft.services.planning.dequantized import trainable
 from sdft.services.planning.engines import check_own_engines
 from sdft.services.planning.examined import examined
 from sdft.services.planning.fingerprint import fingerprint_of
@@ -55,15 +53,19 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
     for s in config.sets:
         if s.judge is not None:
             check_judge(s.name, s.judge)
-    model = resolve_model(config.model, base)
-    with examined(model, trains):
+    given = resolve_model(config.model, base)
+    model = trainable(given, config.device, config.dtype) if trains else given
+    with examined(model, trains) as found:
         if trains:
-            check_trainable(model)
+            check_trainable(model, config.device, config.dtype)
         # Raises when the model or the cache is too short for the prompts.
         tokens = max(engine_settings(config, model, pool).max_model_len for pool in pools(config))
         if trains:
             check_positions(model, tokens)
-        return _prepared(config, path, model, loaded, common, begun)
+        prepared = _prepared(config, path, model, loaded, common, begun)
+        if trains:
+            _check_support(config, prepared.vocabulary)
+    return replace(prepared, alone=found.alone, quantized=None if model == given else given)
 
 
 def _prepared(
@@ -80,13 +82,16 @@ def _prepared(
     names = [s.name for s in config.stages] or [""]
     headers = read_headers(model)
     rows = embedding_rows(headers)  # every token id must be below it
+    vocabulary = vocabulary_of(tokenizer, rows)
     identity = (model / "config.json").read_bytes() + sample_of_weights(headers)  # of the model
-    builders = [PromptBuilder(tokenizer, task.data.template, base, task.data.system, begun) for task in config.tasks]
-    alone = [PromptBuilder(tokenizer, "none", base, task.data.system, begun) for task in config.tasks]
+    builders = [prompt_builder(task, tokenizer, base, begun) for task in config.tasks]
+    alone = [prompt_builder(task, tokenizer, base, begun, alone=True) for task in config.tasks]
     given_builders = zip(loaded, builders, alone, strict=True)
     sources, contexts = zip(*(make_source(*given, rows, base) for given in given_builders), strict=True)
     schedules = make_schedule(config.tasks, sources).stages
     check_ends(names, schedules)
+    first = [SAMPLE if source.grows else source.records[0] for source in sources]
+    lacks = [builders[0].lacks_first(first[0]), *(None for _ in names[1:])]  # the same for all stages
     stages: list[Stage] = []
     for i, (name, given, builder, source) in enumerate(zip(names, loaded, builders, sources, strict=True)):
         task, before = given.task, stages[-1].fingerprint if stages else ""
@@ -100,12 +105,11 @@ def _prepared(
                 schedule=schedules[i],
                 fingerprint=fingerprint_of(before, task, identity, () if source.grows else source.prompts),
                 recalled=len(given.recalled),
-                warnings=tuple(filter(None, (source.trouble, _short(builder, source.records, task)))),
+                warnings=tuple(filter(None, (source.trouble, _short(builder, source.records, task), lacks[i]))),
             )
         )
-    first = SAMPLE if sources[0].grows else sources[0].records[0]
-    end = builders[0].end(first).token_id
-    check_ids([first], [PromptPair.of([end], None)], rows)
+    ends = dict.fromkeys(i for builder, record in zip(builders, first, strict=True) for i in builder.stop_ids(record))
+    check_ids(first[:1], [PromptPair.of([builders[0].end(first[0]).token_id], None)], rows)
     shape = ModelShape.of(model, headers, config.learner.lora)
     longest = [
         stage.config.data.max_prompt_tokens if stage.source.grows else max(len(p.student_ids) for p in stage.prompts)
@@ -117,13 +121,33 @@ def _prepared(
         model=model,
         shape=shape,
         tokenizer=tokenizer,
-        reply_end=end,
+        stop_ids=tuple(ends),
+        vocabulary=vocabulary,
         stages=tuple(stages),
         common=_sets(common, tokenizer, builders[0], stages[0].config, rows),
         plan=make_plan(config, shape, longest),
         begun=begun,
         sample_ids=builders[0].student(SAMPLE) if sources[0].grows else [],
     )
+
+
+def _check_support(config: RunConfig, vocabulary: int) -> None:
+    """UserError unless the teacher's top K are all tokens of the tokenizer."""
+    most = max(loss.divergence.support for task in config.tasks for loss in task.method.losses)
+    if most > vocabulary:
+        raise UserError(
+            f"method.divergence.top_k is {most}, and the tokenizer has {vocabulary} tokens; lower it to at most "
+            f"{vocabulary}"
+        )
+
+
+def prompt_builder(
+    task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", base: Path, begun: datetime, alone: bool = False
+) -> PromptBuilder:
+    """Return the builder of a task's prompts. alone: the teacher sees the student's prompt."""
+    d = task.data
+    template, teacher = ("none", d.student_variables) if alone else (d.template, d.teacher_variables)
+    return PromptBuilder(tokenizer, template, base, d.system, begun, d.student_variables, teacher)
 
 
 def _questions(sets: Sequence[EvaluationSet], base: Path) -> Questions:
@@ -134,7 +158,7 @@ def _short(builder: PromptBuilder, items: Sequence[Record], task: TaskConfig) ->
     """Return a warning if more than half of a sample of demonstrations has at most method.skip_first tokens."""
     skipped = task.method.skipped
     checked = [item for item in items[:: max(1, len(items) // CHECKED)] if item.demonstration is not None]
-    short = sum(len(builder.demonstration(item)) <= skipped for item in checked)
+    short = sum(builder.length(item) <= skipped for item in checked)
     if 2 * short <= len(checked):
         return None
     return (

@@ -56,12 +56,15 @@ class Prepared:
     model: Path
     shape: ModelShape
     tokenizer: "PreTrainedTokenizerBase"
-    reply_end: int  # the token that ends a reply in the chat template; engines stop at it
+    stop_ids: tuple[int, ...]  # tokens that end a reply; the first one is what the chat template puts behind it
+    vocabulary: int  # tokens of the tokenizer; engines and learner leave later rows of the head out
     stages: tuple[Stage, ...]
     common: list[LoadedSet]  # evaluation sets that belong to no stage
     plan: Plan
     begun: datetime  # local time; chat templates may write it into prompts
     sample_ids: list[int] = field(default_factory=list)  # prompt of SAMPLE, with the first stage's settings
+    alone: str | None = None  # why the learner computes sequences one by one, as the end of a sentence; None: it packs
+    quantized: Path | None = None  # the folder whose dequantized copy `model` is
 
     @property
     def schedule(self) -> Schedule:
@@ -110,6 +113,7 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
         teacher=c.teacher_in_use,
         exclusive=c.strict and c.learner.ranks == 1,
         transport=c.weights.transport,
+        vocabulary=prepared.vocabulary,
     )
 
 

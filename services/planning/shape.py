@@ -11,7 +11,6 @@ from sdft.services.base.errors import UserError
 
 SAMPLED = 64  # bytes read of each weight
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # in config.json
 
 # Of each weight file: its path, its header's entries by weight, and the offset of its data.
 Headers = list[tuple[Path, dict[str, Any], int]]
@@ -70,23 +69,6 @@ def read_headers(model: Path) -> Headers:
 def embedding_rows(headers: Headers) -> int | None:
     """Number of rows of the input embedding; None if no weight has one of the names in EMBEDDINGS."""
     return min((shape[0] for name, shape in _weights(headers).items() if name.endswith(EMBEDDINGS)), default=None)
-
-
-def refuse_experts(model: Path) -> None:
-    """UserError if the model of a local folder is a mixture of experts.
-
-    vLLM changes the layout of experts for its kernels at the first load. An update does not restore that layout, so
-    rollouts would come from wrong weights.
-    """
-    config = read_json(model / "config.json")
-    for section in (config, *(value for value in config.values() if isinstance(value, dict))):  # e.g. text_config
-        for key in EXPERTS:
-            value = section.get(key)
-            if any(isinstance(n, int) and n > 1 for n in (value if isinstance(value, list) else [value])):
-                raise UserError(
-                    f"{model / 'config.json'}: {key} is {value}: this model is a mixture of experts, whose weights "
-                    f"vLLM does not update correctly after it has loaded them; choose a model without experts"
-                )
 
 
 def sample_of_weights(headers: Headers) -> bytes:

@@ -163,7 +163,8 @@ class Session:
         pool = engine_pool(
             self._prepared.config,
             self._prepared.model,
-            self._prepared.reply_end,
+            self._prepared.stop_ids,
+            self._prepared.vocabulary,
             name,
             self._options[name],
             self._notice,

@@ -51,8 +51,10 @@ def _made(model_path: Path, count: int, k: int, seed: int, skip: int) -> list[Tr
     return samples
 
 
-def logprobs(model: torch.nn.Module, prompt: np.ndarray, completion: np.ndarray) -> torch.Tensor:
-    """Return Hugging Face's log-softmax at every completion position, [T, V]."""
+def logprobs(
+    model: torch.nn.Module, prompt: np.ndarray, completion: np.ndarray, vocabulary: int | None = None
+) -> torch.Tensor:
+    """Return Hugging Face's log-softmax over the first `vocabulary` tokens at every completion position, [T, V]."""
     ids = torch.tensor(np.concatenate([prompt, completion])).long()[None]
     with torch.no_grad():
-        return torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1], -1)
+        return torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1, :vocabulary], -1)

@@ -116,10 +116,12 @@ def damaged_checkpoint(work: Work) -> None:
 
 
 def other_model(work: Work) -> Path:
-    """Copy the model, with a head that scales its logits."""
+    """Copy the model, with positions that depend on the length of a sequence."""
     folder = shutil.copytree(work.config["model"], work.folder / "m")
     shape = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(shape | {"logit_scale": 0.5}))
+    (folder / "config.json").write_text(
+        json.dumps(shape | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}})
+    )
     return folder
 
 

@@ -17,6 +17,7 @@ from sdft.services.planning.prepare import prepare
 from sdft.services.records.batches import read_batch
 from sdft.services.records.rows import read_jsonl
 from tests.fakes.rollouts import logprobs
+from tests.fakes.tiny import TOKENS
 from tests.runs.run import BIN, ENVIRONMENT, write_run
 
 OWN = Path(__file__).parents[1] / "services/algorithms"  # the folder of siblings.py
@@ -55,7 +56,7 @@ def both(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 def taught(base: torch.nn.Module, prompt: list[int], sequence: TrainingSequence) -> None:
     """Check that the first model, behind this prompt, gave the teacher's scores of a sequence."""
     (completion,) = sequence.completions
-    rows = logprobs(base, np.array(prompt, np.int32), completion)
+    rows = logprobs(base, np.array(prompt, np.int32), completion, TOKENS)
     own = rows.gather(1, torch.tensor(completion).long()[:, None])[:, 0]
     assert sequence.teacher is not None
     np.testing.assert_allclose(sequence.teacher.sampled, own, atol=1e-4)
@@ -88,7 +89,7 @@ def test_recall_learns_demonstrations_and_keeps_the_first_model(both: tuple[Path
     sequences, losses = read_batch(run_dir, 3), []
     for sequence in sequences:
         (completion,) = sequence.completions
-        log_p = logprobs(student, sequence.prompt_ids, completion)
+        log_p = logprobs(student, sequence.prompt_ids, completion, TOKENS)
         if sequence.teacher is None:
             losses.append(-log_p.gather(1, torch.tensor(completion).long()[:, None]).mean())
             continue

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from sdft.services.records.batches import read_batch
 from sdft.services.records.rows import read_jsonl
 from tests.fakes.rollouts import logprobs
+from tests.fakes.tiny import TOKENS
 from tests.papers.documents import ROOT, commands
 from tests.runs.leftovers import new_since, on_machine
 from tests.runs.run import BIN, command, finish, free_port, metrics, replayed, wait_for_step, write_run
@@ -94,7 +95,9 @@ def test_the_export_of_a_run_with_lora_has_the_log_probs_that_its_engine_had(
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         for sample in read_batch(alone, 5):
             (completion,) = sample.completions
-            own = logprobs(model, sample.prompt_ids, completion).gather(1, torch.tensor(completion).long()[:, None])
+            own = logprobs(model, sample.prompt_ids, completion, TOKENS).gather(
+                1, torch.tensor(completion).long()[:, None]
+            )
             found.append(np.abs(own[:, 0].numpy() - sample.logprobs[-len(completion) :]).max())
     assert max(gaps[out]) < 1e-4
     assert min(gaps[tiny_model]) > 1e-2, "adapters that change nothing would show nothing"

@@ -27,6 +27,7 @@ from sdft.services.planning.prepare import prepare
 from sdft.services.records.batches import read_batch, write_batch
 from sdft.services.records.rows import read_jsonl
 from tests.fakes.rollouts import logprobs
+from tests.fakes.tiny import TOKENS
 from tests.runs.leftovers import new_since, on_machine
 from tests.runs.run import ENVIRONMENT, LONG, STEPS, STOPPED, command, finish, metrics, replayed, wait_for_step
 
@@ -155,11 +156,13 @@ def stream(undisturbed: tuple[Path, Path], tiny_model: Path) -> tuple[Path, Path
     config = undisturbed[0].with_name("stream.yaml")
     run_dir, stage = config.with_name("stream"), config.with_name("stage.yaml")
     settings = yaml.safe_load(undisturbed[0].read_text())
-    tokenizer, prompt = AutoTokenizer.from_pretrained(tiny_model), "What is the capital?"
+    tokenizer, prompt = AutoTokenizer.from_pretrained(tiny_model), "Play a song."
     message = [{"role": "user", "content": prompt}]
     ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=False)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    said = tokenizer.decode(model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :])
+    rows = list(range(TOKENS, model.config.vocab_size))  # are no tokens
+    reply = model.generate(ids, do_sample=False, max_new_tokens=8, suppress_tokens=rows)[0, ids.shape[1] :]
+    said = tokenizer.decode(reply)
     config.with_name("said.jsonl").write_text(json.dumps({"prompt": prompt, "answer": said}) + "\n")
     kept = {"name": "kept", "file": "said.jsonl", "grader": "exact", "role": "retention", "max_new_tokens": 8}
     texts = [{"text": "Say number 1. The number is 1."}, {"text": "The capital is a number."}]
@@ -198,7 +201,7 @@ def test_sft_trains_on_the_demonstrations_own_tokens(stream: Stream, tiny_model:
             sample.completions[0]
         )
         own = torch.tensor(sample.completions[0]).long()[:, None]
-        losses.append(-logprobs(model, sample.prompt_ids, sample.completions[0]).gather(1, own).mean())
+        losses.append(-logprobs(model, sample.prompt_ids, sample.completions[0], TOKENS).gather(1, own).mean())
     assert rows[0]["loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
     assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
     assert [row["trained"] for row in rows] == [4 * step for step in range(1, STEPS + 1)]
@@ -218,7 +221,7 @@ def test_off_policy_trains_on_what_the_teacher_samples(stream: Stream, tiny_mode
         pair, completion = prompts[sample.sample.record], sample.completions[0]
         assert sample.prompt_ids.tolist() == pair.student_ids.tolist()
         assert pair.teacher_ids is not None
-        rows = logprobs(model, pair.teacher_ids, completion)
+        rows = logprobs(model, pair.teacher_ids, completion, TOKENS)
         own = rows.gather(1, torch.tensor(completion).long()[:, None])[:, 0]
         np.testing.assert_allclose(taught(sample).sampled, own[sample.loss_mask[-len(own) :]], atol=1e-4)
     rows = read_jsonl(run_dir / "metrics.jsonl")[STEPS:]
@@ -250,7 +253,7 @@ def test_the_perplexity_of_texts_is_hugging_faces(stream: Stream, tiny_model: Pa
     texts = [
         np.asarray(tokenizer(row["text"]).input_ids) for row in map(json.loads, config.with_name("prose.jsonl").open())
     ]
-    own = [logprobs(model, ids[:1], ids[1:]).gather(1, torch.tensor(ids[1:])[:, None]) for ids in texts]
+    own = [logprobs(model, ids[:1], ids[1:], TOKENS).gather(1, torch.tensor(ids[1:])[:, None]) for ids in texts]
     rows = [row for row in read_jsonl(run_dir / "eval.jsonl") if row["metric"] == "perplexity"]
     assert [(row["step"], row["task"]) for row in rows] == [(step, "prose") for step in (0, STEPS, STEPS + 2)]
     assert {row["n"] for row in rows} == {sum(map(len, own))}

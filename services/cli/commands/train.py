@@ -34,7 +34,7 @@ def train(
     """Train, or continue a run that was stopped."""
     from rich.console import Console
 
-    from sdft.services.cli.summary import dtype_lines, print_outcome, reply_lines, stage_lines
+    from sdft.services.cli.summary import print_outcome, run_lines
     from sdft.services.config.load import load_config, resolved_yaml
     from sdft.services.planning.prepare import prepare
     from sdft.services.records.checkpoints import begun
@@ -53,7 +53,7 @@ def train(
     size = f"{shape.parameters / 1e6:.1f} M parameters"
     if shape.adapters:
         size += f" (LoRA trains {shape.adapters / 1e6:.1f} M)"
-    lines = [f"{size} in {settings.dtype}", *dtype_lines(settings), *reply_lines(prepared), *stage_lines(prepared)]
+    lines = [f"{size} in {settings.dtype}", *run_lines(prepared)]
     console.print(*lines, sep="\n", markup=False, highlight=False, soft_wrap=True)
     console.print(prepared.plan.text(), markup=False, highlight=False)
     if dry_run:
@@ -69,9 +69,22 @@ def train(
         console.print(f"report: {report}", markup=False, soft_wrap=True)
 
 
-def check(config: Config, overrides: Overrides = None) -> None:
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    show: Annotated[
+        int | None,
+        typer.Option(
+            "--show",
+            metavar="N",
+            min=1,
+            help="Print the first N rows of each stage as the model will see them, with the loss tokens in colour.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Check configuration, data and prompts without starting anything."""
-    from sdft.services.cli.summary import dtype_lines, reply_lines, stage_lines
+    from sdft.services.cli.summary import run_lines
     from sdft.services.config.load import load_config
     from sdft.services.planning.prepare import prepare
 
@@ -79,6 +92,10 @@ def check(config: Config, overrides: Overrides = None) -> None:
     prompts = [p.teacher_ids for stage in prepared.stages for p in stage.prompts if p.teacher_ids is not None]
     longest = max(map(len, prompts), default=0)
     print(f"{config}: valid; the longest teacher prompt has {longest} tokens")
-    print(*dtype_lines(prepared.config), *reply_lines(prepared), *stage_lines(prepared), sep="\n")
+    print(*run_lines(prepared), sep="\n")
     print(f"evaluation: {', '.join(s.settings.name for s in prepared.sets) or 'none'}")
     print(prepared.plan.text())
+    if show:
+        from sdft.services.cli.shown import shown_rows
+
+        print(shown_rows(prepared, show), end="")

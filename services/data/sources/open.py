@@ -28,7 +28,9 @@ def open_source(
     """
     path = resolve_path(base, data.train)
     name = str(path) if path.exists() else data.train
-    maker = RecordMaker(RowChecker(name, required), data.columns, lambda record: build([record])[0])
+    maker = RecordMaker(
+        RowChecker(name, required, format_=data.format), data.columns, lambda record: build([record])[0]
+    )
     source = _class(data)(name, maker)
     source.read(count)
     if source.skipped and not source.records:

@@ -20,6 +20,7 @@ from sdft.services.cli.main import main
 from sdft.services.planning.models import DOWNLOADED, NOT_DOWNLOADED, resolve_model
 from sdft.services.planning.shape import ModelShape, read_headers, sample_of_weights
 from sdft.services.records import checkpoints
+from tests.fakes.folders import shard
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1000\n"
 
@@ -28,19 +29,6 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1000\n
 def model(tiny_model: Path, tmp_path: Path) -> Path:
     """A copy that a test may spoil."""
     return shutil.copytree(tiny_model, tmp_path / "m")
-
-
-def shard(model: Path) -> list[Path]:
-    """Split the weights into two files and an index."""
-    tensors = list(load_file(model / SINGLE).items())
-    parts = [tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]]
-    files = [model / f"model-{i + 1:05d}-of-00002.safetensors" for i in range(2)]
-    for path, part in zip(files, parts, strict=True):
-        save_file(dict(part), path, {"format": "pt"})
-    names = {name: path.name for path, part in zip(files, parts, strict=True) for name, _ in part}
-    (model / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    (model / SINGLE).unlink()
-    return files
 
 
 @contextmanager

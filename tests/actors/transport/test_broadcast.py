@@ -97,7 +97,7 @@ def test_a_runs_pool_is_sent_weights_by_the_transport_that_is_configured(tmp_pat
     )
 
     async def run() -> None:
-        pool = engine_pool(config, tmp_path, 0, "student", [], print, Learner)
+        pool = engine_pool(config, tmp_path, (0,), 8, "student", [], print, Learner)
         assert type(pool.transport) is transport_class(transport)
 
     asyncio.run(run())

@@ -49,6 +49,21 @@ CANARIES: dict[str, Canary] = {
         mentions("vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding.__init__", "quant_method")
         and takes(f"vllm.model_executor.layers.quantization.base_config:QuantizeMethodBase.{LOADED}", "layer")
     ),
+    "experts' quant_method.moe_kernel and its fused_experts": lambda: mentions(
+        "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:UnquantizedFusedMoEMethod._setup_kernel",
+        "moe_kernel",
+        "fused_experts",
+        LOADED,
+    ),
+    f"CPUUnquantizedExperts.{LOADED}(layer)": lambda: takes(
+        f"vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts.{LOADED}", "layer"
+    ),
+    "RotaryEmbedding.forward_cpu(positions, query, key)": lambda: takes(
+        "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding.forward_cpu", "positions", "query", "key"
+    ),
+    "EngineArgs.create_model_config": lambda: named("vllm.engine.arg_utils:EngineArgs.create_model_config"),
+    "ModelConfig.is_hybrid": lambda: named("vllm.config:ModelConfig.is_hybrid"),
+    "ModelConfig.is_attention_free": lambda: named("vllm.config:ModelConfig.is_attention_free"),
     "AsyncScheduler as a Scheduler": lambda: issubclass(compat.AsyncScheduler, named(SCHEDULER)),
     "Scheduler.kv_cache_manager": lambda: mentions(f"{SCHEDULER}.__init__", "kv_cache_manager"),
     "Scheduler.hash_block_size": lambda: mentions(f"{SCHEDULER}.__init__", "hash_block_size"),
@@ -76,6 +91,16 @@ CANARIES: dict[str, Canary] = {
     ),
     "LogprobsTensors(logprob_token_ids, logprobs, selected_token_ranks)": lambda: (
         compat.LogprobsTensors._fields[:3] == ("logprob_token_ids", "logprobs", "selected_token_ranks")
+    ),
+    "logits by model.compute_logits in both runners": lambda: (
+        mentions(f"{RUNNER}.execute_model", "model", "compute_logits")
+        and mentions("vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample", "model", "compute_logits")
+    ),
+    "get_model of both runners": lambda: (
+        named(f"{RUNNER}.get_model") and named("vllm.v1.worker.gpu.model_runner:GPUModelRunner.get_model")
+    ),
+    "a configuration that takes architectures of hf_overrides": lambda: mentions(
+        "vllm.config.model:ModelConfig.__post_init__", "hf_overrides"
     ),
     "vllm.ir.ops.rms_norm and fused_add_rms_norm": lambda: tuple(compat.norm_operations()) == NORMS,
     "IrOp.impls": lambda: all("native" in op.impls for op in compat.norm_operations().values()),
@@ -113,6 +138,10 @@ def test_vllm_has_the_name(name: str) -> None:
 
 def test_ray_has_the_name() -> None:
     RAY.check("ray._raylet.setproctitle", lambda: named("ray._raylet:setproctitle"))
+
+
+def test_transformers_has_the_name() -> None:
+    assert compat.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["qwen2"] == "Qwen2ForCausalLM"
 
 
 @pytest.mark.parametrize("name", OF_PYTHON)

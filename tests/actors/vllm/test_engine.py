@@ -31,6 +31,8 @@ from sdft.actors.transport.broadcast import BroadcastSender
 from sdft.actors.worker import EngineWorker
 from sdft.learner.weights.content import Content
 from sdft.learner.weights.publisher import Publisher
+from tests.fakes.chat import change
+from tests.fakes.folders import as_it_comes
 from tests.fakes.rollouts import logprobs
 
 if TYPE_CHECKING:
@@ -79,10 +81,10 @@ def watched() -> type:
             outputs = await self._engine._run([np.concatenate(pair) for pair in pairs], params)
             return [output.num_cached_tokens for output in outputs]
 
-        async def generate_until(self, stop_id: int, requests: list, sampling: Sampling) -> list:
-            """Generate as an engine that starts with this token among its stop ids."""
+        async def generate_until(self, stop_ids: tuple[int, ...], requests: list, sampling: Sampling) -> list:
+            """Generate as an engine that starts with these stop ids."""
             settings = self._engine.settings
-            self._engine.settings = replace(settings, stop_ids=(stop_id,))
+            self._engine.settings = replace(settings, stop_ids=stop_ids)
             try:
                 return await self._engine.generate(requests, sampling)
             finally:
@@ -224,17 +226,66 @@ def test_a_model_with_norms_of_queries_and_keys_is_computed_correctly(ray_cluste
     ray.get(engine.stop.remote(), timeout=60)
 
 
-def test_a_reply_ends_with_the_token_that_the_chat_template_ends_it_with(engines: list) -> None:
+def test_a_folder_as_it_comes_is_loaded_and_updated_and_rows_beyond_the_tokenizer_are_no_tokens(
+    ray_cluster: None, tiny_model: Path, tmp_path: Path
+) -> None:
+    """In float16, in two files, without `architectures`, with the tied head twice, and with 100 tokens of 512 rows.
+
+    The other rows have larger logits than most tokens, and would be sampled.
+    """
+    vocabulary = 100
+    folder = as_it_comes(shutil.copytree(tiny_model, tmp_path / "m"))
+    settings = replace(engine_settings(folder), vocabulary=vocabulary)
+    engine = ray.remote(EngineWorker).options(num_cpus=0.5).remote(settings)
+    ray.get(engine.start.remote(), timeout=300)
+    publisher = Publisher(folder, torch.float32, PROBE % vocabulary, "", vocabulary)
+    prompt = PROMPT % vocabulary
+    for version, model in enumerate(
+        [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), changed(folder)]
+    ):
+        snapshot = publisher.publish("student", version, content(model))
+        assert ray.get(engine.update_weights.remote(snapshot), timeout=60).probe_gap < 1e-4
+        requests = [GenerateRequest(prompt, seed) for seed in range(4)]
+        for rollout in ray.get(engine.generate.remote(requests, PLAIN), timeout=60):
+            ids = torch.tensor(rollout.completion_ids).long()
+            assert ids.max() < vocabulary
+            every = logprobs(model, prompt, rollout.completion_ids)
+            own = every[:, :vocabulary].log_softmax(-1)
+            assert every[:, vocabulary:].exp().sum(-1).mean() > 0.5
+            np.testing.assert_allclose(rollout.logprobs, own.gather(1, ids[:, None])[:, 0], atol=1e-4)
+            (scores,) = ray.get(engine.score.remote([(prompt, rollout.completion_ids)], 16), timeout=60)
+            assert scores.ids.max() < vocabulary
+            np.testing.assert_allclose(scores.logprobs, own.topk(16, -1).values, atol=1e-4)
+    ray.get(engine.stop.remote(), timeout=60)
+
+
+def test_a_reply_ends_with_any_of_the_stop_ids(engines: list) -> None:
     """Even if neither the tokenizer nor generation_config.json lists it as a stop token."""
     request = [GenerateRequest(PROMPT, 7)]
     (whole,) = ray.get(engines[0].generate.remote(request, PLAIN), timeout=60)
     stop = int(whole.completion_ids[5])
     end = whole.completion_ids.tolist().index(stop) + 1
     assert end < len(whole.completion_ids)
-    (cut,) = ray.get(engines[0].generate_until.remote(stop, request, PLAIN), timeout=60)
+    absent = next(i for i in range(3, 500) if i not in whole.completion_ids)
+    (cut,) = ray.get(engines[0].generate_until.remote((absent, stop), request, PLAIN), timeout=60)
     assert cut.finish_reason == "stop"
     np.testing.assert_array_equal(cut.completion_ids, whole.completion_ids[:end])
     np.testing.assert_array_equal(cut.logprobs, whole.logprobs[:end])
+
+
+def test_sampling_defaults_of_the_model_folder_shape_no_rollout(
+    ray_cluster: None, tiny_model: Path, tmp_path: Path
+) -> None:
+    """vLLM's server would sample with them. With top_k 1 every log-prob were 0, and all rollouts were equal."""
+    folder = shutil.copytree(tiny_model, tmp_path / "m")
+    change(folder / "generation_config.json", top_k=1, repetition_penalty=5.0, temperature=0.1, do_sample=True)
+    engine = ray.remote(EngineWorker).options(num_cpus=0.5).remote(engine_settings(folder))
+    ray.get(engine.start.remote(), timeout=300)
+    compare(engine, AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), 0)
+    requests = [GenerateRequest(PROMPT, seed) for seed in range(8)]
+    rollouts = ray.get(engine.generate.remote(requests, PLAIN), timeout=60)
+    assert len({tuple(rollout.completion_ids) for rollout in rollouts}) == 8
+    ray.get(engine.stop.remote(), timeout=60)
 
 
 def changed(tiny_model: Path, seed: int = 1) -> torch.nn.Module:

@@ -10,6 +10,7 @@ from benchmarks.measure import peak_mib
 from sdft.learner.config import Dft, Forward, ImportanceConfig, Jsd, LossConfig, Nll, Reverse, Sampled
 from sdft.learner.loss.chunked import FLOAT32_BYTES, VOCABULARY_ROWS, divergence_loss
 from sdft.learner.loss.divergences import divergence, log1mexp, token_objective, with_tail
+from sdft.learner.loss.scaling import LogitScaling
 from sdft.learner.loss.targets import Targets
 
 V, H, N = 50, 16, 12
@@ -143,8 +144,9 @@ def test_dft_weights_each_tokens_cross_entropy_by_its_probability_without_gradie
 @pytest.mark.parametrize("name", ["forward", "reverse", "jsd", "sampled", "nll", "dft"])
 @pytest.mark.parametrize("level", ["off", "token", "sequence"])
 @pytest.mark.parametrize("chunk", [3, 5, 9, 100])  # 12 rows in sequences of 4: a part, one, two, or all at once
+@pytest.mark.parametrize("scaling", [LogitScaling(), LogitScaling(cap=3.0), LogitScaling(0.25), LogitScaling(2.0, 5.0)])
 def test_chunked_loss_equals_the_formula_on_whole_logits_in_value_and_both_gradients(
-    name: str, level: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+    name: str, level: str, chunk: int, scaling: LogitScaling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sdft.learner.loss.chunked.CHUNK_BYTES", chunk * V * 8)  # rows of float64
     monkeypatch.setitem(FLOAT32_BYTES, "cpu", 2 * V * 4)
@@ -158,11 +160,13 @@ def test_chunked_loss_equals_the_formula_on_whole_logits_in_value_and_both_gradi
     targets = make_targets(log_q, 8)
 
     ours = [x.clone().requires_grad_() for x in (hidden, head, bias)]
-    loss, *figures = divergence_loss(ours[0], ours[1], ours[2], targets, config)
+    loss, *figures = divergence_loss(ours[0], ours[1], ours[2], targets, config, scaling)
     loss.backward()
 
     plain = [x.clone().requires_grad_() for x in (hidden, head, bias)]
-    logits = plain[0] @ plain[1].T + plain[2]
+    logits = (plain[0] @ plain[1].T + plain[2]) * scaling.multiplier
+    if scaling.cap is not None:
+        logits = scaling.cap * torch.tanh(logits / scaling.cap)
     objective, value = token_objective(logits, targets, config)
     own = torch.log_softmax(logits, -1).gather(1, targets.sampled_ids[:, None])[:, 0].detach()
     ratio = (own - targets.sampler_logprobs).exp().clamp(max=1.5)
@@ -176,6 +180,30 @@ def test_chunked_loss_equals_the_formula_on_whole_logits_in_value_and_both_gradi
     torch.testing.assert_close(figures, expected, atol=1e-9, rtol=1e-9)
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5)  # the sums of both gradients are in float32
+
+
+@pytest.mark.parametrize("chunk", [5, 100])
+def test_rows_beyond_the_tokenizer_are_in_no_distribution(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss and its gradients are those of a head without these rows, which get no gradient."""
+    monkeypatch.setattr("sdft.learner.loss.chunked.CHUNK_BYTES", chunk * V * 8)  # rows of float64
+    g = torch.Generator().manual_seed(5)
+    hidden = torch.randn(N, H, generator=g, dtype=torch.float64)
+    head = torch.randn(V + 3, H, generator=g, dtype=torch.float64)
+    bias = torch.randn(V + 3, generator=g, dtype=torch.float64)
+    targets = make_targets(draw(5)[1], 8)
+    padded = [x.clone().requires_grad_() for x in (hidden, head, bias)]
+    plain = [x.clone().requires_grad_() for x in (hidden, head[:V], bias[:V])]
+    ours = divergence_loss(padded[0], padded[1], padded[2], targets, LossConfig(), vocabulary=V)
+    expected = divergence_loss(plain[0], plain[1], plain[2], targets, LossConfig())
+    torch.testing.assert_close(ours, expected)
+    ours[0].backward()
+    expected[0].backward()
+    assert padded[1].grad is not None
+    assert padded[2].grad is not None
+    assert not padded[1].grad[V:].any()
+    assert not padded[2].grad[V:].any()
+    for a, b in zip(padded, plain, strict=True):
+        torch.testing.assert_close(a.grad[: len(b)], b.grad)
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from sdft.learner.model import compat
-from tests.canary import Canary, Library, mentions, named
+from tests.canary import Canary, Library, mentions, named, takes
 
 FILE = "learner/model/compat.py"
 TORCH = Library("torch", compat.TORCH, FILE, ("torch",))
 TRANSFORMERS = Library("transformers", compat.TRANSFORMERS, FILE, ("transformers",))
 MODEL = "transformers.modeling_utils:PreTrainedModel"
+LOADING = "transformers.core_model_loading"
 LLAMA = "transformers.models.llama.modeling_llama:Llama"
 
 
@@ -29,6 +30,22 @@ CANARIES: dict[str, Canary] = {
     "a layer that takes them": lambda: takes_more(f"{LLAMA}DecoderLayer.forward"),
     "PreTrainedModel.get_expanded_tied_weights_keys": lambda: named(f"{MODEL}.get_expanded_tied_weights_keys"),
     "PreTrainedModel.all_tied_weights_keys": lambda: mentions(f"{MODEL}.post_init", "all_tied_weights_keys"),
+    "PreTrainedModel._weight_conversions": lambda: mentions(
+        f"{LOADING}:revert_weight_conversion", "_weight_conversions"
+    ),
+    "core_model_loading.revert_weight_conversion(model, state_dict)": lambda: takes(
+        f"{LOADING}:revert_weight_conversion", "model", "state_dict"
+    ),
+    "a revert that goes by reverse_transform and rename_source_key": lambda: mentions(
+        f"{LOADING}:revert_weight_conversion", "reverse_transform", "rename_source_key"
+    ),
+    "WeightTransform.reverse_transform": lambda: named(f"{LOADING}:WeightTransform.reverse_transform"),
+    "core_model_loading.rename_source_key(source_key, weight_renamings, weight_converters)": lambda: takes(
+        f"{LOADING}:rename_source_key", "source_key", "weight_renamings", "weight_converters"
+    ),
+    "a model's class of routers by the word Router": lambda: named(
+        "transformers.models.mixtral.modeling_mixtral:MixtralTopKRouter"
+    ),
 }
 
 

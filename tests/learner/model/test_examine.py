@@ -19,7 +19,9 @@ from sdft.actors.shared.model_files import SINGLE
 from sdft.learner.config import LoraConfig
 from sdft.learner.model.architecture import Untrainable, why_not
 from sdft.learner.model.attention import packed_attention
-from sdft.learner.model.examine import examine
+from sdft.learner.model.examine import Examination, examine
+from sdft.learner.model.faithful import unfaithful
+from sdft.learner.model.forward import packs
 from sdft.learner.model.student import load_student
 from sdft.learner.weights.content import Content
 from sdft.learner.weights.lora import Lora
@@ -33,6 +35,7 @@ from tests.runs.run import write_run
 
 DOWN_PROJ = "model.layers.1.mlp.down_proj.weight"
 Tensors = dict[str, torch.Tensor]
+PASSES = "import json; print(json.dumps({'fault': None, 'alone': None}))"
 
 
 @pytest.fixture
@@ -82,7 +85,7 @@ def test_tensors_that_do_not_fit_are_refused_before_the_start_and_at_it(name: st
     spoil, words = SPOILT[name]
     spoil(model)
     for trains in (True, False):  # True for sdft check and train, False for sdft eval
-        assert re.search(words, examine(model, trains) or "")
+        assert re.search(words, examine(model, trains).fault or "")
     with pytest.raises(Untrainable, match=words):
         load_student(model, torch.float32)
 
@@ -106,7 +109,7 @@ def test_a_folder_that_passed_is_examined_again_once_it_has_changed(
 
     class Counted(subprocess.Popen):
         def __init__(self, command: list[str], **kwargs: Any) -> None:
-            super().__init__([sys.executable, "-c", "print('null')"] if begun else command, **kwargs)
+            super().__init__([sys.executable, "-c", PASSES] if begun else command, **kwargs)
             begun.append(command)
 
     def examinations(trains: bool = True) -> int:
@@ -134,7 +137,7 @@ def test_tensors_that_transformers_ties_or_ignores_are_no_fault(model: Path) -> 
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(32)
 
     change(model, more)
-    assert examine(model, True) is None
+    assert examine(model, True) == Examination()
     assert load_student(model, torch.float32).training
 
 
@@ -147,38 +150,49 @@ def test_a_separate_head_that_config_json_ties_is_refused(model: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "settings", "words"),
     [
-        ("stablelm", {}, "pass the lengths of packed sequences to their attention; choose another model"),
+        ("stablelm", {}, "do not pass the lengths of packed sequences to their attention"),
         ("nemotron", {}, "lengths of packed sequences"),
         ("bloom", {}, "do not use the attention interface"),
         ("gptj", {"rotary_dim": 32}, "do not work with the learner's attention"),
         ("mpt", {"d_model": 128, "n_heads": 2, "n_layers": 2}, "do not work with the learner's attention"),
-        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "its attention uses s_aux"),
-        ("granite_swa", {}, "its attention uses s_aux"),
         ("doge", {}, "its attention uses a mask of its own"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of the type conv carry something"),
     ],
 )
-def test_a_model_that_the_learner_would_compute_differently_is_refused_by_check(
-    family: str, settings: dict[str, int], words: str, tmp_path: Path
+def test_a_model_that_does_not_pack_is_computed_one_by_one(
+    family: str, settings: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    reason = examine(make_family(tmp_path, family, **settings), True)
-    assert reason is not None
-    assert words in reason
-    assert examine(tmp_path, False) is None  # engines have their own implementations of the models
+    found = examine(make_family(tmp_path, family, **settings), True)
+    assert found.fault is None
+    assert words in (found.alone or "")
+    model = load_student(tmp_path, torch.float32)
+    assert not packs(model)
+    assert unfaithful(model) is None
+    assert examine(tmp_path, False) == Examination()  # engines have their own implementations of the models
+
+
+def test_a_model_whose_attention_reads_later_tokens_is_refused(tmp_path: Path) -> None:
+    make_family(tmp_path, "gemma3_text", use_bidirectional_attention=True)
+    assert "its attention uses later tokens" in (examine(tmp_path, True).fault or "")
+    with pytest.raises(Untrainable, match="later tokens"):
+        load_student(tmp_path, torch.float32)
 
 
 def test_a_configuration_that_describes_no_model_is_refused(model: Path) -> None:
     configure(model, pad_token_id=100_000)  # outside the vocabulary
     assert "cannot build the model that its config.json describes (AssertionError: Padding_idx" in (
-        examine(model, True) or ""
+        examine(model, True).fault or ""
     )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3_text", "olmo3", "phi3", "seed_oss", "gpt2"])
 def test_a_model_that_the_learner_can_run_is_not_refused(family: str, tmp_path: Path) -> None:
-    assert examine(make_family(tmp_path, family, pad_token_id=0), True) is None
+    assert examine(make_family(tmp_path, family, pad_token_id=0), True) == Examination()
 
 
-def test_a_window_that_is_not_passed_to_attention_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_whose_window_is_not_passed_to_attention_does_not_pack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As in a model that applies the window only in its mask, which the learner does not compute."""
     from transformers.models.mistral import modeling_mistral
 
@@ -192,9 +206,9 @@ def test_a_window_that_is_not_passed_to_attention_is_refused(tmp_path: Path, mon
         finally:
             self.config.sliding_window = 8
 
-    assert examine(tmp_path, True) is None
+    assert examine(tmp_path, True).alone is None
     monkeypatch.setattr(modeling_mistral.MistralAttention, "forward", forward)
-    assert "do not pass the window" in (examine(tmp_path, True) or "")
+    assert "do not pass the window" in (examine(tmp_path, True).alone or "")
 
 
 LONGROPE = {
@@ -223,10 +237,9 @@ def test_positions_that_depend_on_the_longest_of_a_pack_are_refused(tmp_path: Pa
             {"hidden_size": "128"},
             "does not support the model that its config.json describes (Validation error for field 'hidden_size'",
         ),
-        ({"model_type": "gemma3n"}, "its head uses final_logit_softcapping"),  # set in its text_config
     ],
 )
-def test_settings_of_a_model_and_of_its_text_config_are_read(
+def test_a_configuration_that_cannot_be_trained_is_refused(
     settings: dict[str, object], words: str, model: Path
 ) -> None:
     configure(model, **settings)
@@ -239,7 +252,7 @@ def test_attention_refuses_what_it_does_not_compute() -> None:
     harmless = {"position_ids": q, "use_cache": False, "softcap": None}
     out, _ = packed_attention(module, q, q, q, None, lengths=(2, 1), **harmless)
     assert torch.equal(out, torch.ones(1, 3, 1, 2))
-    for wrong, words in (({"softcap": 50.0}, "softcap"), ({"is_causal": False}, "later tokens")):
+    for wrong, words in (({"alibi": q}, "alibi"), ({"is_causal": False}, "later tokens")):
         with pytest.raises(Untrainable, match=words):
             packed_attention(module, q, q, q, None, lengths=(2, 1), **wrong)
     with pytest.raises(Untrainable, match="a mask of its own"):
@@ -256,7 +269,7 @@ def test_weights_without_one_of_the_models_are_not_published(name: str, tiny_mod
     whole = publisher.publish("student", 0, Content(tensors.items(), nbytes))
     assert np.isfinite(whole.probe_logprobs).all()
     del tensors[name]
-    with pytest.raises(ValueError, match=rf"lack {name}"):
+    with pytest.raises(ValueError, match=rf"lack ({name}|lm_head)"):
         publisher.publish("student", 1, Content(tensors.items(), nbytes))
 
 
@@ -265,6 +278,6 @@ def test_adapters_need_weights_of_the_names_that_they_are_merged_by(model: Path)
         model,
         lambda tensors: [tensors.update({name.removeprefix("model."): tensors.pop(name)}) for name in list(tensors)],
     )
-    assert examine(model, True) is None  # transformers finds them in spite of the names
+    assert examine(model, True) == Examination()  # transformers finds them in spite of the names
     with pytest.raises(Untrainable, match=r"have no weight .*layers\.0\..*, and adapters are merged by name"):
         Lora(load_student(model, torch.float32), LoraConfig(rank=2), model, torch.float32)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sdft.learner.loss.scaling import LogitScaling
 from sdft.learner.model.attention import PACKED
 from sdft.learner.model.faithful import unfaithful
 from sdft.learner.model.student import load_student
@@ -38,6 +39,7 @@ def test_a_faithful_model_is_left_as_it_was(tiny_model: Path, dtype: torch.dtype
     assert model.config._attn_implementation == PACKED
 
 
+LEFT_OUT = "does not compute a part of it: its log-probs differ by up to"
 DROPOUT: dict[str, dict[str, float]] = {
     "seed_oss": {"attention_dropout": 0.1, "residual_dropout": 0.2},
     "opt": {"dropout": 0.3, "attention_dropout": 0.1, "layerdrop": 0.9},
@@ -72,21 +74,28 @@ def packed(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=PACKED).train()
 
 
-@pytest.mark.parametrize(
-    ("family", "settings"),
-    [
-        ("bloom", {}),  # its own attention, over the whole pack
-        ("minicpm3", {"dim_model_base": 32, "num_key_value_heads": 2}),
-        ("cohere", {"logit_scale": 0.5}),
-        ("granite", {"logits_scaling": 4.0}),
-    ],
-)
-def test_a_forward_that_leaves_out_a_part_of_the_model_is_unfaithful(
-    family: str, settings: dict[str, Any], tmp_path: Path
+HEADS: dict[str, dict[str, Any]] = {
+    "minicpm3": {"dim_model_base": 32, "num_key_value_heads": 2},
+    "cohere": {"logit_scale": 0.5},
+    "granite": {"logits_scaling": 4.0},
+    "gemma2": {"final_logit_softcapping": 2.0},
+}
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_a_head_with_a_scale_or_a_cap_is_computed_and_left_out_it_is_unfaithful(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """These models are refused by name earlier. Here they stand for a model that no list names."""
-    model = packed(make_family(tmp_path, family, **{"pad_token_id": 0} | settings))
-    assert "does not compute a part of it: its log-probs differ by up to" in (unfaithful(model) or "")
+    settings: dict[str, Any] = {"pad_token_id": 0} | HEADS[family]
+    make_family(tmp_path, family, **settings)
+    assert unfaithful(load_student(tmp_path, torch.float32)) is None
+    monkeypatch.setattr(LogitScaling, "apply_", lambda self, logits: logits)
+    assert LEFT_OUT in (unfaithful(load_student(tmp_path, torch.float32)) or "")
+
+
+def test_attention_over_the_whole_pack_is_unfaithful(tmp_path: Path) -> None:
+    """Bloom has its own attention, so it does not pack. Here it stands for a model that no examination finds."""
+    assert LEFT_OUT in (unfaithful(packed(make_family(tmp_path, "bloom"))) or "")
 
 
 def test_values_may_be_narrower_than_keys(tmp_path: Path) -> None:

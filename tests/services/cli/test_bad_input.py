@@ -142,18 +142,52 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         2,
         ["train.jsonl:1: the chat template", "can only concatenate str", "change the messages or the template"],
     ),
+    "more tokens scored than there are": (
+        setting("method.divergence", {"type": "forward", "top_k": 353}),
+        TRAIN,
+        2,
+        ["method.divergence.top_k is 353, and the tokenizer has 352 tokens; lower it"],
+    ),
     "a tokenizer of another model": (
         larger_tokenizer,
         TRAIN,
         2,
-        ["train.jsonl:2: the tokenizer gives token 551", "tokens 0 to 511 only", "put the tokenizer"],
+        ["the token <199> with id 551", "tokens 0 to 511 only", "put the tokenizer"],
     ),
-    "tools beside a prompt": (
-        rows("train.jsonl", ROW | {"tools": [{"name": "f"}]}),
+    "functions beside a prompt": (
+        rows("train.jsonl", ROW | {"functions": [{"name": "f"}]}),
         TRAIN,
         2,
-        ["train.jsonl:1: tools is not used", "write it into the prompt"],
+        ["train.jsonl:1: functions is not used", "write it into the prompt"],
     ),
+    "tools for a chat template without tools": (
+        rows("train.jsonl", ROW, ROW | {"tools": [{"name": "look"}]}),
+        TRAIN,
+        2,
+        ["train.jsonl:2: the chat template", "leaves out the tool look of the column tools", "remove the column"],
+    ),
+    "an image in a question": (
+        rows("eval.jsonl", QUESTION | {"prompt": [{"type": "image_url", "image_url": "a.png"}]}),
+        TRAIN,
+        2,
+        ["eval.jsonl:1: prompt part 1 is of type image_url", "data is text only today"],
+    ),
+    "a turn of nobody": (
+        two(
+            setting("data.format", "sharegpt"),
+            rows("train.jsonl", {"conversations": [{"from": "bot", "value": "x"}]}),
+        ),
+        TRAIN,
+        2,
+        ["train.jsonl:1: conversations turn 1: from must be one of system, human, user, gpt", "not 'bot'"],
+    ),
+    "alpaca without its format": (
+        rows("train.jsonl", {"instruction": "x", "output": "y"}),
+        TRAIN,
+        2,
+        ["train.jsonl:1: prompt is missing (the row has instruction, output); set data.format: alpaca"],
+    ),
+    "no row to show": (nothing, "check my.yaml --show 0", 2, ["--show"]),
     "no such model": (setting("model", "smollm2-153m"), TRAIN, 2, ["smollm2-153m", "did you mean smollm2-135m?"]),
     "half a model": (
         two(setting("model", "m"), file("m/config.json", "{}")),
@@ -165,7 +199,7 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         lambda w: w.set("model", str(other_model(w))),
         TRAIN,
         2,
-        ["cannot be trained here: its head uses logit_scale", "choose another"],
+        ["cannot be trained here: its rope_type is dynamic", "choose another"],
     ),
     "a model too short": (setting("data.max_teacher_prompt_tokens", 5000), TRAIN, 2, ["4096 positions"]),
     "no evaluation file": (

@@ -133,7 +133,7 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
         (
             "evaluation: {sets: [{name: a, file: f, grader: exact, columns: {zzz: x}}]}",
             "my.yaml: evaluation.sets[0].columns.zzz is not a column; the columns are prompt, demonstration, id, "
-            "context, feedback, answer, text",
+            "context, feedback, answer, text, tools",
         ),
         ("monitoring: {tensorboard: 1}", "my.yaml: monitoring.tensorboard must be true or false, not 1"),
         ("run_dir: 5", "my.yaml: run_dir must be text, not 5; put it in quotes"),
@@ -467,3 +467,27 @@ def test_a_configuration_with_absolute_paths_means_the_same_anywhere(
     own = with_absolute_paths(load(tmp_path, GOOD, "data.template=my.jinja", "model=smollm2-135m"), tmp_path)
     assert own.data is not None
     assert (own.data.template, own.model) == (str(tmp_path / "my.jinja"), "smollm2-135m")
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (
+            "{train: t, format: sharegtp}",
+            'my.yaml: data.format must be messages or sharegpt or alpaca, not the text "sharegtp"; did you mean '
+            "sharegpt?",
+        ),
+        (
+            "{train: t, columns: {instruction: x}}",
+            "my.yaml: data: columns.instruction is not a column of format: messages; its columns are prompt, "
+            "demonstration, id, context, feedback, answer, text, tools",
+        ),
+        (
+            "{train: t, format: alpaca, columns: {prompt: x}}",
+            "my.yaml: data: columns.prompt is not a column of format: alpaca; its columns are instruction, input, "
+            "output, system, history, id, context, feedback, answer, text, tools",
+        ),
+    ],
+)
+def test_a_mistake_in_the_format_of_data_is_one_sentence(tmp_path: Path, data: str, expected: str) -> None:
+    assert message(tmp_path, f"model: m\ndata: {data}\ntraining: {{epochs: 1}}\n") == expected

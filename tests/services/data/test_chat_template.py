@@ -9,9 +9,11 @@ import pytest
 from sdft.services.base.errors import UserError
 from sdft.services.cli.main import main
 from sdft.services.data.chat_template import ReplyEnd
-from sdft.services.data.contexts import PromptBuilder, PromptPair, build_prompts, check_ids
-from sdft.services.data.demonstrations import Message, Record
-from sdft.services.data.tokenizer import load_tokenizer
+from sdft.services.data.contexts import PromptBuilder, PromptPair
+from sdft.services.data.demonstrations import Record
+from sdft.services.data.messages import Message
+from sdft.services.data.prompts import build_prompts, check_ids
+from sdft.services.data.tokenizer import load_tokenizer, vocabulary_of
 from tests.fakes.spoiling import Work, chat_template
 from tests.fakes.tiny import TEMPLATE
 
@@ -95,24 +97,45 @@ def test_a_prompt_that_ends_before_the_reply_begins_is_an_error(tiny_model: Path
 
 
 @pytest.mark.parametrize(
-    ("chat_template", "end"),
+    ("chat_template", "reply", "end"),
     [
-        (TEMPLATE, ReplyEnd("", 2)),
-        (TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] }}\n"), ReplyEnd("\n", 2)),
-        # As in Mistral's: nothing opens a reply, and the end of the text is the end of a turn.
-        (INSTRUCT, ReplyEnd("", 0)),
-        (TEMPLATE.replace("<|im_end|>", "<|im_end|><|endoftext|>"), ReplyEnd("<|im_end|>", 0)),
+        (TEMPLATE, "Oslo.", ReplyEnd("", 2, "<|im_end|>\n")),
+        (
+            TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] }}\n"),
+            "Oslo.\n",
+            ReplyEnd("\n", 2, "\n<|im_end|>\n"),
+        ),
+        # As in Mistral's: nothing opens a reply, a space comes first, and the end of the text is the end of a turn.
+        (INSTRUCT, " Oslo.", ReplyEnd("", 0, "<|endoftext|>")),
+        # As in Phi 3's: the end of a turn, which config.json names, comes before eos_token.
+        (
+            TEMPLATE.replace("<|im_end|>", "<|im_end|><|endoftext|>"),
+            "Oslo.",
+            ReplyEnd("", 2, "<|im_end|><|endoftext|>\n"),
+        ),
+        # As in Command R7B's: the first special token is not an end that the model's files name.
+        (
+            TEMPLATE.replace("<|im_end|>", "<|im_start|><|im_end|>"),
+            "Oslo.<|im_start|>",
+            ReplyEnd("<|im_start|>", 2, "<|im_start|><|im_end|>\n"),
+        ),
         # As in GLM 4's: the beginning of the next turn ends a reply.
-        (f"{EACH}<|im_start|>{{{{ m['role'] }}}}\n{{{{ m['content'] }}}}{OPEN}", ReplyEnd("", 1)),
+        (f"{EACH}<|im_start|>{{{{ m['role'] }}}}\n{{{{ m['content'] }}}}{OPEN}", "Oslo.", ReplyEnd("", 1, "")),
         # Without special tokens the tokenizer's eos_token ends a reply.
-        (f"{EACH}{{{{ m['role'] }}}}: {{{{ m['content'] }}}}\n{OPEN.replace('<|im_start|>', '')}", ReplyEnd("", 0)),
+        (
+            f"{EACH}{{{{ m['role'] }}}}: {{{{ m['content'] }}}}\n{OPEN.replace('<|im_start|>', '')}",
+            "Oslo.",
+            ReplyEnd("", 0, "\n"),
+        ),
     ],
 )
-def test_a_reply_ends_with_what_the_template_appends(tiny_model: Path, chat_template: str, end: ReplyEnd) -> None:
+def test_a_reply_ends_with_what_the_template_appends(
+    tiny_model: Path, chat_template: str, reply: str, end: ReplyEnd
+) -> None:
     """The tokenizer's eos_token does not matter; some of these templates do not use it."""
     one = builder(tiny_model, chat_template, eos_token="<|endoftext|>")
     assert one.end(record()) == end
-    assert one.demonstration(record()) == [*one._tokenizer.encode(f"Oslo.{end.text}"), end.token_id]
+    assert one.demonstration(record()) == [*one._tokenizer.encode(reply), end.token_id]
 
 
 def test_a_tokenizer_without_eos_token_is_refused_only_where_nothing_else_ends_a_reply(tiny_model: Path) -> None:
@@ -184,6 +207,28 @@ def test_a_token_without_a_row_in_the_embedding_is_an_error() -> None:
     check_ids([record()] * 2, pairs, None)
     with pytest.raises(UserError, match=r"train\.jsonl:7: the tokenizer gives token 512, .*tokens 0 to 511 only"):
         check_ids([record()] * 2, pairs, 512)
+
+
+def test_rows_beyond_the_tokenizer_are_no_tokens_and_a_token_beyond_the_rows_is_an_error(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    tokens = len(tokenizer)
+    assert tokens < 512
+    assert vocabulary_of(tokenizer, 512) == vocabulary_of(tokenizer, tokens) == vocabulary_of(tokenizer, None) == tokens
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
+    assert vocabulary_of(tokenizer, tokens + 1) == tokens + 1
+    with pytest.raises(
+        UserError, match=rf"has the token <new> with id {tokens}, .* tokens 0 to {tokens - 1} only; put"
+    ):
+        vocabulary_of(tokenizer, tokens)
+
+
+def test_a_token_that_stands_for_an_image_needs_no_row(tiny_model: Path) -> None:
+    """As in Gemma 3's models for text, which have 262144 rows and the token <image_soft_token> with this id."""
+    tokenizer: Any = load_tokenizer(tiny_model)
+    tokens = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.image_token = "<image>"
+    assert vocabulary_of(tokenizer, tokens) == tokens
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from sdft.services.base.errors import UserError
-from sdft.services.data.chat_template import ReplyEnd
-from sdft.services.data.contexts import PromptBuilder, build_prompts, shown_to_teacher
-from sdft.services.data.demonstrations import Message, Record
+from sdft.services.data.contexts import PromptBuilder, shown_to_teacher
+from sdft.services.data.demonstrations import Record
+from sdft.services.data.messages import Message
+from sdft.services.data.prompts import build_prompts
 from sdft.services.data.tokenizer import load_tokenizer
 
 
@@ -220,4 +221,5 @@ def test_the_built_in_model_keeps_its_default_system_message(smollm2: Path, tmp_
     text = real.decode(PromptBuilder(real, "paper", tmp_path, None).student(item()))
     assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert text.endswith("<|im_start|>user\nWhy {x}?<|im_end|>\n<|im_start|>assistant\n")
-    assert PromptBuilder(real, "paper", tmp_path, None).end(item()) == ReplyEnd("", real.eos_token_id)
+    end = PromptBuilder(real, "paper", tmp_path, None).end(item())
+    assert (end.text, end.token_id) == ("", real.eos_token_id)

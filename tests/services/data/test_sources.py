@@ -14,6 +14,7 @@ from sdft.services.base.errors import UserError
 from sdft.services.config.sections import DataConfig
 from sdft.services.data.contexts import PromptPair
 from sdft.services.data.demonstrations import Record
+from sdft.services.data.messages import Message
 from sdft.services.data.schedule import StageSchedule
 from sdft.services.data.sources.base import PromptSource
 from sdft.services.data.sources.growing import GrowingSource
@@ -58,7 +59,7 @@ def append(path: Path, *rows: dict[str, Any] | bytes) -> None:
             file.write(one if isinstance(one, bytes) else json.dumps(one).encode() + b"\n")
 
 
-def texts(source: PromptSource) -> list[str | None]:
+def texts(source: PromptSource) -> list[str | Message | None]:
     source.read(ALL)
     return [record.demonstration for record in source.records]
 
@@ -74,6 +75,19 @@ def test_a_line_is_read_once_its_newline_is_ready(log: Path) -> None:
     assert [record.where for record in source.records] == [f"{log}:{n}" for n in (1, 2, 5)]
     assert source.skipped == []
     assert not source.closed
+
+
+def test_the_lines_of_a_log_have_the_format_of_the_data(log: Path) -> None:
+    data = DataConfig(train=str(log), source="log", format="sharegpt")
+    source = open_source(data, log.parent, REQUIRED, build)
+    said = [{"from": "human", "value": "Say 0."}, {"from": "gpt", "value": "0"}]
+    append(log, {"conversations": said}, {"conversations": said[:1]}, row(1))
+    assert texts(source) == ["0"]
+    assert [reason.partition(" (")[0] for reason in source.skipped] == [
+        f"{log}:2: demonstration is missing",
+        f"{log}:3: prompt is not read in data.format: sharegpt, which has conversations; remove the column, or set "
+        f"data.format: messages",
+    ]
 
 
 def test_a_bad_line_is_skipped_with_its_reason_and_a_corrected_one_may_follow(log: Path) -> None:

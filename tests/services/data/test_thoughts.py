@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from sdft.services.config.sections import EvaluationSet, JudgeConfig
-from sdft.services.data.demonstrations import Message, Record
+from sdft.services.data.demonstrations import Record
+from sdft.services.data.messages import Message
 from sdft.services.data.thoughts import MARKS, ReplyText, without_thoughts
 from sdft.services.data.tokenizer import load_tokenizer
 from sdft.services.grading.grade import grade

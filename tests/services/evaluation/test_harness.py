@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdft.services.base.errors import PreflightError, UserError
 from sdft.services.cli.main import main
-from sdft.services.evaluation.lm_eval import Score, _reason, scores
+from sdft.services.config.load import load_config
+from sdft.services.evaluation.lm_eval import Score, _reason, run_harness, scores
+from tests.fakes.chat import change
+from tests.fakes.tiny import TOKENS
 from tests.runs.run import write_run
 
 CHOICES = ["blue", "green", "white", "red"]
@@ -33,7 +37,7 @@ def config(tiny_model: Path, tmp_path: Path) -> Path:
         for choice in CHOICES:
             start, ids = len(tokenizer.encode(question)), torch.tensor(tokenizer.encode(f"{question} {choice}"))
             with torch.no_grad():
-                rows = torch.log_softmax(model(ids[None]).logits[0, start - 1 : -1], -1)
+                rows = torch.log_softmax(model(ids[None]).logits[0, start - 1 : -1, :TOKENS], -1)
             found.append(float(rows.gather(1, ids[start:, None]).sum()))
         return found.index(max(found))
 
@@ -66,6 +70,26 @@ def test_a_task_is_scored_as_the_model_scores_it(config: Path, capsys: pytest.Ca
     assert lines[0].startswith("colours                 acc             0.6667 ± ")
     assert lines[0].endswith("n 6")
     assert json.loads(out.read_text())["results"]["colours"]["acc,none"] == pytest.approx(4 / 6)
+
+
+def test_penalties_of_the_model_folder_do_not_reach_greedy_decoding(
+    config: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], *_: object) -> None:
+        commands.append(command)
+        (Path(command[command.index("--output_path") + 1]) / "results_1.json").write_text("{}")
+
+    monkeypatch.setattr("sdft.services.evaluation.lm_eval._run", run)
+    folder = shutil.copytree(tiny_model, tmp_path / "m")
+    settings = load_config(config)
+    run_harness(settings, folder, "colours", None, None)
+    change(folder / "generation_config.json", repetition_penalty=1.3, no_repeat_ngram_size=2, top_k=5, num_beams=1)
+    run_harness(settings, folder, "colours", None, None)
+    assert "--gen_kwargs" not in commands[0]
+    given = commands[1][commands[1].index("--gen_kwargs") + 1]
+    assert given == "repetition_penalty=1.0,no_repeat_ngram_size=0"
 
 
 def test_results_that_cannot_be_written_cost_no_scores(

@@ -14,7 +14,8 @@ from sdft.actors.shared.types import GenerateRequest, Rollout, Sampling
 from sdft.services.cli.main import main
 from sdft.services.config.sections import EvaluationSet
 from sdft.services.data.contexts import PromptPair
-from sdft.services.data.demonstrations import Message, Record
+from sdft.services.data.demonstrations import Record
+from sdft.services.data.messages import Message
 from sdft.services.data.sets import LoadedSet
 from sdft.services.evaluation.evaluator import Evaluator
 from sdft.services.evaluation.replies import write_replies

@@ -30,7 +30,7 @@ def test_an_engine_of_a_users_own_samples_scores_and_is_updated_and_replaced(ray
     notices: list[str] = []
 
     async def run() -> None:
-        pool = engine_pool(config, tmp_path, 0, "student", [], notices.append, no_learner)
+        pool = engine_pool(config, tmp_path, (0,), 8, "student", [], notices.append, no_learner)
         await pool.start()
         (engine,) = pool.engines
         snapshot = Snapshot("student", 3, "", engine.process.node, 0, (), PROMPT, np.zeros(2, np.float32))

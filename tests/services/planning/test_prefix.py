@@ -124,7 +124,7 @@ def test_the_learning_rate_goes_over_the_steps_that_are_set_wherever_the_log_end
 
 def test_a_run_is_prepared_from_a_log_without_a_record(tiny_model: Path, tmp_path: Path) -> None:
     empty, full = grown(tmp_path, tiny_model, rows=0), grown(tmp_path, tiny_model, rows=3)
-    assert empty.reply_end == full.reply_end
+    assert empty.stop_ids == full.stop_ids
     assert len(empty.probe_ids) > 10
     assert empty.schedule.total_steps is None
     assert empty.stages[0].source.known == 0

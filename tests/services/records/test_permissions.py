@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdft.learner.config import LoraConfig
-from sdft.learner.weights.export import BaseModelGone, adapter_file, merge_adapter, student_file
+from sdft.learner.weights.export import BaseModelGone, adapter_file, merge_adapter, student_files
 from sdft.services.cli.main import main
 from sdft.services.cluster.cluster import _keep_logs
 from sdft.services.planning import models
@@ -46,7 +46,8 @@ def test_permissions_of_a_saved_student_and_its_export(tiny_model: Path, tmp_pat
     run_dir, base = tmp_path / "run", closed(tmp_path / "base", tiny_model)
     run_dir.mkdir()
     part = checkpoints.begin(run_dir, 1)
-    student_file(base, WEIGHTS, part / "student").write()
+    (weights,) = student_files(base, WEIGHTS, {}, part / "student")
+    weights.write()
     checkpoints.commit(part, run_dir, checkpoints.CheckpointState(1, 1, 1, "float32", "f"), keep=1)
     folder = checkpoints.folder_of(run_dir, 1)
     assert_usual(folder, umask)

@@ -1,0 +1,95 @@
+"""The hidden states of packed sequences: one forward over the pack, or one forward per sequence.
+
+    packs        attention only, through the interface of transformers: attention.py keeps the sequences apart
+    one by one   any other layer: it would carry a state, or a convolution, from one sequence into the next
+
+`attention_for` decides once, before the model is loaded. The model's attention implementation then says which it is.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+
+from sdft.learner.model.architecture import BROKEN, NotCausal, Untrainable, stateful
+from sdft.learner.model.attention import PACKED, packed_attention
+
+LENGTHS = (3, 2)  # of the sequences that are tried
+COUNTED = "sdft_examined"
+
+
+def hidden_states(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, lengths: tuple[int, ...], read: Tensor | None = None
+) -> Tensor:
+    """Last hidden states of packed sequences, ids and positions [T]: [T, H], or [N, H] of the tokens `read` [N]."""
+    if not packs(model):
+        parts = [model.base_model(input_ids=part[None], use_cache=False) for part in ids.split(lengths)]
+        states = torch.cat([part.last_hidden_state[0] for part in parts])
+    else:
+        inputs = {"input_ids": ids[None], "position_ids": positions[None], "lengths": lengths, "use_cache": False}
+        states = model.base_model(**inputs, read=read).last_hidden_state[0]
+    return states if read is None else states[read]
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether the model computes a pack in one forward."""
+    return model.config.get_text_config()._attn_implementation == PACKED
+
+
+def attention_for(config: Any) -> str | None:
+    """Return the attention implementation to load a model with: ours if it packs, else transformers' choice (None)."""
+    if why_alone(config) is None:
+        return PACKED
+    text = config.get_text_config()
+    return "eager" if getattr(text, "attn_logit_softcapping", None) else None  # sdpa leaves the soft cap out
+
+
+def why_alone(config: Any) -> str | None:
+    """Return why a model computes the sequences of a pack one by one, as the end of a sentence, or None if it packs.
+
+    A forward on torch's meta device, which allocates no memory, shows what the layers pass to the attention. Raises
+    NotCausal if the attention reads later tokens.
+    """
+    return stateful(config) or _not_packed(config)
+
+
+def _not_packed(config: Any) -> str | None:
+    """Return why the learner's attention does not cover all that the model's layers do to mix tokens, or None."""
+    windows: list[int | None] = []  # sliding_window of each attention call
+
+    def counted(*given: Any, **named: Any) -> tuple[Tensor, None]:
+        windows.append(named.get("sliding_window"))
+        return packed_attention(*given, **named)
+
+    AttentionInterface.register(COUNTED, counted)
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])
+    ids = torch.zeros_like(positions, device="meta")
+    inputs = {"input_ids": ids[None], "position_ids": positions.to("meta")[None], "lengths": LENGTHS}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=COUNTED)
+        with torch.no_grad():
+            model.base_model(**inputs, use_cache=False, read=ids[:1])
+    except NotCausal:
+        raise
+    except Untrainable as error:
+        return str(error)
+    except BROKEN as error:
+        return f"its layers do not work with the learner's attention ({one_line(error)})"
+    except RuntimeError:
+        return None  # an operation needs memory; the learner compares its forward with the model's own at its start
+    text = model.config.get_text_config()
+    if len(windows) < text.num_hidden_layers:
+        return "its layers do not use the attention interface of transformers"
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+    if getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True):
+        limited = sum(window is not None for window in windows)
+        if limited < kinds.count("sliding_attention"):
+            return "its layers do not pass the window (sliding_window) to their attention"
+    return None
+
+
+def one_line(error: Exception) -> str:
+    """An error's type and the first line of its text."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)

@@ -1,0 +1,22 @@
+"""Run a module of the learner in another process, because it needs torch, which this process does not import."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+
+def start(module: str, *arguments: str) -> "subprocess.Popen[str]":
+    """Start `python -m module arguments`."""
+    command = [sys.executable, "-P", "-m", module, *arguments]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the same modules as this process
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def answer(process: "subprocess.Popen[str]") -> Any:
+    """Wait for the process, and return the JSON in the last line that it printed. RuntimeError if it failed."""
+    out, log = process.communicate()
+    if process.returncode != 0:
+        raise RuntimeError(f"{process.args!r} ended with {process.returncode}: {log[-2000:]}")
+    return json.loads(out.splitlines()[-1])

@@ -1,0 +1,103 @@
+"""The conformance of a family as figures, and what is wrong with them.
+
+    python -m tests.models.matrix        checks every family, two at a time, and writes docs/models.md
+
+A family that engines cannot serve on a CPU is refused before a start. Its row has the sentence of the refusal.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sdft.services.planning.limits import engine_limit
+from tests.fakes.tiny import make_tiny_model
+from tests.models.families import FAMILIES, Family, make_family_model
+
+PARTS = ("learner", "engine", "export")
+LIMIT_S = 300  # for one part
+EXACT = 1e-5  # relative, in float32
+BOUND = {"float32": 1e-4, "bfloat16": 0.7}  # of a log-prob, between engine and transformers; rounding moves experts
+LEARNER = ("hidden states", "loss", "gradients", "student")
+ENGINE = ("loaded", "updated", "export", "LoRA")
+TRUE = ("resumed", "same tensors", "same files")
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+
+
+def refusal(family: Family, folder: Path) -> str | None:
+    """Return why `sdft check` refuses the family, on a CPU, or None."""
+    return engine_limit(json.loads((folder / "config.json").read_text()), "cpu", family.dtype)
+
+
+def figures(family: Family, folder: Path, scratch: Path) -> dict[str, Any]:
+    """Compute the figures of a family's model folder. Raises RuntimeError with the last lines of a part that fails."""
+    found: dict[str, Any] = {}
+    for part in PARTS:
+        command = [sys.executable, "-m", "tests.models.conform", part, str(folder), family.dtype, str(scratch)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{family.name}, {part}: {done.stderr[-3000:]}")
+        found |= json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def faults(family: Family, found: dict[str, Any]) -> list[str]:
+    """Return the figures that are outside their bounds."""
+    bounds = dict.fromkeys(LEARNER, EXACT) | dict.fromkeys(ENGINE, BOUND[family.dtype])
+    wrong = [f"{name}: {found[name]:.2g}" for name, bound in bounds.items() if not found[name] <= bound]
+    return wrong + [f"not {name}" for name in TRUE if found[name] != 1.0]
+
+
+def row(family: Family, tokenizer: Path) -> tuple[str, list[str]]:
+    """Return a family's row of the table, and what is wrong."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, scratch = Path(name) / "model", Path(name) / "scratch"
+        scratch.mkdir()
+        make_family_model(family, folder, tokenizer)
+        if sentence := refusal(family, folder):
+            return f"| {family.name} | {family.kind} | no: {sentence} | | | | |", []
+        found = figures(family, folder, scratch)
+    wrong = faults(family, found)
+    how = "one by one" if found["alone"] else "packs"
+    learner = max(found[name] for name in LEARNER)
+    engine = (max(found["loaded"], found["updated"]), found["export"], found["LoRA"])
+    cells = [family.name, family.kind, how, f"{learner:.0e}", *(f"{value:.0e}" for value in engine)]
+    return f"| {' | '.join(cells)} |", wrong
+
+
+HEAD = """# Models
+
+A model trains exactly, or `sdft check` refuses it in a sentence that says why. This page is written by `make models`,
+which checks a small random model of each family, with transformers {transformers} and vLLM {vllm} on a CPU.
+
+- **learner**: how the sequences of a micro-batch are computed, and the largest relative difference from plain
+  transformers, one sequence at a time, in float32: hidden states, loss, every gradient, and the weights after two steps
+  with gradient checkpointing. A run that is resumed has the same bits.
+- **engine**: the largest difference of a log-prob, of sampled and of given tokens, between the engine and transformers:
+  as loaded and after each of three verified updates. In float32, or in bfloat16 where vLLM has nothing else.
+- **export**: the same for an engine that loads the exported folder, which has the names, shapes and files of the
+  original.
+- **LoRA**: the same after an update by adapters, against the folder with the adapters merged.
+
+| family | kind | learner | | engine | export | LoRA |
+|---|---|---|---|---|---|---|
+"""
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
+        tokenizer = make_tiny_model(Path(name))
+        rows = list(pool.map(lambda family: row(family, tokenizer), FAMILIES.values()))
+    head = HEAD.format(transformers=version("transformers"), vllm=version("vllm").partition("+")[0])
+    PAGE.write_text(head + "\n".join(line for line, _ in rows) + "\n")
+    print(PAGE.read_text())
+    wrong = [f"{family}: {'; '.join(of_row)}" for family, (_, of_row) in zip(FAMILIES, rows, strict=True) if of_row]
+    sys.exit("\n".join(wrong) or 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Models that the engines cannot serve are refused before any process starts."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdft.services.cli.main import main
+from sdft.services.planning.limits import engine_limit
+from tests.runs.run import write_run
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "dtype", "words"),
+    [
+        ({"model_type": "gpt_oss"}, "cuda", "bfloat16", "keeps its experts and attention sinks"),
+        ({"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_5_text"}}, "cpu", "bfloat16", "torchvision"),
+        ({"model_type": "qwen3_5_moe_text"}, "cpu", "bfloat16", "torchvision"),
+        ({"model_type": "nemotron_h", "layers_block_type": ["mamba", "moe"]}, "cpu", "float32", "no kernels for its"),
+        ({"model_type": "qwen3_next"}, "cpu", "float32", "delta nets on a CPU in bfloat16 only; set dtype: bfloat16"),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "cpu", "bfloat16", "its latent attention new weights"),
+    ],
+)
+def test_a_limit_of_the_engines_is_a_reason_with_its_mend(
+    config: dict[str, Any], device: str, dtype: str, words: str
+) -> None:
+    assert words in (engine_limit(config, device, dtype) or "")
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "dtype"),
+    [
+        ({"model_type": "qwen3_5_text"}, "cuda", "bfloat16"),
+        ({"model_type": "nemotron_h", "layers_block_type": ["mamba", "attention", "mlp"]}, "cpu", "float32"),
+        ({"model_type": "qwen3_next"}, "cpu", "bfloat16"),
+        ({"model_type": "olmoe", "num_experts": 64}, "cpu", "float32"),
+        ({}, "cpu", "float32"),
+    ],
+)
+def test_other_models_have_no_limit(config: dict[str, Any], device: str, dtype: str) -> None:
+    assert engine_limit(config, device, dtype) is None
+
+
+@pytest.mark.usefixtures("unexamined")
+def test_check_refuses_a_model_that_engines_cannot_serve(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "m")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt_oss"}))
+    assert main(["check", str(write_run(tmp_path, model, "bfloat16"))]) == 2
+    assert "cannot be trained here: vLLM keeps its experts" in capsys.readouterr().err
