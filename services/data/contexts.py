@@ -1,5 +1,6 @@
 """Prompts of student and teacher as token ids: the teacher's prompt also contains the demonstration."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -51,10 +52,14 @@ class PromptPair:
         )
 
     @property
-    def lists(self) -> list[list[int] | None]:
-        """The three fields as lists, for digests."""
-        every = (self.student_ids, self.teacher_ids, self.demonstration_ids)
-        return [None if ids is None else ids.tolist() for ids in every]
+    def parts(self) -> tuple[IntArray | None, ...]:
+        """The three fields."""
+        return self.student_ids, self.teacher_ids, self.demonstration_ids
+
+    @property
+    def encoded(self) -> bytes:
+        """The token ids as JSON, for digests."""
+        return json.dumps([None if ids is None else ids.tolist() for ids in self.parts]).encode()
 
 
 class PromptBuilder:
@@ -280,8 +285,7 @@ def check_ids(items: Sequence[Record], pairs: Sequence[PromptPair], rows: int | 
     if rows is None:
         return
     for item, pair in zip(items, pairs, strict=True):
-        every = (pair.student_ids, pair.teacher_ids, pair.demonstration_ids)
-        largest = max(int(ids.max(initial=0)) for ids in every if ids is not None)
+        largest = max(int(ids.max(initial=0)) for ids in pair.parts if ids is not None)
         if largest >= rows:
             raise UserError(
                 f"{item.where}: the tokenizer gives token {largest}, and the model's embedding has rows for tokens 0 "
