@@ -35,8 +35,8 @@ class ImportanceConfig(BaseModel):
     cap: float = Field(2.0, gt=0, description="Largest weight")
 
 
-class _OfToken(BaseModel):
-    """A divergence that needs the teacher's log-prob of the sampled token alone, or none."""
+class _Divergence(BaseModel):
+    """Base class. Without further settings it needs at most the teacher's log-prob of the sampled token."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -46,7 +46,7 @@ class _OfToken(BaseModel):
         return 1
 
 
-class _OfSupport(_OfToken):
+class _OfSupport(_Divergence):
     """A divergence over the teacher's most likely tokens."""
 
     top_k: int = Field(64, ge=1, le=1024, description="Teacher tokens per position; the rest is one tail bucket")
@@ -75,19 +75,19 @@ class Jsd(_OfSupport):
     beta: float = Field(0.5, gt=0, lt=1, description="Weight of the teacher in the mixture")
 
 
-class Sampled(_OfToken):
+class Sampled(_Divergence):
     """Reverse KL, estimated at the sampled token alone."""
 
     type: Literal["sampled"] = Field("sampled", description="The divergence")
 
 
-class Nll(_OfToken):
+class Nll(_Divergence):
     """Negative log-likelihood of the sequence's own tokens, without a teacher."""
 
     type: Literal["nll"] = "nll"
 
 
-class Dft(_OfToken):
+class Dft(_Divergence):
     """The same, each token weighted by the student's own probability of it."""
 
     type: Literal["dft"] = "dft"

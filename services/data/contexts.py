@@ -58,10 +58,14 @@ class PromptPair:
         )
 
     @property
-    def lists(self) -> list[list[int] | None]:
-        """The three fields as lists, for digests."""
-        every = (self.student_ids, self.teacher_ids, self.demonstration_ids)
-        return [None if ids is None else ids.tolist() for ids in every]
+    def parts(self) -> tuple[IntArray | None, ...]:
+        """The three fields."""
+        return self.student_ids, self.teacher_ids, self.demonstration_ids
+
+    @property
+    def encoded(self) -> bytes:
+        """The token ids as JSON, for digests."""
+        return json.dumps([None if ids is None else ids.tolist() for ids in self.parts]).encode()
 
 
 class PromptBuilder:

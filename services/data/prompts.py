@@ -54,8 +54,7 @@ def check_ids(items: Sequence[Record], pairs: Sequence[PromptPair], rows: int | 
     if rows is None:
         return
     for item, pair in zip(items, pairs, strict=True):
-        every = (pair.student_ids, pair.teacher_ids, pair.demonstration_ids)
-        largest = max(int(ids.max(initial=0)) for ids in every if ids is not None)
+        largest = max(int(ids.max(initial=0)) for ids in pair.parts if ids is not None)
         if largest >= rows:
             raise UserError(
                 f"{item.where}: the tokenizer gives token {largest}, and the model's embedding has rows for tokens 0 "

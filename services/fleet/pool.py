@@ -300,14 +300,14 @@ class EnginePool:
         ]
         return [result for part in await all_of(calls) for result in part]
 
-    async def _one(self, method: str, item: Sequence[Any], argument: Any) -> list[Any]:
-        """The result for one item from an engine with room; another engine repeats it if that one is lost."""
+    async def _one(self, method: str, items: Sequence[Any], argument: Any) -> list[Any]:
+        """The result for a list of one item from an engine with room; another one repeats it if that one is lost."""
         while True:
             engine = await self._slots.take()
             try:
-                result: list[Any] = await engine.attempt(method, item, argument)
+                (result,) = await engine.attempt(method, items, argument)
             except EngineLost:
                 continue
             finally:
                 self._slots.give_back(engine)
-            return result
+            return [result]

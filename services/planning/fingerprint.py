@@ -52,5 +52,5 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Seque
     digest = hashlib.sha256(before.encode() + json.dumps(settings, sort_keys=True).encode())
     digest.update(model)
     for pair in prompts:
-        digest.update(json.dumps(pair.lists).encode())
+        digest.update(pair.encoded)
     return digest.hexdigest()

@@ -9,7 +9,6 @@ behind it do not change it.
 
 import asyncio
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -51,9 +50,7 @@ class PromptSource(ABC):
 
     def digest(self, index: int) -> str:
         """Return the identity of a record: a digest of the token ids of its prompts, 32 hex digits."""
-        pair = self.prompts[index]
-        ids = json.dumps(pair.lists)
-        return hashlib.sha256(ids.encode()).hexdigest()[:32]
+        return hashlib.sha256(self.prompts[index].encoded).hexdigest()[:32]
 
     async def wait(self, count: int, timeout_s: float) -> None:
         """Wait until `count` records are known or the source is closed. TimeoutError after `timeout_s`."""
