@@ -39,7 +39,7 @@ def builder(model: Path, chat_template: str, template: str = "paper") -> PromptB
 def texts(one: PromptBuilder, item: Record) -> list[str]:
     """Return the text of the student's and the teacher's prompt, and of the demonstration."""
     (pair,) = build_prompts(one, [item], 1000, 2000, 500)
-    return [str(load_any(one).decode(ids)) for ids in pair.lists]
+    return [str(load_any(one).decode(ids)) for ids in pair.parts]
 
 
 def load_any(one: Any) -> Any:
