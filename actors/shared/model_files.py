@@ -16,6 +16,7 @@ COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
+ORIGIN = "text_part_of.json"  # in the text part of a multimodal model: the whole model, and its names of the weights
 QUANTIZATION = ("quantization_config", "compression_config")  # keys of config.json
 FP8, MXFP4, COMPRESSED_TENSORS = "fp8", "mxfp4", "compressed-tensors"  # values of quant_method
 AGAIN = "copy or download it again"

@@ -6,17 +6,21 @@ Each function names what it uses. tests/actors/vllm/test_compat.py has one line 
 import functools
 import json
 import multiprocessing.util
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from multiprocessing.synchronize import SemLock
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ray
 import torch
 import vllm.v1.engine.utils
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from vllm import SamplingParams, ir
+from transformers.utils import is_torchvision_available
+from vllm import ModelRegistry, SamplingParams, ir
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
@@ -31,6 +35,15 @@ VLLM = "0.32.0"
 RAY = "2.60.0"
 PYTHON = "3.11"
 RPC_FAILED = "Call to collective_rpc method failed: "  # prefix that vLLM adds to the text of an error in its process
+
+# Text models whose modules in vLLM import torchvision, by way of transformers' code for images.
+BESIDE_IMAGES = dict.fromkeys(("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"), "vllm.model_executor.models.qwen3_5")
+TORCHVISION = (
+    "torchvision",
+    "torchvision.transforms",
+    "torchvision.transforms.v2",
+    "torchvision.transforms.v2.functional",
+)
 
 Rows = Callable[[SamplingParams], int | None]  # a request's first scored row; None: the request scores nothing
 Output = Callable[[], Awaitable[RequestOutput]]  # waits for a request's output
@@ -101,6 +114,29 @@ def missing_architectures(model: Path) -> dict[str, list[str]]:
     config = json.loads((model / "config.json").read_text())
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type"))
     return {} if config.get("architectures") or name is None else {"architectures": [name]}
+
+
+def register_beside_images(model: Path) -> None:
+    """Make vLLM know the text model of a folder if its module imports torchvision, which is not installed.
+
+    torchvision has no build beside PyTorch's build for CPUs, and engines get no images: while the module is imported,
+    empty modules stand for it. Uses BESIDE_IMAGES, and that nothing of torchvision is used at the import.
+    """
+    config = json.loads((model / "config.json").read_text()) | missing_architectures(model)
+    known = [name for name in config.get("architectures", ()) if name in BESIDE_IMAGES]
+    if not known or is_torchvision_available():
+        return
+    for name in TORCHVISION:
+        module = sys.modules[name] = ModuleType(name)
+        above, _, last = name.rpartition(".")
+        if above:
+            setattr(sys.modules[above], last, module)
+    try:
+        for name in known:
+            ModelRegistry.register_model(name, getattr(import_module(BESIDE_IMAGES[name]), name))
+    finally:
+        for name in TORCHVISION:
+            del sys.modules[name]
 
 
 def hide_rows(runner: Any, vocabulary: int) -> None:

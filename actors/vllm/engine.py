@@ -53,7 +53,14 @@ from sdft.actors.shared.types import (
     UpdateReport,
 )
 from sdft.actors.transport.named import transport_class
-from sdft.actors.vllm.compat import RPC_FAILED, Output, carries_state, enqueue, missing_architectures
+from sdft.actors.vllm.compat import (
+    RPC_FAILED,
+    Output,
+    carries_state,
+    enqueue,
+    missing_architectures,
+    register_beside_images,
+)
 from sdft.actors.vllm.kernels import fused_norms
 from sdft.actors.vllm.process import EngineProcess, error_line, forked
 from sdft.actors.vllm.scoring import SharedPrompts, scores_of, scoring_request, versions_of
@@ -75,6 +82,7 @@ class VllmEngine(Engine):
 
     async def start(self) -> None:
         """Load the model in a process that vLLM starts. Raises RuntimeError with the cause if vLLM cannot start."""
+        register_beside_images(Path(self.settings.model))
         arguments = self._arguments(self.settings.share_prompts)
         if self.settings.share_prompts and carries_state(arguments):
             # vLLM can only keep such a model's state at the ends of chunks, and prompts are not chunked.

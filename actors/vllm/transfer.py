@@ -20,8 +20,8 @@ from sdft.actors.shared.adapters import merged
 from sdft.actors.shared.types import Snapshot, SnapshotDamaged, TensorEntry
 from sdft.actors.transport.named import transport_class
 from sdft.actors.transport.protocol import Stream
-from sdft.actors.vllm.compat import begin_reload, finish_reload, repack
 from sdft.actors.vllm.process import die_with_parent, error_line, forget_names
+from sdft.actors.vllm.reload import Reload
 
 BACKEND = "sdft"
 
@@ -46,6 +46,8 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
     """Maps snapshots, or receives their stream, in the engine's worker process."""
 
     _stream: Stream | None = None
+    _reload: Reload | None = None
+    reload_cls = Reload
 
     init_info_cls = _InitInfo
     update_info_cls = _UpdateInfo
@@ -64,7 +66,8 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         return self._stream
 
     def start_weight_update(self) -> None:
-        begin_reload(self.model)
+        self._reload = self.reload_cls(self.model, self.model_config)
+        self._reload.begin()
 
     def receive_weights(self, update_info: _UpdateInfo) -> None:
         try:
@@ -79,25 +82,20 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
             if update_info.scale is not None:
                 base, dtype = Path(self.model_config.model), self.model_config.dtype
                 tensors = merged(base, dict(tensors), update_info.scale, dtype)
-            self.model.load_weights(tensors)
+            self._begun.load(tensors)
         except Exception as error:  # any error: the other members of a group must not wait for this engine
             self.shutdown()
-            finish_reload(self.model, self.model_config)  # otherwise the next update cannot begin
+            self._begun.finish()  # otherwise the next update cannot begin
             raise RuntimeError(error_line(error)) from error  # vLLM forwards the text only
 
     def finish_weight_update(self) -> None:
-        finish_reload(self.model, self.model_config)
-        self.refresh_head()
+        self._begun.finish()
 
-    def refresh_head(self) -> None:
-        """Repack the lm_head.
-
-        With tied embeddings the CPU backend keeps a repacked copy of it that an update does not reach. Without a repack
-        the hidden states are exact and the logits silently stale.
-        """
-        head = getattr(self.model, "lm_head", None)
-        if head is not None:
-            repack(head)
+    @property
+    def _begun(self) -> Reload:
+        if self._reload is None:
+            raise RuntimeError("no update of the weights has begun")
+        return self._reload
 
     def shutdown(self) -> None:
         """Close the stream. No other resource is held between updates."""

@@ -23,13 +23,8 @@ def run_lines(prepared: Prepared) -> list[str]:
 
 
 def model_lines(prepared: Prepared) -> list[str]:
-    """Return lines about what is special in the model: it is a dequantized copy, or its sequences are not packed."""
-    lines = []
-    if prepared.quantized is not None:
-        lines.append(
-            f"the weights in {prepared.quantized} are quantized; the run begins with their dequantized copy in "
-            f"{prepared.model}"
-        )
+    """Return lines about what is special in the model: it is a copy, or its sequences are not packed."""
+    lines = list(prepared.model_notes)
     if prepared.alone is not None:
         lines.append(f"the learner computes sequences one by one, which is slower than in packs: {prepared.alone}")
     return lines

@@ -5,7 +5,6 @@ Known for vLLM 0.32.0. tests/models tries every family that is not listed here, 
 
 from typing import Any
 
-NO_TORCHVISION = "its class in vLLM imports torchvision, which has no build beside PyTorch's build for CPUs"
 CHOOSE = "choose another model"
 
 
@@ -14,14 +13,10 @@ def engine_limit(config: dict[str, Any], device: str, dtype: str) -> str | None:
     text = config.get("text_config")
     kind = str((text if isinstance(text, dict) else config).get("model_type", ""))
     cpu = device == "cpu"
-    if kind == "gpt_oss":
-        return f"vLLM keeps its experts and attention sinks when it is given new weights; {CHOOSE}"
-    if cpu and kind.startswith("qwen3_5"):
-        return f"{NO_TORCHVISION}; use device: cuda, or {CHOOSE}"
     if cpu and kind == "nemotron_h" and "moe" in config.get("layers_block_type", ()):
         return f"vLLM has no kernels for its experts on a CPU; use device: cuda, or {CHOOSE}"
     if cpu and config.get("kv_lora_rank"):
         return f"vLLM cannot give its latent attention new weights on a CPU; use device: cuda, or {CHOOSE}"
-    if cpu and dtype == "float32" and kind == "qwen3_next":
+    if cpu and dtype == "float32" and kind.startswith(("qwen3_next", "qwen3_5")):
         return "vLLM computes its delta nets on a CPU in bfloat16 only; set dtype: bfloat16"
     return None

@@ -19,7 +19,7 @@ from sdft.services.data.sets import LoadedSet
 from sdft.services.data.tokenizer import load_tokenizer, vocabulary_of
 from sdft.services.grading.grade import answer_check
 from sdft.services.grading.judge import check_judge
-from sdft.services.planning.dequantized import trainable
+from sdft.services.planning.derived import derived
 from sdft.services.planning.engines import check_own_engines
 from sdft.services.planning.examined import examined
 from sdft.services.planning.fingerprint import fingerprint_of
@@ -53,8 +53,8 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
     for s in config.sets:
         if s.judge is not None:
             check_judge(s.name, s.judge)
-    given = resolve_model(config.model, base)
-    model = trainable(given, config.device, config.dtype) if trains else given
+    use = derived(resolve_model(config.model, base), config.device, config.dtype, trains)
+    model = use.folder
     with examined(model, trains) as found:
         if trains:
             check_trainable(model, config.device, config.dtype)
@@ -65,7 +65,7 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
         prepared = _prepared(config, path, model, loaded, common, begun)
         if trains:
             _check_support(config, prepared.vocabulary)
-    return replace(prepared, alone=found.alone, quantized=None if model == given else given)
+    return replace(prepared, alone=found.alone, model_notes=use.notes)
 
 
 def _prepared(

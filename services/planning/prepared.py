@@ -64,7 +64,7 @@ class Prepared:
     begun: datetime  # local time; chat templates may write it into prompts
     sample_ids: list[int] = field(default_factory=list)  # prompt of SAMPLE, with the first stage's settings
     alone: str | None = None  # why the learner computes sequences one by one, as the end of a sentence; None: it packs
-    quantized: Path | None = None  # the folder whose dequantized copy `model` is
+    model_notes: tuple[str, ...] = ()  # why `model` is not the folder that the configuration names, one sentence each
 
     @property
     def schedule(self) -> Schedule:

@@ -3,14 +3,21 @@
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from sdft.actors.vllm.extension import WorkerExtension
+from sdft.actors.vllm.reload import Reload
 from sdft.actors.vllm.transfer import BACKEND, SnapshotTransfer
+
+
+class StaleHead(Reload):
+    """A reload without the repacking."""
+
+    def refresh_head(self) -> None:
+        """Do nothing, on purpose."""
 
 
 class WithoutRefresh(SnapshotTransfer):
     """A snapshot transfer without the repacking."""
 
-    def refresh_head(self) -> None:
-        """Do nothing, on purpose."""
+    reload_cls = StaleHead
 
 
 class Extension(WorkerExtension):

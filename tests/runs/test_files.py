@@ -12,10 +12,11 @@ from sdft.services.cli.main import main
 from sdft.services.records.batches import read_batch
 from sdft.services.records.rows import read_jsonl
 from tests.fakes.folders import as_it_comes, quantize_fp8
+from tests.fakes.multimodal import make_multimodal
 from tests.fakes.tiny import TOKENS
 from tests.runs.run import finish, write_run
 
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING = {"as it comes": "model.embed_tokens.weight", "multimodal": "language_model.model.embed_tokens.weight"}
 STEPS = 2
 
 
@@ -23,19 +24,24 @@ def tensors_of(model: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in weight_files(model) for name, tensor in load_file(path).items()}
 
 
-@pytest.mark.parametrize("kind", ["as it comes", "quantized"])
+@pytest.mark.parametrize("kind", EMBEDDING)
 def test_a_folder_is_trained_and_exported(
     kind: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tokens beyond the tokenizer are in no rollout and in no teacher's top K, and their rows are not trained."""
+    """Tokens beyond the tokenizer are in no rollout and in no teacher's top K, and their rows are not trained.
+
+    The multimodal model is quantized, too. Its vision model is in the export as it was, without quantization.
+    """
     monkeypatch.setenv("SDFT_CACHE", str(tmp_path / "cache"))
-    folder = shutil.copytree(tiny_model, tmp_path / "m")
-    before = tensors_of(tiny_model)
     if kind == "as it comes":
+        folder = shutil.copytree(tiny_model, tmp_path / "m")
+        before = tensors_of(folder)
+        before["lm_head.weight"] = before[EMBEDDING[kind]]
         as_it_comes(folder)
-        before["lm_head.weight"] = before[EMBEDDING]
     else:
-        quantize_fp8(folder)
+        folder = make_multimodal(tmp_path / "m", "gemma3", tiny_model)
+        before = tensors_of(folder)
+        before |= quantize_fp8(folder)
     run_dir, out = tmp_path / "run", tmp_path / "out"
     finish(write_run(tmp_path, folder, "float32", STEPS), run_dir, "learner.optimizer.weight_decay=0")
     rows = read_jsonl(run_dir / "metrics.jsonl")
@@ -47,6 +53,10 @@ def test_a_folder_is_trained_and_exported(
     assert main(["export", str(run_dir), "--out", str(out)]) == 0
     after = tensors_of(out)
     assert {name: t.shape for name, t in after.items()} == {name: t.shape for name, t in before.items()}
-    first = before[EMBEDDING].to(torch.float16 if kind == "as it comes" else torch.float32).float()
-    assert torch.equal(after[EMBEDDING][TOKENS:], first[TOKENS:])
-    assert not torch.equal(after[EMBEDDING][:TOKENS], first[:TOKENS])
+    embedding = EMBEDDING[kind]
+    first = before[embedding].to(torch.float16 if kind == "as it comes" else torch.float32).float()
+    assert torch.equal(after[embedding][TOKENS:], first[TOKENS:])
+    assert not torch.equal(after[embedding][:TOKENS], first[:TOKENS])
+    others = [name for name in before if name.startswith(("vision_tower.", "multi_modal_projector."))]
+    assert bool(others) == (kind == "multimodal")
+    assert all(torch.equal(after[name], before[name]) for name in others)

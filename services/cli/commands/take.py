@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from sdft.actors.shared.model_files import ORIGIN
 from sdft.services.base.errors import PreflightError, UserError
 from sdft.services.base.files import check_output, part_name
 from sdft.services.base.output import lasting_output
@@ -49,6 +50,25 @@ def export(
 
 
 def _export_student(student: Path, out: Path) -> None:
+    """Write a checkpoint's student: adapters merged, and the text part of a multimodal model in the whole model."""
+    _export_merged(student, out)
+    if not (out / ORIGIN).exists():
+        return
+    from sdft.learner.weights.text_part import Origin, WholeGone, join
+
+    origin = Origin.of(out)
+    text = out.rename(out.with_name(f"{out.name}-text"))
+    try:
+        join(text, origin, out)
+    except WholeGone as error:
+        raise UserError(
+            f"{student} is the text part of {origin.folder}, which is not whole ({error}); put that model back"
+        ) from None
+    finally:
+        shutil.rmtree(text, ignore_errors=True)
+
+
+def _export_merged(student: Path, out: Path) -> None:
     if not (student / "adapter_config.json").exists():
         out.mkdir(parents=True)
         for path in student.iterdir():

@@ -141,7 +141,7 @@ def test_check_trains_a_quantized_model_from_a_copy_that_is_made_once(
     (copy,) = (tmp_path / "cache" / "dequantized").iterdir()
     line = f"the weights in {model} are quantized; the run begins with their dequantized copy in {copy}"
     assert line in capsys.readouterr().out
-    monkeypatch.setattr("sdft.services.planning.dequantized.start", None)  # no process begins again
+    monkeypatch.setattr("sdft.services.planning.derived.start", None)  # no process begins again
     assert main(["check", str(config)]) == 0
     assert line in capsys.readouterr().out
 

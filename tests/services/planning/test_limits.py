@@ -16,8 +16,12 @@ from tests.runs.run import write_run
     ("config", "device", "dtype", "words"),
     [
         ({"model_type": "gpt_oss"}, "cuda", "bfloat16", "keeps its experts and attention sinks"),
-        ({"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_5_text"}}, "cpu", "bfloat16", "torchvision"),
-        ({"model_type": "qwen3_5_moe_text"}, "cpu", "bfloat16", "torchvision"),
+        (
+            {"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_5_text"}},
+            "cpu",
+            "float32",
+            "delta nets on a CPU in bfloat16 only",
+        ),
         ({"model_type": "nemotron_h", "layers_block_type": ["mamba", "moe"]}, "cpu", "float32", "no kernels for its"),
         ({"model_type": "qwen3_next"}, "cpu", "float32", "delta nets on a CPU in bfloat16 only; set dtype: bfloat16"),
         ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "cpu", "bfloat16", "its latent attention new weights"),
@@ -32,7 +36,8 @@ def test_a_limit_of_the_engines_is_a_reason_with_its_mend(
 @pytest.mark.parametrize(
     ("config", "device", "dtype"),
     [
-        ({"model_type": "qwen3_5_text"}, "cuda", "bfloat16"),
+        ({"model_type": "qwen3_5_text"}, "cuda", "float32"),
+        ({"model_type": "qwen3_5_moe_text"}, "cpu", "bfloat16"),
         ({"model_type": "nemotron_h", "layers_block_type": ["mamba", "attention", "mlp"]}, "cpu", "float32"),
         ({"model_type": "qwen3_next"}, "cpu", "bfloat16"),
         ({"model_type": "olmoe", "num_experts": 64}, "cpu", "float32"),

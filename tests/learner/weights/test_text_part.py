@@ -1,0 +1,97 @@
+"""A multimodal model is trained as its text part: the same logits, and an export with every byte of the other parts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from sdft.actors.shared.model_files import INDEX, ORIGIN, SINGLE, weight_files
+from sdft.learner.model.examine import examine
+from sdft.learner.weights.text_part import Origin, WholeGone, join, split, why_not
+from sdft.services.cli.main import main
+from tests.fakes.folders import configure, shard
+from tests.fakes.multimodal import MULTIMODAL, make_multimodal
+from tests.runs.run import write_run
+
+
+def tensors_of(model: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in weight_files(model) for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("model_type", MULTIMODAL)
+def test_the_text_part_computes_what_the_whole_model_computes(model_type: str, tmp_path: Path) -> None:
+    whole, text, out = make_multimodal(tmp_path / "whole", model_type), tmp_path / "text", tmp_path / "out"
+    split(whole, text)
+    assert examine(text, True).fault is None
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        ours, theirs = (
+            auto.from_pretrained(folder, dtype=torch.float32).eval()(input_ids=ids).logits
+            for auto, folder in ((AutoModelForCausalLM, text), (AutoModelForImageTextToText, whole))
+        )
+    assert torch.equal(ours, theirs)
+    join(text, Origin.of(text), out)
+    assert (out / SINGLE).read_bytes() == (whole / SINGLE).read_bytes()
+    assert json.loads((out / "config.json").read_text()) == json.loads((whole / "config.json").read_text())
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def test_a_trained_text_part_takes_its_place_in_the_files_of_the_whole_model(tmp_path: Path) -> None:
+    """In two files, and trained in another dtype than that of the vision model."""
+    whole, text, out = make_multimodal(tmp_path / "whole", "gemma3"), tmp_path / "text", tmp_path / "out"
+    before = tensors_of(whole)
+    shard(whole)
+    split(whole, text)
+    for path in weight_files(text):
+        save_file({name: (t + 1).bfloat16() for name, t in load_file(path).items()}, path, {"format": "pt"})
+    join(text, Origin.of(text), out)
+    after = tensors_of(out)
+    assert after.keys() == before.keys()
+    trained = {name for name in before if not torch.equal(before[name], after[name])}
+    assert trained == {name for name in before if name.startswith("language_model.")}
+    assert {after[name].dtype for name in trained} == {torch.bfloat16}
+    assert json.loads((out / INDEX).read_text())["weight_map"].keys() == before.keys()
+    model, loaded = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    assert model.dtype == torch.bfloat16
+    assert not loaded["missing_keys"]
+    assert not loaded["unexpected_keys"]
+
+
+def test_a_text_part_without_its_whole_model_is_not_exported(tmp_path: Path) -> None:
+    whole, text = make_multimodal(tmp_path / "whole", "gemma3"), tmp_path / "text"
+    split(whole, text)
+    assert (text / ORIGIN).exists()
+    (whole / SINGLE).unlink()
+    with pytest.raises(WholeGone, match=r"neither model\.safetensors"):
+        join(text, Origin.of(text), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_text_part_is_refused(tmp_path: Path) -> None:
+    whole = make_multimodal(tmp_path / "whole", "gemma3")
+    save_file({"vision_tower.norm.weight": torch.ones(2)}, whole / SINGLE, {"format": "pt"})
+    assert "no weight whose name begins with" in (why_not(whole, tmp_path / "text") or "")
+    configure(whole, model_type="nothing")
+    assert "transformers does not support the model" in (why_not(whole, tmp_path / "other") or "")
+
+
+def test_check_names_the_text_part_which_is_made_once(
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    unexamined: None,
+) -> None:
+    monkeypatch.setenv("SDFT_CACHE", str(tmp_path / "cache"))
+    model = make_multimodal(tmp_path / "m", "gemma3", tiny_model)
+    config = write_run(tmp_path, model, "float32")
+    assert main(["check", str(config)]) == 0
+    (text,) = (tmp_path / "cache" / "text").iterdir()
+    line = f"{model} is multimodal; the run trains its text part, in {text}; `sdft export` puts the others back"
+    assert line in capsys.readouterr().out
+    monkeypatch.setattr("sdft.services.planning.derived.start", None)  # no process begins again
+    assert main(["check", str(config)]) == 0
+    assert line in capsys.readouterr().out
