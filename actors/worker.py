@@ -42,6 +42,7 @@ def engine_environment(settings: EngineSettings) -> dict[str, str]:
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # if unset, vLLM reserves one core
             "OMP_NUM_THREADS": str(len(cores)),  # Ray sets it to the CPUs of the actor: one thread
             "VLLM_USE_V2_MODEL_RUNNER": "0",  # the V2 runner needs Triton
+            "VLLM_MLA_DISABLE": "1",  # latent attention by plain kernels: those for CPUs take no new weights
             # Allows the model to run inside the EngineCore process (the "uni" executor in vllm/engine.py). This saves
             # one process per engine and the shared-memory queues that a killed engine leaves behind. AsyncLLM starts
             # EngineCore as a separate process whatever the value.

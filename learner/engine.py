@@ -60,7 +60,7 @@ class LearnerEngine:
         if settings.config.lora is not None:
             from sdft.learner.weights.lora import Lora  # peft takes seconds to import
 
-            self._lora = Lora(model.model, settings.config.lora, Path(settings.model), self.dtype)
+            self._lora = Lora(model.model, settings.config.lora, Path(settings.model), self.dtype, self._stored)
         trained = [p for p in model.parameters() if p.requires_grad]
         alpha = teacher_alpha(settings.teacher)
         # At ZeRO stage 0 DeepSpeed returns no gradient norm, and steps on gradients that are not finite too.

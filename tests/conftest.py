@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -10,11 +11,19 @@ import pytest
 
 from sdft.services.planning.examined import Examined
 from tests.fakes.tiny import make_tiny_model
+from tests.runs.leftovers import end, isolate
 from tests.runs.run import LONG, STAGE, finish, in_stages_of_pairs, write_run
 from tests.two_at_a_time import TwoAtATime, in_order
 
 # The tests never contact the model hub. Its client reads this variable once, when it is imported: set it before that.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Isolate each process that runs tests: a worker of pytest-xdist, or pytest itself without workers."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        folder = isolate()
+        config.add_cleanup(lambda: end(folder))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -41,10 +50,18 @@ def unexamined(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Configuration and run directory of an uninterrupted strict run in stages, in bfloat16."""
-    folder = tmp_path_factory.mktemp("run")
-    config = in_stages_of_pairs(write_run(folder, tiny_model, "bfloat16", steps=LONG), STAGE)
-    finish(config, folder / "whole")
+    """Configuration and run directory of an uninterrupted strict run in stages, in bfloat16, once for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if base.name.startswith("popen-") else base
+    with (shared / "undisturbed.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = shared / "undisturbed"
+        config = folder / "tiny.yaml"
+        if not (folder / "done").exists():
+            folder.mkdir()
+            config = in_stages_of_pairs(write_run(folder, tiny_model, "bfloat16", steps=LONG), STAGE)
+            finish(config, folder / "whole")
+            (folder / "done").touch()
     return config, folder / "whole"
 
 

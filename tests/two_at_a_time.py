@@ -1,16 +1,18 @@
-"""Order of the tests with `pytest -n 2`: files two at a time, then the whole runs one after the other.
+"""Order of the tests with `pytest -n 2`: files two at a time, the long ones first, then those that must run alone.
 
-A whole run uses all cores, and some whole runs look at every process of the machine. A worker gets the first whole run
-only when the other workers have ended.
+A file that must run alone has short limits: on a busy machine it would take healthy processes for hung ones. A worker
+gets the first of them only when the other workers have ended.
 """
 
 import pytest
 from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
-ALONE = "tests/runs/"
+ALONE = ("tests/runs/chaos/", "tests/runs/test_elastic.py")
 # Files that start Ray or engines. They come first, so that at the end no worker waits for the long file of the other.
 LONG = (
+    "tests/runs/",
+    "tests/models/",
     "tests/papers/test_examples.py",
     "tests/papers/test_own_data.py",
     "tests/actors/vllm/",

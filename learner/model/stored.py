@@ -31,6 +31,10 @@ class Stored:
         for name, key in self._key.items():
             self._together[key].add(name)
 
+    def name_of(self, name: str) -> str:
+        """The name in the files of a weight that is only renamed there, from its name in the modules."""
+        return self._key[name]
+
     @property
     def constants(self) -> Iterator[tuple[str, Tensor]]:
         """The buffers that the files hold beside the parameters, such as the biases of DeepSeek's router."""

@@ -21,6 +21,7 @@ from sdft.learner.checkpoint.state import CHANGE, Piece, StateFiles
 from sdft.learner.config import LoraConfig
 from sdft.learner.model.architecture import Untrainable
 from sdft.learner.model.experts import named_routers
+from sdft.learner.model.stored import Stored
 from sdft.learner.weights.content import Content
 
 ADAPTER = "default"  # peft's name of a model's only adapter
@@ -39,23 +40,33 @@ def peft_config(config: LoraConfig, base: Path) -> PeftConfig:
 
 
 def _linear(model: PreTrainedModel) -> set[str]:
-    """Names of the linear layers that get adapters: all but the head, and those beside the experts of a router.
-
-    peft takes the names of layers beside experts for names of experts, which are no layers but parameters.
-    """
+    """Names of the linear layers that get adapters: all but the head and routers."""
     head = model.get_output_embeddings()
-    mixtures = tuple(f"{name.rpartition('.')[0]}." for name, _ in named_routers(model))
+    routers = {id(part) for _, router in named_routers(model) for part in router.modules()}
     return {
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and not name.startswith(mixtures)
+        if isinstance(module, nn.Linear) and module is not head and id(module) not in routers
     }
+
+
+class _Unknown(nn.Module):
+    """A model whose configuration peft does not see.
+
+    In models with experts peft takes the names of layers beside them for names of experts, which are no layers.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
 
 
 class Lora:
     """The adapters of a model, and the student's and teacher's weights that they make."""
 
-    def __init__(self, model: PreTrainedModel, config: LoraConfig, base: Path, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: LoraConfig, base: Path, dtype: torch.dtype, stored: Stored
+    ) -> None:
         """Freeze the model and add adapters. A is random, by torch's generator, and B is zero, so no weight changes.
 
         Call it before the parameters are divided over ranks. Raises ValueError if the head gets an adapter, Untrainable
@@ -63,8 +74,8 @@ class Lora:
         """
         adapters = peft_config(config, base)
         if not config.targets:
-            adapters.target_modules = _linear(model)
-        inject_adapter_in_model(adapters, model)
+            adapters.target_modules = {f"model.{name}" for name in _linear(model)}
+        inject_adapter_in_model(adapters, _Unknown(model))
         layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
         if any(module is model.get_output_embeddings() for module in layers.values()):
             raise ValueError("the model's head cannot have an adapter: the loss reads only the head's own weight")
@@ -72,8 +83,9 @@ class Lora:
             f"{name}.weight": (module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight)
             for name, module in layers.items()
         }
-        stored = {name for file in weight_files(base) for name in read_header(file)[0]}
-        if absent := sorted(self._pairs.keys() - stored):
+        self._stored = {name: stored.name_of(name) for name in self._pairs}
+        held = {name for file in weight_files(base) for name in read_header(file)[0]}
+        if absent := sorted(set(self._stored.values()) - held):
             raise Untrainable(
                 f"{base} cannot be trained with learner.lora: its files have no weight {absent[0]}, and "
                 f"adapters are merged by name; save the model again with transformers' save_pretrained"
@@ -141,8 +153,9 @@ class Lora:
 
     def _adapters(self, whole: Whole) -> Iterator[tuple[str, Tensor]]:
         for name, (down, up) in self._pairs.items():
-            yield name.removesuffix("weight") + DOWN, whole(down)
-            yield name.removesuffix("weight") + UP, whole(up)
+            stem = self._stored[name].removesuffix("weight")
+            yield stem + DOWN, whole(down)
+            yield stem + UP, whole(up)
 
 
 class ChangeEMA:

@@ -15,8 +15,6 @@ def engine_limit(config: dict[str, Any], device: str, dtype: str) -> str | None:
     cpu = device == "cpu"
     if cpu and kind == "nemotron_h" and "moe" in config.get("layers_block_type", ()):
         return f"vLLM has no kernels for its experts on a CPU; use device: cuda, or {CHOOSE}"
-    if cpu and config.get("kv_lora_rank"):
-        return f"vLLM cannot give its latent attention new weights on a CPU; use device: cuda, or {CHOOSE}"
     if cpu and dtype == "float32" and kind.startswith(("qwen3_next", "qwen3_5")):
         return "vLLM computes its delta nets on a CPU in bfloat16 only; set dtype: bfloat16"
     return None

@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.fakes.families import SHAPE
 
+EXACT = 1e-5  # relative difference in float32 that rounding alone makes
 WINDOW = 8  # tokens; the sequences of the tests are longer
 PAIR = ["sliding_attention", "full_attention"]
 EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
@@ -190,14 +191,14 @@ FAMILIES = {
                 "num_experts_per_tok": 2,
                 "moe_intermediate_size": 64,
                 "first_k_dense_replace": 1,
-                "topk_method": "noaux_tc",  # vLLM reads it, as in the configurations of real models
-                "kv_lora_rank": 512,  # vLLM's kernels are for the sizes of the real model
+                "topk_method": "noaux_tc",  # vLLM reads these two, which the configurations of real models have
+                "scoring_func": "sigmoid",
+                "kv_lora_rank": 512,
                 "q_lora_rank": 64,
                 "qk_rope_head_dim": 64,
                 "qk_nope_head_dim": 128,
                 "v_head_dim": 128,
             },
-            "bfloat16",
         ),
     )
 }

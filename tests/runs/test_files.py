@@ -18,6 +18,7 @@ from tests.runs.run import finish, write_run
 
 EMBEDDING = {"as it comes": "model.embed_tokens.weight", "multimodal": "language_model.model.embed_tokens.weight"}
 STEPS = 2
+OVERRIDES = ("learner.optimizer.weight_decay=0", "teacher={weights: live}")  # one engine samples and scores
 
 
 def tensors_of(model: Path) -> dict[str, torch.Tensor]:
@@ -43,7 +44,7 @@ def test_a_folder_is_trained_and_exported(
         before = tensors_of(folder)
         before |= quantize_fp8(folder)
     run_dir, out = tmp_path / "run", tmp_path / "out"
-    finish(write_run(tmp_path, folder, "float32", STEPS), run_dir, "learner.optimizer.weight_decay=0")
+    finish(write_run(tmp_path, folder, "float32", STEPS), run_dir, *OVERRIDES)
     rows = read_jsonl(run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert all(row["mismatch_kl"] < 1e-6 for row in rows)

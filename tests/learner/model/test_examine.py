@@ -22,6 +22,7 @@ from sdft.learner.model.attention import packed_attention
 from sdft.learner.model.examine import Examination, examine
 from sdft.learner.model.faithful import unfaithful
 from sdft.learner.model.forward import packs
+from sdft.learner.model.stored import Stored
 from sdft.learner.model.student import load_student
 from sdft.learner.weights.content import Content
 from sdft.learner.weights.lora import Lora
@@ -279,5 +280,6 @@ def test_adapters_need_weights_of_the_names_that_they_are_merged_by(model: Path)
         lambda tensors: [tensors.update({name.removeprefix("model."): tensors.pop(name)}) for name in list(tensors)],
     )
     assert examine(model, True) == Examination()  # transformers finds them in spite of the names
+    student = load_student(model, torch.float32)
     with pytest.raises(Untrainable, match=r"have no weight .*layers\.0\..*, and adapters are merged by name"):
-        Lora(load_student(model, torch.float32), LoraConfig(rank=2), model, torch.float32)
+        Lora(student, LoraConfig(rank=2), model, torch.float32, Stored(student))
