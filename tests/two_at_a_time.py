@@ -9,27 +9,34 @@ from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
 ALONE = ("tests/runs/chaos/", "tests/runs/test_elastic.py")
-# Files that start Ray or engines. They come first, so that at the end no worker waits for the long file of the other.
+# Files that start Ray or engines, the longest first, so that at the end no worker waits for a long file of the other.
 LONG = (
-    "tests/runs/",
+    "tests/runs/test_run.py",
     "tests/models/",
-    "tests/papers/test_examples.py",
+    "tests/runs/test_job.py",
+    "tests/services/planning/",
     "tests/papers/test_own_data.py",
-    "tests/actors/vllm/",
     "tests/learner/",
+    "tests/actors/vllm/",
+    "tests/papers/test_examples.py",
+    "tests/runs/",
     "tests/services/cli/",
     "tests/services/cluster/",
     "tests/services/evaluation/",
     "tests/services/fleet/",
     "tests/services/grading/",
-    "tests/services/planning/",
     "tests/services/training/",
 )
 
 
 def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
     """Return long files, then short ones, then those that run alone."""
-    return sorted(items, key=lambda item: (item.nodeid.startswith(ALONE), not item.nodeid.startswith(LONG)))
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        first = next((i for i, begin in enumerate(LONG) if item.nodeid.startswith(begin)), len(LONG))
+        return item.nodeid.startswith(ALONE), first
+
+    return sorted(items, key=place)
 
 
 class TwoAtATime(LoadFileScheduling):

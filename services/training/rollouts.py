@@ -10,9 +10,9 @@ rollouts have ended.
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from typing import TypeVar
 
@@ -136,7 +136,12 @@ class Rollouts:
             len(groups),
             strict,
         )
-        work = asyncio.ensure_future(all_of([self._of_group(stage, i, g, calls) for i, g in enumerate(groups)]))
+        if strict:  # the samples of all groups move at once in the ledger
+            sampled = cache(partial(self._mark_sampled, ids))
+            making = [made_of(stage, i, g, calls, sampled) for i, g in enumerate(groups)]
+        else:
+            making = [self._of_group(stage, i, g, calls) for i, g in enumerate(groups)]
+        work = asyncio.ensure_future(all_of(making))
         try:
             if strict:
                 made = await work
@@ -153,6 +158,8 @@ class Rollouts:
             work.cancel()
             calls.cancel()
         drafts = [draft for of_group in made for draft in of_group]
+        if strict:
+            drafts = self._accounted(ids, drafts)
         if not drafts:
             raise RunFailed(f"step {step}: the algorithm made no training sequence of its {len(ids)} samples")
         ready = max(calls.sampled, calls.ready)
@@ -165,34 +172,42 @@ class Rollouts:
         return Batch(step, drafts, times)
 
     async def _of_group(self, stage: Stage, number: int, group: Group, calls: EngineCalls) -> list[Draft]:
-        """Let the algorithm make the drafts of one group, and move its samples in the ledger.
+        """Let the algorithm make the drafts of one group, again if it loses a completion, and account for them."""
+        sampled = partial(self._mark_sampled, group.samples)
+        made = await _retried(partial(made_of, stage, number, group, calls, sampled))
+        return self._accounted(group.samples, made)
 
-        A group that loses a completion is made again, unless its calls are joined with those of others.
-        """
-        student = GroupStudent(calls, number)
-        teacher = GroupTeacher(calls, number, lambda: self._mark_sampled(group))
-        make = partial(stage.config.method.make, group, student, teacher)
-        made = await (make() if self._prepared.config.strict else _retried(make))
-        calls.done()
-        self._mark_sampled(group)
+    def _accounted(self, samples: Sequence[SampleId], made: list[Draft]) -> list[Draft]:
+        """Move samples in the ledger by the drafts that were made of them. Returns the drafts of those that count."""
+        self._mark_sampled(samples)
         tokens: dict[SampleId, int] = {}
         for draft in made:
             tokens[draft.sample] = tokens.get(draft.sample, 0) + draft.sampled_tokens
         # A group that is made again may have been scored before, and samples of it dropped.
-        new = [sample for sample in group.samples if self._ledger.state(sample) == "sampled"]
+        new = [sample for sample in samples if self._ledger.state(sample) == "sampled"]
         kept = [sample for sample in new if sample in tokens]
         self._ledger.advance(kept, "scored", [tokens[sample] for sample in kept])
-        if len(kept) == len(group.samples):
+        if len(kept) == len(samples):
             return made
-        for sample in group.samples:
+        for sample in samples:
             if sample not in tokens and self._ledger.state(sample) is not None:
                 self._ledger.drop(sample, "the algorithm made no training sequence of it")
         return [draft for draft in made if self._ledger.state(draft.sample) is not None]
 
-    def _mark_sampled(self, group: Group) -> None:
-        """Move a group's samples to sampled, all at once and once."""
-        if self._ledger.state(group.samples[0]) == "issued":
-            self._ledger.advance(group.samples, "sampled")
+    def _mark_sampled(self, samples: Sequence[SampleId]) -> None:
+        """Move samples to sampled, all at once and once."""
+        if self._ledger.state(samples[0]) == "issued":
+            self._ledger.advance(samples, "sampled")
+
+
+async def made_of(
+    stage: Stage, number: int, group: Group, calls: EngineCalls, sampled: Callable[[], None]
+) -> list[Draft]:
+    """Return the drafts that the algorithm makes of one group. sampled(): called before its completions are scored."""
+    teacher = GroupTeacher(calls, number, sampled)
+    made = await stage.config.method.make(group, GroupStudent(calls, number), teacher)
+    calls.done()
+    return made
 
 
 async def _retried(make: Callable[[], Awaitable[T]]) -> T:
