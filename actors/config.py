@@ -175,5 +175,6 @@ class EngineSettings:
     exclusive: bool = False  # no other process of the run computes while this engine does
     stop_ids: tuple[int, ...] = ()  # tokens that end a reply; a completion contains the one that ended it
     vocabulary: int | None = None  # tokens of the tokenizer; later rows are in no distribution. None: all rows are
+    keep_experts: bool = False  # rollouts have the experts that the routers chose
     transport: str = "memory"  # weights.transport
     extension: str = "sdft.actors.vllm.extension.WorkerExtension"  # loaded in the engine's worker processes

@@ -153,6 +153,13 @@ class LearnerConfig(BaseModel):
     train_router: bool = Field(
         False, description="Train the routers of a mixture of experts too; otherwise they stay as they are"
     )
+    replay_experts: bool | None = Field(
+        None,
+        description=(
+            "Route tokens to the experts that the sampler chose; on a CPU only. "
+            "null: of a mixture of experts in bfloat16 on a CPU"
+        ),
+    )
     gradient_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass: less memory, more time"
     )

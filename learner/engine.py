@@ -22,7 +22,7 @@ from sdft.learner.checkpoint.saving import TensorFile
 from sdft.learner.checkpoint.state import CHANGE, Piece, StateFiles, state_files
 from sdft.learner.compat import build_nothing, divided_masters, fragment, link_state, numel, reduce_nothing
 from sdft.learner.model.architecture import Untrainable
-from sdft.learner.model.experts import freeze_routers
+from sdft.learner.model.experts import Replay, freeze_routers
 from sdft.learner.model.faithful import unfaithful
 from sdft.learner.model.stored import Stored
 from sdft.learner.model.student import SelfDistillation, load_student, tied_names
@@ -53,7 +53,8 @@ class LearnerEngine:
         self._stored = Stored(student)
         if not settings.config.train_router:
             freeze_routers(student)
-        model = SelfDistillation(student, settings.stages[0].losses[0], settings.vocabulary)
+        replay = Replay(student) if settings.replay_experts else None
+        model = SelfDistillation(student, settings.stages[0].losses[0], settings.vocabulary, replay)
         if settings.config.gradient_checkpointing:
             model.model.gradient_checkpointing_enable()
         self._lora = None

@@ -25,6 +25,7 @@ class MicroBatch:
     lengths: tuple[int, ...]  # tokens of each sequence; they sum to T
     predicting: Tensor  # [N] int64, positions whose hidden state predicts a loss token
     targets: Targets
+    experts: Tensor | None = None  # [T, routers, k] int64, -1 where the router chooses; None: it chooses everywhere
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """Return the micro-batch on another device."""
@@ -34,6 +35,7 @@ class MicroBatch:
             self.lengths,
             self.predicting.to(device),
             self.targets.to(device),
+            None if self.experts is None else self.experts.to(device),
         )
 
 
@@ -75,7 +77,17 @@ def pack(sequences: Sequence[TrainingSequence], batch_size: int, top_k: int) -> 
             sequence=_cat(sequence, (0,)).long(),
             share=_cat(share, (0,)),
         ),
+        experts=_experts(sequences),
     )
+
+
+def _experts(sequences: Sequence[TrainingSequence]) -> Tensor | None:
+    """The experts of packed sequences. Those of a sequence without are -1."""
+    shape = next((s.experts.shape[1:] for s in sequences if s.experts is not None), None)
+    if shape is None:
+        return None
+    parts = [np.full((len(s), *shape), -1, np.int16) if s.experts is None else s.experts for s in sequences]
+    return torch.from_numpy(np.concatenate(parts)).long()
 
 
 def _certain(tokens: IntArray) -> TeacherScores:

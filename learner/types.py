@@ -31,6 +31,7 @@ class LearnerSettings:
     exclusive: bool = False  # no other process of the run computes while this one does
     transport: str = "memory"  # weights.transport
     vocabulary: int | None = None  # tokens of the tokenizer; later rows are in no distribution. None: all rows are
+    replay_experts: bool = False  # route tokens to the experts that the sampler chose
 
     def stage_of(self, step: int) -> int:
         """Return the index of the stage that optimizer step `step` is in. Steps after the last stage belong to it."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sdft.actors.shared.sequences import BoolArray, Span, TrainingSequence
-from sdft.actors.shared.types import FloatArray, IntArray, Rollout, SampleId, TeacherScores
+from sdft.actors.shared.types import ExpertArray, FloatArray, IntArray, Rollout, SampleId, TeacherScores
 
 
 class CompletionLost(Exception):
@@ -163,6 +163,7 @@ def joined(draft: Draft, values: Sequence[Any]) -> TrainingSequence:
     masks: list[BoolArray] = []
     logprobs: list[FloatArray] = []
     scores: list[TeacherScores] = []
+    experts: list[ExpertArray | int] = []  # of each context and completion; its length if they are not known
     remaining = iter(values)
     for turn, mask in zip(draft.turns, draft.masks, strict=True):
         context, rollout = turn.context_ids, next(remaining)
@@ -170,6 +171,7 @@ def joined(draft: Draft, values: Sequence[Any]) -> TrainingSequence:
         ids += [context, rollout.completion_ids]
         masks += [np.zeros(len(context), dtype=np.bool_), mask]
         logprobs += [np.full(len(context), np.nan, dtype=np.float32), own]
+        experts += _experts_of(context, rollout, turn.completion.by_student)
         if turn.scores is not None:
             s = next(remaining)
             scores.append(TeacherScores(s.ids[mask], s.logprobs[mask], s.sampled[mask], s.version))
@@ -183,7 +185,29 @@ def joined(draft: Draft, values: Sequence[Any]) -> TrainingSequence:
         seed=draft.seed,
         finish_reason=draft.turns[-1].completion.finish_reason,
         objective=draft.objective,
+        experts=_all_experts(experts),
     )
+
+
+def _experts_of(context: IntArray, rollout: Rollout, by_student: bool) -> list[ExpertArray | int]:
+    """Return the experts of a turn's context and of its completion, or the length of each if they are not known.
+
+    Those of the context are known if the completion was sampled behind it.
+    """
+    c, t = len(context), len(rollout.completion_ids)
+    if rollout.experts is None or not by_student:
+        return [c, t]
+    behind = np.array_equal(rollout.prompt_ids[len(rollout.prompt_ids) - c :], context)
+    before = len(rollout.experts) - t
+    return [rollout.experts[before - c : before] if behind else c, rollout.experts[before:]]
+
+
+def _all_experts(parts: Sequence[ExpertArray | int]) -> ExpertArray | None:
+    """Join the experts of parts, with -1 for a part whose experts are not known. None: none are known."""
+    shape = next((part.shape[1:] for part in parts if not isinstance(part, int)), None)
+    if shape is None:
+        return None
+    return np.concatenate([np.full((p, *shape), -1, np.int16) if isinstance(p, int) else p for p in parts])
 
 
 def _in_a_row(scores: Sequence[TeacherScores]) -> TeacherScores:

@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from sdft.actors.shared.types import FloatArray, IntArray, SampleId, TeacherScores
+from sdft.actors.shared.types import ExpertArray, FloatArray, IntArray, SampleId, TeacherScores
 
 BoolArray = NDArray[np.bool_]
 
@@ -44,6 +44,7 @@ class TrainingSequence:
     seed: int  # of the sampling
     finish_reason: str  # of the last completion: "stop" or "length"
     objective: int = 0  # which of the stage's losses applies to it
+    experts: ExpertArray | None = None  # [N, routers, k], as in Rollout; None: the learner's routers choose
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.int32]
+ExpertArray = NDArray[np.int16]
 FloatArray = NDArray[np.float32]
 
 
@@ -71,6 +72,7 @@ class Rollout:
     logprobs: FloatArray  # [T], the sampler's own log-prob of each completion token
     versions: tuple[tuple[int, int, int], ...]  # (weight version, start, end): it sampled tokens [start, end)
     finish_reason: str  # "stop" (EOS) or "length"
+    experts: ExpertArray | None = None  # [P + T, routers, k], chosen by the sampler; -1: not known. None: not kept
 
 
 @dataclass(frozen=True, slots=True)

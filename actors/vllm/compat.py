@@ -23,6 +23,7 @@ from transformers.utils import is_torchvision_available
 from vllm import ModelRegistry, SamplingParams, ir
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.fused_moe.layer import MoERunner
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.outputs import RequestOutput
@@ -46,6 +47,7 @@ TORCHVISION = (
 )
 
 Rows = Callable[[SamplingParams], int | None]  # a request's first scored row; None: the request scores nothing
+NameOf = Callable[[SamplingParams], str | None]  # a request's name; None: it has none
 Output = Callable[[], Awaitable[RequestOutput]]  # waits for a request's output
 Takes = Callable[..., bool]  # whether a kernel supports these arguments
 
@@ -250,6 +252,35 @@ def _scores(
         top = runner.sampler.gather_logprobs(runner.sampler.compute_logprobs(logits), k, targets)
         scores[request_id] = LogprobsTensors(*(part.cpu() for part in top[:3]))
     return scores
+
+
+def chosen_experts(runner: Any, name_of: NameOf) -> dict[str, list[tuple[int, torch.Tensor]]]:
+    """Make a V1 model runner keep the experts that the routers choose for the tokens of requests that have a name.
+
+    Returns what it keeps for each name: the position of the first of some tokens, and their experts [tokens, routers,
+    k]. Tokens from the prefix cache are not among them. Uses MoERunner.router, BaseRouter.set_capture_fn and, at the
+    end of each forward, the runner's _get_prompt_logprobs_dict, as _scores does.
+    """
+    step: list[torch.Tensor] = []  # of each router, in the forward that is computed now
+    kept: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for module in runner.get_model().modules():
+        if isinstance(module, MoERunner):
+            module.router.set_capture_fn(lambda ids: step.append(ids.to(torch.int16)))
+    own = runner._get_prompt_logprobs_dict
+
+    def keeping(hidden_states: torch.Tensor, scheduled: dict[str, int]) -> Any:
+        experts = torch.stack(step, 1) if step else None
+        step.clear()
+        for request_id, tokens in scheduled.items():
+            request = runner.requests[request_id]
+            name = None if request.sampling_params is None else name_of(request.sampling_params)
+            if name is not None and experts is not None:
+                begin = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
+                kept.setdefault(name, []).append((request.num_computed_tokens, experts[begin : begin + tokens]))
+        return own(hidden_states, scheduled)
+
+    runner._get_prompt_logprobs_dict = keeping
+    return kept
 
 
 def norm_operations() -> dict[str, Any]:

@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ from sdft.actors.vllm.compat import (
     missing_architectures,
     register_beside_images,
 )
+from sdft.actors.vllm.experts import KEPT, Parts, assembled, fill
 from sdft.actors.vllm.kernels import fused_norms
 from sdft.actors.vllm.process import EngineProcess, error_line, forked
 from sdft.actors.vllm.scoring import SharedPrompts, scores_of, scoring_request, versions_of
@@ -102,6 +103,8 @@ class VllmEngine(Engine):
             log.warning(
                 "teacher scores: vLLM's V2 model runner computes the log-probs of prompts too, not of completions alone"
             )
+        if self.settings.keep_experts:
+            await self._llm.collective_rpc("keep_experts")
         if self.settings.vocabulary is not None:
             await self._llm.collective_rpc("hide_rows", args=(self.settings.vocabulary,))
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest({"transport": self.settings.transport}))
@@ -140,6 +143,7 @@ class VllmEngine(Engine):
 
     async def generate(self, requests: Sequence[GenerateRequest], sampling: Sampling) -> list[Rollout]:
         """Complete each prompt. Returns rollouts in the order of the requests."""
+        names = [uuid.uuid4().hex if self.settings.keep_experts else None for _ in requests]
         params = [
             SamplingParams(
                 max_tokens=sampling.max_new_tokens,
@@ -151,11 +155,25 @@ class VllmEngine(Engine):
                 flat_logprobs=True,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
+                extra_args=None if name is None else {KEPT: name},
             )
-            for request in requests
+            for request, name in zip(requests, names, strict=True)
         ]
-        outputs = await self._run([r.prompt_ids for r in requests], params)
-        return [_rollout(r.prompt_ids, o) for r, o in zip(requests, outputs, strict=True)]
+        try:
+            outputs = await self._run([r.prompt_ids for r in requests], params)
+        finally:
+            kept = await self._experts(names)
+        rollouts = [_rollout(r.prompt_ids, o) for r, o in zip(requests, outputs, strict=True)]
+        experts = [assembled(p, len(r.prompt_ids) + len(r.completion_ids)) for p, r in zip(kept, rollouts, strict=True)]
+        fill([r.prompt_ids for r in rollouts], experts)
+        return [replace(rollout, experts=of_it) for rollout, of_it in zip(rollouts, experts, strict=True)]
+
+    async def _experts(self, names: Sequence[str | None]) -> list[Parts]:
+        """Take what was kept for the requests with these names; nothing for those without one."""
+        if not self.settings.keep_experts or self.dead:
+            return [[] for _ in names]
+        (kept,) = await self._llm.collective_rpc("experts_of", args=(names,))
+        return list(kept)
 
     async def score(self, pairs: Sequence[tuple[IntArray, IntArray]], k: int) -> list[TeacherScores]:
         """Score each completion after its (teacher) prompt: top-k log-probs and those of the completion's own tokens.

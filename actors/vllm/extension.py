@@ -1,7 +1,8 @@
 """The extension that vLLM loads into its worker processes."""
 
 import sdft.actors.vllm.transfer  # noqa: F401  registers the weight transfer in the worker process
-from sdft.actors.vllm.compat import hide_rows, rotate_each_head, score_from
+from sdft.actors.vllm.compat import chosen_experts, hide_rows, rotate_each_head, score_from
+from sdft.actors.vllm.experts import kept_name
 from sdft.actors.vllm.scoring import first_row
 
 rotate_each_head()
@@ -17,6 +18,17 @@ class WorkerExtension:
         completion rows are the same.
         """
         return score_from(self.model_runner, first_row)  # type: ignore[attr-defined]
+
+    def keep_experts(self) -> None:
+        """Keep the experts of the tokens of named requests (scoring.py) until `experts_of` takes them."""
+        self._experts = chosen_experts(self.model_runner, kept_name)  # type: ignore[attr-defined]
+
+    def experts_of(self, names: list[str]) -> list[list[tuple[int, list[int], bytes]]]:
+        """Take what was kept for each name: position of the first token, shape and bytes (int16) of some tokens."""
+        return [
+            [(begin, list(part.shape), part.numpy().tobytes()) for begin, part in self._experts.pop(name, ())]
+            for name in names
+        ]
 
     def hide_rows(self, vocabulary: int) -> None:
         """Leave the tokens from `vocabulary` on out of every distribution (EngineSettings.vocabulary)."""

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-# Layer types that keep packed sequences apart: attention by their lengths, the others compute each token by itself.
-# All other types carry a state, or a convolution, from one sequence into the next.
-SEPARATE = {"full_attention", "sliding_attention", "attention", "mlp", "moe"}
+# Layer types with attention, and those that compute each token by itself. All others carry a state along the tokens.
+ATTENTION = {"full_attention", "sliding_attention", "attention", "hybrid"}
+BY_ITSELF = {"mlp", "moe"}
 STATEFUL = {"rwkv", "xlstm"}  # models whose configuration lists no layer types
 
 # Exceptions that a model's code raises when it does not fit its configuration or its arguments.
@@ -40,14 +40,13 @@ def why_not(path: Path, quantized: bool = False) -> str | None:
     return None
 
 
-def stateful(config: Any) -> str | None:
-    """Return which layers would mix the sequences of a pack, as the end of a sentence, or None if none would."""
+def layer_kinds(config: Any) -> list[str]:
+    """The type of each layer. A model whose configuration lists no types has the same attention in all of them."""
     text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
-    others = set(kinds) - SEPARATE | ({text.model_type} & STATEFUL)
-    if not others:
-        return None
-    return f"layers of the type {', '.join(sorted(others))} carry something from each token to the next"
+    if text.model_type in STATEFUL:
+        return [text.model_type] * text.num_hidden_layers
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    return list(kinds or ["full_attention"] * text.num_hidden_layers)
 
 
 def read_config(path: Path) -> Any:

@@ -1,7 +1,8 @@
 """The hidden states of packed sequences: one forward over the pack, or one forward per sequence.
 
-    packs        attention only, through the interface of transformers: attention.py keeps the sequences apart
-    one by one   any other layer: it would carry a state, or a convolution, from one sequence into the next
+    packs        attention through the interface of transformers: attention.py keeps the sequences apart; layers with a
+                 convolution over the tokens: mixers.py divides the pack for them
+    one by one   any other layer that mixes tokens: it would carry something from one sequence into the next
 
 `attention_for` decides once, before the model is loaded. The model's attention implementation then says which it is.
 """
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
-from sdft.learner.model.architecture import BROKEN, NotCausal, Untrainable, stateful
+from sdft.learner.model.architecture import ATTENTION, BROKEN, BY_ITSELF, NotCausal, Untrainable, layer_kinds
 from sdft.learner.model.attention import PACKED, packed_attention
+from sdft.learner.model.mixers import divide, mixers
 
 LENGTHS = (3, 2)  # of the sequences that are tried
 COUNTED = "sdft_examined"
@@ -51,11 +53,6 @@ def why_alone(config: Any) -> str | None:
     A forward on torch's meta device, which allocates no memory, shows what the layers pass to the attention. Raises
     NotCausal if the attention reads later tokens.
     """
-    return stateful(config) or _not_packed(config)
-
-
-def _not_packed(config: Any) -> str | None:
-    """Return why the learner's attention does not cover all that the model's layers do to mix tokens, or None."""
     windows: list[int | None] = []  # sliding_window of each attention call
 
     def counted(*given: Any, **named: Any) -> tuple[Tensor, None]:
@@ -69,6 +66,10 @@ def _not_packed(config: Any) -> str | None:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation=COUNTED)
+        states = [kind for kind in layer_kinds(config) if kind not in ATTENTION | BY_ITSELF]
+        if len(mixers(model)) < len(states):
+            return f"layers of the type {', '.join(sorted(set(states)))} carry something from each token to the next"
+        divide(model)
         with torch.no_grad():
             model.base_model(**inputs, use_cache=False, read=ids[:1])
     except NotCausal:
@@ -79,10 +80,11 @@ def _not_packed(config: Any) -> str | None:
         return f"its layers do not work with the learner's attention ({one_line(error)})"
     except RuntimeError:
         return None  # an operation needs memory; the learner compares its forward with the model's own at its start
-    text = model.config.get_text_config()
-    if len(windows) < text.num_hidden_layers:
+    text, kinds = model.config.get_text_config(), layer_kinds(config)
+    if len(windows) < sum(kind in ATTENTION for kind in kinds):
         return "its layers do not use the attention interface of transformers"
-    kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+    if getattr(text, "layer_types", None) is None:
+        kinds = ["sliding_attention"] * len(kinds)
     if getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True):
         limited = sum(window is not None for window in windows)
         if limited < kinds.count("sliding_attention"):

@@ -17,7 +17,9 @@ from sdft.learner.model.architecture import Untrainable, misfit, read_config, wh
 from sdft.learner.model.compat import falsely_tied
 from sdft.learner.model.cpu.last_layer import only_where_read
 from sdft.learner.model.cpu.norm import replace_norms
+from sdft.learner.model.experts import Replay
 from sdft.learner.model.forward import attention_for, hidden_states, packs
+from sdft.learner.model.mixers import divide
 from sdft.learner.packing import MicroBatch
 
 
@@ -46,6 +48,7 @@ def load_student(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     model.config.use_cache = False
     replace_norms(model)
     if packs(model):
+        divide(model)
         only_where_read(model)
     without_dropout(model)
     return model.train()
@@ -76,11 +79,15 @@ def without_dropout(model: nn.Module) -> None:
 class SelfDistillation(nn.Module):
     """Map a packed micro-batch to its part of the loss.
 
-    vocabulary: the number of the head's first rows that are tokens; None: all.
+    vocabulary: the number of the head's first rows that are tokens; None: all. replay: of the model's routers, which
+    get the experts of the micro-batch.
     """
 
-    def __init__(self, model: PreTrainedModel, loss: LossConfig, vocabulary: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, loss: LossConfig, vocabulary: int | None = None, replay: Replay | None = None
+    ) -> None:
         super().__init__()
+        self.replay = replay
         self.model = model
         self.loss = loss
         self.scaling = LogitScaling.of(model.config)
@@ -96,6 +103,8 @@ class SelfDistillation(nn.Module):
 
         They are a plain tuple, which DeepSpeed can traverse.
         """
+        if self.replay is not None:
+            self.replay.chosen = batch.experts
         states = hidden_states(self.model, batch.input_ids, batch.position_ids, batch.lengths, batch.predicting)
         head = self.head
         return divergence_loss(states, head.weight, head.bias, batch.targets, self.loss, self.scaling, self.vocabulary)

@@ -19,6 +19,7 @@ from sdft.services.data.schedule import Schedule, StageSchedule
 from sdft.services.data.sets import LoadedSet
 from sdft.services.data.sources.base import PromptSource
 from sdft.services.planning.plan import Plan
+from sdft.services.planning.routing import replays_experts
 from sdft.services.planning.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
         exclusive=c.strict and c.learner.ranks == 1,
         transport=c.weights.transport,
         vocabulary=prepared.vocabulary,
+        replay_experts=replays_experts(c, prepared.model),
     )
 
 

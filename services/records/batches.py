@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from sdft.actors.shared.sequences import Span, TrainingSequence
-from sdft.actors.shared.types import SampleId, TeacherScores
+from sdft.actors.shared.types import ExpertArray, SampleId, TeacherScores
 from sdft.services.base.files import write_atomically
 
 FOLDER = "rollouts"
@@ -43,6 +43,9 @@ def write_batch(run_dir: Path, step: int, sequences: Sequence[TrainingSequence])
             "teacher_logprobs": np.concatenate([t.logprobs.ravel() for t in scores]),
             "teacher_sampled": np.concatenate([t.sampled for t in scores]),
         }
+    routed = [s.experts for s in sequences if s.experts is not None]
+    if routed:
+        arrays |= {"routed": np.array([s.experts is not None for s in sequences]), "experts": np.concatenate(routed)}
     file = io.BytesIO()
     np.savez(file, **arrays)  # type: ignore[arg-type]
     path = path_of(run_dir, step)
@@ -56,6 +59,7 @@ def read_batch(run_dir: Path, step: int) -> list[TrainingSequence]:
         a = {name: file[name] for name in file.files}
     tokens, spans = _cuts(a["lengths"]), _cuts(a["span_counts"])
     teachers = _teachers(a, [int(a["loss_mask"][cut].sum()) for cut in tokens])
+    experts = _experts(a)
     return [
         TrainingSequence(
             sample=SampleId(*map(int, a["sample"][i])),
@@ -67,9 +71,20 @@ def read_batch(run_dir: Path, step: int) -> list[TrainingSequence]:
             seed=int(a["seeds"][i]),
             finish_reason=str(a["finish_reasons"][i]),
             objective=int(a["objectives"][i]),
+            experts=experts[i],
         )
         for i, cut in enumerate(tokens)
     ]
+
+
+def _experts(a: dict[str, np.ndarray]) -> list[ExpertArray | None]:
+    """Return the experts of each sequence, or None."""
+    found: list[ExpertArray | None] = [None] * len(a["lengths"])
+    if "routed" in a:
+        routed = np.flatnonzero(a["routed"])
+        for i, cut in zip(routed, _cuts(a["lengths"][routed]), strict=True):
+            found[i] = a["experts"][cut]
+    return found
 
 
 def _teachers(a: dict[str, np.ndarray], loss_tokens: Sequence[int]) -> list[TeacherScores | None]:

@@ -1,6 +1,7 @@
-"""A worker extension whose weight updates leave the decays of state-space layers stale, which verification must detect.
+"""A worker extension whose weight updates leave a part of state-space layers stale, which verification must detect.
 
-Engines are known to lose them in a reload, because they are kept in another form than in the files: A = -exp(A_log).
+Engines are known to lose these weights in a reload, because they keep some in another form than the files have:
+A = -exp(A_log).
 """
 
 import torch
@@ -10,24 +11,27 @@ from sdft.actors.vllm.extension import WorkerExtension
 from sdft.actors.vllm.reload import Reload
 from sdft.actors.vllm.transfer import BACKEND, SnapshotTransfer
 
+PARTS = ("A", "D", "dt_bias")
+
 
 class StaleStates(Reload):
-    """A reload after which the state-space layers have their old decays."""
+    """A reload after which the state-space layers have their old A, D and dt_bias."""
 
     def begin(self) -> None:
-        self._old = [(module, module.A.clone()) for module in self._model.modules() if hasattr(module, "A")]
+        layers = [module for module in self._model.modules() if hasattr(module, "A")]
+        self._old = [(getattr(layer, name), getattr(layer, name).clone()) for layer in layers for name in PARTS]
         assert self._old, "the model has no state-space layers"
         super().begin()
 
     @torch.no_grad()
     def finish(self) -> None:
         super().finish()
-        for module, decays in self._old:
-            module.A.copy_(decays)
+        for weight, old in self._old:
+            weight.copy_(old)
 
 
 class WithStaleStates(SnapshotTransfer):
-    """A snapshot transfer after which the state-space layers have their old decays."""
+    """A snapshot transfer after which the state-space layers have their old A, D and dt_bias."""
 
     reload_cls = StaleStates
 

@@ -58,13 +58,14 @@ from sdft.learner.weights.publisher import Publisher
 from tests.fakes.reference import Reference
 from tests.models.families import EXACT
 
-LENGTHS = ((7, 9), (3, 12), (20, 4), (5, 17))  # tokens of prompt and completion; windows and chunks are shorter
+LENGTHS = ((7, 9), (3, 12), (70, 14), (5, 17))  # tokens of prompt and completion; one is longer than windows and chunks
 K, SKIP, ALPHA, STEPS = 16, 2, 0.1, 3
 LOSS = LossConfig(divergence=Forward(top_k=K), importance=ImportanceConfig(level="sequence", cap=2.0))
 ADAMW: dict[str, Any] = {"weight_decay": 0.1, "eps": 1e-4}  # a small eps amplifies the rounding of small gradients
 OPTIMIZER = OptimizerConfig(lr=1e-3, warmup_steps=0, schedule="constant", grad_clip=1.0, **ADAMW)
 PROBE = np.random.default_rng(7).integers(5, 500, 30).astype(np.int32)
 GIVEN = [np.random.default_rng(8).integers(5, 500, n).astype(np.int32) for n in (7, 23, 70)]
+PROMPTS = [*GIVEN, GIVEN[-1]]  # the last two share a block of the engine's cache
 NEW_TOKENS = 12
 BOUND = {"float32": 1e-4, "bfloat16": 0.15}  # of a log-prob, between engine and transformers
 
@@ -161,7 +162,7 @@ def replace_importance(loss: LossConfig) -> LossConfig:
 
 
 def settings(folder: Path, **changes: Any) -> LearnerSettings:
-    config = LearnerConfig(threads=1, micro_batch_tokens=60, optimizer=OPTIMIZER, **changes)
+    config = LearnerConfig(threads=1, micro_batch_tokens=100, optimizer=OPTIMIZER, **changes)
     stage = StageSettings(0, STEPS, (LOSS,), OPTIMIZER)
     return LearnerSettings(str(folder), "float32", "cpu", 0, config, (stage,), TeacherConfig(alpha=ALPHA))
 
@@ -230,17 +231,20 @@ async def started(folder: Path, dtype: str) -> Engine:
 
 
 async def difference(engine: Engine, model: PreTrainedModel) -> float:
-    """The largest difference of a log-prob, of sampled and of given tokens, between engine and transformers.
+    """The largest difference of a log-prob, of sampled and of scored tokens, between engine and transformers.
 
-    In bfloat16 the mean difference: rounding sends a token to another expert now and then, here and there.
+    Of held and of streamed batches. In bfloat16 the mean difference: rounding sends a token to another expert now and
+    then, here and there.
     """
-    rollouts = await engine.generate([GenerateRequest(ids, i) for i, ids in enumerate(GIVEN)], Sampling(NEW_TOKENS))
-    completions = [rollout.completion_ids for rollout in rollouts]
-    scores = await engine.score(list(zip(GIVEN, completions, strict=True)), K)
     found = []
-    for prompt, rollout, score in zip(GIVEN, rollouts, scores, strict=True):
-        expected = logprobs(model, prompt, rollout.completion_ids)
-        found += [np.abs(rollout.logprobs - expected), np.abs(score.sampled - expected)]
+    for held in (True, False):
+        engine.settings = replace(engine.settings, hold_batches=held)
+        rollouts = await engine.generate([GenerateRequest(p, i) for i, p in enumerate(PROMPTS)], Sampling(NEW_TOKENS))
+        completions = [rollout.completion_ids for rollout in rollouts]
+        scores = await engine.score(list(zip(PROMPTS, completions, strict=True)), K)
+        for prompt, rollout, score in zip(PROMPTS, rollouts, scores, strict=True):
+            expected = logprobs(model, prompt, rollout.completion_ids)
+            found += [np.abs(rollout.logprobs - expected), np.abs(score.sampled - expected)]
     apart = np.concatenate(found)
     return float(apart.max() if engine.settings.dtype == "float32" else apart.mean())
 

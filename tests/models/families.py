@@ -22,7 +22,14 @@ DELTA = {
     "linear_value_head_dim": 64,
     "layer_types": ["linear_attention", "full_attention"],
 }
-MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2}
+MAMBA = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 64,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}
 CONVOLUTIONS = {  # vLLM also reads the settings after the second, which the configurations of real models have
     "layer_types": ["conv", "full_attention"],
     "block_auto_adjust_ff_dim": False,
@@ -161,6 +168,7 @@ FAMILIES = {
                 "mamba_head_dim": 64,
                 "ssm_state_size": 16,
                 "n_groups": 1,
+                "chunk_size": 16,
             },
         ),
         Family(

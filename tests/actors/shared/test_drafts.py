@@ -80,3 +80,20 @@ def test_the_size_of_a_draft_by_reference_does_not_depend_on_its_tokens() -> Non
         return len(pickle.dumps(Draft(SAMPLE, 0, (Turn(np.zeros(9, np.int32), completion, Scores("another", 1)),))))
 
     assert size(100_000) - size(100) <= 8
+
+
+def test_experts_of_a_completion_and_of_the_context_that_it_was_sampled_behind() -> None:
+    """-1 where they are not known: behind another context, and where the student did not sample."""
+    ids, prompt = np.array([5, 6, 7], np.int32), np.array([1, 2], np.int32)
+    experts = np.arange(10, dtype=np.int16).reshape(5, 1, 2)
+    rollout = Rollout(prompt, ids, np.zeros(3, np.float32), ((0, 0, 3),), "stop", experts)
+    completion = Completion.of(rollout)
+    own = sequence(Draft(SAMPLE, 0, (Turn(prompt, completion), Turn(prompt + 1, given(1, ids)))))
+    assert own.experts is not None
+    np.testing.assert_array_equal(own.experts[:5], experts)
+    assert (own.experts[5:] == -1).all()
+    other = sequence(Draft(SAMPLE, 0, (Turn(prompt + 1, completion),)))
+    assert other.experts is not None
+    assert (other.experts[:2] == -1).all()
+    np.testing.assert_array_equal(other.experts[2:], experts[2:])
+    assert sequence(Draft(SAMPLE, 0, (Turn(prompt, completion.not_by_student(1)),))).experts is None

@@ -58,6 +58,15 @@ CANARIES: dict[str, Canary] = {
     f"CPUUnquantizedExperts.{LOADED}(layer)": lambda: takes(
         f"vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts.{LOADED}", "layer"
     ),
+    "MoERunner.router": lambda: mentions(
+        "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner.__init__", "router"
+    ),
+    "BaseRouter.set_capture_fn(capture_fn)": lambda: takes(
+        "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter.set_capture_fn", "capture_fn"
+    ),
+    "_get_prompt_logprobs_dict at the end of each forward": lambda: mentions(
+        f"{RUNNER}._bookkeeping_sync", "_get_prompt_logprobs_dict"
+    ),
     "RotaryEmbedding.forward_cpu(positions, query, key)": lambda: takes(
         "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding.forward_cpu", "positions", "query", "key"
     ),

@@ -29,6 +29,8 @@ def test_a_batch_comes_back_bit_for_bit(tiny_model: Path, tmp_path: Path) -> Non
     )
     samples[3] = replace(three, objective=1)
     samples[4] = replace(samples[4], teacher=None)
+    for i in (1, 3):
+        samples[i] = replace(samples[i], experts=np.full((len(samples[i]), 2, 4), i, np.int16))
     write_batch(tmp_path, 12, samples)
     write_batch(tmp_path, 7, samples[4:])
     assert recorded_steps(tmp_path) == [7, 12]
@@ -37,7 +39,10 @@ def test_a_batch_comes_back_bit_for_bit(tiny_model: Path, tmp_path: Path) -> Non
         for name in ("sample", "spans", "seed", "finish_reason", "objective"):
             assert getattr(mine, name) == getattr(theirs, name)
         assert (mine.teacher is None) == (theirs.teacher is None)
+        assert (mine.experts is None) == (theirs.experts is None)
         arrays = [(getattr(mine, n), getattr(theirs, n)) for n in ("token_ids", "loss_mask", "logprobs")]
+        if mine.experts is not None and theirs.experts is not None:
+            arrays.append((mine.experts, theirs.experts))
         if mine.teacher is not None and theirs.teacher is not None:
             assert mine.teacher.version == theirs.teacher.version
             arrays += [(getattr(mine.teacher, n), getattr(theirs.teacher, n)) for n in ("ids", "logprobs", "sampled")]
