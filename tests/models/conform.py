@@ -48,6 +48,7 @@ from sdft.learner.engine import LearnerEngine
 from sdft.learner.loss.divergences import token_objective
 from sdft.learner.model.experts import freeze_routers
 from sdft.learner.model.forward import hidden_states, why_alone
+from sdft.learner.model.mixers import mixers
 from sdft.learner.model.student import SelfDistillation, load_student
 from sdft.learner.packing import pack
 from sdft.learner.shares import shares
@@ -127,7 +128,7 @@ def packed(folder: Path) -> dict[str, float]:
     loss.backward()
     total, expected = gradients(reference, made)
     rounding = dict.fromkeys(expected, 0.0)
-    if why_alone(reference.config) is not None:
+    if mixers(reference):
         reference.set_attn_implementation("sdpa")
         _, again = gradients(reference, made)
         rounding = {name: apart(again[name], expected[name]) for name in expected}

@@ -18,7 +18,7 @@ from tests.models.families import FAMILIES, make_family_model
 
 def test_stale_states_of_a_hybrid_are_refused(ray_cluster: None, tiny_model: Path, tmp_path: Path) -> None:
     """The same engine takes an update in which these layers have not changed."""
-    folder = make_family_model(FAMILIES["Granite 4"], tmp_path / "m", tiny_model)
+    folder = make_family_model(FAMILIES["Falcon-H1"], tmp_path / "m", tiny_model)
     settings = engine_settings(folder, "tests.fakes.stale_states.Extension")
     engine = ray.remote(EngineWorker).options(num_cpus=0.5).remote(settings)
     ray.get(engine.start.remote(), timeout=300)
