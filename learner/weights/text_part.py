@@ -68,13 +68,14 @@ def split(whole: Path, out: Path) -> None:
 
     Raises ValueError if it has none that transformers can load.
     """
-    config = _text_config(whole)
+    stored = {name: text_name(name) for path in weight_files(whole) for name in read_header(path)[0]}
+    config = _text_config(whole, any(name is not None and name.startswith("lm_head.") for name in stored.values()))
     names: dict[str, str] = {}
     sizes: dict[str, dict[str, int]] = {}
     out.mkdir(parents=True)
     for path in weight_files(whole):
         with safe_open(path, framework="pt") as file:
-            of_file = {new: name for name in file.keys() if (new := text_name(name)) is not None}  # noqa: SIM118
+            of_file = {new: name for name in file.keys() if (new := stored[name]) is not None}  # noqa: SIM118
             tensors = {new: file.get_tensor(name) for new, name in of_file.items()}
         if tensors:
             TensorFile(out / path.name, tensors, FORMAT).write()
@@ -88,8 +89,8 @@ def split(whole: Path, out: Path) -> None:
     (out / ORIGIN).write_text(json.dumps({FOLDER_KEY: str(whole), NAMES_KEY: names}) + "\n")
 
 
-def _text_config(whole: Path) -> dict[str, Any]:
-    """The content of config.json for the text part."""
+def _text_config(whole: Path, has_head: bool) -> dict[str, Any]:
+    """The content of config.json for the text part. has_head: the files hold the weights of the head."""
     try:
         config = read_config(whole)
     except Untrainable as error:
@@ -104,7 +105,8 @@ def _text_config(whole: Path) -> dict[str, Any]:
             found[key] = getattr(config, key)
     dtype = given.get("dtype") or given.get("torch_dtype") or found.get("dtype")
     kept = {key: given[key] for key in QUANTIZATION if given.get(key)}
-    tied = bool(config.tie_word_embeddings)
+    # Some models have the setting only in text_config.
+    tied = bool(config.tie_word_embeddings or (text.tie_word_embeddings and not has_head))
     return found | kept | {"architectures": [architecture], "tie_word_embeddings": tied, "dtype": dtype}
 
 
