@@ -21,21 +21,16 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import astuple, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from vllm import SamplingParams
-from vllm.config import WeightTransferConfig
-from vllm.config.kernel import IrOpPriorityConfig
 from vllm.distributed.weight_transfer.base import (
     WeightTransferInitRequest,
     WeightTransferUpdateRequest,
 )
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import RequestOutput
-from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from sdft.actors.config import EngineSettings
@@ -53,19 +48,13 @@ from sdft.actors.shared.types import (
     UpdateReport,
 )
 from sdft.actors.transport.named import transport_class
-from sdft.actors.vllm.compat import (
-    RPC_FAILED,
-    Output,
-    carries_state,
-    enqueue,
-    missing_architectures,
-    register_beside_images,
-)
-from sdft.actors.vllm.experts import KEPT, Parts, assembled, fill
-from sdft.actors.vllm.kernels import fused_norms
+from sdft.actors.vllm.arguments import arguments
+from sdft.actors.vllm.compat import RPC_FAILED, Output, enqueue
+from sdft.actors.vllm.experts import Parts, assembled, fill
 from sdft.actors.vllm.process import EngineProcess, error_line, forked
-from sdft.actors.vllm.scoring import SharedPrompts, scores_of, scoring_request, versions_of
-from sdft.actors.vllm.transfer import BACKEND, check_digests
+from sdft.actors.vllm.sampling import rollout_of, sampling_request
+from sdft.actors.vllm.scoring import scores_of, scoring_request
+from sdft.actors.vllm.transfer import check_digests
 
 log = logging.getLogger(__name__)
 
@@ -83,16 +72,12 @@ class VllmEngine(Engine):
 
     async def start(self) -> None:
         """Load the model in a process that vLLM starts. Raises RuntimeError with the cause if vLLM cannot start."""
-        register_beside_images(Path(self.settings.model))
-        arguments = self._arguments(self.settings.share_prompts)
-        if self.settings.share_prompts and carries_state(arguments):
-            # vLLM can only keep such a model's state at the ends of chunks, and prompts are not chunked.
-            arguments = self._arguments(share=False)
         processes: list[EngineProcess] = []
+        made = arguments(self.settings)
         try:
             # A process that has used CUDA cannot be forked. The actor's has not, unless the platform used it at import.
             with nullcontext() if torch.cuda.is_initialized() else forked(processes):
-                self._llm = AsyncLLM.from_engine_args(arguments)
+                self._llm = AsyncLLM.from_engine_args(made)
         except Exception as error:
             # vLLM's text only refers to a log. The error of its process is in `EngineProcess.failure`.
             causes = [process.failure for process in processes if process.failure]
@@ -110,60 +95,18 @@ class VllmEngine(Engine):
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest({"transport": self.settings.transport}))
         await self._llm.update_weight_version("0")
 
-    def _arguments(self, share: bool) -> AsyncEngineArgs:
-        """vLLM's settings. share: a prompt that several sequences begin with is computed once."""
-        s = self.settings
-        return AsyncEngineArgs(
-            model=s.model,
-            hf_overrides=missing_architectures(Path(s.model)),
-            load_format="safetensors",  # "auto" prefers consolidated*.safetensors to the files in the index
-            dtype=s.dtype,
-            enforce_eager=s.enforce_eager,
-            ir_op_priority=fused_norms() if s.enforce_eager and s.device == "cpu" else IrOpPriorityConfig(),
-            max_model_len=s.max_model_len,
-            # One more place, so that the probe of an update can run while all others are taken.
-            max_num_seqs=s.max_num_seqs if s.hold_batches else s.max_num_seqs + 1,
-            # No chunking of prompts: CPU generators cannot skip ahead, so a chunked seeded prompt kills the engine.
-            enable_chunked_prefill=False,
-            max_num_batched_tokens=max(s.max_model_len, 2048),
-            # A hit changes the shapes of a prefill and so the last bits of a log-prob, in the same way in each run.
-            enable_prefix_caching=share,
-            scheduler_cls=SharedPrompts if share else None,
-            block_size=64 if share and s.device == "cpu" else None,  # vLLM shares whole blocks only
-            max_logprobs=s.max_logprobs,
-            generation_config="vllm",  # no sampling defaults of the model folder; its ends of a reply count
-            logprobs_mode="processed_logprobs",  # log-probs of the distribution sampled from, including temperature
-            gpu_memory_utilization=s.gpu_memory_utilization,
-            kv_cache_memory_bytes=None if s.kv_cache_gib is None else int(s.kv_cache_gib * 2**30),
-            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-            worker_extension_cls=s.extension,
-            distributed_executor_backend="uni",
-            disable_log_stats=True,
-        )
-
     async def generate(self, requests: Sequence[GenerateRequest], sampling: Sampling) -> list[Rollout]:
         """Complete each prompt. Returns rollouts in the order of the requests."""
         names = [uuid.uuid4().hex if self.settings.keep_experts else None for _ in requests]
         params = [
-            SamplingParams(
-                max_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=request.seed,
-                stop_token_ids=list(self.settings.stop_ids),
-                logprobs=0,  # log-prob of the sampled token only
-                flat_logprobs=True,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-                extra_args=None if name is None else {KEPT: name},
-            )
+            sampling_request(sampling, request.seed, self.settings.stop_ids, name)
             for request, name in zip(requests, names, strict=True)
         ]
         try:
             outputs = await self._run([r.prompt_ids for r in requests], params)
         finally:
             kept = await self._experts(names)
-        rollouts = [_rollout(r.prompt_ids, o) for r, o in zip(requests, outputs, strict=True)]
+        rollouts = [rollout_of(r.prompt_ids, o) for r, o in zip(requests, outputs, strict=True)]
         experts = [assembled(p, len(r.prompt_ids) + len(r.completion_ids)) for p, r in zip(kept, rollouts, strict=True)]
         fill([r.prompt_ids for r in rollouts], experts)
         return [replace(rollout, experts=of_it) for rollout, of_it in zip(rollouts, experts, strict=True)]
@@ -314,21 +257,6 @@ async def _final(output_of: Output) -> RequestOutput:
     if not output.finished:
         raise RuntimeError(f"request {output.request_id} returned before it was finished")
     return output
-
-
-def _rollout(prompt_ids: IntArray, output: RequestOutput) -> Rollout:
-    completion = output.outputs[0]
-    ids = np.asarray(completion.token_ids, dtype=np.int32)
-    # Flat log-probs list the sampled token first at each position. With logprobs=0 they hold nothing else.
-    logprobs = completion.logprobs
-    at = np.asarray(logprobs.start_indices)
-    return Rollout(
-        prompt_ids=prompt_ids,
-        completion_ids=ids,
-        logprobs=np.asarray(logprobs.logprobs, dtype=np.float32)[at],
-        versions=versions_of(output),
-        finish_reason=completion.finish_reason or "stop",
-    )
 
 
 @contextmanager
