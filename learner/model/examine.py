@@ -23,6 +23,7 @@ with large_imports():
     from transformers import AutoModelForCausalLM, PreTrainedModel
 
     from sdft.learner.model.architecture import BROKEN, Untrainable, is_quantized, misfit, read_config
+    from sdft.learner.model.experts import replayable
     from sdft.learner.model.forward import one_line, why_alone
 
 DTYPES = {
@@ -41,10 +42,11 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Examination:
-    """What is found out about a model folder. Both are ends of a sentence."""
+    """What is found out about a model folder. Texts are ends of a sentence."""
 
     fault: str | None = None  # why its weights cannot be used, or not be trained, with the remedy
     alone: str | None = None  # why the learner computes the sequences of a pack one by one
+    routed: bool = False  # it has experts, and the learner can replay their choice
 
 
 def examine(path: Path, trains: bool) -> Examination:
@@ -62,13 +64,13 @@ def examine(path: Path, trains: bool) -> Examination:
         if not trains and is_quantized(config):
             return Examination()  # engines load quantized weights
         alone = why_alone(config) if trains else None
-        _, loaded = _loaded(config, tensors, "eager")
+        model, loaded = _loaded(config, tensors, "eager")
     except Untrainable as error:
         return Examination(str(error) if trains else None)  # engines have their own model code
     except BROKEN as error:
         fault = f"transformers cannot build the model that its config.json describes ({one_line(error)})"
         return Examination(fault if trains else None)
-    return Examination(misfit(loaded), alone)
+    return Examination(misfit(loaded), alone, trains and alone is None and bool(replayable(model)))
 
 
 def _loaded(config: Any, tensors: dict[str, torch.Tensor], attention: str) -> tuple[PreTrainedModel, dict[str, Any]]:

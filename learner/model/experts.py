@@ -17,8 +17,17 @@ TOP_K = (torch.topk, Tensor.topk)
 
 
 def named_routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the routers of a model with their names. transformers names their classes so."""
-    return ((name, module) for name, module in model.named_modules() if "Router" in type(module).__name__)
+    """Yield the routers of a model with their names: by their class, or by their name beside experts."""
+    for name, module in model.named_modules():
+        above, _, last = name.rpartition(".")
+        beside = last in ("router", "gate") and hasattr(model.get_submodule(above), "experts")
+        if beside or "Router" in type(module).__name__:
+            yield name, module
+
+
+def replayable(model: nn.Module) -> list[nn.Module]:
+    """The routers that choose the top k experts in their own forward. transformers names their classes so."""
+    return [router for _, router in named_routers(model) if "Router" in type(router).__name__]
 
 
 def freeze_routers(model: nn.Module) -> None:
@@ -33,9 +42,9 @@ class Replay:
     def __init__(self, model: nn.Module) -> None:
         """Replace the forward of each router. Raises ValueError if the model has none."""
         self.chosen: Tensor | None = None  # [T, routers, k] int64, -1 where the router chooses; stays until the next
-        self.routers = [router for _, router in named_routers(model)]
+        self.routers = replayable(model)
         if not self.routers:
-            raise ValueError("learner.replay_experts is set, and the model has no experts")
+            raise ValueError("the model has no routers whose choices can be replayed")
         for layer, router in enumerate(self.routers):
             self._replace(router, layer)
 

@@ -78,7 +78,9 @@ def why_alone(config: Any) -> str | None:
         return str(error)
     except BROKEN as error:
         return f"its layers do not work with the learner's attention ({one_line(error)})"
-    except RuntimeError:
+    except RuntimeError as error:
+        if mixers(model):
+            return f"its layers do not work in a pack ({one_line(error)})"
         return None  # an operation needs memory; the learner compares its forward with the model's own at its start
     text, kinds = model.config.get_text_config(), layer_kinds(config)
     if len(windows) < sum(kind in ATTENTION for kind in kinds):

@@ -9,7 +9,7 @@ So their result is that of each sequence alone, whatever such a layer does insid
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -37,7 +37,16 @@ def divide(model: PreTrainedModel) -> None:
             if len(lengths) < 2:
                 return whole(*given, **named)
             states, rest = (given[0], given[1:]) if given else (named.pop("hidden_states"), ())
-            return torch.cat([whole(part, *rest, **named) for part in states.split(lengths, dim=1)], dim=1)
+            along = {  # other arguments with one entry for each token
+                name: value.split(lengths, dim=1)
+                for name, value in named.items()
+                if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == states.shape[1]
+            }
+            parts = [
+                whole(part, *rest, **named | {name: pieces[i] for name, pieces in along.items()})
+                for i, part in enumerate(states.split(lengths, dim=1))
+            ]
+            return torch.cat(parts, dim=1)
 
         mixer.forward = forward
 

@@ -1,6 +1,6 @@
 """Write a model folder again without quantization, one weight file at a time. The names of the weights stay.
 
-    python -m sdft.learner.weights.dequantize FOLDER OUT     prints the reason why not, as JSON; null if it is done
+    python -m sdft.learner.weights.dequantize FOLDER OUT     prints why it could not be done, as JSON (export.written)
 
     fp8                  number * the scale of its block, of quantization_config's weight_block_size
     mxfp4                number of 4 bits * 2^(scale - 127), one scale for 32 numbers (OCP Microscaling Formats 1.0)
@@ -36,7 +36,7 @@ with large_imports():
     from torch import Tensor
 
     from sdft.learner.checkpoint.saving import TensorFile
-    from sdft.learner.weights.export import FORMAT, copy_companions, write_index
+    from sdft.learner.weights.export import FORMAT, copy_companions, write_index, written
 
 BLOCK = (128, 128)  # of FP8, where quantization_config does not name one
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -194,8 +194,6 @@ def why_not(folder: Path, out: Path) -> str | None:
         dequantize(folder, out)
     except ValueError as error:
         return str(error)
-    except OSError as error:
-        return f"{error.filename or out} cannot be written ({error.strerror})"
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else ""
         return f"its files do not fit the quantization_config in config.json ({type(error).__name__}: {reason})"
@@ -203,7 +201,7 @@ def why_not(folder: Path, out: Path) -> str | None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    print(json.dumps(why_not(*map(Path, arguments))))
+    print(json.dumps(written(why_not, *map(Path, arguments))))
 
 
 if __name__ == "__main__":

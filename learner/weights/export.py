@@ -6,7 +6,7 @@ the base stores twice is stored twice again.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -81,6 +81,15 @@ def merge_adapter(adapter: Path, out: Path) -> None:
     for file_name, of_file in files.items():
         TensorFile(out / file_name, of_file, FORMAT).write()
     write_index(base, out, {file_name: _sizes(of_file) for file_name, of_file in files.items()})
+
+
+def written(make: Callable[[Path, Path], str | None], folder: Path, out: Path) -> dict[str, str | None]:
+    """Make the folder `out` from another one. Returns why not: a `fault` of the folder, or of the `disk`; ends of a
+    sentence, None without one."""
+    try:
+        return {"fault": make(folder, out), "disk": None}
+    except OSError as error:
+        return {"fault": None, "disk": f"{error.filename or out} cannot be written ({error.strerror})"}
 
 
 def _tensors(path: Path, weights: Mapping[str, torch.Tensor], tied: Mapping[str, str]) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@
     model.language_model.layers.0...   split     model.layers.0...      trained   model.language_model.layers.0...
     model.vision_tower...              ─────►                 ─────►     join     model.vision_tower..., its own bytes
 
-    python -m sdft.learner.weights.text_part FOLDER OUT     prints the reason why not, as JSON; null if it is done
+    python -m sdft.learner.weights.text_part FOLDER OUT     prints why it could not be done, as JSON (export.written)
 
 Learner and engines have the text part, which is a text model like any other. The file ORIGIN in it, which every
 checkpoint copies, names the whole model and the names of the weights there.
@@ -20,7 +20,7 @@ from typing import Any
 
 from sdft.actors.shared.model_files import ORIGIN, QUANTIZATION, read_header, read_json, weight_files
 from sdft.actors.shared.process import large_imports
-from sdft.learner.model.architecture import Untrainable, read_config
+from sdft.learner.model.architecture import BROKEN, Untrainable, read_config
 
 with large_imports():
     import torch
@@ -28,7 +28,7 @@ with large_imports():
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     from sdft.learner.checkpoint.saving import TensorFile
-    from sdft.learner.weights.export import FORMAT, copy_companions, write_index
+    from sdft.learner.weights.export import FORMAT, copy_companions, write_index, written
 
 # Names of the text part's weights in a multimodal folder. transformers has written the first two forms.
 NAMES = re.compile(r"(?:model\.language_model|language_model\.model|language_model)\.(?P<name>.+)")
@@ -68,8 +68,11 @@ def split(whole: Path, out: Path) -> None:
 
     Raises ValueError if it has none that transformers can load.
     """
-    stored = {name: text_name(name) for path in weight_files(whole) for name in read_header(path)[0]}
-    config = _text_config(whole, any(name is not None and name.startswith("lm_head.") for name in stored.values()))
+    held = {name: path for path in weight_files(whole) for name in read_header(path)[0]}
+    stored = {name: text_name(name) for name in held}
+    if not any(NAMES.fullmatch(name) for name in held):
+        raise ValueError("its files have no weight whose name begins with model.language_model or language_model")
+    config = _text_config(whole, _may_be_tied(held, stored))
     names: dict[str, str] = {}
     sizes: dict[str, dict[str, int]] = {}
     out.mkdir(parents=True)
@@ -81,16 +84,28 @@ def split(whole: Path, out: Path) -> None:
             TensorFile(out / path.name, tensors, FORMAT).write()
             names |= of_file
             sizes[path.name] = {name: tensor.nbytes for name, tensor in tensors.items()}
-    if not names:
-        raise ValueError("its files have no weight whose name begins with model.language_model or language_model")
     copy_companions(whole, out, torch.float32)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     write_index(whole, out, sizes)
     (out / ORIGIN).write_text(json.dumps({FOLDER_KEY: str(whole), NAMES_KEY: names}) + "\n")
 
 
-def _text_config(whole: Path, has_head: bool) -> dict[str, Any]:
-    """The content of config.json for the text part. has_head: the files hold the weights of the head."""
+def _may_be_tied(held: Mapping[str, Path], stored: Mapping[str, str | None]) -> bool:
+    """Whether the files have no head, or one that equals the embedding. held: the file of each weight."""
+
+    def weight(text_name: str) -> torch.Tensor | None:
+        for name, in_text in stored.items():
+            if in_text == text_name:
+                with safe_open(held[name], framework="pt") as file:
+                    return file.get_tensor(name)
+        return None
+
+    head, embedding = weight("lm_head.weight"), weight("model.embed_tokens.weight")
+    return head is None or (embedding is not None and torch.equal(head, embedding))
+
+
+def _text_config(whole: Path, may_be_tied: bool) -> dict[str, Any]:
+    """The content of config.json for the text part. may_be_tied: its head may be its embedding."""
     try:
         config = read_config(whole)
     except Untrainable as error:
@@ -105,8 +120,8 @@ def _text_config(whole: Path, has_head: bool) -> dict[str, Any]:
             found[key] = getattr(config, key)
     dtype = given.get("dtype") or given.get("torch_dtype") or found.get("dtype")
     kept = {key: given[key] for key in QUANTIZATION if given.get(key)}
-    # Some models have the setting only in text_config.
-    tied = bool(config.tie_word_embeddings or (text.tie_word_embeddings and not has_head))
+    # Folders have the setting in one of two places, and transformers' default for the other may be wrong.
+    tied = may_be_tied and any(getattr(part, "tie_word_embeddings", False) for part in (config, text))
     return found | kept | {"architectures": [architecture], "tie_word_embeddings": tied, "dtype": dtype}
 
 
@@ -116,8 +131,11 @@ def join(student: Path, origin: Origin, out: Path) -> None:
     The other parts have the bytes of the original. Raises WholeGone if the original is not whole.
     """
     whole = origin.folder
+    if not whole.is_dir():
+        raise WholeGone(f"{whole} does not exist")
     try:
         files = {path: list(read_header(path)[0]) for path in weight_files(whole)}
+        read_json(whole / "config.json")
     except ValueError as error:
         raise WholeGone(str(error)) from None
     stored = {name for names in files.values() for name in names}
@@ -155,13 +173,13 @@ def why_not(whole: Path, out: Path) -> str | None:
         split(whole, out)
     except ValueError as error:
         return str(error)
-    except OSError as error:
-        return f"{error.filename or out} cannot be written ({error.strerror})"
+    except BROKEN as error:
+        return f"its files do not fit its config.json ({type(error).__name__}: {' '.join(str(error).split())})"
     return None
 
 
 def main(arguments: Sequence[str]) -> None:
-    print(json.dumps(why_not(*map(Path, arguments))))
+    print(json.dumps(written(why_not, *map(Path, arguments))))
 
 
 if __name__ == "__main__":

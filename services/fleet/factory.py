@@ -27,18 +27,24 @@ def engine_pool(
     options: Sequence[dict[str, Any]],
     notice: Callable[[str], None],
     learner: Callable[[], Learner],
+    keep_experts: bool = False,
 ) -> EnginePool:
     """Return the pool with this name in the configuration. It is not started.
 
     stop_ids: tokens at which the engines stop. vocabulary: number of the tokenizer's tokens.
     options: Ray actor options of the first engines, whose places are reserved. Later engines request the same
     resources on any node with the labels.
-    learner(): returns the current learner, which publishes the weights.
+    learner(): returns the current learner, which publishes the weights. keep_experts: rollouts have the experts that
+    the engines chose.
     """
     e, role = config.actors.pools[name], config.actors.role_name(name)
     transport = config.weights.transport
     settings = replace(
-        engine_settings(config, model, name), stop_ids=stop_ids, vocabulary=vocabulary, transport=transport
+        engine_settings(config, model, name),
+        stop_ids=stop_ids,
+        vocabulary=vocabulary,
+        transport=transport,
+        keep_experts=keep_experts,
     )
     actor = ray.remote(EngineWorker)
     gpus = e.gpus if config.device == "cuda" else 0

@@ -4,14 +4,14 @@ quantized weights    a copy without quantization
 multimodal model     its text part; `sdft export` puts the other parts back
 """
 
-import shutil
-import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
 from sdft.actors.shared.model_files import COMPRESSED_TENSORS, FP8, MXFP4, quantization, read_json
+from sdft.actors.shared.process import scratch_folder
 from sdft.services.base.errors import UserError
 from sdft.services.planning.apart import answer, start
 from sdft.services.planning.models import CACHE, cache_folder, check_trainable
@@ -40,14 +40,19 @@ def derived(model: Path, device: str, dtype: str, trains: bool) -> Derived:
     UserError if its weights are quantized in a way that cannot be undone here, it is multimodal and has no text part
     that can be used, or the copy cannot be written.
     """
-    notes = []
+    notes, given = [], model
     if trains and (whole := _dequantized(model, device, dtype)) != model:
         notes.append(f"the weights in {model} are quantized; the run begins with their dequantized copy in {whole}")
         model = whole
-    if _is_multimodal(model) and (trains or quantization(model) is None):
+    if _is_multimodal(model):
         if trains:
             check_trainable(model, device, dtype)
-        text = _copy(model, "text", "sdft.learner.weights.text_part", "has no text part that can be trained here")
+        elif quantization(model) is not None:
+            raise UserError(
+                f"model: {model} is multimodal and quantized, and cannot be evaluated here; name an exported model, or "
+                f"the model that it was made from"
+            )
+        text = _copy(given, model, "text", "sdft.learner.weights.text_part", "has no text part that can be used here")
         verb = "trains" if trains else "evaluates"
         after = "; `sdft export` puts the others back" if trains else ""
         notes.append(f"{model} is multimodal; the run {verb} its text part, in {text}{after}")
@@ -79,7 +84,7 @@ def _dequantized(model: Path, device: str, dtype: str) -> Path:
             f"that it was made from, or write it without quantization with {tool}"
         )
     check_trainable(model, device, dtype, quantized=True)
-    return _copy(model, "dequantized", "sdft.learner.weights.dequantize", "cannot be dequantized")
+    return _copy(model, model, "dequantized", "sdft.learner.weights.dequantize", "cannot be dequantized")
 
 
 def _method(settings: dict[str, object]) -> str:
@@ -88,32 +93,37 @@ def _method(settings: dict[str, object]) -> str:
     return str(settings.get("quant_method", "a method that it does not name"))
 
 
-def _copy(model: Path, kind: str, module: str, failed: str) -> Path:
-    """Return the copy of a kind that `module` makes of a model. It appears whole or not at all."""
-    out = cache_folder() / kind / f"{model.name}-{_digest(model)}"
+def _copy(given: Path, model: Path, kind: str, module: str, failed: str) -> Path:
+    """Return the copy of a kind that `module` makes of a model. It appears whole or not at all.
+
+    given: the folder that the user named. It gives the copy its name, so that a copy that was removed comes back under
+    the same name.
+    """
+    out = cache_folder() / kind / f"{given.name}-{_digest(given)}"
     if out.is_dir():
         return out
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        with scratch_folder("part-", str(out.parent)) as part:
+            with start(module, str(model), str(part / "model")) as process:
+                try:
+                    reason = answer(process)
+                except BaseException:
+                    process.kill()
+                    raise
+            if reason["disk"]:
+                raise UserError(f"{CACHE}: {reason['disk']}; free disk space, or name another folder")
+            if reason["fault"]:
+                mend = "name the model that it was made from" if kind == "dequantized" else "choose another model"
+                raise UserError(f"model: {given} {failed}: {reason['fault']}; {mend}")
+            with suppress(OSError):  # another process may have made the same copy meanwhile
+                (part / "model").rename(out)
     except OSError as error:
         raise UserError(
             f"{CACHE} {out}: a copy of the model cannot be written there ({error.strerror}); name another folder"
         ) from None
-    try:
-        with start(module, str(model), str(part / "model")) as process:
-            try:
-                reason = answer(process)
-            except BaseException:
-                process.kill()
-                raise
-        if reason:
-            mend = "name the model that it was made from" if kind == "dequantized" else "choose another model"
-            raise UserError(f"model: {model} {failed}: {reason}; {mend}")
-        if not out.is_dir():  # another process may have made the same copy meanwhile
-            (part / "model").rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    if not out.is_dir():
+        raise UserError(f"{CACHE} {out}: a copy of the model cannot be written there; name another folder")
     return out
 
 

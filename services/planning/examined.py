@@ -14,6 +14,7 @@ from sdft.services.base.files import write_atomically
 from sdft.services.planning.apart import answer, start
 from sdft.services.planning.models import cache_folder
 
+ROUTED = "routed"
 REMEMBERED = 100  # the last folders that passed
 
 
@@ -22,6 +23,7 @@ class Examined:
     """The result of an examination, known at its end."""
 
     alone: str | None = None  # why the learner computes the sequences of a pack one by one, as the end of a sentence
+    routed: bool = False  # the model has experts, and the learner can replay their choice
 
 
 @contextmanager
@@ -33,7 +35,8 @@ def examined(model: Path, trains: bool) -> Iterator[Examined]:
     """
     stamp, found = _stamp(model, trains), Examined()
     if (passed := _passed().get(stamp)) is not None:
-        found.alone = passed or None
+        routed, _, alone = passed.partition(" ")
+        found.alone, found.routed = alone or None, routed == ROUTED
         yield found
         return
     with start("sdft.learner.model.examine", str(model), *(["--trains"] if trains else [])) as process:
@@ -45,11 +48,12 @@ def examined(model: Path, trains: bool) -> Iterator[Examined]:
             raise
     if result["fault"]:
         raise UserError(f"model: {model} cannot be {'trained' if trains else 'evaluated'} here: {result['fault']}")
-    found.alone = result["alone"]
+    found.alone, found.routed = result["alone"], result["routed"]
     with suppress(OSError, UserError):  # without it the next command examines the folder again
         path = _memory()
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [f"{key} {alone}" for key, alone in (_passed() | {stamp: found.alone or ""}).items()]
+        result = f"{ROUTED if found.routed else '-'} {found.alone or ''}"
+        lines = [f"{key} {of_folder}" for key, of_folder in (_passed() | {stamp: result}).items()]
         write_atomically(path, "\n".join(lines[-REMEMBERED:]).encode())
 
 
@@ -73,7 +77,7 @@ def _memory() -> Path:
 
 
 def _passed() -> dict[str, str]:
-    """Return Examined.alone, or "" for None, of the folders that passed, by their stamps, the oldest first."""
+    """Return the results of the folders that passed, by their stamps, the oldest first: ROUTED or "-", and `alone`."""
     try:
         return dict(line.partition(" ")[::2] for line in _memory().read_text().splitlines())
     except (OSError, UserError, UnicodeDecodeError):

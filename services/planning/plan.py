@@ -12,7 +12,6 @@ from sdft.actors.shared.process import GIB
 from sdft.services.base.errors import UserError
 from sdft.services.config.run import RunConfig, TaskConfig
 from sdft.services.planning.memory import WIDTH, learner_gib
-from sdft.services.planning.routing import replays_experts
 from sdft.services.planning.shape import ModelShape
 
 # GiB of an engine's two processes together, without weights and KV cache. Measured on the CPU build: 0.8 with a model
@@ -162,7 +161,6 @@ def engine_settings(config: RunConfig, model: Path, pool: str) -> EngineSettings
         threads=e.threads,
         kv_cache_gib=cache_gib,
         engine=e.engine,
-        keep_experts=config.actors.role_name(pool) == STUDENT and replays_experts(config, model),
     )
 
 

@@ -26,6 +26,7 @@ from sdft.services.planning.fingerprint import fingerprint_of
 from sdft.services.planning.models import check_positions, check_trainable, resolve_model
 from sdft.services.planning.plan import engine_settings, make_plan, pools
 from sdft.services.planning.prepared import Prepared, Stage
+from sdft.services.planning.routing import replays_experts
 from sdft.services.planning.shape import ModelShape, embedding_rows, read_headers, sample_of_weights
 from sdft.services.planning.sources import SAMPLE, Loaded, Questions, check_ends, load_rows, make_source
 
@@ -65,7 +66,13 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
         prepared = _prepared(config, path, model, loaded, common, begun)
         if trains:
             _check_support(config, prepared.vocabulary)
-    return replace(prepared, alone=found.alone, model_notes=use.notes)
+    if found.alone and config.learner.ranks > 1 and config.learner.zero_stage == 3:
+        raise UserError(
+            f"learner.zero_stage is 3 with {config.learner.ranks} ranks, which cannot compute the sequences of a pack "
+            f"one by one, and this model needs it ({found.alone}); set learner.zero_stage: 2"
+        )
+    replays = trains and replays_experts(config, found.routed)
+    return replace(prepared, alone=found.alone, replays_experts=replays, model_notes=use.notes)
 
 
 def _prepared(

@@ -19,7 +19,6 @@ from sdft.services.data.schedule import Schedule, StageSchedule
 from sdft.services.data.sets import LoadedSet
 from sdft.services.data.sources.base import PromptSource
 from sdft.services.planning.plan import Plan
-from sdft.services.planning.routing import replays_experts
 from sdft.services.planning.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -65,6 +64,7 @@ class Prepared:
     begun: datetime  # local time; chat templates may write it into prompts
     sample_ids: list[int] = field(default_factory=list)  # prompt of SAMPLE, with the first stage's settings
     alone: str | None = None  # why the learner computes sequences one by one, as the end of a sentence; None: it packs
+    replays_experts: bool = False  # the learner routes tokens to the experts that the sampler chose
     model_notes: tuple[str, ...] = ()  # why `model` is not the folder that the configuration names, one sentence each
 
     @property
@@ -115,7 +115,7 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
         exclusive=c.strict and c.learner.ranks == 1,
         transport=c.weights.transport,
         vocabulary=prepared.vocabulary,
-        replay_experts=replays_experts(c, prepared.model),
+        replay_experts=prepared.replays_experts,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from sdft.actors.config import LEARNER
+from sdft.actors.roles import STUDENT
 from sdft.actors.shared.process import collect_rarely
 from sdft.actors.shared.waiting import all_of, cancelled, unless
 from sdft.learner.group import LearnerGroup, LearnerLost
@@ -169,6 +170,7 @@ class Session:
             self._options[name],
             self._notice,
             self._current,
+            self._prepared.replays_experts and self._prepared.config.actors.role_name(name) == STUDENT,
         )
         self._pools[name] = pool
         await pool.start()

@@ -29,6 +29,7 @@ def isolate() -> Path:
     """
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # the folders of tests stay where they are
     folder = tempfile.mkdtemp(prefix="t-", dir="/tmp")
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     return Path(folder)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sdft.actors.shared.model_files import ORIGIN
+from sdft.actors.shared.model_files import ADAPTER_CONFIG, ORIGIN, read_json
 from sdft.services.base.errors import PreflightError, UserError
 from sdft.services.base.files import check_output, part_name
 from sdft.services.base.output import lasting_output
@@ -56,20 +56,30 @@ def _export_student(student: Path, out: Path) -> None:
         return
     from sdft.learner.weights.text_part import Origin, WholeGone, join
 
-    origin = Origin.of(out)
-    text = out.rename(out.with_name(f"{out.name}-text"))
+    origin, text = Origin.of(out), out.with_name(f"{out.name}-text")
+    shutil.rmtree(text, ignore_errors=True)  # of an export that was killed
+    out.rename(text)
     try:
         join(text, origin, out)
     except WholeGone as error:
         raise UserError(
-            f"{student} is the text part of {origin.folder}, which is not whole ({error}); put that model back"
+            f"{student} is the text part of a multimodal model, which is not whole: {error}; {_back(origin.folder)}"
         ) from None
     finally:
         shutil.rmtree(text, ignore_errors=True)
 
 
+def _back(folder: Path) -> str:
+    """Return what brings back a folder that an export needs."""
+    from sdft.services.planning.models import cache_folder
+
+    if folder.is_relative_to(cache_folder()):
+        return "run `sdft check` with the run's config.yaml, which makes that folder again"
+    return "put that folder back"
+
+
 def _export_merged(student: Path, out: Path) -> None:
-    if not (student / "adapter_config.json").exists():
+    if not (student / ADAPTER_CONFIG).exists():
         out.mkdir(parents=True)
         for path in student.iterdir():
             shutil.copyfile(path, out / path.name)  # without permissions
@@ -79,9 +89,8 @@ def _export_merged(student: Path, out: Path) -> None:
     try:
         merge_adapter(student, out)
     except (BaseModelGone, ValueError) as error:
-        raise UserError(
-            f"{student}: {error}; put the base model back, or load the adapter on another base with peft"
-        ) from None
+        base = Path(read_json(student / ADAPTER_CONFIG)["base_model_name_or_path"])
+        raise UserError(f"{student}: {error}; {_back(base)}, or load the adapter on another base with peft") from None
 
 
 def replay(

@@ -157,7 +157,11 @@ def test_a_separate_head_that_config_json_ties_is_refused(model: Path) -> None:
         ("gptj", {"rotary_dim": 32}, "do not work with the learner's attention"),
         ("mpt", {"d_model": 128, "n_heads": 2, "n_layers": 2}, "do not work with the learner's attention"),
         ("doge", {}, "its attention uses a mask of its own"),
-        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of the type conv carry something"),
+        (
+            "minimax",
+            {"num_local_experts": 4, "num_experts_per_tok": 2},
+            "layers of the type linear_attention carry something",
+        ),
     ],
 )
 def test_a_model_that_does_not_pack_is_computed_one_by_one(

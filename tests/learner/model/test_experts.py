@@ -69,5 +69,5 @@ def test_the_weights_of_given_experts_are_the_routers_own(tiny_model: Path, tmp_
 
 
 def test_a_model_without_experts_has_nothing_to_replay(tiny_model: Path) -> None:
-    with pytest.raises(ValueError, match="the model has no experts"):
+    with pytest.raises(ValueError, match="the model has no routers"):
         Replay(AutoModelForCausalLM.from_pretrained(tiny_model))

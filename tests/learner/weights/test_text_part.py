@@ -1,6 +1,7 @@
 """A multimodal model is trained as its text part: the same logits, and an export with every byte of the other parts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,13 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from sdft.actors.shared.model_files import INDEX, ORIGIN, SINGLE, weight_files
 from sdft.learner.model.examine import examine
+from sdft.learner.model.student import load_student
 from sdft.learner.weights.text_part import Origin, WholeGone, join, split, why_not
+from sdft.services.base.errors import UserError
+from sdft.services.cli.commands.take import _export_student
 from sdft.services.cli.main import main
-from tests.fakes.folders import configure, shard
+from sdft.services.planning.derived import derived
+from tests.fakes.folders import configure, quantize_fp8, shard
 from tests.fakes.multimodal import MULTIMODAL, make_multimodal
 from tests.runs.run import write_run
 
@@ -95,3 +100,59 @@ def test_check_names_the_text_part_which_is_made_once(
     monkeypatch.setattr("sdft.services.planning.derived.start", None)  # no process begins again
     assert main(["check", str(config)]) == 0
     assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_is_stored_is_tied_only_if_it_equals_the_embedding(tied: bool, tmp_path: Path) -> None:
+    """Folders of Mistral 3 do not say it at the top of config.json, and transformers' default there is true."""
+    whole, text = make_multimodal(tmp_path / "whole", "mistral3"), tmp_path / "text"
+    tensors = tensors_of(whole)
+    head = tensors["language_model.model.embed_tokens.weight"].clone()
+    save_file(tensors | {"language_model.lm_head.weight": head if tied else head + 1}, whole / SINGLE, {"format": "pt"})
+    configure(whole, tie_word_embeddings=None)
+    split(whole, text)
+    assert json.loads((text / "config.json").read_text())["tie_word_embeddings"] == tied
+    load_student(text, torch.float32)
+
+
+def test_an_export_without_the_whole_model_says_what_brings_it_back(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDFT_CACHE", str(tmp_path / "cache"))
+    for place, mend in ((tmp_path / "whole", "put that folder back"), (tmp_path / "cache" / "w", "run `sdft check`")):
+        whole, text = make_multimodal(place, "gemma3"), tmp_path / f"text-{place.name}"
+        split(whole, text)
+        shutil.rmtree(whole)
+        (tmp_path / ".out.part-text").mkdir(exist_ok=True)  # of an export that was killed
+        (tmp_path / ".out.part-text" / "x").touch()
+        with pytest.raises(UserError, match=f"{place.name} does not exist; {mend}"):
+            _export_student(text, tmp_path / ".out.part")
+
+
+def test_a_copy_that_was_removed_comes_back_under_its_name(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text part is made of the copy without quantization, which is written anew."""
+    monkeypatch.setenv("SDFT_CACHE", str(tmp_path / "cache"))
+    model = make_multimodal(tmp_path / "m", "gemma3", tiny_model)
+    quantize_fp8(model)
+    first = derived(model, "cpu", "float32", trains=True)
+    assert [note.split(" ")[1] for note in first.notes] == ["weights", "is"]
+    shutil.rmtree(tmp_path / "cache")
+    assert derived(model, "cpu", "float32", trains=True) == first
+    with pytest.raises(UserError, match="is multimodal and quantized, and cannot be evaluated here; name an exported"):
+        derived(model, "cpu", "float32", trains=False)
+
+
+def test_a_full_disk_is_no_fault_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDFT_CACHE", str(tmp_path / "cache"))
+    model = make_multimodal(tmp_path / "m", "gemma3")
+    monkeypatch.setattr(
+        "sdft.services.planning.derived.answer",
+        lambda process: (process.wait(), {"fault": None, "disk": "x cannot be written (No space left on device)"})[1],
+    )
+    with pytest.raises(
+        UserError, match=r"SDFT_CACHE: x cannot be written \(No space left on device\); free disk space"
+    ):
+        derived(model, "cpu", "float32", trains=True)
+    assert not list(tmp_path.glob("cache/text/*"))
