@@ -24,7 +24,6 @@ from sdft.learner.compat import build_nothing, divided_masters, fragment, link_s
 from sdft.learner.model.architecture import Untrainable
 from sdft.learner.model.experts import Replay, freeze_routers
 from sdft.learner.model.faithful import unfaithful
-from sdft.learner.model.mixers import mixers
 from sdft.learner.model.stored import Stored
 from sdft.learner.model.student import SelfDistillation, load_student, tied_names
 from sdft.learner.optimizer import MASTER, TEACHER, AdamWWithTeacher, learning_rate, teacher_alpha
@@ -68,10 +67,6 @@ class LearnerEngine:
         # At ZeRO stage 0 DeepSpeed returns no gradient norm, and steps on gradients that are not finite too.
         clip = settings.config.optimizer.grad_clip if self._zero_stage == 0 else None
         optimizer = AdamWWithTeacher(trained, None if self._lora else alpha, clip)
-        if self._zero_stage == 3 and (states := {type(mixer) for mixer in mixers(student)}):
-            # They compute one sequence after the other, and ranks have different numbers of sequences: as leaves their
-            # parameters are gathered once for a pack, so every rank takes part in the same collectives.
-            deepspeed.utils.set_z3_leaf_modules(model, list(states))
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._deepspeed_config()
         )

@@ -25,6 +25,7 @@ with large_imports():
     from sdft.learner.model.architecture import BROKEN, Untrainable, is_quantized, misfit, read_config
     from sdft.learner.model.experts import replayable
     from sdft.learner.model.forward import one_line, why_alone
+    from sdft.learner.model.mixers import mixers
 
 DTYPES = {
     "F64": torch.float64,
@@ -47,6 +48,7 @@ class Examination:
     fault: str | None = None  # why its weights cannot be used, or not be trained, with the remedy
     alone: str | None = None  # why the learner computes the sequences of a pack one by one
     routed: bool = False  # it has experts, and the learner can replay their choice
+    divides: bool = False  # some layers compute the sequences of a pack one by one
 
 
 def examine(path: Path, trains: bool) -> Examination:
@@ -70,7 +72,9 @@ def examine(path: Path, trains: bool) -> Examination:
     except BROKEN as error:
         fault = f"transformers cannot build the model that its config.json describes ({one_line(error)})"
         return Examination(fault if trains else None)
-    return Examination(misfit(loaded), alone, trains and alone is None and bool(replayable(model)))
+    if not trains:
+        return Examination(misfit(loaded))
+    return Examination(misfit(loaded), alone, alone is None and bool(replayable(model)), bool(alone or mixers(model)))
 
 
 def _loaded(config: Any, tensors: dict[str, torch.Tensor], attention: str) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -65,7 +65,8 @@ def why_alone(config: Any) -> str | None:
     inputs = {"input_ids": ids[None], "position_ids": positions.to("meta")[None], "lengths": LENGTHS}
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=COUNTED)
+            # In bfloat16, because torch's product of grouped experts has no other dtype there.
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=COUNTED)
         states = [kind for kind in layer_kinds(config) if kind not in ATTENTION | BY_ITSELF]
         if len(mixers(model)) < len(states):
             return f"layers of the type {', '.join(sorted(set(states)))} carry something from each token to the next"

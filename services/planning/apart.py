@@ -6,6 +6,8 @@ import subprocess
 import sys
 from typing import Any
 
+from sdft.services.base.errors import UserError
+
 
 def start(module: str, *arguments: str) -> "subprocess.Popen[str]":
     """Start `python -m module arguments`."""
@@ -15,8 +17,16 @@ def start(module: str, *arguments: str) -> "subprocess.Popen[str]":
 
 
 def answer(process: "subprocess.Popen[str]") -> Any:
-    """Wait for the process, and return the JSON in the last line that it printed. RuntimeError if it failed."""
+    """Wait for the process, and return the JSON in the last line that it printed.
+
+    UserError if it was killed, RuntimeError if it failed.
+    """
     out, log = process.communicate()
+    if process.returncode < 0:
+        raise UserError(
+            f"a process that reads the model was killed by signal {-process.returncode}, as happens when memory is "
+            f"short; free memory, and run the same command again"
+        )
     if process.returncode != 0:
         raise RuntimeError(f"{process.args!r} ended with {process.returncode}: {log[-2000:]}")
     return json.loads(out.splitlines()[-1])

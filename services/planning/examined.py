@@ -14,7 +14,7 @@ from sdft.services.base.files import write_atomically
 from sdft.services.planning.apart import answer, start
 from sdft.services.planning.models import cache_folder
 
-ROUTED = "routed"
+ROUTED, DIVIDES = "r", "d"  # flags
 REMEMBERED = 100  # the last folders that passed
 
 
@@ -24,6 +24,7 @@ class Examined:
 
     alone: str | None = None  # why the learner computes the sequences of a pack one by one, as the end of a sentence
     routed: bool = False  # the model has experts, and the learner can replay their choice
+    divides: bool = False  # some layers, or all, compute the sequences of a pack one by one
 
 
 @contextmanager
@@ -35,8 +36,8 @@ def examined(model: Path, trains: bool) -> Iterator[Examined]:
     """
     stamp, found = _stamp(model, trains), Examined()
     if (passed := _passed().get(stamp)) is not None:
-        routed, _, alone = passed.partition(" ")
-        found.alone, found.routed = alone or None, routed == ROUTED
+        flags, _, alone = passed.partition(" ")
+        found.alone, found.routed, found.divides = alone or None, ROUTED in flags, DIVIDES in flags
         yield found
         return
     with start("sdft.learner.model.examine", str(model), *(["--trains"] if trains else [])) as process:
@@ -48,12 +49,13 @@ def examined(model: Path, trains: bool) -> Iterator[Examined]:
             raise
     if result["fault"]:
         raise UserError(f"model: {model} cannot be {'trained' if trains else 'evaluated'} here: {result['fault']}")
-    found.alone, found.routed = result["alone"], result["routed"]
+    found.alone, found.routed, found.divides = result["alone"], result["routed"], result["divides"]
     with suppress(OSError, UserError):  # without it the next command examines the folder again
         path = _memory()
         path.parent.mkdir(parents=True, exist_ok=True)
-        result = f"{ROUTED if found.routed else '-'} {found.alone or ''}"
-        lines = [f"{key} {of_folder}" for key, of_folder in (_passed() | {stamp: result}).items()]
+        flags = f"-{ROUTED * found.routed}{DIVIDES * found.divides}"
+        passed_now = _passed() | {stamp: f"{flags} {found.alone or ''}"}
+        lines = [f"{key} {of_folder}" for key, of_folder in passed_now.items()]
         write_atomically(path, "\n".join(lines[-REMEMBERED:]).encode())
 
 
@@ -77,7 +79,7 @@ def _memory() -> Path:
 
 
 def _passed() -> dict[str, str]:
-    """Return the results of the folders that passed, by their stamps, the oldest first: ROUTED or "-", and `alone`."""
+    """Return the results of the folders that passed, by their stamps, the oldest first: flags, and `alone`."""
     try:
         return dict(line.partition(" ")[::2] for line in _memory().read_text().splitlines())
     except (OSError, UserError, UnicodeDecodeError):

@@ -1,6 +1,7 @@
 """Prepare a run from its configuration, before a process is started: model, data, prompts, schedule, plan."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +20,7 @@ from sdft.services.data.sets import LoadedSet
 from sdft.services.data.tokenizer import load_tokenizer, vocabulary_of
 from sdft.services.grading.grade import answer_check
 from sdft.services.grading.judge import check_judge
-from sdft.services.planning.derived import derived
+from sdft.services.planning.derived import Derived, derived
 from sdft.services.planning.engines import check_own_engines
 from sdft.services.planning.examined import examined
 from sdft.services.planning.fingerprint import fingerprint_of
@@ -56,7 +57,7 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
             check_judge(s.name, s.judge)
     use = derived(resolve_model(config.model, base), config.device, config.dtype, trains)
     model = use.folder
-    with examined(model, trains) as found:
+    with _copy_is_named(use), examined(model, trains) as found:
         if trains:
             check_trainable(model, config.device, config.dtype)
         # Raises when the model or the cache is too short for the prompts.
@@ -66,13 +67,25 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
         prepared = _prepared(config, path, model, loaded, common, begun)
         if trains:
             _check_support(config, prepared.vocabulary)
-    if found.alone and config.learner.ranks > 1 and config.learner.zero_stage == 3:
+    if found.divides and config.learner.ranks > 1 and config.learner.zero_stage == 3:
         raise UserError(
-            f"learner.zero_stage is 3 with {config.learner.ranks} ranks, which cannot compute the sequences of a pack "
-            f"one by one, and this model needs it ({found.alone}); set learner.zero_stage: 2"
+            f"learner.zero_stage is 3 with {config.learner.ranks} ranks, and layers of the model in {model} compute "
+            f"the sequences of a pack one by one, which ranks with other numbers of sequences cannot do at that stage; "
+            f"set learner.zero_stage: 2"
         )
     replays = trains and replays_experts(config, found.routed)
     return replace(prepared, alone=found.alone, replays_experts=replays, model_notes=use.notes)
+
+
+@contextmanager
+def _copy_is_named(use: Derived) -> Iterator[None]:
+    """Name the folder that the user gave in errors about a copy of it."""
+    try:
+        yield
+    except UserError as error:
+        if use.notes and str(use.folder) in str(error):
+            raise UserError(f"{error} ({use.folder} is a copy: {'; '.join(use.notes)})") from None
+        raise
 
 
 def _prepared(

@@ -36,7 +36,7 @@ from tests.runs.run import write_run
 
 DOWN_PROJ = "model.layers.1.mlp.down_proj.weight"
 Tensors = dict[str, torch.Tensor]
-PASSES = "import json; print(json.dumps({'fault': None, 'alone': None}))"
+PASSES = "import json; print(json.dumps({'fault': None, 'alone': None, 'routed': False, 'divides': False}))"
 
 
 @pytest.fixture

@@ -77,10 +77,11 @@ def test_a_text_part_without_its_whole_model_is_not_exported(tmp_path: Path) -> 
 
 def test_a_model_without_a_text_part_is_refused(tmp_path: Path) -> None:
     whole = make_multimodal(tmp_path / "whole", "gemma3")
-    save_file({"vision_tower.norm.weight": torch.ones(2)}, whole / SINGLE, {"format": "pt"})
-    assert "no weight whose name begins with" in (why_not(whole, tmp_path / "text") or "")
     configure(whole, model_type="nothing")
-    assert "transformers does not support the model" in (why_not(whole, tmp_path / "other") or "")
+    assert "transformers does not support the model" in (why_not(whole, tmp_path / "text") or "")
+    configure(whole, model_type="gemma3")
+    save_file({"language_model.lm_head.weight": torch.ones(2)}, whole / SINGLE, {"format": "pt"})
+    assert "no weight whose name begins with" in (why_not(whole, tmp_path / "other") or "")
 
 
 def test_check_names_the_text_part_which_is_made_once(
@@ -156,3 +157,17 @@ def test_a_full_disk_is_no_fault_of_the_model(tmp_path: Path, monkeypatch: pytes
     ):
         derived(model, "cpu", "float32", trains=True)
     assert not list(tmp_path.glob("cache/text/*"))
+
+
+def test_a_fault_of_a_copy_names_the_folder_of_the_user(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SDFT_CACHE", str(tmp_path / "cache"))
+    model = make_multimodal(tmp_path / "m", "gemma3", tiny_model)
+    tensors = tensors_of(model)
+    del tensors["language_model.model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, model / SINGLE, {"format": "pt"})
+    assert main(["check", str(write_run(tmp_path, model, "float32"))]) == 2
+    error = capsys.readouterr().err
+    assert "its files lack model.layers.1.mlp.down_proj.weight" in error
+    assert f"is a copy: {model} is multimodal" in error

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sdft.services.cli.main import main
+from sdft.services.planning.examined import Examined
 from sdft.services.planning.limits import engine_limit
 from tests.runs.run import write_run
 
@@ -57,3 +59,15 @@ def test_check_refuses_a_model_that_engines_cannot_serve(
     (model / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_next"}))
     assert main(["check", str(write_run(tmp_path, model, "float32"))]) == 2
     assert "cannot be trained here: vLLM computes its delta nets on a CPU in bfloat16 only" in capsys.readouterr().err
+
+
+def test_ranks_of_zero_3_need_layers_that_compute_a_pack_at_once(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each sequence is a collective call then, and ranks have other numbers of sequences: they would wait for ever."""
+    monkeypatch.setattr("sdft.services.planning.prepare.examined", lambda *_: nullcontext(Examined(divides=True)))
+    config = str(write_run(tmp_path, tiny_model, "float32"))
+    two = ["--set", "learner.ranks=2", "--set"]
+    assert main(["check", config, *two, "learner.zero_stage=2"]) == 0
+    assert main(["check", config, *two, "learner.zero_stage=3"]) == 2
+    assert "cannot do at that stage; set learner.zero_stage: 2" in capsys.readouterr().err
