@@ -70,7 +70,7 @@ def split(whole: Path, out: Path) -> None:
     """
     held = {name: path for path in weight_files(whole) for name in read_header(path)[0]}
     stored = {name: text_name(name) for name in held}
-    if not any(NAMES.fullmatch(name) for name in held):
+    if not any(NAMES.fullmatch(name) and not HEAD.fullmatch(name) for name in held):
         raise ValueError("its files have no weight whose name begins with model.language_model or language_model")
     config = _text_config(whole, _may_be_tied(held, stored))
     names: dict[str, str] = {}
