@@ -48,6 +48,7 @@ from sdft.learner.engine import LearnerEngine
 from sdft.learner.loss.divergences import token_objective
 from sdft.learner.model.experts import freeze_routers
 from sdft.learner.model.forward import hidden_states, why_alone
+from sdft.learner.model.mixers import mixers
 from sdft.learner.model.student import SelfDistillation, load_student
 from sdft.learner.packing import pack
 from sdft.learner.shares import shares
@@ -66,7 +67,7 @@ PROBE = np.random.default_rng(7).integers(5, 500, 30).astype(np.int32)
 GIVEN = [np.random.default_rng(8).integers(5, 500, n).astype(np.int32) for n in (7, 23, 70)]
 PROMPTS = [*GIVEN, GIVEN[-1]]  # the last two share a block of the engine's cache
 NEW_TOKENS = 12
-SMALL = 1e-2
+SMALL = 0.1
 BOUND = {"float32": 1e-4, "bfloat16": 0.15}  # of a log-prob, between engine and transformers
 
 
@@ -103,17 +104,17 @@ def plain(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
-def apart(ours: Tensor, theirs: Tensor, least: float = 1e-6) -> float:
+def apart(ours: Tensor, theirs: Tensor, least: float = 0.0) -> float:
     """The largest difference, relative to the largest value or to `least`."""
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=least))
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=max(least, 1e-6)))
 
 
 def packed(folder: Path) -> dict[str, float]:
     """Compare a pack, forward and backward, with each sequence alone in plain transformers.
 
-    A gradient that is nearly zero beside the others is a small difference of large sums, as that of a delta net's
-    decays: plain transformers differs from itself by 2e-4 there if it uses another attention kernel. Its difference is
-    relative to SMALL of the largest gradient.
+    The gradient of a decay is a small difference of large sums: plain transformers differs from itself by up to 2e-4 of
+    it if another layer uses another kernel. In a model with such layers, a difference of small gradients is relative to
+    SMALL of the largest one.
     """
     model, reference = load_student(folder, torch.float32), plain(folder)
     made = sequences(reference, 0)
@@ -134,7 +135,8 @@ def packed(folder: Path) -> dict[str, float]:
         total = total + (objective * alone.targets.share).sum()
     total.backward()
     expected = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
-    least = SMALL * max(float(gradient.abs().max()) for gradient in expected.values())
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    least = SMALL * largest if mixers(reference) else 0.0
     gradients = {
         name: apart(parameter.grad, expected[name], least)
         for name, parameter in model.named_parameters()
