@@ -81,8 +81,8 @@ which checks a small random model of each family, with transformers {transformer
 - **learner**: how the sequences of a micro-batch are computed, and the largest relative difference from plain
   transformers, one sequence at a time, in float32: hidden states, loss, every gradient, and the weights after two steps
   with gradient checkpointing. In models with convolutions, delta nets or state spaces, a gradient that is small beside
-  the largest is compared with a tenth of that. One sequence is longer than windows and chunks. A run that is resumed has
-  the same bits.
+  the largest is compared with a tenth of that. One sequence is longer than windows and chunks. A resumed run has the
+  same bits.
 - **engine**: the largest difference of a log-prob, of sampled and of scored tokens, between engine and transformers: as
   loaded and after each of three verified updates, with held and streamed batches, and with a prompt that two rollouts
   share. In float32, or in bfloat16 where vLLM has nothing else; then it is the mean difference.
