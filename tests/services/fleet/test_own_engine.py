@@ -44,7 +44,10 @@ def test_an_engine_of_a_users_own_samples_scores_and_is_updated_and_replaced(ray
         assert set(rollout.logprobs.tolist()) == {-4.0}
         with pytest.raises(Exception, match="EchoEngine receives no streams of weights"):
             await engine.attempt("connect", {})
+        killed = Path(f"/proc/{engine.process.pid}/cmdline")
         engine._actor.kill()
+        while killed.exists() and killed.read_bytes():  # on a busy machine it would still answer the next call
+            await asyncio.sleep(0.05)
         (again,) = await pool.generate([GenerateRequest(PROMPT)], Sampling(max_new_tokens=4))
         assert (again.versions, again.completion_ids.tolist()) == (((3, 0, 4),), [5, 6, 7, 5])
         await pool.stop()
