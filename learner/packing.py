@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdft.actors.shared.sequences import TrainingSequence
+from sdft.actors.shared.sequences import TrainingSequence, joined_experts
 from sdft.actors.shared.types import IntArray, TeacherScores
 from sdft.learner.loss.targets import Targets
 
@@ -61,6 +61,7 @@ def pack(sequences: Sequence[TrainingSequence], batch_size: int, top_k: int) -> 
         sequence.append(torch.full((len(rows),), i))
         share.append(torch.full((len(rows),), 1.0 / (max(1, len(rows)) * batch_size)))
         offset += len(s)
+    experts = joined_experts([len(s) if s.experts is None else s.experts for s in sequences])
     if not sequences:
         ids, positions = [torch.zeros(2, dtype=torch.int32)], [torch.arange(2)]
     return MicroBatch(
@@ -77,17 +78,8 @@ def pack(sequences: Sequence[TrainingSequence], batch_size: int, top_k: int) -> 
             sequence=_cat(sequence, (0,)).long(),
             share=_cat(share, (0,)),
         ),
-        experts=_experts(sequences),
+        experts=None if experts is None else torch.from_numpy(experts).long(),
     )
-
-
-def _experts(sequences: Sequence[TrainingSequence]) -> Tensor | None:
-    """The experts of packed sequences. Those of a sequence without are -1."""
-    shape = next((s.experts.shape[1:] for s in sequences if s.experts is not None), None)
-    if shape is None:
-        return None
-    parts = [np.full((len(s), *shape), -1, np.int16) if s.experts is None else s.experts for s in sequences]
-    return torch.from_numpy(np.concatenate(parts)).long()
 
 
 def _certain(tokens: IntArray) -> TeacherScores:

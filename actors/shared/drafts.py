@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sdft.actors.shared.sequences import BoolArray, Span, TrainingSequence
+from sdft.actors.shared.sequences import BoolArray, Span, TrainingSequence, joined_experts
 from sdft.actors.shared.types import ExpertArray, FloatArray, IntArray, Rollout, SampleId, TeacherScores
 
 
@@ -185,7 +185,7 @@ def joined(draft: Draft, values: Sequence[Any]) -> TrainingSequence:
         seed=draft.seed,
         finish_reason=draft.turns[-1].completion.finish_reason,
         objective=draft.objective,
-        experts=_all_experts(experts),
+        experts=joined_experts(experts),
     )
 
 
@@ -200,14 +200,6 @@ def _experts_of(context: IntArray, rollout: Rollout, by_student: bool) -> list[E
     behind = np.array_equal(rollout.prompt_ids[len(rollout.prompt_ids) - c :], context)
     before = len(rollout.experts) - t
     return [rollout.experts[before - c : before] if behind else c, rollout.experts[before:]]
-
-
-def _all_experts(parts: Sequence[ExpertArray | int]) -> ExpertArray | None:
-    """Join the experts of parts, with -1 for a part whose experts are not known. None: none are known."""
-    shape = next((part.shape[1:] for part in parts if not isinstance(part, int)), None)
-    if shape is None:
-        return None
-    return np.concatenate([np.full((p, *shape), -1, np.int16) if isinstance(p, int) else p for p in parts])
 
 
 def _in_a_row(scores: Sequence[TeacherScores]) -> TeacherScores:

@@ -8,6 +8,7 @@
 Packing, loss, recording and replay use nothing else of a sample. The controller holds drafts of sequences (drafts.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -79,3 +80,14 @@ class TrainingSequence:
     def teacher_version(self) -> int | None:
         """The oldest weight version of the teacher that scored it; None without a teacher."""
         return None if self.teacher is None else self.teacher.version
+
+
+def joined_experts(parts: Sequence[ExpertArray | int]) -> ExpertArray | None:
+    """Join the experts of parts, with -1 for a part of which only the number of tokens is given.
+
+    None: the experts of no part are given.
+    """
+    shape = next((part.shape[1:] for part in parts if not isinstance(part, int)), None)
+    if shape is None:
+        return None
+    return np.concatenate([np.full((p, *shape), -1, np.int16) if isinstance(p, int) else p for p in parts])

@@ -245,13 +245,18 @@ def _scores(
         request = runner.requests[request_id]
         ids, first = request.prompt_token_ids, rows(request.sampling_params)
         assert first is not None, "a request for log-probs of a prompt names its first row"
-        begin = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
+        begin = _begin(runner, request_id)
         offset = begin - request.num_computed_tokens
         logits = runner.model.compute_logits(hidden_states[offset + first : offset + len(ids) - 1])
         targets = torch.tensor(ids[first + 1 :], device=logits.device)
         top = runner.sampler.gather_logprobs(runner.sampler.compute_logprobs(logits), k, targets)
         scores[request_id] = LogprobsTensors(*(part.cpu() for part in top[:3]))
     return scores
+
+
+def _begin(runner: Any, request_id: str) -> int:
+    """The row of a request's first scheduled token in the forward that is computed now."""
+    return int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
 
 
 def chosen_experts(runner: Any, name_of: NameOf) -> dict[str, list[tuple[int, torch.Tensor]]]:
@@ -275,7 +280,7 @@ def chosen_experts(runner: Any, name_of: NameOf) -> dict[str, list[tuple[int, to
             request = runner.requests[request_id]
             name = None if request.sampling_params is None else name_of(request.sampling_params)
             if name is not None and experts is not None:
-                begin = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
+                begin = _begin(runner, request_id)
                 kept.setdefault(name, []).append((request.num_computed_tokens, experts[begin : begin + tokens]))
         return own(hidden_states, scheduled)
 

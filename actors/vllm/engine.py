@@ -107,6 +107,8 @@ class VllmEngine(Engine):
         finally:
             kept = await self._experts(names)
         rollouts = [rollout_of(r.prompt_ids, o) for r, o in zip(requests, outputs, strict=True)]
+        if not self.settings.keep_experts:
+            return rollouts
         experts = [assembled(p, len(r.prompt_ids) + len(r.completion_ids)) for p, r in zip(kept, rollouts, strict=True)]
         fill([r.prompt_ids for r in rollouts], experts)
         return [replace(rollout, experts=of_it) for rollout, of_it in zip(rollouts, experts, strict=True)]

@@ -20,7 +20,7 @@ class WorkerExtension:
         return score_from(self.model_runner, first_row)  # type: ignore[attr-defined]
 
     def keep_experts(self) -> None:
-        """Keep the experts of the tokens of named requests (scoring.py) until `experts_of` takes them."""
+        """Keep the experts of the tokens of named requests (experts.py) until `experts_of` takes them."""
         self._experts = chosen_experts(self.model_runner, kept_name)  # type: ignore[attr-defined]
 
     def experts_of(self, names: list[str]) -> list[list[tuple[int, list[int], bytes]]]:

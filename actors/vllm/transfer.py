@@ -3,6 +3,7 @@
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,7 +47,6 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
     """Maps snapshots, or receives their stream, in the engine's worker process."""
 
     _stream: Stream | None = None
-    _reload: Reload | None = None
     reload_cls = Reload
 
     init_info_cls = _InitInfo
@@ -66,7 +66,6 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         return self._stream
 
     def start_weight_update(self) -> None:
-        self._reload = self.reload_cls(self.model, self.model_config)
         self._reload.begin()
 
     def receive_weights(self, update_info: _UpdateInfo) -> None:
@@ -82,20 +81,18 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
             if update_info.scale is not None:
                 base, dtype = Path(self.model_config.model), self.model_config.dtype
                 tensors = merged(base, dict(tensors), update_info.scale, dtype)
-            self._begun.load(tensors)
+            self._reload.load(tensors)
         except Exception as error:  # any error: the other members of a group must not wait for this engine
             self.shutdown()
-            self._begun.finish()  # otherwise the next update cannot begin
+            self._reload.finish()  # otherwise the next update cannot begin
             raise RuntimeError(error_line(error)) from error  # vLLM forwards the text only
 
     def finish_weight_update(self) -> None:
-        self._begun.finish()
+        self._reload.finish()
 
-    @property
-    def _begun(self) -> Reload:
-        if self._reload is None:
-            raise RuntimeError("no update of the weights has begun")
-        return self._reload
+    @cached_property
+    def _reload(self) -> Reload:
+        return self.reload_cls(self.model, self.model_config)
 
     def shutdown(self) -> None:
         """Close the stream. No other resource is held between updates."""

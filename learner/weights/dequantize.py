@@ -1,6 +1,6 @@
 """Write a model folder again without quantization, one weight file at a time. The names of the weights stay.
 
-    python -m sdft.learner.weights.dequantize FOLDER OUT     prints why it could not be done, as JSON (export.written)
+    python -m sdft.learner.weights.dequantize FOLDER OUT     prints why it could not be done, as JSON (export.report)
 
     fp8                  number * the scale of its block, of quantization_config's weight_block_size
     mxfp4                number of 4 bits * 2^(scale - 127), one scale for 32 numbers (OCP Microscaling Formats 1.0)
@@ -36,7 +36,7 @@ with large_imports():
     from torch import Tensor
 
     from sdft.learner.checkpoint.saving import TensorFile
-    from sdft.learner.weights.export import FORMAT, copy_companions, write_index, written
+    from sdft.learner.weights.export import FORMAT, copy_companions, report, write_index
 
 BLOCK = (128, 128)  # of FP8, where quantization_config does not name one
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -200,9 +200,5 @@ def why_not(folder: Path, out: Path) -> str | None:
     return None
 
 
-def main(arguments: Sequence[str]) -> None:
-    print(json.dumps(written(why_not, *map(Path, arguments))))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    report(why_not, sys.argv[1:])

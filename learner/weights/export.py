@@ -6,7 +6,7 @@ the base stores twice is stored twice again.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -83,13 +83,19 @@ def merge_adapter(adapter: Path, out: Path) -> None:
     write_index(base, out, {file_name: _sizes(of_file) for file_name, of_file in files.items()})
 
 
-def written(make: Callable[[Path, Path], str | None], folder: Path, out: Path) -> dict[str, str | None]:
-    """Make the folder `out` from another one. Returns why not: a `fault` of the folder, or of the `disk`; ends of a
-    sentence, None without one."""
+def report(make: Callable[[Path, Path], str | None], arguments: Sequence[str]) -> None:
+    """Make a folder from another one, and print why it could not be done, as JSON, for services/planning/derived.py.
+
+    make: returns a fault of the folder. arguments: the two folders. What is printed is a `fault` of the folder or of
+    the `disk`: ends of a sentence, null without one.
+    """
+    folder, out = map(Path, arguments)
+    fault, disk = None, None
     try:
-        return {"fault": make(folder, out), "disk": None}
+        fault = make(folder, out)
     except OSError as error:
-        return {"fault": None, "disk": f"{error.filename or out} cannot be written ({error.strerror})"}
+        disk = f"{error.filename or out} cannot be written ({error.strerror})"
+    print(json.dumps({"fault": fault, "disk": disk}))
 
 
 def _tensors(path: Path, weights: Mapping[str, torch.Tensor], tied: Mapping[str, str]) -> dict[str, torch.Tensor]:

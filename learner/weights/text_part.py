@@ -4,7 +4,7 @@
     model.language_model.layers.0...   split     model.layers.0...      trained   model.language_model.layers.0...
     model.vision_tower...              ─────►                 ─────►     join     model.vision_tower..., its own bytes
 
-    python -m sdft.learner.weights.text_part FOLDER OUT     prints why it could not be done, as JSON (export.written)
+    python -m sdft.learner.weights.text_part FOLDER OUT     prints why it could not be done, as JSON (export.report)
 
 Learner and engines have the text part, which is a text model like any other. The file ORIGIN in it, which every
 checkpoint copies, names the whole model and the names of the weights there.
@@ -13,7 +13,8 @@ checkpoint copies, names the whole model and the names of the weights there.
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ with large_imports():
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     from sdft.learner.checkpoint.saving import TensorFile
-    from sdft.learner.weights.export import FORMAT, copy_companions, write_index, written
+    from sdft.learner.weights.export import FORMAT, copy_companions, report, write_index
 
 # Names of the text part's weights in a multimodal folder. transformers has written the first two forms.
 NAMES = re.compile(r"(?:model\.language_model|language_model\.model|language_model)\.(?P<name>.+)")
@@ -69,20 +70,17 @@ def split(whole: Path, out: Path) -> None:
     Raises ValueError if it has none that transformers can load.
     """
     held = {name: path for path in weight_files(whole) for name in read_header(path)[0]}
-    stored = {name: text_name(name) for name in held}
+    names = {new: name for name in held if (new := text_name(name)) is not None}
     if not any(NAMES.fullmatch(name) and not HEAD.fullmatch(name) for name in held):
         raise ValueError("its files have no weight whose name begins with model.language_model or language_model")
-    config = _text_config(whole, _may_be_tied(held, stored))
-    names: dict[str, str] = {}
+    config = _text_config(whole, _may_be_tied(held, names))
     sizes: dict[str, dict[str, int]] = {}
     out.mkdir(parents=True)
     for path in weight_files(whole):
         with safe_open(path, framework="pt") as file:
-            of_file = {new: name for name in file.keys() if (new := stored[name]) is not None}  # noqa: SIM118
-            tensors = {new: file.get_tensor(name) for new, name in of_file.items()}
+            tensors = {new: file.get_tensor(name) for new, name in names.items() if held[name] == path}
         if tensors:
             TensorFile(out / path.name, tensors, FORMAT).write()
-            names |= of_file
             sizes[path.name] = {name: tensor.nbytes for name, tensor in tensors.items()}
     copy_companions(whole, out, torch.float32)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -90,15 +88,17 @@ def split(whole: Path, out: Path) -> None:
     (out / ORIGIN).write_text(json.dumps({FOLDER_KEY: str(whole), NAMES_KEY: names}) + "\n")
 
 
-def _may_be_tied(held: Mapping[str, Path], stored: Mapping[str, str | None]) -> bool:
-    """Whether the files have no head, or one that equals the embedding. held: the file of each weight."""
+def _may_be_tied(held: Mapping[str, Path], names: Mapping[str, str]) -> bool:
+    """Whether the files have no head, or one that equals the embedding.
 
-    def weight(text_name: str) -> torch.Tensor | None:
-        for name, in_text in stored.items():
-            if in_text == text_name:
-                with safe_open(held[name], framework="pt") as file:
-                    return file.get_tensor(name)
-        return None
+    held: the file of each weight. names: of the weights there, by the name in the text part.
+    """
+
+    def weight(name: str) -> torch.Tensor | None:
+        if name not in names:
+            return None
+        with safe_open(held[names[name]], framework="pt") as file:
+            return file.get_tensor(names[name])
 
     head, embedding = weight("lm_head.weight"), weight("model.embed_tokens.weight")
     return head is None or (embedding is not None and torch.equal(head, embedding))
@@ -141,24 +141,25 @@ def join(student: Path, origin: Origin, out: Path) -> None:
     stored = {name for names in files.values() for name in names}
     if absent := sorted(set(origin.names.values()) - stored):
         raise WholeGone(f"{whole} has no weight {absent[0]} any more")
-    trained = {name: path for path in weight_files(student) for name in read_header(path)[0]}
     by_original = {original: name for name, original in origin.names.items()}
     out.mkdir(parents=True)
     sizes: dict[str, dict[str, int]] = {}
-    dtype = None
-    for path, names in files.items():
-        tensors = {}
-        with safe_open(path, framework="pt") as file:
-            for name in names:
-                if name in by_original:
-                    with safe_open(trained[by_original[name]], framework="pt") as own:
-                        tensors[name] = own.get_tensor(by_original[name])
-                    dtype = tensors[name].dtype
-                else:
-                    tensors[name] = file.get_tensor(name)
-        TensorFile(out / path.name, tensors, FORMAT).write()
-        sizes[path.name] = {name: tensor.nbytes for name, tensor in tensors.items()}
-    copy_companions(whole, out, dtype or torch.float32)
+    dtype = torch.float32
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(path, framework="pt")) for path in weight_files(student)]
+        trained = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+        for path, names in files.items():
+            tensors = {}
+            with safe_open(path, framework="pt") as file:
+                for name in names:
+                    if name in by_original:
+                        tensors[name] = trained[by_original[name]].get_tensor(by_original[name])
+                        dtype = tensors[name].dtype
+                    else:
+                        tensors[name] = file.get_tensor(name)
+            TensorFile(out / path.name, tensors, FORMAT).write()
+            sizes[path.name] = {name: tensor.nbytes for name, tensor in tensors.items()}
+    copy_companions(whole, out, dtype)
     write_index(whole, out, sizes)
     config = read_json(out / "config.json")
     for key in ("dtype", "torch_dtype"):
@@ -178,9 +179,5 @@ def why_not(whole: Path, out: Path) -> str | None:
     return None
 
 
-def main(arguments: Sequence[str]) -> None:
-    print(json.dumps(written(why_not, *map(Path, arguments))))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    report(why_not, sys.argv[1:])

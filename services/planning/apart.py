@@ -4,16 +4,25 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sdft.services.base.errors import UserError
 
 
-def start(module: str, *arguments: str) -> "subprocess.Popen[str]":
-    """Start `python -m module arguments`."""
+@contextmanager
+def start(module: str, *arguments: str) -> "Iterator[subprocess.Popen[str]]":
+    """Run `python -m module arguments` inside the block. An error in the block kills it."""
     command = [sys.executable, "-P", "-m", module, *arguments]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the same modules as this process
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
 
 
 def answer(process: "subprocess.Popen[str]") -> Any:

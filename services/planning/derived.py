@@ -4,7 +4,6 @@ quantized weights    a copy without quantization
 multimodal model     its text part; `sdft export` puts the other parts back
 """
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,24 +105,21 @@ def _copy(given: Path, model: Path, kind: str, module: str, failed: str) -> Path
         out.parent.mkdir(parents=True, exist_ok=True)
         with scratch_folder("part-", str(out.parent)) as part:
             with start(module, str(model), str(part / "model")) as process:
-                try:
-                    reason = answer(process)
-                except BaseException:
-                    process.kill()
-                    raise
+                reason = answer(process)
             if reason["disk"]:
                 raise UserError(f"{CACHE}: {reason['disk']}; free disk space, or name another folder")
             if reason["fault"]:
                 mend = "name the model that it was made from" if kind == "dequantized" else "choose another model"
                 raise UserError(f"model: {given} {failed}: {reason['fault']}; {mend}")
-            with suppress(OSError):  # another process may have made the same copy meanwhile
+            try:
                 (part / "model").rename(out)
+            except OSError:
+                if not out.is_dir():  # otherwise another process has made the same copy meanwhile
+                    raise
     except OSError as error:
         raise UserError(
             f"{CACHE} {out}: a copy of the model cannot be written there ({error.strerror}); name another folder"
         ) from None
-    if not out.is_dir():
-        raise UserError(f"{CACHE} {out}: a copy of the model cannot be written there; name another folder")
     return out
 
 

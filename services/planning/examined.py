@@ -1,8 +1,9 @@
 """Whether a model folder's tensors fit its configuration: examined once, in another process, which imports torch."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from sdft.services.base.files import write_atomically
 from sdft.services.planning.apart import answer, start
 from sdft.services.planning.models import cache_folder
 
-ROUTED, DIVIDES = "r", "d"  # flags
 REMEMBERED = 100  # the last folders that passed
 
 
@@ -34,28 +34,21 @@ def examined(model: Path, trains: bool) -> Iterator[Examined]:
     The examination needs torch, which this process does not import. A subprocess runs it in 3 s, in parallel with the
     body of the `with` statement. A folder that passed and has not changed is not examined again, by later commands too.
     """
-    stamp, found = _stamp(model, trains), Examined()
+    stamp = _stamp(model, trains)
     if (passed := _passed().get(stamp)) is not None:
-        flags, _, alone = passed.partition(" ")
-        found.alone, found.routed, found.divides = alone or None, ROUTED in flags, DIVIDES in flags
-        yield found
+        yield passed
         return
+    found = Examined()
     with start("sdft.learner.model.examine", str(model), *(["--trains"] if trains else [])) as process:
-        try:
-            yield found
-            result = answer(process)
-        except BaseException:
-            process.kill()
-            raise
-    if result["fault"]:
-        raise UserError(f"model: {model} cannot be {'trained' if trains else 'evaluated'} here: {result['fault']}")
+        yield found
+        result = answer(process)
+    if fault := result["fault"]:
+        raise UserError(f"model: {model} cannot be {'trained' if trains else 'evaluated'} here: {fault}")
     found.alone, found.routed, found.divides = result["alone"], result["routed"], result["divides"]
     with suppress(OSError, UserError):  # without it the next command examines the folder again
         path = _memory()
         path.parent.mkdir(parents=True, exist_ok=True)
-        flags = f"-{ROUTED * found.routed}{DIVIDES * found.divides}"
-        passed_now = _passed() | {stamp: f"{flags} {found.alone or ''}"}
-        lines = [f"{key} {of_folder}" for key, of_folder in passed_now.items()]
+        lines = [f"{key} {json.dumps(asdict(passed))}" for key, passed in (_passed() | {stamp: found}).items()]
         write_atomically(path, "\n".join(lines[-REMEMBERED:]).encode())
 
 
@@ -78,9 +71,10 @@ def _memory() -> Path:
     return cache_folder() / "examined"
 
 
-def _passed() -> dict[str, str]:
-    """Return the results of the folders that passed, by their stamps, the oldest first: flags, and `alone`."""
+def _passed() -> dict[str, Examined]:
+    """Return the results of the folders that passed, by their stamps, the oldest first."""
     try:
-        return dict(line.partition(" ")[::2] for line in _memory().read_text().splitlines())
-    except (OSError, UserError, UnicodeDecodeError):
+        lines = [line.partition(" ")[::2] for line in _memory().read_text().splitlines()]
+        return {stamp: Examined(**json.loads(result)) for stamp, result in lines}
+    except (OSError, UserError, ValueError, TypeError):  # of another version, too
         return {}

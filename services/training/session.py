@@ -170,7 +170,7 @@ class Session:
             self._options[name],
             self._notice,
             self._current,
-            self._prepared.replays_experts and self._prepared.config.actors.role_name(name) == STUDENT,
+            keep_experts=self._prepared.replays_experts and self._prepared.config.actors.role_name(name) == STUDENT,
         )
         self._pools[name] = pool
         await pool.start()

@@ -1,5 +1,6 @@
 """Tiny random models of other model families, in the format that transformers saves."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,22 @@ SHAPE = {
     "max_position_embeddings": 512,
     "initializer_range": 0.08,
 }
+
+ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # of the tiny model's tokenizer
+DELTA = {  # layers of a delta net, as in Qwen3-Next and Qwen3.5
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+
+
+def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+    """Copy the tokenizer's files from one model folder to another."""
+    for path in tokenizer.iterdir():
+        if path.name.startswith(("tokenizer", "chat_template", "special_tokens")):
+            shutil.copyfile(path, folder / path.name)
 
 
 def make_family(folder: Path, family: str, **settings: Any) -> Path:

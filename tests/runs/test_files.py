@@ -5,13 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from sdft.actors.shared.model_files import weight_files
 from sdft.services.cli.main import main
 from sdft.services.records.batches import read_batch
 from sdft.services.records.rows import read_jsonl
-from tests.fakes.folders import as_it_comes, quantize_fp8
+from tests.fakes.folders import as_it_comes, quantize_fp8, tensors_of
 from tests.fakes.multimodal import make_multimodal
 from tests.fakes.tiny import TOKENS
 from tests.runs.run import finish, write_run
@@ -19,10 +17,6 @@ from tests.runs.run import finish, write_run
 EMBEDDING = {"as it comes": "model.embed_tokens.weight", "multimodal": "language_model.model.embed_tokens.weight"}
 STEPS = 2
 OVERRIDES = ("learner.optimizer.weight_decay=0", "teacher={weights: live}")  # one engine samples and scores
-
-
-def tensors_of(model: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in weight_files(model) for name, tensor in load_file(path).items()}
 
 
 @pytest.mark.parametrize("kind", EMBEDDING)

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, Mxfp4Config
 
-from sdft.actors.shared.model_files import INDEX, SINGLE, weight_files
+from sdft.actors.shared.model_files import INDEX, SINGLE
 from sdft.learner.model.examine import examine
 from sdft.learner.weights.dequantize import dequantize, scaled, why_not
 from sdft.services.cli.main import main
 from tests.fakes.families import make_family
-from tests.fakes.folders import change, configure, quantize_fp8, shard
+from tests.fakes.folders import change, configure, quantize_fp8, shard, tensors_of
 from tests.runs.run import write_run
 
 DOWN_PROJ = "model.layers.1.mlp.down_proj.weight"
@@ -25,10 +25,6 @@ DOWN_PROJ = "model.layers.1.mlp.down_proj.weight"
 def model(tiny_model: Path, tmp_path: Path) -> Path:
     """A copy that a test may change."""
     return shutil.copytree(tiny_model, tmp_path / "m")
-
-
-def tensors_of(model: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in weight_files(model) for name, tensor in load_file(path).items()}
 
 
 def assert_as_loaded(copy: Path, quantized: Path, **settings: Any) -> None:

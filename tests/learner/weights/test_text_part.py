@@ -17,13 +17,9 @@ from sdft.services.base.errors import UserError
 from sdft.services.cli.commands.take import _export_student
 from sdft.services.cli.main import main
 from sdft.services.planning.derived import derived
-from tests.fakes.folders import configure, quantize_fp8, shard
+from tests.fakes.folders import configure, quantize_fp8, shard, tensors_of
 from tests.fakes.multimodal import MULTIMODAL, make_multimodal
 from tests.runs.run import write_run
-
-
-def tensors_of(model: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in weight_files(model) for name, tensor in load_file(path).items()}
 
 
 @pytest.mark.parametrize("model_type", MULTIMODAL)
