@@ -1,0 +1,157 @@
+"""The inbox of a service: records are acknowledged once they are on the disk, and each counts once.
+
+    add(rows, key) ─┐
+    add(rows, key) ─┼─► one write and one fsync for all that wait ─► acknowledged
+    delete(id) ─────┘
+
+One process writes at a time. A write that fails leaves the file as it was before, and fails the calls that it was for.
+"""
+
+import asyncio
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdft.services.inbox.lines import Deleted, Received, read_lines
+
+Lines = list[Received] | list[Deleted]
+
+
+class InboxInUse(Exception):
+    """Another process writes to the inbox."""
+
+
+class KeyUsed(Exception):
+    """An Idempotency-Key came a second time, with another body."""
+
+
+class NotWritten(Exception):
+    """The disk did not take what a call was for. Nothing of it is in the inbox."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call that waits for the disk."""
+
+    lines: Callable[[int], Lines]  # makes its lines, of which the first record has this id
+    done: "asyncio.Future[Lines]"
+
+
+class Inbox:
+    """The records in a file, and the only writer of it. All methods must run in one event loop."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file, or make it. Raises InboxInUse or InboxDamaged."""
+        self.path = path
+        self.records: list[Received] = []  # by id
+        self.deleted: set[int] = set()
+        self._keys: dict[str, tuple[str, asyncio.Future[Lines] | list[int]]] = {}  # body, and ids if on the disk
+        self._calls: list[_Call] = []
+        self._writing: asyncio.Task[None] | None = None
+        self._size = 0  # bytes of the whole lines
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for line, self._size in read_lines(path):
+                self._note([line])
+            os.ftruncate(self._fd, self._size)  # a last line without its end was never acknowledged
+        except BaseException as error:
+            os.close(self._fd)
+            if isinstance(error, BlockingIOError):
+                raise InboxInUse(f"{path} is in use by another service; stop it first") from None
+            raise
+
+    async def add(self, rows: Sequence[Mapping[str, Any]], body: bytes, key: str | None = None) -> list[int]:
+        """Add the records of one request. Returns their ids once they are on the disk.
+
+        body: of the request. A key that came before, with the same body, adds nothing and returns the ids of then.
+        Raises KeyUsed or NotWritten.
+        """
+        digest = hashlib.sha256(body).hexdigest()
+        if key is not None and (before := self._keys.get(key)) is not None:
+            if before[0] != digest:
+                raise KeyUsed(f"the Idempotency-Key {key} came before with another body; use another key")
+            known = before[1]
+            return known if isinstance(known, list) else _ids(await asyncio.shield(known))
+        at = time.time()
+        done = self._call(lambda first: [Received(first + i, key, digest, at, dict(r)) for i, r in enumerate(rows)])
+        if key is not None:
+            self._keys[key] = digest, done
+        try:
+            return _ids(await asyncio.shield(done))
+        except NotWritten:
+            if key is not None:
+                self._keys.pop(key, None)
+            raise
+
+    async def delete(self, record: int) -> None:
+        """Mark a record as not to be trained, once that is on the disk. Raises KeyError or NotWritten."""
+        if not 0 <= record < len(self.records):
+            raise KeyError(record)
+        if record not in self.deleted:
+            await asyncio.shield(self._call(lambda _: [Deleted(record, time.time())]))
+
+    async def close(self) -> None:
+        """Wait for what is being written, and let another process write."""
+        if self._writing is not None:
+            await self._writing
+        os.close(self._fd)
+
+    def _call(self, lines: Callable[[int], Lines]) -> "asyncio.Future[Lines]":
+        done: asyncio.Future[Lines] = asyncio.get_running_loop().create_future()
+        done.add_done_callback(lambda call: call.exception())  # a caller that was cancelled does not look
+        self._calls.append(_Call(lines, done))
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.create_task(self._write_all(), name="the inbox writes")
+        return done
+
+    async def _write_all(self) -> None:
+        """Write what waits, all of it at once, until nothing waits."""
+        while self._calls:
+            calls, self._calls = self._calls, []
+            made, first = [], len(self.records)
+            for call in calls:
+                lines = call.lines(first)
+                first += sum(isinstance(line, Received) for line in lines)
+                made.append(lines)
+            data = b"".join(line.line for lines in made for line in lines)
+            try:
+                await asyncio.to_thread(self._write, data)
+            except OSError as error:
+                for call in calls:
+                    call.done.set_exception(NotWritten(f"{self.path} cannot be written ({error.strerror})"))
+                continue
+            for call, lines in zip(calls, made, strict=True):
+                self._note(lines)
+                call.done.set_result(lines)
+
+    def _write(self, data: bytes) -> None:
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self._fd, view) :]
+            os.fsync(self._fd)
+        except OSError:
+            os.ftruncate(self._fd, self._size)
+            raise
+        self._size += len(data)
+
+    def _note(self, lines: Sequence[Received | Deleted]) -> None:
+        for line in lines:
+            if isinstance(line, Deleted):
+                self.deleted.add(line.id)
+                continue
+            self.records.append(line)
+            if line.key is not None:
+                before = self._keys.get(line.key)
+                ids = before[1] if before is not None and isinstance(before[1], list) else []
+                self._keys[line.key] = line.body, [*ids, line.id]
+
+
+def _ids(lines: Lines) -> list[int]:
+    return [line.id for line in lines]
