@@ -174,6 +174,7 @@ class EngineSettings:
     engine: str = VLLM  # or a user's own class, package.module:Name
     exclusive: bool = False  # no other process of the run computes while this engine does
     stop_ids: tuple[int, ...] = ()  # tokens that end a reply; a completion contains the one that ended it
+    serves: bool = False  # answers requests of users: with the model folder's sampling defaults and plain log-probs
     vocabulary: int | None = None  # tokens of the tokenizer; later rows are in no distribution. None: all rows are
     keep_experts: bool = False  # rollouts have the experts that the routers chose
     transport: str = "memory"  # weights.transport

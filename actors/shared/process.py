@@ -1,10 +1,12 @@
 """Process set-up before torch is imported, and properties of the machine. Standard library only."""
 
+import ctypes
 import fcntl
 import gc
 import mmap
 import os
 import shutil
+import signal
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 GIB = 1 << 30
+PR_SET_PDEATHSIG = 1
 
 
 def openmp_wait_policy(exclusive: bool) -> dict[str, str]:
@@ -45,6 +48,11 @@ def anonymous_memory(name: str, nbytes: int) -> tuple[int, mmap.mmap]:
     fd = os.memfd_create(name)
     os.ftruncate(fd, nbytes)
     return fd, mmap.mmap(fd, nbytes)
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent ends, even if the parent is killed."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
 
 
 @contextmanager

@@ -42,8 +42,10 @@ def _arguments(s: EngineSettings, share: bool) -> AsyncEngineArgs:
         scheduler_cls=SharedPrompts if share else None,
         block_size=64 if share and s.device == "cpu" else None,  # vLLM shares whole blocks only
         max_logprobs=s.max_logprobs,
-        generation_config="vllm",  # no sampling defaults of the model folder; its ends of a reply count
-        logprobs_mode="processed_logprobs",  # log-probs of the distribution sampled from, including temperature
+        # Rollouts: no sampling defaults of the model folder; its ends of a reply count. Users expect the defaults.
+        generation_config="auto" if s.serves else "vllm",
+        # Rollouts: log-probs of the distribution sampled from, including temperature.
+        logprobs_mode="raw_logprobs" if s.serves else "processed_logprobs",
         gpu_memory_utilization=s.gpu_memory_utilization,
         kv_cache_memory_bytes=None if s.kv_cache_gib is None else int(s.kv_cache_gib * 2**30),
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),

@@ -198,6 +198,11 @@ class VllmEngine(Engine):
         await self._llm.is_sleeping()
 
     @property
+    def client(self) -> AsyncLLM:
+        """vLLM's own client of this engine, for its OpenAI server."""
+        return self._llm
+
+    @property
     def dead(self) -> bool:
         """Whether the engine's own process has ended. It then answers no calls."""
         return self._llm.errored

@@ -1,6 +1,5 @@
 """The process of a vLLM engine: forked from the actor's process and killed with it, without leftover names."""
 
-import ctypes
 import multiprocessing.context
 import os
 import signal
@@ -11,9 +10,9 @@ from typing import Any
 
 import torch
 
+from sdft.actors.shared.process import die_with_parent
 from sdft.actors.vllm.compat import processes_by, set_title, unlink_semaphores
 
-PR_SET_PDEATHSIG = 1
 LONGEST_LINE = 600  # characters of an error message
 
 
@@ -58,11 +57,6 @@ def forked(processes: list[EngineProcess]) -> Iterator[None]:
 
     with processes_by(Context):
         yield
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, even if the parent is killed."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def forget_names() -> None:

@@ -18,10 +18,11 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from sdft.actors.shared.adapters import merged
+from sdft.actors.shared.process import die_with_parent
 from sdft.actors.shared.types import Snapshot, SnapshotDamaged, TensorEntry
 from sdft.actors.transport.named import transport_class
 from sdft.actors.transport.protocol import Stream
-from sdft.actors.vllm.process import die_with_parent, error_line, forget_names
+from sdft.actors.vllm.process import error_line, forget_names
 from sdft.actors.vllm.reload import Reload
 
 BACKEND = "sdft"

@@ -25,6 +25,7 @@ from sdft.services.records.rows import (
     Reply,
     StepMetrics,
     divergence_names,
+    first_of_each_set,
     read_rows,
     step_figures,
     without_loss_tokens,
@@ -83,7 +84,7 @@ def write_report(run_dir: Path) -> Path:
             Chart(c.title, Markup(c.svg), c.note, c.wide)
             for c in draw(steps, results, sets, config, ended_lengths(run_dir), stages, matrix)
         ],
-        replies=compare(read_rows(run_dir, Reply), [s.name for s in sets]),
+        replies=compare(first_of_each_set(read_rows(run_dir, Reply)), [s.name for s in sets]),
         last=steps[-1] if steps else None,
         ledger=", ".join(f"{count:,} {name}" for name, count in ledger.items()),
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",

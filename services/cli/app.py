@@ -12,12 +12,22 @@ import typer
 
 from sdft.services.cli.commands.evaluate import evaluate
 from sdft.services.cli.commands.look import matrix, report, status
+from sdft.services.cli.commands.serve import serve
+from sdft.services.cli.commands.service import promote, records, releases, rollback, tokens
 from sdft.services.cli.commands.submit import submit
 from sdft.services.cli.commands.take import export, model, replay
 from sdft.services.cli.commands.train import check, train
 
 COMMANDS: dict[str, dict[str, Callable[..., int | None]]] = {
     "Train": {"check": check, "train": train, "submit": submit},
+    "Serve": {
+        "serve": serve,
+        "releases": releases,
+        "records": records,
+        "promote": promote,
+        "rollback": rollback,
+        "tokens": tokens,
+    },
     "Look at a run": {"status": status, "report": report, "matrix": matrix},
     "Take out and compare": {"export": export, "eval": evaluate, "replay": replay, "model": model},
 }

@@ -12,6 +12,7 @@ from sdft.services.base.errors import PreflightError, RetentionLost, RunFailed, 
 from sdft.services.base.output import CLOSED, OutputFailed, drop, raising_output, reader_gone
 from sdft.services.base.signals import STOPPED, sigterm_interrupts
 from sdft.services.cli.app import parse
+from sdft.services.cli.commands.serve import serve
 from sdft.services.cli.commands.train import check, train
 from sdft.services.data.without_torch import promise_tokenizers_only
 
@@ -35,7 +36,7 @@ def _main(argv: Sequence[str] | None) -> int:
     command = parse(words)
     if isinstance(command, int):
         return command
-    if argv is None and command.func in (train, check):  # the process runs this command only
+    if argv is None and command.func in (train, check, serve):  # the process runs this command only
         promise_tokenizers_only()
     try:
         with sigterm_interrupts():
@@ -53,7 +54,7 @@ def _main(argv: Sequence[str] | None) -> int:
         )
         return UserError.exit_code
     except KeyboardInterrupt:
-        resumes = "; the same command resumes from the last checkpoint" if command.func is train else ""
+        resumes = "; the same command resumes from the last checkpoint" if command.func in (train, serve) else ""
         _say(f"stopped{resumes}")
         return STOPPED
 

@@ -13,6 +13,7 @@ from sdft.services.base.files import read_text
 from sdft.services.config.explain import Loc, Problem, dotted, explain, given_text, loose_values
 from sdft.services.config.run import RunConfig
 from sdft.services.config.sections import StageConfig
+from sdft.services.config.service import with_records_of_a_service
 from sdft.services.config.yaml import YamlError, dump_yaml, parse_yaml
 
 SHORT = ("method", "divergence")  # sections that may be given as the text of their `type`
@@ -55,6 +56,10 @@ def _mapping(path: Path, least: str) -> dict[str, Any]:
 def _validated(path: Path, data: dict[str, Any], overridden: dict[Loc, str]) -> RunConfig:
     if data.get("dtype") == "auto":
         data = {key: value for key, value in data.items() if key != "dtype"}
+    try:
+        data = with_records_of_a_service(data)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     problems: list[Problem] = []
     config = None
     try:

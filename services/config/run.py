@@ -23,6 +23,7 @@ from sdft.services.config.sections import (
     WeightsConfig,
     check_length,
 )
+from sdft.services.config.service import ServiceConfig
 
 
 class RunConfig(Section):
@@ -55,6 +56,9 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
     ray: RayConfig = RayConfig()
+    service: ServiceConfig | None = Field(
+        None, description="Settings of `sdft serve`, whose records come over HTTP: without data.train and a length"
+    )
 
     @property
     def strict(self) -> bool:

@@ -277,6 +277,7 @@ class EvaluationConfig(Section):
 
     every: int | None = Field(None, ge=1, description="Steps between evaluations; null: only before and after training")
     sets: tuple[EvaluationSet, ...] = ()
+    record: bool = Field(False, description="Keep every graded reply in samples.jsonl, not the first six of a set")
     grading_timeout_s: float = Field(
         1800, gt=0, description="How long a judge may take for the replies to one set, or lm-eval for its tasks"
     )

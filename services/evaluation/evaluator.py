@@ -105,8 +105,18 @@ class Evaluator:
         texts = list(map(self._text, rollouts))
         grades = await grade(s, loaded.questions, texts, self._grading_timeout_s)
         replies = [
-            Reply(step, s.name, question.id, asked(question), question.answer, text, correct)
-            for question, text, correct in zip(loaded.questions, texts, grades, strict=True)
+            Reply(
+                step=step,
+                task=s.name,
+                id=question.id,
+                prompt=asked(question),
+                answer=question.answer,
+                text=text,
+                correct=correct,
+                tokens=len(rollout.completion_ids),
+                truncated=rollout.finish_reason == "length",
+            )
+            for question, rollout, text, correct in zip(loaded.questions, rollouts, texts, grades, strict=True)
         ]
         share = sum(reply.correct for reply in replies) / len(replies)
         return EvalResult(step, stage, s.name, metric, share, len(replies)), replies

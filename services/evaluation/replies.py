@@ -7,7 +7,7 @@ configuration, and starts no model.
 import asyncio
 import json
 from collections import Counter
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 
 from sdft.services.base.errors import UserError
@@ -19,6 +19,7 @@ from sdft.services.grading.judge import check_judge
 from sdft.services.records.rows import STUDENT_ACCURACY, EvalResult, Reply
 
 FIELDS = {f.name for f in fields(Reply)}
+NEEDED = {f.name for f in fields(Reply) if f.default is MISSING}
 
 
 def write_replies(path: Path, results: list[EvalResult], replies: list[Reply]) -> None:
@@ -75,7 +76,7 @@ def _read(path: Path) -> list[Reply]:
             raise UserError(f"{path}:{number}: not JSON ({error}); give a file that `sdft eval --out` wrote") from None
         if isinstance(row, dict) and "metric" in row:
             continue
-        if not isinstance(row, dict) or set(row) != FIELDS:
+        if not isinstance(row, dict) or not NEEDED <= set(row) <= FIELDS:
             raise UserError(f"{path}:{number}: not a reply; give a file that `sdft eval --out` wrote")
         replies.append(Reply(**row))
     if not replies:

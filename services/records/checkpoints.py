@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import xxhash
-
+from sdft.services.base.digests import digest
 from sdft.services.base.errors import PreflightError, UserError
 from sdft.services.base.files import write_atomically
 
@@ -68,7 +67,7 @@ def commit(
     """
     (part / STATE).write_text(json.dumps(vars(state), indent=2))
     files = sorted(p for p in part.rglob("*") if p.is_file())
-    entries = {str(p.relative_to(part)): {"bytes": p.stat().st_size, "xxh3_128": _digest(p)} for p in files}
+    entries = {str(p.relative_to(part)): {"bytes": p.stat().st_size, "xxh3_128": digest(p)} for p in files}
     (part / MANIFEST).write_text(json.dumps({"step": state.step, "files": entries}, indent=2))
     for path in [*files, part / MANIFEST, *(p for p in part.rglob("*") if p.is_dir()), part]:
         _sync(path)
@@ -155,11 +154,11 @@ def damage(folder: Path) -> str | None:
             files = {str(name): (entry["bytes"], entry["xxh3_128"]) for name, entry in manifest["files"].items()}
         except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError, AttributeError) as error:
             return f"its {MANIFEST} cannot be read ({error})"
-        for name, (size, digest) in files.items():
+        for name, (size, value) in files.items():
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != size or _digest(path) != digest:
+            if path.stat().st_size != size or digest(path) != value:
                 return f"{name} is not as it was written"
     return None
 
@@ -217,14 +216,6 @@ def _readable(what: Path) -> Iterator[None]:
             f"{error.filename or what} cannot be read ({error.strerror or error}); fix the disk or the permissions "
             f"and run the same command again, or name an earlier checkpoint with --resume PATH"
         ) from error
-
-
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -216,18 +216,20 @@ class Reply:
     answer: Any  # the right answer, as a JSON value
     text: str  # the model's reply, its reasoning included
     correct: bool
+    tokens: int | None = None  # of the reply; None: the file does not have it
+    truncated: bool | None = None  # it reached the longest length of its set
 
 
-SHOWN = 6  # replies of each set that are kept for display
+SHOWN = 6  # replies of each set and step that are kept for display
 
 
 def first_of_each_set(replies: Iterable[Reply]) -> list[Reply]:
-    """Return the first SHOWN replies of each set."""
-    seen: Counter[str] = Counter()
+    """Return the first SHOWN replies of each set at each step."""
+    seen: Counter[tuple[int, str]] = Counter()
     shown = []
     for reply in replies:
-        seen[reply.task] += 1
-        if seen[reply.task] <= SHOWN:
+        seen[reply.step, reply.task] += 1
+        if seen[reply.step, reply.task] <= SHOWN:
             shown.append(reply)
     return shown
 

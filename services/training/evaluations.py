@@ -70,7 +70,7 @@ class Evaluations:
         if teachers:
             results += await self._evaluator.teachers(self._engines, sets, step, stage)
         # Replies before results: if the run is killed in between, the evaluation has no results and is repeated.
-        for reply in first_of_each_set(replies):
+        for reply in replies if self._prepared.config.evaluation.record else first_of_each_set(replies):
             self._log.reply(reply)
         self._log.evaluation(*results)
         self._evaluated |= {s.settings.name: step for s in sets}

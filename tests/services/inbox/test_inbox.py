@@ -41,7 +41,12 @@ def test_records_are_on_the_disk_when_they_are_acknowledged(tmp_path: Path) -> N
 def test_many_at_once_are_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(fd), fsync(fd)))
+
+    def counted(fd: int) -> None:
+        synced.append(fd)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", counted)
 
     async def run() -> list[list[int]]:
         inbox = Inbox(tmp_path / "inbox.jsonl")

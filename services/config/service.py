@@ -1,0 +1,156 @@
+"""Settings of a service, `sdft serve`. Imports neither torch, ray nor vllm."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from sdft.services.base.section import Section
+from sdft.services.config.sections import Grader
+
+INBOX = "inbox"  # stands for data.train in the configuration of a service
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class HttpConfig(Section):
+    """Where the service listens, and how much it takes."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; any but loopback needs tokens")
+    port: int = Field(8000, ge=0, lt=65536, description="Port to listen on; 0: a free one")
+    tokens: str | None = Field(
+        None, description="File of tokens, made by `sdft tokens`, relative to the config file; null: none are needed"
+    )
+    tls_certificate: str | None = Field(None, description="PEM file of the certificate; null: plain HTTP")
+    tls_key: str | None = Field(None, description="PEM file of the certificate's key")
+    max_body_mib: float = Field(8, gt=0, description="Largest body of a request")
+    max_in_flight: int = Field(
+        128, ge=1, description="Requests to the model that are answered or wait at once; further ones get 429"
+    )
+    request_timeout_s: float = Field(600, gt=0, description="How long an answer of the model may take")
+
+    @model_validator(mode="after")
+    def _loopback_or_tokens(self) -> "HttpConfig":
+        if self.host not in LOOPBACK and self.tokens is None:
+            raise ValueError(
+                f"host {self.host} is reachable from other machines; set http.tokens to a file of tokens, which "
+                f"`sdft tokens` makes, or host: 127.0.0.1"
+            )
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together; give both, or neither")
+        return self
+
+
+class ServingConfig(Section):
+    """The engines that answer requests. They have the weights of the release that is served."""
+
+    replicas: int = Field(1, ge=1, description="Number of engines")
+    threads: int | None = Field(None, ge=1, description="OpenMP threads of a CPU engine; null: every core")
+    kv_cache_gib: float | None = Field(
+        None, gt=0, description="GiB of KV cache; null: 1 on a CPU, on a GPU what gpu_memory_utilization leaves for it"
+    )
+    gpu_memory_utilization: float = Field(0.4, gt=0, le=1, description="Share of a GPU's memory an engine may use")
+    max_num_seqs: int = Field(32, ge=1, description="Sequences decoded at once")
+    max_model_len: int = Field(2048, ge=2, description="Longest prompt and answer together, in tokens")
+    enforce_eager: bool = Field(True, description="false compiles the model: faster answers, a longer start")
+    tool_parser: str | None = Field(
+        None, description="vLLM's parser of tool calls, such as hermes; null: tool calls stay in the text"
+    )
+    start_timeout_s: float = Field(600, gt=0, description="How long an engine may take to start or to change weights")
+
+
+class WindowConfig(Section):
+    """When training begins, and on what. A window is one training run on the records that wait."""
+
+    min_records: int = Field(32, ge=1, description="Records that wait until a window begins")
+    max_wait_s: float = Field(
+        86400, gt=0, description="A window begins with fewer records when the oldest one has waited for so long"
+    )
+    max_records: int = Field(4096, ge=1, description="Most new records of a window")
+    epochs: int = Field(4, ge=1, description="Passes over the records of a window")
+    replay: float = Field(
+        0.2, ge=0, lt=1, description="Share of a window's training records that are drawn from earlier windows"
+    )
+    held_out: float = Field(
+        0.2,
+        ge=0,
+        lt=1,
+        description="Share of the new records that are never trained: the gate asks them, now and in later windows",
+    )
+    grader: Grader = Field("exact", description="How answers to held-out records are graded")
+    max_new_tokens: int = Field(64, ge=1, description="Longest answer to a held-out record, in tokens")
+
+    @model_validator(mode="after")
+    def _graded_alone(self) -> "WindowConfig":
+        if self.grader in ("judge", "perplexity"):
+            raise ValueError(f"grader {self.grader} cannot grade held-out records; choose another grader")
+        return self
+
+
+class GateConfig(Section):
+    """What a candidate must show before it is served: paired by question with the release that is served.
+
+    Worse means that the accuracy of a set falls by more than `max_drop`. The gate computes the probability of that for
+    each set.
+    """
+
+    max_drop: float = Field(0.05, ge=0, lt=1, description="Largest drop of an accuracy that is no harm")
+    promote_below: float = Field(
+        0.2, gt=0, lt=1, description="A candidate is promoted if no set is worse with a probability of this or more"
+    )
+    refuse_above: float = Field(
+        0.5, gt=0, lt=1, description="A candidate is refused if a set is worse with a probability of more than this"
+    )
+    max_rise: float = Field(
+        0.1, ge=0, lt=1, description="Largest rise of the share of empty, truncated or repetitive answers of a set"
+    )
+    promotion: Literal["automatic", "by_hand"] = Field(
+        "automatic", description="by_hand: a candidate that passes is held until a person promotes it"
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "GateConfig":
+        if self.promote_below > self.refuse_above:
+            raise ValueError(
+                f"promote_below {self.promote_below:g} must not exceed refuse_above {self.refuse_above:g}; lower it"
+            )
+        return self
+
+
+class ReceiptsConfig(Section):
+    """What the service keeps of requests, so that feedback can refer to an answer."""
+
+    keep: bool = Field(True, description="false: prompts and answers are not kept, and feedback is refused")
+    days: float = Field(7, gt=0, description="Days after which a receipt is removed")
+
+
+class ServiceConfig(Section):
+    """A model that learns while it serves: the section of `sdft serve`, which `sdft train` does not take."""
+
+    name: str = Field("sdft", pattern=r"^[A-Za-z0-9._-]+$", description="Name of the model in requests")
+    http: HttpConfig = HttpConfig()
+    serving: ServingConfig = ServingConfig()
+    window: WindowConfig = WindowConfig()
+    gate: GateConfig = GateConfig()
+    receipts: ReceiptsConfig = ReceiptsConfig()
+    keep_releases: int = Field(
+        5, ge=2, description="Releases whose weights are kept, beside the one served, the pinned and the first"
+    )
+
+
+def with_records_of_a_service(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a file with those that a service does not set: it trains what it receives, in windows.
+
+    given: as in the file, not checked yet; one without a section service is returned as it is. ValueError if a setting
+    is of a run.
+    """
+    service, data, training = (given.get(key, {}) for key in ("service", "data", "training"))
+    if not all(isinstance(section, dict) for section in (service, data, training)) or "service" not in given:
+        return given  # what is of a wrong type is refused later
+    window = service.get("window", {})
+    epochs = window.get("epochs", WindowConfig().epochs) if isinstance(window, dict) else 1
+    if given.get("stages"):
+        raise ValueError("stages are of a run, and a service trains in windows; remove stages, or service")
+    if data.get("train") not in (None, INBOX) or data.get("source", "file") != "file":
+        raise ValueError("data.train and data.source are of a run, and a service trains what it receives; remove them")
+    if training.get("steps") is not None or training.get("epochs") not in (None, epochs):
+        raise ValueError("training.epochs and steps are of a run; set service.window.epochs instead")
+    return given | {"data": data | {"train": INBOX}, "training": training | {"epochs": epochs}}

@@ -1,0 +1,85 @@
+"""The journal of a service: its decisions in a file, each on the disk before it takes effect.
+
+One process writes at a time: the lock of the file is that of the service.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from sdft.services.releases.events import Event, event_of, line_of
+from sdft.services.releases.state import ServiceState
+
+
+class ServiceRunning(Exception):
+    """Another process runs the service in this folder."""
+
+
+class JournalDamaged(Exception):
+    """A line of the file is no decision."""
+
+
+def read_events(path: Path) -> Iterator[tuple[Event, int]]:
+    """Yield each decision in a file, and the offset of its end. A last line without its end does not count.
+
+    Raises JournalDamaged with the number of a bad line.
+    """
+    end = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            end += len(line)
+            try:
+                yield event_of(line), end
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise JournalDamaged(f"{path}:{number} is no decision of a service ({error}); restore it") from None
+
+
+def read_state(path: Path) -> ServiceState:
+    """Return the state that the decisions in a file add up to; the state of a new service if there is no file."""
+    state = ServiceState()
+    if path.exists():
+        for event, _ in read_events(path):
+            state.apply(event)
+    return state
+
+
+class Journal:
+    """The decisions in a file, the state that they add up to, and the only writer of both."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file, or make it. Raises ServiceRunning or JournalDamaged."""
+        self.path = path
+        self.state = ServiceState()
+        self._size = 0
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for event, self._size in read_events(path):
+                self.state.apply(event)
+            os.ftruncate(self._fd, self._size)
+        except BaseException as error:
+            os.close(self._fd)
+            if isinstance(error, BlockingIOError):
+                raise ServiceRunning(f"{path.parent}: another service runs in this folder; stop it first") from None
+            raise
+
+    def write(self, event: Event) -> None:
+        """Write a decision, and apply it. Raises OSError if the disk does not take it; nothing has changed then."""
+        line = line_of(event)
+        try:
+            view = memoryview(line)
+            while view:
+                view = view[os.write(self._fd, view) :]
+            os.fsync(self._fd)
+        except OSError:
+            os.ftruncate(self._fd, self._size)
+            raise
+        self._size += len(line)
+        self.state.apply(event)
+
+    def close(self) -> None:
+        """Let another process write."""
+        os.close(self._fd)

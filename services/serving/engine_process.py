@@ -1,0 +1,173 @@
+"""The process of an engine that answers requests: vLLM's OpenAI server on a socket, and the change of its weights.
+
+    python -m sdft.services.serving.engine_process SETTINGS.json
+
+    POST /sdft/release {"release": 3, "folder": ..., "files": {name: digest}}
+        files of the folder ─► digests ─► snapshot, with the probe's log-probs by transformers ─► engine, verified
+
+The weights that the engine starts with are verified in the same way. The process ends with its parent, and when the
+engine's own process dies.
+"""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from sdft.actors.config import EngineSettings
+from sdft.actors.shared.model_files import read_header, weight_files
+from sdft.actors.shared.process import die_with_parent, large_imports, scratch_folder
+from sdft.actors.worker import engine_environment
+from sdft.services.base.digests import differing
+
+if TYPE_CHECKING:
+    import torch
+
+    from sdft.actors.vllm.engine import VllmEngine
+    from sdft.learner.weights.publisher import Publisher
+
+PROBE_TEXT = (
+    "Name the days of the week, the months of the year, and a city by the sea. Monday is a day, May a month. "
+    "The quick brown fox jumps over the lazy dog, and 12 times 12 is 144. Water boils at 100 degrees Celsius."
+)
+PROBE_TOKENS = 48
+ALIVE_EVERY_S = 0.5
+
+
+@dataclass(frozen=True)
+class EngineProcessSettings:
+    """What the parent passes on."""
+
+    engine: EngineSettings
+    socket: str
+    name: str  # of the model in requests
+    tool_parser: str | None
+    release: int
+    files: dict[str, str]  # digests of the release's files
+
+    @classmethod
+    def read(cls, path: Path) -> "EngineProcessSettings":
+        given = json.loads(path.read_text())
+        engine = given.pop("engine")
+        return cls(engine=EngineSettings(**engine | {"stop_ids": tuple(engine["stop_ids"])}), **given)
+
+
+class Releases:
+    """Loads releases into the engine."""
+
+    def __init__(self, engine: "VllmEngine", publisher: "Publisher", release: int, dtype: "torch.dtype") -> None:
+        self._engine, self._publisher, self._dtype = engine, publisher, dtype
+        self._turn = asyncio.Lock()
+        self.release = release
+
+    async def verify_loaded(self, folder: Path) -> float:
+        """Compare the engine as loaded with transformers, and update it to the same weights. Returns the gap."""
+        snapshot = await asyncio.to_thread(self._snapshot, 0, folder)
+        gap = (await self._engine.update_weights(snapshot)).probe_gap
+        await self._engine.client.update_weight_version(str(self.release))
+        return gap
+
+    async def change(self, release: int, folder: Path, files: dict[str, str]) -> dict[str, Any]:
+        """Load and verify a release. Raises ValueError, without a change, if its files are not whole."""
+        async with self._turn:
+            damaged = await asyncio.to_thread(differing, folder, files)
+            if damaged:
+                raise ValueError(f"{folder} is not whole: {damaged}")
+            snapshot = await asyncio.to_thread(self._snapshot, release, folder)
+            report = await self._engine.update_weights(snapshot)
+            self.release = release
+            return {"release": release, "gap": report.probe_gap, "pause_s": report.pause_s}
+
+    def _snapshot(self, version: int, folder: Path) -> Any:
+        from sdft.learner.weights.content import Content
+
+        count = sum(_numel(entry["shape"]) for path in weight_files(folder) for entry in read_header(path)[0].values())
+        return self._publisher.publish("serving", version, Content(self._tensors(folder), count * self._dtype.itemsize))
+
+    def _tensors(self, folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
+        from safetensors import safe_open
+
+        for path in weight_files(folder):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    yield name, file.get_tensor(name).to(self._dtype)
+
+
+def _numel(shape: list[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+async def serve(settings: EngineProcessSettings) -> None:
+    """Start the engine, verify it, and answer until the engine dies."""
+    import numpy as np
+    import torch
+    from transformers import AutoTokenizer
+
+    from sdft.actors.vllm.engine import VllmEngine
+    from sdft.actors.vllm.openai_app import openai_app
+    from sdft.learner.weights.publisher import Publisher
+
+    folder = Path(settings.engine.model)
+    damaged = differing(folder, settings.files)
+    if damaged:
+        raise SystemExit(f"release {settings.release}: {folder} is not whole: {damaged}")
+    engine = VllmEngine(settings.engine)
+    await engine.start()
+    try:
+        ids = AutoTokenizer.from_pretrained(folder, local_files_only=True).encode(PROBE_TEXT)[:PROBE_TOKENS]
+        dtype = getattr(torch, settings.engine.dtype)
+        probe = np.asarray(ids, np.int32)
+        publisher = Publisher(folder, dtype, probe, "", settings.engine.vocabulary)
+        releases = Releases(engine, publisher, settings.release, dtype)
+        gap = await releases.verify_loaded(folder)
+        print(f"release {settings.release} is loaded and verified (gap {gap:.1e})", flush=True)
+        app = await openai_app(engine, settings.name, settings.tool_parser)
+        _add_change(app, releases)
+        server = uvicorn.Server(uvicorn.Config(app, uds=settings.socket, log_level="warning", access_log=False))
+        answering = asyncio.create_task(server.serve(), name="answer requests")
+        while not engine.dead and not answering.done():
+            await asyncio.wait([answering], timeout=ALIVE_EVERY_S)
+    finally:
+        engine.stop()
+    if engine.dead:
+        raise SystemExit("vLLM's own process has died")
+
+
+def _add_change(app: FastAPI, releases: Releases) -> None:
+    async def change(request: Request) -> JSONResponse:
+        given = await request.json()
+        try:
+            made = await releases.change(given["release"], Path(given["folder"]), given["files"])
+        except ValueError as error:
+            return JSONResponse({"error": str(error)}, status_code=409)
+        except Exception as error:  # noqa: BLE001 - whatever it is, these weights are not served
+            return JSONResponse({"error": f"{type(error).__name__}: {error}"}, status_code=500)
+        return JSONResponse(made)
+
+    app.add_api_route("/sdft/release", change, methods=["POST"])
+
+
+def main() -> None:
+    die_with_parent()
+    settings = EngineProcessSettings.read(Path(sys.argv[1]))
+    with ExitStack() as scratch:
+        names = scratch.enter_context(scratch_folder("sdft-serving-"))
+        os.environ.update(engine_environment(settings.engine) | {"VLLM_RPC_BASE_PATH": str(names)})
+        with large_imports():
+            asyncio.run(serve(settings))
+
+
+if __name__ == "__main__":
+    main()

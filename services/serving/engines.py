@@ -1,0 +1,295 @@
+"""The engines that answer requests, as the gateway sees them: processes that are started again when they die.
+
+    starting ─► up ─┬─► drains ─► changes its release ─► up
+        ▲           └─► dead
+        └───────────────┘        (with the release that the pool serves by then)
+
+A request holds one engine from its start to the end of its answer. An engine changes its release when it holds no
+request, so an answer has one release.
+"""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+import aiohttp
+
+from sdft.actors.config import EngineSettings
+from sdft.actors.shared.process import die_with_parent
+
+AGAIN_S = (0.0, 1.0, 5.0, 15.0, 60.0)  # pauses before a start after so many failed ones
+LOG_TAIL = 4096  # bytes of an engine's log that are searched for the cause of its end
+POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A release, as an engine loads it."""
+
+    release: int
+    folder: Path
+    files: dict[str, str]
+    step: str  # the weight version, as answers name it
+
+
+class NotChanged(Exception):
+    """An engine does not serve a release: its files are damaged, or its log-probs are not those of the weights."""
+
+
+class EnginesBusy(Exception):
+    """No engine took the request within its time."""
+
+
+class ServingEngine:
+    """One engine: a name, and one process after another."""
+
+    def __init__(
+        self,
+        name: str,
+        sockets: Path,
+        logs: Path,
+        settings: Callable[[Weights], EngineSettings],
+        served: Callable[[], Weights],
+        model_name: str,
+        tool_parser: str | None,
+        start_timeout_s: float,
+        changed: Callable[[], None],
+        notice: Callable[[str], None],
+    ) -> None:
+        """sockets, logs: folders. settings(): of a process. served(): the weights that it starts with.
+
+        changed() is called when the engine can take a request, or not any more.
+        """
+        self.name = name
+        self.in_flight = 0
+        self.weights: Weights | None = None  # None: it is not up
+        self.draining = False
+        self.starts = 0
+        self._sockets, self._settings, self._served = sockets, settings, served
+        self._log = logs / f"{name.replace(' ', '-')}.log"
+        self._model_name, self._tool_parser, self._start_timeout_s = model_name, tool_parser, start_timeout_s
+        self._changed, self._notice = changed, notice
+        self._process: asyncio.subprocess.Process | None = None
+        self._http: aiohttp.ClientSession | None = None
+
+    @property
+    def free(self) -> bool:
+        """Whether it takes requests."""
+        return self.weights is not None and not self.draining
+
+    @property
+    def http(self) -> aiohttp.ClientSession:
+        if self._http is None:
+            raise aiohttp.ClientConnectionError(f"{self.name} is not up")
+        return self._http
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    async def run(self) -> None:
+        """Start the process, again whenever it ends, until cancelled."""
+        failures = 0
+        try:
+            while True:
+                await asyncio.sleep(AGAIN_S[min(failures, len(AGAIN_S) - 1)])
+                since = asyncio.get_running_loop().time()
+                weights, log = self._served(), self._log
+                with log.open("ab") as file:
+                    process = await self._start(weights, file)
+                    ready = await self._answers(process)
+                    if ready:
+                        self.weights, failures = weights, 0
+                        self._changed()
+                        took = asyncio.get_running_loop().time() - since
+                        self._notice(f"{self.name} serves release {weights.release} ({took:.0f} s to start)")
+                    elif process.returncode is None:
+                        self._notice(f"{self.name} did not start within {self._start_timeout_s:g} s; {log}")
+                        process.kill()
+                    await process.wait()
+                self.weights = None
+                self._changed()
+                failures += not ready
+                self._notice(f"{self.name} ended ({_cause(log, process.returncode)}); it is started again")
+        finally:
+            await self.stop()
+
+    async def _start(self, weights: Weights, log: IO[bytes]) -> asyncio.subprocess.Process:
+        self.starts += 1
+        socket = self._sockets / f"{self.name.replace(' ', '-')}.sock"
+        socket.unlink(missing_ok=True)
+        given = socket.with_suffix(".json")
+        given.write_text(
+            json.dumps(
+                {
+                    "engine": asdict(self._settings(weights)),
+                    "socket": str(socket),
+                    "name": self._model_name,
+                    "tool_parser": self._tool_parser,
+                    "release": weights.release,
+                    "files": weights.files,
+                }
+            )
+        )
+        await self._disconnect()
+        self._http = aiohttp.ClientSession(
+            "http://engine",
+            connector=aiohttp.UnixConnector(str(socket), limit=0),
+            timeout=aiohttp.ClientTimeout(total=None),
+            read_bufsize=1 << 20,
+        )
+        self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "sdft.services.serving.engine_process", str(given)),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            preexec_fn=die_with_parent,
+        )
+        return self._process
+
+    async def _answers(self, process: asyncio.subprocess.Process) -> bool:
+        """Wait until the process answers. Returns whether it does; else it has ended, or its time is over."""
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                while process.returncode is None:
+                    with suppress(aiohttp.ClientError, OSError):
+                        async with self.http.get("/health") as reply:
+                            if reply.status == 200:
+                                return True
+                    await asyncio.sleep(POLL_S)
+        except TimeoutError:
+            pass
+        return False
+
+    async def change(self, weights: Weights) -> float:
+        """Load and verify a release; the engine must hold no request. Returns the probe's gap. Raises NotChanged."""
+        given = {"release": weights.release, "folder": str(weights.folder), "files": weights.files}
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                async with self.http.post("/sdft/release", json=given) as reply:
+                    made = await reply.json()
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            self.kill()
+            raise NotChanged(f"{self.name} did not answer ({type(error).__name__})") from error
+        if reply.status != 200:
+            if reply.status != 409:  # its weights may be half loaded
+                self.kill()
+            raise NotChanged(f"{self.name} refused release {weights.release}: {made['error']}")
+        self.weights = weights
+        return float(made["gap"])
+
+    def kill(self) -> None:
+        """End the process; `run` starts another one."""
+        self.weights = None
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+    async def stop(self) -> None:
+        self.kill()
+        if self._process is not None:
+            await self._process.wait()
+        await self._disconnect()
+
+    async def _disconnect(self) -> None:
+        if self._http is not None:
+            await self._http.close()
+            self._http = None
+
+
+class ServingPool:
+    """The engines of a service, and the release that they serve."""
+
+    def __init__(self, engines: Callable[["ServingPool"], list[ServingEngine]], served: Weights) -> None:
+        """engines(pool): makes them; they start with `pool.served`."""
+        self.served = served
+        self._condition = asyncio.Condition()
+        self._changing = asyncio.Lock()
+        self.waiting = 0  # requests that no engine has taken yet
+        self.engines = engines(self)
+
+    def notify(self) -> None:
+        """Wake those who wait for an engine."""
+
+        async def wake() -> None:
+            async with self._condition:
+                self._condition.notify_all()
+
+        task = asyncio.get_running_loop().create_task(wake())
+        task.add_done_callback(lambda _: None)
+
+    @property
+    def ready(self) -> bool:
+        return any(e.free for e in self.engines)
+
+    @property
+    def in_flight(self) -> int:
+        return sum(e.in_flight for e in self.engines)
+
+    @asynccontextmanager
+    async def engine(self, timeout_s: float) -> AsyncIterator[ServingEngine]:
+        """Hold the engine with the fewest requests for one request. Raises EnginesBusy after `timeout_s`."""
+        self.waiting += 1
+        try:
+            async with asyncio.timeout(timeout_s), self._condition:
+                await self._condition.wait_for(lambda: self.ready)
+                chosen = min((e for e in self.engines if e.free), key=lambda e: e.in_flight)
+                chosen.in_flight += 1
+        except TimeoutError:
+            raise EnginesBusy(f"no engine took the request within {timeout_s:g} s") from None
+        finally:
+            self.waiting -= 1
+        try:
+            yield chosen
+        finally:
+            chosen.in_flight -= 1
+            if chosen.draining:
+                self.notify()
+
+    async def change(self, weights: Weights) -> float:
+        """Have all engines serve a release, one after the other. Returns the largest gap of the probe.
+
+        Raises NotChanged if an engine does not; all serve the release of before then.
+        """
+        async with self._changing:
+            before, gap = self.served, 0.0
+            self.served = weights  # for engines that start meanwhile
+            try:
+                for engine in self.engines:
+                    gap = max(gap, await self._change(engine, weights))
+            except BaseException:
+                self.served = before
+                for engine in self.engines:
+                    if engine.weights is not None and engine.weights.release != before.release:
+                        with suppress(NotChanged):  # such an engine is started again, with the release of before
+                            await self._change(engine, before)
+                raise
+            return gap
+
+    async def _change(self, engine: ServingEngine, weights: Weights) -> float:
+        engine.draining = True
+        try:
+            async with self._condition:  # the answers in flight end at request_timeout_s at the latest
+                await self._condition.wait_for(lambda: engine.in_flight == 0)
+                while engine.weights is None:  # it is starting, perhaps with the release of before
+                    await self._condition.wait()
+            return 0.0 if engine.weights.release == weights.release else await engine.change(weights)
+        finally:
+            engine.draining = False
+            self.notify()
+
+
+def _cause(log: Path, code: int | None) -> str:
+    """Return how a process ended, with the last error in its log."""
+    text = log.read_bytes()[-LOG_TAIL:].decode(errors="replace")
+    errors = [
+        line.strip() for line in text.splitlines() if "Error: " in line or ("release " in line and "not whole" in line)
+    ]
+    how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+    return f"{how}; {errors[-1][:300]}" if errors and code != 0 and (code or 0) > 0 else how

@@ -1,0 +1,1 @@
+"""The service's HTTP interface: routes, errors, tokens, limits and the page. Imports the rest of serving."""

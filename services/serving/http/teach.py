@@ -1,0 +1,178 @@
+"""Demonstrations, feedback and records: what applications teach, and what became of it."""
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import JSONResponse
+
+from sdft.services.data.rows import BadRow, parse_line
+from sdft.services.inbox.inbox import KeyUsed, NotWritten
+from sdft.services.records.ledger_reading import trained_steps
+from sdft.services.serving.http.errors import ApiError
+from sdft.services.serving.http.requests import body_of, json_of_body, object_of_body
+from sdft.services.serving.taking import MOST_PROBLEMS
+from sdft.services.serving.window import record_name, record_number
+
+if TYPE_CHECKING:
+    from sdft.services.serving.service import Service
+
+JSONL = ("application/jsonl", "application/x-ndjson", "application/x-jsonlines")
+MOST_ROWS = 10_000  # of one request
+LONGEST_KEY = 255
+FEEDBACK = ("correction", "comment", "score", "next_message")
+
+
+def teaching(service: "Service", check: Callable[[Request], object]) -> APIRouter:
+    """Return the routes. check: of a request's token."""
+    routes = APIRouter(dependencies=[Depends(check)], tags=["teach"])
+
+    @routes.post("/v1/demonstrations", status_code=202)
+    async def add_demonstrations(request: Request) -> JSONResponse:
+        """Take demonstrations: an object, a list of objects, or JSON lines.
+
+        Each is a row as in a run's file: `prompt` (text or messages), `demonstration`, and what the template shows. All
+        are taken or none. The answer comes when they are on the disk. With `Idempotency-Key` the same request counts
+        once.
+        """
+        body = await body_of(request, service.http.max_body_mib)
+        rows = _rows(request, body)
+        return await _take(rows, body, request, "demonstrations")
+
+    @routes.post("/v1/feedback", status_code=202)
+    async def add_feedback(request: Request) -> JSONResponse:
+        """Take feedback to an answer: the `id` of the answer as `receipt`, and one kind of feedback.
+
+        A `correction` is what the answer should have been, as text or as an assistant's message: it becomes a
+        demonstration for that prompt. A `comment`, a `score` or the user's `next_message` is kept and counted, and is
+        not trained.
+        """
+        if service.receipts is None:
+            raise ApiError(409, "no_receipts", "this service keeps no receipts (service.receipts.keep: false)")
+        body = await body_of(request, service.http.max_body_mib)
+        given = object_of_body(body)
+        unknown = [key for key in given if key not in ("receipt", *FEEDBACK)]
+        if unknown:
+            raise ApiError(422, "unknown_field", f"{unknown[0]} is not a field; give receipt and one of {FEEDBACK}")
+        said = {kind: given[kind] for kind in FEEDBACK if given.get(kind) is not None}
+        if not isinstance(given.get("receipt"), str):
+            raise ApiError(422, "no_receipt", "receipt must be the id of an answer")
+        if len(said) != 1:
+            raise ApiError(422, "one_kind", f"give exactly one of {', '.join(FEEDBACK)}")
+        receipt = await service.receipts.find(given["receipt"])
+        if receipt is None:
+            raise ApiError(404, "unknown_receipt", f"there is no receipt {given['receipt']}, or its time is over")
+        if "correction" not in said:
+            await service.receipts.note(receipt.id, said)
+            return JSONResponse({"ids": [], "counted": list(said)}, 202)
+        if receipt.messages is None:
+            raise ApiError(
+                422, "no_messages", "this answer completes a plain text; post a demonstration with its prompt instead"
+            )
+        row: dict[str, Any] = {"prompt": receipt.messages, "demonstration": said["correction"]}
+        if receipt.tools:
+            row["tools"] = receipt.tools
+        return await _take([row], body, request, "feedback", receipt=receipt.id)
+
+    async def _take(
+        rows: list[Any], body: bytes, request: Request, name: str, receipt: str | None = None
+    ) -> JSONResponse:
+        key = request.headers.get("Idempotency-Key")
+        if key is not None and not 1 <= len(key) <= LONGEST_KEY:
+            raise ApiError(422, "bad_key", f"Idempotency-Key must have 1 to {LONGEST_KEY} characters")
+        problems = await service.problems(rows, name)
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            text = f"nothing was taken: row {problems[0]['row']}: {problems[0]['message']}{more}"
+            raise ApiError(422, "bad_rows", text, problems[:MOST_PROBLEMS])
+        kept = [row | {"receipt": receipt} for row in rows] if receipt is not None else rows
+        try:
+            ids = await service.inbox.add(kept, body, key)
+        except KeyUsed as error:
+            raise ApiError(409, "key_used", str(error)) from None
+        except NotWritten as error:
+            raise ApiError(507, "disk_full", f"nothing was taken: {error}; make room, and send it again") from None
+        service.loop.notify()
+        return JSONResponse({"ids": [record_name(i) for i in ids]}, 202)
+
+    @routes.get("/v1/records")
+    async def list_records(
+        state: str | None = None, limit: int = Query(50, ge=1, le=1000), before: str | None = None
+    ) -> dict[str, Any]:
+        """The newest records, or those in one state, and how many there are in each state."""
+        first = len(service.inbox.records) if before is None else _number(service, before)
+        found: list[dict[str, Any]] = []
+        for number in range(first - 1, -1, -1):
+            if len(found) == limit:
+                break
+            row = _record(service, number, whole=False)
+            if state is None or row["state"] == state:
+                found.append(row)
+        return {"records": found, "counts": service.counts()}
+
+    @routes.get("/v1/records/{record}")
+    async def get_record(record: str) -> dict[str, Any]:
+        """A record, and what became of it: waiting, in window, trained, held out, dropped, quarantined or deleted."""
+        return _record(service, _number(service, record), whole=True)
+
+    @routes.delete("/v1/records/{record}")
+    async def delete_record(record: str) -> dict[str, Any]:
+        """Do not train a record from now on. If it was trained, the answer names the releases that have it."""
+        number = _number(service, record)
+        try:
+            await service.inbox.delete(number)
+        except NotWritten as error:
+            raise ApiError(507, "disk_full", f"nothing was deleted: {error}; make room, and send it again") from None
+        return _record(service, number, whole=False)
+
+    return routes
+
+
+def _rows(request: Request, body: bytes) -> list[Any]:
+    kind = request.headers.get("Content-Type", "application/json").partition(";")[0].strip().lower()
+    if kind in JSONL:
+        rows: list[Any] = []
+        for number, line in enumerate(body.split(b"\n"), start=1):
+            if line.strip():
+                row = parse_line(line)
+                if isinstance(row, BadRow):
+                    raise ApiError(422, "bad_rows", f"nothing was taken: line {number}: {row}")
+                rows.append(row)
+    elif kind == "application/json":
+        value = json_of_body(body)
+        rows = value if isinstance(value, list) else [value]
+    else:
+        raise ApiError(415, "bad_content_type", f"send application/json or application/jsonl, not {kind}")
+    if not rows:
+        raise ApiError(422, "no_rows", "there is no demonstration in the body")
+    if len(rows) > MOST_ROWS:
+        raise ApiError(422, "too_many_rows", f"{len(rows)} rows; send at most {MOST_ROWS} at once")
+    return rows
+
+
+def _number(service: "Service", record: str) -> int:
+    number = record_number(record)
+    if number is None or number >= len(service.inbox.records):
+        raise ApiError(404, "unknown_record", f"there is no record {record}")
+    return number
+
+
+def _record(service: "Service", number: int, whole: bool) -> dict[str, Any]:
+    record, state = service.inbox.records[number], service.journal.state
+    deleted = number in service.inbox.deleted
+    now = state.record(number, deleted)
+    row: dict[str, Any] = {"id": record_name(number), "state": now.state, "received": record.at, "deleted": deleted}
+    row |= {key: value for key, value in vars(now).items() if key != "state" and value not in (None, "")}
+    row["releases"] = state.in_releases(number)
+    if not whole:
+        shown = record.row["prompt"]
+        row["prompt"] = (shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False))[-200:]
+        return row
+    row["row"] = record.row
+    if now.window is not None:
+        window = state.windows[now.window]
+        trained = [*window.train, *window.replayed]
+        if number in trained:
+            row["steps"] = trained_steps(service.folder.run(now.window)).get(trained.index(number), [])
+    return row
