@@ -5,10 +5,14 @@ RUNS := .venv/.runs
 INSTALLED := .venv/.installed
 TRL := benchmarks/trl/.venv/.installed
 
-.PHONY: demo continual test chaos models bench docs lint install clean
+.PHONY: demo service continual test chaos models bench docs lint install clean
 
 demo: $(RUNS)
 	$(BIN)/sdft train examples/tools/tools.yaml
+
+# A service that learns from an application's corrections, refuses poisoned ones, and rolls back.
+service: $(RUNS)
+	$(BIN)/python examples/service/demonstrate.py
 
 # Three skills in sequence by SDFT and by SFT, compared, in under an hour; goes on where it was stopped. FULL=--full: all
 # methods, rates, seeds and experiments.
@@ -18,9 +22,9 @@ continual: $(RUNS)
 test: install
 	$(BIN)/python -m pytest -n 2
 
-# The test in tests/runs/chaos with 200 kills instead of 12: half an hour.
+# The tests in tests/runs/chaos with 200 kills each instead of 12 and 30: three quarters of an hour.
 chaos: install
-	CHAOS_KILLS=200 $(BIN)/python -m pytest tests/runs/chaos
+	CHAOS_KILLS=200 SERVICE_KILLS=200 $(BIN)/python -m pytest tests/runs/chaos
 
 # Every family of models; writes docs/models.md.
 models: install
@@ -40,6 +44,7 @@ bench: install $(TRL)
 	$(BIN)/python -m benchmarks.data_plane
 	$(BIN)/python -m benchmarks.ahead
 	$(BIN)/python -m benchmarks.peer
+	$(BIN)/python -m benchmarks.serving
 
 # The documents as a site, in build/docs.
 docs: install

@@ -102,6 +102,12 @@ class GateConfig(Section):
     max_rise: float = Field(
         0.1, ge=0, lt=1, description="Largest rise of the share of empty, truncated or repetitive answers of a set"
     )
+    split_up_to: int = Field(
+        0,
+        ge=0,
+        description="The records of a refused window are tried again in halves, down to single ones, if they are at "
+        "most so many; 0: never",
+    )
     promotion: Literal["automatic", "by_hand"] = Field(
         "automatic", description="by_hand: a candidate that passes is held until a person promotes it"
     )
@@ -151,6 +157,10 @@ def with_records_of_a_service(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("stages are of a run, and a service trains in windows; remove stages, or service")
     if data.get("train") not in (None, INBOX) or data.get("source", "file") != "file":
         raise ValueError("data.train and data.source are of a run, and a service trains what it receives; remove them")
+    teacher = given.get("teacher", {})
+    if isinstance(teacher, dict) and not teacher.keys() & {"weights", "alpha"}:
+        teacher = teacher | {"weights": "frozen"}  # the student of the window's start
     if training.get("steps") is not None or training.get("epochs") not in (None, epochs):
         raise ValueError("training.epochs and steps are of a run; set service.window.epochs instead")
-    return given | {"data": data | {"train": INBOX}, "training": training | {"epochs": epochs}}
+    filled = {"data": data | {"train": INBOX}, "training": training | {"epochs": epochs}, "teacher": teacher}
+    return given | filled

@@ -99,6 +99,15 @@ class Pinned:
 
 
 @dataclass(frozen=True)
+class Split:
+    """The records of a refused window are tried again in parts, each in a window of its own, to find the bad ones."""
+
+    window: int
+    parts: list[list[int]]
+    at: float
+
+
+@dataclass(frozen=True)
 class Released:
     """Quarantined records wait again."""
 
@@ -106,7 +115,7 @@ class Released:
     at: float = 0.0
 
 
-Event = Opened | Ended | Candidate | Judged | Served | Refused | Held | Pinned | Released
+Event = Opened | Ended | Candidate | Judged | Served | Refused | Held | Pinned | Split | Released
 KINDS: dict[str, type[Event]] = {cls.__name__.lower(): cls for cls in Event.__args__}
 
 

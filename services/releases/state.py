@@ -24,10 +24,12 @@ from sdft.services.releases.events import (
     Refused,
     Released,
     Served,
+    Split,
 )
 
 ReleaseStatus = Literal["candidate", "held", "served", "earlier", "refused", "withdrawn"]
 GONE = ("refused", "withdrawn")
+STATES = ("waiting", "in window", "trained", "held out", "dropped", "quarantined", "deleted")  # of a record
 
 
 @dataclass
@@ -88,6 +90,7 @@ class ServiceState:
         self.releases: dict[int, Release] = {}
         self.served: int | None = None
         self.decisions = 0
+        self.parts: list[list[int]] = []  # records of refused windows that wait for windows of their own
         self._window_of: dict[int, Window] = {}  # the newest window of each record
 
     def apply(self, event: Event) -> None:
@@ -97,6 +100,8 @@ class ServiceState:
             case Opened():
                 window = Window(event.window, event.parent, event.train, event.held_out, event.replayed, event.at)
                 self.windows[event.window] = window
+                new = {*event.train, *event.held_out}
+                self.parts = [part for part in self.parts if not new.intersection(part)]
                 self._window_of |= dict.fromkeys([*event.train, *event.held_out], window)
             case Ended():
                 ended = self.windows[event.window]
@@ -129,6 +134,9 @@ class ServiceState:
                 self.releases[event.release].reason = event.reason
             case Pinned():
                 self.releases[event.release].pinned = event.pinned
+            case Split():
+                self.parts += event.parts
+                self.windows[event.window].out.update(record for part in event.parts for record in part)
             case Released():
                 for record in event.records:
                     self._window_of[record].out.add(record)

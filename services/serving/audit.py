@@ -11,10 +11,9 @@ from pathlib import Path
 from sdft.services.inbox.lines import Deleted, Received, read_lines
 from sdft.services.records.ledger_reading import trained_steps
 from sdft.services.releases.journal import read_state
+from sdft.services.releases.state import STATES
 from sdft.services.serving.folder import ServiceFolder
 from sdft.services.serving.window import record_name
-
-STATES = ("waiting", "in window", "trained", "held out", "dropped", "quarantined", "deleted")
 
 
 @dataclass(frozen=True)

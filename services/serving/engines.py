@@ -26,6 +26,8 @@ from sdft.actors.shared.process import die_with_parent
 AGAIN_S = (0.0, 1.0, 5.0, 15.0, 60.0)  # pauses before a start after so many failed ones
 LOG_TAIL = 4096  # bytes of an engine's log that are searched for the cause of its end
 POLL_S = 0.1
+CHECK_EVERY_S, HEALTH_S = 10.0, 20.0  # between two health checks; limit of one
+CHANGES = 3  # tries to load a release, if the engine is lost meanwhile
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,14 @@ class Weights:
 
 
 class NotChanged(Exception):
-    """An engine does not serve a release: its files are damaged, or its log-probs are not those of the weights."""
+    """An engine does not serve a release.
+
+    refused: its files are damaged, or its log-probs are not those of the weights; else the engine was lost.
+    """
+
+    def __init__(self, text: str, refused: bool) -> None:
+        super().__init__(text)
+        self.refused = refused
 
 
 class EnginesBusy(Exception):
@@ -68,15 +77,21 @@ class ServingEngine:
         """
         self.name = name
         self.in_flight = 0
-        self.weights: Weights | None = None  # None: it is not up
         self.draining = False
         self.starts = 0
         self._sockets, self._settings, self._served = sockets, settings, served
         self._log = logs / f"{name.replace(' ', '-')}.log"
         self._model_name, self._tool_parser, self._start_timeout_s = model_name, tool_parser, start_timeout_s
         self._changed, self._notice = changed, notice
+        self._loaded: Weights | None = None  # by the process; None: it is not up
+        self._doubted = asyncio.Event()  # a request has lost its connection
         self._process: asyncio.subprocess.Process | None = None
         self._http: aiohttp.ClientSession | None = None
+
+    @property
+    def weights(self) -> Weights | None:
+        """What it serves; None: it is not up, or it is not known whether it is."""
+        return None if self._doubted.is_set() else self._loaded
 
     @property
     def free(self) -> bool:
@@ -105,20 +120,51 @@ class ServingEngine:
                     process = await self._start(weights, file)
                     ready = await self._answers(process)
                     if ready:
-                        self.weights, failures = weights, 0
+                        self._loaded, failures = weights, 0
+                        self._doubted.clear()
                         self._changed()
                         took = asyncio.get_running_loop().time() - since
                         self._notice(f"{self.name} serves release {weights.release} ({took:.0f} s to start)")
+                        await self._watch(process)
                     elif process.returncode is None:
                         self._notice(f"{self.name} did not start within {self._start_timeout_s:g} s; {log}")
                         process.kill()
                     await process.wait()
-                self.weights = None
-                self._changed()
+                self._loaded = None
                 failures += not ready
                 self._notice(f"{self.name} ended ({_cause(log, process.returncode)}); it is started again")
         finally:
             await self.stop()
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """Return when the process has ended; kill it if it answers nothing."""
+        ended = asyncio.create_task(process.wait())
+        try:
+            while not ended.done():
+                doubted = asyncio.create_task(self._doubted.wait())
+                await asyncio.wait([ended, doubted], timeout=CHECK_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+                doubted.cancel()
+                if ended.done():
+                    return
+                if not await self._healthy():
+                    self._notice(f"{self.name} does not answer; it is killed")
+                    self.kill()
+                elif self._doubted.is_set():
+                    self._doubted.clear()
+                    self._changed()
+        finally:
+            ended.cancel()
+
+    async def _healthy(self) -> bool:
+        try:
+            async with asyncio.timeout(HEALTH_S), self.http.get("/health") as reply:
+                return reply.status == 200
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return False
+
+    def doubt(self) -> None:
+        """Send no further requests until it is known whether the process lives: one has lost its connection."""
+        self._doubted.set()
 
     async def _start(self, weights: Weights, log: IO[bytes]) -> asyncio.subprocess.Process:
         self.starts += 1
@@ -159,10 +205,8 @@ class ServingEngine:
         try:
             async with asyncio.timeout(self._start_timeout_s):
                 while process.returncode is None:
-                    with suppress(aiohttp.ClientError, OSError):
-                        async with self.http.get("/health") as reply:
-                            if reply.status == 200:
-                                return True
+                    if await self._healthy():
+                        return True
                     await asyncio.sleep(POLL_S)
         except TimeoutError:
             pass
@@ -177,17 +221,17 @@ class ServingEngine:
                     made = await reply.json()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             self.kill()
-            raise NotChanged(f"{self.name} did not answer ({type(error).__name__})") from error
+            raise NotChanged(f"{self.name} did not answer ({type(error).__name__})", refused=False) from error
         if reply.status != 200:
             if reply.status != 409:  # its weights may be half loaded
                 self.kill()
-            raise NotChanged(f"{self.name} refused release {weights.release}: {made['error']}")
-        self.weights = weights
+            raise NotChanged(f"{self.name} refused release {weights.release}: {made['error']}", refused=True)
+        self._loaded = weights
         return float(made["gap"])
 
     def kill(self) -> None:
         """End the process; `run` starts another one."""
-        self.weights = None
+        self._loaded = None
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
 
@@ -275,11 +319,17 @@ class ServingPool:
     async def _change(self, engine: ServingEngine, weights: Weights) -> float:
         engine.draining = True
         try:
-            async with self._condition:  # the answers in flight end at request_timeout_s at the latest
-                await self._condition.wait_for(lambda: engine.in_flight == 0)
-                while engine.weights is None:  # it is starting, perhaps with the release of before
-                    await self._condition.wait()
-            return 0.0 if engine.weights.release == weights.release else await engine.change(weights)
+            for attempt in range(CHANGES):
+                async with self._condition:  # the answers in flight end at request_timeout_s at the latest
+                    await self._condition.wait_for(lambda: engine.in_flight == 0 and engine.weights is not None)
+                if engine.weights is not None and engine.weights.release == weights.release:
+                    break  # it was started with it
+                try:
+                    return await engine.change(weights)
+                except NotChanged as error:
+                    if error.refused or attempt == CHANGES - 1:
+                        raise
+            return 0.0
         finally:
             engine.draining = False
             self.notify()

@@ -17,7 +17,7 @@ from sdft.services.config.run import RunConfig
 from sdft.services.inbox.inbox import Inbox
 from sdft.services.records.rows import Reply, read_rows
 from sdft.services.records.run_dir import is_held
-from sdft.services.releases.events import Ended, Held, Judged, Pinned, Refused, Released, Served
+from sdft.services.releases.events import Ended, Held, Judged, Pinned, Refused, Released, Served, Split
 from sdft.services.releases.gate import Decision, compare, decide
 from sdft.services.releases.journal import Journal
 from sdft.services.releases.state import Release, Window
@@ -88,7 +88,7 @@ class Loop:
         window, state = self._settings.window, self._journal.state
         ids = waiting(state, self._inbox.records, self._inbox.deleted)
         oldest = time.time() - self._inbox.records[ids[0]].at if ids else 0.0
-        if len(ids) >= window.min_records or (ids and oldest >= window.max_wait_s):
+        if len(ids) >= window.min_records or (ids and state.parts) or (ids and oldest >= window.max_wait_s):
             opened = draw(window, state, self._inbox.records, self._inbox.deleted, self._config.seed)
             self._journal.write(opened)
             self._notice(
@@ -166,9 +166,19 @@ class Loop:
         else:
             self._journal.write(Refused(release.number, "gate", release.reason, time.time()))
             window = self._journal.state.windows[release.window or 0]
-            count = len(window.train) + len(window.held_out)
-            self._notice(f"{count} records of window {window.number} are quarantined")
+            self._quarantine(window)
             self._forget(release)
+
+    def _quarantine(self, window: Window) -> None:
+        """Leave the records of a refused window in quarantine, or try them again in halves if they are few."""
+        deleted, parts = self._inbox.deleted, []
+        ids = [i for i in sorted([*window.train, *window.held_out]) if i not in deleted]
+        if 2 <= len(ids) <= self._settings.gate.split_up_to:
+            parts = [ids[: len(ids) // 2], ids[len(ids) // 2 :]]
+            self._journal.write(Split(window.number, parts, time.time()))
+            self._notice(f"{len(ids)} records of window {window.number} are tried again in halves")
+        else:
+            self._notice(f"{len(ids)} records of window {window.number} are quarantined")
 
     def _compare(self, release: Release) -> Decision:
         assert release.window is not None

@@ -13,6 +13,7 @@ from sdft.services.config.service import HttpConfig, ServiceConfig
 from sdft.services.inbox.inbox import Inbox
 from sdft.services.records.rows import StepMetrics, read_rows
 from sdft.services.releases.journal import Journal
+from sdft.services.releases.state import STATES
 from sdft.services.serving.engines import ServingPool
 from sdft.services.serving.folder import ServiceFolder
 from sdft.services.serving.loop import Loop
@@ -20,7 +21,6 @@ from sdft.services.serving.receipts import Receipts
 from sdft.services.serving.taking import RecordChecks
 from sdft.services.serving.tokens import Tokens
 
-STATES = ("waiting", "in window", "trained", "held out", "dropped", "quarantined", "deleted")
 CHECKED_AT_ONCE = 200  # rows between two turns of the event loop
 KEPT_NOTICES = 200
 

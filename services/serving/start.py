@@ -18,7 +18,7 @@ import uvicorn
 from sdft.actors.config import EngineSettings
 from sdft.actors.shared.process import scratch_folder
 from sdft.services.base.digests import digests
-from sdft.services.base.errors import UserError
+from sdft.services.base.errors import RunFailed, UserError
 from sdft.services.base.files import existing_file, write_atomically
 from sdft.services.config.load import resolved_yaml
 from sdft.services.config.run import RunConfig
@@ -122,15 +122,16 @@ async def serve(checked: Checked, say: Callable[[str], None]) -> None:
         async with asyncio.TaskGroup() as tasks:
             serving = tasks.create_task(server.serve(), name="gateway")
             tasks.create_task(_announce(server, serving, folder, settings.http, notice))
-            running = [tasks.create_task(engine.run(), name=engine.name) for engine in pool.engines]
+            for engine in pool.engines:
+                tasks.create_task(engine.run(), name=engine.name)
             tasks.create_task(loop.run(), name="loop")
             try:
-                await serving
-            finally:
-                server.should_exit = True
-                for task in running:
-                    task.cancel()
-        raise UserError(f"{settings.http.host}:{settings.http.port}: the gateway has ended; is the port free?")
+                await asyncio.shield(serving)
+            except asyncio.CancelledError:
+                server.should_exit = True  # answers in flight may end
+                await asyncio.wait([serving], timeout=STOP_S + 1)
+                raise
+            raise RunFailed(f"the gateway has ended; can it listen on {settings.http.host}:{settings.http.port}?")
 
 
 def _opened(folder: ServiceFolder) -> tuple[Journal, Inbox]:

@@ -45,9 +45,12 @@ def waiting(state: ServiceState, records: list[Received], deleted: set[int]) -> 
 def draw(window: WindowConfig, state: ServiceState, records: list[Received], deleted: set[int], seed: int) -> Opened:
     """Return the next window: its new records, those of them that are held out, and records of earlier windows.
 
-    A prompt is always on the same side, so no held-out prompt is trained under another record.
+    The records of a part of a refused window come first, alone. A prompt is always on the same side, so no held-out
+    prompt is trained under another record.
     """
-    new = waiting(state, records, deleted)[: window.max_records]
+    new = waiting(state, records, deleted)
+    of_part = next((ids for part in state.parts if (ids := [i for i in part if i in set(new)])), None)
+    new = of_part or new[: window.max_records]
     held_out = [i for i in new if _is_held_out(records[i], window)]
     train = [i for i in new if i not in set(held_out)]
     if not train:

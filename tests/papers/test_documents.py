@@ -12,6 +12,7 @@ from sdft.services.cli.app import parse
 from sdft.services.config.explain import models_of
 from sdft.services.config.reference import page, sections
 from sdft.services.config.run import RunConfig
+from sdft.services.config.service import with_records_of_a_service
 from tests.papers.documents import DOCUMENTS, README, ROOT, block, blocks, commands
 
 LEAST = {"model": "m", "data": {"train": "t"}, "training": {"steps": 1}}
@@ -26,15 +27,19 @@ def test_every_command_of_a_document_is_one(document: Path) -> None:
 
 
 def test_the_commands_are_found() -> None:
-    assert {c[1] for c in commands("make")} == {"demo", "test", "chaos", "models"}
+    assert {c[1] for c in commands("make")} == {"demo", "service", "test", "chaos", "models"}
     found = {c[1] for document in DOCUMENTS for c in commands("sdft", document)}
-    assert found == {"check", "train", "eval", "submit", "status", "report", "matrix", "export"}
+    run = {"check", "train", "eval", "submit", "status", "report", "matrix", "export"}
+    assert found == run | {"serve", "releases", "records", "rollback", "promote", "tokens"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_configuration_of_a_document_is_one(document: Path) -> None:
     for text in blocks(document):
         given = yaml.safe_load(text) if text.partition(":")[0] in RunConfig.model_fields else {}
+        if "service" in given:
+            RunConfig.model_validate(with_records_of_a_service(given))
+            continue
         own = LEAST | given | {"training": given.get("training", {}) | {}}
         if "stages" in given:
             del own["data"]

@@ -16,7 +16,16 @@ from pathlib import Path
 
 import psutil
 
-NAMES = ("raylet", "gcs_server", "ray::", "VLLM::", "dashboard", "sdft.services.cli", "bin/sdft")
+NAMES = (
+    "raylet",
+    "gcs_server",
+    "ray::",
+    "VLLM::",
+    "dashboard",
+    "sdft.services.cli",
+    "sdft.services.serving",
+    "bin/sdft",
+)
 TEMPORARY = ("sdft-*", "vllm_dist_*", "ray/session_*", "????????-????-????-????-????????????")
 PR_SET_CHILD_SUBREAPER = 36  # of prctl(2): orphans below this process become its children
 SHARED = Path("/dev/shm")

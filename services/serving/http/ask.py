@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -28,7 +29,6 @@ from sdft.services.serving.receipts import Receipt, Receipts
 TRIES = 3  # engines that a request is sent to, if one after the other dies
 GONE = (aiohttp.ClientError, ConnectionError, OSError)
 DONE = b"data: [DONE]"
-PASSED_ON = ("content-type",)
 RELEASE, WEIGHTS, RECEIPT = "X-SDFT-Release", "X-SDFT-Weights", "X-SDFT-Receipt"
 PREFIXES = {"/v1/chat/completions": "chatcmpl-", "/v1/completions": "cmpl-"}  # of the ids that vLLM makes
 
@@ -53,11 +53,12 @@ class Asking:
             )
         body = await body_of(request, self._http.max_body_mib)
         given = object_of_body(body)
-        since, name = time.monotonic(), uuid.uuid4().hex
-        deadline = since + self._http.request_timeout_s
+        path, since, name = request.url.path, time.monotonic(), uuid.uuid4().hex
+        receipt = PREFIXES[path] + name if self._receipts is not None and path in PREFIXES else None
+        asked = _Asked(path, body, given, name, since, since + self._http.request_timeout_s, receipt)
         for attempt in range(1, TRIES + 1):
             try:
-                return await self._try(request.url.path, body, given, name, deadline, since)
+                return await self._try(asked)
             except EnginesBusy as error:
                 self.failed += 1
                 raise ApiError(503, "no_engine", f"{error}; send it again later", retry_after_s=5) from None
@@ -76,83 +77,100 @@ class Asking:
                     ) from error
         raise AssertionError("unreachable")
 
-    async def _try(
-        self, path: str, body: bytes, given: dict[str, Any], name: str, deadline: float, since: float
-    ) -> Response:
+    async def _try(self, asked: "_Asked") -> Response:
+        """Have one engine answer. Raises EnginesBusy, TimeoutError, or GONE if the engine is lost before it begins."""
         async with AsyncExitStack() as held:
-            left = max(0.0, deadline - time.monotonic())
-            engine = await held.enter_async_context(self._pool.engine(left))
-            weights = _weights(engine)
-            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                reply = await held.enter_async_context(
-                    engine.http.post(
-                        path, data=body, headers={"Content-Type": "application/json", "X-Request-Id": name}
-                    )
-                )
-                headers = {key: value for key, value in reply.headers.items() if key.lower() in PASSED_ON}
-                headers |= {RELEASE: str(weights.release), WEIGHTS: weights.step}
-                if self._receipts is not None and path in PREFIXES:
-                    headers[RECEIPT] = PREFIXES[path] + name
-                if "text/event-stream" not in reply.headers.get("Content-Type", ""):
-                    content = await reply.read()
-                    if reply.status == 200 and path in PREFIXES:
-                        await self._keep(given, weights, json.loads(content), headers)
-                    self._count(reply.status, since)
-                    return Response(content, reply.status, headers)
-            rest = held.pop_all()
-        pieces = self._pieces(rest, reply, path, given, weights, headers, deadline, since)
-        return StreamingResponse(pieces, reply.status, headers)
+            engine = await held.enter_async_context(self._pool.engine(asked.left_s))
+            if (weights := engine.weights) is None:  # it has died since it was chosen
+                raise aiohttp.ClientConnectionError(f"{engine.name} is not up")
+            headers = {"Content-Type": "application/json", "X-Request-Id": asked.name}
+            try:
+                async with asyncio.timeout(asked.left_s):
+                    request = engine.http.post(asked.path, data=asked.body, headers=headers)
+                    reply = await held.enter_async_context(request)
+                    whole = "text/event-stream" not in reply.headers.get("Content-Type", "")
+                    content = await reply.read() if whole else b""
+            except TimeoutError:
+                raise
+            except GONE:
+                engine.doubt()
+                raise
+            sent = {"Content-Type": reply.headers.get("Content-Type", "application/json")}
+            sent |= {RELEASE: str(weights.release), WEIGHTS: weights.step}
+            if not whole:
+                if asked.receipt is not None:
+                    sent[RECEIPT] = asked.receipt
+                pieces = self._pieces(held.pop_all(), reply, asked, engine, weights)
+                return StreamingResponse(pieces, reply.status, sent)
+        if reply.status == 200:
+            if asked.receipt is not None and await self._keep(asked, weights, json.loads(content)):
+                sent[RECEIPT] = asked.receipt
+            self._count(asked)
+        return Response(content, reply.status, sent)
 
     async def _pieces(
         self,
         held: AsyncExitStack,
         reply: aiohttp.ClientResponse,
-        path: str,
-        given: dict[str, Any],
+        asked: "_Asked",
+        engine: ServingEngine,
         weights: Weights,
-        headers: dict[str, str],
-        deadline: float,
-        since: float,
     ) -> AsyncIterator[bytes]:
         """Yield a stream as it comes. Its status has been sent, so an error becomes an event of the stream."""
         async with held:
             answer = _Answer()
             try:
-                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                async with asyncio.timeout(asked.left_s):
                     async for line in reply.content:
-                        if path in PREFIXES:
+                        if asked.receipt is not None:
                             if line.startswith(DONE):
-                                await self._keep(given, weights, answer.whole(headers.get(RECEIPT, "")), headers)
+                                await self._keep(asked, weights, answer.whole())
                             else:
                                 answer.add(line)
                         yield line
-                self._count(reply.status, since)
+                self._count(asked)
             except TimeoutError:
                 self.failed += 1
                 yield error_event("timeout", f"no whole answer within {self._http.request_timeout_s:g} s")
             except GONE:
+                engine.doubt()
                 self.failed += 1
                 yield error_event("engine_lost", "the engine was lost during this answer; send the request again")
 
-    async def _keep(
-        self, given: dict[str, Any], weights: Weights, answer: dict[str, Any], headers: dict[str, str]
-    ) -> None:
-        """Keep the receipt of an answer. An answer whose receipt cannot be kept is sent without one."""
-        if self._receipts is None or not answer.get("choices"):
-            return
+    async def _keep(self, asked: "_Asked", weights: Weights, answer: dict[str, Any]) -> bool:
+        """Keep the receipt of an answer. Returns whether it is kept: a full disk does not keep the answer back."""
+        if self._receipts is None or asked.receipt is None or not answer.get("choices"):
+            return False
         first = answer["choices"][0]
         message = first.get("message") or {"role": "assistant", "content": first.get("text")}
-        messages = given.get("messages") if isinstance(given.get("messages"), list) else None
-        kept = Receipt(answer["id"], time.time(), weights.release, messages, given.get("tools"), message)
+        messages, tools = asked.given.get("messages"), asked.given.get("tools")
+        kept = Receipt(asked.receipt, time.time(), weights.release, messages, tools, message)
         try:
             await self._receipts.keep(kept)
         except sqlite3.Error:
-            headers.pop(RECEIPT, None)
+            return False
+        return True
 
-    def _count(self, status: int, since: float) -> None:
-        if status == 200:
-            self.answered += 1
-            self.seconds += time.monotonic() - since
+    def _count(self, asked: "_Asked") -> None:
+        self.answered += 1
+        self.seconds += time.monotonic() - asked.since
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request on its way to an engine. Times are those of the monotonic clock."""
+
+    path: str
+    body: bytes
+    given: dict[str, Any]  # the same, parsed
+    name: str  # the engine makes the id of the answer of it
+    since: float
+    deadline: float
+    receipt: str | None  # the id of the answer, if receipts are kept
+
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self.deadline - time.monotonic())
 
 
 class _Answer:
@@ -179,14 +197,8 @@ class _Answer:
                     known["function"]["name"] = function["name"]
                 known["function"]["arguments"] += function.get("arguments") or ""
 
-    def whole(self, receipt: str) -> dict[str, Any]:
+    def whole(self) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": "".join(self._text)}
         if self._calls:
             message["tool_calls"] = [self._calls[i] for i in sorted(self._calls)]
-        return {"id": receipt, "choices": [{"message": message}]}
-
-
-def _weights(engine: ServingEngine) -> Weights:
-    if engine.weights is None:  # it has died since it was chosen
-        raise aiohttp.ClientConnectionError(f"{engine.name} is not up")
-    return engine.weights
+        return {"choices": [{"message": message}]}

@@ -1,5 +1,6 @@
 """What every route needs of a request: who sends it, and its body within the limit."""
 
+import asyncio
 import json
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from sdft.services.serving.http.errors import ApiError
 from sdft.services.serving.tokens import ANYONE, Holder, Tokens
 
 MIB = 1 << 20
+BODY_S = 60.0  # how long a client may take to send its body
 
 
 def scope_check(tokens: Tokens | None, scope: str) -> Callable[[Request], Holder]:
@@ -34,17 +36,21 @@ def scope_check(tokens: Tokens | None, scope: str) -> Callable[[Request], Holder
 
 
 async def body_of(request: Request, max_mib: float) -> bytes:
-    """Return the body. Raises ApiError 413 once it is larger than `max_mib`."""
+    """Return the body. Raises ApiError 413 once it is larger than `max_mib`, 408 if it takes longer than BODY_S."""
     most = int(max_mib * MIB)
     declared = request.headers.get("Content-Length", "")
     if declared.isdecimal() and int(declared) > most:
         raise _too_large(max_mib)
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise _too_large(max_mib)
-        parts.append(part)
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                size += len(part)
+                if size > most:
+                    raise _too_large(max_mib)
+                parts.append(part)
+    except TimeoutError:
+        raise ApiError(408, "slow_body", f"the body did not arrive within {BODY_S:g} s") from None
     return b"".join(parts)
 
 

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from sdft.services.data.rows import BadRow, parse_line
 from sdft.services.inbox.inbox import KeyUsed, NotWritten
 from sdft.services.records.ledger_reading import trained_steps
+from sdft.services.releases.state import STATES
 from sdft.services.serving.http.errors import ApiError
 from sdft.services.serving.http.requests import body_of, json_of_body, object_of_body
 from sdft.services.serving.taking import MOST_PROBLEMS
@@ -101,6 +102,8 @@ def teaching(service: "Service", check: Callable[[Request], object]) -> APIRoute
         state: str | None = None, limit: int = Query(50, ge=1, le=1000), before: str | None = None
     ) -> dict[str, Any]:
         """The newest records, or those in one state, and how many there are in each state."""
+        if state is not None and state not in STATES:
+            raise ApiError(422, "unknown_state", f"{state} is no state; the states are {', '.join(STATES)}")
         first = len(service.inbox.records) if before is None else _number(service, before)
         found: list[dict[str, Any]] = []
         for number in range(first - 1, -1, -1):
