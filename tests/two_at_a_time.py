@@ -8,7 +8,7 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
-ALONE = ("tests/runs/chaos/", "tests/runs/test_elastic.py")
+ALONE = ("tests/runs/chaos/test_chaos.py", "tests/runs/test_elastic.py")
 # Files that start Ray or engines, the longest first, so that at the end no worker waits for a long file of the other.
 LONG = (
     "tests/runs/test_run.py",

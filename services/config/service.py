@@ -76,7 +76,9 @@ class WindowConfig(Section):
         description="Share of the new records that are never trained: the gate asks them, now and in later windows",
     )
     grader: Grader = Field("exact", description="How answers to held-out records are graded")
-    max_new_tokens: int = Field(64, ge=1, description="Longest answer to a held-out record, in tokens")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="Longest answer to a held-out record, in tokens; null: sampling.max_new_tokens"
+    )
 
     @model_validator(mode="after")
     def _graded_alone(self) -> "WindowConfig":
@@ -100,7 +102,10 @@ class GateConfig(Section):
         0.5, gt=0, lt=1, description="A candidate is refused if a set is worse with a probability of more than this"
     )
     max_rise: float = Field(
-        0.1, ge=0, lt=1, description="Largest rise of the share of empty, truncated or repetitive answers of a set"
+        0.1,
+        ge=0,
+        lt=1,
+        description="Largest rise of the share of empty, truncated or repetitive answers",
     )
     split_up_to: int = Field(
         0,
@@ -160,7 +165,8 @@ def with_records_of_a_service(given: dict[str, Any]) -> dict[str, Any]:
     teacher = given.get("teacher", {})
     if isinstance(teacher, dict) and not teacher.keys() & {"weights", "alpha"}:
         teacher = teacher | {"weights": "frozen"}  # the student of the window's start
-    if training.get("steps") is not None or training.get("epochs") not in (None, epochs):
+    saved = data.get("train") == INBOX  # a service's own file, with an override of the window's epochs perhaps
+    if not saved and (training.get("steps") is not None or training.get("epochs") is not None):
         raise ValueError("training.epochs and steps are of a run; set service.window.epochs instead")
     filled = {"data": data | {"train": INBOX}, "training": training | {"epochs": epochs}, "teacher": teacher}
     return given | filled

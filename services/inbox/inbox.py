@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdft.services.inbox.lines import Deleted, Received, read_lines
+from sdft.services.inbox.lines import Deleted, Received, bytes_of, read_lines, records_line
 
-Lines = list[Received] | list[Deleted]
+Made = list[Received] | Deleted
 
 
 class InboxInUse(Exception):
@@ -38,8 +38,8 @@ class NotWritten(Exception):
 class _Call:
     """A call that waits for the disk."""
 
-    lines: Callable[[int], Lines]  # makes its lines, of which the first record has this id
-    done: "asyncio.Future[Lines]"
+    make: Callable[[int], tuple[bytes, Made]]  # its line, and what it stands for, if its first record has this id
+    done: "asyncio.Future[Made]"
 
 
 class Inbox:
@@ -50,15 +50,15 @@ class Inbox:
         self.path = path
         self.records: list[Received] = []  # by id
         self.deleted: set[int] = set()
-        self._keys: dict[str, tuple[str, asyncio.Future[Lines] | list[int]]] = {}  # body, and ids if on the disk
+        self._keys: dict[str, tuple[str, asyncio.Future[Made] | list[int]]] = {}  # body, and ids if on the disk
         self._calls: list[_Call] = []
         self._writing: asyncio.Task[None] | None = None
         self._size = 0  # bytes of the whole lines
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for line, self._size in read_lines(path):
-                self._note([line])
+            for made, self._size in read_lines(path):
+                self._note(made)
             os.ftruncate(self._fd, self._size)  # a last line without its end was never acknowledged
         except BaseException as error:
             os.close(self._fd)
@@ -70,7 +70,7 @@ class Inbox:
         """Add the records of one request. Returns their ids once they are on the disk.
 
         body: of the request. A key that came before, with the same body, adds nothing and returns the ids of then.
-        Raises KeyUsed or NotWritten.
+        Raises KeyUsed or NotWritten, and Unwritable for rows that JSON cannot hold.
         """
         digest = hashlib.sha256(body).hexdigest()
         if key is not None and (before := self._keys.get(key)) is not None:
@@ -78,8 +78,13 @@ class Inbox:
                 raise KeyUsed(f"the Idempotency-Key {key} came before with another body; use another key")
             known = before[1]
             return known if isinstance(known, list) else _ids(await asyncio.shield(known))
-        at = time.time()
-        done = self._call(lambda first: [Received(first + i, key, digest, at, dict(r)) for i, r in enumerate(rows)])
+        content, at = bytes_of(rows), time.time()
+
+        def make(first: int) -> tuple[bytes, Made]:
+            records = [Received(first + i, key, digest, at, dict(row)) for i, row in enumerate(rows)]
+            return records_line(first, key, digest, at, content), records
+
+        done = self._call(make)
         if key is not None:
             self._keys[key] = digest, done
         try:
@@ -94,7 +99,8 @@ class Inbox:
         if not 0 <= record < len(self.records):
             raise KeyError(record)
         if record not in self.deleted:
-            await asyncio.shield(self._call(lambda _: [Deleted(record, time.time())]))
+            deleted = Deleted(record, time.time())
+            await asyncio.shield(self._call(lambda _: (deleted.line, deleted)))
 
     async def close(self) -> None:
         """Wait for what is being written, and let another process write."""
@@ -102,10 +108,10 @@ class Inbox:
             await self._writing
         os.close(self._fd)
 
-    def _call(self, lines: Callable[[int], Lines]) -> "asyncio.Future[Lines]":
-        done: asyncio.Future[Lines] = asyncio.get_running_loop().create_future()
+    def _call(self, make: Callable[[int], tuple[bytes, Made]]) -> "asyncio.Future[Made]":
+        done: asyncio.Future[Made] = asyncio.get_running_loop().create_future()
         done.add_done_callback(lambda call: call.exception())  # a caller that was cancelled does not look
-        self._calls.append(_Call(lines, done))
+        self._calls.append(_Call(make, done))
         if self._writing is None or self._writing.done():
             self._writing = asyncio.create_task(self._write_all(), name="the inbox writes")
         return done
@@ -114,21 +120,23 @@ class Inbox:
         """Write what waits, all of it at once, until nothing waits."""
         while self._calls:
             calls, self._calls = self._calls, []
-            made, first = [], len(self.records)
+            lines: list[bytes] = []
+            made: list[Made] = []
+            first = len(self.records)
             for call in calls:
-                lines = call.lines(first)
-                first += sum(isinstance(line, Received) for line in lines)
-                made.append(lines)
-            data = b"".join(line.line for lines in made for line in lines)
+                line, of_call = call.make(first)
+                first += len(of_call) if isinstance(of_call, list) else 0
+                lines.append(line)
+                made.append(of_call)
             try:
-                await asyncio.to_thread(self._write, data)
+                await asyncio.to_thread(self._write, b"".join(lines))
             except OSError as error:
                 for call in calls:
                     call.done.set_exception(NotWritten(f"{self.path} cannot be written ({error.strerror})"))
                 continue
-            for call, lines in zip(calls, made, strict=True):
-                self._note(lines)
-                call.done.set_result(lines)
+            for call, of_call in zip(calls, made, strict=True):
+                self._note(of_call)
+                call.done.set_result(of_call)
 
     def _write(self, data: bytes) -> None:
         try:
@@ -141,17 +149,15 @@ class Inbox:
             raise
         self._size += len(data)
 
-    def _note(self, lines: Sequence[Received | Deleted]) -> None:
-        for line in lines:
-            if isinstance(line, Deleted):
-                self.deleted.add(line.id)
-                continue
-            self.records.append(line)
-            if line.key is not None:
-                before = self._keys.get(line.key)
-                ids = before[1] if before is not None and isinstance(before[1], list) else []
-                self._keys[line.key] = line.body, [*ids, line.id]
+    def _note(self, made: Made) -> None:
+        if isinstance(made, Deleted):
+            self.deleted.add(made.id)
+            return
+        self.records += made
+        if made and made[0].key is not None:
+            self._keys[made[0].key] = made[0].body, _ids(made)
 
 
-def _ids(lines: Lines) -> list[int]:
-    return [line.id for line in lines]
+def _ids(made: Made) -> list[int]:
+    assert isinstance(made, list)
+    return [record.id for record in made]

@@ -3,7 +3,7 @@
     {"kind": "opened", "window": 1, "parent": 1, "train": [0, 1, 3], "held_out": [2], "replayed": [], "at": ...}
     {"kind": "candidate", "release": 2, "window": 1, "folder": "releases/0002", "files": {...}, "at": ...}
     {"kind": "judged", "release": 2, "verdict": "promote", "reason": "...", "sets": [...], "at": ...}
-    {"kind": "served", "release": 2, "by": "gate", "withdrawn": [], "at": ...}
+    {"kind": "served", "release": 2, "by": "gate", "at": ...}
 
 Records are named by their ids in the inbox. A release is a model folder that is whole: its files have these digests.
 """
@@ -61,21 +61,24 @@ class Judged:
 
 @dataclass(frozen=True)
 class Served:
-    """All engines serve a release."""
+    """All engines serve a release. What was trained from another one, and is not decided, ends with it."""
 
     release: int
     by: str  # start, gate or operator
-    withdrawn: list[int]  # releases that were taken back with it
     at: float
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A candidate will not be served. The records of its window are quarantined."""
+    """A candidate will not be served. The records of its window are quarantined, or wait again in parts.
+
+    parts: each is trained in a window of its own, to find the bad records.
+    """
 
     release: int
     by: str  # gate or operator
     reason: str
+    parts: list[list[int]]
     at: float
 
 
@@ -99,15 +102,6 @@ class Pinned:
 
 
 @dataclass(frozen=True)
-class Split:
-    """The records of a refused window are tried again in parts, each in a window of its own, to find the bad ones."""
-
-    window: int
-    parts: list[list[int]]
-    at: float
-
-
-@dataclass(frozen=True)
 class Released:
     """Quarantined records wait again."""
 
@@ -115,7 +109,7 @@ class Released:
     at: float = 0.0
 
 
-Event = Opened | Ended | Candidate | Judged | Served | Refused | Held | Pinned | Split | Released
+Event = Opened | Ended | Candidate | Judged | Served | Refused | Held | Pinned | Released
 KINDS: dict[str, type[Event]] = {cls.__name__.lower(): cls for cls in Event.__args__}
 
 

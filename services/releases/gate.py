@@ -8,7 +8,9 @@ p_b - p_c, and `worse` is the probability that it exceeds `max_drop`:
     P(s (2 r - 1) > d) = integral over s of P(r > (1 + d / s) / 2)
     P(r > t) = P(Binomial(b + c + 1, t) <= b)
 
-A set is also refused if the share of empty, truncated or repetitive answers rises: signs of a model that collapses.
+The same is computed for signs of a model that collapses: empty, truncated and repetitive answers, whose share must not
+rise by more than `max_rise`. A set with so few questions that equal answers leave a doubt decides nothing, unless it is
+all but certain that it is worse.
 """
 
 import math
@@ -23,7 +25,8 @@ from sdft.services.records.rows import Reply
 
 Verdict = Literal["promote", "hold", "refuse"]
 POINTS = 4000  # of the integral, which is then exact to 1e-6
-REPEATED, PERIOD = 4, 40  # an answer that ends in so many copies of at most PERIOD characters is repetitive
+REPEATED, PERIOD, SPAN = 4, 80, 24  # a repetitive answer ends in so many copies of at most PERIOD characters
+SIGNS = ("empty", "truncated", "repetitive")
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class SetResult:
     lost: int
     gained: int
     worse: float  # probability that the accuracy fell by more than max_drop
-    rises: dict[str, float]  # of the shares of empty, truncated and repetitive answers
+    equal: float  # the same, if no answer had changed
+    signs: dict[str, float]  # for each sign of collapse, the probability that its share rose by more than max_rise
+    shares: dict[str, float]  # of the answers with each sign, now
 
     @property
     def row(self) -> dict[str, Any]:
@@ -75,15 +80,17 @@ def _at_most(k: int, n: int, p: np.ndarray) -> np.ndarray:
 
 
 def repetitive(text: str) -> bool:
-    """Return whether a text ends in several copies of the same few characters."""
+    """Return whether a text ends in several copies of the same few words: at least SPAN characters, with a letter."""
     end = text.rstrip()[-REPEATED * PERIOD :]
-    return any(
-        len(end) >= REPEATED * size and end.endswith(end[-size:] * REPEATED) and end[-size:].strip(" .-=_*#") != ""
-        for size in range(1, PERIOD + 1)
-    )
+    for size in range(1, PERIOD + 1):
+        copies = max(REPEATED, -(-SPAN // size))
+        piece = end[-size:]
+        if any(map(str.isalpha, piece)) and len(end) >= copies * size and end.endswith(piece * copies):
+            return True
+    return False
 
 
-def compare(before: Sequence[Reply], now: Sequence[Reply], max_drop: float) -> list[SetResult]:
+def compare(before: Sequence[Reply], now: Sequence[Reply], gate: GateConfig) -> list[SetResult]:
     """Compare the replies of two models to the same questions, set by set. Raises ValueError if they differ."""
     asked = {(r.task, r.id): r for r in before}
     if asked.keys() != {(r.task, r.id) for r in now}:
@@ -91,53 +98,68 @@ def compare(before: Sequence[Reply], now: Sequence[Reply], max_drop: float) -> l
     results = []
     for name in dict.fromkeys(r.task for r in now):
         pairs = [(asked[r.task, r.id], r) for r in now if r.task == name]
-        lost = sum(old.correct and not new.correct for old, new in pairs)
-        gained = sum(new.correct and not old.correct for old, new in pairs)
         n = len(pairs)
-        olds, news = [old for old, _ in pairs], [new for _, new in pairs]
+        gained, lost = _changes([(old.correct, new.correct) for old, new in pairs])
+        signs = {}
+        for sign in SIGNS:
+            more, fewer = _changes([(_has(old, sign), _has(new, sign)) for old, new in pairs])
+            signs[sign] = worse(n, more, fewer, gate.max_rise)
         results.append(
             SetResult(
                 name=name,
                 n=n,
-                before=sum(r.correct for r in olds) / n,
-                now=sum(r.correct for r in news) / n,
+                before=sum(old.correct for old, _ in pairs) / n,
+                now=sum(new.correct for _, new in pairs) / n,
                 lost=lost,
                 gained=gained,
-                worse=worse(n, lost, gained, max_drop),
-                rises={sign: _share(news, sign) - _share(olds, sign) for sign in ("empty", "truncated", "repetitive")},
+                worse=worse(n, lost, gained, gate.max_drop),
+                equal=worse(n, 0, 0, gate.max_drop),
+                signs=signs,
+                shares={sign: sum(_has(new, sign) for _, new in pairs) / n for sign in SIGNS},
             )
         )
     return results
 
 
-def _share(replies: Sequence[Reply], sign: str) -> float:
-    signs = {
-        "empty": lambda r: not r.text.strip(),
-        "truncated": lambda r: bool(r.truncated),
-        "repetitive": lambda r: repetitive(r.text),
-    }
-    return sum(map(signs[sign], replies)) / len(replies)
+def _changes(pairs: Sequence[tuple[bool, bool]]) -> tuple[int, int]:
+    """Return how many became true, and how many false."""
+    return sum(new and not old for old, new in pairs), sum(old and not new for old, new in pairs)
+
+
+def _has(reply: Reply, sign: str) -> bool:
+    if sign == "empty":
+        return not reply.text.strip()
+    return bool(reply.truncated) if sign == "truncated" else repetitive(reply.text)
 
 
 def decide(results: Sequence[SetResult], gate: GateConfig) -> Decision:
-    """Decide from the sets. Without any set nothing is known, and the candidate is held."""
-    if not results:
-        return Decision("hold", "there is no evaluation set, so nothing is known of the candidate", [])
-    collapsed = [
-        f"{r.name}: {sign} answers rose by {100 * rise:.0f} points"
-        for r in results
-        for sign, rise in r.rises.items()
-        if rise > gate.max_rise
-    ]
-    lost = [r for r in results if r.worse > gate.refuse_above]
-    if collapsed or lost:
-        return Decision("refuse", "; ".join([*map(_sentence, lost), *collapsed]), list(results))
-    unsure = [r for r in results if r.worse >= gate.promote_below]
+    """Decide from the sets. If none is large enough to decide, the candidate is held."""
+    sets = list(results)
+    bad = [_sentence(r) for r in sets if r.worse > _refused_above(r.equal, gate)]
+    for r in sets:
+        few = worse(r.n, 0, 0, gate.max_rise)
+        bad += [
+            f"{r.name}: {100 * r.shares[sign]:.0f} % {sign} answers, more than before with probability {chance:.3f}"
+            for sign, chance in r.signs.items()
+            if chance > _refused_above(few, gate)
+        ]
+    if bad:
+        return Decision("refuse", "; ".join(bad), sets)
+    deciding = [r for r in sets if r.equal < gate.promote_below]
+    if not deciding:
+        asked = sum(r.n for r in sets)
+        return Decision("hold", f"{asked} questions are too few to compare; add evaluation sets", sets)
+    unsure = [r for r in deciding if r.worse >= gate.promote_below]
     if unsure:
-        return Decision("hold", "; ".join(map(_sentence, unsure)), list(results))
+        return Decision("hold", "; ".join(map(_sentence, unsure)), sets)
     if gate.promotion == "by_hand":
-        return Decision("hold", "it passes, and gate.promotion is by_hand", list(results))
-    return Decision("promote", "; ".join(map(_sentence, results)), list(results))
+        return Decision("hold", "it passes, and gate.promotion is by_hand", sets)
+    return Decision("promote", "; ".join(map(_sentence, sets)), sets)
+
+
+def _refused_above(equal: float, gate: GateConfig) -> float:
+    """Return the probability above which a set refuses a candidate. equal: that of equal answers."""
+    return gate.refuse_above if equal < gate.promote_below else max(gate.refuse_above, 1 - gate.promote_below)
 
 
 def _sentence(r: SetResult) -> str:

@@ -5,7 +5,6 @@ One process writes at a time: the lock of the file is that of the service.
 
 import fcntl
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from sdft.services.releases.events import Event, event_of, line_of
@@ -20,29 +19,30 @@ class JournalDamaged(Exception):
     """A line of the file is no decision."""
 
 
-def read_events(path: Path) -> Iterator[tuple[Event, int]]:
-    """Yield each decision in a file, and the offset of its end. A last line without its end does not count.
+def replay(path: Path, state: ServiceState) -> int:
+    """Apply the decisions in a file to `state`; return the offset of the end of the last one.
 
-    Raises JournalDamaged with the number of a bad line.
+    A last line without its end does not count. Raises JournalDamaged with the number of a bad line.
     """
     end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
-                return
-            end += len(line)
+                break
             try:
-                yield event_of(line), end
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise JournalDamaged(f"{path}:{number} is no decision of a service ({error}); restore it") from None
+                state.apply(event_of(line))
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                what = f"{type(error).__name__}: {error}"
+                raise JournalDamaged(f"{path}:{number} is no decision of a service ({what}); restore it") from None
+            end += len(line)
+    return end
 
 
 def read_state(path: Path) -> ServiceState:
     """Return the state that the decisions in a file add up to; the state of a new service if there is no file."""
     state = ServiceState()
     if path.exists():
-        for event, _ in read_events(path):
-            state.apply(event)
+        replay(path, state)
     return state
 
 
@@ -57,8 +57,7 @@ class Journal:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for event, self._size in read_events(path):
-                self.state.apply(event)
+            self._size = replay(path, self.state)
             os.ftruncate(self._fd, self._size)
         except BaseException as error:
             os.close(self._fd)

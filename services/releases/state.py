@@ -1,13 +1,17 @@
 """The state of a service: what its decisions add up to.
 
-record    waiting ─► in a window ─┬─► trained ──► in a release
-             ▲                    ├─► held out     (asked by the gate, never trained)
-             │                    └─► dropped      (the run could not train it)
-             └── the window ended without a release, or the record was let out of quarantine
+    record    waiting ─► in a window ─┬─► trained ──► in a release
+                 ▲                    ├─► held out     (asked by the gate, never trained)
+                 │                    └─► dropped      (the run could not train it)
+                 └── the window ended without a release, or the record was let out of quarantine
 
-release   candidate ─┬─► served ─► earlier ─► withdrawn (rolled back)
-                     ├─► held ─► served or refused
-                     └─► refused                       refused, withdrawn: its window's records are quarantined
+    release   candidate ─┬─► served ─► earlier ─► withdrawn
+                         ├─► held ─► served or refused
+                         └─► refused
+
+The served release and those that it was trained from are its lineage. A record is trained if a window of the lineage
+trained it. A release that leaves the lineage is withdrawn, and the records that only it has are quarantined. A window
+or a candidate that began from another release than the one that is served now ends, and its records wait again.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +28,6 @@ from sdft.services.releases.events import (
     Refused,
     Released,
     Served,
-    Split,
 )
 
 ReleaseStatus = Literal["candidate", "held", "served", "earlier", "refused", "withdrawn"]
@@ -44,7 +47,7 @@ class Window:
     opened: float
     release: int | None = None  # None: it has no candidate, or none yet
     ended: str | None = None  # why it ended without a candidate
-    back: bool = False
+    back: bool = False  # its records wait again
     dropped: dict[int, str] = field(default_factory=dict)
     out: set[int] = field(default_factory=set)  # records that were let out of quarantine
 
@@ -89,20 +92,18 @@ class ServiceState:
         self.windows: dict[int, Window] = {}
         self.releases: dict[int, Release] = {}
         self.served: int | None = None
+        self.lineage: tuple[int, ...] = ()  # of the served release, the newest first
         self.decisions = 0
         self.parts: list[list[int]] = []  # records of refused windows that wait for windows of their own
-        self._window_of: dict[int, Window] = {}  # the newest window of each record
+        self._new_in: dict[int, list[int]] = {}  # record -> windows that it was a new record of
+        self._trained_in: dict[int, list[int]] = {}  # record -> windows that trained it, also as a replayed one
 
     def apply(self, event: Event) -> None:
         """Take one more decision."""
         self.decisions += 1
         match event:
             case Opened():
-                window = Window(event.window, event.parent, event.train, event.held_out, event.replayed, event.at)
-                self.windows[event.window] = window
-                new = {*event.train, *event.held_out}
-                self.parts = [part for part in self.parts if not new.intersection(part)]
-                self._window_of |= dict.fromkeys([*event.train, *event.held_out], window)
+                self._open(event)
             case Ended():
                 ended = self.windows[event.window]
                 ended.ended, ended.back = event.reason, event.back
@@ -119,27 +120,52 @@ class ServiceState:
                 release = self.releases[event.release]
                 release.verdict, release.reason, release.sets = event.verdict, event.reason, event.sets
             case Served():
-                if self.served is not None and self.served != event.release:
-                    self.releases[self.served].status = "earlier"
-                for number in event.withdrawn:
-                    self.releases[number].status = "withdrawn"
-                    self.releases[number].reason = f"rolled back to release {event.release}"
-                now = self.releases[event.release]
-                now.status, now.served_at, self.served = "served", event.at, event.release
+                self._serve(event)
             case Refused():
-                self.releases[event.release].status = "refused"
-                self.releases[event.release].reason = event.reason
+                refused = self.releases[event.release]
+                refused.status, refused.reason = "refused", event.reason
+                if refused.window is not None:
+                    self.windows[refused.window].out.update(record for part in event.parts for record in part)
+                self.parts += event.parts
             case Held():
                 self.releases[event.release].status = "held"
                 self.releases[event.release].reason = event.reason
             case Pinned():
                 self.releases[event.release].pinned = event.pinned
-            case Split():
-                self.parts += event.parts
-                self.windows[event.window].out.update(record for part in event.parts for record in part)
             case Released():
                 for record in event.records:
-                    self._window_of[record].out.add(record)
+                    self.windows[self._new_in[record][-1]].out.add(record)
+
+    def _open(self, event: Opened) -> None:
+        window = Window(event.window, event.parent, event.train, event.held_out, event.replayed, event.at)
+        self.windows[event.window] = window
+        new = {*event.train, *event.held_out}
+        self.parts = [part for part in self.parts if not new.intersection(part)]
+        for record in new:
+            self._new_in.setdefault(record, []).append(event.window)
+        for record in (*event.train, *event.replayed):
+            self._trained_in.setdefault(record, []).append(event.window)
+
+    def _serve(self, event: Served) -> None:
+        before, self.served, self.lineage = self.lineage, event.release, self._line(event.release)
+        now = self.releases[event.release]
+        now.served_at = event.at
+        for number in before:
+            if number not in self.lineage:
+                self.releases[number].status = "withdrawn"
+                self.releases[number].reason = f"release {event.release} is served instead (by {event.by})"
+        for number in self.lineage[1:]:
+            self.releases[number].status = "earlier"
+        now.status = "served"
+        other = f"it began from another release than {event.release}, which is served now"
+        for window in self.windows.values():
+            if window.open and window.parent != event.release:
+                window.ended, window.back = other, True
+        for release in self.releases.values():
+            if release.status in ("candidate", "held") and release.parent != event.release:
+                release.status, release.reason = "refused", other
+                if release.window is not None:
+                    self.windows[release.window].back = True
 
     @property
     def open_window(self) -> Window | None:
@@ -152,33 +178,34 @@ class ServiceState:
 
     def record(self, record: int, deleted: bool) -> RecordState:
         """Return the state of a record. deleted: the inbox has a deletion of it."""
-        window = self._window_of.get(record)
-        if window is None or record in window.out or (window.ended is not None and window.back):
+        numbers = self._new_in.get(record, [])
+        inside = next((n for n in numbers if self.windows[n].release in self.lineage), None)
+        window = self.windows[inside if inside is not None else numbers[-1]] if numbers else None
+        if window is None or (inside is None and (record in window.out or window.back)):
             return RecordState("deleted") if deleted else RecordState("waiting")
-        number = window.number
         if window.open:
-            return RecordState("in window", number)
+            return RecordState("in window", window.number)
         if window.release is None:
-            return RecordState("quarantined", number, None, window.ended or "")
+            return RecordState("quarantined", window.number, None, window.ended or "")
         release = self.releases[window.release]
         if record in window.dropped:
-            return RecordState("dropped", number, None, window.dropped[record])
+            return RecordState("dropped", window.number, None, window.dropped[record])
         if release.status in GONE:
-            return RecordState("quarantined", number, release.number, release.reason)
-        return RecordState("held out" if record in window.held_out else "trained", number, release.number)
+            return RecordState("quarantined", window.number, release.number, release.reason)
+        return RecordState("held out" if record in window.held_out else "trained", window.number, release.number)
 
     def in_releases(self, record: int) -> list[int]:
         """Return the releases whose weights were trained on a record, also those that are not served any more."""
-        first = [w.release for w in self.windows.values() if record in (*w.train, *w.replayed) and w.release]
-        having = set(first)
+        having = {self.windows[n].release for n in self._trained_in.get(record, ())}
+        if not having:
+            return []
         for release in sorted(self.releases.values(), key=lambda r: r.number):
             if release.parent in having:
                 having.add(release.number)
-        return sorted(having)
+        return sorted(number for number in having if number is not None)
 
-    def lineage(self, release: int) -> list[int]:
-        """Return a release and those that it was trained from, the newest first."""
+    def _line(self, release: int) -> tuple[int, ...]:
         line = [release]
         while (parent := self.releases[line[-1]].parent) is not None:
             line.append(parent)
-        return line
+        return tuple(line)

@@ -1,23 +1,16 @@
 """Which releases keep their weights."""
 
-import shutil
+from pathlib import Path
 
 from sdft.services.releases.state import ServiceState
 from sdft.services.serving.folder import ServiceFolder
 
 
-def prune(folder: ServiceFolder, state: ServiceState, keep: int) -> list[int]:
-    """Remove the weights of old releases, and return their numbers.
+def unneeded(folder: ServiceFolder, state: ServiceState, keep: int) -> list[Path]:
+    """Return the folders of old releases, which may be removed.
 
     The newest `keep` stay, and the served one, the one before it, those that are pinned or not decided, and the first.
     """
-    assert state.served is not None
-    stay = {*sorted(state.releases)[-keep:], *state.lineage(state.served)[:2], min(state.releases)}
+    stay = {*sorted(state.releases)[-keep:], *state.lineage[:2], min(state.releases)}
     stay |= {r.number for r in state.releases.values() if r.pinned or r.status in ("candidate", "held")}
-    removed = []
-    for number in state.releases:
-        path = folder.release(number)
-        if number not in stay and path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-            removed.append(number)
-    return removed
+    return [path for number in state.releases if number not in stay and (path := folder.release(number)).is_dir()]

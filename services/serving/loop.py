@@ -1,42 +1,40 @@
-"""The loop of a service: when a window begins, what becomes of it, and which release is served.
+"""The loop of a service: when a window begins, and what becomes of it.
 
     wait for records ─► open a window ─► train ─► candidate ─► gate ─┬─► promote: all engines change
            ▲                                                        ├─► hold: wait for a person
            └────────────────────────────────────────────────────────┴─► refuse: records quarantined
 
-Each decision is in the journal before it takes effect, and every step begins from the journal: a service that was
+Each decision is in the journal before it takes effect, and every turn begins from the journal: a service that was
 killed anywhere goes on where it was.
 """
 
 import asyncio
+import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from sdft.actors.shared.reason import reason
+from sdft.services.base.errors import UserError
 from sdft.services.config.run import RunConfig
 from sdft.services.inbox.inbox import Inbox
 from sdft.services.records.rows import Reply, read_rows
 from sdft.services.records.run_dir import is_held
-from sdft.services.releases.events import Ended, Held, Judged, Pinned, Refused, Released, Served, Split
+from sdft.services.releases.events import Ended
 from sdft.services.releases.gate import Decision, compare, decide
 from sdft.services.releases.journal import Journal
 from sdft.services.releases.state import Release, Window
-from sdft.services.serving.engines import NotChanged, ServingPool, Weights
+from sdft.services.serving.decisions import Decisions
 from sdft.services.serving.folder import ServiceFolder
-from sdft.services.serving.keeping import prune
-from sdft.services.serving.training import TrainingFailed, forget_states, make_candidate, train_window
-from sdft.services.serving.window import draw, waiting, write_window
+from sdft.services.serving.training import TrainingFailed, make_candidate, train_window
+from sdft.services.serving.window import ConfigurationChanged, draw, waiting, write_window
 
 POLL_S = 1.0
-TRIES, AGAIN_S = 3, 30.0  # of a window whose run fails by no fault of its records
-
-
-class NotPossible(Exception):
-    """What a person asked for cannot be done in this state. The message says why."""
+AGAIN_S, LONGEST_S = 30.0, 600.0  # pause before a failed turn is tried again; it doubles up to the second
 
 
 class Loop:
-    """Runs windows, and does what operators ask for. All methods must run in one event loop."""
+    """Runs windows. All methods must run in one event loop."""
 
     def __init__(
         self,
@@ -44,51 +42,52 @@ class Loop:
         config: RunConfig,
         journal: Journal,
         inbox: Inbox,
-        pool: ServingPool,
+        decisions: Decisions,
+        sdft: Sequence[str],
         notice: Callable[[str], None],
     ) -> None:
-        """config: of the service, with absolute paths. The journal must have a served release."""
+        """config: of the service, with absolute paths. sdft: the command line of `sdft`."""
         assert config.service is not None
         self._folder, self._config, self._settings = folder, config, config.service
-        self._journal, self._inbox, self._pool = journal, inbox, pool
+        self._journal, self._inbox, self._decisions, self._sdft = journal, inbox, decisions, sdft
         self._notice = notice
-        self._changed = asyncio.Event()
-        self._deciding = asyncio.Lock()  # one decision about what is served at a time
-        self._training: asyncio.Task[None] | None = None
+        self._failures = 0  # turns that failed, one after the other
         self.doing = "starting"  # for people
         self.pid: int | None = None  # of the process that trains or exports
 
-    def notify(self) -> None:
-        """Say that there are new records or decisions."""
-        self._changed.set()
-
-    def weights(self, number: int) -> Weights:
-        """Return a release as engines load it."""
-        release = self._journal.state.releases[number]
-        version = f"window {release.window}, step {release.step}" if release.window is not None else "as started"
-        return Weights(number, self._folder.path / release.folder, release.files, version)
-
     async def run(self) -> None:
-        """Run until cancelled."""
-        tries = 0
+        """Run until cancelled. After a failure the service answers on, and the loop tries again."""
         while True:
-            state = self._journal.state
-            undecided, window = state.undecided, state.open_window
-            if undecided is not None and undecided.status == "candidate":
-                await self._decide(undecided)
-            elif undecided is not None:
-                self.doing = f"waits for a person: release {undecided.number} is held ({undecided.reason})"
-                await self._change(POLL_S)
-            elif window is not None:
-                tries = await self._train(window, tries)
-            else:
-                await self._wait_for_records()
+            try:
+                await self._turn()
+                self._failures = 0
+            except (OSError, sqlite3.Error, UserError, TrainingFailed) as error:
+                pause_s = min(LONGEST_S, AGAIN_S * 2**self._failures)
+                self._failures += 1
+                self.doing = f"waits {pause_s:g} s to try again: {reason(error)}"
+                self._notice(f"{reason(error)}; it is tried again in {pause_s:g} s")
+                await self._change(pause_s)
+
+    async def _turn(self) -> None:
+        state = self._journal.state
+        undecided, window = state.undecided, state.open_window
+        if undecided is not None and undecided.status == "candidate":
+            self.doing = f"compares release {undecided.number} with release {state.served}"
+            await self._decisions.settle(undecided, lambda: self._compare(undecided))
+        elif undecided is not None:
+            self.doing = f"waits for a person: release {undecided.number} is held ({undecided.reason})"
+            await self._change(POLL_S)
+        elif window is not None:
+            await self._train(window)
+        else:
+            await self._wait_for_records()
 
     async def _wait_for_records(self) -> None:
         window, state = self._settings.window, self._journal.state
         ids = waiting(state, self._inbox.records, self._inbox.deleted)
         oldest = time.time() - self._inbox.records[ids[0]].at if ids else 0.0
-        if len(ids) >= window.min_records or (ids and state.parts) or (ids and oldest >= window.max_wait_s):
+        part = any(set(part).intersection(ids) for part in state.parts)
+        if len(ids) >= window.min_records or part or (ids and oldest >= window.max_wait_s):
             opened = draw(window, state, self._inbox.records, self._inbox.deleted, self._config.seed)
             self._journal.write(opened)
             self._notice(
@@ -100,183 +99,66 @@ class Loop:
         await self._change(POLL_S if ids else 3600.0)
 
     async def _change(self, most_s: float) -> None:
+        """Wait for a new record or a new decision, `most_s` at most."""
         with suppress(TimeoutError):
             async with asyncio.timeout(most_s):
-                await self._changed.wait()
-        self._changed.clear()
+                await self._decisions.changed.wait()
+        self._decisions.changed.clear()
 
-    async def _train(self, window: Window, tries: int) -> int:
-        """Train the open window, as a task that a rollback can cancel. Returns the failed tries so far."""
+    async def _train(self, window: Window) -> None:
+        """Train the open window, unless a decision ends it meanwhile. Raises TrainingFailed."""
         self.doing = f"trains window {window.number}"
-        self._training = asyncio.create_task(self._run_window(window), name=f"window {window.number}")
+        training = asyncio.create_task(self._run_window(window), name=f"window {window.number}")
         try:
-            await self._training
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():  # the service stops
-                self._training.cancel()
-                await asyncio.wait([self._training])
-                raise
-        except TrainingFailed as error:
-            tries += 1
-            if error.bad or tries >= TRIES:
-                self._journal.write(Ended(window.number, False, str(error), time.time()))
-                self._notice(f"window {window.number} has failed, and its records are quarantined: {error}")
-                return 0
-            self._notice(f"window {window.number}: {error}; it is tried again in {AGAIN_S:g} s")
-            self.doing = f"waits to try window {window.number} again: {error}"
-            await asyncio.sleep(AGAIN_S)
-            return tries
+            while not training.done() and window.open:
+                changed = asyncio.create_task(self._decisions.changed.wait())
+                try:
+                    await asyncio.wait([training, changed], return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    changed.cancel()
+                self._decisions.changed.clear()
         finally:
-            self._training, self.pid = None, None
-        return 0
+            training.cancel()
+            await asyncio.wait([training])
+            self.pid = None
+        if training.cancelled():
+            self._notice(f"window {window.number} ends: {window.ended}")
+            return
+        try:
+            training.result()
+        except ConfigurationChanged as error:
+            self._journal.write(Ended(window.number, True, str(error), time.time()))
+            self._notice(f"window {window.number} ends: {error}; its records wait for the next one")
+        except TrainingFailed as error:
+            if not error.bad:
+                raise TrainingFailed(f"window {window.number}: {error}", bad=False) from error
+            self._journal.write(Ended(window.number, False, str(error), time.time()))
+            self._notice(f"window {window.number} has failed, and its records are quarantined: {error}")
 
     async def _run_window(self, window: Window) -> None:
         folder, state = self._folder, self._journal.state
         while is_held(folder.run(window.number)):  # a run of a service that was killed has not ended yet
             await asyncio.sleep(POLL_S)
         model = folder.path / state.releases[window.parent].folder
-        path = write_window(folder, window, self._config, state, self._inbox.records, model)
-        await train_window(folder, window.number, path, self._began)
+        path = write_window(folder, window, self._config, state, self._inbox, model)
+        await train_window(self._sdft, folder, window.number, path, self._began)
         self.doing = f"exports window {window.number}"
-        number, rows = max(state.releases) + 1, len(window.train) + len(window.replayed)
-        candidate = await make_candidate(folder, window.number, number, rows, window.train, self._began)
-        self._journal.write(candidate)
-        self._notice(f"candidate: release {number}, after {candidate.step} steps of window {window.number}")
+        number = max(state.releases) + 1
+        candidate = await make_candidate(self._sdft, folder, window, number, self._began)
+        if window.open:
+            self._journal.write(candidate)
+            self._notice(f"candidate: release {number}, after {candidate.step} steps of window {window.number}")
 
     def _began(self, pid: int) -> None:
         self.pid = pid
 
-    async def _decide(self, release: Release) -> None:
-        """Judge a candidate, and do what the gate says."""
-        self.doing = f"compares release {release.number} with release {self._journal.state.served}"
-        if not release.verdict:
-            decision = await asyncio.to_thread(self._compare, release)
-            rows = [r.row for r in decision.sets]
-            self._journal.write(Judged(release.number, decision.verdict, decision.reason, rows, time.time()))
-            self._notice(f"gate: {decision.verdict} release {release.number}: {decision.reason}")
-        if release.verdict == "promote":
-            try:
-                await self.promote(release.number, "gate")
-            except NotChanged as error:
-                self._journal.write(Held(release.number, "gate", str(error), time.time()))
-                self._notice(f"release {release.number} is held: {error}")
-        elif release.verdict == "hold":
-            self._journal.write(Held(release.number, "gate", release.reason, time.time()))
-        else:
-            self._journal.write(Refused(release.number, "gate", release.reason, time.time()))
-            window = self._journal.state.windows[release.window or 0]
-            self._quarantine(window)
-            self._forget(release)
-
-    def _quarantine(self, window: Window) -> None:
-        """Leave the records of a refused window in quarantine, or try them again in halves if they are few."""
-        deleted, parts = self._inbox.deleted, []
-        ids = [i for i in sorted([*window.train, *window.held_out]) if i not in deleted]
-        if 2 <= len(ids) <= self._settings.gate.split_up_to:
-            parts = [ids[: len(ids) // 2], ids[len(ids) // 2 :]]
-            self._journal.write(Split(window.number, parts, time.time()))
-            self._notice(f"{len(ids)} records of window {window.number} are tried again in halves")
-        else:
-            self._notice(f"{len(ids)} records of window {window.number} are quarantined")
-
     def _compare(self, release: Release) -> Decision:
         assert release.window is not None
-        replies = read_rows(self._folder.run(release.window), Reply)
-        last = max((r.step for r in replies), default=0)
-        before, now = ([r for r in replies if r.step == step] for step in (0, last))
-        return decide(compare(before, now, self._settings.gate.max_drop), self._settings.gate)
-
-    async def promote(self, number: int, by: str) -> None:
-        """Serve a release. Raises NotPossible or NotChanged."""
-        async with self._deciding:
-            await self._serve(number, by, [])
-
-    async def _serve(self, number: int, by: str, withdrawn: list[int]) -> None:
-        state = self._journal.state
-        release = self._found(number)
-        if not (self._folder.path / release.folder).is_dir():
-            raise NotPossible(f"the weights of release {number} are not kept any more")
-        if state.served == number:
-            raise NotPossible(f"release {number} is served already")
-        gap = await self._pool.change(self.weights(number))
-        window = state.open_window
-        self._journal.write(Served(number, by, withdrawn, time.time()))
-        if window is not None:  # it began from another release
-            self._journal.write(Ended(window.number, True, f"release {number} is served instead", time.time()))
-            if self._training is not None:
-                self._training.cancel()
-        self._notice(f"release {number} is served (by {by}, gap {gap:.1e})")
-        self._forget(release)
-        prune(self._folder, state, self._settings.keep_releases)
-        self.notify()
-
-    async def roll_back(self, number: int, by: str) -> int:
-        """Take back the served release, refuse a held one, or go back to an earlier one. Returns what is served.
-
-        Raises NotPossible or NotChanged.
-        """
-        async with self._deciding:
-            state, release = self._journal.state, self._found(number)
-            assert state.served is not None
-            if release.status in ("held", "candidate"):
-                self._journal.write(Refused(number, by, f"refused by {by}", time.time()))
-                self._notice(f"release {number} is refused (by {by})")
-                self._forget(release)
-                self.notify()
-                return state.served
-            line = state.lineage(state.served)
-            if number == state.served:
-                if len(line) < 2:
-                    raise NotPossible(f"release {number} is the first one; there is none before it")
-                target = line[1]
-            elif number in line:
-                target = number
-            else:
-                raise NotPossible(
-                    f"release {number} is {release.status}, and the served release {state.served} does not come from "
-                    f"it; promote it instead"
-                )
-            await self._serve(target, by, line[: line.index(target)])
-            return target
-
-    async def hold(self, number: int, by: str) -> None:
-        """Have a candidate wait for a person. Raises NotPossible."""
-        async with self._deciding:
-            if self._found(number).status not in ("candidate", "held"):
-                raise NotPossible(f"release {number} is {self._found(number).status}; only a candidate can be held")
-            self._journal.write(Held(number, by, f"held by {by}", time.time()))
-            self.notify()
-
-    def pin(self, number: int, pinned: bool) -> None:
-        """Keep the weights of a release, or do not any more. Raises NotPossible."""
-        self._found(number)
-        self._journal.write(Pinned(number, pinned, time.time()))
-
-    def let_out(self, window: int) -> list[int]:
-        """Let the quarantined records of a window wait again. Returns them. Raises NotPossible."""
-        state = self._journal.state
-        if window not in state.windows:
-            raise NotPossible(f"there is no window {window}")
-        of = state.windows[window]
-        deleted = self._inbox.deleted
-        ids = [
-            i
-            for i in (*of.train, *of.held_out)
-            if (r := state.record(i, i in deleted)).state == "quarantined" and r.window == window
-        ]
-        if not ids:
-            raise NotPossible(f"no record of window {window} is in quarantine")
-        self._journal.write(Released(ids, time.time()))
-        self.notify()
-        return ids
-
-    def _found(self, number: int) -> Release:
-        release = self._journal.state.releases.get(number)
-        if release is None:
-            raise NotPossible(f"there is no release {number}")
-        return release
-
-    def _forget(self, release: Release) -> None:
-        if release.window is not None:
-            forget_states(self._folder, release.window)
+        gate = self._settings.gate
+        try:
+            replies = read_rows(self._folder.run(release.window), Reply)
+            last = max((r.step for r in replies), default=0)
+            before, now = ([r for r in replies if r.step == step] for step in (0, last))
+            return decide(compare(before, now, gate), gate)
+        except (ValueError, UserError) as error:  # the files of the run were changed
+            return Decision("hold", f"the replies of the window's run cannot be compared: {error}", [])

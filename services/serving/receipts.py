@@ -1,4 +1,4 @@
-"""Receipts: the prompt and the answer behind each receipt, until their time is over.
+"""Receipts: the prompt and the answer behind each receipt, and feedback to it, until their time is over.
 
 A receipt is the `id` of an answer, as OpenAI's protocol has it. The receipt is written before the end of the answer is
 sent, so feedback that follows the answer finds it.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 DAY_S = 86400
-SWEEP_EVERY = 500  # receipts between two removals of old ones
+SWEEP_EVERY_S = 3600  # between two removals of old ones
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Receipts:
 
     def __init__(self, path: Path, days: float) -> None:
         self._thread = ThreadPoolExecutor(1, "receipts")
-        self._days, self._since_sweep = days, 0
+        self._days, self._swept = days, 0.0
         self._db = sqlite3.connect(path, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = NORMAL")  # survives the process
@@ -42,8 +42,10 @@ class Receipts:
             "CREATE TABLE IF NOT EXISTS receipts (id TEXT PRIMARY KEY, at REAL NOT NULL, body TEXT NOT NULL)"
         )
         self._db.execute("CREATE INDEX IF NOT EXISTS receipts_at ON receipts (at)")
-        self._db.execute("CREATE TABLE IF NOT EXISTS feedback (id TEXT, at REAL NOT NULL, body TEXT NOT NULL)")
+        columns = "receipt TEXT, key TEXT UNIQUE, at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL"
+        self._db.execute(f"CREATE TABLE IF NOT EXISTS feedback ({columns})")
         self._db.commit()
+        self._sweep()
 
     async def keep(self, receipt: Receipt) -> None:
         """Write a receipt. Raises sqlite3.Error if the disk does not take it."""
@@ -54,9 +56,9 @@ class Receipts:
         row = await self._call(self._find, receipt)
         return None if row is None else Receipt(receipt, row[0], **json.loads(row[1]))
 
-    async def note(self, receipt: str, feedback: dict[str, Any]) -> None:
-        """Write feedback to an answer."""
-        await self._call(self._note, receipt, feedback)
+    async def note(self, receipt: str, kind: str, said: Any, key: str | None) -> None:
+        """Write feedback to an answer, once for each key."""
+        await self._call(self._note, receipt, kind, said, key)
 
     async def counts(self) -> dict[str, int]:
         """Return the number of pieces of feedback by what they are."""
@@ -75,10 +77,16 @@ class Receipts:
             self._db.execute(
                 "INSERT OR REPLACE INTO receipts VALUES (?, ?, ?)", (receipt.id, receipt.at, json.dumps(fields))
             )
-            self._since_sweep += 1
-            if self._since_sweep >= SWEEP_EVERY:
-                self._since_sweep = 0
-                self._db.execute("DELETE FROM receipts WHERE at < ?", (time.time() - self._days * DAY_S,))
+        if time.monotonic() - self._swept > SWEEP_EVERY_S:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what is too old."""
+        oldest = time.time() - self._days * DAY_S
+        with self._db:
+            self._db.execute("DELETE FROM receipts WHERE at < ?", (oldest,))
+            self._db.execute("DELETE FROM feedback WHERE at < ?", (oldest,))
+        self._swept = time.monotonic()
 
     def _find(self, receipt: str) -> tuple[float, str] | None:
         oldest = time.time() - self._days * DAY_S
@@ -87,13 +95,10 @@ class Receipts:
         ).fetchone()
         return row
 
-    def _note(self, receipt: str, feedback: dict[str, Any]) -> None:
+    def _note(self, receipt: str, kind: str, said: Any, key: str | None) -> None:
         with self._db:
-            self._db.execute("INSERT INTO feedback VALUES (?, ?, ?)", (receipt, time.time(), json.dumps(feedback)))
+            row = (receipt, key, time.time(), kind, json.dumps(said))
+            self._db.execute("INSERT OR IGNORE INTO feedback VALUES (?, ?, ?, ?, ?)", row)
 
     def _counts(self) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for (body,) in self._db.execute("SELECT body FROM feedback"):
-            for kind in json.loads(body):
-                counts[kind] = counts.get(kind, 0) + 1
-        return counts
+        return dict(self._db.execute("SELECT kind, COUNT(*) FROM feedback GROUP BY kind"))

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,29 @@ from sdft.services.config.service import HttpConfig, ServiceConfig
 from sdft.services.inbox.inbox import Inbox
 from sdft.services.records.rows import StepMetrics, read_rows
 from sdft.services.releases.journal import Journal
-from sdft.services.releases.state import STATES
-from sdft.services.serving.engines import ServingPool
+from sdft.services.releases.state import STATES, RecordState
+from sdft.services.serving.decisions import Decisions
 from sdft.services.serving.folder import ServiceFolder
 from sdft.services.serving.loop import Loop
+from sdft.services.serving.pool import ServingPool
 from sdft.services.serving.receipts import Receipts
-from sdft.services.serving.taking import RecordChecks
+from sdft.services.serving.taking import RecordChecks, Taken
 from sdft.services.serving.tokens import Tokens
 
 CHECKED_AT_ONCE = 200  # rows between two turns of the event loop
-KEPT_NOTICES = 200
+SHOWN_NOTICES = 20
+
+
+class Notices:
+    """What happened, for the console, and the last of it for the page."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self.last: deque[tuple[float, str]] = deque(maxlen=SHOWN_NOTICES)
+
+    def __call__(self, text: str) -> None:
+        self.last.append((time.time(), text))
+        self._say(text)
 
 
 @dataclass
@@ -37,29 +50,34 @@ class Service:
     checks: RecordChecks
     tokens: Tokens | None
     pool: ServingPool
+    decisions: Decisions
     loop: Loop
+    notice: Notices
     started: float = field(default_factory=time.time)
-    notices: deque[tuple[float, str]] = field(default_factory=lambda: deque(maxlen=KEPT_NOTICES))
     _counted: tuple[tuple[int, int, int], dict[str, int]] | None = None
 
     @property
     def http(self) -> HttpConfig:
         return self.config.http
 
-    async def problems(self, rows: Sequence[Any], name: str) -> list[dict[str, Any]]:
+    async def check(self, rows: Sequence[Any], name: str) -> Taken:
         """Check rows, a few hundred at a time, so that other requests go on."""
-        found: list[dict[str, Any]] = []
+        whole = Taken()
         for first in range(0, len(rows), CHECKED_AT_ONCE):
-            part = await asyncio.to_thread(self.checks.problems, rows[first : first + CHECKED_AT_ONCE], name)
-            found += [problem | {"row": problem["row"] + first} for problem in part]
-        return found
+            part = await asyncio.to_thread(self.checks.check, rows[first : first + CHECKED_AT_ONCE], name)
+            whole.rows += part.rows
+            whole.problems += [problem | {"row": problem["row"] + first} for problem in part.problems]
+        return whole
+
+    def record_state(self, number: int) -> RecordState:
+        return self.journal.state.record(number, number in self.inbox.deleted)
 
     def counts(self) -> dict[str, int]:
         """Return the number of records in each state; they add up to those that were received."""
         inbox, state = self.inbox, self.journal.state
         key = len(inbox.records), len(inbox.deleted), state.decisions
         if self._counted is None or self._counted[0] != key:
-            found: Counter[str] = Counter(state.record(i, i in inbox.deleted).state for i in range(len(inbox.records)))
+            found: Counter[str] = Counter(self.record_state(i).state for i in range(len(inbox.records)))
             self._counted = key, {name: found[name] for name in STATES}
         return self._counted[1]
 
@@ -111,7 +129,7 @@ class Service:
             "training_pid": self.loop.pid,
             "feedback": {} if self.receipts is None else await self.receipts.counts(),
             "started": self.started,
-            "notices": [{"at": at, "text": text} for at, text in list(self.notices)[-20:]],
+            "notices": [{"at": at, "text": text} for at, text in self.notice.last],
         }
 
     def _window_row(self, number: int) -> dict[str, Any]:

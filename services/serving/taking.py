@@ -1,6 +1,10 @@
-"""Checks of the records that come over HTTP: those of a run's file, with the service's template and its limits."""
+"""Checks of the records that come over HTTP: those of a run's file, with the service's template and its limits.
+
+rows as they came ─► checked ─► rows in our columns, which is what the inbox keeps
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from sdft.services.base.errors import UserError
@@ -11,11 +15,19 @@ from sdft.services.data.rows import BadRow
 from sdft.services.planning.prepare import prompt_builder
 from sdft.services.planning.prepared import Prepared
 
-MOST_PROBLEMS = 20  # in one answer
+OPTIONAL = ("demonstration", "context", "feedback", "answer", "tools")
+
+
+@dataclass
+class Taken:
+    """Rows that were checked. problems: what is wrong, as {"row": number from 1, "message": ...}."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[dict[str, Any]] = field(default_factory=list)
 
 
 class RecordChecks:
-    """Says what is wrong with rows."""
+    """Checks rows."""
 
     def __init__(self, prepared: Prepared) -> None:
         """prepared: of the service's configuration."""
@@ -27,29 +39,33 @@ class RecordChecks:
         needed = ["demonstration"] if trained else [column] if column is not None else []
         self.required = ("prompt", *needed)
 
-    def problems(self, rows: Sequence[Any], name: str) -> list[dict[str, Any]]:
-        """Return what is wrong, as {"row": number from 1, "message": ...}; [] if every row can be trained."""
-        found: list[dict[str, Any]] = []
+    def check(self, rows: Sequence[Any], name: str) -> Taken:
+        """Check rows. name: of where they come from, for messages."""
+        taken = Taken()
         for number, row in enumerate(rows, start=1):
-            problem = self._problem(number, row, name)
-            if problem is not None:
-                found.append({"row": number, "message": problem})
-        return found
+            try:
+                taken.rows.append(self._in_our_columns(number, row, name))
+            except UserError as error:
+                taken.problems.append({"row": number, "message": str(error)})
+        return taken
 
-    def _problem(self, number: int, row: Any, name: str) -> str | None:
+    def _in_our_columns(self, number: int, row: Any, name: str) -> dict[str, Any]:
+        """Return the row as it is kept. UserError says what is wrong with it."""
         if not isinstance(row, dict):
-            return "the row is not an object; send one JSON object for each record"
+            raise UserError("the row is not an object; send one JSON object for each record")
         record = RowChecker(name, self.required, format_="messages").check(number, row)
         if isinstance(record, BadRow):
-            return str(record)
+            raise UserError(str(record))
         data = self._task.data
         reply = self._task.sampling.max_new_tokens if self._task.method.trains_demonstrations else None
         try:
             build_prompts(self._builder, [record], data.max_prompt_tokens, data.max_teacher_prompt_tokens, reply)
         except UserError as error:
-            return _without_place(str(error), record)
-        return None
+            raise UserError(str(error).removeprefix(f"{record.where}: ")) from None
+        return kept_row(record) | ({"given_id": record.id} if "id" in row else {})
 
 
-def _without_place(text: str, record: Record) -> str:
-    return text.removeprefix(f"{record.where}: ")
+def kept_row(record: Record) -> dict[str, Any]:
+    """Return a record as a row in our columns."""
+    kept = {name: value for name in OPTIONAL if (value := getattr(record, name)) is not None}
+    return {"prompt": [dict(message) for message in record.messages]} | kept

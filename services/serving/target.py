@@ -21,6 +21,8 @@ def service_of(target: Path, overrides: Sequence[str], run_dir: Path | None) -> 
     if target.is_dir() and (ServiceFolder(target).journal.exists()):
         if run_dir is not None and run_dir.resolve() != target.resolve():
             raise UserError(f"{target} is the folder of a service; remove --run-dir")
+        if not ServiceFolder(target).config.exists():
+            raise UserError(f"{target}: its config.yaml is missing; give the configuration that it began with")
         return _absolute(load_config(target / "config.yaml", overrides), target), ServiceFolder(target.resolve())
     if target.is_dir():
         return _of_run(target, overrides, run_dir)
@@ -33,7 +35,8 @@ def service_of(target: Path, overrides: Sequence[str], run_dir: Path | None) -> 
 
 def _absolute(config: RunConfig, base: Path) -> RunConfig:
     made = with_absolute_paths(config, base)
-    assert made.service is not None
+    if made.service is None:
+        raise UserError("service is missing; add `service: {}`, which sets the defaults")
     http = made.service.http
     files = {
         key: str(resolve_path(base, value).resolve())
@@ -48,7 +51,7 @@ def _of_run(run: Path, overrides: Sequence[str], run_dir: Path | None) -> tuple[
     if not (run / "config.yaml").exists():
         raise UserError(f"{run}: neither a service nor a run is in this folder; give a configuration")
     folder = ServiceFolder((run_dir or run / "service").resolve())
-    if folder.journal.exists():
+    if folder.journal.exists() and folder.config.exists():
         return _absolute(load_config(folder.config, overrides), folder.path), folder
     checkpoint, _ = newest_usable(run)
     if checkpoint is None:

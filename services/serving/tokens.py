@@ -40,7 +40,7 @@ class Tokens:
     def __init__(self, path: Path) -> None:
         """Raises UserError if the file cannot be read, or has no token."""
         self._path = path
-        self._read_at: float | None = None
+        self._read_at: int | None = None
         self._entries: list[tuple[str, Holder]] = []
         self._refresh()
         if not self._entries:
@@ -54,14 +54,20 @@ class Tokens:
 
     def _refresh(self) -> None:
         try:
-            changed = self._path.stat().st_mtime
+            changed = self._path.stat().st_mtime_ns
         except OSError as error:
             if self._read_at is None:
                 raise UserError(f"service.http.tokens: {self._path} cannot be read ({error.strerror})") from None
-            return  # it is being replaced: the known ones hold
+            self._entries = []  # it was removed
+            return
         if changed == self._read_at:
             return
-        self._entries = [(e["sha256"], Holder(e["name"], frozenset(e["scopes"]))) for e in read_tokens(self._path)]
+        try:
+            self._entries = [(e["sha256"], Holder(e["name"], frozenset(e["scopes"]))) for e in read_tokens(self._path)]
+        except UserError:
+            if self._read_at is None:
+                raise
+            return  # it is being written by an editor: the known ones hold until it is whole
         self._read_at = changed
 
 
@@ -91,7 +97,7 @@ def add_token(path: Path, name: str, scopes: list[str]) -> str:
     token = PREFIX + secrets.token_urlsafe(32)
     sha256 = hashlib.sha256(token.encode()).hexdigest()
     entries.append({"name": name, "scopes": scopes, "sha256": sha256, "made": time.time()})
-    write_atomically(path, (json.dumps({"tokens": entries}, indent=2) + "\n").encode())
+    _write(path, entries)
     return token
 
 
@@ -101,4 +107,11 @@ def remove_token(path: Path, name: str) -> None:
     kept = [e for e in entries if e["name"] != name]
     if len(kept) == len(entries):
         raise UserError(f"{path}: there is no token of {name}")
-    write_atomically(path, (json.dumps({"tokens": kept}, indent=2) + "\n").encode())
+    _write(path, kept)
+
+
+def _write(path: Path, entries: list[dict[str, Any]]) -> None:
+    try:
+        write_atomically(path, (json.dumps({"tokens": entries}, indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{path}: the file cannot be written ({error.strerror}); name another one") from None

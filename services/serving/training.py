@@ -9,9 +9,8 @@ import asyncio
 import os
 import shutil
 import signal
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sdft.actors.shared.process import die_with_parent
@@ -19,6 +18,7 @@ from sdft.services.base.digests import digests
 from sdft.services.records.ledger_reading import dropped_records
 from sdft.services.records.rows import StepMetrics, read_rows
 from sdft.services.releases.events import Candidate
+from sdft.services.releases.state import Window
 from sdft.services.serving.folder import ServiceFolder
 
 NICE = 10  # of the training's processes: requests come first
@@ -34,29 +34,31 @@ class TrainingFailed(Exception):
         self.bad = bad
 
 
-async def train_window(folder: ServiceFolder, window: int, config: Path, began: Callable[[int], None]) -> None:
+async def train_window(
+    sdft: Sequence[str], folder: ServiceFolder, window: int, config: Path, began: Callable[[int], None]
+) -> None:
     """Train a window to its end. Raises TrainingFailed. If cancelled, the run is stopped, and resumes later.
 
-    began(pid) is called with the process of the run.
+    sdft: the command line of `sdft`. began(pid) is called with the process of the run.
     """
     words = ("train", str(config), "--run-dir", str(folder.run(window)))
-    await _command(words, folder.window(window) / "train.log", began)
+    await _command((*sdft, *words), folder.window(window) / "train.log", began)
 
 
 async def make_candidate(
-    folder: ServiceFolder, window: int, release: int, rows: int, train: list[int], began: Callable[[int], None]
+    sdft: Sequence[str], folder: ServiceFolder, window: Window, release: int, began: Callable[[int], None]
 ) -> Candidate:
-    """Export what a window has trained as a release. rows: of train.jsonl; train: the window's own records."""
-    run, out = folder.run(window), folder.release(release)
+    """Export what a window has trained as a release. Raises TrainingFailed."""
+    run, out, log = folder.run(window.number), folder.release(release), folder.window(window.number) / "train.log"
     shutil.rmtree(out, ignore_errors=True)  # of a service that was killed before it wrote the candidate down
     out.parent.mkdir(exist_ok=True)
-    await _command(("export", str(run), "--out", str(out)), folder.window(window) / "train.log", began)
+    await _command((*sdft, "export", str(run), "--out", str(out)), log, began)
     files = await asyncio.to_thread(digests, out)
     steps = read_rows(run, StepMetrics)
-    reasons = dropped_records(run, rows)
-    dropped = {str(record): reasons[index] for index, record in enumerate(train) if index in reasons}
+    reasons = dropped_records(run, len(window.train))
+    dropped = {str(window.train[index]): reason for index, reason in reasons.items()}
     place = str(out.relative_to(folder.path))
-    return Candidate(release, window, place, files, steps[-1].step if steps else 0, dropped, time.time())
+    return Candidate(release, window.number, place, files, steps[-1].step if steps else 0, dropped, time.time())
 
 
 def forget_states(folder: ServiceFolder, window: int) -> None:
@@ -67,7 +69,7 @@ def forget_states(folder: ServiceFolder, window: int) -> None:
 async def _command(words: tuple[str, ...], log: Path, began: Callable[[int], None]) -> None:
     with log.open("ab") as file:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "sdft.services.cli", *words),
+            *words,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=file,
             stderr=file,

@@ -19,12 +19,17 @@ from sdft.services.config.sections import EvaluationSet
 from sdft.services.config.service import WindowConfig
 from sdft.services.grading.graders import GRADERS
 from sdft.services.grading.graders.tool_call import parse_calls
+from sdft.services.inbox.inbox import Inbox
 from sdft.services.inbox.lines import Received
 from sdft.services.releases.events import Opened
-from sdft.services.releases.state import GONE, ServiceState, Window
+from sdft.services.releases.state import ServiceState, Window
 from sdft.services.serving.folder import ServiceFolder
 
 NEW, EARLIER = "held-out-new", "held-out-earlier"  # evaluation sets: of this window, of earlier ones
+
+
+class ConfigurationChanged(Exception):
+    """The run of a window has begun with another configuration than the service has now."""
 
 
 def record_name(record: int) -> str:
@@ -34,7 +39,7 @@ def record_name(record: int) -> str:
 def record_number(name: str) -> int | None:
     """Return the number of a record from its name; None if it is not the name of one."""
     number = name.removeprefix("rec-")
-    return int(number) if name != number and number.isdecimal() else None
+    return int(number) if name != number and number.isascii() and number.isdecimal() and len(number) < 19 else None
 
 
 def waiting(state: ServiceState, records: list[Received], deleted: set[int]) -> list[int]:
@@ -83,27 +88,32 @@ def answer_of(row: dict[str, Any], window: WindowConfig) -> Any:
         if window.grader == "tool_call":
             calls = parse_calls(demonstration)
             answer = [{"Action": call.name, "Action_Input": call.arguments} for call in calls or []]
+    try:
+        json.dumps(answer, allow_nan=False)  # a call may have a number that is not finite
+    except ValueError:
+        return None
     return answer if GRADERS[window.grader].check_answer(answer) is None else None
 
 
 def write_window(
-    folder: ServiceFolder, of: Window, config: RunConfig, state: ServiceState, records: list[Received], model: Path
+    folder: ServiceFolder, of: Window, config: RunConfig, state: ServiceState, inbox: Inbox, model: Path
 ) -> Path:
     """Write the folder of a window, or write it again; return its configuration.
 
-    config: of the service, with absolute paths. model: the folder of the release that the window starts from.
+    config: of the service, with absolute paths. model: the folder of the release that the window starts from. Raises
+    ConfigurationChanged if the window's run has begun with another configuration.
     """
     assert config.service is not None
-    window = config.service.window
-    path = folder.window(of.number)
+    window, path, records = config.service.window, folder.window(of.number), inbox.records
     path.mkdir(parents=True, exist_ok=True)
     trained = [records[i] for i in (*of.train, *of.replayed)]
-    write_atomically(path / "train.jsonl", _lines(r.row | {"id": record_name(r.id)} for r in trained))
+    write_atomically(path / "train.jsonl", _lines(_trained(r) for r in trained))
     earlier = [
         i
         for w in state.windows.values()
-        if w.number < of.number and w.release is not None and state.releases[w.release].status not in GONE
+        if w.release in state.lineage
         for i in w.held_out
+        if i not in inbox.deleted and answer_of(records[i].row, window) is not None
     ]
     sets = []
     for name, ids in ((NEW, of.held_out), (EARLIER, earlier)):
@@ -111,12 +121,14 @@ def write_window(
             continue
         file = path / f"{name}.jsonl"
         write_atomically(file, _lines(_question(records[i], window) for i in ids))
-        sets.append(
-            EvaluationSet(name=name, file=str(file), grader=window.grader, max_new_tokens=window.max_new_tokens)
-        )
-    run = window_run(config, str(model), str(path / "train.jsonl"), sets)
-    write_atomically(path / "window.yaml", resolved_yaml(run).encode())
-    return path / "window.yaml"
+        longest = window.max_new_tokens or config.sampling.max_new_tokens
+        sets.append(EvaluationSet(name=name, file=str(file), grader=window.grader, max_new_tokens=longest))
+    run = resolved_yaml(window_run(config, str(model), str(path / "train.jsonl"), sets)).encode()
+    written = path / "window.yaml"
+    if written.exists() and written.read_bytes() != run and (folder.run(of.number) / "config.yaml").exists():
+        raise ConfigurationChanged("its run has begun with another configuration than the service has now")
+    write_atomically(written, run)
+    return written
 
 
 def window_run(config: RunConfig, model: str, train: str, sets: Iterable[EvaluationSet] = ()) -> RunConfig:
@@ -126,8 +138,12 @@ def window_run(config: RunConfig, model: str, train: str, sets: Iterable[Evaluat
     given["data"]["train"] = train
     given["evaluation"]["sets"] += [s.model_dump(mode="json") for s in sets]
     given["evaluation"]["record"] = True
-    given["checkpoint"]["keep"] = 1
     return RunConfig.model_validate(given)
+
+
+def _trained(record: Received) -> dict[str, Any]:
+    kept = {name: value for name, value in record.row.items() if name not in ("receipt", "given_id", "answer")}
+    return kept | {"id": record_name(record.id)}
 
 
 def _question(record: Received, window: WindowConfig) -> dict[str, Any]:

@@ -26,8 +26,8 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model that learns from what it is taught over HTTP. The same command goes on after a stop."""
-    from sdft.services.base.signals import run_until_stopped
-    from sdft.services.serving.start import check_service
+    from sdft.services.base.signals import run_until_stopped, stop_on_signals
+    from sdft.services.serving.check import check_service
     from sdft.services.serving.start import serve as run
     from sdft.services.serving.target import service_of
 
@@ -39,4 +39,9 @@ def serve(
         print(f"{time.strftime('%H:%M:%S')}  {text}", file=output, flush=True)
 
     say(f"service in {folder.path}: {config.model} in {config.dtype}")
-    run_until_stopped(run(checked, say))
+
+    async def stopping() -> None:
+        stop_on_signals()
+        await run(checked, say)
+
+    run_until_stopped(stopping())

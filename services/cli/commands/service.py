@@ -117,7 +117,10 @@ def _post(service: Path, path: str) -> Any:
     place = _checked(service) / SERVICE
     if not place.exists():
         raise PreflightError(f"{service}: the service does not run; start it by `sdft serve {service}`")
-    url = json.loads(place.read_text())["url"]
+    try:
+        url = json.loads(place.read_text())["url"]
+    except (ValueError, KeyError, OSError) as error:
+        raise PreflightError(f"{place} cannot be read ({error}); start the service again") from None
     request = urllib.request.Request(f"{url}/v1/{path}", method="POST")
     if TOKEN in os.environ:
         request.add_header("Authorization", f"Bearer {os.environ[TOKEN]}")

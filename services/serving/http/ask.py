@@ -11,8 +11,8 @@ import json
 import sqlite3
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +21,16 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 
 from sdft.services.config.service import HttpConfig
-from sdft.services.serving.engines import EnginesBusy, ServingEngine, ServingPool, Weights
+from sdft.services.serving.engine import ServingEngine, Weights
 from sdft.services.serving.http.errors import ApiError, error_event
 from sdft.services.serving.http.requests import body_of, object_of_body
+from sdft.services.serving.pool import EnginesBusy, ServingPool
 from sdft.services.serving.receipts import Receipt, Receipts
 
 TRIES = 3  # engines that a request is sent to, if one after the other dies
 GONE = (aiohttp.ClientError, ConnectionError, OSError)
 DONE = b"data: [DONE]"
+CLIENT_GONE = 499  # nobody reads it
 RELEASE, WEIGHTS, RECEIPT = "X-SDFT-Release", "X-SDFT-Weights", "X-SDFT-Receipt"
 PREFIXES = {"/v1/chat/completions": "chatcmpl-", "/v1/completions": "cmpl-"}  # of the ids that vLLM makes
 
@@ -40,17 +42,28 @@ class Asking:
         """receipts: None: none are kept."""
         self._pool, self._receipts, self._http = pool, receipts, http
         self.answered = self.failed = 0
+        self._held = 0  # requests that are read, wait or are answered
         self.seconds = 0.0  # of all answers
 
     async def answer(self, request: Request) -> Response:
         """Pass a request on, and its answer back."""
-        if self._pool.in_flight + self._pool.waiting >= self._http.max_in_flight:
+        if self._held >= self._http.max_in_flight:
             raise ApiError(
                 429,
                 "too_many_requests",
                 f"{self._http.max_in_flight} requests are in flight (service.http.max_in_flight); send it again later",
                 retry_after_s=1,
             )
+        with ExitStack() as held:
+            self._held += 1
+            held.callback(self._release)
+            return await self._answer(request, held)
+
+    def _release(self) -> None:
+        self._held -= 1
+
+    async def _answer(self, request: Request, held: ExitStack) -> Response:
+        """held: what the request holds; a stream takes it over."""
         body = await body_of(request, self._http.max_body_mib)
         given = object_of_body(body)
         path, since, name = request.url.path, time.monotonic(), uuid.uuid4().hex
@@ -58,7 +71,7 @@ class Asking:
         asked = _Asked(path, body, given, name, since, since + self._http.request_timeout_s, receipt)
         for attempt in range(1, TRIES + 1):
             try:
-                return await self._try(asked)
+                return await _unless_gone(request, self._try(asked, held))
             except EnginesBusy as error:
                 self.failed += 1
                 raise ApiError(503, "no_engine", f"{error}; send it again later", retry_after_s=5) from None
@@ -77,7 +90,7 @@ class Asking:
                     ) from error
         raise AssertionError("unreachable")
 
-    async def _try(self, asked: "_Asked") -> Response:
+    async def _try(self, asked: "_Asked", holding: ExitStack) -> Response:
         """Have one engine answer. Raises EnginesBusy, TimeoutError, or GONE if the engine is lost before it begins."""
         async with AsyncExitStack() as held:
             engine = await held.enter_async_context(self._pool.engine(asked.left_s))
@@ -100,6 +113,7 @@ class Asking:
             if not whole:
                 if asked.receipt is not None:
                     sent[RECEIPT] = asked.receipt
+                held.callback(holding.pop_all().close)
                 pieces = self._pieces(held.pop_all(), reply, asked, engine, weights)
                 return StreamingResponse(pieces, reply.status, sent)
         if reply.status == 200:
@@ -154,6 +168,26 @@ class Asking:
     def _count(self, asked: "_Asked") -> None:
         self.answered += 1
         self.seconds += time.monotonic() - asked.since
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """Return the result of `work`, which is cancelled if the client goes away before."""
+    working = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait([working, gone], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        return Response(status_code=CLIENT_GONE)
+    finally:
+        for task in (working, gone):
+            task.cancel()
+        await asyncio.wait([working, gone])
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """Errors in the form of OpenAI's API: {"error": {"message", "type", "code", "param"}}, with a fitting status."""
 
 import json
+import sqlite3
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+
+from sdft.services.base.errors import first_line
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 507: "server_error"}
 
@@ -63,6 +66,17 @@ def add_error_handlers(app: FastAPI) -> None:
         place = ".".join(str(part) for part in first["loc"])
         return JSONResponse(error_body(422, "invalid_parameter", f"{place}: {first['msg'].lower()}"), 422)
 
+    async def disk(_: Request, error: Exception) -> JSONResponse:
+        what = f"the disk does not take it ({first_line(error)}); make room, and send the request again"
+        return JSONResponse(error_body(507, "disk_full", what), 507)
+
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        what = f"{type(error).__name__} in {request.method} {request.url.path}; the service's output has the rest"
+        return JSONResponse(error_body(500, "internal_error", what), 500)
+
+    app.add_exception_handler(OSError, disk)
+    app.add_exception_handler(sqlite3.Error, disk)
+    app.add_exception_handler(Exception, unexpected)
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestValidationError, invalid)

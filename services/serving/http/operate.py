@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends, Request
 
-from sdft.services.serving.engines import NotChanged
+from sdft.services.serving.decisions import NotPossible
+from sdft.services.serving.engine import NotChanged
 from sdft.services.serving.http.errors import ApiError
-from sdft.services.serving.loop import NotPossible
 from sdft.services.serving.window import record_name
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def operating(service: "Service", check: Callable[[Request], object]) -> APIRout
     @routes.post("/v1/releases/{release}/promote")
     async def promote(release: int) -> dict[str, Any]:
         """Serve this release. Answers in flight end with the release that they began with."""
-        await _done(service.loop.promote(release, "operator"))
+        await _done(service.decisions.promote(release, "operator"))
         return service.release_row(release)
 
     @routes.post("/v1/releases/{release}/rollback")
@@ -43,20 +43,20 @@ def operating(service: "Service", check: Callable[[Request], object]) -> APIRout
 
         The records of the windows that are taken back are quarantined.
         """
-        served = await _done(service.loop.roll_back(release, "operator"))
+        served = await _done(service.decisions.roll_back(release, "operator"))
         return service.release_row(served)
 
     @routes.post("/v1/releases/{release}/hold")
     async def hold(release: int) -> dict[str, Any]:
         """Have a candidate wait for a person."""
-        await _done(service.loop.hold(release, "operator"))
+        await _done(service.decisions.hold(release, "operator"))
         return service.release_row(release)
 
     @routes.post("/v1/releases/{release}/pin")
     async def pin(release: int, pinned: bool = True) -> dict[str, Any]:
         """Keep the weights of a release, however many come after it; with ?pinned=false not any more."""
         try:
-            service.loop.pin(release, pinned)
+            service.decisions.pin(release, pinned)
         except NotPossible as error:
             raise ApiError(404, "unknown_release", str(error)) from None
         return service.release_row(release)
@@ -65,7 +65,7 @@ def operating(service: "Service", check: Callable[[Request], object]) -> APIRout
     async def retry(window: int) -> dict[str, Any]:
         """Let the quarantined records of a window wait again."""
         try:
-            return {"ids": [record_name(i) for i in service.loop.let_out(window)]}
+            return {"ids": [record_name(i) for i in service.decisions.let_out(window)]}
         except NotPossible as error:
             raise ApiError(409, "not_possible", str(error)) from None
 

@@ -9,6 +9,7 @@ from fastapi import Request
 
 from sdft.services.data.rows import parse_json
 from sdft.services.serving.http.errors import ApiError
+from sdft.services.serving.http.guard import refuse_other_sites
 from sdft.services.serving.tokens import ANYONE, Holder, Tokens
 
 MIB = 1 << 20
@@ -20,6 +21,7 @@ def scope_check(tokens: Tokens | None, scope: str) -> Callable[[Request], Holder
 
     def check(request: Request) -> Holder:
         if tokens is None:
+            refuse_other_sites(request)
             return ANYONE
         kind, _, token = request.headers.get("Authorization", "").partition(" ")
         token = token.strip() if kind.lower() == "bearer" else request.headers.get("X-Api-Key", "")

@@ -1,6 +1,7 @@
 """Demonstrations, feedback and records: what applications teach, and what became of it."""
 
-import json
+import asyncio
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,11 @@ from fastapi.responses import JSONResponse
 
 from sdft.services.data.rows import BadRow, parse_line
 from sdft.services.inbox.inbox import KeyUsed, NotWritten
+from sdft.services.inbox.lines import Unwritable
 from sdft.services.records.ledger_reading import trained_steps
 from sdft.services.releases.state import STATES
 from sdft.services.serving.http.errors import ApiError
 from sdft.services.serving.http.requests import body_of, json_of_body, object_of_body
-from sdft.services.serving.taking import MOST_PROBLEMS
 from sdft.services.serving.window import record_name, record_number
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 JSONL = ("application/jsonl", "application/x-ndjson", "application/x-jsonlines")
 MOST_ROWS = 10_000  # of one request
 LONGEST_KEY = 255
+MOST_PROBLEMS = 20  # bad rows that one answer names
+SHOWN = 200  # last characters of a prompt that a list shows
 FEEDBACK = ("correction", "comment", "score", "next_message")
 
 
@@ -38,8 +41,7 @@ def teaching(service: "Service", check: Callable[[Request], object]) -> APIRoute
         once.
         """
         body = await body_of(request, service.http.max_body_mib)
-        rows = _rows(request, body)
-        return await _take(rows, body, request, "demonstrations")
+        return await _take(_rows(request, body), body, request, "demonstrations")
 
     @routes.post("/v1/feedback", status_code=202)
     async def add_feedback(request: Request) -> JSONResponse:
@@ -55,23 +57,26 @@ def teaching(service: "Service", check: Callable[[Request], object]) -> APIRoute
         given = object_of_body(body)
         unknown = [key for key in given if key not in ("receipt", *FEEDBACK)]
         if unknown:
-            raise ApiError(422, "unknown_field", f"{unknown[0]} is not a field; give receipt and one of {FEEDBACK}")
+            raise ApiError(422, "unknown_field", f"{unknown[0]!a} is not a field; give receipt and one of {FEEDBACK}")
         said = {kind: given[kind] for kind in FEEDBACK if given.get(kind) is not None}
-        if not isinstance(given.get("receipt"), str):
+        name = given.get("receipt")
+        if not isinstance(name, str) or not name.isascii() or not 1 <= len(name) <= LONGEST_KEY:
             raise ApiError(422, "no_receipt", "receipt must be the id of an answer")
         if len(said) != 1:
             raise ApiError(422, "one_kind", f"give exactly one of {', '.join(FEEDBACK)}")
-        receipt = await service.receipts.find(given["receipt"])
+        ((kind, value),) = said.items()
+        receipt = await service.receipts.find(name)
         if receipt is None:
-            raise ApiError(404, "unknown_receipt", f"there is no receipt {given['receipt']}, or its time is over")
-        if "correction" not in said:
-            await service.receipts.note(receipt.id, said)
-            return JSONResponse({"ids": [], "counted": list(said)}, 202)
+            raise ApiError(404, "unknown_receipt", f"there is no receipt {name}, or its time is over")
+        if kind != "correction":
+            _check_value(kind, value)
+            await service.receipts.note(name, kind, value, _key(request))
+            return JSONResponse({"ids": [], "counted": [kind]}, 202)
         if receipt.messages is None:
             raise ApiError(
                 422, "no_messages", "this answer completes a plain text; post a demonstration with its prompt instead"
             )
-        row: dict[str, Any] = {"prompt": receipt.messages, "demonstration": said["correction"]}
+        row: dict[str, Any] = {"prompt": receipt.messages, "demonstration": value}
         if receipt.tools:
             row["tools"] = receipt.tools
         return await _take([row], body, request, "feedback", receipt=receipt.id)
@@ -79,22 +84,23 @@ def teaching(service: "Service", check: Callable[[Request], object]) -> APIRoute
     async def _take(
         rows: list[Any], body: bytes, request: Request, name: str, receipt: str | None = None
     ) -> JSONResponse:
-        key = request.headers.get("Idempotency-Key")
-        if key is not None and not 1 <= len(key) <= LONGEST_KEY:
-            raise ApiError(422, "bad_key", f"Idempotency-Key must have 1 to {LONGEST_KEY} characters")
-        problems = await service.problems(rows, name)
-        if problems:
-            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            text = f"nothing was taken: row {problems[0]['row']}: {problems[0]['message']}{more}"
-            raise ApiError(422, "bad_rows", text, problems[:MOST_PROBLEMS])
-        kept = [row | {"receipt": receipt} for row in rows] if receipt is not None else rows
+        key = _key(request)
+        taken = await service.check(rows, name)
+        if taken.problems:
+            first, count = taken.problems[0], len(taken.problems)
+            more = f" (and {count - 1} more)" if count > 1 else ""
+            text = f"nothing was taken: row {first['row']}: {first['message']}{more}"
+            raise ApiError(422, "bad_rows", text, taken.problems[:MOST_PROBLEMS])
+        kept = [row | {"receipt": receipt} for row in taken.rows] if receipt is not None else taken.rows
         try:
             ids = await service.inbox.add(kept, body, key)
         except KeyUsed as error:
             raise ApiError(409, "key_used", str(error)) from None
+        except Unwritable as error:
+            raise ApiError(422, "bad_rows", f"nothing was taken: {error}") from None
         except NotWritten as error:
             raise ApiError(507, "disk_full", f"nothing was taken: {error}; make room, and send it again") from None
-        service.loop.notify()
+        service.decisions.changed.set()
         return JSONResponse({"ids": [record_name(i) for i in ids]}, 202)
 
     @routes.get("/v1/records")
@@ -109,31 +115,42 @@ def teaching(service: "Service", check: Callable[[Request], object]) -> APIRoute
         for number in range(first - 1, -1, -1):
             if len(found) == limit:
                 break
-            row = _record(service, number, whole=False)
-            if state is None or row["state"] == state:
-                found.append(row)
+            if state is None or service.record_state(number).state == state:
+                found.append(_record(service, number))
         return {"records": found, "counts": service.counts()}
 
     @routes.get("/v1/records/{record}")
     async def get_record(record: str) -> dict[str, Any]:
         """A record, and what became of it: waiting, in window, trained, held out, dropped, quarantined or deleted."""
-        return _record(service, _number(service, record), whole=True)
+        number = _number(service, record)
+        row, state = _record(service, number), service.journal.state
+        row["row"] = service.inbox.records[number].row
+        window = state.windows.get(row.get("window", 0))
+        if window is not None:
+            trained = [*window.train, *window.replayed]
+            steps = await asyncio.to_thread(trained_steps, service.folder.run(window.number))
+            row["steps"] = steps.get(trained.index(number), []) if number in trained else []
+        return row
 
     @routes.delete("/v1/records/{record}")
     async def delete_record(record: str) -> dict[str, Any]:
-        """Do not train a record from now on. If it was trained, the answer names the releases that have it."""
+        """Do not train a record from now on. If it was trained, the answer names the releases that have it.
+
+        If an open window has the record, the window ends, and its other records wait for the next one.
+        """
         number = _number(service, record)
         try:
             await service.inbox.delete(number)
         except NotWritten as error:
             raise ApiError(507, "disk_full", f"nothing was deleted: {error}; make room, and send it again") from None
-        return _record(service, number, whole=False)
+        await service.decisions.forget(number)
+        return _record(service, number)
 
     return routes
 
 
 def _rows(request: Request, body: bytes) -> list[Any]:
-    kind = request.headers.get("Content-Type", "application/json").partition(";")[0].strip().lower()
+    kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if kind in JSONL:
         rows: list[Any] = []
         for number, line in enumerate(body.split(b"\n"), start=1):
@@ -146,7 +163,7 @@ def _rows(request: Request, body: bytes) -> list[Any]:
         value = json_of_body(body)
         rows = value if isinstance(value, list) else [value]
     else:
-        raise ApiError(415, "bad_content_type", f"send application/json or application/jsonl, not {kind}")
+        raise ApiError(415, "bad_content_type", f"send application/json or application/jsonl, not {kind or 'nothing'}")
     if not rows:
         raise ApiError(422, "no_rows", "there is no demonstration in the body")
     if len(rows) > MOST_ROWS:
@@ -161,21 +178,25 @@ def _number(service: "Service", record: str) -> int:
     return number
 
 
-def _record(service: "Service", number: int, whole: bool) -> dict[str, Any]:
-    record, state = service.inbox.records[number], service.journal.state
-    deleted = number in service.inbox.deleted
-    now = state.record(number, deleted)
-    row: dict[str, Any] = {"id": record_name(number), "state": now.state, "received": record.at, "deleted": deleted}
+def _record(service: "Service", number: int) -> dict[str, Any]:
+    record, now = service.inbox.records[number], service.record_state(number)
+    row: dict[str, Any] = {"id": record_name(number), "state": now.state, "received": record.at}
     row |= {key: value for key, value in vars(now).items() if key != "state" and value not in (None, "")}
-    row["releases"] = state.in_releases(number)
-    if not whole:
-        shown = record.row["prompt"]
-        row["prompt"] = (shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False))[-200:]
-        return row
-    row["row"] = record.row
-    if now.window is not None:
-        window = state.windows[now.window]
-        trained = [*window.train, *window.replayed]
-        if number in trained:
-            row["steps"] = trained_steps(service.folder.run(now.window)).get(trained.index(number), [])
-    return row
+    row |= {"deleted": number in service.inbox.deleted, "releases": service.journal.state.in_releases(number)}
+    return row | {"prompt": str(record.row["prompt"][-1]["content"])[-SHOWN:]}
+
+
+def _key(request: Request) -> str | None:
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not 1 <= len(key) <= LONGEST_KEY:
+        raise ApiError(422, "bad_key", f"Idempotency-Key must have 1 to {LONGEST_KEY} characters")
+    return key
+
+
+def _check_value(kind: str, value: Any) -> None:
+    """Raise ApiError 422 unless a comment or next message is text, and a score a finite number."""
+    if kind == "score":
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ApiError(422, "bad_feedback", "score must be a number")
+    elif not isinstance(value, str) or not value.strip():
+        raise ApiError(422, "bad_feedback", f"{kind} must be text")

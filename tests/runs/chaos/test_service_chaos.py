@@ -9,6 +9,7 @@ within a minute. SERVICE_KILLS sets the number of kills, CHAOS_SEED the random c
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -25,9 +26,11 @@ from tests.runs.service import RunningService, demonstrations, write_service
 
 KILLS = int(os.environ.get("SERVICE_KILLS", "30"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
+EPOCHS = 2
 BACK_S = 60  # limit of the time from the death of the service to the first engine
 SETTLE_S = 300
-PAUSES = (0.5, 3.0)  # seconds between two kills
+PAUSES = (0.5, 3.0)  # seconds between two rounds
+AT_ONCE = (1, 2, 3)  # kinds of processes that are killed in one round; one of these numbers
 NAMES = {
     "engine": "engine_process",
     "engine's core": "EngineCore",
@@ -105,7 +108,7 @@ def victims(service: RunningService) -> dict[str, list[psutil.Process]]:
 
 def test_no_record_is_lost_or_trained_twice(tmp_path: Path) -> None:
     before, choice = on_machine(), random.Random(SEED)
-    config = write_service(tmp_path, make_tiny_model(tmp_path / "model"), window={"epochs": 2, "min_records": 8})
+    config = write_service(tmp_path, make_tiny_model(tmp_path / "model"), window={"epochs": EPOCHS, "min_records": 8})
     service = RunningService(config, tmp_path / "runs")
     killed: Counter[str] = Counter()
     back: list[float] = []
@@ -114,12 +117,13 @@ def test_no_record_is_lost_or_trained_twice(tmp_path: Path) -> None:
         while killed.total() < KILLS:
             time.sleep(choice.uniform(*PAUSES))
             running = victims(service)
-            kind = choice.choice(sorted(running))
-            with suppress(psutil.NoSuchProcess):
-                choice.choice(running[kind]).send_signal(signal.SIGKILL)
-                killed[kind] += 1
-            if kind == "service":
-                service.process.wait(10)
+            for kind in choice.sample(sorted(running), min(choice.choice(AT_ONCE), len(running))):
+                with suppress(psutil.NoSuchProcess):
+                    choice.choice(running[kind]).send_signal(signal.SIGKILL)
+                    killed[kind] += 1
+            with suppress(subprocess.TimeoutExpired):
+                service.process.wait(0.5)  # after a kill
+            if service.process.poll() is not None:
                 since = time.monotonic()
                 service.start()
                 back.append(time.monotonic() - since)
@@ -155,6 +159,11 @@ def check(service: RunningService, clients: Clients) -> None:
         row = service.get(f"records/{record}")
         assert row["row"] == demonstrations(int(key.removeprefix("key-")), 1)[0]
         assert row["state"] in ("waiting", "trained"), row
+        if row["state"] == "trained":
+            assert len(row["steps"]) == EPOCHS, row  # once in each epoch of one window
+    texts = Counter(number for number, _ in clients.answers)
+    assert len(texts) > 1  # answers of several releases came
+    assert set(texts.values()) == {1}, clients.answers  # one greedy answer of each
     releases = {r["id"]: r for r in service.get("releases")["releases"]}
     assert {number for number, _ in clients.answers} <= {n for n, r in releases.items() if r["served_at"] is not None}
     assert max(releases) > 2

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sdft.services.inbox.inbox import Inbox, InboxInUse, KeyUsed, NotWritten
-from sdft.services.inbox.lines import InboxDamaged, Received
+from sdft.services.inbox.lines import InboxDamaged, Unwritable, bytes_of, records_line
 
 ROW = {"prompt": "Turn off the light.", "demonstration": "Done."}
 
@@ -24,7 +24,7 @@ def test_records_are_on_the_disk_when_they_are_acknowledged(tmp_path: Path) -> N
     async def run() -> None:
         inbox = Inbox(path)
         assert await inbox.add([ROW, ROW | {"id": "b"}], b"1") == [0, 1]
-        assert len(path.read_bytes().splitlines()) == 2
+        assert len(path.read_bytes().splitlines()) == 1
         assert await inbox.add([ROW], b"2") == [2]
         await inbox.delete(1)
         await inbox.close()
@@ -78,8 +78,9 @@ def test_the_same_key_is_one_record_and_another_body_under_it_is_refused(tmp_pat
 
 def test_a_line_that_was_cut_off_is_not_a_record(tmp_path: Path) -> None:
     path = tmp_path / "inbox.jsonl"
-    whole = Received(0, None, "", 1.0, ROW).line
-    path.write_bytes(whole + whole[:-5])
+    whole = records_line(0, None, "", 1.0, bytes_of([ROW]))
+    second = records_line(1, None, "", 1.0, bytes_of([ROW, ROW]))
+    path.write_bytes(whole + second[:-5])  # of two records: neither is there
 
     async def run() -> None:
         inbox = Inbox(path)
@@ -128,10 +129,10 @@ def test_one_process_writes(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("line", ["{}", "[]", '{"kind": "record", "id": 1}', "x"])
+@pytest.mark.parametrize("line", ["{}", "[]", '{"kind": "records", "first": 5, "rows": []}', '{"kind": "other"}', "x"])
 def test_a_line_of_another_kind_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "inbox.jsonl"
-    path.write_bytes(Received(0, None, "", 1.0, ROW).line + line.encode() + b"\n")
+    path.write_bytes(records_line(0, None, "", 1.0, bytes_of([ROW])) + line.encode() + b"\n")
     with pytest.raises(InboxDamaged, match=r"inbox\.jsonl:2 is no line of an inbox"):
         Inbox(path)
 
@@ -143,6 +144,24 @@ def test_a_caller_that_goes_away_loses_no_record(tmp_path: Path) -> None:
         await asyncio.sleep(0)
         call.cancel()
         assert await inbox.add([ROW], b"", "k") == [0]
+        await inbox.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("bad", ["\ud800", float("inf"), [[]]], ids=["surrogate", "infinite", "deep"])
+def test_rows_that_json_cannot_hold_are_refused_alone(bad: Any, tmp_path: Path) -> None:
+    if bad == [[]]:
+        for _ in range(5000):
+            bad = [bad]
+
+    async def run() -> None:
+        inbox = Inbox(tmp_path / "inbox.jsonl")
+        good = asyncio.create_task(inbox.add([ROW], b"1"))
+        with pytest.raises(Unwritable, match="cannot be kept as JSON"):
+            await inbox.add([ROW | {"answer": bad}], b"2", "k")
+        assert await good == [0]
+        assert await inbox.add([ROW], b"3", "k") == [1]  # the key is free
         await inbox.close()
 
     asyncio.run(run())

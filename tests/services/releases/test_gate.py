@@ -34,7 +34,7 @@ def replies(step: int, right: list[int], texts: list[str] | None = None, name: s
 
 
 def verdict(before: list[Reply], now: list[Reply], gate: GateConfig = GATE) -> str:
-    return decide(compare(before, now, gate.max_drop), gate).verdict
+    return decide(compare(before, now, gate), gate).verdict
 
 
 def test_a_better_model_passes_and_a_worse_one_does_not() -> None:
@@ -47,7 +47,7 @@ def test_a_better_model_passes_and_a_worse_one_does_not() -> None:
 def test_one_bad_set_outweighs_good_ones() -> None:
     before = replies(0, [], name="new") + replies(0, list(range(40)), name="kept")
     now = replies(9, list(range(40)), name="new") + replies(9, list(range(30)), name="kept")
-    decision = decide(compare(before, now, 0.05), GATE)
+    decision = decide(compare(before, now, GATE), GATE)
     assert decision.verdict == "refuse"
     assert "kept 100.0 % -> 75.0 % (n 40, lost 10, gained 0)" in decision.reason
     assert "new" not in decision.reason
@@ -63,7 +63,15 @@ def test_a_pass_by_hand_is_held() -> None:
     assert verdict(*same, GateConfig(promotion="by_hand")) == "hold"
 
 
-@pytest.mark.parametrize("texts", [[""], ["yes yes yes yes yes yes"], ["a\n", "no no no no no no"]])
+def test_a_small_set_decides_only_what_is_all_but_certain() -> None:
+    large = replies(0, list(range(40)), name="large"), replies(9, list(range(40)), name="large")
+    six = list(range(6))
+    for right, said in ((six, "promote"), (six[:5], "promote"), ([], "refuse")):
+        small = replies(0, six, name="small", n=6), replies(9, right, name="small", n=6)
+        assert verdict(large[0] + small[0], large[1] + small[1]) == said
+
+
+@pytest.mark.parametrize("texts", [[""], ["yes " * 9], ["a\n", "no " * 12]])
 def test_signs_of_collapse_are_refused(texts: list[str]) -> None:
     everything = list(range(40))
     assert verdict(replies(0, everything), replies(9, everything, texts)) == "refuse"
@@ -71,19 +79,24 @@ def test_signs_of_collapse_are_refused(texts: list[str]) -> None:
 
 def test_other_questions_are_an_error() -> None:
     with pytest.raises(ValueError, match="same questions"):
-        compare(replies(0, [], n=3), replies(1, [], n=4), 0.05)
+        compare(replies(0, [], n=3), replies(1, [], n=4), GATE)
 
 
 @pytest.mark.parametrize(
     ("text", "is_it"),
     [
-        ("the the the the the", True),
-        ("abcabcabcabc", True),
+        ("the " * 8, True),
+        ("It is. " * 5, True),
+        ("I do not know what you mean by that, so I say it again. " * 5, True),
         ("Yes.", False),
         ("1. a\n2. b\n3. c\n4. d", False),
         ("", False),
-        ("-----------------", False),
-        ("He had had had a dog", False),
+        ("-----------------------------------", False),
+        ("He had had had had a dog", False),
+        ('{"a": {"b": {"c": {"d": 1}}}}', False),
+        ("The price is 1000000000000000000000000000", False),
+        ("| a | b |\n|---|---|---|---|---|---|---|", False),
+        ("no no no no", False),
     ],
 )
 def test_repetition(text: str, is_it: bool) -> None:

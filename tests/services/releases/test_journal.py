@@ -14,7 +14,7 @@ FIRST = Candidate(1, None, "/model", {"a": "1"}, 0, {}, 0.0)
 def test_decisions_survive(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     journal.write(FIRST)
-    journal.write(Served(1, "start", [], 1.0))
+    journal.write(Served(1, "start", 1.0))
     assert read_state(journal.path).served == 1
     with pytest.raises(ServiceRunning, match="another service runs"):
         Journal(journal.path)
@@ -32,7 +32,7 @@ def test_a_torn_line_does_not_count(tmp_path: Path) -> None:
         file.write(b'{"kind": "served", "rel')
     again = Journal(journal.path)
     assert again.state.served is None
-    again.write(Served(1, "start", [], 1.0))
+    again.write(Served(1, "start", 1.0))
     again.close()
     assert read_state(journal.path).served == 1
 
@@ -59,6 +59,6 @@ def test_a_full_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
             journal.write(Held(1, "gate", "x", 1.0))
     assert journal.path.read_bytes() == before
     assert journal.state.releases[1].status == "candidate"
-    journal.write(Served(1, "start", [], 1.0))
+    journal.write(Served(1, "start", 1.0))
     assert read_state(journal.path).served == 1
     journal.close()

@@ -3,13 +3,24 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from sdft.services.config.load import load_config
 from sdft.services.config.service import WindowConfig
+from sdft.services.inbox.inbox import Inbox
 from sdft.services.inbox.lines import Received
-from sdft.services.releases.events import Candidate, Opened, Served, Split
+from sdft.services.releases.events import Candidate, Opened, Refused, Served
 from sdft.services.releases.state import ServiceState
 from sdft.services.serving.folder import ServiceFolder
-from sdft.services.serving.window import answer_of, draw, record_name, record_number, waiting, write_window
+from sdft.services.serving.window import (
+    ConfigurationChanged,
+    answer_of,
+    draw,
+    record_name,
+    record_number,
+    waiting,
+    write_window,
+)
 
 CALL = 'Action: setLight\nAction Input: {"room": "hall"}'
 
@@ -23,7 +34,7 @@ def records(count: int, demonstration: str = "Yes.") -> list[Received]:
 def begun() -> ServiceState:
     state = ServiceState()
     state.apply(Candidate(1, None, "/model", {}, 0, {}, 0.0))
-    state.apply(Served(1, "start", [], 0.0))
+    state.apply(Served(1, "start", 0.0))
     return state
 
 
@@ -31,7 +42,7 @@ def trained(state: ServiceState, opened: Opened) -> None:
     state.apply(opened)
     release = opened.window + 1
     state.apply(Candidate(release, opened.window, f"releases/{release}", {}, 1, {}, 0.0))
-    state.apply(Served(release, "gate", [], 0.0))
+    state.apply(Served(release, "gate", 0.0))
 
 
 def test_every_new_record_is_trained_or_held_out() -> None:
@@ -67,7 +78,8 @@ def test_a_share_is_replayed() -> None:
 def test_parts_of_a_refused_window_come_first_and_alone() -> None:
     state = begun()
     state.apply(Opened(1, 1, [0, 1, 2, 3], [], [], 0.0))
-    state.apply(Split(1, [[0, 1], [2, 3]], 0.0))
+    state.apply(Candidate(2, 1, "x", {}, 1, {}, 0.0))
+    state.apply(Refused(2, "gate", "worse", [[0, 1], [2, 3]], 0.0))
     settings = WindowConfig(held_out=0.0)
     assert draw(settings, state, records(9), set(), seed=0).train == [0, 1]
     assert draw(settings, state, records(9), {0, 1}, seed=0).train == [2, 3]
@@ -104,12 +116,21 @@ def test_the_files_of_a_window(tmp_path: Path) -> None:
     trained(state, first)
     second = draw(config.service.window, state, everything, set(), seed=0)
     state.apply(second)
-    made = load_config(write_window(folder, state.windows[2], config, state, everything, model))
+    inbox = Inbox(folder.inbox)
+    inbox.records += everything
+    inbox.deleted.add(first.held_out[0])
+    written = write_window(folder, state.windows[2], config, state, inbox, model)
+    made = load_config(written)
     assert (made.model, made.training.epochs, made.service) == (str(model), 3, None)
     assert [s.name for s in made.sets] == ["own", "held-out-new", "held-out-earlier"]
     assert made.evaluation.record
     rows = [json.loads(line) for line in (folder.window(2) / "train.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == [record_name(i) for i in (*second.train, *second.replayed)]
     earlier = [json.loads(line) for line in (folder.window(2) / "held-out-earlier.jsonl").read_text().splitlines()]
-    assert [row["id"] for row in earlier] == [record_name(i) for i in first.held_out]
+    assert [row["id"] for row in earlier] == [record_name(i) for i in first.held_out[1:]]
     assert earlier[0]["answer"] == "Yes."
+    (folder.run(2)).mkdir()
+    (folder.run(2) / "config.yaml").touch()  # its run has begun
+    assert write_window(folder, state.windows[2], config, state, inbox, model) == written
+    with pytest.raises(ConfigurationChanged):
+        write_window(folder, state.windows[2], config.model_copy(update={"seed": 7}), state, inbox, model)

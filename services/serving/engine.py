@@ -1,4 +1,4 @@
-"""The engines that answer requests, as the gateway sees them: processes that are started again when they die.
+"""One engine that answers requests, as the gateway sees it: a process that is started again when it dies.
 
     starting ─► up ─┬─► drains ─► changes its release ─► up
         ▲           └─► dead
@@ -11,9 +11,7 @@ request, so an answer has one release.
 import asyncio
 import json
 import os
-import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -27,7 +25,6 @@ AGAIN_S = (0.0, 1.0, 5.0, 15.0, 60.0)  # pauses before a start after so many fai
 LOG_TAIL = 4096  # bytes of an engine's log that are searched for the cause of its end
 POLL_S = 0.1
 CHECK_EVERY_S, HEALTH_S = 10.0, 20.0  # between two health checks; limit of one
-CHANGES = 3  # tries to load a release, if the engine is lost meanwhile
 
 
 @dataclass(frozen=True)
@@ -51,10 +48,6 @@ class NotChanged(Exception):
         self.refused = refused
 
 
-class EnginesBusy(Exception):
-    """No engine took the request within its time."""
-
-
 class ServingEngine:
     """One engine: a name, and one process after another."""
 
@@ -65,21 +58,23 @@ class ServingEngine:
         logs: Path,
         settings: Callable[[Weights], EngineSettings],
         served: Callable[[], Weights],
+        program: Sequence[str],
         model_name: str,
         tool_parser: str | None,
         start_timeout_s: float,
         changed: Callable[[], None],
         notice: Callable[[str], None],
     ) -> None:
-        """sockets, logs: folders. settings(): of a process. served(): the weights that it starts with.
+        """sockets, logs: folders. program: the command line of a process. settings(): those of a process.
 
-        changed() is called when the engine can take a request, or not any more.
+        served(): the weights that a process starts with. changed() is called when the engine can take a request, or
+        not any more.
         """
         self.name = name
         self.in_flight = 0
         self.draining = False
         self.starts = 0
-        self._sockets, self._settings, self._served = sockets, settings, served
+        self._sockets, self._settings, self._served, self._program = sockets, settings, served, program
         self._log = logs / f"{name.replace(' ', '-')}.log"
         self._model_name, self._tool_parser, self._start_timeout_s = model_name, tool_parser, start_timeout_s
         self._changed, self._notice = changed, notice
@@ -119,7 +114,9 @@ class ServingEngine:
                 with log.open("ab") as file:
                     process = await self._start(weights, file)
                     ready = await self._answers(process)
-                    if ready:
+                    if ready and self._served().release != weights.release:
+                        process.kill()  # the pool has changed its release meanwhile
+                    elif ready:
                         self._loaded, failures = weights, 0
                         self._doubted.clear()
                         self._changed()
@@ -191,7 +188,8 @@ class ServingEngine:
             read_bufsize=1 << 20,
         )
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "sdft.services.serving.engine_process", str(given)),
+            *self._program,
+            str(given),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -245,94 +243,6 @@ class ServingEngine:
         if self._http is not None:
             await self._http.close()
             self._http = None
-
-
-class ServingPool:
-    """The engines of a service, and the release that they serve."""
-
-    def __init__(self, engines: Callable[["ServingPool"], list[ServingEngine]], served: Weights) -> None:
-        """engines(pool): makes them; they start with `pool.served`."""
-        self.served = served
-        self._condition = asyncio.Condition()
-        self._changing = asyncio.Lock()
-        self.waiting = 0  # requests that no engine has taken yet
-        self.engines = engines(self)
-
-    def notify(self) -> None:
-        """Wake those who wait for an engine."""
-
-        async def wake() -> None:
-            async with self._condition:
-                self._condition.notify_all()
-
-        task = asyncio.get_running_loop().create_task(wake())
-        task.add_done_callback(lambda _: None)
-
-    @property
-    def ready(self) -> bool:
-        return any(e.free for e in self.engines)
-
-    @property
-    def in_flight(self) -> int:
-        return sum(e.in_flight for e in self.engines)
-
-    @asynccontextmanager
-    async def engine(self, timeout_s: float) -> AsyncIterator[ServingEngine]:
-        """Hold the engine with the fewest requests for one request. Raises EnginesBusy after `timeout_s`."""
-        self.waiting += 1
-        try:
-            async with asyncio.timeout(timeout_s), self._condition:
-                await self._condition.wait_for(lambda: self.ready)
-                chosen = min((e for e in self.engines if e.free), key=lambda e: e.in_flight)
-                chosen.in_flight += 1
-        except TimeoutError:
-            raise EnginesBusy(f"no engine took the request within {timeout_s:g} s") from None
-        finally:
-            self.waiting -= 1
-        try:
-            yield chosen
-        finally:
-            chosen.in_flight -= 1
-            if chosen.draining:
-                self.notify()
-
-    async def change(self, weights: Weights) -> float:
-        """Have all engines serve a release, one after the other. Returns the largest gap of the probe.
-
-        Raises NotChanged if an engine does not; all serve the release of before then.
-        """
-        async with self._changing:
-            before, gap = self.served, 0.0
-            self.served = weights  # for engines that start meanwhile
-            try:
-                for engine in self.engines:
-                    gap = max(gap, await self._change(engine, weights))
-            except BaseException:
-                self.served = before
-                for engine in self.engines:
-                    if engine.weights is not None and engine.weights.release != before.release:
-                        with suppress(NotChanged):  # such an engine is started again, with the release of before
-                            await self._change(engine, before)
-                raise
-            return gap
-
-    async def _change(self, engine: ServingEngine, weights: Weights) -> float:
-        engine.draining = True
-        try:
-            for attempt in range(CHANGES):
-                async with self._condition:  # the answers in flight end at request_timeout_s at the latest
-                    await self._condition.wait_for(lambda: engine.in_flight == 0 and engine.weights is not None)
-                if engine.weights is not None and engine.weights.release == weights.release:
-                    break  # it was started with it
-                try:
-                    return await engine.change(weights)
-                except NotChanged as error:
-                    if error.refused or attempt == CHANGES - 1:
-                        raise
-            return 0.0
-        finally:
-            engine.draining = False
-            self.notify()
 
 
 def _cause(log: Path, code: int | None) -> str:
