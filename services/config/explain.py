@@ -84,8 +84,9 @@ def _unknown(parent: Loc, key: str) -> tuple[str, Loc | None]:
         have = "has" if len(kinds) == 1 else "have"
         return f"is not a setting with type: {parent[-1]}; only {' and '.join(kinds)} {have} it", None
     names = list(_fields(parent))
-    # Settings of a stage are suggested only for keys inside `stages`. Elsewhere the run's own settings are.
-    settings = [loc for loc in all_settings(RunConfig, ()) if loc[0] != "stages" or parent[:1] == ("stages",)]
+    # Settings of a stage or a service are suggested only for keys inside them. Elsewhere the run's own settings are.
+    own = ("stages", "service")
+    settings = [loc for loc in all_settings(RunConfig, ()) if loc[0] not in own or parent[:1] == loc[:1]]
     elsewhere = [loc for loc in settings if loc[-1] == key]
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.8 if elsewhere else 0.6)
     if near:

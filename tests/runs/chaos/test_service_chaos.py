@@ -157,7 +157,7 @@ def check(service: RunningService, clients: Clients) -> None:
     assert service.get("status")["received"] - len(ids) in (0, 1)
     for key, record in clients.acknowledged.items():
         row = service.get(f"records/{record}")
-        assert row["row"] == demonstrations(int(key.removeprefix("key-")), 1)[0]
+        assert row["prompt"] == demonstrations(int(key.removeprefix("key-")), 1)[0]["prompt"]
         assert row["state"] in ("waiting", "trained"), row
         if row["state"] == "trained":
             assert len(row["steps"]) == EPOCHS, row  # once in each epoch of one window
