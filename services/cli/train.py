@@ -36,8 +36,6 @@ def train(prepared: Prepared, run_dir: Path, resume: str, console: Console) -> P
 
     resume: auto, never, or a checkpoint folder. Raises UserError if the run directory or the checkpoint cannot be used.
     """
-    if prepared.config.service is not None:
-        raise UserError(f"{prepared.path} has the section service; start it by `sdft serve {prepared.path}`")
     if any(part.startswith(JOB_FOLDER) for part in run_dir.resolve().parts):
         raise UserError(
             f"{run_dir} lies in this job's copy of the working directory, which Ray deletes; give an absolute path on "

@@ -1,4 +1,4 @@
-"""`sdft submit`: send the working directory to a Ray cluster and run `sdft train` there as a job.
+"""`sdft submit`: send the working directory to a Ray cluster and run `sdft train` or `sdft serve` there as a job.
 
     working directory, without excluded files ─► job on the cluster: sdft train CONFIG --run-dir RUN
 
@@ -23,8 +23,10 @@ END_WAIT_S = 60
 LIMIT_BYTES = 100 << 20  # limit for the files sent; Ray itself refuses at 500 MiB, after packing them
 
 
-def submit(config: Path, run_dir: str | None, overrides: list[str], address: str) -> str:
+def submit(config: Path, run_dir: str | None, overrides: list[str], address: str, word: str = "train") -> str:
     """Submit the job and return its id. `config` is a file below the current directory, which is sent.
+
+    word: the command of the job, train or serve.
 
     UserError for a bad path, address or size; PreflightError if no cluster takes jobs at the address.
     """
@@ -44,7 +46,7 @@ def submit(config: Path, run_dir: str | None, overrides: list[str], address: str
     _check_address(address)
     client_class, refused = _client()
     _check_size(working_dir)
-    command = ["sdft", "train", str(inside), "--run-dir", run_dir]
+    command = ["sdft", word, str(inside), "--run-dir", run_dir]
     for override in overrides:
         command += ["--set", override]
     deadline = time.monotonic() + AGENT_WAIT_S

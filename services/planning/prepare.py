@@ -44,6 +44,8 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
     chat templates that write the date.
     """
     base, begun = path.parent, begun or datetime.now()
+    if config.service is not None:
+        raise UserError(f"{path}: it has the section service; start it by `sdft serve {path}`")
     check_sinks(config.monitoring)
     check_files(config, base)
     check_own_engines(config)

@@ -53,9 +53,9 @@ def demonstrations(first: int = 0, count: int = 8, text: str = "Yes.") -> list[d
 class RunningService:
     """A service in a process of its own."""
 
-    def __init__(self, target: Path, folder: Path) -> None:
-        """target: what `sdft serve` is given. folder: of the service."""
-        self.folder, self._target = folder, target
+    def __init__(self, target: Path, folder: Path, *more: str, environment: dict[str, str] = ENVIRONMENT) -> None:
+        """target: what `sdft serve` is given. folder: of the service. more: further words of the command."""
+        self.folder, self._target, self._more, self._environment = folder, target, more, environment
         self.http = httpx.Client(timeout=60)
         self.start()
 
@@ -63,9 +63,10 @@ class RunningService:
         """Start the process, and wait until an engine takes requests."""
         (self.folder / "service.json").unlink(missing_ok=True)
         command = [sys.executable, "-m", "sdft.services.cli", "serve", str(self._target), "--run-dir", str(self.folder)]
+        self.folder.parent.mkdir(exist_ok=True)
         self.log = self.folder.with_suffix(".log")
         with self.log.open("a") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=ENVIRONMENT)
+            self.process = subprocess.Popen([*command, *self._more], stdout=file, stderr=file, env=self._environment)
         until = time.monotonic() + START_S
         while time.monotonic() < until:
             assert self.process.poll() is None, self.log.read_text()

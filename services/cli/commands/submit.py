@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sdft.services.base.errors import UserError
 from sdft.services.cli.commands.options import Config, Overrides
 
 
@@ -20,11 +21,14 @@ def submit(
     run_dir: Annotated[
         str | None, typer.Option(help="The run directory: an absolute path that all nodes see.", show_default=False)
     ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Run `sdft serve` there: the configuration has the section service.")
+    ] = False,
     follow: Annotated[
         bool, typer.Option("--follow", help="Print the job's output, and exit with 1 if the job fails.")
     ] = False,
 ) -> int:
-    """Send the current folder to a Ray cluster, and run `sdft train` there as a job."""
+    """Send the current folder to a Ray cluster, and run `sdft train` or `sdft serve` there as a job."""
     import asyncio
 
     from sdft.services.cluster import submit as jobs
@@ -33,8 +37,11 @@ def submit(
 
     given = overrides or []
     settings = load_config(config, given)
+    if serve != (settings.service is not None):
+        mend = "it has no section service; remove --serve" if serve else "it has the section service; add --serve"
+        raise UserError(f"{config}: {mend}")
     check_files(settings, config.parent, sent=Path.cwd())
-    job = jobs.submit(config, run_dir or settings.run_dir, given, address)
+    job = jobs.submit(config, run_dir or settings.run_dir, given, address, "serve" if serve else "train")
     print(f"submitted as {job}; the same command again resumes a job that was stopped")
     if not follow:
         print(f"follow it with: ray job logs --follow --address {address} {job}")
