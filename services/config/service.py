@@ -133,6 +133,15 @@ class ReceiptsConfig(Section):
     days: float = Field(7, gt=0, description="Days after which a receipt is removed")
 
 
+class FeedbackConfig(Section):
+    """What becomes of feedback. A correction is a demonstration for its prompt; comments are kept and counted."""
+
+    good_score: float | None = Field(
+        None,
+        description="A score of at least this makes the answer a demonstration for its prompt; null: scores are counted",
+    )
+
+
 class ServiceConfig(Section):
     """A model that learns while it serves: the section of `sdft serve`, which `sdft train` does not take."""
 
@@ -142,6 +151,7 @@ class ServiceConfig(Section):
     window: WindowConfig = WindowConfig()
     gate: GateConfig = GateConfig()
     receipts: ReceiptsConfig = ReceiptsConfig()
+    feedback: FeedbackConfig = FeedbackConfig()
     keep_releases: int = Field(
         5, ge=2, description="Releases whose weights are kept, beside the one served, the pinned and the first"
     )

@@ -28,6 +28,12 @@ class Receipt:
     tools: list[dict[str, Any]] | None
     answer: dict[str, Any]  # the assistant's message
 
+    @property
+    def demonstration(self) -> str | dict[str, Any]:
+        """The answer as a demonstration: its text, or the message if it has tool calls."""
+        kept = {key: self.answer.get(key) for key in ("role", "content", "tool_calls") if self.answer.get(key)}
+        return kept if "tool_calls" in kept else str(kept.get("content", ""))
+
 
 class Receipts:
     """The receipts in an SQLite file. Its calls run in one thread."""

@@ -48,8 +48,8 @@ def teaching(service: "Service", check: Callable[[Request], object]) -> APIRoute
         """Take feedback to an answer: the `id` of the answer as `receipt`, and one kind of feedback.
 
         A `correction` is what the answer should have been, as text or as an assistant's message: it becomes a
-        demonstration for that prompt. A `comment`, a `score` or the user's `next_message` is kept and counted, and is
-        not trained.
+        demonstration for that prompt. A `score` of at least `service.feedback.good_score` makes the answer itself one.
+        Other scores, a `comment` and the user's `next_message` are kept and counted, and are not trained.
         """
         if service.receipts is None:
             raise ApiError(409, "no_receipts", "this service keeps no receipts (service.receipts.keep: false)")
@@ -71,7 +71,10 @@ def teaching(service: "Service", check: Callable[[Request], object]) -> APIRoute
         if kind != "correction":
             _check_value(kind, value)
             await service.receipts.note(name, kind, value, _key(request))
-            return JSONResponse({"ids": [], "counted": [kind]}, 202)
+            good = service.config.feedback.good_score
+            if kind != "score" or good is None or value < good:
+                return JSONResponse({"ids": [], "counted": [kind]}, 202)
+            value = receipt.demonstration  # the answer is kept
         if receipt.messages is None:
             raise ApiError(
                 422, "no_messages", "this answer completes a plain text; post a demonstration with its prompt instead"

@@ -1,6 +1,6 @@
 """A service survives the death of each of its processes while clients teach and ask.
 
-    make chaos    # 200 kills instead of 30
+    make chaos    # 200 kills instead of 10
 
 No acknowledged record is lost or trained twice, no answer is of a release that was not served, and the service is back
 within a minute. SERVICE_KILLS sets the number of kills, CHAOS_SEED the random choices.
@@ -24,7 +24,7 @@ from tests.fakes.tiny import make_tiny_model
 from tests.runs.leftovers import new_since, on_machine
 from tests.runs.service import RunningService, demonstrations, write_service
 
-KILLS = int(os.environ.get("SERVICE_KILLS", "30"))
+KILLS = int(os.environ.get("SERVICE_KILLS", "10"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
 EPOCHS = 2
 BACK_S = 60  # limit of the time from the death of the service to the first engine

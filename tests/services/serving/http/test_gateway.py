@@ -119,6 +119,27 @@ def test_a_client_that_goes_away_ends_its_request(checked: Checked, tmp_path: Pa
     asyncio.run(run())
 
 
+def test_a_good_score_keeps_the_answer(tiny_model: Path, tmp_path: Path) -> None:
+    service = checked_service(tmp_path, tiny_model, feedback={"good_score": 0.5})
+
+    async def run() -> None:
+        async with running(service) as client:
+            body = {"messages": MESSAGES}
+            receipt = (await client.post("/v1/chat/completions", json=body)).json()["id"]
+            for score, ids in ((0.4, []), (0.5, ["rec-0"]), (1, ["rec-0"])):
+                headers = {"Idempotency-Key": "good" if ids else "bad"}
+                answer = await client.post("/v1/feedback", json={"receipt": receipt, "score": score}, headers=headers)
+                if score == 1:  # another body under the same key
+                    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "key_used")
+                    continue
+                assert answer.json()["ids"] == ids
+            row = (await client.got("records/rec-0"))["row"]
+            assert (row["prompt"], row["demonstration"]) == (MESSAGES, "release 1: one two three")
+            assert (await client.got("status"))["feedback"] == {"score": 2}
+
+    asyncio.run(run())
+
+
 def test_five_hundred_connections(checked: Checked, tmp_path: Path) -> None:
     async def run() -> None:
         async with running(copied(checked, tmp_path / "run")) as client:
