@@ -25,6 +25,12 @@ class HttpConfig(Section):
     max_in_flight: int = Field(
         128, ge=1, description="Requests to the model that are answered or wait at once; further ones get 429"
     )
+    max_per_minute: int | None = Field(
+        None, ge=1, description="Requests of one token, or of all without tokens, in a minute; further ones get 429"
+    )
+    max_waiting: int = Field(
+        100_000, ge=1, description="Records that wait for a window; while there are more, further ones get 429"
+    )
     request_timeout_s: float = Field(600, gt=0, description="How long an answer of the model may take")
 
     @model_validator(mode="after")
@@ -138,7 +144,7 @@ class FeedbackConfig(Section):
 
     good_score: float | None = Field(
         None,
-        description="A score of at least this makes the answer a demonstration for its prompt; null: scores are counted",
+        description="A score of at least this makes the answer a demonstration; null: scores are counted only",
     )
 
 

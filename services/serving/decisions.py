@@ -145,7 +145,8 @@ class Decisions:
                 self.changed.set()
 
     async def _serve(self, number: int, by: str) -> None:
-        state, release = self._journal.state, self._found(number)
+        state = self._journal.state
+        self._found(number)
         if state.served == number:
             raise NotPossible(f"release {number} is served already")
         weights = weights_of(self._folder, state, number)
@@ -157,7 +158,7 @@ class Decisions:
         gap = await self._pool.change(weights)
         self._journal.write(Served(number, by, time.time()))
         self._notice(f"release {number} is served (by {by}, gap {gap:.1e})")
-        await self._remove(release)
+        await self.tidy()
 
     def _hold(self, release: Release, by: str, reason: str) -> None:
         self._journal.write(Held(release.number, by, reason, time.time()))
@@ -174,13 +175,11 @@ class Decisions:
         self._journal.write(Refused(release.number, by, reason, parts, time.time()))
         fate = "tried again in halves" if parts else "quarantined"
         self._notice(f"release {release.number} is refused (by {by}); {len(ids)} records are {fate}")
-        await self._remove(release)
+        await self.tidy()
 
-    async def _remove(self, decided: Release) -> None:
-        """Remove what no decision needs any more: the run's states, and the weights of old releases."""
-        folders = [] if decided.window is None else [self._folder.run(decided.window) / "checkpoints"]
-        folders += unneeded(self._folder, self._journal.state, self._settings.keep_releases)
-        for folder in folders:
+    async def tidy(self) -> None:
+        """Remove what no decision needs any more."""
+        for folder in unneeded(self._folder, self._journal.state, self._settings.keep_releases):
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
         self.changed.set()
 

@@ -123,17 +123,20 @@ class Loop:
             self.pid = None
         if training.cancelled():
             self._notice(f"window {window.number} ends: {window.ended}")
+            await self._decisions.tidy()
             return
         try:
             training.result()
         except ConfigurationChanged as error:
             self._journal.write(Ended(window.number, True, str(error), time.time()))
             self._notice(f"window {window.number} ends: {error}; its records wait for the next one")
+            await self._decisions.tidy()
         except TrainingFailed as error:
             if not error.bad:
                 raise TrainingFailed(f"window {window.number}: {error}", bad=False) from error
             self._journal.write(Ended(window.number, False, str(error), time.time()))
             self._notice(f"window {window.number} has failed, and its records are quarantined: {error}")
+            await self._decisions.tidy()
 
     async def _run_window(self, window: Window) -> None:
         folder, state = self._folder, self._journal.state

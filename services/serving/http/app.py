@@ -10,8 +10,10 @@ from sdft.services.serving.http.ask import Asking
 from sdft.services.serving.http.errors import ApiError, add_error_handlers
 from sdft.services.serving.http.metrics import metrics_text
 from sdft.services.serving.http.operate import operating
+from sdft.services.serving.http.rate import Rate
 from sdft.services.serving.http.requests import scope_check
 from sdft.services.serving.http.teach import teaching
+from sdft.services.serving.tokens import SCOPES
 
 if TYPE_CHECKING:
     from sdft.services.serving.service import Service
@@ -28,7 +30,8 @@ def make_app(service: "Service") -> FastAPI:
     """Return the application."""
     app = FastAPI(title="sdft", description="A model that learns while it serves.", docs_url=None, redoc_url=None)
     add_error_handlers(app)
-    ask, operate = (scope_check(service.tokens, scope) for scope in ("ask", "operate"))
+    rate = Rate(service.http.max_per_minute)
+    ask, teach, operate = (scope_check(service.tokens, scope, rate) for scope in SCOPES)
     asking = Asking(service.pool, service.receipts, service.http)
 
     for path, about in ASKED.items():
@@ -71,6 +74,6 @@ def make_app(service: "Service") -> FastAPI:
     async def page(_: Request) -> Response:
         return HTMLResponse(PAGE.read_text())
 
-    app.include_router(teaching(service, scope_check(service.tokens, "teach")))
+    app.include_router(teaching(service, teach))
     app.include_router(operating(service, operate))
     return app

@@ -41,7 +41,7 @@ An error has the form of OpenAI's API. `code` is for programs. `problems` lists 
 | 413, 415 | `body_too_large`; `bad_content_type` |
 | 422 | `bad_rows`, `no_rows`, `too_many_rows`, `bad_key` |
 | 422 | `no_receipt`, `one_kind`, `unknown_field`, `no_messages`; `unknown_state`, `invalid_parameter` |
-| 429 | `too_many_requests`, with `Retry-After` |
+| 429 | `too_many_requests`, `too_fast`, `queue_full`, with `Retry-After` |
 | 503, 504 | `no_engine`, `engine_lost`, `not_ready`, `not_changed`; `timeout` |
 | 507 | `disk_full`: nothing was taken |
 """

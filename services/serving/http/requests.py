@@ -10,18 +10,23 @@ from fastapi import Request
 from sdft.services.data.rows import parse_json
 from sdft.services.serving.http.errors import ApiError
 from sdft.services.serving.http.guard import refuse_other_sites
+from sdft.services.serving.http.rate import Rate
 from sdft.services.serving.tokens import ANYONE, Holder, Tokens
 
 MIB = 1 << 20
 BODY_S = 60.0  # how long a client may take to send its body
 
 
-def scope_check(tokens: Tokens | None, scope: str) -> Callable[[Request], Holder]:
-    """Return a check of a request's token. It raises ApiError: 401 without a known token, 403 without the scope."""
+def scope_check(tokens: Tokens | None, scope: str, rate: Rate) -> Callable[[Request], Holder]:
+    """Return a check of a request's token, which counts the request.
+
+    It raises ApiError: 401 without a known token, 403 without the scope, 429 for one request too many.
+    """
 
     def check(request: Request) -> Holder:
         if tokens is None:
             refuse_other_sites(request)
+            rate.count(ANYONE.name)
             return ANYONE
         kind, _, token = request.headers.get("Authorization", "").partition(" ")
         token = token.strip() if kind.lower() == "bearer" else request.headers.get("X-Api-Key", "")
@@ -32,6 +37,7 @@ def scope_check(tokens: Tokens | None, scope: str) -> Callable[[Request], Holder
             raise ApiError(401, "unknown_token", "this token is not known here")
         if scope not in holder.scopes:
             raise ApiError(403, "wrong_scope", f"the token of {holder.name} has no scope {scope}")
+        rate.count(holder.name)
         return holder
 
     return check

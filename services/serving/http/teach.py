@@ -88,6 +88,9 @@ def teaching(service: "Service", check: Callable[[Request], object]) -> APIRoute
         rows: list[Any], body: bytes, request: Request, name: str, receipt: str | None = None
     ) -> JSONResponse:
         key = _key(request)
+        if service.counts()["waiting"] + len(rows) > service.http.max_waiting:
+            text = f"{service.http.max_waiting} records wait already (service.http.max_waiting); send it again later"
+            raise ApiError(429, "queue_full", text, retry_after_s=60)
         taken = await service.check(rows, name)
         if taken.problems:
             first, count = taken.problems[0], len(taken.problems)

@@ -172,6 +172,26 @@ def test_too_many_requests_get_429(tiny_model: Path, tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_back_pressure(tiny_model: Path, tmp_path: Path) -> None:
+    """A full queue and a fast client get 429, with the time after which to send again."""
+    http = {"port": 0, "max_waiting": 3, "max_per_minute": 500}
+    service = checked_service(tmp_path, tiny_model, http=http, window={"min_records": 100})
+
+    async def run() -> None:
+        async with running(service) as client:
+            await client.teach("a", "b", "c")
+            answer = await client.post("/v1/demonstrations", json={"prompt": "Hi", "demonstration": "Ho"})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+            codes = [(await client.get("/v1/models")).status_code for _ in range(500)]
+            assert codes[0] == 200
+            last = await client.get("/v1/models")
+            assert (last.status_code, last.json()["error"]["code"]) == (429, "too_fast")
+            assert 0 < int(last.headers["retry-after"]) <= 61
+            assert (await client.get("/healthz")).status_code == 200
+
+    asyncio.run(run())
+
+
 def test_an_answer_that_takes_too_long(tiny_model: Path, tmp_path: Path) -> None:
     service = checked_service(tmp_path, tiny_model, http={"port": 0, "request_timeout_s": 0.5})
 
