@@ -59,7 +59,8 @@ def test_the_tutorial_does_what_it_says(tiny_model: Path, tmp_path: Path) -> Non
         assert json.loads(run(corrected.replace("chatcmpl-...", receipt))) == {"ids": ["rec-0"]}
         assert json.loads(run(taught)) == {"ids": ["rec-1", "rec-2"]}
         assert service.decided(2)["status"] in ("held", "refused", "served")
-        listed, audited, *_ = block("sdft releases", SERVICE).splitlines()
+        shown, listed, audited, *_ = block("sdft status", SERVICE).splitlines()
+        assert "service     runs at http://127.0.0.1:" in run(shown)
         assert re.match(r" +2 +(held|refused|served)", run(listed))
         assert "every record is in one state" in run(audited)
         assert service.http.get("/").text.startswith("<!doctype html>")

@@ -196,6 +196,10 @@ def test_a_stop_leaves_nothing(service: RunningService) -> None:
     assert service.stop() == 130
     assert not (service.folder / "service.json").exists()
     assert new_since(set()) == set()
+    status = service.command("status").stdout.splitlines()
+    assert status[0].split() == ["service", "does", "not", "run"]
+    assert "2 is served (window 1, 24 steps); 3 releases" in status[1]
+    assert "17 received: " in status[-1]
     refused = service.command("rollback")
     assert refused.returncode == 3
     assert "the service does not run; start it by `sdft serve" in refused.stderr

@@ -11,7 +11,14 @@ from sdft.services.cli.commands.options import RunDir
 
 
 def status(run_dir: RunDir) -> None:
-    """Show the state of a run."""
+    """Show the state of a run or a service."""
+    from sdft.services.serving.folder import ServiceFolder
+
+    if ServiceFolder(run_dir).journal.exists():
+        from sdft.services.serving.status import service_text
+
+        print(service_text(run_dir))
+        return
     from sdft.services.analysis.status import status_text
 
     print(status_text(run_dir))
