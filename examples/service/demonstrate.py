@@ -158,7 +158,8 @@ async def demonstrate(url: str) -> int:
         asking.cancel()
     answers = ", ".join(f"{n} of release {release}" for release, n in sorted(application.answers.items()))
     say(f"answers: {answers}; failed requests: {len(application.failures)}")
-    print(*application.failures, sep="\n")
+    for failure in application.failures:
+        print(failure)
     return 0 if third["status"] == "refused" and not application.failures else 1
 
 
