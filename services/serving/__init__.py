@@ -3,6 +3,6 @@
     application ─► gateway ─┬─► engine of the served release ─► answer, receipt
                             └─► inbox ─► window: `sdft train` ─► candidate ─► gate ─► release ─► engines
 
-Imports planning, data, records, releases and inbox. A window is trained by another process, so nothing here imports
-ray; only the engine's process imports torch and vLLM.
+Imports planning, data, records, releases and inbox. A window is trained by another process. Only the process of an
+engine (`engine_process.py`) imports ray, torch and vLLM.
 """

@@ -30,6 +30,7 @@ class ServingPool:
         self._change_timeout_s = change_timeout_s
         self.served = served
         self._condition = asyncio.Condition()
+        self._waking: set[asyncio.Task[None]] = set()
         self._changing = asyncio.Lock()
         self.waiting = 0  # requests that no engine has taken yet
         self.engines = engines(self)
@@ -42,7 +43,8 @@ class ServingPool:
                 self._condition.notify_all()
 
         task = asyncio.get_running_loop().create_task(wake())
-        task.add_done_callback(lambda _: None)
+        self._waking.add(task)  # the loop keeps no reference
+        task.add_done_callback(self._waking.discard)
 
     @property
     def ready(self) -> bool:
@@ -83,7 +85,10 @@ class ServingPool:
             try:
                 for engine in self.engines:
                     gap = max(gap, await self._change(engine, weights))
-            except BaseException:
+            except asyncio.CancelledError:
+                self.served = before
+                raise
+            except NotChanged:
                 self.served = before
                 for engine in self.engines:
                     if engine.weights is not None and engine.weights.release != before.release:

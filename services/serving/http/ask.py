@@ -19,6 +19,7 @@ from typing import Any
 import aiohttp
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from sdft.services.config.service import HttpConfig
 from sdft.services.serving.engine import ServingEngine, Weights
@@ -114,8 +115,7 @@ class Asking:
                 if asked.receipt is not None:
                     sent[RECEIPT] = asked.receipt
                 held.callback(holding.pop_all().close)
-                pieces = self._pieces(held.pop_all(), reply, asked, engine, weights)
-                return StreamingResponse(pieces, reply.status, sent)
+                return _Stream(held.pop_all(), self._pieces(reply, asked, engine, weights), reply.status, sent)
         if reply.status == 200:
             if asked.receipt is not None and await self._keep(asked, weights, json.loads(content)):
                 sent[RECEIPT] = asked.receipt
@@ -123,33 +123,27 @@ class Asking:
         return Response(content, reply.status, sent)
 
     async def _pieces(
-        self,
-        held: AsyncExitStack,
-        reply: aiohttp.ClientResponse,
-        asked: "_Asked",
-        engine: ServingEngine,
-        weights: Weights,
+        self, reply: aiohttp.ClientResponse, asked: "_Asked", engine: ServingEngine, weights: Weights
     ) -> AsyncIterator[bytes]:
         """Yield a stream as it comes. Its status has been sent, so an error becomes an event of the stream."""
-        async with held:
-            answer = _Answer()
-            try:
-                async with asyncio.timeout(asked.left_s):
-                    async for line in reply.content:
-                        if asked.receipt is not None:
-                            if line.startswith(DONE):
-                                await self._keep(asked, weights, answer.whole())
-                            else:
-                                answer.add(line)
-                        yield line
-                self._count(asked)
-            except TimeoutError:
-                self.failed += 1
-                yield error_event("timeout", f"no whole answer within {self._http.request_timeout_s:g} s")
-            except GONE:
-                engine.doubt()
-                self.failed += 1
-                yield error_event("engine_lost", "the engine was lost during this answer; send the request again")
+        answer = _Answer()
+        try:
+            async with asyncio.timeout(asked.left_s):
+                async for line in reply.content:
+                    if asked.receipt is not None:
+                        if line.startswith(DONE):
+                            await self._keep(asked, weights, answer.whole())
+                        else:
+                            answer.add(line)
+                    yield line
+            self._count(asked)
+        except TimeoutError:
+            self.failed += 1
+            yield error_event("timeout", f"no whole answer within {self._http.request_timeout_s:g} s")
+        except GONE:
+            engine.doubt()
+            self.failed += 1
+            yield error_event("engine_lost", "the engine was lost during this answer; send the request again")
 
     async def _keep(self, asked: "_Asked", weights: Weights, answer: dict[str, Any]) -> bool:
         """Keep the receipt of an answer. Returns whether it is kept: a full disk does not keep the answer back."""
@@ -168,6 +162,20 @@ class Asking:
     def _count(self, asked: "_Asked") -> None:
         self.answered += 1
         self.seconds += time.monotonic() - asked.since
+
+
+class _Stream(StreamingResponse):
+    """A stream that gives back what it holds, also if the client is gone before its first piece."""
+
+    def __init__(
+        self, held: AsyncExitStack, pieces: AsyncIterator[bytes], status: int, headers: dict[str, str]
+    ) -> None:
+        super().__init__(pieces, status, headers)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._held:
+            await super().__call__(scope, receive, send)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
