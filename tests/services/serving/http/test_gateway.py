@@ -4,11 +4,16 @@ import asyncio
 import os
 import signal
 import ssl
-import subprocess
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 import httpx
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.x509.oid import NameOID
 
 from sdft.services.serving.start import Checked
 from sdft.services.serving.tokens import add_token
@@ -255,11 +260,23 @@ def test_a_full_disk_takes_nothing(checked: Checked, tmp_path: Path, monkeypatch
     asyncio.run(run())
 
 
+def certificate_for_loopback(folder: Path) -> tuple[Path, Path]:
+    """Write a self-signed certificate of 127.0.0.1 and its key; return their paths."""
+    key = rsa.generate_private_key(65537, 2048)
+    name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")]), datetime.now(UTC)
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - timedelta(1)).not_valid_after(now + timedelta(1))
+    signed = builder.add_extension(address, critical=False).sign(key, hashes.SHA256())
+    paths = folder / "certificate.pem", folder / "key.pem"
+    paths[0].write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    encoding = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    paths[1].write_bytes(key.private_bytes(*encoding))
+    return paths
+
+
 def test_https(tiny_model: Path, tmp_path: Path) -> None:
-    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(command, check=True, capture_output=True)
+    certificate, key = certificate_for_loopback(tmp_path)
     tls = {"port": 0, "tls_certificate": str(certificate), "tls_key": str(key)}
     service = checked_service(tmp_path, tiny_model, http=tls)
 
