@@ -10,7 +10,7 @@ TRL := benchmarks/trl/.venv/.installed
 demo: $(RUNS)
 	$(BIN)/sdft train examples/tools/tools.yaml
 
-# A service that learns from an application's corrections, refuses poisoned ones, and rolls back.
+# A service that learns from corrections, refuses poisoned ones, and rolls back.
 service: $(RUNS)
 	$(BIN)/python examples/service/demonstrate.py
 
