@@ -193,7 +193,8 @@ class ServingEngine:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            # Files that a killed engine leaves behind go with the folder.
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "TMPDIR": str(self._sockets)},
             preexec_fn=die_with_parent,
         )
         return self._process

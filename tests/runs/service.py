@@ -32,8 +32,8 @@ def write_service(folder: Path, model: Path, **service: Any) -> Path:
     config = {
         "model": str(model),
         "dtype": "float32",
-        "data": {"template": "turn", "max_prompt_tokens": 100, "max_teacher_prompt_tokens": 200},
-        "sampling": {"max_new_tokens": 16},
+        "data": {"template": "turn", "max_prompt_tokens": 100, "max_teacher_prompt_tokens": 300},
+        "sampling": {"max_new_tokens": 100},
         "training": {"batch_size": 4},
         "method": "sft",
         "learner": {"optimizer": {"lr": 5e-3, "warmup_steps": 2}},

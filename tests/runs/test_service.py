@@ -1,15 +1,18 @@
 """A whole service with real engines: asked through the openai client, taught, trained, gated, rolled back."""
 
 import asyncio
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
 from tests.fakes.tiny import make_tiny_model
+from tests.papers.documents import README, ROOT, block, blocks
 from tests.runs.bad_requests import BAD, Bad
 from tests.runs.leftovers import new_since
 from tests.runs.run import ENVIRONMENT
@@ -192,6 +195,33 @@ def test_a_second_service_is_refused(service: RunningService) -> None:
     assert "another service runs in this folder" in second.stderr
 
 
+def test_the_tutorial_does_what_it_says(service: RunningService, tmp_path: Path) -> None:
+    """The commands in docs/service.md are unchanged, except the address, the receipt and the folder."""
+    (tmp_path / "my.jsonl").write_text(block('{"prompt": "Turn off', README) * 2)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "my").symlink_to(service.folder)
+
+    def run(text: str) -> str:
+        words = ["bash", "-c", text.replace("http://127.0.0.1:8000", service.url)]
+        done = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    page = ROOT / "docs" / "service.md"
+    assert "sdft serve my.yaml" in blocks(page)
+    asked, corrected, taught = (text for text in blocks(page) if text.startswith("curl "))
+    receipt = json.loads(run(asked))["id"]
+    assert json.loads(run(corrected.replace("chatcmpl-...", receipt))) == {"ids": ["rec-17"]}
+    assert json.loads(run(taught)) == {"ids": ["rec-18", "rec-19"]}
+    shown, listed, audited, *_ = block("sdft status", page).splitlines()
+    assert f"service     runs at {service.url}" in run(shown)
+    assert "served" in run(listed)
+    assert "every record is in one state" in run(audited)
+    token = run(block("sdft tokens", page)).splitlines()[0]
+    assert token.startswith("sdft-")
+    assert token not in (tmp_path / "tokens.json").read_text()
+
+
 def test_a_stop_leaves_nothing(service: RunningService) -> None:
     assert service.stop() == 130
     assert not (service.folder / "service.json").exists()
@@ -199,8 +229,8 @@ def test_a_stop_leaves_nothing(service: RunningService) -> None:
     status = service.command("status").stdout.splitlines()
     assert status[0].split() == ["service", "does", "not", "run"]
     assert "2 is served (window 1, 24 steps); 3 releases" in status[1]
-    assert "17 received: " in status[-1]
+    assert "20 received: " in status[-1]
     refused = service.command("rollback")
     assert refused.returncode == 3
     assert "the service does not run; start it by `sdft serve" in refused.stderr
-    assert service.command("records").stdout.splitlines()[-1].split() == ["received", "17"]
+    assert service.command("records").stdout.splitlines()[-1].split() == ["received", "20"]

@@ -1,6 +1,6 @@
 """A service survives the death of each of its processes while clients teach and ask.
 
-    make chaos    # 200 kills instead of 10
+    make chaos    # 200 kills instead of 4
 
 No acknowledged record is lost or trained twice, no answer is of a release that was not served, and the service is back
 within a minute. SERVICE_KILLS sets the number of kills, CHAOS_SEED the random choices.
@@ -24,7 +24,7 @@ from tests.fakes.tiny import make_tiny_model
 from tests.runs.leftovers import new_since, on_machine
 from tests.runs.service import RunningService, demonstrations, write_service
 
-KILLS = int(os.environ.get("SERVICE_KILLS", "10"))
+KILLS = int(os.environ.get("SERVICE_KILLS", "4"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
 EPOCHS = 2
 BACK_S = 60  # limit of the time from the death of the service to the first engine
@@ -127,8 +127,9 @@ def test_no_record_is_lost_or_trained_twice(tmp_path: Path) -> None:
                 since = time.monotonic()
                 service.start()
                 back.append(time.monotonic() - since)
+        wait(lambda: len({number for number, _ in clients.answers}) > 1, "answers of two releases", service)
         clients.stop()
-        settled(service)
+        wait(lambda: settled(service), "no window to be open", service)
         check(service, clients)
         print(f"{dict(killed)}; back after {sorted(round(s) for s in back)} s; {clients.tries} requests")
         assert max(back, default=0) < BACK_S
@@ -138,15 +139,17 @@ def test_no_record_is_lost_or_trained_twice(tmp_path: Path) -> None:
     assert new_since(before) == set()
 
 
-def settled(service: RunningService) -> None:
-    """Wait until no window is open or undecided, and fewer records wait than a window needs."""
+def settled(service: RunningService) -> bool:
+    """Return whether no window is open or undecided, and fewer records wait than a window needs."""
+    status = service.get("status")
+    return bool(status["doing"].startswith("waits for records") and status["ready"])
+
+
+def wait(holds: Callable[[], bool], what: str, service: RunningService) -> None:
     until = time.monotonic() + SETTLE_S
-    while time.monotonic() < until:
-        status = service.get("status")
-        if status["doing"].startswith("waits for records") and status["ready"]:
-            return
+    while not holds():
+        assert time.monotonic() < until, f"waited {SETTLE_S} s for {what}: {service.log.read_text()[-3000:]}"
         time.sleep(0.5)
-    raise TimeoutError(f"the service did not settle within {SETTLE_S} s: {service.log.read_text()[-3000:]}")
 
 
 def check(service: RunningService, clients: Clients) -> None:
@@ -166,6 +169,5 @@ def check(service: RunningService, clients: Clients) -> None:
     assert set(texts.values()) == {1}, clients.answers  # one greedy answer of each
     releases = {r["id"]: r for r in service.get("releases")["releases"]}
     assert {number for number, _ in clients.answers} <= {n for n, r in releases.items() if r["served_at"] is not None}
-    assert max(releases) > 2
     audit = service.command("records", "--audit")
     assert audit.returncode == 0, audit.stdout + audit.stderr

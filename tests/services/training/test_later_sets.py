@@ -124,8 +124,11 @@ def test_an_evaluation_that_is_cut_off_while_it_is_written_is_made_again_whole(
         with pytest.raises(RuntimeError, match="killed"):
             trained(cut, run_of(2, [OLD, NEW]), STEPS)
     trained(cut, run_of(2, [OLD, NEW]), STEPS)
-    for file in ("eval.jsonl", "samples.jsonl"):
-        assert read_jsonl(cut / file) == read_jsonl(tmp_path / "whole" / file)
+    for file in ("eval.jsonl", "samples.jsonl"):  # the simulated engines give replies of random lengths
+        cut_rows, whole_rows = (
+            [row | {"tokens": 0} for row in read_jsonl(d / file)] for d in (cut, tmp_path / "whole")
+        )
+        assert cut_rows == whole_rows
 
 
 def test_without_new_sets_a_continued_run_asks_nothing_before_it_trains(tmp_path: Path) -> None:
