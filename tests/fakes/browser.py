@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -80,10 +81,12 @@ class Page:
 async def browser() -> AsyncIterator[Page]:
     """Run Chromium with one tab."""
     assert CHROMIUM is not None
-    with tempfile.TemporaryDirectory(prefix="browser-") as profile:
+    with tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True) as profile:
         place = Path(profile) / "DevToolsActivePort"
         command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         try:
             deadline = time.monotonic() + START_S
             while not place.exists() or not place.read_text().strip():
@@ -99,5 +102,5 @@ async def browser() -> AsyncIterator[Page]:
                         await page.call(f"{domain}.enable")
                     yield page
         finally:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # its helpers write into the profile
             process.wait()

@@ -14,13 +14,19 @@ import pytest
 from tests.fakes.tiny import make_tiny_model
 from tests.papers.documents import README, ROOT, block, blocks
 from tests.runs.bad_requests import BAD, Bad
-from tests.runs.leftovers import new_since
+from tests.runs.leftovers import new_since, on_machine
 from tests.runs.run import ENVIRONMENT
 from tests.runs.service import RunningService, demonstrations, write_service
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+def before() -> set[str]:
+    """What was on the machine before the service: clusters of other tests, for instance."""
+    return on_machine()
+
+
+@pytest.fixture(scope="module")
+def service(before: set[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     folder = tmp_path_factory.mktemp("service")
     config = write_service(folder, make_tiny_model(folder / "model"), http={"port": 0, "max_body_mib": 2})
     running = RunningService(config, folder / "runs")
@@ -222,10 +228,10 @@ def test_the_tutorial_does_what_it_says(service: RunningService, tmp_path: Path)
     assert token not in (tmp_path / "tokens.json").read_text()
 
 
-def test_a_stop_leaves_nothing(service: RunningService) -> None:
+def test_a_stop_leaves_nothing(service: RunningService, before: set[str]) -> None:
     assert service.stop() == 130
     assert not (service.folder / "service.json").exists()
-    assert new_since(set()) == set()
+    assert new_since(before) == set()
     status = service.command("status").stdout.splitlines()
     assert status[0].split() == ["service", "does", "not", "run"]
     assert "2 is served (window 1, 24 steps); 3 releases" in status[1]
