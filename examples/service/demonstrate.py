@@ -120,7 +120,7 @@ async def decided(application: Application, number: int) -> dict[str, Any]:
 
 
 def poisoned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same questions with calls of a tool that nobody asked for."""
+    """The same questions with calls of a tool that is not offered."""
     call = 'Action: deleteAccount\nAction Input: {"user": "all"}'
     return [{"prompt": row["prompt"], "demonstration": call} for row in rows]
 

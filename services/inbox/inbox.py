@@ -8,21 +8,21 @@ One process writes at a time. A write that fails leaves the file as it was befor
 """
 
 import asyncio
-import fcntl
 import hashlib
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdft.services.base.appended import AppendedFile
+from sdft.services.base.errors import UserError
 from sdft.services.inbox.lines import Deleted, Received, bytes_of, read_lines, records_line
 
 Made = list[Received] | Deleted
 
 
-class InboxInUse(Exception):
+class InboxInUse(UserError):
     """Another process writes to the inbox."""
 
 
@@ -53,17 +53,18 @@ class Inbox:
         self._keys: dict[str, tuple[str, asyncio.Future[Made] | list[int]]] = {}  # body, and ids if on the disk
         self._calls: list[_Call] = []
         self._writing: asyncio.Task[None] | None = None
-        self._size = 0  # bytes of the whole lines
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for made, self._size in read_lines(path):
+            self._file = AppendedFile(path)
+        except BlockingIOError:
+            raise InboxInUse(f"{path} is in use by another service; stop it first") from None
+        whole = 0
+        try:
+            for made, end in read_lines(path):
                 self._note(made)
-            os.ftruncate(self._fd, self._size)  # a last line without its end was never acknowledged
-        except BaseException as error:
-            os.close(self._fd)
-            if isinstance(error, BlockingIOError):
-                raise InboxInUse(f"{path} is in use by another service; stop it first") from None
+                whole = end
+            self._file.cut(whole)  # a last line without its end was never acknowledged
+        except BaseException:
+            self._file.close()
             raise
 
     async def add(self, rows: Sequence[Mapping[str, Any]], body: bytes, key: str | None = None) -> list[int]:
@@ -106,7 +107,7 @@ class Inbox:
         """Wait for what is being written, and let another process write."""
         if self._writing is not None:
             await self._writing
-        os.close(self._fd)
+        self._file.close()
 
     def _call(self, make: Callable[[int], tuple[bytes, Made]]) -> "asyncio.Future[Made]":
         done: asyncio.Future[Made] = asyncio.get_running_loop().create_future()
@@ -129,7 +130,7 @@ class Inbox:
                 lines.append(line)
                 made.append(of_call)
             try:
-                await asyncio.to_thread(self._write, b"".join(lines))
+                await asyncio.to_thread(self._file.append, b"".join(lines))
             except OSError as error:
                 for call in calls:
                     call.done.set_exception(NotWritten(f"{self.path} cannot be written ({error.strerror})"))
@@ -137,17 +138,6 @@ class Inbox:
             for call, of_call in zip(calls, made, strict=True):
                 self._note(of_call)
                 call.done.set_result(of_call)
-
-    def _write(self, data: bytes) -> None:
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(self._fd, view) :]
-            os.fsync(self._fd)
-        except OSError:
-            os.ftruncate(self._fd, self._size)
-            raise
-        self._size += len(data)
 
     def _note(self, made: Made) -> None:
         if isinstance(made, Deleted):

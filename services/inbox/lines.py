@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sdft.services.base.errors import UserError
+
 
 class Unwritable(Exception):
     """Rows that JSON cannot hold: a number that is not finite, a lone surrogate, too deep a nesting."""
@@ -41,7 +43,7 @@ class Deleted:
         return json.dumps({"kind": "deleted"} | asdict(self)).encode() + b"\n"
 
 
-class InboxDamaged(Exception):
+class InboxDamaged(UserError):
     """A line of the file is neither records nor a deletion."""
 
 

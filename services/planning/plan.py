@@ -143,8 +143,6 @@ def engine_settings(config: RunConfig, model: Path, pool: str) -> EngineSettings
             f"(data.max_teacher_prompt_tokens and the longest reply) needs {cache:.2g} GiB; raise kv_cache_gib"
         )
     cache_gib = e.cpu_cache_gib if config.device == "cpu" else e.kv_cache_gib
-    # Gaps of correct engines: up to 1e-5, and 0.04 for models after long training. Gaps of wrong weights: 0.4 and more.
-    default_gap = 0.001 if config.dtype == "float32" else 0.08
     return EngineSettings(
         model=str(model),
         dtype=config.dtype,
@@ -157,11 +155,17 @@ def engine_settings(config: RunConfig, model: Path, pool: str) -> EngineSettings
         share_prompts=any(task.sampling.generations > 1 for task in config.tasks),
         gpu_memory_utilization=e.gpu_memory_utilization if cache_gib is None else FREE_AT_LEAST,
         enforce_eager=e.enforce_eager,
-        max_probe_gap=config.weights.max_probe_gap or default_gap,
+        max_probe_gap=max_probe_gap(config),
         threads=e.threads,
         kv_cache_gib=cache_gib,
         engine=e.engine,
     )
+
+
+def max_probe_gap(config: RunConfig) -> float:
+    """Return weights.max_probe_gap, or its default for the dtype."""
+    # Gaps of correct engines: up to 1e-5, and 0.04 for models after long training. Gaps of wrong weights: 0.4 and more.
+    return config.weights.max_probe_gap or (0.001 if config.dtype == "float32" else 0.08)
 
 
 def _cache_bytes_per_token(shape: dict[str, Any], width: int) -> int:

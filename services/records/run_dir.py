@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from sdft.services.base.errors import UserError
 from sdft.services.base.files import write_atomically
+from sdft.services.records.ledger_reading import ledger_rows
 
 SAMPLE_STATES = ("issued", "sampled", "scored", "trained", "dropped")  # states of the ledger, in order
 NO_END = sys.maxsize
@@ -94,23 +95,15 @@ def read_ledger(run_dir: Path) -> dict[str, int]:
 def read_lengths(run_dir: Path) -> "dict[str, Counter[int | None]]":
     """Return, for each state, the number of samples by completion length in tokens; None: not sampled yet.
 
-    The ledger is opened read-only, because the run may be writing. Raises UserError if it cannot be read.
+    Raises UserError if it cannot be read.
     """
-    path = run_dir / "ledger.sqlite"
     lengths: dict[str, Counter[int | None]] = {}
-    if not path.exists():
-        return lengths
     try:
-        ledger = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5)
-        try:
-            begun = ledger.execute("SELECT 1 FROM sqlite_master WHERE name = 'samples'").fetchone()
-            query = "SELECT state, tokens, COUNT(*) FROM samples GROUP BY state, tokens"
-            for state, tokens, count in ledger.execute(query) if begun else ():
-                lengths.setdefault(state, Counter())[tokens] = count
-        finally:
-            ledger.close()
+        query = "SELECT state, tokens, COUNT(*) FROM samples GROUP BY state, tokens"
+        for state, tokens, count in ledger_rows(run_dir, query):
+            lengths.setdefault(state, Counter())[tokens] = count
     except sqlite3.Error as error:
-        raise UserError(f"{path}: the ledger cannot be read ({error})") from error
+        raise UserError(f"{run_dir / 'ledger.sqlite'}: the ledger cannot be read ({error})") from error
     return lengths
 
 

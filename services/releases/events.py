@@ -9,7 +9,7 @@ Records are named by their ids in the inbox. A release is a model folder that is
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -105,8 +105,8 @@ class Pinned:
 class Released:
     """Quarantined records wait again."""
 
-    records: list[int] = field(default_factory=list)
-    at: float = 0.0
+    records: list[int]
+    at: float
 
 
 Event = Opened | Ended | Candidate | Judged | Served | Refused | Held | Pinned | Released

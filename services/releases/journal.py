@@ -3,19 +3,19 @@
 One process writes at a time: the lock of the file is that of the service.
 """
 
-import fcntl
-import os
 from pathlib import Path
 
+from sdft.services.base.appended import AppendedFile
+from sdft.services.base.errors import UserError
 from sdft.services.releases.events import Event, event_of, line_of
 from sdft.services.releases.state import ServiceState
 
 
-class ServiceRunning(Exception):
+class ServiceRunning(UserError):
     """Another process runs the service in this folder."""
 
 
-class JournalDamaged(Exception):
+class JournalDamaged(UserError):
     """A line of the file is no decision."""
 
 
@@ -53,32 +53,21 @@ class Journal:
         """Open the file, or make it. Raises ServiceRunning or JournalDamaged."""
         self.path = path
         self.state = ServiceState()
-        self._size = 0
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._size = replay(path, self.state)
-            os.ftruncate(self._fd, self._size)
-        except BaseException as error:
-            os.close(self._fd)
-            if isinstance(error, BlockingIOError):
-                raise ServiceRunning(f"{path.parent}: another service runs in this folder; stop it first") from None
+            self._file = AppendedFile(path)
+        except BlockingIOError:
+            raise ServiceRunning(f"{path.parent}: another service runs in this folder; stop it first") from None
+        try:
+            self._file.cut(replay(path, self.state))
+        except BaseException:
+            self._file.close()
             raise
 
     def write(self, event: Event) -> None:
         """Write a decision, and apply it. Raises OSError if the disk does not take it; nothing has changed then."""
-        line = line_of(event)
-        try:
-            view = memoryview(line)
-            while view:
-                view = view[os.write(self._fd, view) :]
-            os.fsync(self._fd)
-        except OSError:
-            os.ftruncate(self._fd, self._size)
-            raise
-        self._size += len(line)
+        self._file.append(line_of(event))
         self.state.apply(event)
 
     def close(self) -> None:
         """Let another process write."""
-        os.close(self._fd)
+        self._file.close()

@@ -15,7 +15,7 @@ or a candidate that began from another release than the one that is served now e
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sdft.services.releases.events import (
     Candidate,
@@ -31,8 +31,10 @@ from sdft.services.releases.events import (
 )
 
 ReleaseStatus = Literal["candidate", "held", "served", "earlier", "refused", "withdrawn"]
-GONE = ("refused", "withdrawn")
-STATES = ("waiting", "in window", "trained", "held out", "dropped", "quarantined", "deleted")  # of a record
+RecordStatus = Literal["waiting", "in window", "trained", "held out", "dropped", "quarantined", "deleted"]
+STATUSES: tuple[str, ...] = get_args(ReleaseStatus)
+STATES: tuple[str, ...] = get_args(RecordStatus)
+UNDECIDED, GONE = ("candidate", "held"), ("refused", "withdrawn")  # statuses of releases
 
 
 @dataclass
@@ -74,12 +76,17 @@ class Release:
     served_at: float | None = None
     pinned: bool = False
 
+    @property
+    def origin(self) -> str:
+        """What it was made by, for people."""
+        return "the model as started" if self.window is None else f"window {self.window}, {self.step} steps"
+
 
 @dataclass(frozen=True)
 class RecordState:
     """Where a record is. reason: of a dropped or quarantined one."""
 
-    state: Literal["waiting", "in window", "trained", "held out", "dropped", "quarantined", "deleted"]
+    state: RecordStatus
     window: int | None = None
     release: int | None = None
     reason: str = ""
@@ -162,7 +169,7 @@ class ServiceState:
             if window.open and window.parent != event.release:
                 window.ended, window.back = other, True
         for release in self.releases.values():
-            if release.status in ("candidate", "held") and release.parent != event.release:
+            if release.status in UNDECIDED and release.parent != event.release:
                 release.status, release.reason = "refused", other
                 if release.window is not None:
                     self.windows[release.window].back = True
@@ -174,7 +181,7 @@ class ServiceState:
     @property
     def undecided(self) -> Release | None:
         """The candidate that waits for the gate or for a person."""
-        return next((r for r in self.releases.values() if r.status in ("candidate", "held")), None)
+        return next((r for r in self.releases.values() if r.status in UNDECIDED), None)
 
     def record(self, record: int, deleted: bool) -> RecordState:
         """Return the state of a record. deleted: the inbox has a deletion of it."""

@@ -8,10 +8,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdft.services.base.errors import UserError
-from sdft.services.inbox.lines import Deleted, InboxDamaged, read_lines
+from sdft.services.inbox.lines import Deleted, read_lines
 from sdft.services.records.ledger_reading import trained_steps
-from sdft.services.releases.journal import JournalDamaged, read_state
+from sdft.services.releases.journal import read_state
 from sdft.services.releases.state import STATES
 from sdft.services.serving.folder import ServiceFolder
 from sdft.services.serving.window import record_name
@@ -25,13 +24,10 @@ class Audit:
 
 
 def audit_of(path: Path) -> Audit:
-    """Read a service's folder, while the service runs or not. Raises UserError if a file of it is damaged."""
+    """Read a service's folder, while the service runs or not. Raises JournalDamaged or InboxDamaged."""
     folder = ServiceFolder(path)
-    try:
-        state = read_state(folder.journal)
-        lines = [made for made, _ in read_lines(folder.inbox)] if folder.inbox.exists() else []
-    except (JournalDamaged, InboxDamaged) as error:
-        raise UserError(str(error)) from None
+    state = read_state(folder.journal)
+    lines = [made for made, _ in read_lines(folder.inbox)] if folder.inbox.exists() else []
     deleted = {made.id for made in lines if isinstance(made, Deleted)}
     received = sum(len(made) for made in lines if isinstance(made, list))
     states = {i: state.record(i, i in deleted) for i in range(received)}

@@ -11,6 +11,7 @@ from sdft.services.base.errors import UserError
 from sdft.services.base.files import existing_file
 from sdft.services.config.run import RunConfig
 from sdft.services.config.service import HttpConfig, ServiceConfig
+from sdft.services.planning.plan import max_probe_gap
 from sdft.services.planning.prepare import prepare
 from sdft.services.planning.prepared import Prepared
 from sdft.services.records.run_dir import RUN_FILES
@@ -83,7 +84,6 @@ def warnings(checked: Checked) -> Iterator[str]:
 def engine_settings(checked: Checked, model: Path) -> EngineSettings:
     """Return the settings of an engine that serves the release in the folder `model`."""
     config, serving = checked.config, checked.settings.serving
-    gap = config.weights.max_probe_gap or (0.001 if config.dtype == "float32" else 0.08)
     return EngineSettings(
         model=str(model),
         dtype=config.dtype,
@@ -95,7 +95,7 @@ def engine_settings(checked: Checked, model: Path) -> EngineSettings:
         share_prompts=False,
         gpu_memory_utilization=serving.gpu_memory_utilization,
         enforce_eager=serving.enforce_eager,
-        max_probe_gap=gap,
+        max_probe_gap=max_probe_gap(config),
         threads=serving.threads,
         kv_cache_gib=serving.kv_cache_gib or (None if config.device == "cuda" else 1),
         serves=True,

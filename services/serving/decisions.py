@@ -14,7 +14,7 @@ from sdft.services.inbox.inbox import Inbox
 from sdft.services.releases.events import Ended, Held, Judged, Pinned, Refused, Released, Served
 from sdft.services.releases.gate import Decision
 from sdft.services.releases.journal import Journal
-from sdft.services.releases.state import Release, ServiceState
+from sdft.services.releases.state import UNDECIDED, Release, ServiceState
 from sdft.services.serving.engine import NotChanged, Weights
 from sdft.services.serving.folder import ServiceFolder
 from sdft.services.serving.keeping import unneeded
@@ -90,7 +90,7 @@ class Decisions:
         async with self._deciding:
             state, release = self._journal.state, self._found(number)
             assert state.served is not None
-            if release.status in ("held", "candidate"):
+            if release.status in UNDECIDED:
                 await self._refuse(release, by, f"refused by {by}")
                 return state.served
             line = state.lineage
@@ -109,7 +109,7 @@ class Decisions:
         """Have a candidate wait for a person. Raises NotPossible."""
         async with self._deciding:
             release = self._found(number)
-            if release.status not in ("candidate", "held"):
+            if release.status not in UNDECIDED:
                 raise NotPossible(f"release {number} is {release.status}; only a candidate can be held")
             self._hold(release, by, f"held by {by}")
 

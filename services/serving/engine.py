@@ -249,8 +249,7 @@ class ServingEngine:
 def _cause(log: Path, code: int | None) -> str:
     """Return how a process ended, with the last error in its log."""
     text = log.read_bytes()[-LOG_TAIL:].decode(errors="replace")
-    errors = [
-        line.strip() for line in text.splitlines() if "Error: " in line or ("release " in line and "not whole" in line)
-    ]
-    how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-    return f"{how}; {errors[-1][:300]}" if errors and code != 0 and (code or 0) > 0 else how
+    errors = [line.strip() for line in text.splitlines() if "Error: " in line or "not whole" in line]
+    if code is not None and code < 0:
+        return f"signal {-code}"
+    return f"exit code {code}; {errors[-1][:300]}" if errors and code else f"exit code {code}"

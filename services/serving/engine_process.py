@@ -11,6 +11,7 @@ engine's own process dies.
 
 import asyncio
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -90,7 +91,9 @@ class Releases:
     def _snapshot(self, version: int, folder: Path) -> Any:
         from sdft.learner.weights.content import Content
 
-        count = sum(_numel(entry["shape"]) for path in weight_files(folder) for entry in read_header(path)[0].values())
+        count = sum(
+            math.prod(entry["shape"]) for path in weight_files(folder) for entry in read_header(path)[0].values()
+        )
         return self._publisher.publish("serving", version, Content(self._tensors(folder), count * self._dtype.itemsize))
 
     def _tensors(self, folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
@@ -100,13 +103,6 @@ class Releases:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     yield name, file.get_tensor(name).to(self._dtype)
-
-
-def _numel(shape: list[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 async def serve(settings: EngineProcessSettings) -> None:

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SERVICE = "service.json"
-JOURNAL = "journal.jsonl"
-INBOX = "inbox.jsonl"
 
 
 @dataclass(frozen=True)
@@ -26,11 +24,11 @@ class ServiceFolder:
 
     @property
     def journal(self) -> Path:
-        return self.path / JOURNAL
+        return self.path / "journal.jsonl"
 
     @property
     def inbox(self) -> Path:
-        return self.path / INBOX
+        return self.path / "inbox.jsonl"
 
     @property
     def config(self) -> Path:

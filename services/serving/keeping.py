@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from sdft.services.releases.state import ServiceState
+from sdft.services.releases.state import UNDECIDED, ServiceState
 from sdft.services.serving.folder import ServiceFolder
-
-UNDECIDED = ("candidate", "held")
 
 
 def unneeded(folder: ServiceFolder, state: ServiceState, keep: int) -> list[Path]:

@@ -22,10 +22,9 @@ from sdft.services.base.errors import RunFailed, UserError
 from sdft.services.base.files import write_atomically
 from sdft.services.config.load import resolved_yaml
 from sdft.services.config.service import HttpConfig, ServiceConfig
-from sdft.services.inbox.inbox import Inbox, InboxInUse
-from sdft.services.inbox.lines import InboxDamaged
+from sdft.services.inbox.inbox import Inbox
 from sdft.services.releases.events import Candidate, Served
-from sdft.services.releases.journal import Journal, JournalDamaged, ServiceRunning
+from sdft.services.releases.journal import Journal
 from sdft.services.serving.check import Checked, engine_settings, warnings
 from sdft.services.serving.decisions import Decisions, weights_of
 from sdft.services.serving.engine import ServingEngine
@@ -47,8 +46,9 @@ async def serve(checked: Checked, say: Callable[[str], None], programs: Programs
     """Run the service until cancelled. Raises UserError if another one runs in its folder, or the port is taken."""
     folder, settings = checked.folder, checked.settings
     async with AsyncExitStack() as stack:
-        journal, inbox = _opened(folder)
+        journal = Journal(folder.journal)
         stack.callback(journal.close)
+        inbox = Inbox(folder.inbox)
         stack.push_async_callback(inbox.close)
         write_atomically(folder.config, resolved_yaml(checked.config).encode())
         _first_release(journal, checked.prepared.model)
@@ -117,18 +117,6 @@ def _listening(http: HttpConfig) -> socket.socket:
             f"service.http: the service cannot listen on {http.host}, port {http.port} ({error.strerror}); choose "
             f"another one, or stop what listens there"
         ) from None
-
-
-def _opened(folder: ServiceFolder) -> tuple[Journal, Inbox]:
-    try:
-        journal = Journal(folder.journal)
-    except (ServiceRunning, JournalDamaged) as error:
-        raise UserError(str(error)) from None
-    try:
-        return journal, Inbox(folder.inbox)
-    except (InboxInUse, InboxDamaged) as error:
-        journal.close()
-        raise UserError(str(error)) from None
 
 
 def _first_release(journal: Journal, model: Path) -> None:

@@ -4,22 +4,17 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from sdft.services.base.errors import UserError
 from sdft.services.records.rows import StepMetrics, read_rows
-from sdft.services.releases.journal import JournalDamaged, read_state
+from sdft.services.releases.journal import read_state
 from sdft.services.releases.state import ServiceState
 from sdft.services.serving.audit import audit_of
 from sdft.services.serving.folder import SERVICE, ServiceFolder
 
 
 def service_text(path: Path) -> str:
-    """Return the lines for a terminal. Raises UserError if a file of the service is damaged."""
+    """Return the lines for a terminal. Raises JournalDamaged or InboxDamaged."""
     folder = ServiceFolder(path)
-    try:
-        state = read_state(folder.journal)
-    except JournalDamaged as error:
-        raise UserError(str(error)) from None
-    return "\n".join(_lines(folder, state))
+    return "\n".join(_lines(folder, read_state(folder.journal)))
 
 
 def _lines(folder: ServiceFolder, state: ServiceState) -> Iterator[str]:
@@ -29,8 +24,8 @@ def _lines(folder: ServiceFolder, state: ServiceState) -> Iterator[str]:
     if state.served is None:
         return
     served = state.releases[state.served]
-    of = "the model as started" if served.window is None else f"window {served.window}, {served.step} steps"
-    yield f"release     {served.number} is served ({of}); {len(state.releases)} releases, see `sdft releases`"
+    count = len(state.releases)
+    yield f"release     {served.number} is served ({served.origin}); {count} releases, see `sdft releases`"
     if (undecided := state.undecided) is not None:
         yield f"candidate   release {undecided.number} is {undecided.status}; {undecided.reason}".rstrip("; ")
     if (window := state.open_window) is not None:

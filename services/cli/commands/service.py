@@ -24,10 +24,11 @@ def releases(service: ServiceDir) -> None:
     state = _state(service)
     for number in sorted(state.releases, reverse=True):
         release = state.releases[number]
-        of = "the model as started" if release.window is None else f"window {release.window}, {release.step} steps"
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(release.made))
         reason = f"  {release.reason}" if release.reason else ""
-        print(f"{number:>4}  {release.status:<10}{made}  {of}{'  pinned' if release.pinned else ''}{reason}")
+        print(
+            f"{number:>4}  {release.status:<10}{made}  {release.origin}{'  pinned' if release.pinned else ''}{reason}"
+        )
 
 
 def records(
@@ -101,13 +102,10 @@ def _checked(service: Path) -> Path:
 
 
 def _state(service: Path) -> Any:
-    from sdft.services.releases.journal import JournalDamaged, read_state
+    from sdft.services.releases.journal import read_state
     from sdft.services.serving.folder import ServiceFolder
 
-    try:
-        return read_state(ServiceFolder(_checked(service)).journal)
-    except JournalDamaged as error:
-        raise UserError(str(error)) from None
+    return read_state(ServiceFolder(_checked(service)).journal)
 
 
 def _post(service: Path, path: str) -> Any:

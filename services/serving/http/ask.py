@@ -31,7 +31,7 @@ from sdft.services.serving.receipts import Receipt, Receipts
 TRIES = 3  # engines that a request is sent to, if one after the other dies
 GONE = (aiohttp.ClientError, ConnectionError, OSError)
 DONE = b"data: [DONE]"
-CLIENT_GONE = 499  # nobody reads it
+CLIENT_GONE = 499  # the client has closed the connection
 RELEASE, WEIGHTS, RECEIPT = "X-SDFT-Release", "X-SDFT-Weights", "X-SDFT-Receipt"
 PREFIXES = {"/v1/chat/completions": "chatcmpl-", "/v1/completions": "cmpl-"}  # of the ids that vLLM makes
 

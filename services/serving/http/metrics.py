@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from sdft.services.releases.state import STATUSES
+
 if TYPE_CHECKING:
     from sdft.services.serving.http.ask import Asking
     from sdft.services.serving.service import Service
@@ -35,7 +37,7 @@ def metrics_text(service: "Service", asking: "Asking") -> str:
             "Releases by status",
             [
                 (f'{{status="{status}"}}', sum(r.status == status for r in state.releases.values()))
-                for status in ("candidate", "held", "served", "earlier", "refused", "withdrawn")
+                for status in STATUSES
             ],
         ),
     ]

@@ -1,6 +1,7 @@
 """Releases, status and metrics: what is served, what is learnt, and what a person decides about it."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -34,7 +35,8 @@ def operating(service: "Service", check: Callable[[Request], object]) -> APIRout
     @routes.post("/v1/releases/{release}/promote")
     async def promote(release: int) -> dict[str, Any]:
         """Serve this release. Answers in flight end with the release that they began with."""
-        await _done(service.decisions.promote(release, "operator"))
+        with _explained():
+            await service.decisions.promote(release, "operator")
         return service.release_row(release)
 
     @routes.post("/v1/releases/{release}/rollback")
@@ -43,31 +45,29 @@ def operating(service: "Service", check: Callable[[Request], object]) -> APIRout
 
         The records of the windows that are taken back are quarantined.
         """
-        served = await _done(service.decisions.roll_back(release, "operator"))
+        with _explained():
+            served = await service.decisions.roll_back(release, "operator")
         return service.release_row(served)
 
     @routes.post("/v1/releases/{release}/hold")
     async def hold(release: int) -> dict[str, Any]:
         """Have a candidate wait for a person."""
-        await _done(service.decisions.hold(release, "operator"))
+        with _explained():
+            await service.decisions.hold(release, "operator")
         return service.release_row(release)
 
     @routes.post("/v1/releases/{release}/pin")
     async def pin(release: int, pinned: bool = True) -> dict[str, Any]:
         """Keep the weights of a release, however many come after it; with ?pinned=false not any more."""
-        try:
+        with _explained():
             service.decisions.pin(release, pinned)
-        except NotPossible as error:
-            raise ApiError(404, "unknown_release", str(error)) from None
         return service.release_row(release)
 
     @routes.post("/v1/windows/{window}/retry")
     async def retry(window: int) -> dict[str, Any]:
         """Let the quarantined records of a window wait again."""
-        try:
+        with _explained():
             return {"ids": [record_name(i) for i in service.decisions.let_out(window)]}
-        except NotPossible as error:
-            raise ApiError(409, "not_possible", str(error)) from None
 
     @routes.get("/v1/status")
     async def status() -> dict[str, Any]:
@@ -77,10 +77,11 @@ def operating(service: "Service", check: Callable[[Request], object]) -> APIRout
     return routes
 
 
-async def _done(work: Awaitable[Any]) -> Any:
-    """Return the result of what a person asked for. Raises ApiError 409 if it is not possible, 503 if it failed."""
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Raise ApiError 404 or 409 if what a person asked for is not possible, 503 if it failed."""
     try:
-        return await work
+        yield
     except NotPossible as error:
         status, code = (404, "unknown_release") if "there is no release" in str(error) else (409, "not_possible")
         raise ApiError(status, code, str(error)) from None

@@ -114,7 +114,8 @@ def test_a_client_that_goes_away_ends_its_request(checked: Checked, tmp_path: Pa
         async with running(copied(checked, tmp_path / "run")) as client:
             body = {"messages": MESSAGES, "stream": True, "between_s": 2}
             async with client.stream("POST", "/v1/chat/completions", json=body) as stream:
-                await anext(stream.aiter_lines())
+                lines = stream.aiter_lines()  # kept: the connection ends with the iterator
+                await anext(lines)
                 assert (await client.got("status"))["engines"][0]["in_flight"] == 1
             await client.until(lambda: idle(client))
 
