@@ -52,6 +52,10 @@ class DataConfig(Section):
         "paper",
         description="The teacher's prompt: paper, turn, context, feedback, none, or the path of a Jinja template",
     )
+    fallback_template: Literal["context", "feedback"] | None = Field(
+        None,
+        description="The teacher's prompt for rows that lack the column that template shows; null: every row needs it",
+    )
     system: str | None = Field(None, description="System message for prompts without one")
     chat_template_kwargs: dict[str, Any] = Field(
         {},
@@ -62,6 +66,15 @@ class DataConfig(Section):
     max_teacher_prompt_tokens: int = Field(
         2048, ge=1, description="Longest prompt of the teacher; a longer one is an error"
     )
+
+    @model_validator(mode="after")
+    def _two_templates(self) -> "DataConfig":
+        if self.fallback_template is not None and self.template in (self.fallback_template, "none"):
+            raise ValueError(
+                f"fallback_template {self.fallback_template} has no effect with template {self.template}; remove it, "
+                f"or set template to one that shows another column"
+            )
+        return self
 
     @property
     def grows(self) -> bool:

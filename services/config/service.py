@@ -45,10 +45,30 @@ class HttpConfig(Section):
         return self
 
 
+class ClusterPlace(Section):
+    """What each engine needs on a node of the cluster."""
+
+    cpus: float = Field(1, gt=0, description="Ray CPUs reserved by each engine")
+    gpus: float = Field(1, ge=0, description="GPUs of each engine, or a part of one; used with device: cuda only")
+    labels: dict[str, str] = Field({}, description="Only on nodes that have these labels (ray start --labels)")
+
+
 class ServingConfig(Section):
     """The engines that answer requests. They have the weights of the release that is served."""
 
-    replicas: int = Field(1, ge=1, description="Number of engines")
+    replicas: int = Field(1, ge=1, description="Number of engines; with max_replicas the least")
+    max_replicas: int | None = Field(
+        None, ge=1, description="Engines are added up to so many while requests queue; null: their number stays"
+    )
+    grow_after_s: float = Field(
+        10, gt=0, description="An engine is added when more requests than the engines decode at once last for so long"
+    )
+    shrink_after_s: float = Field(
+        300, gt=0, description="An engine is removed when half of what the others decode at once is enough for so long"
+    )
+    cluster: ClusterPlace | None = Field(
+        None, description="Engines are actors on the nodes of a running Ray cluster; null: processes on this machine"
+    )
     threads: int | None = Field(None, ge=1, description="OpenMP threads of a CPU engine; null: every core")
     kv_cache_gib: float | None = Field(
         None, gt=0, description="GiB of KV cache; null: 1 on a CPU, on a GPU what gpu_memory_utilization leaves for it"
@@ -61,6 +81,15 @@ class ServingConfig(Section):
         None, description="vLLM's parser of tool calls, such as hermes; null: tool calls stay in the text"
     )
     start_timeout_s: float = Field(600, gt=0, description="How long an engine may take to start or to change weights")
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "ServingConfig":
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas {self.max_replicas} is less than replicas {self.replicas}, which is the least; raise "
+                f"it, or leave it out for a number that stays"
+            )
+        return self
 
 
 class WindowConfig(Section):
@@ -93,6 +122,20 @@ class WindowConfig(Section):
         return self
 
 
+class CanaryConfig(Section):
+    """A candidate that passed the gate first answers a share of the users, and their feedback is compared.
+
+    An answer is good if its last score is at least `feedback.good_score` (more than 0 if that is null), and bad if the
+    score is lower or a correction came.
+    """
+
+    share: float = Field(0.1, gt=0, lt=1, description="Share of the users; the same user always gets the same release")
+    min_feedback: int = Field(
+        20, ge=1, description="Answers with feedback, of the canary and of the served release, that it takes to decide"
+    )
+    max_wait_s: float = Field(86400, gt=0, description="After so long without a decision the candidate is held")
+
+
 class GateConfig(Section):
     """What a candidate must show before it is served: paired by question with the release that is served.
 
@@ -119,6 +162,9 @@ class GateConfig(Section):
         description="The records of a refused window are tried again in halves, down to single ones, if they are at "
         "most so many; 0: never",
     )
+    canary: CanaryConfig | None = Field(
+        None, description="A candidate that passes answers a share of the users first; null: it is promoted at once"
+    )
     promotion: Literal["automatic", "by_hand"] = Field(
         "automatic", description="by_hand: a candidate that passes is held until a person promotes it"
     )
@@ -140,8 +186,16 @@ class ReceiptsConfig(Section):
 
 
 class FeedbackConfig(Section):
-    """What becomes of feedback. A correction is a demonstration for its prompt; comments are kept and counted."""
+    """What becomes of feedback. A correction is a demonstration for its prompt."""
 
+    comments: Literal["trained", "counted"] | None = Field(
+        None,
+        description="trained: the teacher sees the answer and the comment on it, and the student learns from it; "
+        "counted: kept only; null: trained if the method's teacher can see it",
+    )
+    next_messages: Literal["trained", "counted"] = Field(
+        "counted", description="The same for the user's next message, which is seldom about the answer"
+    )
     good_score: float | None = Field(
         None,
         description="A score of at least this makes the answer a demonstration; null: scores are counted only",
@@ -161,6 +215,14 @@ class ServiceConfig(Section):
     keep_releases: int = Field(
         5, ge=2, description="Releases whose weights are kept, beside the one served, the pinned and the first"
     )
+
+    @model_validator(mode="after")
+    def _a_canary_needs(self) -> "ServiceConfig":
+        if self.gate.canary is not None and self.serving.replicas < 2:
+            raise ValueError("gate.canary needs an engine of its own; set serving.replicas to 2 or more")
+        if self.gate.canary is not None and not self.receipts.keep:
+            raise ValueError("gate.canary compares feedback, which needs receipts; set receipts.keep: true")
+        return self
 
 
 def with_records_of_a_service(given: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 from sdft.actors.shared.types import IntArray
 from sdft.services.base.errors import UserError
 from sdft.services.base.files import existing_file
+from sdft.services.config.sections import DataConfig
 from sdft.services.config.templates import BUILT_IN_TEMPLATES
 from sdft.services.data.chat_template import ReplyEnd, reply_end, reply_text
 from sdft.services.data.demonstrations import Record
@@ -76,7 +77,9 @@ class PromptBuilder:
     student's), or the path of a Jinja template, relative to the folder `base`, whose output is the teacher's last
     user message. `system` is prepended to records without a system message. `now` is the time for chat templates that
     write the date; None: the current time. `student_variables` and `teacher_variables` are given to the chat template
-    for the prompts of each. UserError if the tokenizer has no usable chat template, or it does not use such a variable.
+    for the prompts of each. `fallback` is the built-in template for records that lack the column that `template` shows;
+    None: they have no teacher's prompt. UserError if the tokenizer has no usable chat template, or it does not use such
+    a variable.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class PromptBuilder:
         now: datetime | None = None,
         student_variables: Mapping[str, Any] = MappingProxyType({}),
         teacher_variables: Mapping[str, Any] = MappingProxyType({}),
+        fallback: str | None = None,
     ) -> None:
         self._chat = ChatTemplate(tokenizer, now or datetime.now())
         check_variables(tokenizer, [*student_variables, *teacher_variables])
@@ -95,6 +99,7 @@ class PromptBuilder:
         self._student_variables, self._teacher_variables = student_variables, teacher_variables
         self._known_ends = known_ends(tokenizer)
         self._template = template
+        self._fallback = fallback
         self._system = system
         self._user_template = None if template in BUILT_IN_TEMPLATES else _user_template(template, base)
         self._shown = self._user_template.shown if self._user_template else BUILT_IN_TEMPLATES[template]
@@ -105,20 +110,26 @@ class PromptBuilder:
         return self._encode(self._with_system(item), item, self._student_variables)
 
     def teacher(self, item: Record) -> list[int] | None:
-        """Token ids of the prompt with the column that the template shows; None if the record lacks that column."""
-        if self._shown is not None and getattr(item, self._shown) is None:
+        """Token ids of the prompt with the column that the template shows.
+
+        A record that lacks that column is shown with the fallback template; None if it lacks that one's column, too.
+        """
+        template, shown = self._template, self._shown
+        if self._fallback is not None and shown is not None and getattr(item, shown) is None:
+            template, shown = self._fallback, BUILT_IN_TEMPLATES[self._fallback]
+        if shown is not None and getattr(item, shown) is None:
             return None
         messages = self._with_system(item)
         at = max(i for i, message in enumerate(messages) if message["role"] == "user")
         earlier, question = messages[:at], messages[at]["content"]
         later = messages[at + 1 :]  # the assistant's calls of tools and their results
-        if self._template == "none":
+        if template == "none":
             turns = [messages[at]]
-        elif self._template == "context":
+        elif template == "context":
             turns = [_user(f"{_CONTEXT.format(context=item.context)}{question}")]
-        elif self._template == "feedback":
+        elif template == "feedback":
             turns = [_user(_FEEDBACK.format(question=question, feedback=item.feedback))]
-        elif self._template == "turn":
+        elif template == "turn":
             first = question if item.context is None else f"{_CONTEXT.format(context=item.context)}{question}"
             turns = [_user(first), *later, _reply(item.demonstration), _user(question)]
         elif self._user_template is None:
@@ -138,7 +149,7 @@ class PromptBuilder:
                     f"same; put {{{{ {self._shown} }}}} into the template"
                 )
             turns = [_user(text)]
-        whole = at + 1 + len(later) if self._template == "turn" else None
+        whole = at + 1 + len(later) if template == "turn" else None
         return self._encode([*earlier, *turns, *later], item, self._teacher_variables, whole)
 
     def demonstration(self, item: Record) -> list[int]:
@@ -273,11 +284,20 @@ class RecordContexts:
         return self.builder.text(ids.tolist())
 
 
-def shown_to_teacher(template: str, base: Path) -> str | None:
-    """Return the column that rows need for this template; None: only the prompt. UserError if the file is unusable."""
-    if template in BUILT_IN_TEMPLATES:
-        return BUILT_IN_TEMPLATES[template]
-    return _user_template(template, base).shown
+def shown_to_teacher(data: DataConfig, base: Path) -> str | None:
+    """Return the column that rows need for data.template; None: only the prompt.
+
+    With data.fallback_template it is the columns of both, as "demonstration|feedback": a row needs one of them.
+    UserError if the file of a template is unusable.
+    """
+    template = data.template
+    shown = BUILT_IN_TEMPLATES[template] if template in BUILT_IN_TEMPLATES else _user_template(template, base).shown
+    if data.fallback_template is None or shown is None:
+        return shown
+    other = BUILT_IN_TEMPLATES[data.fallback_template]
+    if other == shown:
+        raise UserError(f"data.fallback_template {other} has no effect: {template} shows {shown}, too; remove it")
+    return f"{shown}|{other}"
 
 
 def _user_template(template: str, base: Path) -> UserTemplate:

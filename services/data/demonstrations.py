@@ -80,7 +80,9 @@ class RowChecker:
         check_answer: Callable[[Any], str | None] = lambda answer: None,
         format_: Format | None = None,
     ) -> None:
-        """name: of the file, for messages. check_answer() returns the problem of an answer.
+        """name: of the file, for messages. required: columns; "a|b" means one of both.
+
+        check_answer() returns the problem of an answer.
 
         format_: data.format; None: of a file that always has the format messages.
         """
@@ -115,6 +117,10 @@ class RowChecker:
         self._line_of_id.setdefault(record.id, line)
 
 
+def _named(checker: RowChecker) -> str:
+    return " and ".join(columns.replace("|", " or ") for columns in checker.required)
+
+
 def _id_of(line: int, row: dict[str, Any]) -> str:
     given = row.get("id")
     return f"row-{line}" if given is None else str(given)
@@ -136,5 +142,5 @@ def _checked(rows: Iterable[NumberedRow], checker: RowChecker) -> list[Record]:
             bad[MAX_REPORTED:] = [f"… and {len(bad) - MAX_REPORTED} more"]
         raise UserError("\n".join(bad))
     if not good:
-        raise UserError(f"{checker.name}: there are no rows; give at least one with {' and '.join(checker.required)}")
+        raise UserError(f"{checker.name}: there are no rows; give at least one with {_named(checker)}")
     return good

@@ -41,7 +41,10 @@ def without_blanks(row: dict[str, Any], required: tuple[str, ...]) -> dict[str, 
 def read_row(
     row: dict[str, Any], required: tuple[str, ...], check_answer: Callable[[Any], str | None], given: Given
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the fields of a record, and every problem of the row; each one begins with the column's name."""
+    """Return the fields of a record, and every problem of the row; each one begins with the column's name.
+
+    required: columns that the row needs; "a|b" means one of both.
+    """
     values: dict[str, Any] = {"messages": (), **dict.fromkeys(("demonstration", "context", "feedback", "answer"))}
     problems: list[str] = []
     asks = "prompt" in required
@@ -65,6 +68,10 @@ def read_row(
             if column == "prompt" and (isinstance(value, list) or _other_format(row)):
                 # The demonstration may be the prompt's last message, or a column of the other format.
                 required = tuple(c for c in required if c != "demonstration")
+    for columns in (entry.split("|") for entry in required if "|" in entry):
+        if all(row.get(column) is None for column in columns):
+            names = " and ".join(given.called.get(column, column) for column in columns)
+            problems.append(f"{names} are missing; give one of them")
     if asks:
         problems += [
             f"{name} is not used, although it may change the question; write it into the prompt, or remove it"

@@ -169,7 +169,8 @@ def prompt_builder(
     """Return the builder of a task's prompts. alone: the teacher sees the student's prompt."""
     d = task.data
     template, teacher = ("none", d.student_variables) if alone else (d.template, d.teacher_variables)
-    return PromptBuilder(tokenizer, template, base, d.system, begun, d.student_variables, teacher)
+    fallback = None if alone else d.fallback_template
+    return PromptBuilder(tokenizer, template, base, d.system, begun, d.student_variables, teacher, fallback)
 
 
 def _questions(sets: Sequence[EvaluationSet], base: Path) -> Questions:

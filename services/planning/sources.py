@@ -47,7 +47,7 @@ class Loaded:
 
 def load_rows(task: TaskConfig, base: Path, questions: Questions) -> Loaded:
     """Load and check the rows of the files that a task names, relative to the folder `base`. Raises UserError."""
-    demonstrations = [] if task.data.grows else load_demonstrations(task.data, base, _needed(task, base))
+    demonstrations = [] if task.data.grows else load_demonstrations(task.data, base, needed_columns(task, base))
     return Loaded(task, demonstrations, _recalled(task, base), questions)
 
 
@@ -73,7 +73,7 @@ def make_source(
     if task.data.grows:
         steps = task.training.steps
         most = sys.maxsize if steps is None else steps * task.training.batch_size
-        source = open_source(task.data, base, ("prompt", *_needed(task, base)), build, most)
+        source = open_source(task.data, base, ("prompt", *needed_columns(task, base)), build, most)
     else:
         prompts = build(given.demonstrations) + _build(alone, task, None, rows, given.recalled)
         source = FixedSource(task.data.train, [*given.demonstrations, *given.recalled], prompts)
@@ -105,9 +105,14 @@ def _build(
     return pairs
 
 
-def _needed(task: TaskConfig, base: Path) -> list[str]:
-    """Return the columns that the task's rows need besides the prompt."""
+def needed_columns(task: TaskConfig, base: Path) -> list[str]:
+    """Return the columns that the task's rows need besides the prompt; "a|b" means one of both. Raises UserError."""
     if task.method.trains_demonstrations:
+        if task.data.fallback_template is not None:
+            raise UserError(
+                f"data.fallback_template: method {task.method.type} trains demonstrations, so every row needs one; "
+                f"remove the key"
+            )
         return ["demonstration"]
-    column = shown_to_teacher(task.data.template, base)
+    column = shown_to_teacher(task.data, base)
     return [] if column is None else [column]

@@ -93,6 +93,14 @@ class Held:
 
 
 @dataclass(frozen=True)
+class Canary:
+    """A candidate answers a share of the users. No window begins until that is decided."""
+
+    release: int
+    at: float
+
+
+@dataclass(frozen=True)
 class Pinned:
     """The weights of a release are kept, or not any more."""
 
@@ -109,7 +117,7 @@ class Released:
     at: float
 
 
-Event = Opened | Ended | Candidate | Judged | Served | Refused | Held | Pinned | Released
+Event = Opened | Ended | Candidate | Judged | Served | Refused | Held | Canary | Pinned | Released
 KINDS: dict[str, type[Event]] = {cls.__name__.lower(): cls for cls in Event.__args__}
 
 

@@ -121,6 +121,16 @@ def compare(before: Sequence[Reply], now: Sequence[Reply], gate: GateConfig) -> 
     return results
 
 
+def judged(replies: Sequence[Reply], gate: GateConfig) -> Decision:
+    """Decide from the replies of a window's run: those before its first step and those after its last.
+
+    Raises ValueError if the two are not replies to the same questions.
+    """
+    last = max((r.step for r in replies), default=0)
+    before, now = ([r for r in replies if r.step == step] for step in (0, last))
+    return decide(compare(before, now, gate), gate)
+
+
 def _changes(pairs: Sequence[tuple[bool, bool]]) -> tuple[int, int]:
     """Return how many became true, and how many false."""
     return sum(new and not old for old, new in pairs), sum(old and not new for old, new in pairs)

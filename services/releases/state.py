@@ -6,6 +6,7 @@
                  └── the window ended without a release, or the record was let out of quarantine
 
     release   candidate ─┬─► served ─► earlier ─► withdrawn
+                         ├─► canary ─► served, held or refused
                          ├─► held ─► served or refused
                          └─► refused
 
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from sdft.services.releases.events import (
+    Canary,
     Candidate,
     Ended,
     Event,
@@ -30,11 +32,11 @@ from sdft.services.releases.events import (
     Served,
 )
 
-ReleaseStatus = Literal["candidate", "held", "served", "earlier", "refused", "withdrawn"]
+ReleaseStatus = Literal["candidate", "canary", "held", "served", "earlier", "refused", "withdrawn"]
 RecordStatus = Literal["waiting", "in window", "trained", "held out", "dropped", "quarantined", "deleted"]
 STATUSES: tuple[str, ...] = get_args(ReleaseStatus)
 STATES: tuple[str, ...] = get_args(RecordStatus)
-UNDECIDED, GONE = ("candidate", "held"), ("refused", "withdrawn")  # statuses of releases
+UNDECIDED, GONE = ("candidate", "canary", "held"), ("refused", "withdrawn")  # statuses of releases
 
 
 @dataclass
@@ -74,6 +76,7 @@ class Release:
     verdict: str = ""
     sets: list[dict[str, Any]] = field(default_factory=list)
     served_at: float | None = None
+    canary_at: float | None = None  # when it began to answer a share of the users
     pinned: bool = False
 
     @property
@@ -137,6 +140,9 @@ class ServiceState:
             case Held():
                 self.releases[event.release].status = "held"
                 self.releases[event.release].reason = event.reason
+            case Canary():
+                self.releases[event.release].status = "canary"
+                self.releases[event.release].canary_at = event.at
             case Pinned():
                 self.releases[event.release].pinned = event.pinned
             case Released():
@@ -180,7 +186,7 @@ class ServiceState:
 
     @property
     def undecided(self) -> Release | None:
-        """The candidate that waits for the gate or for a person."""
+        """The candidate that waits for the gate, for feedback or for a person."""
         return next((r for r in self.releases.values() if r.status in UNDECIDED), None)
 
     def record(self, record: int, deleted: bool) -> RecordState:

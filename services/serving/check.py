@@ -16,6 +16,7 @@ from sdft.services.planning.prepare import prepare
 from sdft.services.planning.prepared import Prepared
 from sdft.services.records.run_dir import RUN_FILES
 from sdft.services.releases.gate import worse
+from sdft.services.serving.feedback import trained_kinds
 from sdft.services.serving.folder import ServiceFolder
 from sdft.services.serving.window import EARLIER, NEW, window_run
 
@@ -45,6 +46,7 @@ def check_service(config: RunConfig, folder: ServiceFolder) -> Checked:
     if config.service is None:
         raise UserError(f"{folder.config}: it has no section service; add `service: {{}}`, which sets the defaults")
     _check_settings(config)
+    trained_kinds(config)
     if not folder.journal.exists() and (found := next((n for n in OF_A_RUN if (folder.path / n).exists()), None)):
         raise UserError(
             f"{folder.path} holds a run ({found}); name another --run-dir, or serve that run on: sdft serve "
@@ -104,6 +106,11 @@ def engine_settings(checked: Checked, model: Path) -> EngineSettings:
 
 
 def _check_settings(config: RunConfig) -> None:
+    if config.service is not None and config.service.serving.cluster is not None and not config.ray.running:
+        raise UserError(
+            "service.serving.cluster: there is no address of a cluster; set ray.address, or submit the service with "
+            "`sdft submit --serve`, or remove the key for engines on this machine"
+        )
     if config.data is not None and (config.data.format != "messages" or config.data.columns):
         raise UserError("data.format and data.columns are of a file; a service takes rows in our columns; remove them")
     for s in config.sets:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from sdft.services.base.digests import differing
 from sdft.services.config.service import ServiceConfig
 from sdft.services.inbox.inbox import Inbox
-from sdft.services.releases.events import Ended, Held, Judged, Pinned, Refused, Released, Served
+from sdft.services.releases.canary import Opinions, decide_canary
+from sdft.services.releases.events import Canary, Ended, Held, Judged, Pinned, Refused, Released, Served
 from sdft.services.releases.gate import Decision
 from sdft.services.releases.journal import Journal
 from sdft.services.releases.state import UNDECIDED, Release, ServiceState
@@ -67,15 +68,44 @@ class Decisions:
         async with self._deciding:
             if release.status != "candidate":
                 return
-            if release.verdict == "promote":
+            canary = self._settings.gate.canary is not None
+            await self._carry_out(release, release.verdict, release.reason, first_as_canary=canary)
+
+    async def watch_canary(self, release: Release, served: Opinions, of_canary: Opinions) -> None:
+        """Decide about a canary from the feedback so far, if it suffices; see that an engine has it otherwise."""
+        gate = self._settings.gate
+        async with self._deciding:
+            if release.status != "canary":
+                return
+            if gate.canary is None or release.canary_at is None:
+                await self._carry_out(release, "hold", "gate.canary was taken out of the configuration")
+                return
+            decision = decide_canary(gate, gate.canary, served, of_canary, time.time() - release.canary_at)
+            if decision is not None:
+                await self._carry_out(release, *decision)
+            elif self._pool.canary != release.number:  # the service was started again
                 try:
-                    await self._serve(release.number, "gate")
+                    await self._pool.begin_canary(await self._whole(release.number))
                 except (NotChanged, NotPossible) as error:
-                    self._hold(release, "gate", str(error))
-            elif release.verdict == "hold":
-                self._hold(release, "gate", release.reason)
-            else:
-                await self._refuse(release, "gate", release.reason)
+                    await self._carry_out(release, "hold", str(error))
+
+    async def _carry_out(self, release: Release, verdict: str, reason: str, first_as_canary: bool = False) -> None:
+        """Do with a candidate what the gate or the feedback says."""
+        try:
+            if verdict == "promote" and first_as_canary:
+                gap = await self._pool.begin_canary(await self._whole(release.number))
+                self._journal.write(Canary(release.number, time.time()))
+                self._notice(f"release {release.number} answers a share of the users (gap {gap:.1e})")
+                return
+            if verdict == "promote":
+                await self._serve(release.number, "gate")
+                return
+        except (NotChanged, NotPossible) as error:
+            verdict, reason = "hold", str(error)
+        if verdict == "hold":
+            await self._hold(release, "gate", reason)
+        else:
+            await self._refuse(release, "gate", reason)
 
     async def promote(self, number: int, by: str) -> None:
         """Serve a release. Raises NotPossible or NotChanged."""
@@ -111,7 +141,7 @@ class Decisions:
             release = self._found(number)
             if release.status not in UNDECIDED:
                 raise NotPossible(f"release {number} is {release.status}; only a candidate can be held")
-            self._hold(release, by, f"held by {by}")
+            await self._hold(release, by, f"held by {by}")
 
     def pin(self, number: int, pinned: bool) -> None:
         """Keep the weights of a release, or do not any more. Raises NotPossible."""
@@ -149,24 +179,30 @@ class Decisions:
         self._found(number)
         if state.served == number:
             raise NotPossible(f"release {number} is served already")
-        weights = weights_of(self._folder, state, number)
+        gap = await self._pool.change(await self._whole(number))
+        self._journal.write(Served(number, by, time.time()))
+        self._notice(f"release {number} is served (by {by}, gap {gap:.1e})")
+        await self.tidy()
+
+    async def _whole(self, number: int) -> Weights:
+        """Return a release for the engines. Raises NotPossible if its files are not whole."""
+        weights = weights_of(self._folder, self._journal.state, number)
         if not weights.folder.is_dir():
             raise NotPossible(f"the weights of release {number} are not kept any more")
         damaged = await asyncio.to_thread(differing, weights.folder, weights.files)
         if damaged is not None:
             raise NotPossible(f"release {number} is not whole: {damaged}")
-        gap = await self._pool.change(weights)
-        self._journal.write(Served(number, by, time.time()))
-        self._notice(f"release {number} is served (by {by}, gap {gap:.1e})")
-        await self.tidy()
+        return weights
 
-    def _hold(self, release: Release, by: str, reason: str) -> None:
+    async def _hold(self, release: Release, by: str, reason: str) -> None:
+        await self._pool.end_canary()
         self._journal.write(Held(release.number, by, reason, time.time()))
         self._notice(f"release {release.number} is held: {reason}")
         self.changed.set()
 
     async def _refuse(self, release: Release, by: str, reason: str) -> None:
         """Refuse a candidate. Its records stay in quarantine, or are tried again in halves if they are few."""
+        await self._pool.end_canary()
         window = self._journal.state.windows[release.window or 0]
         ids = sorted({*window.train, *window.held_out} - self._inbox.deleted - window.dropped.keys())
         half, parts = len(ids) // 2, list[list[int]]()

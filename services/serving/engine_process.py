@@ -1,4 +1,4 @@
-"""The process of an engine that answers requests: vLLM's OpenAI server on a socket, and the change of its weights.
+"""The process of an engine that answers requests: vLLM's OpenAI server, and the change of its weights.
 
     python -m sdft.services.serving.engine_process SETTINGS.json
 
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
@@ -29,6 +28,7 @@ from sdft.actors.shared.model_files import read_header, weight_files
 from sdft.actors.shared.process import die_with_parent, large_imports, scratch_folder
 from sdft.actors.worker import engine_environment
 from sdft.services.base.digests import differing
+from sdft.services.serving.listening import Listening, answer, listening_of
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ class EngineProcessSettings:
     """What the parent passes on."""
 
     engine: EngineSettings
-    socket: str
+    listen: Listening
     name: str  # of the model in requests
     tool_parser: str | None
     release: int
@@ -58,8 +58,8 @@ class EngineProcessSettings:
     @classmethod
     def read(cls, path: Path) -> "EngineProcessSettings":
         given = json.loads(path.read_text())
-        engine = given.pop("engine")
-        return cls(engine=EngineSettings(**engine | {"stop_ids": tuple(engine["stop_ids"])}), **given)
+        engine, listen = given.pop("engine"), listening_of(given.pop("listen"))
+        return cls(EngineSettings(**engine | {"stop_ids": tuple(engine["stop_ids"])}), listen, **given)
 
 
 class Releases:
@@ -131,8 +131,7 @@ async def serve(settings: EngineProcessSettings) -> None:
         print(f"release {settings.release} is loaded and verified (gap {gap:.1e})", flush=True)
         app = await openai_app(engine, settings.name, settings.tool_parser)
         _add_change(app, releases)
-        server = uvicorn.Server(uvicorn.Config(app, uds=settings.socket, log_level="warning", access_log=False))
-        answering = asyncio.create_task(server.serve(), name="answer requests")
+        answering = asyncio.create_task(answer(app, settings.listen), name="answer requests")
         while not engine.dead and not answering.done():
             await asyncio.wait([answering], timeout=ALIVE_EVERY_S)
     finally:

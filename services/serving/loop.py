@@ -1,7 +1,8 @@
 """The loop of a service: when a window begins, and what becomes of it.
 
     wait for records ─► open a window ─► train ─► candidate ─► gate ─┬─► promote: all engines change
-           ▲                                                        ├─► hold: wait for a person
+           ▲                                                        ├─► canary: wait for feedback
+           │                                                        ├─► hold: wait for a person
            └────────────────────────────────────────────────────────┴─► refuse: records quarantined
 
 Each decision is in the journal before it takes effect, and every turn begins from the journal: a service that was
@@ -21,15 +22,18 @@ from sdft.services.inbox.inbox import Inbox
 from sdft.services.records.rows import Reply, read_rows
 from sdft.services.records.run_dir import is_held
 from sdft.services.releases.events import Ended
-from sdft.services.releases.gate import Decision, compare, decide
+from sdft.services.releases.gate import Decision, judged
 from sdft.services.releases.journal import Journal
 from sdft.services.releases.state import Release, Window
 from sdft.services.serving.decisions import Decisions
 from sdft.services.serving.folder import ServiceFolder
+from sdft.services.serving.receipts import Receipts
+from sdft.services.serving.record_index import RecordIndex
 from sdft.services.serving.training import TrainingFailed, make_candidate, train_window
-from sdft.services.serving.window import ConfigurationChanged, draw, waiting, write_window
+from sdft.services.serving.window import ConfigurationChanged, draw, write_window
 
 POLL_S = 1.0
+CANARY_POLL_S = 2.0  # between two looks at the feedback
 AGAIN_S, LONGEST_S = 30.0, 600.0  # pause before a failed turn is tried again; it doubles up to the second
 
 
@@ -42,6 +46,8 @@ class Loop:
         config: RunConfig,
         journal: Journal,
         inbox: Inbox,
+        records: RecordIndex,
+        receipts: Receipts | None,
         decisions: Decisions,
         sdft: Sequence[str],
         notice: Callable[[str], None],
@@ -49,7 +55,8 @@ class Loop:
         """config: of the service, with absolute paths. sdft: the command line of `sdft`."""
         assert config.service is not None
         self._folder, self._config, self._settings = folder, config, config.service
-        self._journal, self._inbox, self._decisions, self._sdft = journal, inbox, decisions, sdft
+        self._journal, self._inbox, self._records, self._receipts = journal, inbox, records, receipts
+        self._decisions, self._sdft = decisions, sdft
         self._notice = notice
         self._failures = 0  # turns that failed, one after the other
         self.doing = "starting"  # for people
@@ -74,6 +81,8 @@ class Loop:
         if undecided is not None and undecided.status == "candidate":
             self.doing = f"compares release {undecided.number} with release {state.served}"
             await self._decisions.settle(undecided, lambda: self._compare(undecided))
+        elif undecided is not None and undecided.status == "canary":
+            await self._watch_canary(undecided)
         elif undecided is not None:
             self.doing = f"waits for a person: release {undecided.number} is held ({undecided.reason})"
             await self._change(POLL_S)
@@ -82,9 +91,21 @@ class Loop:
         else:
             await self._wait_for_records()
 
+    async def _watch_canary(self, release: Release) -> None:
+        assert self._receipts is not None, "the configuration refuses a canary without receipts"
+        served, since = self._journal.state.served, release.canary_at or 0.0
+        assert served is not None
+        good = self._settings.feedback.good_score
+        of_served, of_canary = [await self._receipts.opinions(n, since, good) for n in (served, release.number)]
+        self.doing = (
+            f"tries release {release.number} on a share of the users: {of_canary}; release {served}: {of_served}"
+        )
+        await self._decisions.watch_canary(release, of_served, of_canary)
+        await self._change(CANARY_POLL_S)
+
     async def _wait_for_records(self) -> None:
         window, state = self._settings.window, self._journal.state
-        ids = waiting(state, self._inbox.records, self._inbox.deleted)
+        ids = self._records.waiting()
         oldest = time.time() - self._inbox.records[ids[0]].at if ids else 0.0
         part = any(set(part).intersection(ids) for part in state.parts)
         if len(ids) >= window.min_records or part or (ids and oldest >= window.max_wait_s):
@@ -157,11 +178,7 @@ class Loop:
 
     def _compare(self, release: Release) -> Decision:
         assert release.window is not None
-        gate = self._settings.gate
         try:
-            replies = read_rows(self._folder.run(release.window), Reply)
-            last = max((r.step for r in replies), default=0)
-            before, now = ([r for r in replies if r.step == step] for step in (0, last))
-            return decide(compare(before, now, gate), gate)
+            return judged(read_rows(self._folder.run(release.window), Reply), self._settings.gate)
         except (ValueError, UserError) as error:  # the files of the run were changed
             return Decision("hold", f"the replies of the window's run cannot be compared: {error}", [])

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdft.services.releases.canary import Opinions
+
 DAY_S = 86400
 SWEEP_EVERY_S = 3600  # between two removals of old ones
 
@@ -66,6 +68,13 @@ class Receipts:
         """Write feedback to an answer, once for each key."""
         await self._call(self._note, receipt, kind, said, key)
 
+    async def opinions(self, release: int, since: float, good_score: float | None) -> Opinions:
+        """Return the feedback to a release's answers since then, one opinion for each answer: the last one.
+
+        A score is good from `good_score` on (None: above 0). A correction is bad. Others do not count.
+        """
+        return await self._call(self._opinions, release, since, good_score)
+
     async def counts(self) -> dict[str, int]:
         """Return the number of pieces of feedback by what they are."""
         return await self._call(self._counts)
@@ -105,6 +114,19 @@ class Receipts:
         with self._db:
             row = (receipt, key, time.time(), kind, json.dumps(said))
             self._db.execute("INSERT OR IGNORE INTO feedback VALUES (?, ?, ?, ?, ?)", row)
+
+    def _opinions(self, release: int, since: float, good_score: float | None) -> Opinions:
+        query = (
+            "SELECT f.receipt, f.kind, f.body FROM feedback f JOIN receipts r ON r.id = f.receipt "
+            "WHERE r.at >= ? AND json_extract(r.body, '$.release') = ? AND f.kind IN ('score', 'correction') "
+            "ORDER BY f.rowid"
+        )
+        last = {receipt: (kind, json.loads(said)) for receipt, kind, said in self._db.execute(query, (since, release))}
+        good = sum(
+            kind == "score" and (said >= good_score if good_score is not None else said > 0)
+            for kind, said in last.values()
+        )
+        return Opinions(good, len(last) - good)
 
     def _counts(self) -> dict[str, int]:
         return dict(self._db.execute("SELECT kind, COUNT(*) FROM feedback GROUP BY kind"))

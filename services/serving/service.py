@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +13,13 @@ from sdft.services.config.service import HttpConfig, ServiceConfig
 from sdft.services.inbox.inbox import Inbox
 from sdft.services.records.rows import StepMetrics, read_rows
 from sdft.services.releases.journal import Journal
-from sdft.services.releases.state import STATES, RecordState
+from sdft.services.releases.state import RecordState
 from sdft.services.serving.decisions import Decisions
 from sdft.services.serving.folder import ServiceFolder
 from sdft.services.serving.loop import Loop
 from sdft.services.serving.pool import ServingPool
 from sdft.services.serving.receipts import Receipts
+from sdft.services.serving.record_index import RecordIndex
 from sdft.services.serving.taking import RecordChecks, Taken
 from sdft.services.serving.tokens import Tokens
 
@@ -48,20 +49,23 @@ class Service:
     inbox: Inbox
     receipts: Receipts | None
     checks: RecordChecks
+    trained_feedback: frozenset[str]  # kinds beside corrections and good scores that become records
     tokens: Tokens | None
     pool: ServingPool
+    records: RecordIndex
     decisions: Decisions
     loop: Loop
     notice: Notices
     started: float = field(default_factory=time.time)
-    _counted: tuple[tuple[int, int, int], dict[str, int]] | None = None
 
     @property
     def http(self) -> HttpConfig:
         return self.config.http
 
-    async def check(self, rows: Sequence[Any], name: str) -> Taken:
-        """Check rows, a few hundred at a time, so that other requests go on."""
+    async def check(self, rows: Sequence[Any], name: str, small: bool) -> Taken:
+        """Check rows, a few hundred at a time, so that other requests go on. small: they take a millisecond or so."""
+        if small:
+            return self.checks.check(rows, name)
         whole = Taken()
         for first in range(0, len(rows), CHECKED_AT_ONCE):
             part = await asyncio.to_thread(self.checks.check, rows[first : first + CHECKED_AT_ONCE], name)
@@ -71,15 +75,6 @@ class Service:
 
     def record_state(self, number: int) -> RecordState:
         return self.journal.state.record(number, number in self.inbox.deleted)
-
-    def counts(self) -> dict[str, int]:
-        """Return the number of records in each state; they add up to those that were received."""
-        inbox, state = self.inbox, self.journal.state
-        key = len(inbox.records), len(inbox.deleted), state.decisions
-        if self._counted is None or self._counted[0] != key:
-            found: Counter[str] = Counter(self.record_state(i).state for i in range(len(inbox.records)))
-            self._counted = key, {name: found[name] for name in STATES}
-        return self._counted[1]
 
     def release_row(self, number: int) -> dict[str, Any]:
         """Return a release as the interface shows it."""
@@ -104,7 +99,7 @@ class Service:
 
     async def status(self) -> dict[str, Any]:
         """Return what the service does now."""
-        state, counts = self.journal.state, self.counts()
+        state, counts = self.journal.state, self.records.counts()
         window = state.open_window
         return {
             "model": self.config.name,
@@ -122,6 +117,7 @@ class Service:
                     "draining": e.draining,
                     "starts": e.starts,
                     "pid": e.pid,
+                    "place": e.place,
                 }
                 for e in self.pool.engines
             ],

@@ -9,7 +9,7 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,16 @@ from sdft.services.releases.journal import Journal
 from sdft.services.serving.check import Checked, engine_settings, warnings
 from sdft.services.serving.decisions import Decisions, weights_of
 from sdft.services.serving.engine import ServingEngine
+from sdft.services.serving.feedback import trained_kinds
 from sdft.services.serving.folder import SERVICE, ServiceFolder
+from sdft.services.serving.host import Host, LocalHost
 from sdft.services.serving.http.app import make_app
 from sdft.services.serving.loop import Loop
 from sdft.services.serving.pool import ServingPool
 from sdft.services.serving.programs import Programs
 from sdft.services.serving.receipts import Receipts
+from sdft.services.serving.record_index import RecordIndex
+from sdft.services.serving.scaling import Policy, Scaling
 from sdft.services.serving.service import Notices, Service
 from sdft.services.serving.taking import RecordChecks
 from sdft.services.serving.tokens import Tokens
@@ -57,18 +61,19 @@ async def serve(checked: Checked, say: Callable[[str], None], programs: Programs
             stack.push_async_callback(receipts.close)
         tokens = None if settings.http.tokens is None else Tokens(Path(settings.http.tokens))
         listening = stack.enter_context(_listening(settings.http))
-        sockets = stack.enter_context(scratch_folder("sdft-gateway-"))
+        host = stack.enter_context(_host(checked, programs))
         notices = Notices(say)
         for warning in warnings(checked):
             notices(warning)
         assert journal.state.served is not None
         pool = ServingPool(
-            lambda pool: _engines(checked, sockets, programs, pool, notices),
+            lambda pool: [_engine(checked, host, pool, notices, i) for i in range(settings.serving.replicas)],
             weights_of(folder, journal.state, journal.state.served),
             settings.serving.start_timeout_s + settings.http.request_timeout_s,
         )
         decisions = Decisions(folder, settings, journal, inbox, pool, notices)
-        loop = Loop(folder, checked.config, journal, inbox, decisions, programs.sdft, notices)
+        records = RecordIndex(journal, inbox)
+        loop = Loop(folder, checked.config, journal, inbox, records, receipts, decisions, programs.sdft, notices)
         service = Service(
             folder=folder,
             config=settings,
@@ -76,27 +81,31 @@ async def serve(checked: Checked, say: Callable[[str], None], programs: Programs
             inbox=inbox,
             receipts=receipts,
             checks=RecordChecks(checked.prepared),
+            trained_feedback=trained_kinds(checked.config),
             tokens=tokens,
             pool=pool,
+            records=records,
             decisions=decisions,
             loop=loop,
             notice=notices,
         )
+        scaling = Scaling(
+            pool, Policy.of(settings.serving), lambda i: _engine(checked, host, pool, notices, i), notices
+        )
         server = _Server(_uvicorn(make_app(service), settings.http))
         stack.callback(lambda: (folder.path / SERVICE).unlink(missing_ok=True))
         try:
-            await _run(service, server, listening)
+            await _run(service, scaling, server, listening)
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
 
 
-async def _run(service: Service, server: "_Server", listening: socket.socket) -> None:
+async def _run(service: Service, scaling: Scaling, server: "_Server", listening: socket.socket) -> None:
     """Run the parts of a service until cancelled, or until one of them fails."""
     async with asyncio.TaskGroup() as tasks:
         serving = tasks.create_task(server.serve(sockets=[listening]), name="gateway")
         tasks.create_task(_announce(server, service, listening), name="announce")
-        for engine in service.pool.engines:
-            tasks.create_task(engine.run(), name=engine.name)
+        tasks.create_task(scaling.run(), name="engines")
         tasks.create_task(service.loop.run(), name="loop")
         try:
             await asyncio.shield(serving)
@@ -111,12 +120,16 @@ def _listening(http: HttpConfig) -> socket.socket:
     """Return a socket that listens. Raises UserError if it cannot."""
     family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
     try:
-        return socket.create_server((http.host, http.port), family=family, backlog=1024)
+        listening = socket.create_server((http.host, http.port), family=family, backlog=1024)
     except OSError as error:
         raise UserError(
             f"service.http: the service cannot listen on {http.host}, port {http.port} ({error.strerror}); choose "
             f"another one, or stop what listens there"
         ) from None
+    # Connections inherit it. asyncio sets it only on sockets that name their protocol, and without it the kernel holds
+    # back each small piece of a stream until the client has acknowledged the one before: 40 ms.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
 
 
 def _first_release(journal: Journal, model: Path) -> None:
@@ -140,26 +153,38 @@ def _receipts(folder: ServiceFolder, settings: ServiceConfig) -> Receipts | None
         raise UserError(f"{folder.receipts} cannot be used ({error}); remove it to begin without receipts") from None
 
 
-def _engines(
-    checked: Checked, sockets: Path, programs: Programs, pool: ServingPool, notice: Callable[[str], None]
-) -> list[ServingEngine]:
+@contextmanager
+def _host(checked: Checked, programs: Programs) -> Iterator[Host]:
+    """Yield where the engines run."""
+    config, place = checked.config, checked.settings.serving.cluster
+    if place is None:
+        with scratch_folder("sdft-gateway-") as sockets:
+            yield LocalHost(programs.engine, sockets)
+        return
+    from sdft.services.cluster.cluster import cluster  # imports ray
+    from sdft.services.serving.cluster_host import ClusterHost
+
+    gpus = place.gpus if config.device == "cuda" else 0
+    with cluster(config.ray, checked.prepared.plan, None):
+        yield ClusterHost(programs.engine, place, gpus, checked.settings.serving.start_timeout_s)
+
+
+def _engine(
+    checked: Checked, host: Host, pool: ServingPool, notice: Callable[[str], None], number: int
+) -> ServingEngine:
     settings = checked.settings
-    return [
-        ServingEngine(
-            name=f"engine {i}",
-            sockets=sockets,
-            logs=checked.folder.engines,
-            settings=lambda weights: engine_settings(checked, weights.folder),
-            served=lambda: pool.served,
-            program=programs.engine,
-            model_name=settings.name,
-            tool_parser=settings.serving.tool_parser,
-            start_timeout_s=settings.serving.start_timeout_s,
-            changed=pool.notify,
-            notice=notice,
-        )
-        for i in range(settings.serving.replicas)
-    ]
+    return ServingEngine(
+        name=f"engine {number}",
+        host=host,
+        logs=checked.folder.engines,
+        settings=lambda weights: engine_settings(checked, weights.folder),
+        wanted=pool.wanted,
+        model_name=settings.name,
+        tool_parser=settings.serving.tool_parser,
+        start_timeout_s=settings.serving.start_timeout_s,
+        changed=pool.notify,
+        notice=notice,
+    )
 
 
 def _uvicorn(app: Any, http: HttpConfig) -> uvicorn.Config:

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdft.services.base.errors import UserError
-from sdft.services.data.contexts import PromptBuilder, shown_to_teacher
+from sdft.services.data.contexts import PromptBuilder
 from sdft.services.data.demonstrations import Record, RowChecker
 from sdft.services.data.prompts import build_prompts
 from sdft.services.data.rows import BadRow
 from sdft.services.planning.prepare import prompt_builder
 from sdft.services.planning.prepared import Prepared
+from sdft.services.planning.sources import needed_columns
 
 OPTIONAL = ("demonstration", "context", "feedback", "answer", "tools")
 
@@ -34,10 +35,7 @@ class RecordChecks:
         self._task = prepared.stages[0].config
         self._base = prepared.path.parent
         self._builder: PromptBuilder = prompt_builder(self._task, prepared.tokenizer, self._base, prepared.begun)
-        column = shown_to_teacher(self._task.data.template, self._base)
-        trained = self._task.method.trains_demonstrations
-        needed = ["demonstration"] if trained else [column] if column is not None else []
-        self.required = ("prompt", *needed)
+        self.required = ("prompt", *needed_columns(self._task, self._base))
 
     def check(self, rows: Sequence[Any], name: str) -> Taken:
         """Check rows. name: of where they come from, for messages."""

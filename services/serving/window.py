@@ -23,6 +23,7 @@ from sdft.services.inbox.inbox import Inbox
 from sdft.services.inbox.lines import Received
 from sdft.services.releases.events import Opened
 from sdft.services.releases.state import ServiceState, Window
+from sdft.services.serving.feedback import template_added
 from sdft.services.serving.folder import ServiceFolder
 
 NEW, EARLIER = "held-out-new", "held-out-earlier"  # evaluation sets: of this window, of earlier ones
@@ -136,6 +137,7 @@ def window_run(config: RunConfig, model: str, train: str, sets: Iterable[Evaluat
     given = config.model_dump(mode="json")
     given |= {"service": None, "model": model, "run_dir": None}
     given["data"]["train"] = train
+    given["data"]["fallback_template"] = template_added(config) or given["data"]["fallback_template"]
     given["evaluation"]["sets"] += [s.model_dump(mode="json") for s in sets]
     given["evaluation"]["record"] = True
     return RunConfig.model_validate(given)

@@ -11,11 +11,11 @@ import json
 import sys
 from pathlib import Path
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from sdft.actors.shared.process import die_with_parent
+from sdft.services.serving.listening import answer, listening_of
 
 
 def application(settings: dict[str, object]) -> FastAPI:
@@ -58,4 +58,4 @@ def application(settings: dict[str, object]) -> FastAPI:
 if __name__ == "__main__":
     die_with_parent()
     given = json.loads(Path(sys.argv[1]).read_text())
-    uvicorn.run(application(given), uds=given["socket"], log_level="warning")
+    asyncio.run(answer(application(given), listening_of(given["listen"])))

@@ -23,7 +23,7 @@ SET, QUESTIONS = "own", 40
 def train(config: Path, run: Path) -> int:
     given = yaml.safe_load(config.read_text())
     rows = [json.loads(line) for line in Path(given["data"]["train"]).read_text().splitlines()]
-    said = {row["demonstration"] for row in rows}
+    said = {row.get("demonstration", "") for row in rows}
     if "broken" in said:
         print("sdft: the rows are broken", file=sys.stderr)
         return 2

@@ -29,16 +29,16 @@ PROGRAMS = Programs(
 WAIT_S = 60
 
 
-def checked_service(folder: Path, model: Path, **service: Any) -> Checked:
+def checked_service(folder: Path, model: Path, method: str = "sft", **service: Any) -> Checked:
     """Return a service that can start, with its folder in `folder`. service: keys of its section."""
     path = folder / "service.yaml"
     settings = {"http": {"port": 0}, "window": {"min_records": 4, "held_out": 0.0, "replay": 0.0}}
     for key, value in service.items():
         settings[key] = settings.get(key, {}) | value
-    config = {"model": str(model), "training": {"batch_size": 2}, "method": "sft", "service": settings}
+    config = {"model": str(model), "training": {"batch_size": 2}, "method": method, "service": settings}
     path.write_text(
         yaml.safe_dump(
-            config | {"data": {"template": "turn", "max_prompt_tokens": 60, "max_teacher_prompt_tokens": 90}}
+            config | {"data": {"template": "turn", "max_prompt_tokens": 60, "max_teacher_prompt_tokens": 250}}
         )
     )
     made = load_config(path)

@@ -26,7 +26,7 @@ from tests.papers.documents import ROOT
 DEPLOY = ROOT / "deploy"
 KUBERAY = DEPLOY / "kuberay"
 JOBS = ("rayjob-train.yaml", "raycronjob-continual.yaml")
-CLUSTERS = (*JOBS, "raycluster-autoscaling.yaml")
+CLUSTERS = (*JOBS, "raycluster-autoscaling.yaml", "raycluster-service.yaml")
 SCHEMAS = ROOT.parent / "shared" / "schemas" / "kuberay"  # KubeRay's own schemas; the tests are skipped without them
 QUANTITIES = {"m": 1e-3, "": 1.0, "Mi": 2.0**20, "Gi": 2.0**30}
 IMAGE_SOURCE = "/opt/sdft"  # folder of this repository in the image
@@ -112,14 +112,14 @@ def test_a_misspelt_field_is_found(path: str) -> None:
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_every_container_has_what_a_cluster_asks_of_it(name: str) -> None:
     for pod in pods(name):
-        (container,) = pod["containers"]
-        resources = container["resources"]
-        assert resources["requests"] == resources["limits"], "the pod would be the first to go"
-        assert {"cpu", "memory"} <= set(resources["limits"])
         assert pod["securityContext"]["runAsNonRoot"]
-        assert not container["securityContext"]["allowPrivilegeEscalation"]
+        for container in pod["containers"]:
+            resources = container["resources"]
+            assert resources["requests"] == resources["limits"], "the pod would be the first to go"
+            assert {"cpu", "memory"} <= set(resources["limits"])
+            assert not container["securityContext"]["allowPrivilegeEscalation"]
         declared = {volume["name"] for volume in pod.get("volumes", ())}
-        assert {mount["name"] for mount in container.get("volumeMounts", ())} == declared
+        assert {mount["name"] for c in pod["containers"] for mount in c.get("volumeMounts", ())} == declared
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
@@ -129,7 +129,7 @@ def test_the_nodes_of_a_cluster_share_storage_and_have_health_probes(name: str) 
     monitor = yaml.safe_load((DEPLOY / "monitoring" / "podmonitor.yaml").read_text())
     for group in groups(name):
         pod = group["template"]["spec"]
-        (container,) = pod["containers"]
+        container = pod["containers"][0]  # Ray's
         volumes = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
         by_name = {volume["name"]: volume for volume in pod["volumes"]}
         claimed = by_name[volumes["/shared"]]["persistentVolumeClaim"]["claimName"]
@@ -153,7 +153,8 @@ def test_ray_is_the_installed_version_and_asks_for_a_token(name: str) -> None:
     assert cluster(name)["rayVersion"] == ray.__version__
     assert cluster(name)["authOptions"] == {"mode": "token"}
     for pod in pods(name):
-        assert pod["containers"][0]["image"].endswith(f"/sdft:{project}-ray{ray.__version__}-cpu")
+        for container in pod["containers"]:
+            assert container["image"].endswith(f"/sdft:{project}-ray{ray.__version__}-cpu")
     assert groups(name)[0]["rayStartParams"]["num-cpus"] == "0"
 
 

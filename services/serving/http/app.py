@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import HTMLResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, Response
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from sdft.services.serving.http.ask import Asking
 from sdft.services.serving.http.errors import ApiError, add_error_handlers
-from sdft.services.serving.http.metrics import metrics_text
+from sdft.services.serving.http.metrics import metrics_text, registry_of
 from sdft.services.serving.http.operate import operating
 from sdft.services.serving.http.rate import Rate
 from sdft.services.serving.http.requests import scope_check
@@ -32,7 +33,8 @@ def make_app(service: "Service") -> FastAPI:
     add_error_handlers(app)
     rate = Rate(service.http.max_per_minute)
     ask, teach, operate = (scope_check(service.tokens, scope, rate) for scope in SCOPES)
-    asking = Asking(service.pool, service.receipts, service.http)
+    asking = Asking(service.pool, service.receipts, service.config)
+    figures = registry_of(service, asking)
 
     for path, about in ASKED.items():
         app.add_api_route(
@@ -68,7 +70,7 @@ def make_app(service: "Service") -> FastAPI:
     @app.get("/metrics", dependencies=[Depends(operate)], tags=["operate"])
     async def metrics() -> Response:
         """Figures for Prometheus."""
-        return PlainTextResponse(metrics_text(service, asking), media_type="text/plain; version=0.0.4")
+        return Response(metrics_text(figures), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     @app.get("/", include_in_schema=False)
     async def page(_: Request) -> Response:

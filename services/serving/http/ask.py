@@ -21,9 +21,11 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from sdft.services.config.service import HttpConfig
+from sdft.services.config.service import ServiceConfig
+from sdft.services.releases.canary import is_chosen
 from sdft.services.serving.engine import ServingEngine, Weights
 from sdft.services.serving.http.errors import ApiError, error_event
+from sdft.services.serving.http.metrics import times
 from sdft.services.serving.http.requests import body_of, object_of_body
 from sdft.services.serving.pool import EnginesBusy, ServingPool
 from sdft.services.serving.receipts import Receipt, Receipts
@@ -39,12 +41,13 @@ PREFIXES = {"/v1/chat/completions": "chatcmpl-", "/v1/completions": "cmpl-"}  # 
 class Asking:
     """Passes requests on to the engines."""
 
-    def __init__(self, pool: ServingPool, receipts: Receipts | None, http: HttpConfig) -> None:
+    def __init__(self, pool: ServingPool, receipts: Receipts | None, config: ServiceConfig) -> None:
         """receipts: None: none are kept."""
-        self._pool, self._receipts, self._http = pool, receipts, http
-        self.answered = self.failed = 0
+        self._pool, self._receipts, self._http, self._canary = pool, receipts, config.http, config.gate.canary
+        self.answered = times("answer_seconds", "Seconds of answers with status 200, from request to end")
+        self.first_piece = times("first_piece_seconds", "Seconds from a request to the first piece of its stream")
+        self.failed = 0
         self._held = 0  # requests that are read, wait or are answered
-        self.seconds = 0.0  # of all answers
 
     async def answer(self, request: Request) -> Response:
         """Pass a request on, and its answer back."""
@@ -68,8 +71,9 @@ class Asking:
         body = await body_of(request, self._http.max_body_mib)
         given = object_of_body(body)
         path, since, name = request.url.path, time.monotonic(), uuid.uuid4().hex
+        user = _user(request, given)
         receipt = PREFIXES[path] + name if self._receipts is not None and path in PREFIXES else None
-        asked = _Asked(path, body, given, name, since, since + self._http.request_timeout_s, receipt)
+        asked = _Asked(path, body, given, name, since, since + self._http.request_timeout_s, receipt, user)
         for attempt in range(1, TRIES + 1):
             try:
                 return await _unless_gone(request, self._try(asked, held))
@@ -94,7 +98,7 @@ class Asking:
     async def _try(self, asked: "_Asked", holding: ExitStack) -> Response:
         """Have one engine answer. Raises EnginesBusy, TimeoutError, or GONE if the engine is lost before it begins."""
         async with AsyncExitStack() as held:
-            engine = await held.enter_async_context(self._pool.engine(asked.left_s))
+            engine = await held.enter_async_context(self._pool.engine(asked.left_s, self._by_canary(asked)))
             if (weights := engine.weights) is None:  # it has died since it was chosen
                 raise aiohttp.ClientConnectionError(f"{engine.name} is not up")
             headers = {"Content-Type": "application/json", "X-Request-Id": asked.name}
@@ -122,11 +126,16 @@ class Asking:
             self._count(asked)
         return Response(content, reply.status, sent)
 
+    def _by_canary(self, asked: "_Asked") -> bool:
+        """Return whether the canary answers this user."""
+        release = self._pool.canary
+        return self._canary is not None and release is not None and is_chosen(release, asked.user, self._canary.share)
+
     async def _pieces(
         self, reply: aiohttp.ClientResponse, asked: "_Asked", engine: ServingEngine, weights: Weights
     ) -> AsyncIterator[bytes]:
         """Yield a stream as it comes. Its status has been sent, so an error becomes an event of the stream."""
-        answer = _Answer()
+        answer, begun = _Answer(), False
         try:
             async with asyncio.timeout(asked.left_s):
                 async for line in reply.content:
@@ -135,6 +144,9 @@ class Asking:
                             await self._keep(asked, weights, answer.whole())
                         else:
                             answer.add(line)
+                    if not begun:
+                        begun = True
+                        self.first_piece.observe(time.monotonic() - asked.since)
                     yield line
             self._count(asked)
         except TimeoutError:
@@ -160,8 +172,7 @@ class Asking:
         return True
 
     def _count(self, asked: "_Asked") -> None:
-        self.answered += 1
-        self.seconds += time.monotonic() - asked.since
+        self.answered.observe(time.monotonic() - asked.since)
 
 
 class _Stream(StreamingResponse):
@@ -176,6 +187,14 @@ class _Stream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._held:
             await super().__call__(scope, receive, send)
+
+
+def _user(request: Request, given: dict[str, Any]) -> str:
+    """Return who asks: the user that the request names, else its token, else its address."""
+    metadata = given.get("metadata")
+    named = given.get("user") or (metadata.get("user_id") if isinstance(metadata, dict) else None)
+    token = request.headers.get("Authorization") or request.headers.get("X-Api-Key")
+    return str(named or token or (request.client.host if request.client is not None else ""))
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
@@ -209,6 +228,7 @@ class _Asked:
     since: float
     deadline: float
     receipt: str | None  # the id of the answer, if receipts are kept
+    user: str  # a canary answers always the same users
 
     @property
     def left_s(self) -> float:

@@ -6,7 +6,7 @@ python -m sdft.services.serving.http.reference > docs/api.md
 from types import SimpleNamespace
 from typing import Any, cast
 
-from sdft.services.config.service import HttpConfig
+from sdft.services.config.service import HttpConfig, ServiceConfig
 from sdft.services.serving.http.app import make_app
 from sdft.services.serving.http.teach import FEEDBACK, MOST_ROWS
 from sdft.services.serving.service import Service
@@ -50,7 +50,7 @@ SCOPES = {"ask": "ask", "teach": "teach", "operate": "operate", "health": "none"
 
 def schema() -> dict[str, Any]:
     """Return the OpenAPI description of a service."""
-    parts = SimpleNamespace(tokens=None, pool=None, receipts=None, http=HttpConfig())
+    parts = SimpleNamespace(tokens=None, pool=None, receipts=None, config=ServiceConfig(), http=HttpConfig())
     return make_app(cast(Service, parts)).openapi()
 
 

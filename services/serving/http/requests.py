@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import Request
@@ -17,13 +17,13 @@ MIB = 1 << 20
 BODY_S = 60.0  # how long a client may take to send its body
 
 
-def scope_check(tokens: Tokens | None, scope: str, rate: Rate) -> Callable[[Request], Holder]:
+def scope_check(tokens: Tokens | None, scope: str, rate: Rate) -> Callable[[Request], Awaitable[Holder]]:
     """Return a check of a request's token, which counts the request.
 
     It raises ApiError: 401 without a known token, 403 without the scope, 429 for one request too many.
     """
 
-    def check(request: Request) -> Holder:
+    async def check(request: Request) -> Holder:  # FastAPI would run a plain function in a thread
         if tokens is None:
             refuse_other_sites(request)
             rate.count(ANYONE.name)

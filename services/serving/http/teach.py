@@ -13,6 +13,7 @@ from sdft.services.inbox.inbox import KeyUsed, NotWritten
 from sdft.services.inbox.lines import Unwritable
 from sdft.services.records.ledger_reading import trained_steps
 from sdft.services.releases.state import STATES
+from sdft.services.serving.feedback import KEYS, row_of
 from sdft.services.serving.http.errors import ApiError
 from sdft.services.serving.http.requests import body_of, json_of_body, object_of_body
 from sdft.services.serving.window import record_name, record_number
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 JSONL = ("application/jsonl", "application/x-ndjson", "application/x-jsonlines")
 MOST_ROWS = 10_000  # of one request
+SMALL = 16_384  # bytes of a body whose rows are checked at once: a thread would take longer
 LONGEST_KEY = 255
 MOST_PROBLEMS = 20  # bad rows that one answer names
 SHOWN = 200  # last characters of a prompt that a list shows
@@ -49,7 +51,8 @@ def teaching(service: "Service", check: Callable[[Request], object]) -> APIRoute
 
         A `correction` is what the answer should have been, as text or as an assistant's message: it becomes a
         demonstration for that prompt. A `score` of at least `service.feedback.good_score` makes the answer itself one.
-        Other scores, a `comment` and the user's `next_message` are kept and counted, and are not trained.
+        A `comment` becomes a record whose teacher sees the answer and the comment, as `service.feedback.comments` says,
+        and so does the user's `next_message`. What becomes no record is kept and counted.
         """
         if service.receipts is None:
             raise ApiError(409, "no_receipts", "this service keeps no receipts (service.receipts.keep: false)")
@@ -70,28 +73,33 @@ def teaching(service: "Service", check: Callable[[Request], object]) -> APIRoute
             raise ApiError(404, "unknown_receipt", f"there is no receipt {name}, or its time is over")
         if kind != "correction":
             _check_value(kind, value)
-            await service.receipts.note(name, kind, value, _key(request))
             good = service.config.feedback.good_score
-            if kind != "score" or good is None or value < good:
+            kept = good is not None and value >= good if kind == "score" else kind in service.trained_feedback
+            if not kept or receipt.messages is None:
+                await service.receipts.note(name, kind, value, _key(request))
                 return JSONResponse({"ids": [], "counted": [kind]}, 202)
-            value = receipt.demonstration  # the answer is kept
         if receipt.messages is None:
             raise ApiError(
                 422, "no_messages", "this answer completes a plain text; post a demonstration with its prompt instead"
             )
-        row: dict[str, Any] = {"prompt": receipt.messages, "demonstration": value}
-        if receipt.tools:
-            row["tools"] = receipt.tools
-        return await _take([row], body, request, "feedback", receipt=receipt.id)
+        if kind in KEYS:
+            row = row_of(receipt, value)
+        else:
+            shown = receipt.demonstration if kind == "score" else value
+            row = {"prompt": receipt.messages, "demonstration": shown}
+            row |= {"tools": receipt.tools} if receipt.tools else {}
+        answer = await _take([row], body, request, "feedback", receipt=receipt.id)
+        await service.receipts.note(name, kind, value, _key(request))
+        return answer
 
     async def _take(
         rows: list[Any], body: bytes, request: Request, name: str, receipt: str | None = None
     ) -> JSONResponse:
         key = _key(request)
-        if service.counts()["waiting"] + len(rows) > service.http.max_waiting:
+        if len(service.records.waiting()) + len(rows) > service.http.max_waiting:
             text = f"{service.http.max_waiting} records wait already (service.http.max_waiting); send it again later"
             raise ApiError(429, "queue_full", text, retry_after_s=60)
-        taken = await service.check(rows, name)
+        taken = await service.check(rows, name, receipt is None and len(body) <= SMALL)
         if taken.problems:
             first, count = taken.problems[0], len(taken.problems)
             more = f" (and {count - 1} more)" if count > 1 else ""
@@ -123,7 +131,7 @@ def teaching(service: "Service", check: Callable[[Request], object]) -> APIRoute
                 break
             if state is None or service.record_state(number).state == state:
                 found.append(_record(service, number))
-        return {"records": found, "counts": service.counts()}
+        return {"records": found, "counts": service.records.counts()}
 
     @routes.get("/v1/records/{record}")
     async def get_record(record: str) -> dict[str, Any]:

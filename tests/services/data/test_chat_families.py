@@ -40,7 +40,7 @@ def record(demonstration: str | None = "A city by the sea.", messages: tuple[Mes
     return Record("a", messages or said("What is the capital?"), demonstration, None, None, None, "train.jsonl:7")
 
 
-def builder(model: Path, template: str = "turn", system: str | None = None, **variables: dict[str, Any]) -> Any:
+def builder(model: Path, template: str = "turn", system: str | None = None, **variables: Any) -> Any:
     return PromptBuilder(load_tokenizer(model), template, Path("."), system, NOW, **variables)
 
 

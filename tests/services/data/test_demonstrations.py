@@ -198,6 +198,19 @@ def test_all_bad_rows_are_listed_up_to_twenty(tmp_path: Path) -> None:
     assert lines[20] == "… and 3 more"
 
 
+def test_a_row_may_need_one_of_two_columns(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(
+        '{"prompt": "a", "demonstration": "b"}\n{"prompt": "a", "feedback": "b"}\n{"prompt": "a", "feedback": " "}\n'
+    )
+    data = DataConfig(train="t.jsonl")
+    with pytest.raises(UserError) as found:
+        load_demonstrations(data, tmp_path, ["demonstration|feedback"])
+    assert str(found.value) == f"{tmp_path}/t.jsonl:3: demonstration and feedback are missing; give one of them"
+    (tmp_path / "t.jsonl").write_text("")
+    with pytest.raises(UserError, match="with prompt and demonstration or feedback"):
+        load_demonstrations(data, tmp_path, ["demonstration|feedback"])
+
+
 def test_a_file_without_rows_is_an_error(tmp_path: Path) -> None:
     assert "no rows" in problems(tmp_path, b"", b"  ")[0]
 

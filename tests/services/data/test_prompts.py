@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from sdft.services.base.errors import UserError
+from sdft.services.config.sections import DataConfig
 from sdft.services.data.contexts import PromptBuilder, shown_to_teacher
 from sdft.services.data.demonstrations import Record
 from sdft.services.data.messages import Message
@@ -107,7 +108,26 @@ def test_the_context_and_feedback_templates_show_the_column_of_their_name(tokeni
 )
 def test_a_template_says_which_column_it_needs(tmp_path: Path, template: str, column: str | None) -> None:
     (tmp_path / "t.jinja").write_text("{{ context }} {{ prompt }}")
-    assert shown_to_teacher(template, tmp_path) == column
+    assert shown_to_teacher(DataConfig(train="t.jsonl", template=template), tmp_path) == column
+
+
+def test_a_record_without_the_column_is_shown_with_the_fallback(tokenizer: Any, tmp_path: Path) -> None:
+    both = PromptBuilder(tokenizer, "turn", tmp_path, None, fallback="feedback")
+    said = item(demonstration=None, feedback="Too long.")
+    assert both.teacher(said) == PromptBuilder(tokenizer, "feedback", tmp_path, None).teacher(said)
+    shown = item(demonstration="So.", feedback="Too long.")
+    assert both.teacher(shown) == PromptBuilder(tokenizer, "turn", tmp_path, None).teacher(shown)
+    assert both.teacher(item(demonstration=None)) is None
+    data = DataConfig(train="t.jsonl", template="turn", fallback_template="feedback")
+    assert shown_to_teacher(data, tmp_path) == "demonstration|feedback"
+
+
+def test_a_fallback_that_shows_the_same_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("{{ feedback }} {{ prompt }}")
+    with pytest.raises(UserError, match=r"fallback_template feedback has no effect: t\.jinja shows feedback, too"):
+        shown_to_teacher(DataConfig(train="t.jsonl", template="t.jinja", fallback_template="feedback"), tmp_path)
+    with pytest.raises(ValueError, match="fallback_template context has no effect with template context"):
+        DataConfig(train="t.jsonl", template="context", fallback_template="context")
 
 
 @pytest.mark.parametrize("template", ["paper", "turn"])

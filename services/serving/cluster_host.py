@@ -1,0 +1,136 @@
+"""Engines on the nodes of a Ray cluster: each process is the child of an actor, which Ray places where there is room.
+
+    gateway ─► actor.start ─► process on the actor's node, which answers on a port with a key
+    gateway ◄────── HTTP ──────► process
+
+The process ends with its actor, and the actor with the service. Ray's autoscaler adds a node for an actor that finds no
+room.
+"""
+
+import asyncio
+import json
+import os
+import secrets
+import signal
+import socket
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import ray
+from ray.exceptions import RayError
+
+from sdft.actors.remote import RemoteActor
+from sdft.actors.shared.process import scratch_folder
+from sdft.actors.shared.reason import reason
+from sdft.actors.shared.types import Process
+from sdft.actors.shared.waiting import within
+from sdft.services.cluster.cluster import free, labelled, needs
+from sdft.services.config.service import ClusterPlace
+from sdft.services.serving.host import LOG_TAIL, NotStarted, how_ended, session
+
+BACKLOG = 1024
+
+
+class EngineNode:
+    """The actor: runs one process on its node."""
+
+    def __init__(self) -> None:
+        self._scratch = ExitStack()
+
+    async def where(self) -> Process:
+        return Process(os.getpid(), ray.get_runtime_context().get_node_id())
+
+    async def start(self, program: Sequence[str], given: dict[str, Any], key: str) -> tuple[int, str, int]:
+        """Start the process. Returns its id, and the address and port on which it will answer."""
+        folder = self._scratch.enter_context(scratch_folder("sdft-node-"))
+        address = ray.util.get_node_ip_address()
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.create_server((address, 0), family=family, backlog=BACKLOG) as listens:
+            settings = folder / "engine.json"
+            settings.write_text(json.dumps(given | {"listen": {"fd": listens.fileno(), "key": key}}))
+            self._log = folder / "engine.log"
+            with self._log.open("ab") as file:
+                self._process = await asyncio.create_subprocess_exec(
+                    *program,
+                    str(settings),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=file,
+                    env=os.environ | {"PYTHONUNBUFFERED": "1", "TMPDIR": str(folder)},
+                    pass_fds=[listens.fileno()],
+                )
+            return self._process.pid, address, listens.getsockname()[1]
+
+    async def ended(self) -> tuple[int, str]:
+        """Wait for the end of the process. Returns its exit code and the end of its log."""
+        code = await self._process.wait()
+        return code, self._log.read_bytes()[-LOG_TAIL:].decode(errors="replace")
+
+
+class ClusterHost:
+    """Starts processes on the nodes of the cluster to which this process is connected."""
+
+    def __init__(self, program: Sequence[str], place: ClusterPlace, gpus: float, wait_s: float) -> None:
+        """gpus: of each engine. wait_s: how long an engine may wait for room in the cluster."""
+        self._program, self._wait_s = program, wait_s
+        self._actor = ray.remote(EngineNode).options(
+            num_cpus=place.cpus, num_gpus=gpus, label_selector=dict(place.labels), max_restarts=0
+        )
+        self._room = f"a node{labelled(place.labels)} with {needs(place.cpus, gpus)} free"
+
+    async def start(self, name: str, given: dict[str, Any], log: Path) -> "ClusterProcess":
+        actor, key = RemoteActor(self._actor.remote()), secrets.token_urlsafe(32)
+        try:
+            await within(actor.placed(), self._wait_s, "room in the cluster")
+            pid, address, port = await within(
+                actor.call("start", list(self._program), given, key), self._wait_s, f"the process of {name}"
+            )
+        except TimeoutError as error:
+            actor.kill()
+            raise NotStarted(f"{error}; it needs {self._room}; free in the cluster now: {free()}") from None
+        except RayError as error:
+            actor.kill()
+            raise NotStarted(reason(error)) from error
+        except asyncio.CancelledError:
+            actor.kill()
+            raise
+        host = f"[{address}]" if ":" in address else address
+        headers = {"Authorization": f"Bearer {key}"}
+        http = session(f"http://{host}:{port}", aiohttp.TCPConnector(limit=0), headers=headers)
+        return ClusterProcess(actor, pid, address, http, log)
+
+
+class ClusterProcess:
+    """A process on a node of the cluster."""
+
+    def __init__(self, actor: RemoteActor, pid: int, place: str, http: aiohttp.ClientSession, log: Path) -> None:
+        self.pid, self.place, self.http = pid, place, http
+        self._actor, self._log = actor, log
+        self._killed = False
+        self._ended = asyncio.create_task(self._end(), name=f"end of the engine's process {pid}")
+
+    @property
+    def running(self) -> bool:
+        return not self._ended.done()
+
+    def kill(self) -> None:
+        self._killed = True
+        self._actor.kill(hangs=True)
+
+    async def wait(self) -> str:
+        how = await asyncio.shield(self._ended)
+        await self.http.close()
+        return how
+
+    async def _end(self) -> str:
+        try:
+            code, log = await self._actor.call("ended")
+        except RayError as error:
+            return how_ended(-signal.SIGKILL, "") if self._killed else f"its actor was lost: {reason(error)}"
+        with self._log.open("a") as file:
+            file.write(log)
+        self._actor.kill()
+        return how_ended(code, log)

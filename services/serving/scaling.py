@@ -1,0 +1,110 @@
+"""The number of engines: more when requests queue, fewer when engines have little to do.
+
+    load = requests that are answered or wait;  room = service.serving.max_num_seqs, what one engine decodes at once
+
+    load > engines * room            for grow_after_s    ─► one engine more, up to max_replicas
+    load <= (engines - 1) * room / 2 for shrink_after_s  ─► one engine fewer, down to replicas
+
+An engine that starts counts, so a queue that lasts until it is up adds one engine each grow_after_s, not more. In a
+cluster an engine that finds no room makes Ray's autoscaler add a node, and an engine that leaves frees one.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sdft.services.config.service import ServingConfig
+from sdft.services.serving.engine import ServingEngine
+from sdft.services.serving.pool import ServingPool
+
+EVERY_S = 0.5
+
+
+@dataclass
+class Policy:
+    """Decides when the number of engines changes."""
+
+    least: int
+    most: int
+    room: int
+    grow_after_s: float
+    shrink_after_s: float
+    _queues_since: float | None = None
+    _idle_since: float | None = None
+
+    @classmethod
+    def of(cls, serving: ServingConfig) -> "Policy":
+        return cls(
+            least=serving.replicas,
+            most=serving.max_replicas or serving.replicas,
+            room=serving.max_num_seqs,
+            grow_after_s=serving.grow_after_s,
+            shrink_after_s=serving.shrink_after_s,
+        )
+
+    def change(self, now: float, load: int, engines: int) -> int:
+        """Return 1 for one engine more, -1 for one fewer, 0 for neither. now: of a clock that only rises."""
+        queues = engines < self.most and load > engines * self.room
+        idle = engines > self.least and load <= (engines - 1) * self.room / 2
+        self._queues_since = _since(self._queues_since, now, queues)
+        self._idle_since = _since(self._idle_since, now, idle)
+        if self._queues_since is not None and now - self._queues_since >= self.grow_after_s:
+            self._queues_since = None
+            return 1
+        if self._idle_since is not None and now - self._idle_since >= self.shrink_after_s:
+            self._idle_since = None
+            return -1
+        return 0
+
+
+def _since(before: float | None, now: float, holds: bool) -> float | None:
+    """Return since when something holds; None: it does not hold."""
+    if not holds:
+        return None
+    return now if before is None else before
+
+
+class Scaling:
+    """Runs the engines of a pool, and changes their number."""
+
+    def __init__(
+        self,
+        pool: ServingPool,
+        policy: Policy,
+        make: Callable[[int], ServingEngine],
+        notice: Callable[[str], None],
+    ) -> None:
+        """make(number): returns an engine that is not started."""
+        self._pool, self._policy, self._make, self._notice = pool, policy, make, notice
+        self._made = len(pool.engines)
+        self._running: dict[ServingEngine, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Run the engines until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for engine in self._pool.engines:
+                self._running[engine] = tasks.create_task(engine.run(), name=engine.name)
+            while True:
+                await asyncio.sleep(EVERY_S)
+                pool, clock = self._pool, asyncio.get_running_loop()
+                load = pool.in_flight + pool.waiting
+                change = self._policy.change(clock.time(), load, len(pool.engines))
+                if change > 0:
+                    engine = self._make(self._made)
+                    self._made += 1
+                    pool.engines.append(engine)
+                    self._running[engine] = tasks.create_task(engine.run(), name=engine.name)
+                    self._notice(f"{engine.name} is added: {load} requests, {len(pool.engines)} engines now")
+                elif change < 0:
+                    await self._remove(load)
+
+    async def _remove(self, load: int) -> None:
+        """Take out the engine that does least, the newest of them, once it has ended its answers."""
+        others = [e for e in reversed(self._pool.engines) if not self._pool.is_canary(e)]
+        engine = min(others, key=lambda e: (e.weights is not None, e.in_flight))
+        if not await self._pool.remove(engine):
+            return
+        task = self._running.pop(engine)
+        task.cancel()
+        await asyncio.wait([task])
+        self._notice(f"{engine.name} is removed: {load} requests, {len(self._pool.engines)} engines now")
