@@ -60,6 +60,7 @@ class Scores:
 
     scores: Any  # TeacherScores with one row per completion token, or Ray's reference to it
     version: int
+    first: int = 0  # row of the completion's first token, if the scores are of more than this completion
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +174,8 @@ def joined(draft: Draft, values: Sequence[Any]) -> TrainingSequence:
         logprobs += [np.full(len(context), np.nan, dtype=np.float32), own]
         experts += _experts_of(context, rollout, turn.completion.by_student)
         if turn.scores is not None:
-            s = next(remaining)
-            scores.append(TeacherScores(s.ids[mask], s.logprobs[mask], s.sampled[mask], s.version))
+            s, rows = next(remaining), turn.scores.first + np.flatnonzero(mask)
+            scores.append(TeacherScores(s.ids[rows], s.logprobs[rows], s.sampled[rows], s.version))
     return TrainingSequence(
         sample=draft.sample,
         token_ids=np.concatenate(ids),

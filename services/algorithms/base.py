@@ -11,10 +11,11 @@ An algorithm is also the section `method` of the configuration: its fields are i
 In a strict run the calls of all groups of a batch are joined into one call of the engines.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Protocol
 
+import numpy as np
 from pydantic import BeforeValidator, Field
 
 from sdft.actors.shared.drafts import Completion, Draft, Scores, Turn, given
@@ -36,6 +37,42 @@ class Contexts(Protocol):
     def text(self, ids: IntArray) -> str:
         """Return the text of a completion [T], without the token that ends it."""
 
+    def between(self, messages: Sequence[Mapping[str, Any]]) -> IntArray:
+        """Return the tokens [C] between the end of a reply and the next one, with these messages there.
+
+        Raises UserError if the chat template does not show them.
+        """
+
+    @property
+    def row(self) -> Mapping[str, Any]:
+        """The columns of the record, for an environment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """The replies of one sample, and what came before each. Without an environment there is one reply."""
+
+    contexts: tuple[IntArray, ...]  # [C] before each completion, since the one before; first the student's prompt
+    completions: tuple[Completion, ...]
+    ids: tuple[IntArray, ...] = ()  # [T], tokens of each completion; none if there is one completion
+    passed: bool | None = None  # None: no environment says
+    feedback: str = ""  # of the environment
+
+    @property
+    def behind_the_prompt(self) -> IntArray:
+        """All tokens [T] behind the student's prompt."""
+        parts = [self.ids[0]]
+        for context, ids in zip(self.contexts[1:], self.ids[1:], strict=True):
+            parts += [context, ids]
+        return np.concatenate(parts)
+
+
+class Player(Protocol):
+    """Plays episodes with the environment of a stage."""
+
+    async def play(self, group: "Group", student: "Student") -> "list[Episode | None]":
+        """Return an episode for each sample of a group; None if it was lost."""
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -48,6 +85,30 @@ class Group:
     teacher_ids: IntArray | None  # the teacher's prompt; None: the record lacks the column that the template shows
     demonstration_ids: IntArray | None  # the demonstration as a reply; None unless the algorithm trains it
     contexts: Contexts
+    player: Player | None = None  # None: the stage has no environment
+
+    async def episodes(self, student: "Student") -> list[Episode | None]:
+        """Return an episode for each sample; None if it was lost."""
+        if self.player is not None:
+            return await self.player.play(self, student)
+        completions = await student.complete([self.student_ids] * len(self.samples), self.seeds)
+        return [Episode((self.student_ids,), (completion,)) for completion in completions]
+
+    async def scored(
+        self, teacher: "Teacher", episodes: Sequence[Episode | None], k: int, skip_first: int
+    ) -> list[Draft]:
+        """Have the teacher score episodes, each in one pass over all its turns. Returns a draft of each."""
+        played = [(i, episode) for i, episode in enumerate(episodes) if episode is not None]
+        if not played:
+            return []
+        whole = [
+            e.completions[0] if len(e.completions) == 1 else given(self.step, e.behind_the_prompt) for _, e in played
+        ]
+        scores = await teacher.score([self.teacher_prompt] * len(played), whole, k)
+        return [
+            Draft(self.samples[i], self.seeds[i], _turns(episode, of_episode), skip_first)
+            for (i, episode), of_episode in zip(played, scores, strict=True)
+        ]
 
     @property
     def teacher_prompt(self) -> IntArray:
@@ -73,6 +134,16 @@ class Group:
         return [Draft(sample, seed, (turn,)) for sample, seed in zip(self.samples, self.seeds, strict=True)]
 
 
+def _turns(episode: Episode, scores: Scores) -> tuple[Turn, ...]:
+    """Return the turns of an episode. scores: of all tokens behind the prompt."""
+    turns, first = [], 0
+    for i, (context, completion) in enumerate(zip(episode.contexts, episode.completions, strict=True)):
+        first += len(context) if i else 0
+        turns.append(Turn(context, completion, replace(scores, first=first)))
+        first += completion.tokens
+    return tuple(turns)
+
+
 class Student(Protocol):
     """The student engines."""
 
@@ -95,6 +166,7 @@ class Algorithm(Section):
 
     student_samples: ClassVar[bool] = True  # the student engines need weights of at most max_staleness steps ago
     teacher_scores: ClassVar[bool] = True  # engines with the teacher's weights are needed
+    plays: ClassVar[bool] = False  # it takes episodes, by Group.episodes, so `environment` may be set
     trains_demonstrations: ClassVar[bool] = False  # each row of data.train needs one
     teacher_weights: ClassVar[str | None] = None  # the only value of teacher.weights that has a meaning; None: any
     files: ClassVar[tuple[str, ...]] = ()  # settings that are files, relative to the config file

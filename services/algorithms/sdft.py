@@ -12,6 +12,7 @@ from sdft.services.algorithms.base import Distillation, Group, Student, Teacher
 class Sdft(Distillation):
     """Self-distillation: rollouts of the student, pulled to the teacher, which sees the demonstration."""
 
+    plays: ClassVar[bool] = True
     figure: ClassVar[str] = (
         "The {name} of teacher and student on the student's tokens; the loss adds the importance weights."
     )
@@ -28,7 +29,5 @@ class Sdft(Distillation):
         return f"{self.divergence.type} divergence"
 
     async def make(self, group: Group, student: Student, teacher: Teacher) -> list[Draft]:
-        n = len(group.samples)
-        completions = await student.complete([group.student_ids] * n, group.seeds)
-        scores = await teacher.score([group.teacher_prompt] * n, completions, self.divergence.support)
-        return group.drafts(completions, scores, self.skip_first)
+        episodes = await group.episodes(student)
+        return await group.scored(teacher, episodes, self.divergence.support, self.skip_first)

@@ -10,6 +10,7 @@ from sdft.services.algorithms.registry import Method
 from sdft.services.algorithms.sdft import Sdft
 from sdft.services.base.section import Section
 from sdft.services.config.dtype import native_dtype
+from sdft.services.config.environment import Environment, EnvironmentConfig
 from sdft.services.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -46,6 +47,9 @@ class RunConfig(Section):
     data: DataConfig | None = Field(None, description="The demonstrations; null: each of `stages` has its own")
     stages: tuple[StageConfig, ...] = Field((), description="Tasks that one model is trained on, one after the other")
     sampling: SamplingConfig = SamplingConfig()
+    environment: Environment | None = Field(
+        None, description="What answers the student's replies, so that a sample has several; null: one reply each"
+    )
     training: TrainingConfig
     teacher: TeacherConfig = TeacherConfig()
     learner: LearnerConfig = LearnerConfig()
@@ -151,6 +155,43 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _episodes_are_taken(self) -> "RunConfig":
+        places = [f"stages[{i}]." for i in range(len(self.stages))] or [""]
+        for place, task in zip(places, self.tasks, strict=True):
+            environment, method = task.environment, task.method
+            if environment is None:
+                continue
+            if not method.plays:
+                raise ValueError(
+                    f"{place}environment: method {method.type} takes single replies; use method sdft, or remove "
+                    f"environment"
+                )
+            if environment.max_tokens <= task.sampling.max_new_tokens:
+                raise ValueError(
+                    f"{place}environment.max_tokens {environment.max_tokens} must be more than "
+                    f"{place}sampling.max_new_tokens {task.sampling.max_new_tokens}; raise it"
+                )
+            least = self.training.batch_size * task.sampling.generations if self.strict else task.sampling.generations
+            if environment.concurrent < least:
+                raise ValueError(
+                    f"{place}environment.concurrent {environment.concurrent} is less than the {least} episodes that "
+                    f"begin together; raise it"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _sets_have_environments(self) -> "RunConfig":
+        own = [(s, self.environment) for s in self.evaluation.sets]
+        own += [(s, stage.environment or self.environment) for stage in self.stages for s in stage.sets]
+        for s, environment in own:
+            if s.grader == "environment" and s.environment is None and environment is None:
+                raise ValueError(
+                    f"evaluation set {s.name}: grader environment needs an environment; set it in the set, or in the "
+                    f"run"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _guarded_sets_are_there(self) -> "RunConfig":
         if self.retention is not None:
             names = [s.name for s in self.sets]
@@ -222,10 +263,21 @@ class TaskConfig(RunConfig):
     data: DataConfig
     keep_moments: bool = False
 
+    @property
+    def longest_reply(self) -> int:
+        """Most tokens behind a prompt: of a reply, or of an episode."""
+        return self.sampling.max_new_tokens if self.environment is None else self.environment.max_tokens
+
+    def environment_of(self, s: EvaluationSet) -> EnvironmentConfig | None:
+        """Return the environment of an evaluation set; None if its questions have single replies."""
+        return (s.environment or self.environment) if s.grader == "environment" else None
+
 
 def _of_stage(run: RunConfig, stage: StageConfig) -> dict[str, object]:
     """Return the settings with which a stage replaces those of the run."""
-    given = {name: value for name in ("method", "sampling") if (value := getattr(stage, name)) is not None}
+    given = {
+        name: value for name in ("method", "sampling", "environment") if (value := getattr(stage, name)) is not None
+    }
     training = run.training.model_copy(update={"epochs": stage.epochs, "steps": stage.steps})
     learner = run.learner
     if stage.optimizer is not None:

@@ -14,8 +14,11 @@ from sdft.learner.config import OptimizerConfig
 from sdft.services.algorithms.registry import Method
 from sdft.services.base.section import Section
 from sdft.services.config.columns import Column, DataColumn, Format, check_columns
+from sdft.services.config.environment import Environment
 
-Grader = Literal["exact", "contains", "choice", "numeric", "tool_call", "instruction", "judge", "perplexity"]
+Grader = Literal[
+    "exact", "contains", "choice", "numeric", "tool_call", "instruction", "environment", "judge", "perplexity"
+]
 # Names that a chat template gets from the run, the tokenizer or transformers.
 OWN_VARIABLES = frozenset(
     (
@@ -236,7 +239,11 @@ class EvaluationSet(Section):
     name: str = Field(pattern=r"^[a-z0-9_-]+$", description="Name of the set, in lower case")
     file: str = Field(description="A .jsonl or .parquet file of questions with answers, relative to the config file")
     grader: Grader = Field(
-        description="The rule that decides whether a reply is right; perplexity scores texts instead"
+        description="The rule that decides whether a reply is right; environment: each question is an episode, and the "
+        "environment says whether it has passed; perplexity scores texts instead"
+    )
+    environment: Environment | None = Field(
+        None, description="With grader: environment; null: the environment of the run"
     )
     judge: JudgeConfig | None = Field(None, description="The model that grades, with grader: judge")
     columns: dict[Column, str] = Field({}, description="Column names in the file: {answer: golden_answer}")
@@ -265,6 +272,14 @@ class EvaluationSet(Section):
     def _texts_have_no_answers(self) -> "EvaluationSet":
         if self.is_text and self.pass_at:
             raise ValueError("pass_at needs replies, and grader: perplexity samples none; remove pass_at")
+        return self
+
+    @model_validator(mode="after")
+    def _environment_and_grader(self) -> "EvaluationSet":
+        if self.environment is not None and self.grader != "environment":
+            raise ValueError(f"environment has no effect with grader {self.grader}; set grader: environment")
+        if self.grader == "environment" and self.pass_at:
+            raise ValueError("pass_at samples single replies, and grader: environment plays episodes; remove pass_at")
         return self
 
     @model_validator(mode="after")
@@ -304,6 +319,7 @@ class StageConfig(Section):
     epochs: int | None = Field(None, ge=1, description="Passes over the stage's demonstrations; give this or steps")
     steps: int | None = Field(None, ge=1, description="Optimizer steps of the stage; give this or epochs")
     method: Method | None = Field(None, description="null: the run's")
+    environment: Environment | None = Field(None, description="null: the run's")
     sampling: SamplingConfig | None = Field(None, description="null: the run's")
     optimizer: OptimizerConfig | None = Field(None, description="null: learner.optimizer")
     keep_moments: bool = Field(False, description="Keep AdamW's moments of the previous stage; false: from zero")

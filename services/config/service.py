@@ -117,7 +117,7 @@ class WindowConfig(Section):
 
     @model_validator(mode="after")
     def _graded_alone(self) -> "WindowConfig":
-        if self.grader in ("judge", "perplexity"):
+        if self.grader in ("judge", "environment", "perplexity"):
             raise ValueError(f"grader {self.grader} cannot grade held-out records; choose another grader")
         return self
 

@@ -15,11 +15,11 @@ from sdft.services.base.errors import UserError
 from sdft.services.base.files import existing_file
 from sdft.services.config.sections import DataConfig
 from sdft.services.config.templates import BUILT_IN_TEMPLATES
-from sdft.services.data.chat_template import ReplyEnd, reply_end, reply_text
+from sdft.services.data.chat_template import REPLY, ReplyEnd, left_out, reply_end, reply_text
 from sdft.services.data.demonstrations import Record
 from sdft.services.data.first_token import begins_twice, missing_first
 from sdft.services.data.generation import known_ends
-from sdft.services.data.messages import Message
+from sdft.services.data.messages import Message, said
 from sdft.services.data.rendering import ChatTemplate
 from sdft.services.data.template_variables import check_variables
 from sdft.services.data.templates import UserTemplate
@@ -131,7 +131,7 @@ class PromptBuilder:
             turns = [_user(_FEEDBACK.format(question=question, feedback=item.feedback))]
         elif template == "turn":
             first = question if item.context is None else f"{_CONTEXT.format(context=item.context)}{question}"
-            turns = [_user(first), *later, _reply(item.demonstration), _user(question)]
+            turns = [_user(first), *later, *_replies(item.demonstration), _user(question)]
         elif self._user_template is None:
             turns = [_user(_paper(question, self._as_example(item) or "", item.context))]
         else:
@@ -149,7 +149,8 @@ class PromptBuilder:
                     f"same; put {{{{ {self._shown} }}}} into the template"
                 )
             turns = [_user(text)]
-        whole = at + 1 + len(later) if template == "turn" else None
+        one = template == "turn" and not isinstance(item.demonstration, tuple)
+        whole = at + 1 + len(later) if one else None
         return self._encode([*earlier, *turns, *later], item, self._teacher_variables, whole)
 
     def demonstration(self, item: Record) -> list[int]:
@@ -158,6 +159,11 @@ class PromptBuilder:
         They are what the chat template renders behind the prompt. UserError if it does not show the demonstration
         there, or if the demonstration has the token that ends a reply.
         """
+        if isinstance(item.demonstration, tuple):
+            raise UserError(
+                f"{item.where}: the demonstration has several turns, and a reply that is trained has one; use method "
+                f"sdft, whose teacher sees all of them"
+            )
         prompt, text, end = self._as_reply(item)
         # Tokenized behind the prompt, because some tokenizers treat the beginning of a text in another way.
         before, ids = self._ids(prompt), self._ids(f"{prompt}{text}")
@@ -171,6 +177,7 @@ class PromptBuilder:
 
     def _as_reply(self, item: Record) -> tuple[str, str, int]:
         """Return the student's prompt, the demonstration as a reply to it, and the token that ends the reply."""
+        assert not isinstance(item.demonstration, tuple)
         messages, reply = self._with_system(item), _reply(item.demonstration)
         answered = [*messages, reply]
         prompt, whole = self._render(messages, item, opened=True), self._render(answered, item, opened=False)
@@ -182,21 +189,40 @@ class PromptBuilder:
             raise UserError(f"{item.where}: {self._chat.name} {problem}") from None
 
     def length(self, item: Record) -> int:
-        """Return about how many tokens the demonstration has as a reply, without a check."""
-        reply = _reply(item.demonstration)
-        calls = "".join(json.dumps(call["function"], ensure_ascii=False) for call in reply.get("tool_calls", []))
-        return len(self._ids(f"{reply['content']}{calls}{self.end(item).text}")) + 1
+        """Return about how many tokens the demonstration has as a reply, or its longest one, without a check."""
+        end = self.end(item).text
+        replies = [m for m in _replies(item.demonstration) if m["role"] == "assistant"]
+        return max(len(self._ids(f"{said(reply)}{end}")) + 1 for reply in replies)
 
     def _as_example(self, item: Record) -> str | None:
         """Return the demonstration as text in a user's message; None if there is none.
 
-        A message with calls is what the chat template writes for it, without an empty reasoning that it adds.
+        A message with calls is what the chat template writes for it, without an empty reasoning that it adds. Several
+        turns are written with their roles.
         """
+        if isinstance(item.demonstration, tuple):
+            return "\n\n".join(f"{m['role']}: {without_thoughts(said(m)).strip()}" for m in item.demonstration)
         if not isinstance(item.demonstration, dict):
             return item.demonstration
         _, text, _ = self._as_reply(item)
         content = item.demonstration["content"]
         return (text if without_thoughts(content) != content else without_thoughts(text)).strip()
+
+    def between(self, item: Record, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the token ids between the end of a reply and the next one, with these messages there.
+
+        They are what the chat template renders behind the token that ends a reply. The reply itself is not rendered:
+        its tokens stay as they were sampled. UserError if the template does not show the messages.
+        """
+        end = self.end(item)
+        answers = [Message(role=m["role"], content=m["content"]) for m in messages]
+        before = [*self._with_system(item), Message(role="assistant", content=REPLY)]
+        behind = self._render([*before, *answers], item, opened=True).rpartition(REPLY)[2]
+        token = self._tokenizer.convert_ids_to_tokens(end.token_id)
+        ended, _, text = behind.partition(f"{end.text}{token}")
+        if ended.strip() or left_out(text, answers) is not None:
+            raise UserError(f"{item.where}: {self._chat.name} does not show what answers a reply unchanged")
+        return self._ids(text)
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of a reply, without the token that ends it and other special tokens."""
@@ -283,6 +309,17 @@ class RecordContexts:
         """Return the text of a completion [T], without the token that ends it."""
         return self.builder.text(ids.tolist())
 
+    def between(self, messages: Sequence[Mapping[str, Any]]) -> IntArray:
+        """Return the tokens [C] between the end of a reply and the next one, with these messages there."""
+        return np.asarray(self.builder.between(self.record, messages), dtype=np.int32)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The columns of the record, for an environment."""
+        r = self.record
+        columns = {name: getattr(r, name) for name in ("id", "answer", "context", "feedback", "demonstration", "tools")}
+        return columns | {"prompt": [dict(message) for message in r.messages]}
+
 
 def shown_to_teacher(data: DataConfig, base: Path) -> str | None:
     """Return the column that rows need for data.template; None: only the prompt.
@@ -306,6 +343,11 @@ def _user_template(template: str, base: Path) -> UserTemplate:
 
 def _user(content: str) -> Message:
     return Message(role="user", content=content)
+
+
+def _replies(demonstration: str | Message | tuple[Message, ...] | None) -> list[Message]:
+    """Return the demonstration as messages: a reply, or several turns."""
+    return list(demonstration) if isinstance(demonstration, tuple) else [_reply(demonstration)]
 
 
 def _reply(demonstration: str | Message | None) -> Message:

@@ -24,7 +24,7 @@ class Record:
 
     id: str
     messages: tuple[Message, ...]  # the last one is the user's or a tool's; empty for a text
-    demonstration: str | Message | None  # a message if it has tool calls
+    demonstration: str | Message | tuple[Message, ...] | None  # a message if it has tool calls; several turns
     context: str | None
     feedback: str | None
     answer: Any

@@ -1,5 +1,6 @@
 """Chat messages as they are read: roles, content as text or text parts, tool calls and their results."""
 
+import json
 from typing import Any, Literal, NotRequired, TypedDict
 
 from sdft.services.data.rows import json_kind
@@ -20,6 +21,12 @@ class Message(TypedDict):
     tool_calls: NotRequired[list[dict[str, Any]]]  # of the assistant; the arguments of each are an object
     name: NotRequired[str]  # of the tool that sends the message
     tool_call_id: NotRequired[str]  # of the call that the tool's message answers
+
+
+def said(message: Message) -> str:
+    """Return a message as text: its content, then its calls as JSON, a line each."""
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return "\n".join([*filter(None, [message["content"]]), *calls])
 
 
 def messages_of(value: Any, at: str) -> list[Message]:

@@ -134,7 +134,16 @@ def _text(value: Any, at: str, expected: str) -> str:
     return text_of(value, at, expected)
 
 
-def _demonstration(value: Any, at: str) -> str | Message:
+def _demonstration(value: Any, at: str) -> str | Message | tuple[Message, ...]:
+    """Return a reply, or the messages of a conversation that goes on: replies, and what answered them."""
+    if isinstance(value, list) and value and all(isinstance(v, dict) and "role" in v for v in value):
+        messages = tuple(message_of(message, f"{at} message {i}") for i, message in enumerate(value, start=1))
+        for place, message in (("first", messages[0]), ("last", messages[-1])):
+            if message["role"] != "assistant":
+                raise Unusable(f"{at}: the {place} message must be the assistant's, not the {message['role']}'s")
+        if any(message["role"] == "system" for message in messages):
+            raise Unusable(f"{at}: a system message belongs into the prompt")
+        return messages if len(messages) > 1 else _demonstration(value[0], at)
     if not isinstance(value, dict):
         return text_of(value, at)
     message = message_of(value, at)

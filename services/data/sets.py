@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from sdft.actors.shared.types import IntArray
+from sdft.services.config.environment import EnvironmentConfig
 from sdft.services.config.sections import EvaluationSet
-from sdft.services.data.contexts import PromptPair
+from sdft.services.data.contexts import PromptBuilder, PromptPair, RecordContexts
 from sdft.services.data.demonstrations import Record
 from sdft.services.records.rows import STUDENT_ACCURACY
 
@@ -19,6 +20,13 @@ class LoadedSet:
     settings: EvaluationSet
     questions: Sequence[Record]
     prompts: Sequence[PromptPair]
+    builder: PromptBuilder | None = None  # of the prompts; None: of texts
+    environment: EnvironmentConfig | None = None  # with grader environment
+
+    def contexts(self, index: int) -> RecordContexts:
+        """Return what builds the further tokens of a question's episode."""
+        assert self.builder is not None
+        return RecordContexts(self.builder, self.questions[index], 0)
 
     @property
     def has_teacher(self) -> bool:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sdft.actors.shared.types import GenerateRequest, Rollout, Sampling
+from sdft.actors.shared.drafts import Completion
+from sdft.actors.shared.types import GenerateRequest, IntArray, Rollout, Sampling
 from sdft.services.data.schedule import seed_of
 from sdft.services.data.sets import LoadedSet
 from sdft.services.data.thoughts import ReplyText
+from sdft.services.environments.player import EpisodePlayer
 from sdft.services.fleet.pool import EnginePool
 from sdft.services.grading.grade import asked, grade
 from sdft.services.grading.pass_at_k import pass_at_k
@@ -45,7 +47,8 @@ class Evaluator:
             if loaded.settings.is_text:
                 results.append(await self._perplexity(pool, loaded, step, stage))
                 continue
-            result, of_set = await self._run(pool, loaded, STUDENT_ACCURACY, step, stage)
+            run = self._run if loaded.environment is None else self._play
+            result, of_set = await run(pool, loaded, STUDENT_ACCURACY, step, stage)
             results.append(result)
             replies += of_set
             results += await self._pass_at(pool, loaded, STUDENT_ACCURACY, step, stage)
@@ -55,7 +58,8 @@ class Evaluator:
         """Evaluate the sets that have demonstrations, with these in the prompt: the accuracy to learn from."""
         results = []
         for loaded in (loaded for loaded in sets if loaded.has_teacher):
-            results.append((await self._run(pool, loaded, TEACHER_ACCURACY, step, stage))[0])
+            run = self._run if loaded.environment is None else self._play
+            results.append((await run(pool, loaded, TEACHER_ACCURACY, step, stage))[0])
             results += await self._pass_at(pool, loaded, TEACHER_ACCURACY, step, stage)
         return results
 
@@ -118,6 +122,47 @@ class Evaluator:
             )
             for question, rollout, text, correct in zip(loaded.questions, rollouts, texts, grades, strict=True)
         ]
+        share = sum(reply.correct for reply in replies) / len(replies)
+        return EvalResult(step, stage, s.name, metric, share, len(replies)), replies
+
+    async def _play(
+        self, pool: EnginePool, loaded: LoadedSet, metric: str, step: int, stage: int
+    ) -> tuple[EvalResult, list[Reply]]:
+        """Play an episode for each question, greedily. The environment says whether it has passed."""
+        s, environment = loaded.settings, loaded.environment
+        assert environment is not None
+        self._say(f"{_asked(s.name, metric)}: {len(loaded.questions)} episodes")
+
+        async def complete(prompts: Sequence[IntArray], seeds: Sequence[int]) -> list[tuple[Completion, IntArray]]:
+            rollouts = await pool.generate([GenerateRequest(ids) for ids in prompts], Sampling(s.max_new_tokens, 0.0))
+            return [(Completion.of(rollout), rollout.completion_ids) for rollout in rollouts]
+
+        player = EpisodePlayer(environment, s.max_new_tokens)
+        starts = [(ids, 0, loaded.contexts(i)) for i, ids in enumerate(loaded.prompts_of(metric))]
+        played = []
+        try:
+            for first in range(0, len(starts), environment.concurrent):
+                played += await player.play_all(starts[first : first + environment.concurrent], complete)
+        finally:
+            await player.environments.stop()
+        replies = []
+        for i, (question, (episode, lost)) in enumerate(zip(loaded.questions, played, strict=True)):
+            texts = [] if episode is None else list(map(loaded.contexts(i).text, episode.ids))
+            said = lost if episode is None else episode.feedback
+            replies.append(
+                Reply(
+                    step=step,
+                    task=s.name,
+                    id=question.id,
+                    prompt=asked(question),
+                    answer=question.answer,
+                    text="\n\n".join([*texts, *([f"[{said}]"] if said else [])]),
+                    correct=episode is not None and bool(episode.passed),
+                    tokens=0 if episode is None else sum(map(len, episode.ids)),
+                    truncated=episode is not None and episode.completions[-1].finish_reason == "length",
+                    turns=len(texts),
+                )
+            )
         share = sum(reply.correct for reply in replies) / len(replies)
         return EvalResult(step, stage, s.name, metric, share, len(replies)), replies
 

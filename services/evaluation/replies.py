@@ -51,6 +51,10 @@ def regrade(config: RunConfig, base: Path, path: Path) -> tuple[list[EvalResult]
         by_set.setdefault(reply.task, []).append((reply, questions[reply.id]))
     replies = []
     for task in by_set:
+        if sets[task][0].grader == "environment":
+            raise UserError(
+                f"{path}: the set {task} is graded by its environment while the episodes are played; remove its replies"
+            )
         judge = sets[task][0].judge
         if judge is not None:
             check_judge(task, judge)

@@ -1,13 +1,12 @@
 """Grade replies to the questions of an evaluation set, by a rule or by a judge."""
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from sdft.actors.shared.waiting import within
 from sdft.services.config.sections import EvaluationSet
 from sdft.services.data.demonstrations import Record
-from sdft.services.data.messages import Message
+from sdft.services.data.messages import said
 from sdft.services.data.thoughts import without_thoughts
 from sdft.services.grading.graders import GRADERS
 from sdft.services.grading.judge import judged
@@ -36,17 +35,12 @@ def asked(question: Record) -> str:
     """Format a question for a judge: the message, or all messages with their roles."""
     if len(question.messages) == 1:
         return question.messages[0]["content"]
-    return "\n\n".join(f"{m['role']}: {_said(m)}" for m in question.messages)
-
-
-def _said(message: Message) -> str:
-    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
-    return "\n".join([*filter(None, [message["content"]]), *calls])
+    return "\n\n".join(f"{m['role']}: {said(m)}" for m in question.messages)
 
 
 def answer_check(settings: EvaluationSet) -> Callable[[Any], str | None]:
     """Return the check of a row's answer; the check returns None, or the reason why the answer cannot be used."""
-    if settings.is_text:
+    if settings.is_text or settings.grader == "environment":
         return lambda answer: None
     if settings.judge is not None:
         return lambda answer: None if isinstance(answer, str) and answer.strip() else "answer must be text for a judge"

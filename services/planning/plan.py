@@ -105,10 +105,10 @@ def make_plan(config: RunConfig, shape: ModelShape, longest_prompts: Sequence[in
 
 def _largest_forward(config: TaskConfig, longest_prompt: int) -> tuple[int, int, int]:
     """Return (tokens, loss tokens, tokens a sequence) of a rank's largest forward, with completions of full length."""
-    sequence = longest_prompt + config.sampling.max_new_tokens
+    sequence = longest_prompt + config.longest_reply
     share = -(-config.training.batch_size * config.sampling.generations // config.learner.ranks)
     sequences = max(1, min(share, config.learner.micro_batch_tokens // sequence))
-    return sequences * sequence, sequences * config.sampling.max_new_tokens, sequence
+    return sequences * sequence, sequences * config.longest_reply, sequence
 
 
 def pools(config: RunConfig) -> tuple[str, ...]:
@@ -127,14 +127,19 @@ def engine_settings(config: RunConfig, model: Path, pool: str) -> EngineSettings
     UserError if the longest sequence exceeds the model's positions or the KV cache.
     """
     e = config.actors.pools[pool]
-    longest_reply = max([t.sampling.max_new_tokens for t in config.tasks] + [s.max_new_tokens for s in config.sets])
+    longest_reply = max(
+        [task.longest_reply for task in config.tasks]
+        + [s.max_new_tokens for s in config.sets]
+        + [s.environment.max_tokens for s in config.sets if s.environment is not None]
+    )
     max_model_len = max(task.data.max_teacher_prompt_tokens for task in config.tasks) + longest_reply + 1
     shape = json.loads((model / "config.json").read_text())
     limit = shape.get("max_position_embeddings")
     if limit is not None and max_model_len > limit:
         raise UserError(
             f"data.max_teacher_prompt_tokens and the longest reply add up to {max_model_len} tokens, but the model in "
-            f"{model} has {limit} positions; lower data.max_teacher_prompt_tokens or max_new_tokens"
+            f"{model} has {limit} positions; lower data.max_teacher_prompt_tokens, max_new_tokens or "
+            f"environment.max_tokens"
         )
     cache = _cache_bytes_per_token(shape, WIDTH[config.dtype]) * max_model_len / GIB
     if config.device == "cpu" and cache > e.cpu_cache_gib:

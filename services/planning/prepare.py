@@ -21,7 +21,7 @@ from sdft.services.data.tokenizer import load_tokenizer, vocabulary_of
 from sdft.services.grading.grade import answer_check
 from sdft.services.grading.judge import check_judge
 from sdft.services.planning.derived import Derived, derived
-from sdft.services.planning.engines import check_own_engines
+from sdft.services.planning.engines import check_environments, check_own_engines
 from sdft.services.planning.examined import examined
 from sdft.services.planning.fingerprint import fingerprint_of
 from sdft.services.planning.models import check_positions, check_trainable, resolve_model
@@ -49,6 +49,7 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
     check_sinks(config.monitoring)
     check_files(config, base)
     check_own_engines(config)
+    check_environments(config)
     loaded = [
         load_rows(task, base, _questions(stage_sets, base))
         for task, stage_sets in zip(config.tasks, [s.sets for s in config.stages] or [()], strict=True)
@@ -208,5 +209,5 @@ def _sets(
     for s, items in questions:
         prompts = text_prompts(tokenizer, items, limits[1]) if s.is_text else build_prompts(builder, items, *limits)
         check_ids(items, prompts, rows)
-        loaded.append(LoadedSet(s, items, prompts))
+        loaded.append(LoadedSet(s, items, prompts, builder, task.environment_of(s)))
     return loaded

@@ -218,6 +218,7 @@ class Reply:
     correct: bool
     tokens: int | None = None  # of the reply; None: the file does not have it
     truncated: bool | None = None  # it reached the longest length of its set
+    turns: int | None = None  # replies of an episode; text has all of them, tokens counts them
 
 
 SHOWN = 6  # replies of each set and step that are kept for display

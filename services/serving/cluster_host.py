@@ -13,6 +13,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -44,7 +45,10 @@ class EngineNode:
         return Process(os.getpid(), ray.get_runtime_context().get_node_id())
 
     async def start(self, program: Sequence[str], given: dict[str, Any], key: str) -> tuple[int, str, int]:
-        """Start the process. Returns its id, and the address and port on which it will answer."""
+        """Start the process. Returns its id, and the address and port on which it will answer.
+
+        program: what this node's Python is given.
+        """
         folder = self._scratch.enter_context(scratch_folder("sdft-node-"))
         address = ray.util.get_node_ip_address()
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -54,6 +58,7 @@ class EngineNode:
             self._log = folder / "engine.log"
             with self._log.open("ab") as file:
                 self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
                     *program,
                     str(settings),
                     stdin=asyncio.subprocess.DEVNULL,
@@ -74,8 +79,11 @@ class ClusterHost:
     """Starts processes on the nodes of the cluster to which this process is connected."""
 
     def __init__(self, program: Sequence[str], place: ClusterPlace, gpus: float, wait_s: float) -> None:
-        """gpus: of each engine. wait_s: how long an engine may wait for room in the cluster."""
-        self._program, self._wait_s = program, wait_s
+        """program: its Python, which may be another one on another node, and what it is given.
+
+        gpus: of each engine. wait_s: how long an engine may wait for room in the cluster.
+        """
+        self._program, self._wait_s = list(program[1:]), wait_s
         self._actor = ray.remote(EngineNode).options(
             num_cpus=place.cpus, num_gpus=gpus, label_selector=dict(place.labels), max_restarts=0
         )
@@ -86,7 +94,7 @@ class ClusterHost:
         try:
             await within(actor.placed(), self._wait_s, "room in the cluster")
             pid, address, port = await within(
-                actor.call("start", list(self._program), given, key), self._wait_s, f"the process of {name}"
+                actor.call("start", self._program, given, key), self._wait_s, f"the process of {name}"
             )
         except TimeoutError as error:
             actor.kill()

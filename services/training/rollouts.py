@@ -19,9 +19,10 @@ from typing import TypeVar
 from sdft.actors.shared.drafts import CompletionLost, Draft
 from sdft.actors.shared.types import SampleId, Sampling
 from sdft.actors.shared.waiting import all_of, cancelled, within
-from sdft.services.algorithms.base import Group
+from sdft.services.algorithms.base import Group, Player
 from sdft.services.base.errors import RunFailed
 from sdft.services.data.schedule import StageSchedule, sample_seed
+from sdft.services.environments.player import EpisodePlayer
 from sdft.services.fleet.pool import EnginePool
 from sdft.services.planning.prepared import Prepared, Stage
 from sdft.services.records.ledger import Ledger
@@ -84,6 +85,8 @@ class Rollouts:
         self._making: dict[int, asyncio.Task[Batch]] = {}
         self.begun = first_step  # last step whose batch was begun
         self._opened: StageSchedule | None = None  # batches of later stages are not begun
+        self._players: dict[int, EpisodePlayer] = {}  # by number of the stage
+        self._lost: dict[SampleId, str] = {}  # why a sample has no episode
 
     def open(self, stage: StageSchedule) -> None:
         """Allow the batches of a stage to begin, once its teacher is in place to score them."""
@@ -117,8 +120,19 @@ class Rollouts:
         return batch
 
     async def stop(self) -> None:
-        """Cancel the batches in progress."""
+        """Cancel the batches in progress, and end the environments."""
         await cancelled(self._making.values())
+        await asyncio.gather(*(player.environments.stop() for player in self._players.values()))
+
+    def _player(self, step: int, stage: Stage) -> EpisodePlayer | None:
+        """Return the player of a stage; None if it has no environment."""
+        number, environment = self._prepared.schedule.at(step).stage, stage.config.environment
+        if environment is None:
+            return None
+        if number not in self._players:
+            longest = stage.config.sampling.max_new_tokens
+            self._players[number] = EpisodePlayer(environment, longest, self._lost.__setitem__)
+        return self._players[number]
 
     async def _make(self, step: int, ids: list[SampleId]) -> Batch:
         """Make a batch. In a strict run all of it is made again if a completion is lost, with the same bits."""
@@ -127,7 +141,7 @@ class Rollouts:
 
     async def _made(self, step: int, ids: list[SampleId]) -> Batch:
         began, stage, strict = now(), self._prepared.at(step), self._prepared.config.strict
-        groups, s = list(_groups(step, stage, ids)), stage.config.sampling
+        groups, s = list(_groups(step, stage, ids, self._player(step, stage))), stage.config.sampling
         calls = EngineCalls(
             self._students,
             self._teachers,
@@ -158,10 +172,14 @@ class Rollouts:
             work.cancel()
             calls.cancel()
         drafts = [draft for of_group in made for draft in of_group]
+        reasons = {sample: self._lost[sample] for sample in ids if sample in self._lost}
         if strict:
             drafts = self._accounted(ids, drafts)
+        for sample in reasons:
+            self._lost.pop(sample, None)
         if not drafts:
-            raise RunFailed(f"step {step}: the algorithm made no training sequence of its {len(ids)} samples")
+            why = f": {reason}" if (reason := next(iter(reasons.values()), "")) else ""
+            raise RunFailed(f"step {step}: the algorithm made no training sequence of its {len(ids)} samples{why}")
         ready = max(calls.sampled, calls.ready)
         times = Times()
         times.seconds |= {
@@ -191,7 +209,8 @@ class Rollouts:
             return made
         for sample in samples:
             if sample not in tokens and self._ledger.state(sample) is not None:
-                self._ledger.drop(sample, "the algorithm made no training sequence of it")
+                reason = self._lost.get(sample, "the algorithm made no training sequence of it")
+                self._ledger.drop(sample, reason)
         return [draft for draft in made if self._ledger.state(draft.sample) is not None]
 
     def _mark_sampled(self, samples: Sequence[SampleId]) -> None:
@@ -220,7 +239,7 @@ async def _retried(make: Callable[[], Awaitable[T]]) -> T:
     return await make()
 
 
-def _groups(step: int, stage: Stage, ids: list[SampleId]) -> Iterator[Group]:
+def _groups(step: int, stage: Stage, ids: list[SampleId], player: Player | None) -> Iterator[Group]:
     """Yield the groups of a batch: the samples of one record each."""
     for (_, _, record), of_record in groupby(ids, key=lambda s: s[:3]):
         samples, pair = tuple(of_record), stage.prompts[record]
@@ -232,4 +251,5 @@ def _groups(step: int, stage: Stage, ids: list[SampleId]) -> Iterator[Group]:
             teacher_ids=pair.teacher_ids,
             demonstration_ids=pair.demonstration_ids,
             contexts=stage.contexts(record),
+            player=player,
         )

@@ -24,7 +24,7 @@ def write_service(folder: Path, model: Path, **service: Any) -> Path:
     settings: dict[str, Any] = {
         "http": {"port": 0},
         "serving": {"kv_cache_gib": 0.1, "max_model_len": 1024, "max_num_seqs": 8},
-        "window": {"min_records": 8, "epochs": 12, "held_out": 0.0, "replay": 0.0},
+        "window": {"min_records": 8, "epochs": 8, "held_out": 0.0, "replay": 0.0},
         "gate": {"promote_below": 0.4},
     }
     for key, value in service.items():
@@ -50,38 +50,32 @@ def demonstrations(first: int = 0, count: int = 8, text: str = "Yes.") -> list[d
     return [{"prompt": f"Say number {i}.", "demonstration": text} for i in range(first, first + count)]
 
 
-class RunningService:
-    """A service in a process of its own."""
+class AskedService:
+    """A service that runs, as its clients see it."""
 
-    def __init__(self, target: Path, folder: Path, *more: str, environment: dict[str, str] = ENVIRONMENT) -> None:
-        """target: what `sdft serve` is given. folder: of the service. more: further words of the command."""
-        self.folder, self._target, self._more, self._environment = folder, target, more, environment
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.url = folder, ""
         self.http = httpx.Client(timeout=60)
-        self.start()
 
-    def start(self) -> None:
-        """Start the process, and wait until an engine takes requests."""
-        (self.folder / "service.json").unlink(missing_ok=True)
-        command = [sys.executable, "-m", "sdft.services.cli", "serve", str(self._target), "--run-dir", str(self.folder)]
-        self.folder.parent.mkdir(exist_ok=True)
-        self.log = self.folder.with_suffix(".log")
-        with self.log.open("a") as file:
-            self.process = subprocess.Popen([*command, *self._more], stdout=file, stderr=file, env=self._environment)
+    def said(self) -> str:
+        """Return what the service has printed, for messages."""
+        return ""
+
+    def check_running(self) -> None:
+        """Raise AssertionError if the service has ended."""
+
+    def connect(self) -> None:
+        """Wait until an engine takes requests."""
         until = time.monotonic() + START_S
         while time.monotonic() < until:
-            assert self.process.poll() is None, self.log.read_text()
+            self.check_running()
             if (self.folder / "service.json").exists():
                 self.url = json.loads((self.folder / "service.json").read_text())["url"]
                 self.http.base_url = self.url
                 if self.http.get("/readyz").status_code == 200:
                     return
             time.sleep(0.1)
-        raise TimeoutError(f"the service was not ready within {START_S} s: {self.log.read_text()}")
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        """Send a signal and return the exit code."""
-        self.process.send_signal(number)
-        return self.process.wait(60)
+        raise TimeoutError(f"the service was not ready within {START_S} s: {self.said()}")
 
     def get(self, path: str) -> Any:
         answer = self.http.get(f"/v1/{path}")
@@ -113,7 +107,7 @@ class RunningService:
             if found.status_code == 200 and found.json()["status"] not in ("candidate",):
                 return dict(found.json())
             time.sleep(0.2)
-        raise TimeoutError(f"release {release} was not decided: {self.log.read_text()}")
+        raise TimeoutError(f"release {release} was not decided: {self.said()}")
 
     def doing(self, what: str) -> None:
         """Wait until the service does something."""
@@ -122,12 +116,43 @@ class RunningService:
             if self.get("status")["doing"].startswith(what):
                 return
             time.sleep(0.05)
-        raise TimeoutError(f"the service did not come to: {what}: {self.log.read_text()}")
+        raise TimeoutError(f"the service did not come to: {what}: {self.said()}")
 
     def command(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run an sdft command on the service's folder."""
         command = [sys.executable, "-m", "sdft.services.cli", words[0], str(self.folder), *words[1:]]
         return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+
+
+class RunningService(AskedService):
+    """A service in a process of its own."""
+
+    def __init__(self, target: Path, folder: Path, *more: str, environment: dict[str, str] = ENVIRONMENT) -> None:
+        """target: what `sdft serve` is given. folder: of the service. more: further words of the command."""
+        super().__init__(folder)
+        self._target, self._more, self._environment = target, more, environment
+        self.start()
+
+    def start(self) -> None:
+        """Start the process, and wait until an engine takes requests."""
+        (self.folder / "service.json").unlink(missing_ok=True)
+        command = [sys.executable, "-m", "sdft.services.cli", "serve", str(self._target), "--run-dir", str(self.folder)]
+        self.folder.parent.mkdir(exist_ok=True)
+        self.log = self.folder.with_suffix(".log")
+        with self.log.open("a") as file:
+            self.process = subprocess.Popen([*command, *self._more], stdout=file, stderr=file, env=self._environment)
+        self.connect()
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def check_running(self) -> None:
+        assert self.process.poll() is None, self.said()
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and return the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(60)
 
     def close(self) -> None:
         self.http.close()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -23,10 +24,11 @@ from transformers import AutoModelForCausalLM
 from sdft.services.records.batches import read_batch
 from sdft.services.records.rows import read_jsonl
 from tests.fakes.rollouts import logprobs
-from tests.fakes.tiny import TOKENS
+from tests.fakes.tiny import TOKENS, make_tiny_model
 from tests.papers.documents import ROOT, commands
 from tests.runs.leftovers import new_since, on_machine
-from tests.runs.run import BIN, command, finish, free_port, metrics, replayed, wait_for_step, write_run
+from tests.runs.run import BIN, command, finish, free_port, metrics, replayed, wait_for_step, wait_until, write_run
+from tests.runs.service import AskedService, demonstrations, write_service
 from tests.runs.wheel import install_wheel
 
 # The adapters begin with no change; this rate changes them noticeably within four steps.
@@ -193,3 +195,36 @@ def test_submit_follow_reports_a_failed_job(head: Head, tiny_model: Path, tmp_pa
     )
     assert result.returncode == 1
     assert "demonstration is missing" in result.stdout
+
+
+def test_a_service_as_a_job_has_its_engines_on_the_clusters_nodes(head: Head, tmp_path: Path) -> None:
+    """It is taught, trains on the cluster, and promotes. `ray job stop` ends all of it."""
+    folder, work = tmp_path / "shared" / "service", tmp_path / "work"
+    work.mkdir()
+    serving, window = {"cluster": {"cpus": 0.5}}, {"epochs": 2}
+    write_service(work, make_tiny_model(tmp_path / "model"), serving=serving, window=window)
+    words = ["submit", "service.yaml", "--serve", "--address", head.dashboard, "--run-dir", str(folder)]
+
+    def run(*command: str | Path) -> str:
+        done = subprocess.run(command, cwd=work, env=head.environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    job = run(head.bin / "sdft", *words).partition("submitted as ")[2].partition(";")[0]
+    try:
+        service = AskedService(folder)
+        service.connect()
+        (engine,) = service.get("status")["engines"]
+        assert engine["place"] not in ("", "this machine")
+        parent = psutil.Process(engine["pid"]).parent()
+        assert parent is not None
+        assert "EngineNode" in " ".join(parent.cmdline())
+        assert service.ask("Say number 3.")[0] == 1
+        service.post("demonstrations", demonstrations())
+        assert service.decided(2)["status"] == "served"
+        assert service.ask("Say number 3.")[0] == 2
+        service.http.close()
+    finally:
+        run(head.bin / "ray", "job", "stop", "--address", head.dashboard, job)
+    wait_until(lambda: not psutil.pid_exists(engine["pid"]), "the engine ends with its service")
+    assert not (folder / "service.json").exists()

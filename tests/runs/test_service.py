@@ -112,7 +112,7 @@ def test_feedback(service: RunningService, client: openai.OpenAI) -> None:
     (record,) = service.post("feedback", {"receipt": answer.id, "correction": "Yes."})["ids"]
     row = service.get(f"records/{record}")["row"]
     assert (row["prompt"], row["demonstration"], row["receipt"]) == (say(0), "Yes.", answer.id)
-    assert service.get("status")["feedback"] == {"score": 1, "comment": 1}
+    assert service.get("status")["feedback"] == {"score": 1, "comment": 1, "correction": 1}
     streamed = list(client.chat.completions.create(model="sdft", messages=say(1), max_tokens=4, stream=True))
     (record,) = service.post("feedback", {"receipt": streamed[0].id, "correction": "Yes."})["ids"]
     assert service.get(f"records/{record}")["row"]["prompt"] == say(1)
@@ -138,7 +138,7 @@ def test_streams_live_through_a_promotion(service: RunningService) -> None:
 
     async def run() -> tuple[list[tuple[str, str]], dict[str, Any]]:
         until = asyncio.Event()
-        streams = [asyncio.create_task(_streams(service.url, until)) for _ in range(3)]
+        streams = [asyncio.create_task(_streams(service.url, until)) for _ in range(2)]
         await asyncio.to_thread(service.post, "demonstrations", demonstrations(2, 6))
         release = await asyncio.to_thread(service.decided, 2)
         await asyncio.sleep(1)
@@ -157,7 +157,7 @@ def test_streams_live_through_a_promotion(service: RunningService) -> None:
 def test_what_became_of_a_record(service: RunningService) -> None:
     record = service.get("records/rec-4")
     assert (record["state"], record["window"], record["release"]) == ("trained", 1, 2)
-    assert len(record["steps"]) == 12  # once in each epoch
+    assert len(record["steps"]) == 8  # once in each epoch
     deleted = service.http.delete("/v1/records/rec-4").json()
     assert (deleted["state"], deleted["releases"]) == ("trained", [2])
     listed = service.get("records?state=trained&limit=3")
@@ -215,9 +215,11 @@ def test_the_tutorial_does_what_it_says(service: RunningService, tmp_path: Path)
 
     page = ROOT / "docs" / "service.md"
     assert "sdft serve my.yaml" in blocks(page)
-    asked, corrected, taught = (text for text in blocks(page) if text.startswith("curl "))
+    asked, corrected, commented, taught = (text for text in blocks(page) if text.startswith("curl "))
     receipt = json.loads(run(asked))["id"]
     assert json.loads(run(corrected.replace("chatcmpl-...", receipt))) == {"ids": ["rec-17"]}
+    counted = {"ids": [], "counted": ["comment"]}  # this service's method has no teacher that could see a comment
+    assert json.loads(run(commented.replace("chatcmpl-...", receipt))) == counted
     assert json.loads(run(taught)) == {"ids": ["rec-18", "rec-19"]}
     shown, listed, audited, *_ = block("sdft status", page).splitlines()
     assert f"service     runs at {service.url}" in run(shown)
@@ -234,7 +236,7 @@ def test_a_stop_leaves_nothing(service: RunningService, before: set[str]) -> Non
     assert new_since(before) == set()
     status = service.command("status").stdout.splitlines()
     assert status[0].split() == ["service", "does", "not", "run"]
-    assert "2 is served (window 1, 24 steps); 3 releases" in status[1]
+    assert "2 is served (window 1, 16 steps); 3 releases" in status[1]
     assert "20 received: " in status[-1]
     refused = service.command("rollback")
     assert refused.returncode == 3

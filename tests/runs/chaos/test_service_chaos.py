@@ -30,6 +30,7 @@ EPOCHS = 2
 BACK_S = 60  # limit of the time from the death of the service to the first engine
 SETTLE_S = 300
 PAUSES = (0.5, 3.0)  # seconds between two rounds
+TEACH_EVERY_S = 0.25 if KILLS > 10 else 1.0  # few kills leave time for few records
 AT_ONCE = (1, 2, 3)  # kinds of processes that are killed in one round; one of these numbers
 NAMES = {
     "engine": "engine_process",
@@ -57,7 +58,7 @@ class Clients:
             key, row = f"key-{number}", demonstrations(number, 1)[0]
             if self._try(lambda key=key, row=row: self._acknowledge(key, row)):  # type: ignore[misc]
                 number += 1
-            time.sleep(0.25)
+            time.sleep(TEACH_EVERY_S)
 
     def _acknowledge(self, key: str, row: dict[str, str]) -> None:
         with httpx.Client(base_url=self._service.url, timeout=30) as http:

@@ -101,6 +101,13 @@ class Texts:
     def text(self, ids: IntArray) -> str:
         return f"{len(ids)} tokens"
 
+    def between(self, messages: Any) -> IntArray:
+        raise AssertionError("no episode is played here")
+
+    @property
+    def row(self) -> dict[str, Any]:
+        return {}
+
 
 @pytest.mark.usefixtures("own_folder")
 @pytest.mark.parametrize("staleness", [0, 1])

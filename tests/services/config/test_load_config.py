@@ -147,7 +147,8 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
         (
             "evaluation: {sets: [{name: a, file: f}]}",
             "my.yaml: evaluation.sets[0].grader is required but missing; it is: the rule that decides "
-            "whether a reply is right; perplexity scores texts instead",
+            "whether a reply is right; environment: each question is an episode, and the environment says whether it "
+            "has passed; perplexity scores texts instead",
         ),
         (
             "evaluation: {sets: [{name: a, file: f, grader: exact, rle: task}]}",

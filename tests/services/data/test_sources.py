@@ -14,7 +14,6 @@ from sdft.services.base.errors import UserError
 from sdft.services.config.sections import DataConfig
 from sdft.services.data.contexts import PromptPair
 from sdft.services.data.demonstrations import Record
-from sdft.services.data.messages import Message
 from sdft.services.data.schedule import StageSchedule
 from sdft.services.data.sources.base import PromptSource
 from sdft.services.data.sources.growing import GrowingSource
@@ -59,7 +58,7 @@ def append(path: Path, *rows: dict[str, Any] | bytes) -> None:
             file.write(one if isinstance(one, bytes) else json.dumps(one).encode() + b"\n")
 
 
-def texts(source: PromptSource) -> list[str | Message | None]:
+def texts(source: PromptSource) -> list[Any]:
     source.read(ALL)
     return [record.demonstration for record in source.records]
 

@@ -1,0 +1,41 @@
+"""Settings of an environment. Imports neither torch, ray nor vllm."""
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from sdft.actors.shared.own_code import is_own
+from sdft.services.base.section import Section
+
+
+class EnvironmentConfig(Section):
+    """What answers the student's turns. An episode is the turns of one sample."""
+
+    type: str = Field(description="A class of your own, as package.module:Name")
+    settings: dict[str, Any] = Field({}, description="Arguments of the class")
+    max_turns: int = Field(8, ge=1, description="Replies of an episode; one that is not done then has not passed")
+    max_tokens: int = Field(
+        1024, ge=2, description="Tokens of an episode behind the prompt: replies, and what answers them"
+    )
+    step_timeout_s: float = Field(
+        30,
+        gt=0,
+        description="How long the environment may take to answer; the student is told, and the episode goes on",
+    )
+    max_answer_chars: int = Field(4000, ge=1, description="Characters of an answer; what is longer is cut, and says so")
+    processes: int = Field(1, ge=1, description="Processes that the episodes are spread over")
+    concurrent: int = Field(64, ge=1, description="Episodes at once")
+
+    @field_validator("type")
+    @classmethod
+    def _own(cls, value: str) -> str:
+        if not is_own(value):
+            raise ValueError(f"environment {value} is not known; name a class of your own as package.module:Name")
+        return value
+
+
+def _whole(value: Any) -> Any:
+    return {"type": value} if isinstance(value, str) else value
+
+
+Environment = Annotated[EnvironmentConfig, BeforeValidator(_whole)]  # its name alone, or with settings
