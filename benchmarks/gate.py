@@ -3,7 +3,7 @@
     python -m benchmarks.gate [--seeds 10]
 
 A model is first taught the example's skill. From it one window is trained on each batch, as a service does, and the
-gate decides. Good batches are further records of the example in correct form, one window for each seed. The seed draws
+gate decides. Good batches are other records of the example in correct form, one window for each seed. The seed draws
 the records, and is that of the run. Each bad batch is trained once. A window takes three minutes on two cores.
 """
 
@@ -114,7 +114,7 @@ async def measure(folder: Path, seeds: int) -> None:
     batches += [(name, 0, spoil) for name, spoil in BAD.items()]
     for what, seed, spoil in batches:
         choice = random.Random(seed)
-        drawn = choice.sample(rows, BATCH)
+        drawn = choice.sample(rows[FIRST:], BATCH)
         name = f"batch-{len(table)}"
         decision, _ = await window(folder / name, model, drawn if spoil is None else spoil(drawn, choice), seed)
         table.append(shown(what, decision))

@@ -52,6 +52,12 @@ class ClusterPlace(Section):
     gpus: float = Field(1, ge=0, description="GPUs of each engine, or a part of one; used with device: cuda only")
     labels: dict[str, str] = Field({}, description="Only on nodes that have these labels (ray start --labels)")
 
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> "ClusterPlace":
+        if self.gpus > 1 and self.gpus % 1:
+            raise ValueError(f"gpus {self.gpus:g} must be a part of one GPU or a whole number; round it")
+        return self
+
 
 class ServingConfig(Section):
     """The engines that answer requests. They have the weights of the release that is served."""
@@ -88,6 +94,14 @@ class ServingConfig(Section):
             raise ValueError(
                 f"max_replicas {self.max_replicas} is less than replicas {self.replicas}, which is the least; raise "
                 f"it, or leave it out for a number that stays"
+            )
+        for key in ("grow_after_s", "shrink_after_s"):
+            if self.max_replicas is None and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} has no effect without max_replicas; set it, or remove {key}")
+        if self.cluster is not None and self.cluster.gpus % 1 and self.kv_cache_gib is None:
+            raise ValueError(
+                f"cluster.gpus {self.cluster.gpus:g} puts several engines on a GPU, and each would take what is free; "
+                f"set kv_cache_gib"
             )
         return self
 
@@ -131,7 +145,7 @@ class CanaryConfig(Section):
 
     share: float = Field(0.1, gt=0, lt=1, description="Share of the users; the same user always gets the same release")
     min_feedback: int = Field(
-        20, ge=1, description="Answers with feedback, of the canary and of the served release, that it takes to decide"
+        50, ge=1, description="Answers with feedback, of the canary and of the served release, that it takes to decide"
     )
     max_wait_s: float = Field(86400, gt=0, description="After so long without a decision the candidate is held")
 
@@ -222,6 +236,27 @@ class ServiceConfig(Section):
             raise ValueError("gate.canary needs an engine of its own; set serving.replicas to 2 or more")
         if self.gate.canary is not None and not self.receipts.keep:
             raise ValueError("gate.canary compares feedback, which needs receipts; set receipts.keep: true")
+        if self.gate.canary is not None and self.gate.promotion == "by_hand":
+            raise ValueError("gate.canary has no effect with gate.promotion: by_hand; remove one of them")
+        if self.gate.canary is not None and self.gate.canary.max_wait_s > self.receipts.days * 86400:
+            raise ValueError(
+                f"gate.canary.max_wait_s {self.gate.canary.max_wait_s:g} is longer than receipts.days "
+                f"{self.receipts.days:g}, after which feedback is removed; lower it, or raise receipts.days"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_set_has_an_effect(self) -> "ServiceConfig":
+        serving = self.serving
+        if not self.receipts.keep and self.feedback != FeedbackConfig():
+            raise ValueError("feedback has no effect with receipts.keep: false, which refuses feedback; remove it")
+        most = serving.max_replicas or serving.replicas
+        if most > serving.replicas and self.http.max_in_flight <= (most - 1) * serving.max_num_seqs:
+            raise ValueError(
+                f"serving.max_replicas {most} is never reached: an engine is added when more requests than "
+                f"serving.max_num_seqs {serving.max_num_seqs} for each are in flight, and http.max_in_flight is "
+                f"{self.http.max_in_flight}; raise it to more than {(most - 1) * serving.max_num_seqs}"
+            )
         return self
 
 

@@ -35,7 +35,7 @@ class Opinions:
 
 def is_chosen(release: int, user: str, share: float) -> bool:
     """Return whether a canary answers a user: always the same for one canary, other users for the next one."""
-    digest = hashlib.sha256(f"{release}/{user}".encode()).digest()
+    digest = hashlib.sha256(f"{release}/{user}".encode(errors="surrogatepass")).digest()
     return int.from_bytes(digest[:4], "big") / 2**32 < share
 
 
@@ -60,7 +60,8 @@ def decide_canary(
     enough = min(served.count, of_canary.count) >= canary.min_feedback
     if not enough and age_s < canary.max_wait_s:
         return None
-    if chance > gate.refuse_above and enough:
+    # Feedback is looked at again and again, so chance alone may lead: a canary is refused if it is all but certain.
+    if chance > max(gate.refuse_above, 1 - gate.promote_below) and enough:
         return "refuse", text
     if chance < gate.promote_below and enough:
         return "promote", text

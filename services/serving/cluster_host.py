@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import ray
 from ray.exceptions import RayError
 
 from sdft.actors.remote import RemoteActor
-from sdft.actors.shared.process import scratch_folder
+from sdft.actors.shared.process import die_with_parent, scratch_folder
 from sdft.actors.shared.reason import reason
 from sdft.actors.shared.types import Process
 from sdft.actors.shared.waiting import within
@@ -33,6 +33,7 @@ from sdft.services.config.service import ClusterPlace
 from sdft.services.serving.host import LOG_TAIL, NotStarted, how_ended, session
 
 BACKLOG = 1024
+SAID_S = 2.0  # limit for the log of a process that is killed
 
 
 class EngineNode:
@@ -66,13 +67,18 @@ class EngineNode:
                     stderr=file,
                     env=os.environ | {"PYTHONUNBUFFERED": "1", "TMPDIR": str(folder)},
                     pass_fds=[listens.fileno()],
+                    preexec_fn=die_with_parent,
                 )
             return self._process.pid, address, listens.getsockname()[1]
 
     async def ended(self) -> tuple[int, str]:
         """Wait for the end of the process. Returns its exit code and the end of its log."""
         code = await self._process.wait()
-        return code, self._log.read_bytes()[-LOG_TAIL:].decode(errors="replace")
+        return code, await self.said()
+
+    async def said(self) -> str:
+        """Return the end of the process's log."""
+        return self._log.read_bytes()[-LOG_TAIL:].decode(errors="replace")
 
 
 class ClusterHost:
@@ -98,7 +104,8 @@ class ClusterHost:
             )
         except TimeoutError as error:
             actor.kill()
-            raise NotStarted(f"{error}; it needs {self._room}; free in the cluster now: {free()}") from None
+            now = await asyncio.to_thread(free)
+            raise NotStarted(f"{error}; it needs {self._room}; free in the cluster now: {now}") from None
         except RayError as error:
             actor.kill()
             raise NotStarted(reason(error)) from error
@@ -117,7 +124,7 @@ class ClusterProcess:
     def __init__(self, actor: RemoteActor, pid: int, place: str, http: aiohttp.ClientSession, log: Path) -> None:
         self.pid, self.place, self.http = pid, place, http
         self._actor, self._log = actor, log
-        self._killed = False
+        self._killing: asyncio.Task[None] | None = None
         self._ended = asyncio.create_task(self._end(), name=f"end of the engine's process {pid}")
 
     @property
@@ -125,8 +132,8 @@ class ClusterProcess:
         return not self._ended.done()
 
     def kill(self) -> None:
-        self._killed = True
-        self._actor.kill(hangs=True)
+        if self._killing is None:
+            self._killing = asyncio.create_task(self._kill(), name=f"kill the engine's process {self.pid}")
 
     async def wait(self) -> str:
         how = await asyncio.shield(self._ended)
@@ -137,8 +144,19 @@ class ClusterProcess:
         try:
             code, log = await self._actor.call("ended")
         except RayError as error:
-            return how_ended(-signal.SIGKILL, "") if self._killed else f"its actor was lost: {reason(error)}"
-        with self._log.open("a") as file:
-            file.write(log)
+            return (
+                how_ended(-signal.SIGKILL, "") if self._killing is not None else f"its actor was lost: {reason(error)}"
+            )
         self._actor.kill()
+        self._keep(log)
         return how_ended(code, log)
+
+    async def _kill(self) -> None:
+        """Bring the end of its log, if it comes soon, and kill it."""
+        with suppress(RayError, TimeoutError, OSError):
+            self._keep(await within(self._actor.call("said"), SAID_S, "the log of an engine"))
+        self._actor.kill(hangs=True)
+
+    def _keep(self, log: str) -> None:
+        with suppress(OSError), self._log.open("a") as file:  # the service goes on without it
+            file.write(log)

@@ -16,6 +16,7 @@ from sdft.services.releases.events import Canary, Ended, Held, Judged, Pinned, R
 from sdft.services.releases.gate import Decision
 from sdft.services.releases.journal import Journal
 from sdft.services.releases.state import UNDECIDED, Release, ServiceState
+from sdft.services.serving.changing import Changing
 from sdft.services.serving.engine import NotChanged, Weights
 from sdft.services.serving.folder import ServiceFolder
 from sdft.services.serving.keeping import unneeded
@@ -43,12 +44,13 @@ class Decisions:
         journal: Journal,
         inbox: Inbox,
         pool: ServingPool,
+        changing: Changing,
         notice: Callable[[str], None],
     ) -> None:
         """The journal must have a served release."""
         self.changed = asyncio.Event()  # there is a new decision or a new record
         self._folder, self._settings = folder, settings
-        self._journal, self._inbox, self._pool = journal, inbox, pool
+        self._journal, self._inbox, self._pool, self._changing = journal, inbox, pool, changing
         self._notice = notice
         self._deciding = asyncio.Lock()
 
@@ -83,9 +85,9 @@ class Decisions:
             decision = decide_canary(gate, gate.canary, served, of_canary, time.time() - release.canary_at)
             if decision is not None:
                 await self._carry_out(release, *decision)
-            elif self._pool.canary != release.number:  # the service was started again
+            elif self._pool.canary != release.number and self._pool.newest_of_two is not None:  # after a restart
                 try:
-                    await self._pool.begin_canary(await self._whole(release.number))
+                    await self._changing.begin_canary(await self._whole(release.number))
                 except (NotChanged, NotPossible) as error:
                     await self._carry_out(release, "hold", str(error))
 
@@ -93,8 +95,14 @@ class Decisions:
         """Do with a candidate what the gate or the feedback says."""
         try:
             if verdict == "promote" and first_as_canary:
-                gap = await self._pool.begin_canary(await self._whole(release.number))
-                self._journal.write(Canary(release.number, time.time()))
+                if self._pool.newest_of_two is None:
+                    return  # it is tried again once another engine is up
+                gap = await self._changing.begin_canary(await self._whole(release.number))
+                try:
+                    self._journal.write(Canary(release.number, time.time()))
+                except OSError:
+                    await self._changing.end_canary()
+                    raise
                 self._notice(f"release {release.number} answers a share of the users (gap {gap:.1e})")
                 return
             if verdict == "promote":
@@ -179,7 +187,7 @@ class Decisions:
         self._found(number)
         if state.served == number:
             raise NotPossible(f"release {number} is served already")
-        gap = await self._pool.change(await self._whole(number))
+        gap = await self._changing.change(await self._whole(number))
         self._journal.write(Served(number, by, time.time()))
         self._notice(f"release {number} is served (by {by}, gap {gap:.1e})")
         await self.tidy()
@@ -195,14 +203,14 @@ class Decisions:
         return weights
 
     async def _hold(self, release: Release, by: str, reason: str) -> None:
-        await self._pool.end_canary()
+        await self._changing.end_canary()
         self._journal.write(Held(release.number, by, reason, time.time()))
         self._notice(f"release {release.number} is held: {reason}")
         self.changed.set()
 
     async def _refuse(self, release: Release, by: str, reason: str) -> None:
         """Refuse a candidate. Its records stay in quarantine, or are tried again in halves if they are few."""
-        await self._pool.end_canary()
+        await self._changing.end_canary()
         window = self._journal.state.windows[release.window or 0]
         ids = sorted({*window.train, *window.held_out} - self._inbox.deleted - window.dropped.keys())
         half, parts = len(ids) // 2, list[list[int]]()

@@ -71,6 +71,7 @@ class ServingEngine:
         self.in_flight = 0
         self.draining = False
         self.starts = 0
+        self.losses = 0  # ends of processes that were up
         self._host, self._settings, self._wanted = host, settings, wanted
         self._log = logs / f"{name.replace(' ', '-')}.log"
         self._model_name, self._tool_parser, self._start_timeout_s = model_name, tool_parser, start_timeout_s
@@ -83,6 +84,11 @@ class ServingEngine:
     def weights(self) -> Weights | None:
         """What it serves; None: it is not up, or it is not known whether it is."""
         return None if self._doubted.is_set() else self._loaded
+
+    @property
+    def down(self) -> bool:
+        """Whether its process is not up: it starts with what the pool wants by then."""
+        return self._loaded is None
 
     @property
     def free(self) -> bool:
@@ -131,6 +137,7 @@ class ServingEngine:
                 elif process.running:
                     self._notice(f"{self.name} did not start within {self._start_timeout_s:g} s; {self._log}")
                     process.kill()
+                self.losses += ready
                 self._loaded = None
                 how = await process.wait()
                 failures += not ready

@@ -52,8 +52,11 @@ def _locked(app: ASGIApp, key: str) -> ASGIApp:
     wanted = f"Bearer {key}".encode()
 
     async def locked(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not hmac.compare_digest(_token(scope), wanted):
-            await PlainTextResponse("this engine answers its gateway only", 401)(scope, receive, send)
+        if scope["type"] != "lifespan" and not hmac.compare_digest(_token(scope), wanted):
+            if scope["type"] == "http":
+                await PlainTextResponse("this engine answers its gateway only", 401)(scope, receive, send)
+            else:
+                await send({"type": "websocket.close", "code": 1008})
             return
         await app(scope, receive, send)
 

@@ -21,6 +21,7 @@ from sdft.services.config.run import RunConfig
 from sdft.services.inbox.inbox import Inbox
 from sdft.services.records.rows import Reply, read_rows
 from sdft.services.records.run_dir import is_held
+from sdft.services.releases.canary import Opinions
 from sdft.services.releases.events import Ended
 from sdft.services.releases.gate import Decision, judged
 from sdft.services.releases.journal import Journal
@@ -81,6 +82,9 @@ class Loop:
         if undecided is not None and undecided.status == "candidate":
             self.doing = f"compares release {undecided.number} with release {state.served}"
             await self._decisions.settle(undecided, lambda: self._compare(undecided))
+            if undecided.status == "candidate":
+                self.doing = f"waits for a second engine, so that release {undecided.number} can be a canary"
+                await self._change(POLL_S)
         elif undecided is not None and undecided.status == "canary":
             await self._watch_canary(undecided)
         elif undecided is not None:
@@ -92,16 +96,17 @@ class Loop:
             await self._wait_for_records()
 
     async def _watch_canary(self, release: Release) -> None:
-        assert self._receipts is not None, "the configuration refuses a canary without receipts"
         served, since = self._journal.state.served, release.canary_at or 0.0
         assert served is not None
         good = self._settings.feedback.good_score
-        of_served, of_canary = [await self._receipts.opinions(n, since, good) for n in (served, release.number)]
+        of_served = of_canary = Opinions()
+        if self._receipts is not None:  # else the canary is held, because the configuration has none
+            of_served, of_canary = [await self._receipts.opinions(n, since, good) for n in (served, release.number)]
         self.doing = (
             f"tries release {release.number} on a share of the users: {of_canary}; release {served}: {of_served}"
         )
         await self._decisions.watch_canary(release, of_served, of_canary)
-        await self._change(CANARY_POLL_S)
+        await asyncio.sleep(CANARY_POLL_S)
 
     async def _wait_for_records(self) -> None:
         window, state = self._settings.window, self._journal.state

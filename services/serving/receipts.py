@@ -52,6 +52,7 @@ class Receipts:
         self._db.execute("CREATE INDEX IF NOT EXISTS receipts_at ON receipts (at)")
         columns = "receipt TEXT, key TEXT UNIQUE, at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL"
         self._db.execute(f"CREATE TABLE IF NOT EXISTS feedback ({columns})")
+        self._db.execute("CREATE INDEX IF NOT EXISTS feedback_of ON feedback (receipt)")
         self._db.commit()
         self._sweep()
 

@@ -12,6 +12,7 @@ cluster an engine that finds no room makes Ray's autoscaler add a node, and an e
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 
 from sdft.services.config.service import ServingConfig
 from sdft.services.serving.engine import ServingEngine
@@ -76,8 +77,8 @@ class Scaling:
     ) -> None:
         """make(number): returns an engine that is not started."""
         self._pool, self._policy, self._make, self._notice = pool, policy, make, notice
-        self._made = len(pool.engines)
         self._running: dict[ServingEngine, asyncio.Task[None]] = {}
+        self._removing: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Run the engines until cancelled."""
@@ -89,14 +90,29 @@ class Scaling:
                 pool, clock = self._pool, asyncio.get_running_loop()
                 load = pool.in_flight + pool.waiting
                 change = self._policy.change(clock.time(), load, len(pool.engines))
-                if change > 0:
-                    engine = self._make(self._made)
-                    self._made += 1
+                if change > 0 and self._is_removing:
+                    await self._keep()
+                elif change > 0:
+                    engine = self._make(self._free_number())
                     pool.engines.append(engine)
                     self._running[engine] = tasks.create_task(engine.run(), name=engine.name)
                     self._notice(f"{engine.name} is added: {load} requests, {len(pool.engines)} engines now")
-                elif change < 0:
-                    await self._remove(load)
+                elif change < 0 and not self._is_removing:
+                    self._removing = tasks.create_task(self._remove(load), name="remove an engine")
+
+    @property
+    def _is_removing(self) -> bool:
+        return self._removing is not None and not self._removing.done()
+
+    async def _keep(self) -> None:
+        """Give up the removal of an engine that still ends its answers: it is needed again."""
+        assert self._removing is not None
+        self._removing.cancel()
+        await asyncio.wait([self._removing])
+
+    def _free_number(self) -> int:
+        names = {engine.name for engine in self._running}
+        return next(i for i in count() if f"engine {i}" not in names)
 
     async def _remove(self, load: int) -> None:
         """Take out the engine that does least, the newest of them, once it has ended its answers."""
@@ -104,7 +120,10 @@ class Scaling:
         engine = min(others, key=lambda e: (e.weights is not None, e.in_flight))
         if not await self._pool.remove(engine):
             return
-        task = self._running.pop(engine)
+        task = self._running[engine]
         task.cancel()
-        await asyncio.wait([task])
+        try:
+            await asyncio.wait([task])
+        finally:
+            del self._running[engine]
         self._notice(f"{engine.name} is removed: {load} requests, {len(self._pool.engines)} engines now")

@@ -25,6 +25,7 @@ from sdft.services.config.service import HttpConfig, ServiceConfig
 from sdft.services.inbox.inbox import Inbox
 from sdft.services.releases.events import Candidate, Served
 from sdft.services.releases.journal import Journal
+from sdft.services.serving.changing import Changing
 from sdft.services.serving.check import Checked, engine_settings, warnings
 from sdft.services.serving.decisions import Decisions, weights_of
 from sdft.services.serving.engine import ServingEngine
@@ -69,9 +70,9 @@ async def serve(checked: Checked, say: Callable[[str], None], programs: Programs
         pool = ServingPool(
             lambda pool: [_engine(checked, host, pool, notices, i) for i in range(settings.serving.replicas)],
             weights_of(folder, journal.state, journal.state.served),
-            settings.serving.start_timeout_s + settings.http.request_timeout_s,
         )
-        decisions = Decisions(folder, settings, journal, inbox, pool, notices)
+        changing = Changing(pool, settings.serving.start_timeout_s + settings.http.request_timeout_s)
+        decisions = Decisions(folder, settings, journal, inbox, pool, changing, notices)
         records = RecordIndex(journal, inbox)
         loop = Loop(folder, checked.config, journal, inbox, records, receipts, decisions, programs.sdft, notices)
         service = Service(
@@ -97,7 +98,10 @@ async def serve(checked: Checked, say: Callable[[str], None], programs: Programs
         try:
             await _run(service, scaling, server, listening)
         except BaseExceptionGroup as group:
-            raise group.exceptions[0] from None
+            error: BaseException = group
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            raise error from None
 
 
 async def _run(service: Service, scaling: Scaling, server: "_Server", listening: socket.socket) -> None:

@@ -72,7 +72,9 @@ def draw(window: WindowConfig, state: ServiceState, records: list[Received], del
 def _is_held_out(record: Received, window: WindowConfig) -> bool:
     prompt = json.dumps(record.row["prompt"], sort_keys=True).encode()
     share = int.from_bytes(hashlib.sha256(prompt).digest()[:4], "big") / 2**32
-    return share < window.held_out and answer_of(record.row, window) is not None
+    # A comment has no answer to ask for. It is held out with its prompt, which another record may ask.
+    asked = "demonstration" not in record.row or answer_of(record.row, window) is not None
+    return share < window.held_out and asked
 
 
 def answer_of(row: dict[str, Any], window: WindowConfig) -> Any:
@@ -117,7 +119,8 @@ def write_window(
         if i not in inbox.deleted and answer_of(records[i].row, window) is not None
     ]
     sets = []
-    for name, ids in ((NEW, of.held_out), (EARLIER, earlier)):
+    new = [i for i in of.held_out if answer_of(records[i].row, window) is not None]
+    for name, ids in ((NEW, new), (EARLIER, earlier)):
         if not ids:
             continue
         file = path / f"{name}.jsonl"

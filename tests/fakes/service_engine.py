@@ -2,13 +2,15 @@
 
     python service_engine.py SETTINGS.json
 
-An answer is "release N: " and the last message. The file `refuses` beside the service's folder names a release that the
-engine refuses to load.
+An answer is "release N: " and the last message. A release whose folder has the file `refused` is refused. The process
+does not start while the file that the variable SLOW_ENGINE names exists.
 """
 
 import asyncio
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -16,6 +18,8 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from sdft.actors.shared.process import die_with_parent
 from sdft.services.serving.listening import answer, listening_of
+
+SLOW = "SLOW_ENGINE"
 
 
 def application(settings: dict[str, object]) -> FastAPI:
@@ -58,4 +62,6 @@ def application(settings: dict[str, object]) -> FastAPI:
 if __name__ == "__main__":
     die_with_parent()
     given = json.loads(Path(sys.argv[1]).read_text())
+    while SLOW in os.environ and Path(os.environ[SLOW]).exists():
+        time.sleep(0.05)
     asyncio.run(answer(application(given), listening_of(given["listen"])))

@@ -143,7 +143,9 @@ def test_the_nodes_of_a_cluster_share_storage_and_have_health_probes(name: str) 
             assert container[probe]["httpGet"] == {"path": PUBLIC_EXACT_PATHS[0], "port": 52365}
         ports = {port["name"] for port in container["ports"]}
         assert {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]} <= ports
-        grace = int(container["lifecycle"]["preStop"]["exec"]["command"][-1])
+        stops = " ".join(container["lifecycle"]["preStop"]["exec"]["command"])
+        assert "ray stop" in stops
+        grace = sum(map(int, re.findall(r"\d+", stops)))
         assert grace < pod["terminationGracePeriodSeconds"]
 
 

@@ -71,7 +71,7 @@ class Asking:
         body = await body_of(request, self._http.max_body_mib)
         given = object_of_body(body)
         path, since, name = request.url.path, time.monotonic(), uuid.uuid4().hex
-        user = _user(request, given)
+        user = _user(given) or name
         receipt = PREFIXES[path] + name if self._receipts is not None and path in PREFIXES else None
         asked = _Asked(path, body, given, name, since, since + self._http.request_timeout_s, receipt, user)
         for attempt in range(1, TRIES + 1):
@@ -189,12 +189,11 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def _user(request: Request, given: dict[str, Any]) -> str:
-    """Return who asks: the user that the request names, else its token, else its address."""
+def _user(given: dict[str, Any]) -> str | None:
+    """Return the user that a request names, as OpenAI's and Anthropic's APIs do."""
     metadata = given.get("metadata")
     named = given.get("user") or (metadata.get("user_id") if isinstance(metadata, dict) else None)
-    token = request.headers.get("Authorization") or request.headers.get("X-Api-Key")
-    return str(named or token or (request.client.host if request.client is not None else ""))
+    return None if named is None else str(named)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
@@ -228,7 +227,7 @@ class _Asked:
     since: float
     deadline: float
     receipt: str | None  # the id of the answer, if receipts are kept
-    user: str  # a canary answers always the same users
+    user: str  # a canary answers always the same users; a request that names none is a user of its own
 
     @property
     def left_s(self) -> float:

@@ -32,6 +32,7 @@ class _Figures(Collector):
         yield _gauge("engines", "Engines, those that start included", len(pool.engines))
         yield _gauge("engines_up", "Engines that take requests", sum(e.free for e in pool.engines))
         yield _counter("engine_starts", "Starts of engines", pool.starts)
+        yield _counter("engine_losses", "Ends of engines that were up", pool.losses)
         yield _gauge("requests_in_flight", "Requests that an engine answers", pool.in_flight)
         yield _gauge("requests_waiting", "Requests that no engine has taken yet", pool.waiting)
         yield _counter("answers_failed", "Requests without a whole answer", asking.failed)

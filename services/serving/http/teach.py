@@ -2,7 +2,9 @@
 
 import asyncio
 import math
+import sqlite3
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 JSONL = ("application/jsonl", "application/x-ndjson", "application/x-jsonlines")
 MOST_ROWS = 10_000  # of one request
-SMALL = 16_384  # bytes of a body whose rows are checked at once: a thread would take longer
+SMALL, FEW = 16_384, 8  # bytes and rows of a body that is checked at once: a thread would take longer
 LONGEST_KEY = 255
 MOST_PROBLEMS = 20  # bad rows that one answer names
 SHOWN = 200  # last characters of a prompt that a list shows
@@ -75,7 +77,7 @@ def teaching(service: "Service", check: Callable[[Request], object]) -> APIRoute
             _check_value(kind, value)
             good = service.config.feedback.good_score
             kept = good is not None and value >= good if kind == "score" else kind in service.trained_feedback
-            if not kept or receipt.messages is None:
+            if not kept or receipt.messages is None or (kind in KEYS and receipt.messages[-1]["role"] == "assistant"):
                 await service.receipts.note(name, kind, value, _key(request))
                 return JSONResponse({"ids": [], "counted": [kind]}, 202)
         if receipt.messages is None:
@@ -88,8 +90,15 @@ def teaching(service: "Service", check: Callable[[Request], object]) -> APIRoute
             shown = receipt.demonstration if kind == "score" else value
             row = {"prompt": receipt.messages, "demonstration": shown}
             row |= {"tools": receipt.tools} if receipt.tools else {}
-        answer = await _take([row], body, request, "feedback", receipt=receipt.id)
-        await service.receipts.note(name, kind, value, _key(request))
+        try:
+            answer = await _take([row], body, request, "feedback", receipt=receipt.id)
+        except ApiError as error:
+            if kind not in KEYS or error.code != "bad_rows":
+                raise
+            await service.receipts.note(name, kind, value, _key(request))
+            return JSONResponse({"ids": [], "counted": [kind]}, 202)  # it is too long, or has what no window takes
+        with suppress(sqlite3.Error):  # the record is taken: only the count may lack it
+            await service.receipts.note(name, kind, value, _key(request))
         return answer
 
     async def _take(
@@ -99,7 +108,7 @@ def teaching(service: "Service", check: Callable[[Request], object]) -> APIRoute
         if len(service.records.waiting()) + len(rows) > service.http.max_waiting:
             text = f"{service.http.max_waiting} records wait already (service.http.max_waiting); send it again later"
             raise ApiError(429, "queue_full", text, retry_after_s=60)
-        taken = await service.check(rows, name, receipt is None and len(body) <= SMALL)
+        taken = await service.check(rows, name, receipt is None and len(body) <= SMALL and len(rows) <= FEW)
         if taken.problems:
             first, count = taken.problems[0], len(taken.problems)
             more = f" (and {count - 1} more)" if count > 1 else ""

@@ -28,6 +28,7 @@ def test_the_probability_is_that_of_draws_from_the_posteriors(served: tuple[int,
         ((9, 1), (18, 2), 10, None),
         ((9, 1), (9, 1), 101, "hold"),
         ((18, 2), (17, 3), 10, None),  # neither clear
+        ((18, 2), (15, 5), 10, None),  # worse with probability 0.75: chance may do that
         ((18, 2), (17, 3), 101, "hold"),
         ((0, 9), (0, 9), 101, "hold"),
     ],

@@ -1,6 +1,7 @@
 """A canary in a service with engines of a few lines: who gets it, what feedback makes of it, and restarts."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,56 @@ def test_a_person_decides_about_it(checked: Checked, tmp_path: Path, decision: s
     asyncio.run(run())
 
 
+def test_users_that_a_canary_was_not_for_never_get_it_while_it_is_rolled_back(checked: Checked, tmp_path: Path) -> None:
+    """Its engine ends its answers first, and takes no others before it has changed."""
+
+    async def run() -> None:
+        async with running(copied(checked, tmp_path / "run")) as client:
+            await client.teach("yes", "yes", "yes", "yes")
+            await client.release(2)
+            await client.post("/v1/releases/2/promote")
+            await client.until(lambda: all_of(client, 2))
+            await client.teach("yes", "yes", "yes", "yes")
+            assert (await client.release(3))["status"] == "canary"
+            body = {
+                "messages": [{"role": "user", "content": "Hi"}],
+                "stream": True,
+                "between_s": 0.6,
+                "user": OTHERS[0],
+            }
+            async with client.stream("POST", "/v1/chat/completions", json=body) as stream:  # holds the other engine
+                back = asyncio.create_task(client.post("/v1/releases/1/rollback"))
+                await asyncio.sleep(0.3)
+                later = [asyncio.create_task(asked(client, user)) for user in USERS[:6]]
+                await stream.aread()
+            await back
+            assert {(await answer)[0] for answer in later} == {"1"}
+
+    asyncio.run(run())
+
+
+def test_a_service_without_receipts_holds_what_was_a_canary(checked: Checked, tmp_path: Path) -> None:
+    service = copied(checked, tmp_path / "run")
+
+    async def first() -> None:
+        async with running(service) as client:
+            await begun(client)
+
+    async def second() -> None:
+        given = service.settings.model_dump() | {"receipts": {"keep": False}, "gate": {"canary": None}}
+        config = service.config.model_copy(update={"service": ServiceConfig.model_validate(given | {"feedback": {}})})
+        async with running(replace(service, config=config)) as client:
+
+            async def held() -> bool:
+                return await status(client, 2) == "held"
+
+            await client.until(held)
+            await client.until(lambda: all_of(client, 1))
+
+    asyncio.run(first())
+    asyncio.run(second())
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -137,6 +188,14 @@ def test_a_person_decides_about_it(checked: Checked, tmp_path: Path, decision: s
         (
             {"gate": {"canary": {}}, "serving": {"replicas": 2}, "receipts": {"keep": False}},
             "gate.canary compares feedback, which needs receipts; set receipts.keep: true",
+        ),
+        (
+            {"gate": {"canary": {}, "promotion": "by_hand"}, "serving": {"replicas": 2}},
+            "gate.canary has no effect with gate.promotion: by_hand; remove one of them",
+        ),
+        (
+            {"gate": {"canary": {"max_wait_s": 1e6}}, "serving": {"replicas": 2}},
+            "gate.canary.max_wait_s 1e\\+06 is longer than receipts.days 7, after which feedback is removed; lower it",
         ),
     ],
 )

@@ -1,9 +1,17 @@
 """The number of engines follows the requests: the policy by itself, and a service with engines of a few lines."""
 
 import asyncio
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
+import pytest
+from pydantic import ValidationError
+
+from sdft.services.config.service import ServiceConfig
 from sdft.services.serving.scaling import Policy
+from tests.fakes.service_engine import SLOW
 from tests.fakes.small_service import checked_service, running
 
 
@@ -35,6 +43,48 @@ def test_engines_with_little_to_do_leave_one_after_the_other() -> None:
     assert after == [3, 3, 2]
     assert [2 + policy.change(now, 2, 2) for now in (71, 130, 131)] == [2, 2, 1]
     assert policy.change(1000, 0, 1) == 0
+
+
+def test_a_release_is_promoted_while_an_engine_does_not_come_up(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It starts with the release that the others have by then."""
+    serving = {"replicas": 2, "start_timeout_s": 60}
+    service = checked_service(tmp_path, tiny_model, serving=serving)
+
+    async def run() -> None:
+        async with running(service) as client:
+
+            async def both(release: int) -> bool:
+                return {e["release"] for e in (await client.got("status"))["engines"]} == {release}
+
+            await client.until(lambda: both(1))
+            slow = tmp_path / "slow"
+            monkeypatch.setenv(SLOW, str(slow))
+            slow.touch()
+            os.kill((await client.got("status"))["engines"][1]["pid"], signal.SIGKILL)
+            await client.teach("yes", "yes", "yes", "yes")
+            assert (await client.release(2))["status"] == "served"
+            assert not await both(2)
+            slow.unlink()
+            await client.until(lambda: both(2))
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"serving": {"max_replicas": 5}}, "serving.max_replicas 5 is never reached: .* raise it to more than 128"),
+        ({"serving": {"grow_after_s": 5}}, "grow_after_s has no effect without max_replicas"),
+        ({"serving": {"replicas": 3, "max_replicas": 2}}, "max_replicas 2 is less than replicas 3"),
+        ({"serving": {"cluster": {"gpus": 0.5}}}, "set kv_cache_gib"),
+        ({"serving": {"cluster": {"gpus": 1.5}}}, "gpus 1.5 must be a part of one GPU or a whole number"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        ServiceConfig.model_validate(given)
 
 
 def test_a_service_grows_and_shrinks_without_a_failed_request(tiny_model: Path, tmp_path: Path) -> None:
