@@ -36,6 +36,7 @@ from sdft.services.serving.window import draw, write_window
 EXAMPLE = Path(__file__).parent.parent / "examples" / "service" / "service.yaml"
 ROWS = EXAMPLE.parent.parent / "tools" / "train.jsonl"
 FIRST, BATCH = 72, 32  # records of the first window, and of each batch
+FIRST_EPOCHS, EPOCHS = 5, 2
 QUESTIONS = 32  # of each evaluation set
 SDFT = (sys.executable, "-m", "sdft.services.cli")
 Row = dict[str, Any]
@@ -67,8 +68,7 @@ BAD: dict[str, Spoil] = {
 def settings(seed: int, first: bool) -> RunConfig:
     """Return the configuration of a service."""
     words = ["service.window.replay=0", f"seed={seed}", "service.window.held_out=0.15"]
-    if not first:
-        words.append("service.window.epochs=2")
+    words.append(f"service.window.epochs={FIRST_EPOCHS if first else EPOCHS}")
     config = with_absolute_paths(load_config(EXAMPLE, words), EXAMPLE.parent)
     few = [s.model_copy(update={"rows": QUESTIONS}) for s in config.evaluation.sets]
     return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"sets": tuple(few)})})

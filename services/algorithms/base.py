@@ -11,7 +11,7 @@ An algorithm is also the section `method` of the configuration: its fields are i
 In a strict run the calls of all groups of a batch are joined into one call of the engines.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Protocol
 
@@ -27,8 +27,10 @@ from sdft.services.base.section import Section, short_form
 class Contexts(Protocol):
     """Builds texts and token ids of a record while the run goes on."""
 
-    def teacher(self, **columns: str) -> IntArray:
+    def teacher(self, **columns: Any) -> IntArray:
         """Return the teacher's prompt [P], with these values in place of the record's columns: `demonstration=...`.
+
+        A demonstration is a text, a message or several; None takes a column away.
 
         A column that data.template does not show has no effect. Raises UserError if the prompt is longer than
         data.max_teacher_prompt_tokens, or if the column that the template shows is missing.
@@ -57,6 +59,7 @@ class Episode:
     ids: tuple[IntArray, ...] = ()  # [T], tokens of each completion; none if there is one completion
     passed: bool | None = None  # None: no environment says
     feedback: str = ""  # of the environment
+    messages: tuple[Mapping[str, Any], ...] = ()  # replies and what answered them; none if no environment did
 
     @property
     def behind_the_prompt(self) -> IntArray:
@@ -86,6 +89,7 @@ class Group:
     demonstration_ids: IntArray | None  # the demonstration as a reply; None unless the algorithm trains it
     contexts: Contexts
     player: Player | None = None  # None: the stage has no environment
+    grade: Callable[[str], bool] | None = None  # whether a reply is right, by the algorithm's `graded_by`
 
     async def episodes(self, student: "Student") -> list[Episode | None]:
         """Return an episode for each sample; None if it was lost."""
@@ -95,19 +99,32 @@ class Group:
         return [Episode((self.student_ids,), (completion,)) for completion in completions]
 
     async def scored(
-        self, teacher: "Teacher", episodes: Sequence[Episode | None], k: int, skip_first: int
+        self,
+        teacher: "Teacher",
+        episodes: Sequence[Episode | None],
+        k: int,
+        skip_first: int,
+        prompts: Sequence[IntArray | None] | None = None,
     ) -> list[Draft]:
-        """Have the teacher score episodes, each in one pass over all its turns. Returns a draft of each."""
-        played = [(i, episode) for i, episode in enumerate(episodes) if episode is not None]
+        """Have the teacher score episodes, each in one pass over all its turns. Returns a draft of each.
+
+        prompts: the teacher's prompt [P] for each episode; without one an episode is left out. None: teacher_prompt.
+        """
+        behind = [self.teacher_prompt] * len(episodes) if prompts is None else prompts
+        played = [
+            (i, episode, prompt)
+            for i, (episode, prompt) in enumerate(zip(episodes, behind, strict=True))
+            if episode is not None and prompt is not None
+        ]
         if not played:
             return []
         whole = [
-            e.completions[0] if len(e.completions) == 1 else given(self.step, e.behind_the_prompt) for _, e in played
+            e.completions[0] if len(e.completions) == 1 else given(self.step, e.behind_the_prompt) for _, e, _ in played
         ]
-        scores = await teacher.score([self.teacher_prompt] * len(played), whole, k)
+        scores = await teacher.score([prompt for _, _, prompt in played], whole, k)
         return [
             Draft(self.samples[i], self.seeds[i], _turns(episode, of_episode), skip_first)
-            for (i, episode), of_episode in zip(played, scores, strict=True)
+            for (i, episode, _), of_episode in zip(played, scores, strict=True)
         ]
 
     @property
@@ -166,6 +183,7 @@ class Algorithm(Section):
 
     student_samples: ClassVar[bool] = True  # the student engines need weights of at most max_staleness steps ago
     teacher_scores: ClassVar[bool] = True  # engines with the teacher's weights are needed
+    needs_success: ClassVar[bool] = False  # the environment, or a rule (`graded_by`), says which samples have passed
     plays: ClassVar[bool] = False  # it takes episodes, by Group.episodes, so `environment` may be set
     trains_demonstrations: ClassVar[bool] = False  # each row of data.train needs one
     teacher_weights: ClassVar[str | None] = None  # the only value of teacher.weights that has a meaning; None: any
@@ -183,6 +201,26 @@ class Algorithm(Section):
     def skipped(self) -> int:
         """Number of tokens at the start of a completion that no loss includes."""
         return 0
+
+    @property
+    def graded_by(self) -> str | None:
+        """The rule by which `Group.grade` says whether a reply is right; None: no rule does."""
+        return None
+
+    @property
+    def needs_context(self) -> bool:
+        """Whether each row needs the column that data.template shows the teacher."""
+        return True
+
+    @property
+    def shows_feedback(self) -> bool:
+        """Whether the teacher may see feedback of the environment."""
+        return False
+
+    @property
+    def least_generations(self) -> int:
+        """Least value of sampling.generations with which something is learnt."""
+        return 1
 
     @property
     def recalled(self) -> tuple[str, int | None] | None:

@@ -10,6 +10,7 @@ from sdft.services.algorithms.dft import Dft
 from sdft.services.algorithms.off_policy import OffPolicy
 from sdft.services.algorithms.recall import Recall
 from sdft.services.algorithms.sdft import Sdft
+from sdft.services.algorithms.sdpo import Sdpo
 from sdft.services.algorithms.sft import Sft
 from sdft.services.base.section import short_form
 
@@ -19,6 +20,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "sft": Sft,
     "dft": Dft,
     "recall": Recall,
+    "sdpo": Sdpo,
 }
 OWN = "own"  # tag of an algorithm that is not built in
 
@@ -46,6 +48,7 @@ Method = Annotated[
     | Annotated[Sft, Tag("sft")]
     | Annotated[Dft, Tag("dft")]
     | Annotated[Recall, Tag("recall")]
+    | Annotated[Sdpo, Tag("sdpo")]
     | Annotated[SerializeAsAny[Algorithm], BeforeValidator(_own), Tag(OWN)],
     Discriminator(_tag),
     BeforeValidator(short_form("sdft")),

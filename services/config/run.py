@@ -158,7 +158,21 @@ class RunConfig(Section):
     def _episodes_are_taken(self) -> "RunConfig":
         places = [f"stages[{i}]." for i in range(len(self.stages))] or [""]
         for place, task in zip(places, self.tasks, strict=True):
-            environment, method = task.environment, task.method
+            environment, method, n = task.environment, task.method, task.sampling.generations
+            if n < method.least_generations:
+                raise ValueError(
+                    f"{place}sampling.generations {n} leaves method {method.type} nothing to learn from; set it to "
+                    f"{method.least_generations} or more"
+                )
+            if method.needs_success and (environment is None) == (method.graded_by is None):
+                mend = "set method.grader, or environment" if environment is None else "remove method.grader"
+                raise ValueError(f"{place}method {method.type}: one of them says what has passed; {mend}")
+            if method.shows_feedback and environment is None:
+                raise ValueError(f"{place}method {method.type}: feedback is of an environment; set environment")
+            if method.shows_feedback and "feedback" not in (task.data.template, task.data.fallback_template):
+                raise ValueError(
+                    f"{place}method {method.type}: no template shows feedback; set data.fallback_template: feedback"
+                )
             if environment is None:
                 continue
             if not method.plays:

@@ -289,10 +289,9 @@ class RecordContexts:
     record: Record
     limit: int  # data.max_teacher_prompt_tokens
 
-    def teacher(self, **columns: str) -> IntArray:
+    def teacher(self, **columns: Any) -> IntArray:
         """Return the teacher's prompt [P], with these values in place of the record's columns."""
-        changed: Any = columns  # text columns of Record
-        ids = self.builder.teacher(replace(self.record, **changed))
+        ids = self.builder.teacher(replace(self.record, **columns))
         if ids is None:
             raise UserError(
                 f"{self.record.where}: the teacher's prompt needs a column that this row lacks and that the algorithm "

@@ -7,8 +7,9 @@ two replies. The episodes of a call go on in rounds, so the engines get the repl
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,7 @@ class _Running:
     before: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))  # since the last reply
     so_far: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))
     parts: list[tuple[IntArray, Completion, IntArray]] = field(default_factory=list)
+    messages: list[Mapping[str, Any]] = field(default_factory=list)
     ended: Done | None = None
     lost: str | None = None
 
@@ -52,7 +54,7 @@ class _Running:
         if self.lost is not None or not self.parts or self.ended is None:
             return None
         before, completions, ids = zip(*self.parts, strict=True)
-        return Played(before, completions, ids, self.ended.passed, self.ended.feedback)
+        return Played(before, completions, ids, self.ended.passed, self.ended.feedback, tuple(self.messages))
 
 
 class EpisodePlayer:
@@ -111,15 +113,18 @@ class EpisodePlayer:
         """Give a reply to the environment, and its answer to the student."""
         assert running.episode is not None
         running.parts.append((running.before, completion, ids))
+        text = running.contexts.text(ids)
+        running.messages.append({"role": "assistant", "content": text})
         if completion.finish_reason == "length":
             running.ended = Done(False, LENGTH)
             return
         try:
-            answer = await running.episode.step(running.contexts.text(ids))
+            answer = await running.episode.step(text)
             if isinstance(answer, Done):
                 running.ended = answer
                 return
             running.before = running.contexts.between(answer)
+            running.messages += answer
         except (EpisodeLost, UserError) as error:
             running.lost = f"environment: {error}"
             return

@@ -18,6 +18,7 @@ from sdft.services.data.schedule import StageSchedule
 from sdft.services.data.sources.base import PromptSource
 from sdft.services.data.sources.fixed import FixedSource
 from sdft.services.data.sources.open import open_source
+from sdft.services.grading.graders import GRADERS
 
 # Takes the place of a record where a source that grows may have none yet: the end of a reply, the probe.
 SAMPLE = Record(
@@ -48,6 +49,10 @@ class Loaded:
 def load_rows(task: TaskConfig, base: Path, questions: Questions) -> Loaded:
     """Load and check the rows of the files that a task names, relative to the folder `base`. Raises UserError."""
     demonstrations = [] if task.data.grows else load_demonstrations(task.data, base, needed_columns(task, base))
+    if (rule := task.method.graded_by) is not None:
+        for record in demonstrations:
+            if (problem := GRADERS[rule].check_answer(record.answer)) is not None:
+                raise UserError(f"{record.where}: answer: {problem} (method.grader: {rule})")
     return Loaded(task, demonstrations, _recalled(task, base), questions)
 
 
@@ -115,4 +120,5 @@ def needed_columns(task: TaskConfig, base: Path) -> list[str]:
             )
         return ["demonstration"]
     column = shown_to_teacher(task.data, base)
-    return [] if column is None else [column]
+    needed = [] if column is None or not task.method.needs_context else [column]
+    return [*needed, *(["answer"] if task.method.graded_by is not None else [])]

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import groupby
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sdft.actors.shared.drafts import CompletionLost, Draft
 from sdft.actors.shared.types import SampleId, Sampling
@@ -22,8 +22,10 @@ from sdft.actors.shared.waiting import all_of, cancelled, within
 from sdft.services.algorithms.base import Group, Player
 from sdft.services.base.errors import RunFailed
 from sdft.services.data.schedule import StageSchedule, sample_seed
+from sdft.services.data.thoughts import without_thoughts
 from sdft.services.environments.player import EpisodePlayer
 from sdft.services.fleet.pool import EnginePool
+from sdft.services.grading.graders import GRADERS
 from sdft.services.planning.prepared import Prepared, Stage
 from sdft.services.records.ledger import Ledger
 from sdft.services.training.calls import EngineCalls, GroupStudent, GroupTeacher, now
@@ -241,6 +243,7 @@ async def _retried(make: Callable[[], Awaitable[T]]) -> T:
 
 def _groups(step: int, stage: Stage, ids: list[SampleId], player: Player | None) -> Iterator[Group]:
     """Yield the groups of a batch: the samples of one record each."""
+    rule = stage.config.method.graded_by
     for (_, _, record), of_record in groupby(ids, key=lambda s: s[:3]):
         samples, pair = tuple(of_record), stage.prompts[record]
         yield Group(
@@ -252,4 +255,9 @@ def _groups(step: int, stage: Stage, ids: list[SampleId], player: Player | None)
             demonstration_ids=pair.demonstration_ids,
             contexts=stage.contexts(record),
             player=player,
+            grade=None if rule is None else partial(_is_right, rule, stage.source.records[record].answer),
         )
+
+
+def _is_right(rule: str, answer: Any, reply: str) -> bool:
+    return GRADERS[rule].grade(without_thoughts(reply), answer)
