@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 CHUNK_BYTES = 96 << 20  # of logits at once; at a vocabulary of 49152, 1024 positions in bfloat16 or 512 in float32
 ATTENTION_KEPT = 192  # tokens; a CPU keeps the attention weights of sequences up to this length for the gradient
@@ -11,17 +11,34 @@ ATTENTION_KEPT = 192  # tokens; a CPU keeps the attention weights of sequences u
 class TeacherConfig(BaseModel):
     """The teacher's weights: `ema` follows the student slowly, `live` is the student.
 
-    `frozen` is the student at the start of the stage, `base` the student at the start of the run.
+    `frozen` is the student at the start of the stage, `base` the student at the start of the run, `external` another
+    model with the same tokens.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    weights: Literal["ema", "frozen", "base", "live"] = Field(
+    weights: Literal["ema", "frozen", "base", "live", "external"] = Field(
         "ema",
         description="ema follows the student; frozen, base: the student at the start of the stage, of the run; live: "
-        "the student itself",
+        "the student itself; external: teacher.model",
+    )
+    model: str | None = Field(
+        None, description="With weights: external, the teacher: a built-in name, a local folder or a hub id"
     )
     alpha: float = Field(0.02, ge=0, le=1, description="teacher <- alpha * student + (1 - alpha) * teacher, every step")
+
+    @model_validator(mode="after")
+    def _external_has_a_model(self) -> "TeacherConfig":
+        if self.weights == "external" and self.model is None:
+            raise ValueError("weights external needs the teacher; set teacher.model")
+        if self.weights != "external" and self.model is not None:
+            raise ValueError(f"model has no effect with weights {self.weights}; set weights: external, or remove model")
+        return self
+
+    @property
+    def of_learner(self) -> "TeacherConfig":
+        """What the learner keeps of the teacher: nothing of an external one, as of a live one."""
+        return TeacherConfig(weights="live") if self.weights == "external" else self
 
 
 class ImportanceConfig(BaseModel):

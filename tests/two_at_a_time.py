@@ -1,17 +1,18 @@
 """Order of the tests with `pytest -n 2`: files two at a time, the long ones first, then those that must run alone.
 
-A file that must run alone has short limits: on a busy machine it would take healthy processes for hung ones. A worker
-gets the first of them only when the other workers have ended.
+A file that must run alone has short limits: on a busy machine it would take healthy nodes for lost ones. A worker gets
+the first of them only when the other workers have ended.
 """
 
 import pytest
 from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
-ALONE = ("tests/runs/chaos/test_chaos.py", "tests/runs/test_elastic.py")
+ALONE = ("tests/runs/test_elastic.py",)
 # Files that start Ray or engines, the longest first, so that at the end no worker waits for a long file of the other.
 LONG = (
     "tests/runs/test_run.py",
+    "tests/runs/chaos/",
     "tests/models/",
     "tests/runs/test_job.py",
     "tests/services/planning/",

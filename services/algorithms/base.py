@@ -186,7 +186,7 @@ class Algorithm(Section):
     needs_success: ClassVar[bool] = False  # the environment, or a rule (`graded_by`), says which samples have passed
     plays: ClassVar[bool] = False  # it takes episodes, by Group.episodes, so `environment` may be set
     trains_demonstrations: ClassVar[bool] = False  # each row of data.train needs one
-    teacher_weights: ClassVar[str | None] = None  # the only value of teacher.weights that has a meaning; None: any
+    teacher_weights: ClassVar[tuple[str, ...]] = ()  # the values of teacher.weights that have a meaning; none: any
     files: ClassVar[tuple[str, ...]] = ()  # settings that are files, relative to the config file
     figure: ClassVar[str] = "The {name} of the loss, without importance weights."  # of `divergence`, for reports
 

@@ -21,7 +21,7 @@ class Recall(Distillation):
     """SFT on the demonstrations, with recall of the base model on the student's own samples for general prompts."""
 
     trains_demonstrations: ClassVar[bool] = True
-    teacher_weights: ClassVar[str | None] = "base"
+    teacher_weights: ClassVar[tuple[str, ...]] = ("base", "external")
     files: ClassVar[tuple[str, ...]] = ("prompts",)
     figure: ClassVar[str] = (
         "The {name}: the first of the demonstrations' tokens, the second of base model and student on the student's "

@@ -40,7 +40,9 @@ async def _run(prepared: Prepared, plan: Plan, name: str, console: Console) -> t
                 lambda text: console.print(f"  {text}", highlight=False),
             )
             results, replies = await evaluator.students(pool, prepared.sets, 0, 0)
-            return results + await evaluator.teachers(pool, prepared.sets, 0, 0), replies
+            if c.teacher_in_use.weights != "external":  # else this model is not the teacher
+                results += await evaluator.teachers(pool, prepared.sets, 0, 0)
+            return results, replies
         finally:
             await pool.stop()
 

@@ -147,10 +147,10 @@ class RunConfig(Section):
                     f"none; set {place}data.source: file, or choose another method"
                 )
             weights = task.method.teacher_weights
-            if weights not in (None, self.teacher.weights):
+            if weights and self.teacher.weights not in weights:
                 raise ValueError(
-                    f"{place}method {task.method.type} needs teacher.weights: {weights}, not {self.teacher.weights}; "
-                    f"change one of them"
+                    f"{place}method {task.method.type} needs teacher.weights: {' or '.join(weights)}, not "
+                    f"{self.teacher.weights}; change one of them"
                 )
         return self
 

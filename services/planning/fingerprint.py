@@ -17,12 +17,15 @@ NOT_HASHED_OF_POOL = (*LIMITS_OF_POOL, "max_replicas", "cpus", "gpus", "labels")
 def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Sequence[PromptPair]) -> str:
     """Hash the settings that change the result, the model and the training tokens, up to and including this task.
 
-    before: the fingerprint of the previous task. model: bytes that identify the model. prompts: of all records; none of
-    a source that grows, whose trained prefix is compared instead (prefix.py). Paths are not hashed, so a run
-    can be resumed after its files were moved. Returns a SHA-256 hex digest.
+    before: the fingerprint of the previous task. model: bytes that identify the models. prompts: of all records; none
+    of a source that grows, whose trained prefix is compared instead (prefix.py). Paths are not hashed, so a run can be
+    resumed after its files were moved. Returns a SHA-256 hex digest.
     """
     not_hashed = {"model", "data", "stages", "run_dir", "ray", "monitoring", "checkpoint", "evaluation", "retention"}
     settings = config.model_dump(mode="json", exclude=not_hashed)
+    del settings["teacher"]["model"]  # an external one is in `model`
+    if settings["environment"] is None:  # runs that began before there were environments can be resumed
+        del settings["environment"]
     if config.strict:
         del settings["actors"]["batch_timeout_s"]
         for name, pool in config.actors.pools.items():

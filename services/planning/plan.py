@@ -75,14 +75,20 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(config: RunConfig, shape: ModelShape, longest_prompts: Sequence[int]) -> Plan:
-    """Make the plan of a run. longest_prompts: tokens of the longest student prompt of each task."""
+def make_plan(
+    config: RunConfig, shape: ModelShape, longest_prompts: Sequence[int], teacher_parameters: int | None = None
+) -> Plan:
+    """Make the plan of a run. longest_prompts: tokens of the longest student prompt of each task.
+
+    teacher_parameters: of an external teacher.
+    """
     cuda = config.device == "cuda"
     width = WIDTH[config.dtype]
-    weights = shape.parameters * width / GIB
 
     def engines(pool: str) -> tuple[Part, ...]:
         e = config.actors.pools[pool]
+        external = teacher_parameters if config.actors.role_name(pool) == TEACHER else None
+        weights = (external or shape.parameters) * width / GIB
         # An update holds the weights twice (the snapshot is mapped). KV cache and logits of a batch come on top.
         memory = ENGINE_BASE_GIB + 2 * weights + (0 if cuda else e.cpu_cache_gib)
         gpus = e.gpus if cuda else 0
@@ -91,7 +97,7 @@ def make_plan(config: RunConfig, shape: ModelShape, longest_prompts: Sequence[in
     learner = config.learner
     tasks = zip(config.tasks, longest_prompts, strict=True)
     forwards = [_largest_forward(task, longest) for task, longest in tasks]
-    teacher, stages = config.teacher_in_use, len(forwards)
+    teacher, stages = config.teacher_in_use.of_learner, len(forwards)
     names = pools(config)
     further = [config.actors.role(name).weights for name in names].count(STUDENT) - 1
     memory = max(learner_gib(learner, teacher, config.dtype, shape, *forward, stages, further) for forward in forwards)
@@ -122,7 +128,7 @@ def pools(config: RunConfig) -> tuple[str, ...]:
 
 
 def engine_settings(config: RunConfig, model: Path, pool: str) -> EngineSettings:
-    """Settings of an engine of the pool with this name.
+    """Settings of an engine of the pool with this name. model: the folder that it loads.
 
     UserError if the longest sequence exceeds the model's positions or the KV cache.
     """

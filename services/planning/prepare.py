@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdft.actors.roles import TEACHER
 from sdft.services.base.errors import UserError
 from sdft.services.config.run import RunConfig, TaskConfig
 from sdft.services.config.sections import EvaluationSet
@@ -30,6 +31,7 @@ from sdft.services.planning.prepared import Prepared, Stage
 from sdft.services.planning.routing import replays_experts
 from sdft.services.planning.shape import ModelShape, embedding_rows, read_headers, sample_of_weights
 from sdft.services.planning.sources import SAMPLE, Loaded, Questions, check_ends, load_rows, make_source
+from sdft.services.planning.teacher import check_same_tokens, external_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,15 +61,17 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
         if s.judge is not None:
             check_judge(s.name, s.judge)
     use = derived(resolve_model(config.model, base), config.device, config.dtype, trains)
-    model = use.folder
+    model, teacher = use.folder, external_teacher(config, base)
     with _copy_is_named(use), examined(model, trains) as found:
         if trains:
             check_trainable(model, config.device, config.dtype)
         # Raises when the model or the cache is too short for the prompts.
-        tokens = max(engine_settings(config, model, pool).max_model_len for pool in pools(config))
+        roles = {name: config.actors.role_name(name) for name in pools(config)}
+        folders = {name: (teacher if role == TEACHER else None) or model for name, role in roles.items()}
+        tokens = max(engine_settings(config, folder, pool).max_model_len for pool, folder in folders.items())
         if trains:
             check_positions(model, tokens)
-        prepared = _prepared(config, path, model, loaded, common, begun)
+        prepared = _prepared(config, path, model, teacher, loaded, common, begun)
         if trains:
             _check_support(config, prepared.vocabulary)
     if found.divides and config.learner.ranks > 1 and config.learner.zero_stage == 3:
@@ -95,6 +99,7 @@ def _prepared(
     config: RunConfig,
     path: Path,
     model: Path,
+    teacher: Path | None,
     loaded: Sequence[Loaded],
     common: Questions,
     begun: datetime,
@@ -107,6 +112,12 @@ def _prepared(
     rows = embedding_rows(headers)  # every token id must be below it
     vocabulary = vocabulary_of(tokenizer, rows)
     identity = (model / "config.json").read_bytes() + sample_of_weights(headers)  # of the model
+    of_teacher = None
+    if teacher is not None:
+        check_same_tokens(tokenizer, teacher)
+        found = read_headers(teacher)
+        identity += (teacher / "config.json").read_bytes() + sample_of_weights(found)
+        of_teacher = ModelShape.of(teacher, found, None).parameters
     builders = [prompt_builder(task, tokenizer, base, begun) for task in config.tasks]
     alone = [prompt_builder(task, tokenizer, base, begun, alone=True) for task in config.tasks]
     given_builders = zip(loaded, builders, alone, strict=True)
@@ -148,8 +159,9 @@ def _prepared(
         vocabulary=vocabulary,
         stages=tuple(stages),
         common=_sets(common, tokenizer, builders[0], stages[0].config, rows),
-        plan=make_plan(config, shape, longest),
+        plan=make_plan(config, shape, longest, of_teacher),
         begun=begun,
+        teacher=teacher,
         sample_ids=builders[0].student(SAMPLE) if sources[0].grows else [],
     )
 

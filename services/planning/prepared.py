@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sdft.actors.roles import TEACHER
 from sdft.actors.shared.types import IntArray
 from sdft.learner.types import LearnerSettings, StageSettings
 from sdft.services.algorithms.base import Contexts
@@ -65,7 +66,13 @@ class Prepared:
     sample_ids: list[int] = field(default_factory=list)  # prompt of SAMPLE, with the first stage's settings
     alone: str | None = None  # why the learner computes sequences one by one, as the end of a sentence; None: it packs
     replays_experts: bool = False  # the learner routes tokens to the experts that the sampler chose
+    teacher: Path | None = None  # folder of an external teacher
     model_notes: tuple[str, ...] = ()  # why `model` is not the folder that the configuration names, one sentence each
+
+    def folder_of(self, pool: str) -> Path:
+        """Return the model folder that the engines of a pool load."""
+        external = self.teacher if self.config.actors.role_name(pool) == TEACHER else None
+        return external or self.model
 
     @property
     def schedule(self) -> Schedule:
@@ -111,7 +118,7 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
         seed=c.seed,
         config=c.learner,
         stages=stages,
-        teacher=c.teacher_in_use,
+        teacher=c.teacher_in_use.of_learner,
         exclusive=c.strict and c.learner.ranks == 1,
         transport=c.weights.transport,
         vocabulary=prepared.vocabulary,

@@ -139,6 +139,8 @@ def window_run(config: RunConfig, model: str, train: str, sets: Iterable[Evaluat
     """Return the configuration of a window's run from that of the service."""
     given = config.model_dump(mode="json")
     given |= {"service": None, "model": model, "run_dir": None}
+    if config.teacher.weights == "base" and model != config.model:  # the first model of the service, in every window
+        given["teacher"] |= {"weights": "external", "model": config.model}
     given["data"]["train"] = train
     given["data"]["fallback_template"] = template_added(config) or given["data"]["fallback_template"]
     given["evaluation"]["sets"] += [s.model_dump(mode="json") for s in sets]

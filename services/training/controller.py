@@ -70,13 +70,22 @@ class Controller:
         self._log = log
         self._progress = progress
         limit = self._config.weights.timeout_s
-        self._weights = {role: WeightSync(role, pool, learner, limit, progress.note) for role, pool in pools.items()}
+        external = self._config.teacher_in_use.weights == "external"  # its engines keep the weights that they load
+        self._weights = {
+            role: WeightSync(role, pool, learner, limit, progress.note)
+            for role, pool in pools.items()
+            if not (external and role == TEACHER)
+        }
         self._student_weights = self._weights[STUDENT]
-        self._teacher_weights = self._weights.get(TEACHER)  # None: its weights are live, and the student engines score
+        self._teacher_weights = self._weights.get(TEACHER)  # None: its weights are live or external
+        self._live = TEACHER not in pools  # the student engines score
         self._evaluated_weights = self._weights[evaluating(pools)]
         self._autoscaler = Autoscaler(pools.values())
         self._checkpoints = Checkpointer(prepared, run_dir, learner, ledger, progress)
-        self._evaluations = Evaluations(prepared, run_dir, pools[evaluating(pools)], self._checkpoints, log, progress)
+        teachers = self._scoring if external else pools[evaluating(pools)]  # else the student's weights at the start
+        self._evaluations = Evaluations(
+            prepared, run_dir, pools[evaluating(pools)], teachers, self._checkpoints, log, progress
+        )
         self._accounting = Accounting(ledger, progress.note)
         self._teacher_moves = self._config.teacher.weights == "ema"
         self._arrivals = Arrivals(prepared, run_dir, progress)
@@ -150,7 +159,7 @@ class Controller:
 
     def _follows(self, config: TaskConfig) -> bool:
         """Return whether the student engines need new weights: they sample, or score as the live teacher."""
-        return config.method.student_samples or (self._teacher_weights is None and config.method.teacher_scores)
+        return config.method.student_samples or (self._live and config.method.teacher_scores)
 
     async def _step(self, step: int, rollouts: Rollouts) -> None:
         times = Times()

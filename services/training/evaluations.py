@@ -21,19 +21,23 @@ from sdft.services.training.retention import RetentionGuard
 
 
 class Evaluations:
-    """Evaluates sets between two steps, on the pool `engines`, which holds the student's weights of the step."""
+    """Evaluates sets between two steps, on the pool `engines`, which holds the student's weights of the step.
+
+    The first evaluation is also one of the teacher, on the pool `teachers`.
+    """
 
     def __init__(
         self,
         prepared: Prepared,
         run_dir: Path,
         engines: EnginePool,
+        teachers: EnginePool,
         saving: Checkpointer,
         log: RunLog,
         progress: Progress,
     ) -> None:
         self._prepared, self._run_dir = prepared, run_dir
-        self._engines, self._saving = engines, saving
+        self._engines, self._teachers, self._saving = engines, teachers, saving
         self._log, self._progress = log, progress
         self._evaluator = Evaluator(prepared.tokenizer, prepared.config.evaluation.grading_timeout_s, progress.part)
         earlier = read_rows(run_dir, EvalResult)
@@ -68,7 +72,7 @@ class Evaluations:
         stage = self._prepared.schedule.at(step).stage
         results, replies = await self._evaluator.students(self._engines, sets, step, stage)
         if teachers:
-            results += await self._evaluator.teachers(self._engines, sets, step, stage)
+            results += await self._evaluator.teachers(self._teachers, sets, step, stage)
         # Replies before results: if the run is killed in between, the evaluation has no results and is repeated.
         for reply in replies if self._prepared.config.evaluation.record else first_of_each_set(replies):
             self._log.reply(reply)

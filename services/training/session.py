@@ -163,7 +163,7 @@ class Session:
     async def _start_pool(self, name: str) -> None:
         pool = engine_pool(
             self._prepared.config,
-            self._prepared.model,
+            self._prepared.folder_of(name),
             self._prepared.stop_ids,
             self._prepared.vocabulary,
             name,

@@ -21,7 +21,7 @@ def test_a_signal_for_all_processes_stops_a_run_as_one_for_the_driver(
 ) -> None:
     """test_run stops the group of a run that trains."""
     before, run_dir, out = on_machine(), tmp_path / "run", tmp_path / "out.txt"
-    words = command(write_run(tmp_path, tiny_model, "float32", steps=500), run_dir)
+    words = command(write_run(tmp_path, tiny_model, "float32", steps=500), run_dir, "teacher={weights: live}")
     with out.open("w") as file:
         driver = subprocess.Popen(words, stdout=file, stderr=subprocess.PIPE, text=True, start_new_session=True)
     if begun == "training":
@@ -51,7 +51,7 @@ def test_a_signal_for_all_processes_stops_a_run_as_one_for_the_driver(
 def test_an_engine_that_cannot_start_ends_the_run_in_a_sentence(tiny_model: Path, tmp_path: Path) -> None:
     """vLLM refuses its settings with an exception that cannot be sent to the driver."""
     config, run_dir = write_run(tmp_path, tiny_model, "float32"), tmp_path / "run"
-    broken = command(config, run_dir, "actors.student.max_num_seqs=100000000")
+    broken = command(config, run_dir, "actors.student.max_num_seqs=100000000", "teacher={weights: live}")
     result = subprocess.run(broken, capture_output=True, text=True, timeout=300, check=False)
     (sentence,) = result.stderr.splitlines()
     assert sentence.startswith("sdft: an engine could not start: ")

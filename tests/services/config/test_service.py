@@ -52,7 +52,7 @@ def test_what_is_filled_in(tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"
     path.write_text(LEAST + "service: {window: {epochs: 7}}")
     config = load_config(path)
-    assert (config.training.epochs, config.teacher.weights) == (7, "frozen")
+    assert (config.training.epochs, config.teacher.weights) == (7, "base")
     assert config.data is not None
     assert config.data.train == "inbox"
     path.write_text(LEAST + "teacher: {weights: ema}\nservice: {}")
