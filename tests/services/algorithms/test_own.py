@@ -55,7 +55,10 @@ def test_an_own_algorithm_has_its_settings_and_survives_a_round_trip(tmp_path: P
         ({"type": "siblings:Group"}, "siblings:Group is not a subclass of sdft.services.algorithms.base.Algorithm"),
         ({"type": "siblings:Siblings", "shure": True}, "method.shure: Extra inputs are not permitted"),
         ({"type": "recall"}, "method.prompts is required but missing"),
-        ({"type": "recall", "prompts": "p"}, "method recall needs teacher.weights: base or external, not ema; change one of them"),
+        (
+            {"type": "recall", "prompts": "p"},
+            "method recall needs teacher.weights: base or external, not ema; change one of them",
+        ),
         (
             {"type": "sft", "skip_first": 0},
             "method.skip_first is not a setting with type: sft; only sdft and off_policy and recall and sdpo have it",
