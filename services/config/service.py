@@ -277,7 +277,7 @@ def with_records_of_a_service(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("data.train and data.source are of a run, and a service trains what it receives; remove them")
     teacher = given.get("teacher", {})
     if isinstance(teacher, dict) and not teacher.keys() & {"weights", "alpha"}:
-        # The first model. The student of a window's start has learned to answer without a demonstration, and with one in
+        # The first model. The student of a window's start has learned to answer without a demonstration. With one in
         # its prompt it teaches badly (benchmarks/gate.py).
         teacher = teacher | {"weights": "base"}
     saved = data.get("train") == INBOX  # a service's own file, with an override of the window's epochs perhaps
