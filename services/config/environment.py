@@ -7,11 +7,13 @@ from pydantic import BeforeValidator, Field, field_validator
 from sdft.actors.shared.own_code import is_own
 from sdft.services.base.section import Section
 
+BUILT_IN = ("mcp",)  # services/environments/named.py has their classes
+
 
 class EnvironmentConfig(Section):
     """What answers the student's turns. An episode is the turns of one sample."""
 
-    type: str = Field(description="A class of your own, as package.module:Name")
+    type: str = Field(description="mcp: the tools of an MCP server; or a class of your own, as package.module:Name")
     settings: dict[str, Any] = Field({}, description="Arguments of the class")
     max_turns: int = Field(8, ge=1, description="Replies of an episode; one that is not done then has not passed")
     max_tokens: int = Field(
@@ -29,8 +31,11 @@ class EnvironmentConfig(Section):
     @field_validator("type")
     @classmethod
     def _own(cls, value: str) -> str:
-        if not is_own(value):
-            raise ValueError(f"environment {value} is not known; name a class of your own as package.module:Name")
+        if value not in BUILT_IN and not is_own(value):
+            raise ValueError(
+                f"environment {value} is not known; set it to {' or '.join(BUILT_IN)}, or to a class of your own as "
+                f"package.module:Name"
+            )
         return value
 
 

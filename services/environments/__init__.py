@@ -2,6 +2,6 @@
 
     record ─► reset ─► reply of the student ─► step ─► messages ─► next reply ─► ... ─► Done
 
-Imports data, algorithms, config and base. The process of an environment (`process.py`) imports none of them, so that it
-starts quickly.
+Imports grading, data, algorithms, config and base. The process of an environment (`process.py`) imports little beside
+the class that it runs, so that it starts quickly.
 """

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from sdft.actors.shared.own_code import own_class
 from sdft.actors.shared.process import die_with_parent
 from sdft.services.environments.base import Done, Environment
+from sdft.services.environments.named import environment_class
 
 ROLES = ("user", "tool")
 CUT = "\n[cut: the answer has {} characters]"
@@ -26,7 +26,7 @@ class Episodes:
     """The episodes of this process, by number."""
 
     def __init__(self, given: Mapping[str, Any]) -> None:
-        self._class = own_class(given["type"], Environment)
+        self._class = environment_class(given["type"])
         self._settings: dict[str, Any] = given["settings"]
         self._timeout_s: float = given["step_timeout_s"]
         self._longest: int = given["max_answer_chars"]

@@ -1,10 +1,10 @@
 """Check the engines and environments of a user's own that a configuration names. It imports their modules."""
 
 from sdft.actors.engine import own_engine
-from sdft.actors.shared.own_code import NotImportable, is_own, own_class
+from sdft.actors.shared.own_code import NotImportable, is_own
 from sdft.services.base.errors import UserError
 from sdft.services.config.run import RunConfig
-from sdft.services.environments.base import Environment
+from sdft.services.environments.named import environment_class
 
 
 def check_own_engines(config: RunConfig) -> None:
@@ -26,7 +26,7 @@ def check_environments(config: RunConfig) -> None:
         if environment is None:
             continue
         try:
-            own_class(environment.type, Environment)(**environment.settings)
+            environment_class(environment.type)(**environment.settings)
         except NotImportable as error:
             raise UserError(f"{place}: {error}") from None
         except Exception as error:  # noqa: BLE001 - a user's code: it can raise anything
