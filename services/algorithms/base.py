@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from sdft.actors.shared.drafts import Completion, Draft, Scores, Turn, given
+from sdft.actors.shared.sequences import BoolArray
 from sdft.actors.shared.types import IntArray, SampleId
 from sdft.learner.config import Divergence, Forward, ImportanceConfig, LossConfig
 from sdft.services.base.section import Section, short_form
@@ -86,8 +87,9 @@ class Group:
     seeds: tuple[int, ...]  # sampling seed of each sample
     student_ids: IntArray  # [P], the student's prompt
     teacher_ids: IntArray | None  # the teacher's prompt; None: the record lacks the column that the template shows
-    demonstration_ids: IntArray | None  # the demonstration as a reply; None unless the algorithm trains it
+    demonstration_ids: IntArray | None  # [T], the demonstration as a reply; None unless the algorithm trains it
     contexts: Contexts
+    demonstration_mask: BoolArray | None = None  # [T], which of its tokens the assistant writes; None: all
     player: Player | None = None  # None: the stage has no environment
     grade: Callable[[str], bool] | None = None  # whether a reply is right, by the algorithm's `graded_by`
 
@@ -147,7 +149,7 @@ class Group:
         """Return a draft for each sample: the demonstration as its completion. Needs `trains_demonstrations`."""
         if self.demonstration_ids is None:
             raise ValueError(f"sample {self.samples[0]}: the row has no demonstration")
-        turn = Turn(self.student_ids, given(self.step, self.demonstration_ids))
+        turn = Turn(self.student_ids, given(self.step, self.demonstration_ids), mask=self.demonstration_mask)
         return [Draft(sample, seed, (turn,)) for sample, seed in zip(self.samples, self.seeds, strict=True)]
 
 

@@ -76,7 +76,7 @@ def _reply(
             yield sampled
             return
         try:
-            ids = builder.demonstration(record)
+            ids, _ = builder.conversation(record)
         except UserError as problem:  # a run with this method does not train the demonstration, so it may be no reply
             yield sampled
             yield Text(f"   the demonstration cannot take its place: {problem}", HEADING)

@@ -4,12 +4,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sdft.actors.shared.sequences import BoolArray
 from sdft.actors.shared.types import IntArray
 from sdft.services.base.errors import UserError
 from sdft.services.base.files import existing_file
@@ -48,19 +50,27 @@ class PromptPair:
     student_ids: IntArray  # [P]
     teacher_ids: IntArray | None  # [P]; None: the record has nothing for a teacher
     demonstration_ids: IntArray | None = None  # [T], as a reply, with the token that ends it
+    demonstration_mask: BoolArray | None = None  # [T], which of them the assistant writes; None: all
 
     @classmethod
-    def of(cls, student: list[int], teacher: list[int] | None, demonstration: list[int] | None = None) -> "PromptPair":
+    def of(
+        cls,
+        student: list[int],
+        teacher: list[int] | None,
+        demonstration: list[int] | None = None,
+        mask: list[bool] | None = None,
+    ) -> "PromptPair":
         """Make a pair of a tokenizer's lists. Arrays take a ninth of their memory."""
         return cls(
             np.asarray(student, np.int32),
             None if teacher is None else np.asarray(teacher, np.int32),
             None if demonstration is None else np.asarray(demonstration, np.int32),
+            None if mask is None else np.asarray(mask, np.bool_),
         )
 
     @property
     def parts(self) -> tuple[IntArray | None, ...]:
-        """The three fields."""
+        """The token ids."""
         return self.student_ids, self.teacher_ids, self.demonstration_ids
 
     @property
@@ -153,17 +163,32 @@ class PromptBuilder:
         whole = at + 1 + len(later) if one else None
         return self._encode([*earlier, *turns, *later], item, self._teacher_variables, whole)
 
+    def conversation(self, item: Record) -> tuple[list[int], list[bool] | None]:
+        """Token ids of the demonstration behind the student's prompt, and which the assistant writes (None: all).
+
+        Each reply of several turns is as `demonstration` says, and between two replies is what `between` says.
+        """
+        if not isinstance(item.demonstration, tuple):
+            return self.demonstration(item), None
+        so_far, ids, mask = list(item.messages), list[int](), list[bool]()
+        for own, of_turn in groupby(item.demonstration, key=lambda message: message["role"] == "assistant"):
+            messages, here = list(of_turn), replace(item, messages=tuple(so_far))
+            made = (
+                self.demonstration(replace(here, demonstration=messages[0]))
+                if own
+                else self.between(replace(item, messages=tuple(so_far[:-1])), messages)
+            )
+            ids += made
+            mask += [own] * len(made)
+            so_far += messages
+        return ids, mask
+
     def demonstration(self, item: Record) -> list[int]:
         """Token ids of the demonstration as a reply to the student's prompt, with the token that ends it.
 
         They are what the chat template renders behind the prompt. UserError if it does not show the demonstration
         there, or if the demonstration has the token that ends a reply.
         """
-        if isinstance(item.demonstration, tuple):
-            raise UserError(
-                f"{item.where}: the demonstration has several turns, and a reply that is trained has one; use method "
-                f"sdft, whose teacher sees all of them"
-            )
         prompt, text, end = self._as_reply(item)
         # Tokenized behind the prompt, because some tokenizers treat the beginning of a text in another way.
         before, ids = self._ids(prompt), self._ids(f"{prompt}{text}")

@@ -31,8 +31,8 @@ def build_prompts(
     for item in items:
         teacher_ids = builder.teacher(item)
         student_ids = builder.student(item)
-        reply_ids = None if max_demonstration_tokens is None else builder.demonstration(item)
-        pairs.append(PromptPair.of(student_ids, teacher_ids, reply_ids))
+        reply_ids, mask = (None, None) if max_demonstration_tokens is None else builder.conversation(item)
+        pairs.append(PromptPair.of(student_ids, teacher_ids, reply_ids, mask))
         for part, ids, key, limit in (
             ("prompt", student_ids, "data.max_prompt_tokens", max_prompt_tokens),
             ("teacher's prompt", teacher_ids or [], "data.max_teacher_prompt_tokens", max_teacher_prompt_tokens),

@@ -141,8 +141,11 @@ def _demonstration(value: Any, at: str) -> str | Message | tuple[Message, ...]:
         for place, message in (("first", messages[0]), ("last", messages[-1])):
             if message["role"] != "assistant":
                 raise Unusable(f"{at}: the {place} message must be the assistant's, not the {message['role']}'s")
-        if any(message["role"] == "system" for message in messages):
-            raise Unusable(f"{at}: a system message belongs into the prompt")
+        for i, message in enumerate(messages, start=1):
+            if message["role"] == "system":
+                raise Unusable(f"{at} message {i}: a system message belongs into the prompt")
+            if i > 1 and message["role"] == messages[i - 2]["role"] == "assistant":
+                raise Unusable(f"{at} messages {i - 1} and {i} are both the assistant's; join them")
         return messages if len(messages) > 1 else _demonstration(value[0], at)
     if not isinstance(value, dict):
         return text_of(value, at)

@@ -253,6 +253,7 @@ def _groups(step: int, stage: Stage, ids: list[SampleId], player: Player | None)
             student_ids=pair.student_ids,
             teacher_ids=pair.teacher_ids,
             demonstration_ids=pair.demonstration_ids,
+            demonstration_mask=pair.demonstration_mask,
             contexts=stage.contexts(record),
             player=player,
             grade=None if rule is None else partial(_is_right, rule, stage.source.records[record].answer),

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,25 @@ def test_the_whole_is_what_the_chat_template_makes_of_the_conversation(
     ]
     whole = np.concatenate([episode.contexts[0], episode.behind_the_prompt])
     assert tokenizer.decode(whole) == tokenizer.apply_chat_template(conversation, tokenize=False).removesuffix("\n")
+
+
+def test_a_demonstration_of_several_turns_has_the_same_tokens(tokenizer: Any, contexts: RecordContexts) -> None:
+    """What is trained of it is what the assistant writes, with the tokens that end its replies."""
+    turns = (
+        Message(role="assistant", content="one"),
+        Message(role="user", content="row-1 heard one"),
+        Message(role="assistant", content="yes"),
+    )
+    record = replace(RECORD, demonstration=turns)
+    ids, mask = contexts.builder.conversation(record)
+    whole = [*contexts.builder.student(record), *ids]
+    assert tokenizer.decode(whole) == tokenizer.apply_chat_template([*PROMPT, *turns], tokenize=False).removesuffix(
+        "\n"
+    )
+    assert mask is not None
+    assert tokenizer.decode([i for i, own in zip(ids, mask, strict=True) if own]) == "one<|im_end|>yes<|im_end|>"
+    alone = replace(RECORD, demonstration="one")
+    assert contexts.builder.conversation(alone) == (contexts.builder.demonstration(alone), None)
 
 
 def test_episodes_of_one_call_go_on_in_rounds(tokenizer: Any, contexts: RecordContexts) -> None:
