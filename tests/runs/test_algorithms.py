@@ -48,8 +48,8 @@ def both(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     siblings = {"type": "siblings:Siblings", "divergence": {"top_k": 16}, "skip_first": 0}
     recall = {"type": "recall", "prompts": "general.jsonl", "divergence": {"top_k": 16}}
     prompts = [f"Say number {i}." for i in range(8)]
-    for name, shown in (("replies", "yes"), ("episodes", EPISODE)):
-        rows = [{"prompt": prompt, "demonstration": shown} for prompt in prompts]
+    for name, shown in (("replies", ["yes", EPISODE]), ("episodes", [EPISODE])):
+        rows = [{"prompt": prompt, "demonstration": shown[i % len(shown)]} for i, prompt in enumerate(prompts)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "games.jsonl").write_text("".join(json.dumps({"prompt": p, "answer": "?"}) + "\n" for p in prompts[:4]))
     environment = {"type": "tests.fakes.environments:Counting", "settings": {"turns": 2}, "max_tokens": 120}
@@ -66,6 +66,7 @@ def both(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
                 "data": data | {"train": "replies.jsonl"},
                 "steps": TAUGHT,
                 "method": "sft",
+                "sampling": {"max_new_tokens": 60},
                 "optimizer": {"lr": 5e-3, "warmup_steps": 2},
             },
             {
@@ -144,6 +145,16 @@ def test_recall_learns_demonstrations_and_keeps_the_first_model(both: tuple[Path
         prompt, reply = (text.decode(ids) for ids in (sequence.prompt_ids, sequence.completions[0]))
         assert (f"The number is {sequence.sample.record}." in reply) == (sequence.teacher is None)
         assert any(line in prompt for line in GENERAL) == (sequence.teacher is not None)
+
+
+def test_sft_trains_the_assistants_tokens_of_several_turns(both: tuple[Path, Path], tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    sequences = [s for step in (BEFORE + 1, BEFORE + 2) for s in read_batch(both[1], step)]
+    assert len({s.sample.record for s in sequences}) == 8
+    for sequence in sequences:
+        trained = tokenizer.decode(sequence.token_ids[sequence.loss_mask])
+        assert trained == "yes<|im_end|>" * (1 + sequence.sample.record % 2)
+        assert tokenizer.decode(sequence.token_ids).endswith("assistant\nyes<|im_end|>")
 
 
 def test_sequences_have_the_turns_of_their_episodes(both: tuple[Path, Path], tiny_model: Path) -> None:
