@@ -40,6 +40,9 @@ class Contexts(Protocol):
     def text(self, ids: IntArray) -> str:
         """Return the text of a completion [T], without the token that ends it."""
 
+    def reply(self, ids: IntArray) -> str:
+        """Return a completion [T] as an environment or a grader reads it: with marks, without its last token."""
+
     def between(self, messages: Sequence[Mapping[str, Any]]) -> IntArray:
         """Return the tokens [C] between the end of a reply and the next one, with these messages there.
 
@@ -60,6 +63,7 @@ class Episode:
     ids: tuple[IntArray, ...] = ()  # [T], tokens of each completion; none if there is one completion
     passed: bool | None = None  # None: no environment says
     feedback: str = ""  # of the environment
+    cut: str = ""  # why it ended before the environment said so
     messages: tuple[Mapping[str, Any], ...] = ()  # replies and what answered them; none if no environment did
 
     @property

@@ -16,7 +16,7 @@ from sdft.actors.shared.drafts import Draft
 from sdft.actors.shared.types import IntArray
 from sdft.learner.config import ImportanceConfig, LossConfig
 from sdft.services.algorithms.base import Distillation, Episode, Group, Student, Teacher
-from sdft.services.base.errors import UserError
+from sdft.services.base.errors import PromptTooLong
 
 Rule = Literal["exact", "contains", "choice", "numeric", "tool_call", "instruction"]
 
@@ -76,8 +76,8 @@ class Sdpo(Distillation):
     async def _said(self, group: Group, student: Student, episodes: Sequence[Episode | None]) -> list[Any]:
         """Return each episode as a demonstration: its conversation, or the text of its one reply."""
         alone = [e.completions[0] for e in episodes if e is not None and not e.messages]
-        texts = iter(list(map(group.contexts.text, await student.tokens(alone))) if alone else [])
-        return [None if e is None else e.messages if e.messages else next(texts) for e in episodes]
+        texts = iter(list(map(group.contexts.reply, await student.tokens(alone))) if alone else [])
+        return [None if e is None else _shown(e.messages) if e.messages else next(texts) for e in episodes]
 
     def _passed(self, group: Group, episode: Episode | None, said: Any) -> bool:
         if episode is None or said is None:
@@ -97,6 +97,11 @@ class Sdpo(Distillation):
                 return group.contexts.teacher(demonstration=said[sibling])
             if self.without_success == "feedback" and episode.feedback and not passed[i]:
                 return group.contexts.teacher(demonstration=None, feedback=episode.feedback)
-        except UserError:  # it is longer than data.max_teacher_prompt_tokens
+        except PromptTooLong:
             return None
         return group.teacher_ids if self.without_success == "demonstration" else None
+
+
+def _shown(messages: Sequence[Any]) -> Any:
+    """Return a conversation as a demonstration; one reply alone as its text."""
+    return messages[0]["content"] if len(messages) == 1 else messages

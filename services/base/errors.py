@@ -8,6 +8,10 @@ class UserError(Exception):
     exit_code = 2
 
 
+class PromptTooLong(UserError):
+    """A teacher's prompt that was made during the run is longer than data.max_teacher_prompt_tokens."""
+
+
 class PreflightError(Exception):
     """The plan cannot run here. The message names what is missing and what would help."""
 

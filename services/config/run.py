@@ -10,7 +10,7 @@ from sdft.services.algorithms.registry import Method
 from sdft.services.algorithms.sdft import Sdft
 from sdft.services.base.section import Section
 from sdft.services.config.dtype import native_dtype
-from sdft.services.config.environment import Environment, EnvironmentConfig
+from sdft.services.config.environment import Environment
 from sdft.services.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -167,9 +167,14 @@ class RunConfig(Section):
             if method.needs_success and (environment is None) == (method.graded_by is None):
                 mend = "set method.grader, or environment" if environment is None else "remove method.grader"
                 raise ValueError(f"{place}method {method.type}: one of them says what has passed; {mend}")
+            if method.needs_success and task.data.template in ("context", "feedback", "none"):
+                raise ValueError(
+                    f"{place}method {method.type} shows the teacher a sample as the demonstration, and data.template "
+                    f"{task.data.template} shows none; set data.template: turn or paper"
+                )
             if method.shows_feedback and environment is None:
                 raise ValueError(f"{place}method {method.type}: feedback is of an environment; set environment")
-            if method.shows_feedback and "feedback" not in (task.data.template, task.data.fallback_template):
+            if method.shows_feedback and task.data.fallback_template != "feedback":
                 raise ValueError(
                     f"{place}method {method.type}: no template shows feedback; set data.fallback_template: feedback"
                 )
@@ -202,6 +207,12 @@ class RunConfig(Section):
                 raise ValueError(
                     f"evaluation set {s.name}: grader environment needs an environment; set it in the set, or in the "
                     f"run"
+                )
+            played = (s.environment or environment) if s.grader == "environment" else None
+            if played is not None and played.max_tokens <= s.max_new_tokens:
+                raise ValueError(
+                    f"evaluation set {s.name}: max_new_tokens {s.max_new_tokens} leaves no room for a second reply in "
+                    f"environment.max_tokens {played.max_tokens}; lower it"
                 )
         return self
 
@@ -281,10 +292,6 @@ class TaskConfig(RunConfig):
     def longest_reply(self) -> int:
         """Most tokens behind a prompt: of a reply, or of an episode."""
         return self.sampling.max_new_tokens if self.environment is None else self.environment.max_tokens
-
-    def environment_of(self, s: EvaluationSet) -> EnvironmentConfig | None:
-        """Return the environment of an evaluation set; None if its questions have single replies."""
-        return (s.environment or self.environment) if s.grader == "environment" else None
 
 
 def _of_stage(run: RunConfig, stage: StageConfig) -> dict[str, object]:

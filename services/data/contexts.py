@@ -13,7 +13,7 @@ import numpy as np
 
 from sdft.actors.shared.sequences import BoolArray
 from sdft.actors.shared.types import IntArray
-from sdft.services.base.errors import UserError
+from sdft.services.base.errors import PromptTooLong, UserError
 from sdft.services.base.files import existing_file
 from sdft.services.config.sections import DataConfig
 from sdft.services.config.templates import BUILT_IN_TEMPLATES
@@ -25,7 +25,7 @@ from sdft.services.data.messages import Message, said
 from sdft.services.data.rendering import ChatTemplate
 from sdft.services.data.template_variables import check_variables
 from sdft.services.data.templates import UserTemplate
-from sdft.services.data.thoughts import without_thoughts
+from sdft.services.data.thoughts import opened_by, without_thoughts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -240,7 +240,8 @@ class PromptBuilder:
         its tokens stay as they were sampled. UserError if the template does not show the messages.
         """
         end = self.end(item)
-        answers = [Message(role=m["role"], content=m["content"]) for m in messages]
+        members = ("role", "content", "name", "tool_call_id")
+        answers: Any = [{key: m[key] for key in members if key in m} for m in messages]
         before = [*self._with_system(item), Message(role="assistant", content=REPLY)]
         behind = self._render([*before, *answers], item, opened=True).rpartition(REPLY)[2]
         token = self._tokenizer.convert_ids_to_tokens(end.token_id)
@@ -252,6 +253,17 @@ class PromptBuilder:
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of a reply, without the token that ends it and other special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def reply(self, item: Record, ids: Sequence[int]) -> str:
+        """Return the text of a reply with its marks, of reasoning and of calls, also where they are special tokens.
+
+        The token that ends it is left out. A mark that the chat template has opened in the prompt is there.
+        """
+        ends = self.stop_ids(item)
+        kept = ids[:-1] if ids and ids[-1] in ends else ids
+        return opened_by(self._tokenizer, self.student(item)) + str(
+            self._tokenizer.decode(list(kept), skip_special_tokens=False)
+        )
 
     def end(self, item: Record) -> ReplyEnd:
         """Return what ends a reply. It is found once, with the first `item`'s prompt, and is the same for all items."""
@@ -323,7 +335,7 @@ class RecordContexts:
                 f"did not give; add the column to the row, or choose another data.template"
             )
         if len(ids) > self.limit:
-            raise UserError(
+            raise PromptTooLong(
                 f"{self.record.where}: a teacher's prompt that was made during the run has {len(ids)} tokens, but "
                 f"data.max_teacher_prompt_tokens is {self.limit}; raise it to at least {len(ids)}"
             )
@@ -332,6 +344,10 @@ class RecordContexts:
     def text(self, ids: IntArray) -> str:
         """Return the text of a completion [T], without the token that ends it."""
         return self.builder.text(ids.tolist())
+
+    def reply(self, ids: IntArray) -> str:
+        """Return a completion [T] as an environment or a grader reads it: with marks, without its last token."""
+        return self.builder.reply(self.record, ids.tolist())
 
     def between(self, messages: Sequence[Mapping[str, Any]]) -> IntArray:
         """Return the tokens [C] between the end of a reply and the next one, with these messages there."""

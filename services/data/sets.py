@@ -33,6 +33,11 @@ class LoadedSet:
         """Whether every question has a teacher prompt that differs from the student's."""
         return all(p.teacher_ids is not None and not np.array_equal(p.teacher_ids, p.student_ids) for p in self.prompts)
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether every question has a teacher prompt."""
+        return not self.settings.is_text and all(p.teacher_ids is not None for p in self.prompts)
+
     def prompts_of(self, metric: str) -> list[IntArray]:
         """Return the prompts for the metric STUDENT_ACCURACY or TEACHER_ACCURACY."""
         if metric == STUDENT_ACCURACY:

@@ -38,6 +38,12 @@ def parts(text: str) -> list[str]:
     return [part.strip() for part in re.split(marks, text) if part.strip()]
 
 
+def opened_by(tokenizer: "PreTrainedTokenizerBase", prompt_ids: list[int]) -> str:
+    """Return the begin mark of reasoning that some chat templates write at the end of a prompt, or ""."""
+    prompt = str(tokenizer.decode(prompt_ids[-LAST:], skip_special_tokens=False)).rstrip()
+    return next((mark for mark, _ in MARKS if prompt.endswith(mark)), "")
+
+
 class ReplyText:
     """Decode replies to text: without special tokens, but with all marks of the reasoning."""
 
@@ -59,9 +65,7 @@ class ReplyText:
                 parts += [self._decoded(reply_ids[begin:i]), self._special[token]]
                 begin = i + 1
         parts.append(self._decoded(reply_ids[begin:]))
-        prompt = str(self._tokenizer.decode(prompt_ids[-LAST:], skip_special_tokens=False)).rstrip()
-        opened = next((mark for mark, _ in MARKS if prompt.endswith(mark)), "")
-        return "".join([opened, *parts])
+        return "".join([opened_by(self._tokenizer, prompt_ids), *parts])
 
     def _decoded(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))

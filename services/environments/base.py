@@ -29,6 +29,10 @@ class Done:
 class Environment:
     """One episode. The settings `environment.settings` are the arguments of its constructor."""
 
+    @classmethod
+    def prepare(cls, settings: Mapping[str, Any]) -> None:
+        """Do what all episodes of a process need, once, before they begin. It may take a minute."""
+
     async def reset(self, record: Mapping[str, Any]) -> None:
         """Begin the episode of a record: its columns prompt (messages), answer, context, tools and id."""
 
@@ -40,4 +44,7 @@ class Environment:
         raise NotImplementedError
 
     async def close(self) -> None:
-        """Free what the episode holds. Called once, whatever became of it."""
+        """Free what the episode holds. Called once at its end, also if `reset` has failed.
+
+        A process that ends or blocks calls it no more.
+        """

@@ -61,9 +61,16 @@ class McpTools(Environment):
         self._ended = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
 
+    @classmethod
+    def prepare(cls, settings: Mapping[str, Any]) -> None:
+        """Load the parser."""
+        _finder(settings.get("parser", ACTION), settings.get("model"))
+
     async def reset(self, record: Mapping[str, Any]) -> None:
-        """Start the server."""
-        self._answer, self._tools = record["answer"], record.get("tools")
+        """Start the server. ValueError for a row whose answer the grader cannot use."""
+        self._answer, self._tools = record["answer"], _definitions(record.get("tools"))
+        if (problem := self._grader.check_answer(self._answer)) is not None:
+            raise ValueError(f"answer: {problem}")
         ready: asyncio.Future[ClientSession] = asyncio.get_running_loop().create_future()
         # The client's contexts must be left by the task that has entered them.
         self._running = asyncio.create_task(self._run(ready))
@@ -73,7 +80,7 @@ class McpTools(Environment):
     async def step(self, reply: str) -> Answer | Done:
         """Call the tools that a reply names, one after the other; without a call grade it."""
         assert self._session is not None
-        calls = self._find(reply, self._tools)
+        calls = self._find(without_thoughts(reply), self._tools)
         if calls is None:
             return "the input of a call is not a JSON object"
         if not calls:
@@ -84,8 +91,11 @@ class McpTools(Environment):
     async def close(self) -> None:
         """End the server."""
         self._ended.set()
-        if self._running is not None:
-            await self._running
+        if self._running is None:
+            return
+        if self._session is None:  # it did not start
+            self._running.cancel()
+        await asyncio.wait([self._running])
 
     async def _run(self, ready: "asyncio.Future[ClientSession]") -> None:
         try:
@@ -93,10 +103,9 @@ class McpTools(Environment):
                 await session.initialize()
                 ready.set_result(session)
                 await self._ended.wait()
-        except Exception as error:
-            if ready.done():
-                raise
-            ready.set_exception(error)
+        except Exception as error:  # noqa: BLE001 - whatever the server does, the episode is lost with the reason
+            if not ready.done():
+                ready.set_exception(error)
 
     async def _called(self, session: ClientSession, call: Called) -> dict[str, Any]:
         try:
@@ -123,6 +132,13 @@ def _finder(parser: str, model: str | None) -> Callable[[str, Any], list[Called]
 def _actions(reply: str, _: Any) -> list[Called] | None:
     calls = parse_calls(reply)
     return None if calls is None else [Called(call.name, call.arguments) for call in calls]
+
+
+def _definitions(tools: Any) -> Any:
+    """Return the definitions of a row's tools in OpenAI's form; a row may have bare ones."""
+    if not tools:
+        return None
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
 def _object(arguments: Any) -> dict[str, Any]:

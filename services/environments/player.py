@@ -21,7 +21,8 @@ from sdft.services.base.errors import UserError
 from sdft.services.config.environment import EnvironmentConfig
 from sdft.services.data.schedule import seed_of
 from sdft.services.environments.base import Done
-from sdft.services.environments.pool import Environments, Episode, EpisodeLost
+from sdft.services.environments.child import EpisodeLost
+from sdft.services.environments.pool import Environments, Episode
 
 # prompts, seeds -> a completion and its tokens for each
 Complete = Callable[[Sequence[IntArray], Sequence[int]], Awaitable[list[tuple[Completion, IntArray]]]]
@@ -43,6 +44,7 @@ class _Running:
     parts: list[tuple[IntArray, Completion, IntArray]] = field(default_factory=list)
     messages: list[Mapping[str, Any]] = field(default_factory=list)
     ended: Done | None = None
+    cut: str = ""  # why it ended, if not by the environment
     lost: str | None = None
 
     @property
@@ -54,7 +56,7 @@ class _Running:
         if self.lost is not None or not self.parts or self.ended is None:
             return None
         before, completions, ids = zip(*self.parts, strict=True)
-        return Played(before, completions, ids, self.ended.passed, self.ended.feedback, tuple(self.messages))
+        return Played(before, completions, ids, self.ended.passed, self.ended.feedback, self.cut, tuple(self.messages))
 
 
 class EpisodePlayer:
@@ -64,9 +66,9 @@ class EpisodePlayer:
         self,
         config: EnvironmentConfig,
         max_new_tokens: int,
-        lost: Callable[[SampleId, str], None] = lambda sample, reason: None,
+        lost: Callable[[SampleId, str | None], None] = lambda sample, reason: None,
     ) -> None:
-        """max_new_tokens: of a reply. lost(): called with the reason why a sample has no episode."""
+        """max_new_tokens: of a reply. lost(): called with the reason why a sample has no episode; None: it has one."""
         self.environments = Environments(config)
         self._config, self._max_new_tokens, self._lost = config, max_new_tokens, lost
 
@@ -80,8 +82,7 @@ class EpisodePlayer:
         starts = [(group.student_ids, seed, group.contexts) for seed in group.seeds]
         found = await self.play_all(starts, complete)
         for sample, (episode, reason) in zip(group.samples, found, strict=True):
-            if episode is None:
-                self._lost(sample, reason)
+            self._lost(sample, reason if episode is None else None)
         return [episode for episode, _ in found]
 
     async def play_all(
@@ -113,10 +114,10 @@ class EpisodePlayer:
         """Give a reply to the environment, and its answer to the student."""
         assert running.episode is not None
         running.parts.append((running.before, completion, ids))
-        text = running.contexts.text(ids)
+        text = running.contexts.reply(ids)
         running.messages.append({"role": "assistant", "content": text})
         if completion.finish_reason == "length":
-            running.ended = Done(False, LENGTH)
+            running.ended, running.cut = Done(False), LENGTH
             return
         try:
             answer = await running.episode.step(text)
@@ -130,6 +131,6 @@ class EpisodePlayer:
             return
         running.so_far = np.concatenate([running.so_far, ids, running.before])
         if turn == self._config.max_turns:
-            running.ended = Done(False, TURNS.format(turn))
+            running.ended, running.cut = Done(False), TURNS.format(turn)
         elif len(running.so_far) - len(running.prompt) + self._max_new_tokens > self._config.max_tokens:
-            running.ended = Done(False, TOKENS)
+            running.ended, running.cut = Done(False), TOKENS

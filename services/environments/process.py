@@ -2,8 +2,8 @@
 
     python -m sdft.services.environments.process '{"type": "my.module:House", "settings": {}, ...}'
 
-It reads calls as lines of JSON from its input and writes their results as lines to its output. What the user's code
-prints goes to the error output.
+It reads calls as lines of JSON from its input and writes their results as lines to its output. The user's code, and
+what it starts, has neither of the two: its input is empty, and what it prints goes to the error output.
 """
 
 import asyncio
@@ -28,6 +28,7 @@ class Episodes:
     def __init__(self, given: Mapping[str, Any]) -> None:
         self._class = environment_class(given["type"])
         self._settings: dict[str, Any] = given["settings"]
+        self._class.prepare(self._settings)
         self._timeout_s: float = given["step_timeout_s"]
         self._longest: int = given["max_answer_chars"]
         self._episodes: dict[int, Environment] = {}
@@ -35,22 +36,9 @@ class Episodes:
     async def call(self, what: str, episode: int, value: Any) -> dict[str, Any]:
         """Return the result of a call as JSON: messages, done, or lost, which ends the episode."""
         if what == "reset":
-            try:
-                made = self._class(**self._settings)
-                async with asyncio.timeout(self._timeout_s):
-                    await made.reset(value)
-            except Exception as error:  # noqa: BLE001 - a user's code: it can raise anything
-                return {"lost": f"reset failed: {_said(error)}"}
-            self._episodes[episode] = made
-            return {}
+            return await self._begin(episode, value)
         if what == "close":
-            environment = self._episodes.pop(episode, None)
-            if environment is not None:
-                try:
-                    async with asyncio.timeout(self._timeout_s):
-                        await environment.close()
-                except Exception as error:  # noqa: BLE001 - as above
-                    print(f"close failed: {_said(error)}", file=sys.stderr, flush=True)
+            await self._close(self._episodes.pop(episode, None))
             return {}
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -58,8 +46,29 @@ class Episodes:
             return self._shown(answer)
         except TimeoutError:
             return self._told(f"no answer within {self._timeout_s:g} s")
-        except Exception as error:  # noqa: BLE001 - as above; the student sees it
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - a user's code; the student sees it
             return self._told(_said(error))
+
+    async def _begin(self, episode: int, record: Any) -> dict[str, Any]:
+        made = None
+        try:
+            made = self._class(**self._settings)
+            async with asyncio.timeout(self._timeout_s):
+                await made.reset(record)
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - a user's code: it can raise anything
+            await self._close(made)
+            return {"lost": f"reset failed: {_said(error)}"}
+        self._episodes[episode] = made
+        return {}
+
+    async def _close(self, environment: Environment | None) -> None:
+        if environment is None:
+            return
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await environment.close()
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - as above
+            print(f"close failed: {_said(error)}", file=sys.stderr, flush=True)
 
     def _shown(self, answer: Any) -> dict[str, Any]:
         if isinstance(answer, Done):
@@ -80,6 +89,7 @@ class Episodes:
         return {"messages": [{"role": "user", "content": self._cut(text)}]}
 
     def _cut(self, text: str) -> str:
+        text = text.encode(errors="replace").decode()  # half a surrogate pair, as in names of files, has no tokens
         return text if len(text) <= self._longest else text[: self._longest] + CUT.format(len(text))
 
 
@@ -87,11 +97,13 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:1000]
 
 
-async def serve(given: Mapping[str, Any], output: int) -> None:
-    """Answer calls until the input ends. output: file descriptor for the results."""
+async def serve(given: Mapping[str, Any], calls: int, output: int) -> None:
+    """Answer calls until they end. calls, output: file descriptors of the calls and of their results."""
     episodes, running = Episodes(given), set[asyncio.Task[None]]()
     reader = asyncio.StreamReader(limit=LINE_BYTES)
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    pipe = os.fdopen(calls, "rb", buffering=0)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
+    os.write(output, b'{"ready": true}\n')
 
     async def one(number: int, what: str, episode: int, value: Any) -> None:
         result = await episodes.call(what, episode, value)
@@ -111,10 +123,11 @@ async def serve(given: Mapping[str, Any], output: int) -> None:
 
 def main() -> None:
     die_with_parent()
-    output = os.dup(sys.stdout.fileno())
+    calls, output = os.dup(sys.stdin.fileno()), os.dup(sys.stdout.fileno())
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), sys.stdin.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what the user's code prints
-    os.write(output, b'{"ready": true}\n')
-    asyncio.run(serve(json.loads(sys.argv[1]), output))
+    asyncio.run(serve(json.loads(sys.argv[1]), calls, output))
 
 
 if __name__ == "__main__":

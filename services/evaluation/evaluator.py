@@ -11,6 +11,7 @@ import numpy as np
 
 from sdft.actors.shared.drafts import Completion
 from sdft.actors.shared.types import GenerateRequest, IntArray, Rollout, Sampling
+from sdft.services.base.errors import RunFailed
 from sdft.services.data.schedule import seed_of
 from sdft.services.data.sets import LoadedSet
 from sdft.services.data.thoughts import ReplyText
@@ -54,10 +55,15 @@ class Evaluator:
             results += await self._pass_at(pool, loaded, STUDENT_ACCURACY, step, stage)
         return results, replies
 
-    async def teachers(self, pool: EnginePool, sets: Sequence[LoadedSet], step: int, stage: int) -> list[EvalResult]:
-        """Evaluate the sets that have demonstrations, with these in the prompt: the accuracy to learn from."""
+    async def teachers(
+        self, pool: EnginePool, sets: Sequence[LoadedSet], step: int, stage: int, external: bool = False
+    ) -> list[EvalResult]:
+        """Evaluate the sets that have demonstrations, with these in the prompt: the accuracy to learn from.
+
+        external: the engines are another model's, so it is also evaluated where it sees the student's prompt.
+        """
         results = []
-        for loaded in (loaded for loaded in sets if loaded.has_teacher):
+        for loaded in (loaded for loaded in sets if loaded.has_teacher or (external and loaded.has_prompts)):
             run = self._run if loaded.environment is None else self._play
             results.append((await run(pool, loaded, TEACHER_ACCURACY, step, stage))[0])
             results += await self._pass_at(pool, loaded, TEACHER_ACCURACY, step, stage)
@@ -145,10 +151,15 @@ class Evaluator:
                 played += await player.play_all(starts[first : first + environment.concurrent], complete)
         finally:
             await player.environments.stop()
+        reasons = [reason for episode, reason in played if episode is None]
+        if len(reasons) == len(played):
+            raise RunFailed(f"{s.name}: every episode was lost: {reasons[0]}")
+        if reasons:
+            self._say(f"{s.name}: {len(reasons)} episodes were lost, and count as not passed: {reasons[0]}")
         replies = []
         for i, (question, (episode, lost)) in enumerate(zip(loaded.questions, played, strict=True)):
-            texts = [] if episode is None else list(map(loaded.contexts(i).text, episode.ids))
-            said = lost if episode is None else episode.feedback
+            texts = [] if episode is None else list(map(loaded.contexts(i).reply, episode.ids))
+            said = lost if episode is None else episode.feedback or episode.cut
             replies.append(
                 Reply(
                     step=step,

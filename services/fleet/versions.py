@@ -49,5 +49,9 @@ class Versions:
             yield self.newest
 
     def mark_lost(self) -> None:
-        """Let `loading` wait for the next version, because the newest was lost with the learner."""
-        self._readable.clear()
+        """Let `loading` wait for the next version, because the newest was lost with the learner.
+
+        Without any version, as of an external teacher, the engines keep what they have loaded.
+        """
+        if self.newest is not None:
+            self._readable.clear()

@@ -26,6 +26,9 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Seque
     del settings["teacher"]["model"]  # an external one is in `model`
     if settings["environment"] is None:  # runs that began before there were environments can be resumed
         del settings["environment"]
+    else:
+        for key in ("processes", "concurrent"):
+            del settings["environment"][key]
     if config.strict:
         del settings["actors"]["batch_timeout_s"]
         for name, pool in config.actors.pools.items():

@@ -163,7 +163,7 @@ def engine_settings(config: RunConfig, model: Path, pool: str) -> EngineSettings
         max_num_seqs=e.max_num_seqs,
         hold_batches=config.strict,
         exclusive=config.strict and e.most == 1,
-        share_prompts=any(task.sampling.generations > 1 for task in config.tasks),
+        share_prompts=any(task.sampling.generations > 1 or task.environment is not None for task in config.tasks),
         gpu_memory_utilization=e.gpu_memory_utilization if cache_gib is None else FREE_AT_LEAST,
         enforce_eager=e.enforce_eager,
         max_probe_gap=max_probe_gap(config),

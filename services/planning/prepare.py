@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sdft.actors.roles import TEACHER
 from sdft.services.base.errors import UserError
+from sdft.services.config.environment import EnvironmentConfig
 from sdft.services.config.run import RunConfig, TaskConfig
 from sdft.services.config.sections import EvaluationSet
 from sdft.services.config.sinks import check_sinks
@@ -61,7 +62,7 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
         if s.judge is not None:
             check_judge(s.name, s.judge)
     use = derived(resolve_model(config.model, base), config.device, config.dtype, trains)
-    model, teacher = use.folder, external_teacher(config, base)
+    model, teacher = use.folder, external_teacher(config, base) if trains else None
     with _copy_is_named(use), examined(model, trains) as found:
         if trains:
             check_trainable(model, config.device, config.dtype)
@@ -125,6 +126,8 @@ def _prepared(
     schedules = make_schedule(config.tasks, sources).stages
     check_ends(names, schedules)
     first = [SAMPLE if source.grows else source.records[0] for source in sources]
+    for task, builder, record in zip(config.tasks, builders, first, strict=True):
+        check_answers_are_shown(task, builder, record)
     lacks = [builders[0].lacks_first(first[0]), *(None for _ in names[1:])]  # the same for all stages
     stages: list[Stage] = []
     for i, (name, given, builder, source) in enumerate(zip(names, loaded, builders, sources, strict=True)):
@@ -135,7 +138,7 @@ def _prepared(
                 config=task,
                 source=source,
                 contexts=contexts[i],
-                sets=_sets(given.questions, tokenizer, builder, task, rows),
+                sets=_sets(given.questions, tokenizer, builder, task, task.environment, rows),
                 schedule=schedules[i],
                 fingerprint=fingerprint_of(before, task, identity, () if source.grows else source.prompts),
                 recalled=len(given.recalled),
@@ -158,7 +161,7 @@ def _prepared(
         stop_ids=tuple(ends),
         vocabulary=vocabulary,
         stages=tuple(stages),
-        common=_sets(common, tokenizer, builders[0], stages[0].config, rows),
+        common=_sets(common, tokenizer, builders[0], stages[0].config, config.environment, rows),
         plan=make_plan(config, shape, longest, of_teacher),
         begun=begun,
         teacher=teacher,
@@ -174,6 +177,19 @@ def _check_support(config: RunConfig, vocabulary: int) -> None:
             f"method.divergence.top_k is {most}, and the tokenizer has {vocabulary} tokens; lower it to at most "
             f"{vocabulary}"
         )
+
+
+def environment_of(s: EvaluationSet, of_task: EnvironmentConfig | None) -> EnvironmentConfig | None:
+    """Return the environment of an evaluation set; None if its questions have single replies."""
+    return (s.environment or of_task) if s.grader == "environment" else None
+
+
+def check_answers_are_shown(task: TaskConfig, builder: PromptBuilder, record: Record) -> None:
+    """UserError if the chat template does not show what an environment answers a reply."""
+    if task.environment is not None:
+        roles = ("user", "tool") if task.environment.type == "mcp" else ("user",)
+        for role in roles:
+            builder.between(record, [{"role": role, "content": "It is done."}])
 
 
 def prompt_builder(
@@ -213,13 +229,17 @@ def _sets(
     tokenizer: "PreTrainedTokenizerBase",
     builder: PromptBuilder,
     task: TaskConfig,
+    environment: EnvironmentConfig | None,
     rows: int | None,
 ) -> list[LoadedSet]:
-    """Build the prompts of the questions with the task's settings. rows: rows of the model's embedding."""
+    """Build the prompts of the questions with the task's settings.
+
+    environment: of sets that name none. rows: rows of the model's embedding.
+    """
     limits = _limits(task)
     loaded = []
     for s, items in questions:
         prompts = text_prompts(tokenizer, items, limits[1]) if s.is_text else build_prompts(builder, items, *limits)
         check_ids(items, prompts, rows)
-        loaded.append(LoadedSet(s, items, prompts, builder, task.environment_of(s)))
+        loaded.append(LoadedSet(s, items, prompts, builder, environment_of(s, environment)))
     return loaded

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sdft.services.algorithms.base import Contexts
 from sdft.services.base.errors import UserError
@@ -49,10 +50,10 @@ class Loaded:
 def load_rows(task: TaskConfig, base: Path, questions: Questions) -> Loaded:
     """Load and check the rows of the files that a task names, relative to the folder `base`. Raises UserError."""
     demonstrations = [] if task.data.grows else load_demonstrations(task.data, base, needed_columns(task, base))
-    if (rule := task.method.graded_by) is not None:
-        for record in demonstrations:
-            if (problem := GRADERS[rule].check_answer(record.answer)) is not None:
-                raise UserError(f"{record.where}: answer: {problem} (method.grader: {rule})")
+    check = answer_check(task)
+    for record in demonstrations:
+        if (problem := check(record.answer)) is not None:
+            raise UserError(f"{record.where}: answer: {problem} (method.grader: {task.method.graded_by})")
     return Loaded(task, demonstrations, _recalled(task, base), questions)
 
 
@@ -78,7 +79,8 @@ def make_source(
     if task.data.grows:
         steps = task.training.steps
         most = sys.maxsize if steps is None else steps * task.training.batch_size
-        source = open_source(task.data, base, ("prompt", *needed_columns(task, base)), build, most)
+        needed = ("prompt", *needed_columns(task, base))
+        source = open_source(task.data, base, needed, build, most, answer_check(task))
     else:
         prompts = build(given.demonstrations) + _build(alone, task, None, rows, given.recalled)
         source = FixedSource(task.data.train, [*given.demonstrations, *given.recalled], prompts)
@@ -108,6 +110,12 @@ def _build(
     pairs = build_prompts(builder, records, data.max_prompt_tokens, data.max_teacher_prompt_tokens, reply)
     check_ids(records, pairs, rows)
     return pairs
+
+
+def answer_check(task: TaskConfig) -> Callable[[Any], str | None]:
+    """Return the check of a row's answer: by the rule that grades the student's replies, if one does."""
+    rule = task.method.graded_by
+    return (lambda answer: None) if rule is None else GRADERS[rule].check_answer
 
 
 def needed_columns(task: TaskConfig, base: Path) -> list[str]:

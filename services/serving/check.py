@@ -113,7 +113,12 @@ def _check_settings(config: RunConfig) -> None:
         )
     if config.data is not None and (config.data.format != "messages" or config.data.columns):
         raise UserError("data.format and data.columns are of a file; a service takes rows in our columns; remove them")
+    if config.environment is not None or config.method.needs_success:
+        key = "environment" if config.environment is not None else f"method: {config.method.type}"
+        raise UserError(f"{key}: a service learns from what it is taught, and not from episodes; remove it")
     for s in config.sets:
+        if s.grader == "environment":
+            raise UserError(f"evaluation.sets ({s.name}): the gate compares single replies; choose another grader")
         if s.name in (NEW, EARLIER):
             raise UserError(f"evaluation.sets: {s.name} is the set of held-out records; choose another name")
         if s.is_text:

@@ -127,7 +127,8 @@ def write_window(
         write_atomically(file, _lines(_question(records[i], window) for i in ids))
         longest = window.max_new_tokens or config.sampling.max_new_tokens
         sets.append(EvaluationSet(name=name, file=str(file), grader=window.grader, max_new_tokens=longest))
-    run = resolved_yaml(window_run(config, str(model), str(path / "train.jsonl"), sets)).encode()
+    first = str(folder.path / state.releases[min(state.releases)].folder)
+    run = resolved_yaml(window_run(config, str(model), str(path / "train.jsonl"), sets, first)).encode()
     written = path / "window.yaml"
     if written.exists() and written.read_bytes() != run and (folder.run(of.number) / "config.yaml").exists():
         raise ConfigurationChanged("its run has begun with another configuration than the service has now")
@@ -135,12 +136,14 @@ def write_window(
     return written
 
 
-def window_run(config: RunConfig, model: str, train: str, sets: Iterable[EvaluationSet] = ()) -> RunConfig:
-    """Return the configuration of a window's run from that of the service."""
+def window_run(
+    config: RunConfig, model: str, train: str, sets: Iterable[EvaluationSet] = (), first: str | None = None
+) -> RunConfig:
+    """Return the configuration of a window's run from that of the service. first: folder of the first release."""
     given = config.model_dump(mode="json")
     given |= {"service": None, "model": model, "run_dir": None}
-    if config.teacher.weights == "base" and model != config.model:  # the first model of the service, in every window
-        given["teacher"] |= {"weights": "external", "model": config.model}
+    if config.teacher.weights == "base" and first is not None:  # the first model of the service, in every window
+        given["teacher"] |= {"weights": "external", "model": first}
     given["data"]["train"] = train
     given["data"]["fallback_template"] = template_added(config) or given["data"]["fallback_template"]
     given["evaluation"]["sets"] += [s.model_dump(mode="json") for s in sets]

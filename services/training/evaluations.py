@@ -72,7 +72,8 @@ class Evaluations:
         stage = self._prepared.schedule.at(step).stage
         results, replies = await self._evaluator.students(self._engines, sets, step, stage)
         if teachers:
-            results += await self._evaluator.teachers(self._teachers, sets, step, stage)
+            external = self._prepared.config.teacher_in_use.weights == "external"
+            results += await self._evaluator.teachers(self._teachers, sets, step, stage, external)
         # Replies before results: if the run is killed in between, the evaluation has no results and is repeated.
         for reply in replies if self._prepared.config.evaluation.record else first_of_each_set(replies):
             self._log.reply(reply)

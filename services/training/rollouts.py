@@ -126,6 +126,11 @@ class Rollouts:
         await cancelled(self._making.values())
         await asyncio.gather(*(player.environments.stop() for player in self._players.values()))
 
+    def _note_lost(self, sample: SampleId, reason: str | None) -> None:
+        self._lost.pop(sample, None)
+        if reason is not None:
+            self._lost[sample] = reason
+
     def _player(self, step: int, stage: Stage) -> EpisodePlayer | None:
         """Return the player of a stage; None if it has no environment."""
         number, environment = self._prepared.schedule.at(step).stage, stage.config.environment
@@ -133,7 +138,7 @@ class Rollouts:
             return None
         if number not in self._players:
             longest = stage.config.sampling.max_new_tokens
-            self._players[number] = EpisodePlayer(environment, longest, self._lost.__setitem__)
+            self._players[number] = EpisodePlayer(environment, longest, self._note_lost)
         return self._players[number]
 
     async def _make(self, step: int, ids: list[SampleId]) -> Batch:
@@ -181,6 +186,8 @@ class Rollouts:
             self._lost.pop(sample, None)
         if not drafts:
             why = f": {reason}" if (reason := next(iter(reasons.values()), "")) else ""
+            if not why and stage.config.method.needs_success:
+                why = ": none has passed; set method.without_success, raise sampling.generations, or add easier prompts"
             raise RunFailed(f"step {step}: the algorithm made no training sequence of its {len(ids)} samples{why}")
         ready = max(calls.sampled, calls.ready)
         times = Times()

@@ -2,8 +2,11 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from sdft.services.environments.base import Answer, Done, Environment
@@ -16,9 +19,14 @@ class Counting(Environment):
         self._turns, self._count = turns, 0
 
     async def reset(self, record: Mapping[str, Any]) -> None:
-        if record.get("answer") == "broken":
+        if isinstance(record.get("answer"), list):
+            self._closed = Path(record["answer"][0])
             raise RuntimeError("no such house")
         self._name = record["id"]
+
+    async def close(self) -> None:
+        if hasattr(self, "_closed"):
+            self._closed.write_text("closed")
 
     async def step(self, reply: str) -> Answer | Done:
         self._count += 1
@@ -52,6 +60,23 @@ async def _bytes() -> Answer:
     return b"\xff\x00"  # type: ignore[return-value]
 
 
+async def _read() -> Answer:
+    """Read the input, as code of a student may."""
+    done = subprocess.run([sys.executable, "-c", "print(repr(input('')))"], capture_output=True, text=True)
+    return done.stderr.strip().splitlines()[-1]
+
+
+async def _leave() -> Answer:
+    """End the process, and leave one behind that has its error output."""
+    subprocess.Popen(["sleep", "1000"])
+    os._exit(4)
+
+
+async def _work() -> Answer:
+    time.sleep(0.6)
+    return "worked"
+
+
 async def _print() -> Answer:
     print('{"n": 1, "done": true}')
     return "printed"
@@ -74,4 +99,7 @@ TROUBLE = {
     "print": _print,
     "exit": _exit,
     "tool": _tool,
+    "read": _read,
+    "leave": _leave,
+    "work": _work,
 }

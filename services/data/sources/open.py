@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from sdft.actors.shared.own_code import NotImportable, own_class
 from sdft.services.base.errors import UserError
@@ -20,16 +21,18 @@ def open_source(
     required: tuple[str, ...],
     build: Callable[[Sequence[Record]], list[PromptPair]],
     count: int = sys.maxsize,
+    check_answer: Callable[[Any], str | None] = lambda answer: None,
 ) -> GrowingSource:
     """Open the source that data.train and data.source name, and read what it has, up to `count` records.
 
-    required: columns that a row needs. build() raises UserError for records that are too long. Raises UserError if the
-    source cannot be read, or has rows and none of them is good: that is a mistake in the settings.
+    required: columns that a row needs. check_answer() returns the problem of an answer. build() raises UserError for
+    records that are too long. Raises UserError if the source cannot be read, or has rows and none of them is good: that
+    is a mistake in the settings.
     """
     path = resolve_path(base, data.train)
     name = str(path) if path.exists() else data.train
     maker = RecordMaker(
-        RowChecker(name, required, format_=data.format), data.columns, lambda record: build([record])[0]
+        RowChecker(name, required, check_answer, data.format), data.columns, lambda record: build([record])[0]
     )
     source = _class(data)(name, maker)
     source.read(count)

@@ -104,6 +104,9 @@ class Texts:
     def text(self, ids: IntArray) -> str:
         return f"{len(ids)} tokens"
 
+    def reply(self, ids: IntArray) -> str:
+        return self.text(ids)
+
     def between(self, messages: Any) -> IntArray:
         raise AssertionError("no episode is played here")
 

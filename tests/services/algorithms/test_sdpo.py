@@ -13,7 +13,7 @@ from sdft.actors.shared.drafts import Completion, Draft, Scores
 from sdft.actors.shared.types import IntArray, Rollout, SampleId, TeacherScores
 from sdft.services.algorithms.base import Episode, Group
 from sdft.services.algorithms.sdpo import Rule, Sdpo
-from sdft.services.base.errors import UserError
+from sdft.services.base.errors import PromptTooLong
 from sdft.services.config.run import RunConfig
 from sdft.services.grading.graders import GRADERS
 
@@ -32,12 +32,15 @@ class Texts:
     def teacher(self, **columns: Any) -> IntArray:
         shown = columns["demonstration"] if columns["demonstration"] is not None else columns["feedback"]
         if shown == "5555":
-            raise UserError("too long")
+            raise PromptTooLong("too long")
         text = shown if isinstance(shown, str) else "/".join(m["content"] for m in shown)
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
     def text(self, ids: IntArray) -> str:
         return "".join(map(str, ids.tolist()))
+
+    def reply(self, ids: IntArray) -> str:
+        return self.text(ids)
 
     def between(self, messages: Any) -> IntArray:
         raise AssertionError
@@ -116,7 +119,7 @@ def episode(passed: bool, feedback: str, *replies: str) -> Episode:
     messages = [{"role": "assistant", "content": reply} for reply in replies]
     between = tuple(np.asarray([0], np.int32) for _ in replies[1:])
     ids = tuple(part.rollout.completion_ids for part in parts)
-    return Episode((PROMPT, *between), tuple(parts), ids, passed, feedback, tuple(messages))
+    return Episode((PROMPT, *between), tuple(parts), ids, passed, feedback, messages=tuple(messages))
 
 
 class Player:
@@ -163,6 +166,14 @@ def test_its_rules_are_the_graders() -> None:
         (
             {"method": {"type": "sdpo", "without_success": "feedback"}, "environment": HOUSE},
             "no template shows feedback; set data.fallback_template: feedback",
+        ),
+        (
+            {
+                "method": {"type": "sdpo", "grader": "exact"},
+                "data": {"train": "t.jsonl", "template": "none"},
+                "sampling": {"generations": 2},
+            },
+            "data.template none shows none; set data.template: turn or paper",
         ),
         ({"method": "sft", "environment": HOUSE}, "environment: method sft takes single replies; use method sdft"),
     ],

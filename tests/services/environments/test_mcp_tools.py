@@ -9,8 +9,9 @@ import pytest
 
 from sdft.services.config.environment import EnvironmentConfig
 from sdft.services.environments.base import Done
+from sdft.services.environments.child import EpisodeLost
 from sdft.services.environments.mcp_tools import McpTools
-from sdft.services.environments.pool import Environments, EpisodeLost
+from sdft.services.environments.pool import Environments
 
 SERVER = [sys.executable, str(Path(__file__).parents[2] / "fakes" / "mcp_server.py")]
 RECORD = {"id": "row-1", "prompt": [{"role": "user", "content": "Add."}], "answer": "7", "tools": None}

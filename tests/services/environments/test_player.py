@@ -138,7 +138,7 @@ def test_limits_end_an_episode_that_has_not_passed(
 ) -> None:
     ((episode, _),), _ = played(tokenizer, contexts, replies, **settings)
     assert episode is not None
-    assert (len(episode.completions), episode.passed, episode.feedback) == (turns, False, feedback)
+    assert (len(episode.completions), episode.passed, episode.cut, episode.feedback) == (turns, False, feedback, "")
 
 
 def test_a_lost_episode_has_a_reason(tokenizer: Any, contexts: RecordContexts) -> None:

@@ -1,6 +1,7 @@
 """Environments in processes of their own: what answers, and what becomes of those that fail."""
 
 import asyncio
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import psutil
 import pytest
 
 from sdft.services.config.environment import EnvironmentConfig
-from sdft.services.environments import pool
+from sdft.services.environments import child
 from sdft.services.environments.base import Done
-from sdft.services.environments.pool import Environments, EpisodeLost
+from sdft.services.environments.child import EpisodeLost
+from sdft.services.environments.pool import Environments
 
 RECORD = {"id": "row-1", "prompt": [{"role": "user", "content": "Count."}], "answer": None}
 
@@ -63,6 +65,7 @@ def test_an_episode_to_its_end() -> None:
         ("flood", user("x" * 100 + "\n[cut: the answer has 100000 characters]")),
         ("bytes", user("TypeError: 'int' object is not subscriptable")),
         ("print", user("printed")),
+        ("read", user("EOFError: EOF when reading a line")),
         ("tool", [{"role": "tool", "content": "21 degrees", "name": "thermometer"}]),
     ],
 )
@@ -71,7 +74,7 @@ def test_what_a_tool_does_wrong_is_an_answer_and_the_episode_goes_on(reply: str,
 
 
 def test_a_process_that_ends_or_blocks_loses_its_episodes_and_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "GRACE_S", 1.0)
+    monkeypatch.setattr(child, "GRACE_S", 1.0)
 
     async def go() -> list[list[Any]]:
         environments = environment()
@@ -91,15 +94,57 @@ def test_a_process_that_ends_or_blocks_loses_its_episodes_and_is_replaced(monkey
     assert second[-1] == fourth[-1] == Done(True, "row-1 after 2")
 
 
-def test_an_episode_that_does_not_begin() -> None:
-    async def go() -> list[Any]:
+def test_an_episode_that_does_not_begin_is_closed(tmp_path: Path) -> None:
+    async def go() -> list[list[Any]]:
         environments = environment()
         try:
-            return await played(environments, "one", record=RECORD | {"answer": "broken"})
+            broken = await played(environments, "one", record=RECORD | {"answer": [str(tmp_path / "closed")]})
+            dated = await played(environments, "one", record=RECORD | {"answer": date(2026, 1, 1)})
+            return [broken, dated, await played(environments, "one", "yes")]
         finally:
             await environments.stop()
 
-    assert asyncio.run(go()) == ["reset failed: RuntimeError: no such house"]
+    broken, dated, later = asyncio.run(go())
+    assert broken == ["reset failed: RuntimeError: no such house"]
+    assert (tmp_path / "closed").read_text() == "closed"
+    assert dated == ["a column of the row is no JSON: Object of type date is not JSON serializable"]
+    assert later[-1] == Done(True, "row-1 after 2")
+
+
+def test_steps_that_wait_for_each_other_do_not_count_as_hung(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six steps of 0.6 s block the process one after the other; the limit of each is 1.5 s."""
+    monkeypatch.setattr(child, "GRACE_S", 1.0)
+
+    async def go() -> list[list[Any]]:
+        environments = environment(concurrent=6)
+        try:
+            return await asyncio.gather(*(played(environments, "work", "yes") for _ in range(6)))
+        finally:
+            await environments.stop()
+
+    assert {answers[-1] for answers in asyncio.run(go())} == {Done(True, "row-1 after 2")}
+
+
+def test_what_a_process_leaves_behind_holds_nothing_up() -> None:
+    before = sleeping()
+
+    async def go() -> list[list[Any]]:
+        environments = environment()
+        try:
+            return [await played(environments, "leave"), await played(environments, "one", "yes")]
+        finally:
+            await environments.stop()
+
+    left, later = asyncio.run(go())
+    assert left == ["the environment's process ended with exit code 4"]
+    assert later[-1] == Done(True, "row-1 after 2")
+    assert sleeping() <= before
+
+
+def sleeping() -> set[int]:
+    """Return the processes that the environment may leave behind. Those that have ended do not count."""
+    running = [p.info for p in psutil.process_iter(["pid", "name", "status"])]
+    return {p["pid"] for p in running if p["name"] == "sleep" and p["status"] != psutil.STATUS_ZOMBIE}
 
 
 def test_episodes_run_beside_each_other_up_to_the_limit() -> None:
@@ -122,9 +167,9 @@ def test_no_process_survives() -> None:
     async def go() -> list[int]:
         environments = environment(processes=2)
         await asyncio.gather(*(played(environments, "one") for _ in range(2)))
-        pids = [
-            child.pid for child in psutil.Process().children() if "environments.process" in " ".join(child.cmdline())
-        ]
+        children = psutil.Process().children()
+        alive = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+        pids = [child.pid for child in alive if "environments.process" in " ".join(child.cmdline())]
         await environments.stop()
         return pids
 

@@ -109,7 +109,7 @@ def test_the_files_of_a_window(tmp_path: Path) -> None:
         f"evaluation: {{sets: [{{name: own, file: {sets}, grader: exact}}]}}\n"
     )
     config, folder, state = load_config(path), ServiceFolder(tmp_path), begun()
-    assert config.teacher.weights == "frozen"
+    assert config.teacher.weights == "base"
     assert config.service is not None
     everything = records(40)
     first = draw(config.service.window, state, everything[:20], set(), seed=0)
@@ -122,6 +122,7 @@ def test_the_files_of_a_window(tmp_path: Path) -> None:
     written = write_window(folder, state.windows[2], config, state, inbox, model)
     made = load_config(written)
     assert (made.model, made.training.epochs, made.service) == (str(model), 3, None)
+    assert (made.teacher.weights, made.teacher.model) == ("external", "/model")  # the first release in every window
     assert [s.name for s in made.sets] == ["own", "held-out-new", "held-out-earlier"]
     assert made.evaluation.record
     rows = [json.loads(line) for line in (folder.window(2) / "train.jsonl").read_text().splitlines()]
