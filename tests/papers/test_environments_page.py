@@ -22,7 +22,7 @@ PAGE = ROOT / "docs" / "environments.md"
 def test_the_class_plays_as_it_is_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_house.py").write_text(PAGE.read_text().partition("```python\n")[2].partition("```")[0])
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    settings = yaml.safe_load(block("data:", PAGE))["environment"]
+    settings = yaml.safe_load(block("data: {train: tasks.jsonl, template: turn, max", PAGE))["environment"]
     record: dict[str, Any] = json.loads(block('{"prompt": "Turn on', PAGE))
 
     async def run() -> list[Any]:

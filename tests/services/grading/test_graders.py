@@ -17,7 +17,7 @@ def as_text(calls: list[dict[str, Any]]) -> str:
 
 
 def test_the_graders_are_those_of_the_configuration() -> None:
-    assert (*GRADERS, "judge", "perplexity") == get_args(Grader)
+    assert (*GRADERS, "environment", "judge", "perplexity") == get_args(Grader)
 
 
 def test_exact_compares_the_stripped_reply_with_each_accepted_string() -> None:
