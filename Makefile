@@ -5,7 +5,7 @@ RUNS := .venv/.runs
 INSTALLED := .venv/.installed
 TRL := benchmarks/trl/.venv/.installed
 
-.PHONY: demo service continual test chaos models bench docs lint install clean
+.PHONY: demo service continual test whole chaos models bench docs lint install clean
 
 demo: $(RUNS)
 	$(BIN)/sdft train examples/tools/tools.yaml
@@ -21,6 +21,10 @@ continual: $(RUNS)
 
 test: install
 	$(BIN)/python -m pytest -n 2
+
+# Every test, also those that take half a minute or more and have a faster one near.
+whole: install
+	SDFT_TESTS=whole $(BIN)/python -m pytest -n 2
 
 # The tests in tests/runs/chaos with 200 kills each instead of 12 and 4: three quarters of an hour.
 chaos: install

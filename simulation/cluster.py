@@ -37,7 +37,7 @@ from sdft.actors.transport.memory import MemoryTransport
 from sdft.learner.group import LearnerGroup
 from sdft.learner.types import StepResult
 from sdft.services.config.run import RunConfig
-from sdft.services.data.contexts import PromptPair
+from sdft.services.data.pairs import PromptPair
 from sdft.services.data.schedule import make_schedule
 from sdft.services.data.sources.fixed import FixedSource
 from sdft.services.fleet.engine import Patience

@@ -29,5 +29,10 @@ class Sdft(Distillation):
         return f"{self.divergence.type} divergence"
 
     async def make(self, group: Group, student: Student, teacher: Teacher) -> list[Draft]:
-        episodes = await group.episodes(student)
-        return await group.scored(teacher, episodes, self.divergence.support, self.skip_first)
+        if group.player is not None:
+            episodes = await group.player.play(group, student)
+            return await group.scored(teacher, episodes, self.divergence.support, self.skip_first)
+        n = len(group.samples)
+        completions = await student.complete([group.student_ids] * n, group.seeds)
+        scores = await teacher.score([group.teacher_prompt] * n, completions, self.divergence.support)
+        return group.drafts(completions, scores, self.skip_first)

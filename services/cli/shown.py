@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.text import Text
 
 from sdft.services.base.errors import UserError
-from sdft.services.data.contexts import PromptBuilder, PromptPair
+from sdft.services.data.contexts import PromptBuilder
 from sdft.services.data.demonstrations import Record
+from sdft.services.data.pairs import PromptPair
 from sdft.services.planning.prepare import prompt_builder
 from sdft.services.planning.prepared import Prepared, Stage
 

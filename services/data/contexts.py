@@ -1,19 +1,14 @@
 """Prompts of student and teacher as token ids: the teacher's prompt also contains the demonstration."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from sdft.actors.shared.sequences import BoolArray
-from sdft.actors.shared.types import IntArray
-from sdft.services.base.errors import PromptTooLong, UserError
+from sdft.services.base.errors import UserError
 from sdft.services.base.files import existing_file
 from sdft.services.config.sections import DataConfig
 from sdft.services.config.templates import BUILT_IN_TEMPLATES
@@ -41,42 +36,6 @@ _FEEDBACK = (
     "{question}\n\nThis is feedback on an earlier response to the question:\n{feedback}\n\n"
     "Now answer with a response of your own that needs no such feedback."
 )
-
-
-@dataclass(frozen=True)
-class PromptPair:
-    """Token ids of one record's prompts; both end where the assistant's reply begins."""
-
-    student_ids: IntArray  # [P]
-    teacher_ids: IntArray | None  # [P]; None: the record has nothing for a teacher
-    demonstration_ids: IntArray | None = None  # [T], as a reply, with the token that ends it
-    demonstration_mask: BoolArray | None = None  # [T], which of them the assistant writes; None: all
-
-    @classmethod
-    def of(
-        cls,
-        student: list[int],
-        teacher: list[int] | None,
-        demonstration: list[int] | None = None,
-        mask: list[bool] | None = None,
-    ) -> "PromptPair":
-        """Make a pair of a tokenizer's lists. Arrays take a ninth of their memory."""
-        return cls(
-            np.asarray(student, np.int32),
-            None if teacher is None else np.asarray(teacher, np.int32),
-            None if demonstration is None else np.asarray(demonstration, np.int32),
-            None if mask is None else np.asarray(mask, np.bool_),
-        )
-
-    @property
-    def parts(self) -> tuple[IntArray | None, ...]:
-        """The token ids."""
-        return self.student_ids, self.teacher_ids, self.demonstration_ids
-
-    @property
-    def encoded(self) -> bytes:
-        """The token ids as JSON, for digests."""
-        return json.dumps([None if ids is None else ids.tolist() for ids in self.parts]).encode()
 
 
 class PromptBuilder:
@@ -316,49 +275,6 @@ class PromptBuilder:
 
     def _ids(self, text: str) -> list[int]:
         return [int(i) for i in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
-
-
-@dataclass(frozen=True)
-class RecordContexts:
-    """The texts and prompts of one record that are built while the run goes on (algorithms/base.py)."""
-
-    builder: PromptBuilder
-    record: Record
-    limit: int  # data.max_teacher_prompt_tokens
-
-    def teacher(self, **columns: Any) -> IntArray:
-        """Return the teacher's prompt [P], with these values in place of the record's columns."""
-        ids = self.builder.teacher(replace(self.record, **columns))
-        if ids is None:
-            raise UserError(
-                f"{self.record.where}: the teacher's prompt needs a column that this row lacks and that the algorithm "
-                f"did not give; add the column to the row, or choose another data.template"
-            )
-        if len(ids) > self.limit:
-            raise PromptTooLong(
-                f"{self.record.where}: a teacher's prompt that was made during the run has {len(ids)} tokens, but "
-                f"data.max_teacher_prompt_tokens is {self.limit}; raise it to at least {len(ids)}"
-            )
-        return np.asarray(ids, dtype=np.int32)
-
-    def text(self, ids: IntArray) -> str:
-        """Return the text of a completion [T], without the token that ends it."""
-        return self.builder.text(ids.tolist())
-
-    def reply(self, ids: IntArray) -> str:
-        """Return a completion [T] as an environment or a grader reads it: with marks, without its last token."""
-        return self.builder.reply(self.record, ids.tolist())
-
-    def between(self, messages: Sequence[Mapping[str, Any]]) -> IntArray:
-        """Return the tokens [C] between the end of a reply and the next one, with these messages there."""
-        return np.asarray(self.builder.between(self.record, messages), dtype=np.int32)
-
-    @property
-    def row(self) -> dict[str, Any]:
-        """The columns of the record, for an environment."""
-        r = self.record
-        columns = {name: getattr(r, name) for name in ("id", "answer", "context", "feedback", "demonstration", "tools")}
-        return columns | {"prompt": [dict(message) for message in r.messages]}
 
 
 def shown_to_teacher(data: DataConfig, base: Path) -> str | None:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sdft.services.base.errors import UserError
-from sdft.services.data.contexts import PromptBuilder, PromptPair
+from sdft.services.data.contexts import PromptBuilder
 from sdft.services.data.demonstrations import Record
 from sdft.services.data.first_token import begins_twice
+from sdft.services.data.pairs import PromptPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,8 +8,10 @@ import numpy as np
 from sdft.actors.shared.types import IntArray
 from sdft.services.config.environment import EnvironmentConfig
 from sdft.services.config.sections import EvaluationSet
-from sdft.services.data.contexts import PromptBuilder, PromptPair, RecordContexts
+from sdft.services.data.contexts import PromptBuilder
 from sdft.services.data.demonstrations import Record
+from sdft.services.data.pairs import PromptPair
+from sdft.services.data.record_contexts import RecordContexts
 from sdft.services.records.rows import STUDENT_ACCURACY
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sdft.actors.config import VLLM
 from sdft.services.config.run import TaskConfig
-from sdft.services.data.contexts import PromptPair
+from sdft.services.data.pairs import PromptPair
 from sdft.services.planning.plan import pools
 
 # Settings of a strict run's pool that do not affect the results.

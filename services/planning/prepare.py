@@ -14,8 +14,9 @@ from sdft.services.config.run import RunConfig, TaskConfig
 from sdft.services.config.sections import EvaluationSet
 from sdft.services.config.sinks import check_sinks
 from sdft.services.data.check_files import check_files
-from sdft.services.data.contexts import PromptBuilder, PromptPair
+from sdft.services.data.contexts import PromptBuilder
 from sdft.services.data.demonstrations import Record, load_questions
+from sdft.services.data.pairs import PromptPair
 from sdft.services.data.prompts import build_prompts, check_ids, text_prompts
 from sdft.services.data.schedule import make_schedule
 from sdft.services.data.sets import LoadedSet

@@ -13,9 +13,7 @@ from sdft.actors.shared.types import IntArray
 from sdft.learner.types import LearnerSettings, StageSettings
 from sdft.services.algorithms.base import Contexts
 from sdft.services.config.run import RunConfig, TaskConfig
-from sdft.services.data.contexts import (
-    PromptPair,
-)
+from sdft.services.data.pairs import PromptPair
 from sdft.services.data.schedule import Schedule, StageSchedule
 from sdft.services.data.sets import LoadedSet
 from sdft.services.data.sources.base import PromptSource

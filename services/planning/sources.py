@@ -11,10 +11,12 @@ from sdft.services.algorithms.base import Contexts
 from sdft.services.base.errors import UserError
 from sdft.services.config.run import TaskConfig
 from sdft.services.config.sections import DataConfig, EvaluationSet
-from sdft.services.data.contexts import PromptBuilder, PromptPair, RecordContexts, shown_to_teacher
+from sdft.services.data.contexts import PromptBuilder, shown_to_teacher
 from sdft.services.data.demonstrations import Record, load_demonstrations, spread
 from sdft.services.data.messages import Message
+from sdft.services.data.pairs import PromptPair
 from sdft.services.data.prompts import build_prompts, check_ids
+from sdft.services.data.record_contexts import RecordContexts
 from sdft.services.data.schedule import StageSchedule
 from sdft.services.data.sources.base import PromptSource
 from sdft.services.data.sources.fixed import FixedSource

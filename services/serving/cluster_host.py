@@ -33,7 +33,7 @@ from sdft.services.config.service import ClusterPlace
 from sdft.services.serving.host import LOG_TAIL, NotStarted, how_ended, session
 
 BACKLOG = 1024
-SAID_S = 2.0  # limit for the log of a process that is killed
+STOP_S = 2.0  # for an actor to end its process
 
 
 class EngineNode:
@@ -72,13 +72,16 @@ class EngineNode:
             return self._process.pid, address, listens.getsockname()[1]
 
     async def ended(self) -> tuple[int, str]:
-        """Wait for the end of the process. Returns its exit code and the end of its log."""
+        """Wait for the end of the process, and remove its files. Returns its exit code and the end of its log."""
         code = await self._process.wait()
-        return code, await self.said()
+        text = self._log.read_bytes()[-LOG_TAIL:].decode(errors="replace")
+        self._scratch.close()
+        return code, text
 
-    async def said(self) -> str:
-        """Return the end of the process's log."""
-        return self._log.read_bytes()[-LOG_TAIL:].decode(errors="replace")
+    async def stop(self) -> None:
+        """End the process: `ended` returns."""
+        if self._process.returncode is None:
+            self._process.kill()
 
 
 class ClusterHost:
@@ -152,10 +155,11 @@ class ClusterProcess:
         return how_ended(code, log)
 
     async def _kill(self) -> None:
-        """Bring the end of its log, if it comes soon, and kill it."""
-        with suppress(RayError, TimeoutError, OSError):
-            self._keep(await within(self._actor.call("said"), SAID_S, "the log of an engine"))
-        self._actor.kill(hangs=True)
+        """Have the actor end its process, which brings the log, and kill it if it does not do so soon."""
+        with suppress(RayError, TimeoutError):
+            await within(self._actor.call("stop"), STOP_S, "the end of an engine's process")
+            await asyncio.wait([self._ended], timeout=STOP_S)
+        self._actor.kill(hangs=not self._ended.done())
 
     def _keep(self, log: str) -> None:
         with suppress(OSError), self._log.open("a") as file:  # the service goes on without it

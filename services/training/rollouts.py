@@ -179,7 +179,7 @@ class Rollouts:
             work.cancel()
             calls.cancel()
         drafts = [draft for of_group in made for draft in of_group]
-        reasons = {sample: self._lost[sample] for sample in ids if sample in self._lost}
+        reasons = {sample: self._lost[sample] for sample in ids if sample in self._lost} if self._lost else {}
         if strict:
             drafts = self._accounted(ids, drafts)
         for sample in reasons:

@@ -1,6 +1,6 @@
 """Sources of records for tests that read no file."""
 
-from sdft.services.data.contexts import PromptPair
+from sdft.services.data.pairs import PromptPair
 from sdft.services.data.sources.fixed import FixedSource
 
 

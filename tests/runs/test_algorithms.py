@@ -206,6 +206,7 @@ def test_the_teacher_scores_each_token_as_transformers_does(both: tuple[Path, Pa
 
 def test_the_learner_alone_repeats_the_steps(both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(OWN)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     result = replayed(both[1], "--steps", f"{FIRST}:{FIRST + PLAYED - 1}")
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     assert f"step {FIRST}: the same" in result.stdout

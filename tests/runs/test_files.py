@@ -25,7 +25,7 @@ PLAIN = "learner.optimizer.weight_decay=0"
 LIVE = "teacher={weights: live}"  # one engine samples and scores
 
 
-@pytest.mark.parametrize("kind", EMBEDDING)
+@pytest.mark.parametrize("kind", ["as it comes", pytest.param("multimodal", marks=pytest.mark.whole)])
 def test_a_folder_is_trained_and_exported(
     kind: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,7 @@ def test_the_export_of_a_run_with_lora_has_the_log_probs_that_its_engine_had(
     assert min(gaps[tiny_model]) > 1e-2, "adapters that change nothing would show nothing"
 
 
+@pytest.mark.whole
 def test_a_pool_that_trains_nothing_evaluates_to_the_same_bits(alone: Path, tiny_model: Path, tmp_path: Path) -> None:
     """The evaluations and the steps equal those of the run whose student engines evaluate."""
     folder, held_out = tmp_path / "run", "actors.held_out={role: evaluation, kv_cache_gib: 0.05}"
@@ -197,6 +198,7 @@ def test_submit_follow_reports_a_failed_job(head: Head, tiny_model: Path, tmp_pa
     assert "demonstration is missing" in result.stdout
 
 
+@pytest.mark.whole
 def test_a_service_as_a_job_has_its_engines_on_the_clusters_nodes(head: Head, tmp_path: Path) -> None:
     """It is taught, trains on the cluster, and promotes. `ray job stop` ends all of it."""
     folder, work = tmp_path / "shared" / "service", tmp_path / "work"
@@ -226,5 +228,12 @@ def test_a_service_as_a_job_has_its_engines_on_the_clusters_nodes(head: Head, tm
         service.http.close()
     finally:
         run(head.bin / "ray", "job", "stop", "--address", head.dashboard, job)
-    wait_until(lambda: not psutil.pid_exists(engine["pid"]), "the engine ends with its service")
+    wait_until(lambda: not runs(engine["pid"]), "the engine ends with its service")
     assert not (folder / "service.json").exists()
+
+
+def runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # whose parent has not noticed its end
+    except psutil.NoSuchProcess:
+        return False

@@ -16,6 +16,7 @@ from tests.runs.leftovers import new_since, on_machine
 from tests.runs.run import ENVIRONMENT, free_port, wait_until
 
 
+@pytest.mark.whole
 def test_a_model_behind_vllms_own_server_judges(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

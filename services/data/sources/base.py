@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from sdft.actors.shared.waiting import within
-from sdft.services.data.contexts import PromptPair
 from sdft.services.data.demonstrations import Record
+from sdft.services.data.pairs import PromptPair
 
 POLL_S = 0.5  # between two looks for new records
 

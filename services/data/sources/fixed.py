@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
-from sdft.services.data.contexts import PromptPair
 from sdft.services.data.demonstrations import Record
+from sdft.services.data.pairs import PromptPair
 from sdft.services.data.sources.base import PromptSource
 
 

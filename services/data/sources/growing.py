@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 from sdft.services.base.errors import UserError, first_line
-from sdft.services.data.contexts import PromptPair
 from sdft.services.data.demonstrations import Record, RowChecker
+from sdft.services.data.pairs import PromptPair
 from sdft.services.data.rows import BadRow, NumberedRow, renamed
 from sdft.services.data.sources.base import PromptSource
 

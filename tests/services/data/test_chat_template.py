@@ -9,9 +9,10 @@ import pytest
 from sdft.services.base.errors import UserError
 from sdft.services.cli.main import main
 from sdft.services.data.chat_template import ReplyEnd
-from sdft.services.data.contexts import PromptBuilder, PromptPair
+from sdft.services.data.contexts import PromptBuilder
 from sdft.services.data.demonstrations import Record
 from sdft.services.data.messages import Message
+from sdft.services.data.pairs import PromptPair
 from sdft.services.data.prompts import build_prompts, check_ids
 from sdft.services.data.tokenizer import load_tokenizer, vocabulary_of
 from tests.fakes.spoiling import Work, chat_template

@@ -12,8 +12,8 @@ import pytest
 
 from sdft.services.base.errors import UserError
 from sdft.services.config.sections import DataConfig
-from sdft.services.data.contexts import PromptPair
 from sdft.services.data.demonstrations import Record
+from sdft.services.data.pairs import PromptPair
 from sdft.services.data.schedule import StageSchedule
 from sdft.services.data.sources.base import PromptSource
 from sdft.services.data.sources.growing import GrowingSource

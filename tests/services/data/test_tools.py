@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 
 from sdft.services.base.errors import UserError
-from sdft.services.data.contexts import PromptBuilder, RecordContexts
+from sdft.services.data.contexts import PromptBuilder
 from sdft.services.data.demonstrations import Record
 from sdft.services.data.messages import Message
 from sdft.services.data.prompts import build_prompts
+from sdft.services.data.record_contexts import RecordContexts
 from sdft.services.data.tokenizer import load_tokenizer
 from tests.fakes.tiny import TEMPLATE, WITH_TOOLS
 

@@ -13,9 +13,10 @@ from sdft.actors.shared.drafts import Completion
 from sdft.actors.shared.types import IntArray, Rollout
 from sdft.services.algorithms.base import Episode
 from sdft.services.config.environment import EnvironmentConfig
-from sdft.services.data.contexts import PromptBuilder, RecordContexts
+from sdft.services.data.contexts import PromptBuilder
 from sdft.services.data.demonstrations import Record
 from sdft.services.data.messages import Message
+from sdft.services.data.record_contexts import RecordContexts
 from sdft.services.data.tokenizer import load_tokenizer
 from sdft.services.environments.player import LENGTH, TOKENS, EpisodePlayer
 

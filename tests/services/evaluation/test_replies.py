@@ -13,9 +13,9 @@ import pytest
 from sdft.actors.shared.types import GenerateRequest, Rollout, Sampling
 from sdft.services.cli.main import main
 from sdft.services.config.sections import EvaluationSet
-from sdft.services.data.contexts import PromptPair
 from sdft.services.data.demonstrations import Record
 from sdft.services.data.messages import Message
+from sdft.services.data.pairs import PromptPair
 from sdft.services.data.sets import LoadedSet
 from sdft.services.evaluation.evaluator import Evaluator
 from sdft.services.evaluation.replies import write_replies

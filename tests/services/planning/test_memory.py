@@ -47,6 +47,7 @@ def test_most_steps_of_a_learner_allocate_no_new_memory(plain: tuple[float, list
     assert statistics.median(plain[1][:5]) < 5000
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("dtype", "config", "sequences"),
     [

@@ -8,8 +8,8 @@ import pytest
 
 from sdft.actors.shared.types import Rollout, Sampling
 from sdft.services.config.sections import EvaluationConfig
-from sdft.services.data.contexts import PromptPair
 from sdft.services.data.demonstrations import Record
+from sdft.services.data.pairs import PromptPair
 from sdft.services.data.sets import LoadedSet
 from sdft.services.records.rows import read_jsonl
 from simulation.cluster import Case, Learner, Student, drive, prepared

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from sdft.services.config.sections import DataConfig, EvaluationSet
-from sdft.services.data.contexts import PromptPair
 from sdft.services.data.demonstrations import Record
+from sdft.services.data.pairs import PromptPair
 from sdft.services.data.schedule import StageSchedule
 from sdft.services.data.sources.growing import GrowingSource
 from sdft.services.data.sources.open import open_source

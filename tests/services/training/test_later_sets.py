@@ -14,8 +14,8 @@ import pytest
 from sdft.services.analysis.matrix import make_matrix
 from sdft.services.analysis.report import write_report
 from sdft.services.config.sections import EvaluationSet, RetentionConfig
-from sdft.services.data.contexts import PromptPair
 from sdft.services.data.demonstrations import Record
+from sdft.services.data.pairs import PromptPair
 from sdft.services.data.schedule import make_schedule
 from sdft.services.data.sets import LoadedSet
 from sdft.services.monitoring.log import RunLog

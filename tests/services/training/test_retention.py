@@ -11,8 +11,8 @@ import pytest
 from sdft.services.base.errors import RetentionLost
 from sdft.services.config.run import RunConfig
 from sdft.services.config.sections import EvaluationConfig
-from sdft.services.data.contexts import PromptPair
 from sdft.services.data.demonstrations import Record
+from sdft.services.data.pairs import PromptPair
 from sdft.services.data.sets import LoadedSet
 from sdft.services.records.checkpoints import CheckpointState, commit, newest
 from sdft.services.records.rows import EvalResult
