@@ -5,6 +5,8 @@ The other examples differ only in data and lengths: test_examples_data checks ea
 
 from pathlib import Path
 
+import pytest
+
 from sdft.services.records.rows import read_jsonl
 from tests.papers.documents import ROOT
 from tests.runs.run import finish
@@ -14,6 +16,7 @@ EXAMPLES = ROOT / "examples"
 SHORT = ("training.steps=1", "evaluation.sets=[]")
 
 
+@pytest.mark.whole
 def test_the_tool_example_trains(smollm2: Path, tmp_path: Path) -> None:
     """With the model of the example."""
     assert smollm2.is_dir()

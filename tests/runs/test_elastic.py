@@ -176,6 +176,7 @@ def growing() -> Iterator[Growing]:
         assert left == set()
 
 
+@pytest.mark.whole
 def test_a_pool_grows_leaves_a_drained_node_and_loses_a_killed_one_without_losing_a_sample(
     growing: Growing, tiny_model: Path, tmp_path: Path
 ) -> None:

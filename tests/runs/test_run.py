@@ -105,6 +105,7 @@ def test_a_run_killed_after_its_last_step_is_finished_by_the_next_start(undistur
     assert "state       finished" in status_text(run_dir)
 
 
+@pytest.mark.whole
 def test_a_replay_finds_a_changed_number(undisturbed: tuple[Path, Path]) -> None:
     """The steps before it have the same state to the last bit. test_job replays a run without a difference."""
     _, whole = undisturbed
@@ -277,6 +278,7 @@ def test_nothing_is_left_behind(machine_before: set[str], stream: Stream) -> Non
     assert new_since(machine_before) == set()
 
 
+@pytest.mark.whole
 def test_a_users_own_transport_delivers_the_same_bits_and_its_damaged_file_is_found(
     undisturbed: tuple[Path, Path],
 ) -> None:

@@ -53,6 +53,7 @@ def content(snapshot: Snapshot) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.whole
 def test_adapters_and_teacher_are_those_of_one_process_whatever_the_ranks_and_stages(
     ray_cluster: None, tiny_model: Path, tmp_path: Path
 ) -> None:

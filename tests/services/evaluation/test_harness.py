@@ -62,6 +62,7 @@ def config(tiny_model: Path, tmp_path: Path) -> Path:
     return write_run(tmp_path, tiny_model, "float32")
 
 
+@pytest.mark.whole
 def test_a_task_is_scored_as_the_model_scores_it(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks, out = config.parent / "tasks", config.parent / "out.json"
     words = ["eval", str(config), "--harness", "colours", "--harness-tasks", str(tasks), "--out", str(out)]

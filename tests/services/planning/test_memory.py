@@ -35,12 +35,14 @@ def predicted(model: Path, dtype: str, config: LearnerConfig, sequences: int) ->
     return learner_gib(config, TeacherConfig(), dtype, shape, tokens, rows, PROMPT + COMPLETION)
 
 
+@pytest.mark.whole
 def test_the_predicted_peak_of_default_settings_is_within_15_percent_of_the_measured_one(
     plain: tuple[float, list[int]], smollm2: Path
 ) -> None:
     assert predicted(smollm2, NATIVE, BASE, 5) == pytest.approx(plain[0], rel=0.15)
 
 
+@pytest.mark.whole
 def test_most_steps_of_a_learner_allocate_no_new_memory(plain: tuple[float, list[int]]) -> None:
     # 20 MiB. A gradient of the head alone, freed and allocated again, is 14,000 pages. The heap may grow in a single
     # step.
