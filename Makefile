@@ -26,7 +26,7 @@ test: install
 whole: install
 	SDFT_TESTS=whole $(BIN)/python -m pytest -n 2
 
-# The tests in tests/runs/chaos with 200 kills each instead of 6 and 4: three quarters of an hour.
+# The tests in tests/runs/chaos with 200 kills each instead of 12 and 4: three quarters of an hour.
 chaos: install
 	CHAOS_KILLS=200 SERVICE_KILLS=200 $(BIN)/python -m pytest tests/runs/chaos
 

@@ -1,6 +1,6 @@
 """A strict run in stages survives killed and stopped processes and damaged files with identical results.
 
-    make chaos    # 200 kills instead of 6
+    make chaos    # 200 kills instead of 12
 
 Every demonstration is trained exactly as often as in an uninterrupted run, metrics and final weights are equal, and no
 process or file remains on the machine. CHAOS_KILLS sets the number of kills, CHAOS_SEED the random choices.
@@ -29,7 +29,7 @@ from tests.runs.chaos.processes import KINDS, Process, of_run, snapshot_of
 from tests.runs.leftovers import new_since, on_machine
 from tests.runs.run import LONG, STAGE, command, finish, in_stages_of_pairs, metrics, wait_until, write_run
 
-KILLS = int(os.environ.get("CHAOS_KILLS", "6"))
+KILLS = int(os.environ.get("CHAOS_KILLS", "12"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
 AT_ONCE = (3, 5, 5)  # processes to kill or stop in one round; one of these numbers
 STEPS = max(LONG, KILLS + 12)
