@@ -22,7 +22,8 @@ class EnvironmentConfig(Section):
     step_timeout_s: float = Field(
         30,
         gt=0,
-        description="How long the environment may take to answer; the student is told, and the episode goes on",
+        description="How long the environment may take to answer; after that, the student gets an error, "
+        "and the episode goes on",
     )
     max_answer_chars: int = Field(4000, ge=1, description="Characters of an answer; what is longer is cut, and says so")
     processes: int = Field(1, ge=1, description="Processes that the episodes are spread over")

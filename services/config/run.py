@@ -78,6 +78,11 @@ class RunConfig(Section):
         return tuple(TaskConfig.model_construct(**settings | _of_stage(self, stage)) for stage in self.stages)
 
     @property
+    def _places(self) -> list[str]:
+        """The keys under which the tasks' settings stand, in the order of `tasks`."""
+        return [f"stages[{i}]." for i in range(len(self.stages))] or [""]
+
+    @property
     def teacher_in_use(self) -> TeacherConfig:
         """The teacher's settings: live weights, without a copy, if no stage is scored."""
         scored = any(task.method.teacher_scores for task in self.tasks)
@@ -133,8 +138,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "RunConfig":
-        places = [f"stages[{i}]." for i in range(len(self.stages))] or [""]
-        for place, task in zip(places, self.tasks, strict=True):
+        for place, task in zip(self._places, self.tasks, strict=True):
             longest, skipped = task.sampling.max_new_tokens, task.method.skipped
             if longest <= skipped:
                 raise ValueError(
@@ -156,8 +160,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _episodes_are_taken(self) -> "RunConfig":
-        places = [f"stages[{i}]." for i in range(len(self.stages))] or [""]
-        for place, task in zip(places, self.tasks, strict=True):
+        for place, task in zip(self._places, self.tasks, strict=True):
             environment, method, n = task.environment, task.method, task.sampling.generations
             if n < method.least_generations:
                 raise ValueError(

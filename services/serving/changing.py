@@ -1,6 +1,6 @@
 """How the engines of a pool change their release: one after the other, each once it holds no request.
 
-    change        all engines            a canary's engine first, so that its release answers nobody else
+    change        all engines            a canary's engine first: no other user may get the canary's release
     begin_canary  one engine             while another one goes on with the served release
     end_canary    the canary's engine    back to the served release
 
@@ -62,7 +62,7 @@ class Changing:
         """Have one engine serve a candidate. Returns the gap of the probe. Raises NotChanged.
 
         It is the canary's engine of before, if there is one, else the newest engine that takes requests. Another one
-        must take requests, too (`ServingPool.has_room_for_canary`).
+        must take requests, too (`ServingPool.newest_of_two`).
         """
         pool = self._pool
         async with pool.changing:

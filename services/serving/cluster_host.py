@@ -30,7 +30,7 @@ from sdft.actors.shared.types import Process
 from sdft.actors.shared.waiting import within
 from sdft.services.cluster.cluster import free, labelled, needs
 from sdft.services.config.service import ClusterPlace
-from sdft.services.serving.host import LOG_TAIL, NotStarted, how_ended, session
+from sdft.services.serving.host import NotStarted, how_ended, log_end, session
 
 BACKLOG = 1024
 STOP_S = 2.0  # for an actor to end its process
@@ -74,7 +74,7 @@ class EngineNode:
     async def ended(self) -> tuple[int, str]:
         """Wait for the end of the process, and remove its files. Returns its exit code and the end of its log."""
         code = await self._process.wait()
-        text = self._log.read_bytes()[-LOG_TAIL:].decode(errors="replace")
+        text = log_end(self._log)
         self._scratch.close()
         return code, text
 

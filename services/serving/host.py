@@ -88,7 +88,12 @@ class LocalProcess:
     async def wait(self) -> str:
         code = await self._process.wait()
         await self.http.close()
-        return how_ended(code, self._log.read_bytes()[-LOG_TAIL:].decode(errors="replace"))
+        return how_ended(code, log_end(self._log))
+
+
+def log_end(log: Path) -> str:
+    """Return the end of an engine's log: the part that is searched for the cause of its end."""
+    return log.read_bytes()[-LOG_TAIL:].decode(errors="replace")
 
 
 def session(url: str, connector: aiohttp.BaseConnector, **more: Any) -> aiohttp.ClientSession:

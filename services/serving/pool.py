@@ -53,7 +53,7 @@ class ServingPool:
         return self.canary_on[1] if self.canary_on is not None and self.canary_on[0] is engine else self.served
 
     def _free(self, canary: bool) -> list[ServingEngine]:
-        """Return the engines that may take a request. canary: of a user whom the canary answers, if it is up."""
+        """Return the engines that may take a request. canary: as for `engine`."""
         free = [e for e in self.engines if e.free]
         own = [e for e in free if self.is_canary(e) == canary]
         return own or (free if canary else [])
@@ -86,7 +86,7 @@ class ServingPool:
     async def engine(self, timeout_s: float, canary: bool = False) -> AsyncIterator[ServingEngine]:
         """Hold the engine with the fewest requests for one request. Raises EnginesBusy after `timeout_s`.
 
-        canary: the request is of a user whom the canary answers.
+        canary: the user is in the canary's share.
         """
         self.waiting += 1
         try:

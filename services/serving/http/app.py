@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, Response
+from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from sdft.services.serving.http.ask import Asking
 from sdft.services.serving.http.errors import ApiError, add_error_handlers
-from sdft.services.serving.http.metrics import metrics_text, registry_of
+from sdft.services.serving.http.metrics import registry_of
 from sdft.services.serving.http.operate import operating
 from sdft.services.serving.http.rate import Rate
 from sdft.services.serving.http.requests import scope_check
@@ -70,7 +71,7 @@ def make_app(service: "Service") -> FastAPI:
     @app.get("/metrics", dependencies=[Depends(operate)], tags=["operate"])
     async def metrics() -> Response:
         """Figures for Prometheus."""
-        return Response(metrics_text(figures), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+        return Response(generate_latest(figures), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     @app.get("/", include_in_schema=False)
     async def page(_: Request) -> Response:

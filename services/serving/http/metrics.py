@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -48,11 +48,6 @@ def registry_of(service: "Service", asking: "Asking") -> CollectorRegistry:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Figures(service, asking))
     return registry
-
-
-def metrics_text(registry: CollectorRegistry) -> bytes:
-    """Return the figures in Prometheus' text format."""
-    return generate_latest(registry)
 
 
 def _gauge(name: str, about: str, value: float) -> Metric:

@@ -1,4 +1,4 @@
-"""What the feedback to a canary decides, and whom a canary answers."""
+"""What the feedback to a canary decides, and which users a canary answers."""
 
 import numpy as np
 import pytest
