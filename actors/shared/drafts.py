@@ -4,12 +4,13 @@
     teacher engine ─► scores     ┤   on the node where they were made
                                  └─► draft: references, lengths, weight versions ─► a learner rank joins the values
 
-An algorithm makes drafts. The size of a draft does not depend on the number of sampled tokens.
+An algorithm makes drafts. The size of a draft does not depend on the number of sampled tokens. The parts of a draft are
+named tuples, because the driver makes thousands of them in a step, and a frozen dataclass takes three times as long.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,8 +22,7 @@ class CompletionLost(Exception):
     """A completion or its scores were lost with the engine or the node that held them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(NamedTuple):
     """A completion whose tokens stay where they were made."""
 
     rollout: Any  # Rollout, or Ray's reference to it
@@ -42,7 +42,7 @@ class Completion:
 
         It counts as sampled with the weights of the step before.
         """
-        return replace(self, versions=((step - 1, 0, self.tokens),), by_student=False)
+        return self._replace(versions=((step - 1, 0, self.tokens),), by_student=False)
 
 
 def given(step: int, completion_ids: IntArray) -> Completion:
@@ -54,8 +54,7 @@ def given(step: int, completion_ids: IntArray) -> Completion:
     return Completion.of(Rollout(completion_ids[:0], completion_ids, unknown, (), "stop")).not_by_student(step)
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
+class Scores(NamedTuple):
     """The teacher's scores of a completion, which stay where they were made."""
 
     scores: Any  # TeacherScores with one row per completion token, or Ray's reference to it
@@ -63,8 +62,7 @@ class Scores:
     first: int = 0  # row of the completion's first token, if the scores are of more than this completion
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """A completion, what precedes it since the turn before, and the teacher's scores of it."""
 
     context_ids: IntArray  # [C], not in the loss
@@ -84,14 +82,14 @@ class Draft:
     objective: int = 0
 
     def __post_init__(self) -> None:
-        if len({turn.scores is None for turn in self.turns}) > 1:
+        if len(self.turns) > 1 and len({turn.scores is None for turn in self.turns}) > 1:
             scored = sum(turn.scores is not None for turn in self.turns)
             raise ValueError(
                 f"sample {self.sample}: {scored} of {len(self.turns)} turns have scores; give all of them, or none"
             )
 
     def __len__(self) -> int:
-        return sum(len(turn.context_ids) + turn.completion.tokens for turn in self.turns)
+        return sum([len(turn.context_ids) + turn.completion.tokens for turn in self.turns])
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -116,7 +114,7 @@ class Draft:
     @property
     def sampled_tokens(self) -> int:
         """As in TrainingSequence."""
-        return sum(turn.completion.tokens for turn in self.turns)
+        return sum([turn.completion.tokens for turn in self.turns])
 
     @property
     def loss_tokens(self) -> int:
@@ -136,7 +134,7 @@ class Draft:
     @property
     def teacher_version(self) -> int | None:
         """As in TrainingSequence."""
-        return min((turn.scores.version for turn in self.turns if turn.scores is not None), default=None)
+        return min([turn.scores.version for turn in self.turns if turn.scores is not None], default=None)
 
     @property
     def masks(self) -> list[BoolArray]:

@@ -12,8 +12,8 @@ In a strict run the calls of all groups of a batch are joined into one call of t
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from pydantic import BeforeValidator, Field
@@ -162,7 +162,7 @@ def _turns(episode: Episode, scores: Scores) -> tuple[Turn, ...]:
     turns, first = [], 0
     for i, (context, completion) in enumerate(zip(episode.contexts, episode.completions, strict=True)):
         first += len(context) if i else 0
-        turns.append(Turn(context, completion, replace(scores, first=first)))
+        turns.append(Turn(context, completion, scores._replace(first=first)))
         first += completion.tokens
     return tuple(turns)
 
@@ -182,6 +182,19 @@ class Teacher(Student, Protocol):
 
     async def score(self, prompts: Sequence[IntArray], completions: Sequence[Completion], k: int) -> list[Scores]:
         """Return the teacher's k most likely tokens at each token of each completion, behind these prompts."""
+
+
+Make = TypeVar("Make", bound=Callable[..., Any])
+
+
+def awaits_engines_only(make: Make) -> Make:
+    """Mark a `make` that, without an environment, awaits nothing but complete and score of the engines.
+
+    A strict batch then needs no task for each of its groups. The mark is of the function, so that a subclass with a
+    `make` of its own does not inherit it.
+    """
+    setattr(make, "engines_only", True)  # noqa: B010  (mypy knows no attributes of functions)
+    return make
 
 
 class Algorithm(Section):

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from sdft.actors.shared.drafts import Draft
-from sdft.services.algorithms.base import Distillation, Group, Student, Teacher
+from sdft.services.algorithms.base import Distillation, Group, Student, Teacher, awaits_engines_only
 
 
 class OffPolicy(Distillation):
@@ -20,6 +20,7 @@ class OffPolicy(Distillation):
     def label(self) -> str:
         return f"on the teacher's samples, {self.divergence.type} divergence"
 
+    @awaits_engines_only
     async def make(self, group: Group, student: Student, teacher: Teacher) -> list[Draft]:
         prompts = [group.teacher_prompt] * len(group.samples)
         completed = await teacher.complete(prompts, group.seeds)

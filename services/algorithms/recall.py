@@ -12,7 +12,7 @@ from pydantic import Field
 
 from sdft.actors.shared.drafts import Draft
 from sdft.learner.config import ImportanceConfig, LossConfig, Nll
-from sdft.services.algorithms.base import Distillation, Group, Student, Teacher
+from sdft.services.algorithms.base import Distillation, Group, Student, Teacher, awaits_engines_only
 
 RECALL = 1  # objective of the recalled prompts
 
@@ -47,6 +47,7 @@ class Recall(Distillation):
     def label(self) -> str:
         return f"sft on the demonstrations, {self.divergence.type} divergence to the base model on general prompts"
 
+    @awaits_engines_only
     async def make(self, group: Group, student: Student, teacher: Teacher) -> list[Draft]:
         if group.demonstration_ids is not None:
             return group.demonstrated()

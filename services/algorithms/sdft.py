@@ -6,7 +6,7 @@ from pydantic import Field
 
 from sdft.actors.shared.drafts import Draft
 from sdft.learner.config import ImportanceConfig, LossConfig
-from sdft.services.algorithms.base import Distillation, Group, Student, Teacher
+from sdft.services.algorithms.base import Distillation, Group, Student, Teacher, awaits_engines_only
 
 
 class Sdft(Distillation):
@@ -28,6 +28,7 @@ class Sdft(Distillation):
     def label(self) -> str:
         return f"{self.divergence.type} divergence"
 
+    @awaits_engines_only
     async def make(self, group: Group, student: Student, teacher: Teacher) -> list[Draft]:
         if group.player is not None:
             episodes = await group.player.play(group, student)

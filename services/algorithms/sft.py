@@ -7,7 +7,7 @@ from pydantic import Field
 from sdft.actors.shared.drafts import Draft
 from sdft.learner.config import Dft as DftLoss
 from sdft.learner.config import ImportanceConfig, LossConfig, Nll
-from sdft.services.algorithms.base import Algorithm, Group, Student, Teacher
+from sdft.services.algorithms.base import Algorithm, Group, Student, Teacher, awaits_engines_only
 
 
 class OnDemonstrations(Algorithm):
@@ -26,6 +26,7 @@ class OnDemonstrations(Algorithm):
     def label(self) -> str:
         return f"{self.type} on the demonstrations' own tokens"
 
+    @awaits_engines_only
     async def make(self, group: Group, student: Student, teacher: Teacher) -> list[Draft]:
         return group.demonstrated()
 

@@ -3,7 +3,7 @@
 import hashlib
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -58,11 +58,8 @@ class StageSchedule:
 
     def batch(self, step: int) -> list[SampleId]:
         """Return the samples of optimizer step `step`, whose records must be known. The last batch may be short."""
-        samples = []
-        for position in self._positions(step):
-            epoch, index = (0, position) if self.source.grows else self._shuffled(position)
-            samples += [SampleId(self.stage, epoch, index, g) for g in range(self.generations)]
-        return samples
+        generations = range(self.generations)
+        return [SampleId(self.stage, epoch, i, g) for epoch, i in self._records(step) for g in generations]
 
     def drawn(self, step: int) -> list[Drawn]:
         """Return the records that a growing source gives to the batch of `step`; none of a fixed source."""
@@ -86,9 +83,16 @@ class StageSchedule:
         first = (step - self.before - 1) * self.batch_size
         return range(first, min(first + self.batch_size, self._end))
 
-    def _shuffled(self, position: int) -> tuple[int, int]:
-        epoch, place = divmod(position, self.source.known)
-        return epoch, _order(self.source.known, f"{self.seed}/{self.stage}/{epoch}")[place]
+    def _records(self, step: int) -> Iterator[tuple[int, int]]:
+        """Yield epoch and index of each prompt of a step."""
+        positions, known = self._positions(step), self.source.known
+        if self.source.grows:
+            yield from ((0, position) for position in positions)
+            return
+        for epoch in range(positions.start // known, -(-positions.stop // known)):
+            order, first = _order(known, f"{self.seed}/{self.stage}/{epoch}"), epoch * known
+            places = range(max(positions.start - first, 0), min(positions.stop - first, known))
+            yield from ((epoch, order[place]) for place in places)
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class Schedule:
         return {key: count for stage in self.stages for key, count in stage.issued_through(step).items()}
 
 
-@lru_cache(maxsize=4)  # a batch usually spans one or two epochs; batch() calls this once per prompt
+@lru_cache(maxsize=4)  # a batch usually spans one or two epochs
 def _order(records: int, seed: str) -> list[int]:
     """Return the indices of all rows, shuffled by `seed`."""
     order = list(range(records))

@@ -1,12 +1,12 @@
 """The engines as an algorithm calls them, for the groups of one batch.
 
-strict:   the calls of all groups are joined (joined.py), and each has the limit of the pool
-streamed: each group calls by itself; the whole batch has one limit (rollouts.py)
+lockstep, joined: the calls of all groups are joined (joined.py), and each has the limit of the pool
+streamed:         each group calls by itself; the whole batch has one limit (rollouts.py)
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Literal, TypeVar
 
 from sdft.actors import held
 from sdft.actors.shared.drafts import Completion, CompletionLost, Draft, Scores, joined
@@ -14,8 +14,10 @@ from sdft.actors.shared.sequences import TrainingSequence
 from sdft.actors.shared.types import GenerateRequest, IntArray, Sampling
 from sdft.learner.group import SequencesLost
 from sdft.services.fleet.pool import EnginePool, Work
-from sdft.services.training.joined import Joined
+from sdft.services.training.joined import Joined, lockstep, step_call
 
+T = TypeVar("T")
+Mode = Literal["lockstep", "joined", "streamed"]
 Kind = tuple[Literal["student", "teacher", "score"], int]  # what is called, and the k of scores
 
 
@@ -47,41 +49,46 @@ class EngineCalls:
         teachers_ready: Callable[[], Awaitable[None]],
         sampling: Sampling,
         groups: int,
-        strict: bool,
+        mode: Mode,
     ) -> None:
         """teachers_ready(): waits until the teacher engines have the weights that were sent."""
         self._students, self._teachers, self._teachers_ready = students, teachers, teachers_ready
-        self._sampling, self._strict = sampling, strict
-        self._joined: Joined[Kind] | None = Joined(groups, self._call) if strict else None
+        self._sampling, self.mode = sampling, mode
+        self._limited = mode != "streamed"
+        self._joined: Joined[Kind] = Joined(groups, self._call)
         self.sampled = self.ready = self.scored = now()  # ends of the last call of a kind; ready: of the last wait
 
     def of(self, group: int, kind: Kind, items: list[Any]) -> Work[Any]:
-        """Return the coroutine of the results of a group's items. Plain, as `complete`: there is one per sample."""
-        return self._call(kind, items) if self._joined is None else self._joined.call(group, kind, items)
+        """Return an awaitable of the results of a group's items. Plain, as `complete`: there is one per sample."""
+        if self.mode == "lockstep":
+            return step_call(kind, items)
+        return self._call(kind, items) if self.mode == "streamed" else self._joined.call(group, kind, items)
+
+    async def lockstep(self, groups: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+        """Return what each group returns, with mode lockstep."""
+        return await lockstep(groups, self._call)
 
     def done(self) -> None:
-        """Note that a group makes no more calls."""
-        if self._joined is not None:
-            self._joined.done()
+        """Note that a group makes no more calls, with mode joined."""
+        self._joined.done()
 
     def cancel(self) -> None:
         """Cancel the joined call in progress."""
-        if self._joined is not None:
-            self._joined.cancel()
+        self._joined.cancel()
 
     async def _call(self, kind: Kind, items: list[Any]) -> list[Any]:
         what, k = kind
         if what == "student":
-            results: list[Any] = await self._students.complete(items, self._sampling, self._strict)
+            results: list[Any] = await self._students.complete(items, self._sampling, self._limited)
             self.sampled = now()
             return results
         await self._teachers_ready()
         if what == "teacher":
-            results = await self._teachers.complete(items, self._sampling, self._strict)
+            results = await self._teachers.complete(items, self._sampling, self._limited)
             self.sampled = now()
             return results
         self.ready = now()
-        results = await self._teachers.score_completions(items, k, self._strict)
+        results = await self._teachers.score_completions(items, k, self._limited)
         self.scored = now()
         return results
 

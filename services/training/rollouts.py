@@ -10,10 +10,11 @@ rollouts have ended.
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import groupby
+from operator import itemgetter
 from typing import Any, TypeVar
 
 from sdft.actors.shared.drafts import CompletionLost, Draft
@@ -28,7 +29,7 @@ from sdft.services.fleet.pool import EnginePool
 from sdft.services.grading.graders import GRADERS
 from sdft.services.planning.prepared import Prepared, Stage
 from sdft.services.records.ledger import Ledger
-from sdft.services.training.calls import EngineCalls, GroupStudent, GroupTeacher, now
+from sdft.services.training.calls import EngineCalls, GroupStudent, GroupTeacher, Mode, now
 
 T = TypeVar("T")
 TRIES = 5  # to make a batch, or a group, that loses completions with an engine
@@ -56,12 +57,12 @@ class Batch:
     drafts: list[Draft]
     times: Times
 
-    @property
+    @cached_property
     def samples(self) -> list[SampleId]:
         """The samples that the drafts are of, in order, each once."""
         return list(dict.fromkeys(draft.sample for draft in self.drafts))
 
-    @property
+    @cached_property
     def staleness(self) -> list[int]:
         """Steps that the weights of each sequence's first sampled token are behind the weights that are trained."""
         return [self.step - 1 - draft.oldest_version for draft in self.drafts]
@@ -155,14 +156,9 @@ class Rollouts:
             self._teachers_ready,
             Sampling(s.max_new_tokens, s.temperature, s.top_p),
             len(groups),
-            strict,
+            _mode(stage, strict),
         )
-        if strict:  # the samples of all groups move at once in the ledger
-            sampled = cache(partial(self._mark_sampled, ids))
-            making = [made_of(stage, i, g, calls, sampled) for i, g in enumerate(groups)]
-        else:
-            making = [self._of_group(stage, i, g, calls) for i, g in enumerate(groups)]
-        work = asyncio.ensure_future(all_of(making))
+        work = asyncio.ensure_future(self._all_of(stage, groups, calls, ids))
         try:
             if strict:
                 made = await work
@@ -197,6 +193,18 @@ class Rollouts:
             "score": max(0.0, calls.scored - ready),
         }
         return Batch(step, drafts, times)
+
+    def _all_of(
+        self, stage: Stage, groups: Sequence[Group], calls: EngineCalls, ids: Sequence[SampleId]
+    ) -> Coroutine[Any, Any, list[list[Draft]]]:
+        """Return the coroutine of the drafts of every group."""
+        if calls.mode == "streamed":
+            return all_of([self._of_group(stage, i, group, calls) for i, group in enumerate(groups)])
+        sampled = cache(partial(self._mark_sampled, ids))  # the samples of all groups move at once in the ledger
+        if calls.mode == "joined":
+            return all_of([made_of(stage, i, group, calls, sampled) for i, group in enumerate(groups)])
+        student, teacher, make = GroupStudent(calls, 0), GroupTeacher(calls, 0, sampled), stage.config.method.make
+        return calls.lockstep([make(group, student, teacher) for group in groups])
 
     async def _of_group(self, stage: Stage, number: int, group: Group, calls: EngineCalls) -> list[Draft]:
         """Let the algorithm make the drafts of one group, again if it loses a completion, and account for them."""
@@ -238,6 +246,13 @@ async def made_of(
     return made
 
 
+def _mode(stage: Stage, strict: bool) -> Mode:
+    if not strict:
+        return "streamed"
+    engines_only = getattr(type(stage.config.method).make, "engines_only", False)
+    return "lockstep" if engines_only and stage.config.environment is None else "joined"
+
+
 async def _retried(make: Callable[[], Awaitable[T]]) -> T:
     """Return what `make` makes, TRIES times at most while completions are lost. The notices tell the lost engines."""
     for _ in range(TRIES - 1):
@@ -250,13 +265,14 @@ async def _retried(make: Callable[[], Awaitable[T]]) -> T:
 
 def _groups(step: int, stage: Stage, ids: list[SampleId], player: Player | None) -> Iterator[Group]:
     """Yield the groups of a batch: the samples of one record each."""
-    rule = stage.config.method.graded_by
-    for (_, _, record), of_record in groupby(ids, key=lambda s: s[:3]):
-        samples, pair = tuple(of_record), stage.prompts[record]
+    rule, seed = stage.config.method.graded_by, stage.config.seed
+    prompts = stage.prompts
+    for (_, _, record), of_record in groupby(ids, key=itemgetter(slice(3))):
+        samples, pair = tuple(of_record), prompts[record]
         yield Group(
             step=step,
             samples=samples,
-            seeds=tuple(sample_seed(stage.config.seed, sample) for sample in samples),
+            seeds=tuple([sample_seed(seed, sample) for sample in samples]),
             student_ids=pair.student_ids,
             teacher_ids=pair.teacher_ids,
             demonstration_ids=pair.demonstration_ids,

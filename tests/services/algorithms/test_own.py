@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sdft.actors.shared.drafts import Draft
 from sdft.actors.shared.types import IntArray
+from sdft.services.algorithms.base import Group
+from sdft.services.algorithms.sdft import Sdft
 from sdft.services.base.errors import UserError
 from sdft.services.config.load import load_config, resolved_yaml
 from sdft.services.config.run import RunConfig
@@ -115,6 +119,50 @@ class Texts:
         return {}
 
 
+def first_batch(
+    folder: Path, case: Case, method: Any, student: Callable[[int], Student], teacher: Callable[[int], Teacher]
+) -> tuple[Batch, dict[str, int]]:
+    """Make the batch of step 1, two samples of each of 8 prompts, in simulated time. Returns it with the counts."""
+    one = prepared(case, 8)
+    (stage,) = one.stages
+    settings = one.config.model_dump() | {"sampling": {"generations": 2}}
+    (task,) = RunConfig.model_validate(settings | ({"method": method} if isinstance(method, dict) else {})).tasks
+    if not isinstance(method, dict):
+        task = task.model_copy(update={"method": method})
+    stage = replace(stage, config=task, contexts=lambda index: Texts(), schedule=replace(stage.schedule, generations=2))
+
+    async def run() -> tuple[Batch, dict[str, int]]:
+        students, teachers = pool(case, "student", 2, student), pool(case, "teacher", 1, teacher)
+        await asyncio.gather(students.start(), teachers.start())
+        ledger = Ledger(folder / "ledger.sqlite")
+
+        async def ready() -> None: ...
+
+        rollouts = Rollouts(replace(one, stages=(stage,)), students, teachers, ledger, ready, 0)
+        rollouts.open(stage.schedule)
+        rollouts.begin(0)
+        batch = await rollouts.take(1)
+        await asyncio.gather(students.stop(), teachers.stop())
+        return batch, ledger.counts()
+
+    return virtual_time.run(run())
+
+
+class Patient(Sdft):
+    """SDFT that also awaits something else than the engines, as an own algorithm may."""
+
+    async def make(self, group: Group, student: Any, teacher: Any) -> list[Draft]:
+        await asyncio.sleep(1)
+        return await super().make(group, student, teacher)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_an_own_make_of_a_subclass_may_await_anything(tmp_path: Path, staleness: int) -> None:
+    case = Case("patient", engines=2, staleness=staleness, steps=1)
+    batch, counts = first_batch(tmp_path, case, Patient(), lambda number: Student(number, case), Teacher)
+    assert (len(batch.drafts), counts) == (16, {"scored": 16})
+
+
 @pytest.mark.usefixtures("own_folder")
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_samples_without_a_sequence_are_dropped_and_siblings_see_each_other(tmp_path: Path, staleness: int) -> None:
@@ -134,29 +182,8 @@ def test_samples_without_a_sequence_are_dropped_and_siblings_see_each_other(tmp_
             ends = ("stop" if item.seed % 2 else "length" for item in items)
             return took, [replace(rollout, finish_reason=end) for rollout, end in zip(rollouts, ends, strict=True)]
 
-    async def run() -> tuple[Batch, dict[str, int]]:
-        students = pool(case, "student", 2, lambda number: Half(number, case))
-        teachers = pool(case, "teacher", 1, Watched)
-        await asyncio.gather(students.start(), teachers.start())
-        one = prepared(case, 8)
-        (stage,) = one.stages
-        settings = one.config.model_dump() | {"method": {"type": "siblings:Siblings", "sure": True}}
-        (task,) = RunConfig.model_validate(settings | {"sampling": {"generations": 2}}).tasks
-        stage = replace(
-            stage, config=task, contexts=lambda index: Texts(), schedule=replace(stage.schedule, generations=2)
-        )
-        ledger = Ledger(tmp_path / "ledger.sqlite")
-
-        async def ready() -> None: ...
-
-        rollouts = Rollouts(replace(one, stages=(stage,)), students, teachers, ledger, ready, 0)
-        rollouts.open(stage.schedule)
-        rollouts.begin(0)
-        batch = await rollouts.take(1)
-        await asyncio.gather(students.stop(), teachers.stop())
-        return batch, ledger.counts()
-
-    batch, counts = virtual_time.run(run())
+    method = {"type": "siblings:Siblings", "sure": True}
+    batch, counts = first_batch(tmp_path, case, method, lambda number: Half(number, case), Watched)
     by_sample = {draft.sample: draft for draft in batch.drafts}
     siblings = {s: s._replace(generation=1 - s.generation) for s in by_sample}
     assert 0 < len(batch.drafts) < 16
