@@ -7,7 +7,9 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError, RayActorError
 
+from sdft.actors.gone import OTHERS
 from sdft.actors.reaper import end
+from sdft.actors.shared.reason import reason
 from sdft.actors.shared.types import Process
 
 
@@ -39,8 +41,8 @@ class RemoteActor:
         work = getattr(self._handle, method).remote(*arguments)
         try:
             return await work
-        except ObjectLostError as error:  # the result was lost with the process's node before it was fetched
-            raise RayActorError from error
+        except (ObjectLostError, *OTHERS) as error:  # lost: the result, with the process's node before it was fetched
+            raise RayActorError(error_msg=reason(error)) from error
         except asyncio.CancelledError:
             if ray.is_initialized():  # else ray.cancel would connect anew
                 ray.cancel(work)

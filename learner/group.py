@@ -11,8 +11,9 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
+from sdft.actors.gone import DIED, GONE, how_it_ended
 from sdft.actors.reaper import end
 from sdft.actors.shared.drafts import Draft
 from sdft.actors.shared.sequences import TrainingSequence
@@ -81,8 +82,8 @@ class LearnerGroup:
                 timeout,
                 f"{len(self.workers)} learner rank(s) to load {settings.model}",
             )
-        except RayActorError as error:
-            raise LearnerLost("a learner process died while it started") from error
+        except GONE as error:
+            raise LearnerLost(f"a learner process {how_it_ended(error)} while it started") from error
         except RayTaskError as error:
             if isinstance(error.cause, Untrainable):
                 raise error.cause from None  # without the worker's traceback: the message is a sentence for the user
@@ -127,8 +128,8 @@ class LearnerGroup:
             try:
                 if await silent_for(worker.ping.remote(), patience):
                     how = f"hangs: no answer for {patience:g} s"
-            except RayActorError:
-                how = "died"
+            except GONE as error:
+                how = how_it_ended(error)
         self._lost = f"learner rank {rank} (process {self.pids[rank]}) {how}"
         self._end(hangs=True)
         raise self._reason()
@@ -186,8 +187,8 @@ class LearnerGroup:
     async def _first(self, method: str, seconds: float, what: str, *args: Any) -> Any:
         try:
             return await within(getattr(self.workers[0], method).remote(*args), seconds, what)
-        except RayActorError as error:
-            raise self._reason() from error
+        except GONE as error:
+            raise self._reason(how_it_ended(error)) from error
 
     async def _all(self, method: str, what: str, *args: Any) -> list[Any]:
         return await self._called([getattr(worker, method).remote(*args) for worker in self.workers], what)
@@ -199,8 +200,8 @@ class LearnerGroup:
     async def _called(self, calls: list[Any], what: str) -> list[Any]:
         try:
             return await all_within(calls, self._settings.config.step_timeout_s, what)
-        except RayActorError as error:
-            raise self._reason() from error
+        except GONE as error:
+            raise self._reason(how_it_ended(error)) from error
 
-    def _reason(self) -> LearnerLost:
-        return LearnerLost(self._lost or f"a learner process (of {', '.join(map(str, self.pids))}) died")
+    def _reason(self, how: str = DIED) -> LearnerLost:
+        return LearnerLost(self._lost or f"a learner process (of {', '.join(map(str, self.pids))}) {how}")

@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
+from sdft.actors.gone import GONE
 from sdft.actors.shared.reason import reason
 from sdft.actors.shared.types import WeightMismatch
 from sdft.learner.group import LearnerLost
@@ -37,7 +38,7 @@ def explained(error: Exception, run_dir: Path | None) -> RunFailed | None:
             in_log = None if run_dir is None else last_error(run_dir / "logs", int(call[3]) if call else None)
             why = in_text[-1] if in_text else in_log or why
         return RunFailed(f"{part} {doing}: {why}{where}")
-    if isinstance(error, RayActorError):
+    if isinstance(error, GONE):
         return RunFailed(f"a process of the run was lost: {reason(error)}{where}")
     if isinstance(error, LearnerLost | TimeoutError):
         return RunFailed(f"{error}{where}")

@@ -15,6 +15,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError, RayError
 
+from sdft.actors.gone import DIED, NO_MEMORY, how_it_ended
 from sdft.actors.remote import Remote
 from sdft.actors.shared.reason import reason
 from sdft.actors.shared.types import Process, Snapshot, SnapshotDamaged, UpdateReport, WeightMismatch
@@ -26,7 +27,6 @@ from sdft.services.fleet.versions import Versions
 
 HEALTH_EVERY_S = 10  # longest pause between two health checks
 STOP_S = 8  # limit of an engine's shutdown; it takes about 1 s. No answer comes if Ray's control service has ended
-DIED = "died"
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class SupervisedEngine:
         try:
             return await actor.call(method, *arguments)
         except RayActorError as error:
-            self._replace(actor, DIED)
+            self._replace(actor, how_it_ended(error))
             raise EngineLost(self.name) from error
 
     async def update_weights(self, snapshot: Snapshot) -> UpdateReport | None:
@@ -129,8 +129,8 @@ class SupervisedEngine:
         actor = self._actor
         try:
             report = await self._deliver(snapshot)
-        except RayActorError:
-            self._replace(actor, DIED)
+        except RayActorError as error:
+            self._replace(actor, how_it_ended(error))
         except TimeoutError as error:
             self._replace(actor, f"hangs ({error})")
         except FileNotFoundError as error:
@@ -184,8 +184,8 @@ class SupervisedEngine:
             await asyncio.sleep(min(HEALTH_EVERY_S, patience / 4))
             try:
                 silent = await silent_for(actor.call("ping"), patience)
-            except RayActorError:
-                self._replace(actor, DIED)
+            except RayActorError as error:
+                self._replace(actor, how_it_ended(error))
                 return
             if silent and not self._versions.in_use:
                 self._replace(actor, f"hangs: no answer for {patience:g} s")
@@ -201,7 +201,7 @@ class SupervisedEngine:
 
     async def _successor(self, how: str) -> None:
         while True:
-            self._actor.kill(hangs=how != DIED)
+            self._actor.kill(hangs=how not in (DIED, NO_MEMORY))
             times = self._losses.count()
             if times > self._patience.max_restarts:
                 self.failure = RunFailed(

@@ -42,7 +42,7 @@ async def train_window(
     sdft: the command line of `sdft`. began(pid) is called with the process of the run.
     """
     words = ("train", str(config), "--run-dir", str(folder.run(window)))
-    await _command((*sdft, *words), folder.window(window) / "train.log", began)
+    await _command(sdft, words, folder.window(window) / "train.log", began)
 
 
 async def make_candidate(
@@ -52,7 +52,7 @@ async def make_candidate(
     run, out, log = folder.run(window.number), folder.release(release), folder.window(window.number) / "train.log"
     shutil.rmtree(out, ignore_errors=True)  # of a service that was killed before it wrote the candidate down
     out.parent.mkdir(exist_ok=True)
-    await _command((*sdft, "export", str(run), "--out", str(out)), log, began)
+    await _command(sdft, ("export", str(run), "--out", str(out)), log, began)
     files = await asyncio.to_thread(digests, out)
     steps = read_rows(run, StepMetrics)
     reasons = dropped_records(run, len(window.train))
@@ -66,9 +66,10 @@ def forget_states(folder: ServiceFolder, window: int) -> None:
     shutil.rmtree(folder.run(window) / "checkpoints", ignore_errors=True)
 
 
-async def _command(words: tuple[str, ...], log: Path, began: Callable[[int], None]) -> None:
+async def _command(sdft: Sequence[str], words: tuple[str, ...], log: Path, began: Callable[[int], None]) -> None:
     with log.open("ab") as file:
         process = await asyncio.create_subprocess_exec(
+            *sdft,
             *words,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=file,

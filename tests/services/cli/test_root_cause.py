@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfMemoryError, RayTaskError
 
 from sdft.actors.shared.types import WeightMismatch
 from sdft.learner.group import LearnerLost
@@ -55,6 +55,14 @@ def test_an_engine_that_cannot_start_is_explained_by_the_last_error_of_its_own_l
     )
     assert last_error(run_dir / "logs", None) == "OSError: another's"
     assert last_error(run_dir / "nothing", 70) is None
+
+
+def test_the_end_by_the_memory_monitor_of_ray_is_one_sentence(run_dir: Path) -> None:
+    said = "3 worker(s) were killed due to the node running low on memory.\nOOM kill reason: ...\nObject store: ..."
+    assert str(explained(OutOfMemoryError(said), run_dir)) == (
+        "a process of the run was lost: 3 worker(s) were killed due to the node running low on memory.; logs: "
+        f"{run_dir / 'logs'}"
+    )
 
 
 def test_a_cause_that_came_with_the_exception_is_kept(run_dir: Path) -> None:
