@@ -4,6 +4,7 @@ BIN := .venv/bin
 RUNS := .venv/.runs
 INSTALLED := .venv/.installed
 TRL := benchmarks/trl/.venv/.installed
+VERIFIERS := .venv/verifiers/.installed
 
 .PHONY: demo service continual test whole chaos models bench docs lint install clean
 
@@ -23,7 +24,7 @@ test: install
 	$(BIN)/python -m pytest -n 2
 
 # Every test, also those that take half a minute or more and have a faster one near.
-whole: install
+whole: install $(VERIFIERS)
 	SDFT_TESTS=whole $(BIN)/python -m pytest -n 2
 
 # The tests in tests/runs/chaos with 200 kills each instead of 12 and 4: three quarters of an hour.
@@ -73,6 +74,11 @@ $(RUNS): requirements/cpu.txt requirements/install.sh pyproject.toml
 $(INSTALLED): $(RUNS) requirements/dev.txt requirements/docs.txt requirements/harness.txt
 	PYTHON=$(PYTHON) requirements/install.sh .venv requirements/dev.txt requirements/docs.txt requirements/harness.txt
 	touch $(INSTALLED)
+
+# The library of an environment that is tested with its own interpreter.
+$(VERIFIERS): $(RUNS) requirements/verifiers.txt
+	PYTHON=$(PYTHON) requirements/install.sh .venv/verifiers requirements/verifiers.txt
+	touch $(VERIFIERS)
 
 # The peer of benchmarks/peer.py.
 $(TRL): benchmarks/trl/requirements.txt

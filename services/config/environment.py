@@ -7,14 +7,22 @@ from pydantic import BeforeValidator, Field, field_validator
 from sdft.actors.shared.own_code import is_own
 from sdft.services.base.section import Section
 
-BUILT_IN = ("mcp",)  # services/environments/named.py has their classes
+BUILT_IN = ("mcp", "verifiers")  # services/environments/named.py has their classes
 
 
 class EnvironmentConfig(Section):
     """What answers the student's turns. An episode is the turns of one sample."""
 
-    type: str = Field(description="mcp: the tools of an MCP server; or a class of your own, as package.module:Name")
+    type: str = Field(
+        description="mcp: the tools of an MCP server; verifiers: an environment of that library; or a class of your "
+        "own, as package.module:Name"
+    )
     settings: dict[str, Any] = Field({}, description="Arguments of the class")
+    python: str | None = Field(
+        None,
+        description="Interpreter of the environment's processes, such as envs/house/bin/python, for an environment "
+        "with packages of its own; null: that of the run",
+    )
     max_turns: int = Field(8, ge=1, description="Replies of an episode; one that is not done then has not passed")
     max_tokens: int = Field(
         1024, ge=2, description="Tokens of an episode behind the prompt: replies, and what answers them"

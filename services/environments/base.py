@@ -26,6 +26,10 @@ class Done:
     feedback: str = ""  # what was wrong, for people and for algorithms that show it to the teacher
 
 
+class Dropped(Exception):
+    """Raised by `step`: the episode cannot go on, and is dropped with this reason in the ledger."""
+
+
 class Environment:
     """One episode. The settings `environment.settings` are the arguments of its constructor."""
 
@@ -39,7 +43,7 @@ class Environment:
     async def step(self, reply: str) -> Answer | Done:
         """Take a reply of the student, and return what answers it, or the end of the episode.
 
-        An exception becomes the answer: the student sees its text.
+        An exception becomes the answer: the student sees its text. Dropped ends the episode.
         """
         raise NotImplementedError
 

@@ -11,9 +11,12 @@ import signal
 import sys
 import tempfile
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Any
 
+import sdft
 from sdft.services.config.environment import EnvironmentConfig
+from sdft.services.environments import elsewhere
 
 START_S = 180.0
 GRACE_S = 10.0
@@ -21,6 +24,15 @@ END_S = 10.0  # for a killed process
 POLL_S = 0.1
 LINE_BYTES = 64 << 20
 SAID_BYTES = 4096  # end of the error output, which explains the end of a process
+
+
+def command(config: EnvironmentConfig, check: bool = False) -> tuple[str, ...]:
+    """Return the command line of a process. check: it only makes one object of the class, and ends."""
+    names = {"type", "settings", "step_timeout_s", "max_answer_chars"}
+    given = json.dumps(config.model_dump(mode="json", include=names) | ({"check": True} if check else {}))
+    if config.python is None:
+        return sys.executable, "-m", "sdft.services.environments.process", given
+    return config.python, elsewhere.__file__, str(Path(sdft.__file__).parent), given
 
 
 class EpisodeLost(Exception):
@@ -43,18 +55,19 @@ class EnvironmentProcess:
     @classmethod
     async def start(cls, config: EnvironmentConfig) -> "EnvironmentProcess":
         """Start a process. Raises EpisodeLost if it does not come up."""
-        names = {"type", "settings", "step_timeout_s", "max_answer_chars"}
-        given = json.dumps(config.model_dump(mode="json", include=names))
         said = tempfile.TemporaryFile()  # noqa: SIM115 - the process has it, too. A pipe may be held by what it starts
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "sdft.services.environments.process", given),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=said,
-            limit=LINE_BYTES,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command(config),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=said,
+                limit=LINE_BYTES,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise EpisodeLost(f"the environment's process could not be started: {error}") from None
         made = cls(process, said, config.step_timeout_s + GRACE_S)
         try:
             async with asyncio.timeout(START_S):

@@ -3,7 +3,10 @@
 from sdft.actors.shared.own_code import own_class
 from sdft.services.environments.base import Environment
 
-BUILT_IN = {"mcp": "sdft.services.environments.mcp_tools:McpTools"}  # imported when it is used
+BUILT_IN = {  # imported when they are used
+    "mcp": "sdft.services.environments.mcp_tools:McpTools",
+    "verifiers": "sdft.services.environments.verifiers_environment:Verifiers",
+}
 
 
 def environment_class(name: str) -> type[Environment]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdft.actors.shared.process import die_with_parent
-from sdft.services.environments.base import Done, Environment
+from sdft.services.environments.base import Done, Dropped, Environment
 from sdft.services.environments.named import environment_class
 
 ROLES = ("user", "tool")
@@ -44,6 +44,8 @@ class Episodes:
             async with asyncio.timeout(self._timeout_s):
                 answer = await self._episodes[episode].step(value)
             return self._shown(answer)
+        except Dropped as dropped:
+            return {"lost": str(dropped)}
         except TimeoutError:
             return self._told(f"no answer within {self._timeout_s:g} s")
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - a user's code; the student sees it
@@ -122,12 +124,16 @@ async def serve(given: Mapping[str, Any], calls: int, output: int) -> None:
 
 
 def main() -> None:
+    given = json.loads(sys.argv[1])
+    if given.get("check"):
+        environment_class(given["type"])(**given["settings"])
+        return
     die_with_parent()
     calls, output = os.dup(sys.stdin.fileno()), os.dup(sys.stdout.fileno())
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), sys.stdin.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what the user's code prints
-    asyncio.run(serve(json.loads(sys.argv[1]), calls, output))
+    asyncio.run(serve(given, calls, output))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Seque
     if settings["environment"] is None:  # runs that began before there were environments can be resumed
         del settings["environment"]
     else:
-        for key in ("processes", "concurrent"):
+        for key in ("processes", "concurrent", "python"):
             del settings["environment"][key]
     if config.strict:
         del settings["actors"]["batch_timeout_s"]

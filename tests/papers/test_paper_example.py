@@ -63,7 +63,7 @@ def test_the_demonstrations_of_training_pass_the_graders_of_the_held_out_rows(ex
 
 @pytest.mark.parametrize(("name", "gpus"), [("paper.yaml", 8), ("lora.yaml", 1)])
 def test_each_configuration_has_a_plan_for_its_gpus(example: Path, smollm2: Path, name: str, gpus: int) -> None:
-    words = [sys.executable, "-m", "sdft.services.cli", "check", example / name, "--set", f"model={smollm2}"]
+    words = [sys.executable, "-m", "sdft.services.cli", "check", str(example / name), "--set", f"model={smollm2}"]
     plan = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert plan.returncode == 0, plan.stderr
     assert "tools: 40 demonstrations, 3 steps of 32 prompts" in plan.stdout
