@@ -11,6 +11,16 @@ INBOX = "inbox"  # stands for data.train in the configuration of a service
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
+class ProxiesConfig(Section):
+    """Ray Serve's proxies, one on each node of the cluster that has replicas, in front of the gateway."""
+
+    host: str = Field("0.0.0.0", description="Address that the proxies listen on")
+    port: int = Field(8080, gt=0, lt=65536, description="Port that they listen on")
+    replicas: int = Field(2, ge=1, description="Replicas that pass requests on to the gateway")
+    cpus: float = Field(0.1, ge=0, description="Ray CPUs reserved by each replica")
+    max_ongoing: int = Field(256, ge=1, description="Requests that one replica passes on at once; further ones wait")
+
+
 class HttpConfig(Section):
     """Where the service listens, and how much it takes."""
 
@@ -32,6 +42,10 @@ class HttpConfig(Section):
         100_000, ge=1, description="Records that wait for a window; while there are more, further ones get 429"
     )
     request_timeout_s: float = Field(600, gt=0, description="How long an answer of the model may take")
+    proxies: ProxiesConfig | None = Field(
+        None,
+        description="Requests come through Ray Serve's proxies on the cluster's nodes, too; null: to host and port",
+    )
 
     @model_validator(mode="after")
     def _loopback_or_tokens(self) -> "HttpConfig":
@@ -42,6 +56,15 @@ class HttpConfig(Section):
             )
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key go together; give both, or neither")
+        if self.proxies is not None and self.host in LOOPBACK:
+            raise ValueError(
+                f"proxies on other nodes cannot reach host {self.host}; set http.host to an address of this node, or "
+                f"to 0.0.0.0"
+            )
+        if self.proxies is not None and self.tls_key is not None:
+            raise ValueError(
+                "the proxies speak plain HTTP to the gateway; remove tls_key, and end TLS in front of them"
+            )
         return self
 
 
@@ -248,6 +271,8 @@ class ServiceConfig(Section):
     @model_validator(mode="after")
     def _what_is_set_has_an_effect(self) -> "ServiceConfig":
         serving = self.serving
+        if self.http.proxies is not None and serving.cluster is None:
+            raise ValueError("http.proxies are of a Ray cluster; set serving.cluster too, or remove http.proxies")
         if not self.receipts.keep and self.feedback != FeedbackConfig():
             raise ValueError("feedback has no effect with receipts.keep: false, which refuses feedback; remove it")
         most = serving.max_replicas or serving.replicas

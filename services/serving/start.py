@@ -111,6 +111,8 @@ async def _run(service: Service, scaling: Scaling, server: "_Server", listening:
         tasks.create_task(_announce(server, service, listening), name="announce")
         tasks.create_task(scaling.run(), name="engines")
         tasks.create_task(service.loop.run(), name="loop")
+        if service.http.proxies is not None:
+            tasks.create_task(_proxied(server, service, listening), name="proxies")
         try:
             await asyncio.shield(serving)
         except asyncio.CancelledError:
@@ -210,6 +212,22 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Any:
         with nullcontext():
             yield
+
+
+async def _proxied(server: uvicorn.Server, service: Service, listening: socket.socket) -> None:
+    """Have Ray Serve's proxies pass requests on to the gateway, until cancelled."""
+    from ray.util import get_node_ip_address
+
+    from sdft.services.serving.proxies import proxies
+
+    assert service.http.proxies is not None
+    while not server.started:
+        await asyncio.sleep(0.02)
+    host, port = listening.getsockname()[:2]
+    reached = get_node_ip_address() if host in ("0.0.0.0", "::") else host
+    url = f"http://{f'[{reached}]' if ':' in reached else reached}:{port}"
+    async with proxies(service.http.proxies, url, service.notice):
+        await asyncio.Event().wait()
 
 
 async def _announce(server: uvicorn.Server, service: Service, listening: socket.socket) -> None:

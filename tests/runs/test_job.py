@@ -7,10 +7,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from sdft.services.records.batches import read_batch
 from sdft.services.records.rows import read_jsonl
+from sdft.services.serving.tokens import SCOPES, add_token
 from tests.fakes.rollouts import logprobs
 from tests.fakes.tiny import TOKENS, make_tiny_model
 from tests.papers.documents import ROOT, commands
@@ -200,11 +203,13 @@ def test_submit_follow_reports_a_failed_job(head: Head, tiny_model: Path, tmp_pa
 
 @pytest.mark.whole
 def test_a_service_as_a_job_has_its_engines_on_the_clusters_nodes(head: Head, tmp_path: Path) -> None:
-    """It is taught, trains on the cluster, and promotes. `ray job stop` ends all of it."""
+    """It is taught through Ray Serve's proxies, trains on the cluster, and promotes. `ray job stop` ends all of it."""
     folder, work = tmp_path / "shared" / "service", tmp_path / "work"
     work.mkdir()
     serving, window = {"cluster": {"cpus": 0.5}}, {"epochs": 2}
-    write_service(work, make_tiny_model(tmp_path / "model"), serving=serving, window=window)
+    token, proxies = add_token(work / "tokens.json", "app", list(SCOPES)), free_port()
+    http = {"host": "0.0.0.0", "port": 0, "tokens": "tokens.json", "proxies": {"port": proxies, "replicas": 1}}
+    write_service(work, make_tiny_model(tmp_path / "model"), serving=serving, window=window, http=http)
     words = ["submit", "service.yaml", "--serve", "--address", head.dashboard, "--run-dir", str(folder)]
 
     def run(*command: str | Path) -> str:
@@ -215,6 +220,7 @@ def test_a_service_as_a_job_has_its_engines_on_the_clusters_nodes(head: Head, tm
     job = run(head.bin / "sdft", *words).partition("submitted as ")[2].partition(";")[0]
     try:
         service = AskedService(folder)
+        service.http.headers["Authorization"] = f"Bearer {token}"
         service.connect()
         (engine,) = service.get("status")["engines"]
         assert engine["place"] not in ("", "this machine")
@@ -222,6 +228,8 @@ def test_a_service_as_a_job_has_its_engines_on_the_clusters_nodes(head: Head, tm
         assert parent is not None
         assert "EngineNode" in " ".join(parent.cmdline())
         assert service.ask("Say number 3.")[0] == 1
+        wait_until(lambda: listens(proxies), "the proxies listen")
+        service.http.base_url = f"http://127.0.0.1:{proxies}"
         service.post("demonstrations", demonstrations())
         assert service.decided(2)["status"] == "served"
         assert service.ask("Say number 3.")[0] == 2
@@ -230,6 +238,12 @@ def test_a_service_as_a_job_has_its_engines_on_the_clusters_nodes(head: Head, tm
         run(head.bin / "ray", "job", "stop", "--address", head.dashboard, job)
     wait_until(lambda: not runs(engine["pid"]), "the engine ends with its service")
     assert not (folder / "service.json").exists()
+
+
+def listens(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
 
 
 def runs(pid: int) -> bool:

@@ -31,6 +31,15 @@ def load(tmp_path: Path, text: str) -> str:
         ("stages: [{name: a}]\nservice: {}", "stages are of a run"),
         ("service: {http: {host: 0.0.0.0}}", "service.http: host 0.0.0.0 is reachable from other machines"),
         ("service: {http: {tls_key: k.pem}}", "service.http: tls_certificate and tls_key go together"),
+        ("service: {http: {proxies: {}}}", "service.http: proxies on other nodes cannot reach host 127.0.0.1; set"),
+        (
+            "service: {http: {host: 10.0.0.1, tokens: t, proxies: {}}}",
+            "service: http.proxies are of a Ray cluster; set serving.cluster too",
+        ),
+        (
+            "service: {http: {host: 10.0.0.1, tokens: t, tls_key: k, tls_certificate: c, proxies: {}}}",
+            "service.http: the proxies speak plain HTTP to the gateway; remove tls_key",
+        ),
         ("service: {gate: {promote_below: 0.6}}", "service.gate: promote_below 0.6 must not exceed refuse_above 0.5"),
         ("service: {window: {grader: judge}}", "service.window: grader judge cannot grade held-out records"),
         ("service: {windows: {}}", "service.windows is not a setting; did you mean service.window?"),
