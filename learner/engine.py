@@ -29,7 +29,7 @@ from sdft.learner.model.student import SelfDistillation, load_student, tied_name
 from sdft.learner.optimizer import MASTER, TEACHER, AdamWWithTeacher, learning_rate, teacher_alpha
 from sdft.learner.packing import pack
 from sdft.learner.shares import Share, fetched
-from sdft.learner.types import LearnerSettings, StepResult
+from sdft.learner.types import LearnerSettings, StageSettings, StepResult
 from sdft.learner.weights.content import Content
 
 
@@ -124,13 +124,18 @@ class LearnerEngine:
         """Whether the teacher becomes the student at the start of each stage."""
         return self.settings.teacher.weights in ("ema", "frozen") and len(self.settings.stages) > 1
 
+    @property
+    def stage(self) -> StageSettings:
+        """The stage of the next step."""
+        return self.settings.stages[self.settings.stage_of(self.step + 1)]
+
     def begin_stage(self) -> None:
         """Reset the teacher to the student and the moments to zero, where configured, before a stage's first step.
 
         Idempotent. Collective with LoRA.
         """
-        stage = self.settings.stages[self.settings.stage_of(self.step + 1)]
-        self._adam.begin_stage(self._masters, teacher=self._resets and self._lora is None, moments=stage.keep_moments)
+        moments = self.stage.keep_moments
+        self._adam.begin_stage(self._masters, teacher=self._resets and self._lora is None, moments=moments)
         if self._lora is not None and self._resets:
             self._lora.reset_teacher(self._forward)
 
@@ -143,9 +148,7 @@ class LearnerEngine:
 
     def train_step(self, share: Share) -> StepResult:
         """Take one optimizer step on a whole batch, of which this rank computes its share. Collective."""
-        s = self.settings
-        stage = s.stages[s.stage_of(self.step + 1)]
-        optimizer = stage.optimizer
+        stage, optimizer = self.stage, self.stage.optimizer
         lr = learning_rate(self.step + 1 - stage.before, stage.steps, optimizer)
         for param_group in self._optimizer.param_groups:
             param_group |= {

@@ -19,6 +19,7 @@ from sdft.actors.shared.drafts import Draft
 from sdft.actors.shared.sequences import TrainingSequence
 from sdft.actors.shared.types import IntArray, LearnerLost, Process, SampleId, Snapshot
 from sdft.actors.shared.waiting import all_within, silent_for, within
+from sdft.learner.completions import total
 from sdft.learner.model.architecture import Untrainable
 from sdft.learner.shares import shares
 from sdft.learner.types import LearnerSettings, StepResult
@@ -143,8 +144,8 @@ class LearnerGroup:
         lost = await self._each("fetch", "the learner to fetch a batch", divided)
         if any(lost):
             raise SequencesLost([sample for of_rank in lost for sample in of_rank])
-        results = await self._all("train_step", "the learner's step")
-        return results[0]
+        results: list[StepResult] = await self._all("train_step", "the learner's step")
+        return replace(results[0], completions=total([result.completions for result in results]))
 
     async def begin_stage(self) -> None:
         """Prepare the first step of a stage. The run's first stage does not need it."""

@@ -1,7 +1,8 @@
 """Settings of a learner rank and the result of a step. Does not import torch, so the controller can import it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from sdft.learner.completions import CompletionCounts, Watched
 from sdft.learner.config import LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
 
 
@@ -14,6 +15,7 @@ class StageSettings:
     losses: tuple[LossConfig, ...]  # a sequence's `objective` is the index
     optimizer: OptimizerConfig
     keep_moments: bool = False
+    watched: Watched = field(default_factory=Watched)  # looked for in completions
 
 
 @dataclass(frozen=True)
@@ -50,3 +52,4 @@ class StepResult:
     lr: float
     loss_tokens: int
     applied: bool = True  # False: the gradient is not finite, and no weight changed
+    completions: CompletionCounts = field(default_factory=CompletionCounts)

@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from ray.exceptions import ObjectLostError
 from sdft.actors.roles import ROLES
 from sdft.actors.shared.drafts import Draft, joined
 from sdft.actors.shared.process import kept_heap, large_imports, openmp_wait_policy
+from sdft.actors.shared.sequences import TrainingSequence
 from sdft.actors.shared.types import IntArray, Process, SampleId, Snapshot
+from sdft.learner.completions import counted
 from sdft.learner.shares import Share
 from sdft.learner.types import LearnerSettings, StepResult
 
@@ -91,9 +94,11 @@ class LearnerWorker:
         return lost
 
     def train_step(self) -> StepResult:
-        """Take one optimizer step on the batch whose shares were fetched. Collective."""
+        """Take one optimizer step on the batch whose shares were fetched. `completions` is of this rank. Collective."""
         self._saver.detach()
-        return self._engine.train_step(self._share)
+        own = [sequence for sequence in self._share.sequences if isinstance(sequence, TrainingSequence)]
+        counts = counted(own, self._engine.stage.watched)
+        return replace(self._engine.train_step(self._share), completions=counts)
 
     def begin_stage(self) -> None:
         """Prepare the first step of a stage. Collective."""

@@ -61,11 +61,16 @@ class TrainingSequence:
         return self.token_ids[: self.spans[0].start]
 
     @property
-    def completions(self) -> list[IntArray]:
-        """The tokens of each completion, without what stands between them."""
+    def turns(self) -> list[slice]:
+        """The place of each completion, without what stands between them."""
         between = [i for i, (a, b) in enumerate(pairwise(self.spans), start=1) if a.end != b.start]
         parts = [self.spans[i:j] for i, j in pairwise([0, *between, len(self.spans)])]
-        return [self.token_ids[part[0].start : part[-1].end] for part in parts]
+        return [slice(part[0].start, part[-1].end) for part in parts]
+
+    @property
+    def completions(self) -> list[IntArray]:
+        """The tokens of each completion."""
+        return [self.token_ids[turn] for turn in self.turns]
 
     @property
     def loss_tokens(self) -> int:

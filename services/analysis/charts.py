@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from operator import attrgetter
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
@@ -176,5 +175,5 @@ def figure_chart(steps: Sequence[StepMetrics], field: str, curve: Curve) -> str:
     with chart(HALF, f"{curve.quantity} over steps") as (figure, done):
         axes = axes_of(figure, "", steps[-1].step)
         axes.yaxis.set_major_formatter(lambda number, _: f"{number:g}")
-        lines(axes, steps, [("", attrgetter(field), curve.colour)])
+        lines(axes, steps, [("", lambda m: math.nan if (v := getattr(m, field)) is None else v, curve.colour)])
         return done()

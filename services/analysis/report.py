@@ -16,12 +16,14 @@ from sdft.services.algorithms.base import Algorithm
 from sdft.services.algorithms.registry import ALGORITHMS
 from sdft.services.analysis import charts
 from sdft.services.analysis.bottleneck import verdict
+from sdft.services.analysis.events import WHAT
 from sdft.services.analysis.matrix import Estimate, Matrix, figure_text, make_matrix
 from sdft.services.analysis.status import SetProgress, ended_lengths, read_sets, spread
 from sdft.services.base.files import write_atomically
 from sdft.services.records.rows import (
     PERPLEXITY,
     EvalResult,
+    Event,
     Reply,
     StepMetrics,
     divergence_names,
@@ -85,6 +87,7 @@ def write_report(run_dir: Path) -> Path:
             for c in draw(steps, results, sets, config, ended_lengths(run_dir), stages, matrix)
         ],
         replies=compare(first_of_each_set(read_rows(run_dir, Reply)), [s.name for s in sets]),
+        events=[(event.step, WHAT[event.kind], event.text) for event in read_rows(run_dir, Event)],
         last=steps[-1] if steps else None,
         ledger=", ".join(f"{count:,} {name}" for name, count in ledger.items()),
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
@@ -216,7 +219,7 @@ def draw(
         drawn += [
             Chart(curve.title, charts.figure_chart(steps, field, curve), curve.note, wide=False)
             for field, figure in step_figures().items()
-            if (curve := figure.curve) is not None
+            if (curve := figure.curve) is not None and any(getattr(m, field) is not None for m in steps)
         ]
     sampled = [r for r in results if r.k is not None]
     for task in dict.fromkeys(r.task for r in sampled):

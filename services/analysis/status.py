@@ -9,12 +9,14 @@ from typing import Any
 
 from sdft.actors.config import LEARNER
 from sdft.services.analysis.bottleneck import verdict
+from sdft.services.analysis.events import event_lines
 from sdft.services.records.checkpoints import MANIFEST, folders
 from sdft.services.records.rows import (
     PERPLEXITY,
     STUDENT_ACCURACY,
     TEACHER_ACCURACY,
     EvalResult,
+    Event,
     StepMetrics,
     read_rows,
     without_loss_tokens,
@@ -149,6 +151,7 @@ def status_text(run_dir: Path) -> str:
         at = f" at step {s.after.step}" if s.after else ""
         role = f" ({s.role})" if s.role else ""
         lines.append(("evaluation" if index == 0 else "", f"{s.name}{role}: {s.change}{at}{teacher}"))
+    lines += event_lines(read_rows(run_dir, Event))
     if ledger:
         lines.append(("samples", ", ".join(f"{count} {name}" for name, count in ledger.items())))
         lines += [("", f"{state}: {spread(lengths)}") for state, lengths in ended_lengths(run_dir).items()]

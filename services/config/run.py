@@ -221,7 +221,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _guarded_sets_are_there(self) -> "RunConfig":
-        if self.retention is not None:
+        if self.retention is not None and self.retention.max_drop is not None:
             names = [s.name for s in self.sets]
             missing = next((name for name in self.retention.sets if name not in names), None)
             if missing is not None:
@@ -237,7 +237,7 @@ class RunConfig(Section):
     @property
     def guarded(self) -> tuple[str, ...]:
         """Names of the sets under the retention guard."""
-        if self.retention is None:
+        if self.retention is None or self.retention.max_drop is None:
             return ()
         return self.retention.sets or tuple(s.name for s in self.sets if s.role == "retention")
 
@@ -255,9 +255,9 @@ class RunConfig(Section):
                 f"actors.{grows[0]}.max_replicas lets the number of engines change, which would change the bits of a "
                 f"strict run; set training.max_staleness to 1 or more, or remove max_replicas"
             )
-        teacher_every = self.weights.teacher_sync_every
+        teacher_every, retention = self.weights.teacher_sync_every, self.retention
         saved = {"checkpoint.every": self.checkpoint.every}
-        if self.retention is not None and self.retention.action == "stop" and self.evaluation.every:
+        if retention is not None and retention.action == "stop" and self.evaluation.every:
             saved["evaluation.every"] = self.evaluation.every  # the guard saves a checkpoint where it stops the run
         for key, every in saved.items():
             if self.strict and self.teacher.weights == "ema" and every % teacher_every:
@@ -265,6 +265,12 @@ class RunConfig(Section):
                     f"{key} {every} must be a multiple of weights.teacher_sync_every {teacher_every}, or a run resumed "
                     f"from a checkpoint has a newer teacher than an uninterrupted run"
                 )
+        stops = retention is not None and retention.action == "stop" and retention.detectors is not None
+        if self.strict and self.teacher.weights == "ema" and stops and teacher_every > 1:
+            raise ValueError(
+                f"retention.detectors stop the run at any step, so weights.teacher_sync_every {teacher_every} must be "
+                f"1, or a run resumed from there has a newer teacher; change it, or retention.action"
+            )
         if self.dtype == "bfloat16" and self.learner.zero_stage == 0:
             raise ValueError(
                 "learner.zero_stage 0 keeps no float32 masters of bfloat16 weights; set it to 1 (the same cost on "

@@ -14,6 +14,7 @@ from sdft.learner.config import OptimizerConfig
 from sdft.services.algorithms.registry import Method
 from sdft.services.base.section import Section
 from sdft.services.config.columns import Column, DataColumn, Format, check_columns
+from sdft.services.config.detectors import DetectorsConfig
 from sdft.services.config.environment import Environment
 
 Grader = Literal[
@@ -332,17 +333,29 @@ class StageConfig(Section):
 
 
 class RetentionConfig(Section):
-    """The retention guard: compares accuracy or perplexity of retention sets with that before training."""
+    """The retention guard: compares retention sets with their results before training, by `max_drop`, and figures of
+    the completions with the start of the stage, by `detectors`. One of the two may be left out."""
 
     sets: tuple[str, ...] = Field((), description="Names of evaluation sets; empty: all with role: retention")
-    max_drop: float = Field(
+    max_drop: float | None = Field(
+        None,
         gt=0,
         lt=1,
-        description="Largest drop of an accuracy (0.05: 5 points), or rise of a perplexity (0.05: 5 %)",
+        description="Largest drop of an accuracy (0.05: 5 points), or rise of a perplexity (0.05: 5 %); null: no set "
+        "is guarded",
     )
+    detectors: DetectorsConfig | None = Field(None, description="null: no detectors; {}: all, with their defaults")
     action: Literal["warn", "stop", "rollback"] = Field(
         "warn", description="stop: end the run; rollback: also set aside the checkpoints after the last good one"
     )
+
+    @model_validator(mode="after")
+    def _guards_something(self) -> "RetentionConfig":
+        if self.max_drop is None and self.detectors is None:
+            raise ValueError("nothing is guarded; set max_drop, for evaluation sets, or detectors")
+        if self.max_drop is None and self.sets:
+            raise ValueError("sets have no effect without max_drop; set max_drop, or remove sets")
+        return self
 
 
 class CheckpointConfig(Section):

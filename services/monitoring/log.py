@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, eval.jsonl and samples.jsonl, copied to the sinks."""
+"""The log of a run: metrics.jsonl, eval.jsonl, samples.jsonl and events.jsonl; numbers are copied to the sinks."""
 
 import json
 import os
@@ -9,11 +9,11 @@ from pathlib import Path
 from sdft.services.base.files import write_atomically
 from sdft.services.monitoring.sinks import Sinks
 from sdft.services.records.figures import path_of
-from sdft.services.records.rows import FILES, EvalResult, Reply, StepMetrics, json_line, read_jsonl
+from sdft.services.records.rows import FILES, EvalResult, Event, Reply, StepMetrics, json_line, read_jsonl
 
 
 class RunLog:
-    """Appends to the three files of a run directory, and sends metrics and results to the sinks."""
+    """Appends to the files of a run directory, and sends metrics and results to the sinks."""
 
     def __init__(self, run_dir: Path, sinks: Sinks | None = None) -> None:
         """sinks: not closed with the log. After the loss of a learner a run opens its log again with the same sinks."""
@@ -27,8 +27,9 @@ class RunLog:
     def step(self, metrics: StepMetrics) -> None:
         self._append(metrics)
         if self._sinks is not None:
-            numbers = {name: value for name, value in asdict(metrics).items() if name not in ("step", "direction")}
-            self._sinks.log(metrics.step, {path_of(name): value for name, value in numbers.items()})
+            values = {name: value for name, value in asdict(metrics).items() if name not in ("step", "direction")}
+            known = {path_of(name): value for name, value in values.items() if value is not None}
+            self._sinks.log(metrics.step, known)
 
     def evaluation(self, *results: EvalResult) -> None:
         """Append the results of an evaluation in one write.
@@ -43,12 +44,15 @@ class RunLog:
     def reply(self, reply: Reply) -> None:
         self._append(reply)
 
+    def event(self, event: Event) -> None:
+        self._append(event)
+
     def close(self) -> None:
         with ExitStack() as stack:  # closes every file even if one raises
             for file in self._files.values():
                 stack.callback(file.close)
 
-    def _append(self, *rows: StepMetrics | EvalResult | Reply) -> None:
+    def _append(self, *rows: StepMetrics | EvalResult | Reply | Event) -> None:
         """Append rows of one class to its file, and flush it to disk."""
         file = self._files[type(rows[0])]
         file.write(b"".join(json_line(row) for row in rows))

@@ -21,12 +21,14 @@ from sdft.services.data.prompts import build_prompts, check_ids, text_prompts
 from sdft.services.data.schedule import make_schedule
 from sdft.services.data.sets import LoadedSet
 from sdft.services.data.tokenizer import load_tokenizer, vocabulary_of
+from sdft.services.data.watched import watched
 from sdft.services.grading.grade import answer_check
 from sdft.services.grading.judge import check_judge
 from sdft.services.planning.derived import Derived, derived
 from sdft.services.planning.engines import check_environments, check_own_engines
 from sdft.services.planning.examined import examined
 from sdft.services.planning.fingerprint import fingerprint_of
+from sdft.services.planning.guard import check_guard
 from sdft.services.planning.models import check_positions, check_trainable, resolve_model
 from sdft.services.planning.plan import engine_settings, make_plan, pools
 from sdft.services.planning.prepared import Prepared, Stage
@@ -126,6 +128,7 @@ def _prepared(
     sources, contexts = zip(*(make_source(*given, rows, base) for given in given_builders), strict=True)
     schedules = make_schedule(config.tasks, sources).stages
     check_ends(names, schedules)
+    check_guard(config, schedules)
     first = [SAMPLE if source.grows else source.records[0] for source in sources]
     for task, builder, record in zip(config.tasks, builders, first, strict=True):
         check_answers_are_shown(task, builder, record)
@@ -142,6 +145,7 @@ def _prepared(
                 sets=_sets(given.questions, tokenizer, builder, task, task.environment, rows),
                 schedule=schedules[i],
                 fingerprint=fingerprint_of(before, task, identity, () if source.grows else source.prompts),
+                watched=watched(tokenizer, builder, first[i]),
                 recalled=len(given.recalled),
                 warnings=tuple(filter(None, (source.trouble, _short(builder, source.records, task), lacks[i]))),
             )

@@ -10,6 +10,7 @@ import numpy as np
 
 from sdft.actors.roles import TEACHER
 from sdft.actors.shared.types import IntArray
+from sdft.learner.completions import Watched
 from sdft.learner.types import LearnerSettings, StageSettings
 from sdft.services.algorithms.base import Contexts
 from sdft.services.config.run import RunConfig, TaskConfig
@@ -37,6 +38,7 @@ class Stage:
     sets: list[LoadedSet]  # evaluation sets of this stage
     schedule: StageSchedule
     fingerprint: str  # what must not change on resume, up to the end of this stage
+    watched: Watched = field(default_factory=Watched)  # what is looked for in completions
     recalled: int = 0  # number of records that the algorithm recalls; they come last
     warnings: tuple[str, ...] = ()  # reasons why the stage may not learn
 
@@ -106,6 +108,7 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
             losses=stage.config.method.losses,
             optimizer=stage.config.learner.optimizer,
             keep_moments=stage.config.keep_moments,
+            watched=stage.watched,
         )
         for stage in prepared.stages
     )

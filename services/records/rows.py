@@ -1,4 +1,4 @@
-"""The JSON lines of a run: one for each step, each result and each kept reply, on disk before the run goes on."""
+"""The JSON lines of a run: one for each step, result, kept reply and event, on disk before the run goes on."""
 
 import json
 import math
@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from sdft.services.base.errors import UserError
+from sdft.services.records.completions import CompletionFigures
 from sdft.services.records.figures import COLOURS, GREY, Curve, Figure, Phase, figure
 from sdft.services.records.text import percent
 
@@ -27,7 +28,7 @@ Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
-class StepMetrics:
+class StepMetrics(CompletionFigures):
     """One optimizer step. Times in seconds, divergences in nats a token; trained, dropped: samples since the start.
 
     With max_staleness above 0, time_rollout_s and time_score_s are how long the batch took to make, queueing included,
@@ -127,7 +128,8 @@ class StepMetrics:
 
 def step_figures() -> dict[str, Figure]:
     """Return the figures of a step by field, in order."""
-    return {f.name: f.metadata["figure"] for f in fields(StepMetrics) if "figure" in f.metadata}
+    in_order = sorted(fields(StepMetrics), key=lambda f: bool(f.kw_only))  # those of completions are last
+    return {f.name: f.metadata["figure"] for f in in_order if "figure" in f.metadata}
 
 
 def divergence_names(steps: Iterable[StepMetrics]) -> str:
@@ -221,6 +223,16 @@ class Reply:
     turns: int | None = None  # replies of an episode; text has all of them, tokens counts them
 
 
+@dataclass(frozen=True)
+class Event:
+    """What the retention guard found after a step, or what became of a gated teacher."""
+
+    step: int
+    stage: int
+    kind: Literal["fell", "drifted", "refreshed", "refused"]  # guarded sets, detectors; the teacher's refresh
+    text: str  # a sentence for display, without a full stop
+
+
 SHOWN = 6  # replies of each set and step that are kept for display
 
 
@@ -235,16 +247,22 @@ def first_of_each_set(replies: Iterable[Reply]) -> list[Reply]:
     return shown
 
 
-Row = TypeVar("Row", StepMetrics, EvalResult, Reply)
+Row = TypeVar("Row", StepMetrics, EvalResult, Reply, Event)
 
 
-def json_line(row: StepMetrics | EvalResult | Reply) -> bytes:
+def json_line(row: StepMetrics | EvalResult | Reply | Event) -> bytes:
     # JSON has no NaN: a non-finite number is written as null, and read back as NaN.
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(row).items()}
+    values = {"step": row.step} | asdict(row)
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
     return json.dumps(finite, allow_nan=False).encode() + b"\n"
 
 
-FILES: dict[type, str] = {StepMetrics: "metrics.jsonl", EvalResult: "eval.jsonl", Reply: "samples.jsonl"}
+FILES: dict[type, str] = {
+    StepMetrics: "metrics.jsonl",
+    EvalResult: "eval.jsonl",
+    Reply: "samples.jsonl",
+    Event: "events.jsonl",
+}
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -36,14 +36,17 @@ from sdft.services.monitoring.log import RunLog
 from sdft.services.planning.prepared import Prepared
 from sdft.services.records.checkpoints import folder_of
 from sdft.services.records.ledger import Ledger
+from sdft.services.records.rows import StepMetrics
 from sdft.services.training.accounting import Accounting
 from sdft.services.training.arrivals import Arrivals
 from sdft.services.training.calls import now
 from sdft.services.training.checkpointer import Checkpointer
 from sdft.services.training.evaluations import Evaluations
+from sdft.services.training.guard import Guard
 from sdft.services.training.learning import learn
 from sdft.services.training.rollouts import Rollouts, Times
 from sdft.services.training.step_metrics import Counts, step_metrics
+from sdft.services.training.teacher import Teacher
 from sdft.services.training.weight_sync import WeightSync
 
 
@@ -77,17 +80,17 @@ class Controller:
             if not (external and role == TEACHER)
         }
         self._student_weights = self._weights[STUDENT]
-        self._teacher_weights = self._weights.get(TEACHER)  # None: its weights are live or external
+        self._teacher = Teacher(prepared, self._weights.get(TEACHER))
         self._live = TEACHER not in pools  # the student engines score
         self._evaluated_weights = self._weights[evaluating(pools)]
         self._autoscaler = Autoscaler(pools.values())
         self._checkpoints = Checkpointer(prepared, run_dir, learner, ledger, progress)
         teachers = self._scoring if external else pools[evaluating(pools)]  # else the student's weights at the start
+        self._guard = Guard(prepared, run_dir, self._checkpoints, log, progress)
         self._evaluations = Evaluations(
-            prepared, run_dir, pools[evaluating(pools)], teachers, self._checkpoints, log, progress
+            prepared, run_dir, pools[evaluating(pools)], teachers, self._guard, log, progress
         )
         self._accounting = Accounting(ledger, progress.note)
-        self._teacher_moves = self._config.teacher.weights == "ema"
         self._arrivals = Arrivals(prepared, run_dir, progress)
         self.steps_done = 0
 
@@ -95,9 +98,8 @@ class Controller:
         """Train to the end, from the state after optimizer step `first_step` (0: from the base model)."""
         schedule = self._prepared.schedule
         student = self._student_weights
-        rollouts = Rollouts(
-            self._prepared, self._students, self._scoring, self._ledger, self._teachers_ready, first_step
-        )
+        teachers_ready = self._teacher.ready
+        rollouts = Rollouts(self._prepared, self._students, self._scoring, self._ledger, teachers_ready, first_step)
         try:
             # Unconditional: after a resume the engines hold the base model, and learner and engines would wait for each
             # other.
@@ -120,16 +122,17 @@ class Controller:
                 if step == stage.before + 1 and step > 1:
                     await self._begin_stage(stage)
                 rollouts.open(stage)
-                await self._step(step, rollouts)
+                metrics = await self._step(step, rollouts)
                 ended, every = step == stage.last, self._config.evaluation.every
                 if ended or (every and step % every == 0):
                     await self._evaluate(step)
+                await self._guard.stepped(metrics)
                 if ended or step % self._config.checkpoint.every == 0:
-                    await self._checkpoints.save(step, self._evaluations.held)
+                    await self._checkpoints.save(step, self._guard.held)
             if not ended:
                 await self._end_late(step)
             await self._checkpoints.saved()
-            await self._teachers_ready()
+            await self._teacher.ready()
         finally:
             await rollouts.stop()
             await self._checkpoints.stop()
@@ -145,7 +148,7 @@ class Controller:
         await self._evaluate(step)
         await self._checkpoints.saved()
         if not folder_of(self._run_dir, step).exists():
-            await self._checkpoints.save(step, self._evaluations.held)
+            await self._checkpoints.save(step, self._guard.held)
 
     async def _begin_stage(self, stage: StageSchedule) -> None:
         """Prepare learner and engines for the first batch of a stage."""
@@ -154,18 +157,17 @@ class Controller:
         await self._learner.begin_stage()
         if self._follows(config):
             await self._student_weights.wait_for_version(step, step)
-        if self._teacher_weights is not None and config.method.teacher_scores:
-            await self._teacher_weights.deliver(step)
+        await self._teacher.begin_stage(step, config)
 
     def _follows(self, config: TaskConfig) -> bool:
         """Return whether the student engines need new weights: they sample, or score as the live teacher."""
         return config.method.student_samples or (self._live and config.method.teacher_scores)
 
-    async def _step(self, step: int, rollouts: Rollouts) -> None:
+    async def _step(self, step: int, rollouts: Rollouts) -> StepMetrics:
         times = Times()
         began = now()
-        stage, config = self._prepared.schedule.at(step), self._prepared.at(step).config
-        student, teacher, every = self._student_weights, self._teacher_weights, self._config.weights
+        stage, student = self._prepared.at(step), self._student_weights
+        config, every = stage.config, self._config.weights
         rollouts.begin(student.version if self._follows(config) else step - 1)
         if rollouts.begun < step:
             needed = step - 1 - self._config.training.max_staleness
@@ -179,19 +181,14 @@ class Controller:
         counts = Counts(*self._ledger.audit(self._prepared.schedule.issued_through(rollouts.begun)))
         if step % every.sync_every == 0 and self._follows(config):
             await times.of("sync", student.deliver(step) if self._config.strict else student.publish(step))
-        scored = self._teacher_moves and step != stage.last and config.method.teacher_scores
-        if teacher is not None and scored and step % every.teacher_sync_every == 0:
-            # Not awaited: the teacher engines load while the student engines sample the next rollouts.
-            await times.of("sync", teacher.publish(step))
+        await times.of("sync", self._teacher.follow(step))
         # Before the metrics are written: each step in them follows a checkpoint that is on the disk.
         await self._checkpoints.saved()
         took = now() - began
-        metrics = step_metrics(batch, result, config.method.losses, counts, times, took, self._config.strict)
+        strict, losses = self._config.strict, config.method.losses
+        metrics = step_metrics(batch, result, losses, counts, times, took, strict, stage.watched)
         self._log.step(metrics)
         self._progress.step(metrics)
         self.steps_done += 1
         self._autoscaler.after_step(metrics.time_wait_s / metrics.time_step_s)
-
-    async def _teachers_ready(self) -> None:
-        if self._teacher_weights is not None:
-            await self._teacher_weights.wait_delivered()
+        return metrics

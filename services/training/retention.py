@@ -1,4 +1,4 @@
-"""The retention guard: detects guarded sets whose results fall during training; the controller takes the action.
+"""Guarded sets: whose results have fallen during training. guard.py takes the action.
 
 results of an evaluation ─► breaches: guarded sets that fell by more than max_drop since their first result
 
@@ -33,8 +33,10 @@ class RetentionGuard:
 
     def __init__(self, config: RunConfig, earlier: Iterable[EvalResult]) -> None:
         self._guarded = set(config.guarded)
-        self._allowed = config.retention.max_drop if config.retention is not None else 1.0
+        max_drop = None if config.retention is None else config.retention.max_drop
+        self._allowed = 1.0 if max_drop is None else max_drop
         self._before: dict[str, EvalResult] = {}
+        self.last: dict[str, Breach] = {}  # the last breach of each set
         self.held: int | None = None  # last step at which all guarded sets evaluated by then held
         by_step: dict[int, list[EvalResult]] = {}
         for result in earlier:
@@ -50,6 +52,7 @@ class RetentionGuard:
             before = self._before.setdefault(result.task, result)
             if result.loss_since(before) > self._allowed + 1e-9:  # shares are quotients: 0.3 may be 0.30000000000000004
                 breaches.append(Breach(before, result, self._allowed))
+        self.last |= {breach.now.task: breach for breach in breaches}
         if guarded and not breaches and {r.task for r in guarded} >= self._before.keys():
             self.held = guarded[0].step
         return breaches

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sdft.learner.completions import Watched
 from sdft.learner.config import LossConfig
 from sdft.learner.types import StepResult
 from sdft.services.records.rows import StepMetrics
+from sdft.services.training.completions import completion_figures
 from sdft.services.training.rollouts import Batch, Times
 
 
@@ -28,11 +30,12 @@ def step_metrics(
     times: Times,
     took: float,
     strict: bool,
+    watched: Watched,
 ) -> StepMetrics:
     """Return the metrics of a step.
 
-    losses: those of the stage. times: seconds of the controller's phases in this step, which took `took` seconds.
-    strict: the batch was made within the step; otherwise it was made beside earlier steps.
+    losses, watched: those of the stage. times: seconds of the controller's phases in this step, which took `took`
+    seconds. strict: the batch was made within the step; otherwise it was made beside earlier steps.
     """
     waited, synced = took - sum(times.seconds.values()), times.seconds["sync"]
     if strict:
@@ -40,6 +43,7 @@ def step_metrics(
         synced += batch.times.seconds["sync"]
     drafts, staleness = batch.drafts, batch.staleness
     completion_tokens = sum(draft.sampled_tokens for draft in drafts)
+    figures = completion_figures(drafts, result.completions, watched)
     return StepMetrics(
         step=batch.step,
         stage=drafts[0].sample.stage,
@@ -68,4 +72,5 @@ def step_metrics(
         dropped=counts.dropped,
         in_flight=counts.in_flight,
         loss_tokens=result.loss_tokens,
+        **vars(figures),
     )

@@ -58,6 +58,15 @@ STEP = StepMetrics(
     dropped=0,
     in_flight=0,
     loss_tokens=216,
+    length_mean=30.0,
+    length_tail=41.0,
+    truncated=0.125,
+    empty=0.0,
+    repeated=0.05,
+    distinct=0.75,
+    entropy=0.5,
+    leaks=0.0,
+    thoughts=0.25,
 )
 
 

@@ -1,0 +1,36 @@
+"""Settings of the detectors: how far a figure of the completions may move from its value at the start of the stage."""
+
+from pydantic import Field
+
+from sdft.services.base.section import Section
+
+
+class DetectorsConfig(Section):
+    """Compares figures of the completions, and the divergence, with those of the first steps of the stage.
+
+    Each is a mean over `window` steps. null switches a detector off.
+    """
+
+    window: int = Field(10, ge=1, description="Steps of each mean; the first comparison is after twice as many")
+    length: float | None = Field(
+        2.0, gt=1, description="Largest factor by which the mean length of completions may rise or fall"
+    )
+    length_tail: float | None = Field(
+        2.0, gt=1, description="Largest factor by which the 95th percentile of lengths may rise"
+    )
+    truncated: float | None = Field(0.2, gt=0, lt=1, description="Largest rise of the share truncated (0.2: 20 points)")
+    empty: float | None = Field(0.1, gt=0, lt=1, description="Largest rise of the share empty")
+    repeated: float | None = Field(
+        0.2, gt=0, lt=1, description="Largest rise of the share of 3-grams repeated in a completion"
+    )
+    distinct: float | None = Field(
+        0.3, gt=0, lt=1, description="Largest fall of the distinct 3-grams of a batch, as a share of all"
+    )
+    entropy: float | None = Field(4.0, gt=1, description="Largest factor by which the entropy may rise or fall")
+    divergence: float | None = Field(2.0, gt=1, description="Largest factor by which the divergence may rise")
+    leaks: float | None = Field(
+        0.1, gt=0, lt=1, description="Largest rise of the share with words of the teacher's template"
+    )
+    thoughts: float | None = Field(
+        0.3, gt=0, lt=1, description="Largest rise or fall of the share with a mark of reasoning"
+    )

@@ -1,0 +1,75 @@
+"""What is looked for in completions: words of the teacher's template, and marks of reasoning, as tokens.
+
+    teacher's prompt with placeholders ─► n-grams of every filling, without the student's prompt's ─► the template's own
+    <think>, with different texts behind it ─► tokens that all have at the start ─► the mark
+
+A record's context and demonstration are no words of the template: a student may well learn to say them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from sdft.learner.completions import Tokens, Watched
+from sdft.services.base.errors import UserError
+from sdft.services.data.contexts import PromptBuilder
+from sdft.services.data.demonstrations import Record
+from sdft.services.data.messages import Message
+from sdft.services.data.thoughts import MARKS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WORDS = 5  # tokens of an n-gram of the template; shorter ones are in many answers by chance
+FILLINGS = (("0", "1"), ("Well?", "Yes."))  # question, and what else is shown
+LEAD = "A line.\n"
+BEHIND = ("", "\n", " so", "So")  # a tokenizer may join the end of a mark with what follows it
+
+
+def watched(tokenizer: "PreTrainedTokenizerBase", builder: PromptBuilder, record: Record) -> Watched:
+    """Return what is looked for in the completions of a stage. record: one with the same columns."""
+    marks = [mark for pair in MARKS for mark in pair]
+    thoughts = dict.fromkeys(_mark(tokenizer, mark) for mark in marks)
+    return Watched(_template(tokenizer, builder, record), tuple(tokens for tokens in thoughts if tokens))
+
+
+def _template(tokenizer: "PreTrainedTokenizerBase", builder: PromptBuilder, record: Record) -> tuple[Tokens, ...]:
+    """Return the n-grams of the template's own words; none if it adds none, or accepts no placeholder."""
+    columns = [name for name in ("demonstration", "context", "feedback") if getattr(record, name) is not None]
+    teachers, students = [], []
+    for question, text in FILLINGS:
+        shown: dict[str, Any] = dict.fromkeys(columns, text)
+        filled = replace(record, messages=(Message(role="user", content=question),), **shown)
+        try:
+            teachers.append(_grams(builder.teacher(filled) or []))
+        except UserError:  # of a user's template: rows are rendered, and reported, elsewhere
+            return ()
+        students.append(_grams(builder.student(filled)))
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return tuple(
+        gram
+        for gram in teachers[0]
+        if all(gram in grams for grams in teachers)
+        and not any(gram in grams for grams in students)
+        and special.isdisjoint(gram)
+    )
+
+
+def _grams(ids: Sequence[int]) -> dict[Tokens, None]:
+    """Return the n-grams in their order, each once."""
+    return dict.fromkeys(tuple(ids[i : i + WORDS]) for i in range(len(ids) - WORDS + 1))
+
+
+def _mark(tokenizer: "PreTrainedTokenizerBase", mark: str) -> Tokens:
+    """Return the tokens that a mark always begins with; none if they are not all of it but its last character."""
+    found = [_behind(tokenizer, f"{mark}{text}") for text in BEHIND]
+    shortest = min(map(len, found))
+    same = next((i for i in range(shortest) if len({ids[i] for ids in found}) > 1), shortest)
+    begin = found[0][:same]
+    return begin if mark[:-1] in str(tokenizer.decode(list(begin), skip_special_tokens=False)) else ()
+
+
+def _behind(tokenizer: "PreTrainedTokenizerBase", text: str) -> Tokens:
+    """Return the tokens of a text behind another one: some tokenizers treat the beginning of a text in another way."""
+    before, whole, alone = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (LEAD, f"{LEAD}{text}", text))
+    return tuple(whole[len(before) :] if whole[: len(before)] == before else alone)
