@@ -192,8 +192,10 @@ class Algorithm(Section):
     needs_success: ClassVar[bool] = False  # the environment, or a rule (`graded_by`), says which samples have passed
     plays: ClassVar[bool] = False  # it takes episodes, by Group.episodes, so `environment` may be set
     trains_demonstrations: ClassVar[bool] = False  # each row of data.train needs one
+    from_conversations: ClassVar[bool] = False  # rows may be logs: each reply that a user's message follows is a record
     teacher_weights: ClassVar[tuple[str, ...]] = ()  # the values of teacher.weights that have a meaning; none: any
     files: ClassVar[tuple[str, ...]] = ()  # settings that are files, relative to the config file
+    learns_from: ClassVar[str] = "demonstrations"  # what its records are, for the lines of a plan
     figure: ClassVar[str] = "The {name} of the loss, without importance weights."  # of `divergence`, for reports
 
     type: str

@@ -33,8 +33,8 @@ class RunConfig(Section):
     model: str = Field(description="A built-in name (smollm2-135m), a local folder or a hub id")
     method: Method = Field(
         Sdft(),
-        description="The algorithm: sdft, off_policy, sft, dft, recall, or one of your own as package.module:Name; "
-        "with settings: {type: sdft, skip_first: 0}",
+        description="The algorithm: sdft, off_policy, sft, dft, recall, sdpo, hindsight, or one of your own as "
+        "package.module:Name; with settings: {type: sdft, skip_first: 0}",
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="Device of engines and learner")
     dtype: Dtype = Field(
