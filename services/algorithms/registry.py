@@ -8,6 +8,7 @@ from sdft.actors.shared.own_code import is_own, own_class
 from sdft.services.algorithms.base import Algorithm
 from sdft.services.algorithms.dft import Dft
 from sdft.services.algorithms.hindsight import Hindsight
+from sdft.services.algorithms.mix import Mix
 from sdft.services.algorithms.off_policy import OffPolicy
 from sdft.services.algorithms.recall import Recall
 from sdft.services.algorithms.sdft import Sdft
@@ -23,6 +24,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "recall": Recall,
     "sdpo": Sdpo,
     "hindsight": Hindsight,
+    "mix": Mix,
 }
 OWN = "own"  # tag of an algorithm that is not built in
 
@@ -52,6 +54,7 @@ Method = Annotated[
     | Annotated[Recall, Tag("recall")]
     | Annotated[Sdpo, Tag("sdpo")]
     | Annotated[Hindsight, Tag("hindsight")]
+    | Annotated[Mix, Tag("mix")]
     | Annotated[SerializeAsAny[Algorithm], BeforeValidator(_own), Tag(OWN)],
     Discriminator(_tag),
     BeforeValidator(short_form("sdft")),

@@ -128,18 +128,22 @@ def answer_check(task: TaskConfig) -> Callable[[Any], str | None]:
 
 def needed_columns(task: TaskConfig, base: Path) -> list[str]:
     """Return the columns that the task's rows need besides the prompt; "a|b" means one of both. Raises UserError."""
-    if task.method.trains_demonstrations:
+    method, needed = task.method, list[str]()
+    if method.trains_demonstrations:
         if task.data.fallback_template is not None:
             raise UserError(
-                f"data.fallback_template: method {task.method.type} trains demonstrations, so every row needs one; "
-                f"remove the key"
+                f"data.fallback_template: method {method.type} trains demonstrations, so every row needs one; remove "
+                f"the key"
             )
-        return ["demonstration"]
+        needed.append("demonstration")
+        if not method.needs_context:
+            return needed
     column = shown_to_teacher(task.data, base)
-    if task.method.from_conversations and "feedback" not in (column or "").split("|"):
+    if method.from_conversations and "feedback" not in (column or "").split("|"):
         raise UserError(
             f"data.template: {task.data.template} does not show the teacher what users said next, and method "
-            f"{task.method.type} learns from that; set data.template or data.fallback_template to feedback"
+            f"{method.type} learns from that; set data.template or data.fallback_template to feedback"
         )
-    needed = [] if column is None or not task.method.needs_context else [column]
-    return [*needed, *(["answer"] if task.method.graded_by is not None else [])]
+    if method.needs_context and column is not None and column not in needed:
+        needed.append(column)
+    return [*needed, *(["answer"] if method.graded_by is not None else [])]

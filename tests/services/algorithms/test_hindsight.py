@@ -42,12 +42,11 @@ class Engines:
 
     async def complete(self, prompts: Sequence[IntArray], seeds: Sequence[int]) -> list[Completion]:
         self.asked += [p.tolist() for p in prompts]
-        return [
-            Completion.of(
-                Rollout(p, np.full(4, s, np.int32), np.zeros(4, np.float32), ((0, 0, 4),), "stop"),
-            )
-            for p, s in zip(prompts, seeds, strict=True)
+        rollouts = [
+            Rollout(prompt, np.full(4, seed % 100, np.int32), np.zeros(4, np.float32), ((0, 0, 4),), "stop")
+            for prompt, seed in zip(prompts, seeds, strict=True)
         ]
+        return [Completion.of(rollout) for rollout in rollouts]
 
     async def tokens(self, completions: Sequence[Completion]) -> list[IntArray]:
         return [c.rollout.completion_ids for c in completions]
