@@ -204,9 +204,10 @@ class Algorithm(Section):
     teacher_scores: ClassVar[bool] = True  # engines with the teacher's weights are needed
     needs_success: ClassVar[bool] = False  # the environment, or a rule (`graded_by`), says which samples have passed
     plays: ClassVar[bool] = False  # it takes episodes, by Group.episodes, so `environment` may be set
-    trains_demonstrations: ClassVar[bool] = False  # each row of data.train needs one
+    from_conversations: ClassVar[bool] = False  # rows may be logs: each reply that a user's message follows is a record
     teacher_weights: ClassVar[tuple[str, ...]] = ()  # the values of teacher.weights that have a meaning; none: any
     files: ClassVar[tuple[str, ...]] = ()  # settings that are files, relative to the config file
+    learns_from: ClassVar[str] = "demonstrations"  # what its records are, for the lines of a plan
     figure: ClassVar[str] = "The {name} of the loss, without importance weights."  # of `divergence`, for reports
 
     type: str
@@ -220,6 +221,16 @@ class Algorithm(Section):
     def skipped(self) -> int:
         """Number of tokens at the start of a completion that no loss includes."""
         return 0
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Most tokens that stand between the student's prompt and a completion of the student."""
+        return 0
+
+    @property
+    def trains_demonstrations(self) -> bool:
+        """Whether it needs the tokens of demonstrations, so that each row of data.train needs one."""
+        return False
 
     @property
     def graded_by(self) -> str | None:

@@ -20,7 +20,6 @@ RECALL = 1  # objective of the recalled prompts
 class Recall(Distillation):
     """SFT on the demonstrations, with recall of the base model on the student's own samples for general prompts."""
 
-    trains_demonstrations: ClassVar[bool] = True
     teacher_weights: ClassVar[tuple[str, ...]] = ("base", "external")
     files: ClassVar[tuple[str, ...]] = ("prompts",)
     figure: ClassVar[str] = (
@@ -38,6 +37,14 @@ class Recall(Distillation):
     def losses(self) -> tuple[LossConfig, ...]:
         demonstrations = LossConfig(divergence=Nll(), importance=ImportanceConfig(level="off"))
         return demonstrations, LossConfig(divergence=self.divergence, importance=self.importance)
+
+    @property
+    def trains_demonstrations(self) -> bool:
+        return True
+
+    @property
+    def needs_context(self) -> bool:
+        return False
 
     @property
     def recalled(self) -> tuple[str, int | None]:

@@ -7,6 +7,8 @@ from pydantic import BeforeValidator, Discriminator, SerializeAsAny, Tag, Valida
 from sdft.actors.shared.own_code import is_own, own_class
 from sdft.services.algorithms.base import Algorithm
 from sdft.services.algorithms.dft import Dft
+from sdft.services.algorithms.hindsight import Hindsight
+from sdft.services.algorithms.mix import Mix
 from sdft.services.algorithms.off_policy import OffPolicy
 from sdft.services.algorithms.recall import Recall
 from sdft.services.algorithms.sdft import Sdft
@@ -21,6 +23,8 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "dft": Dft,
     "recall": Recall,
     "sdpo": Sdpo,
+    "hindsight": Hindsight,
+    "mix": Mix,
 }
 OWN = "own"  # tag of an algorithm that is not built in
 
@@ -49,6 +53,8 @@ Method = Annotated[
     | Annotated[Dft, Tag("dft")]
     | Annotated[Recall, Tag("recall")]
     | Annotated[Sdpo, Tag("sdpo")]
+    | Annotated[Hindsight, Tag("hindsight")]
+    | Annotated[Mix, Tag("mix")]
     | Annotated[SerializeAsAny[Algorithm], BeforeValidator(_own), Tag(OWN)],
     Discriminator(_tag),
     BeforeValidator(short_form("sdft")),

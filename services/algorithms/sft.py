@@ -15,12 +15,19 @@ class OnDemonstrations(Algorithm):
 
     student_samples: ClassVar[bool] = False
     teacher_scores: ClassVar[bool] = False
-    trains_demonstrations: ClassVar[bool] = True
     divergence: ClassVar[Nll | DftLoss]
 
     @property
     def losses(self) -> tuple[LossConfig, ...]:
         return (LossConfig(divergence=self.divergence, importance=ImportanceConfig(level="off")),)
+
+    @property
+    def trains_demonstrations(self) -> bool:
+        return True
+
+    @property
+    def needs_context(self) -> bool:
+        return False
 
     @property
     def label(self) -> str:

@@ -51,7 +51,7 @@ def _stage(prepared: Prepared, stage: Stage, count: int) -> Iterator[Text]:
 def _contexts(stage: Stage, tokenizer: "PreTrainedTokenizerBase", pair: PromptPair) -> Iterator[Text]:
     yield Text(f"── student's context, {len(pair.student_ids)} tokens:", HEADING)
     yield Text(_text(tokenizer, pair.student_ids.tolist()))
-    if pair.demonstration_ids is not None:
+    if pair.demonstration_ids is not None and not stage.config.method.needs_context:
         yield Text("── teacher's context: none, the demonstration itself is trained", HEADING)
     elif not stage.config.method.teacher_scores:
         yield Text("── teacher's context: none, the method has no teacher", HEADING)
@@ -67,13 +67,13 @@ def _reply(
 ) -> Iterator[Text]:
     """Show the demonstration as the reply: it is trained, or it takes the place of what an engine samples later."""
     method = stage.config.method
-    if pair.demonstration_ids is not None:
+    if pair.demonstration_ids is not None and not method.needs_context:
         words, ids, skipped = "reply (the demonstration)", pair.demonstration_ids.tolist(), 0
     else:
         skipped = method.skipped
         first = f" but the first {skipped} tokens" if skipped else ""
         sampled = Text(f"── reply: sampled during the run; all{first} in the loss", HEADING)
-        if record.demonstration is None or method.trains_demonstrations:
+        if record.demonstration is None or (method.trains_demonstrations and pair.demonstration_ids is None):
             yield sampled
             return
         try:

@@ -100,7 +100,8 @@ def stage_lines(prepared: Prepared) -> list[str]:
     for stage in prepared.stages:
         c, schedule = stage.config, stage.schedule
         learns = f"{c.method.label}, {c.teacher.weights} teacher" if c.method.teacher_scores else c.method.label
-        rows = f"{len(stage.prompts) - stage.recalled} demonstrations{'' if schedule.end_is_known else ' so far'}"
+        rows = f"{len(stage.prompts) - stage.recalled} {c.method.learns_from}"
+        rows += "" if schedule.end_is_known else " so far"
         rows += f" and {stage.recalled} prompts to recall" if stage.recalled else ""
         steps = "steps" if schedule.last is None else f"{schedule.last - schedule.before} steps"
         if schedule.last is not None and not schedule.end_is_known:

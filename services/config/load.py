@@ -16,7 +16,7 @@ from sdft.services.config.sections import StageConfig
 from sdft.services.config.service import with_records_of_a_service
 from sdft.services.config.yaml import YamlError, dump_yaml, parse_yaml
 
-SHORT = ("method", "divergence")  # sections that may be given as the text of their `type`
+SHORT = ("method", "divergence", "expert")  # sections that may be given as the text of their `type`
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

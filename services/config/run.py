@@ -33,8 +33,8 @@ class RunConfig(Section):
     model: str = Field(description="A built-in name (smollm2-135m), a local folder or a hub id")
     method: Method = Field(
         Sdft(),
-        description="The algorithm: sdft, off_policy, sft, dft, recall, or one of your own as package.module:Name; "
-        "with settings: {type: sdft, skip_first: 0}",
+        description="The algorithm: sdft, off_policy, sft, dft, recall, sdpo, hindsight, mix, or one of your own as "
+        "package.module:Name; with settings: {type: sdft, skip_first: 0}",
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="Device of engines and learner")
     dtype: Dtype = Field(
@@ -300,7 +300,9 @@ class TaskConfig(RunConfig):
     @property
     def longest_reply(self) -> int:
         """Most tokens behind a prompt: of a reply, or of an episode."""
-        return self.sampling.max_new_tokens if self.environment is None else self.environment.max_tokens
+        if self.environment is not None:
+            return self.environment.max_tokens
+        return self.method.prefix_tokens + self.sampling.max_new_tokens
 
 
 def _of_stage(run: RunConfig, stage: StageConfig) -> dict[str, object]:

@@ -230,8 +230,10 @@ class FeedbackConfig(Section):
         description="trained: the teacher sees the answer and the comment on it, and the student learns from it; "
         "counted: kept only; null: trained if the method's teacher can see it",
     )
-    next_messages: Literal["trained", "counted"] = Field(
-        "counted", description="The same for the user's next message, which is seldom about the answer"
+    next_messages: Literal["trained", "counted"] | None = Field(
+        None,
+        description="The same for the user's next message, which is seldom about the answer; null: trained with "
+        "method hindsight, else counted",
     )
     good_score: float | None = Field(
         None,

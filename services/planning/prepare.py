@@ -147,7 +147,9 @@ def _prepared(
                 fingerprint=fingerprint_of(before, task, identity, () if source.grows else source.prompts),
                 watched=watched(tokenizer, builder, first[i]),
                 recalled=len(given.recalled),
-                warnings=tuple(filter(None, (source.trouble, _short(builder, source.records, task), lacks[i]))),
+                warnings=tuple(
+                    filter(None, (source.trouble, _short(builder, source.records, task), _unanswered(given), lacks[i]))
+                ),
             )
         )
     ends = dict.fromkeys(i for builder, record in zip(builders, first, strict=True) for i in builder.stop_ids(record))
@@ -223,6 +225,13 @@ def _short(builder: PromptBuilder, items: Sequence[Record], task: TaskConfig) ->
         f"tokens, and so short a rollout has no token in the loss; lower method.skip_first, or train on longer "
         f"demonstrations"
     )
+
+
+def _unanswered(given: Loaded) -> str | None:
+    """Return a warning if logged conversations have nothing that is trained."""
+    if not given.unanswered:
+        return None
+    return f"conversations in which no user's message follows a reply, so that they are not trained: {given.unanswered}"
 
 
 def _limits(task: TaskConfig) -> tuple[int, int]:

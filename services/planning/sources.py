@@ -12,7 +12,7 @@ from sdft.services.base.errors import UserError
 from sdft.services.config.run import TaskConfig
 from sdft.services.config.sections import DataConfig, EvaluationSet
 from sdft.services.data.contexts import PromptBuilder, shown_to_teacher
-from sdft.services.data.demonstrations import Record, load_demonstrations, spread
+from sdft.services.data.demonstrations import Record, load_conversations, load_demonstrations, spread
 from sdft.services.data.messages import Message
 from sdft.services.data.pairs import PromptPair
 from sdft.services.data.prompts import build_prompts, check_ids
@@ -47,16 +47,21 @@ class Loaded:
     demonstrations: list[Record]  # empty for a source that grows
     recalled: list[Record]  # prompts that the algorithm trains beside the demonstrations
     questions: Questions  # of the task's own evaluation sets
+    unanswered: int = 0  # logged conversations of which nothing is trained
 
 
 def load_rows(task: TaskConfig, base: Path, questions: Questions) -> Loaded:
     """Load and check the rows of the files that a task names, relative to the folder `base`. Raises UserError."""
-    demonstrations = [] if task.data.grows else load_demonstrations(task.data, base, needed_columns(task, base))
+    demonstrations, unanswered = list[Record](), 0
+    if not task.data.grows and task.method.from_conversations:
+        demonstrations, unanswered = load_conversations(task.data, base, needed_columns(task, base))
+    elif not task.data.grows:
+        demonstrations = load_demonstrations(task.data, base, needed_columns(task, base))
     check = answer_check(task)
     for record in demonstrations:
         if (problem := check(record.answer)) is not None:
             raise UserError(f"{record.where}: answer: {problem} (method.grader: {task.method.graded_by})")
-    return Loaded(task, demonstrations, _recalled(task, base), questions)
+    return Loaded(task, demonstrations, _recalled(task, base), questions, unanswered)
 
 
 def _recalled(task: TaskConfig, base: Path) -> list[Record]:
@@ -82,7 +87,8 @@ def make_source(
         steps = task.training.steps
         most = sys.maxsize if steps is None else steps * task.training.batch_size
         needed = ("prompt", *needed_columns(task, base))
-        source = open_source(task.data, base, needed, build, most, answer_check(task))
+        logs = task.method.from_conversations
+        source = open_source(task.data, base, needed, build, most, answer_check(task), logs)
     else:
         prompts = build(given.demonstrations) + _build(alone, task, None, rows, given.recalled)
         source = FixedSource(task.data.train, [*given.demonstrations, *given.recalled], prompts)
@@ -122,13 +128,22 @@ def answer_check(task: TaskConfig) -> Callable[[Any], str | None]:
 
 def needed_columns(task: TaskConfig, base: Path) -> list[str]:
     """Return the columns that the task's rows need besides the prompt; "a|b" means one of both. Raises UserError."""
-    if task.method.trains_demonstrations:
+    method, needed = task.method, list[str]()
+    if method.trains_demonstrations:
         if task.data.fallback_template is not None:
             raise UserError(
-                f"data.fallback_template: method {task.method.type} trains demonstrations, so every row needs one; "
-                f"remove the key"
+                f"data.fallback_template: method {method.type} trains demonstrations, so every row needs one; remove "
+                f"the key"
             )
-        return ["demonstration"]
+        needed.append("demonstration")
+        if not method.needs_context:
+            return needed
     column = shown_to_teacher(task.data, base)
-    needed = [] if column is None or not task.method.needs_context else [column]
-    return [*needed, *(["answer"] if task.method.graded_by is not None else [])]
+    if method.from_conversations and "feedback" not in (column or "").split("|"):
+        raise UserError(
+            f"data.template: {task.data.template} does not show the teacher what users said next, and method "
+            f"{method.type} learns from that; set data.template or data.fallback_template to feedback"
+        )
+    if method.needs_context and column is not None and column not in needed:
+        needed.append(column)
+    return [*needed, *(["answer"] if method.graded_by is not None else [])]

@@ -10,11 +10,11 @@ from typing import Any
 from sdft.services.base.errors import UserError
 from sdft.services.config.run import RunConfig
 from sdft.services.data.contexts import shown_to_teacher
+from sdft.services.data.conversations import about
 from sdft.services.serving.receipts import Receipt
 
 TEMPLATE = "feedback"
 KEYS = {"comment": "comments", "next_message": "next_messages"}  # kind of feedback -> its setting
-_SAID = "The response was:\n{answer}\n\nThis was said about it:\n{said}"
 
 
 def trained_kinds(config: RunConfig) -> frozenset[str]:
@@ -28,9 +28,16 @@ def trained_kinds(config: RunConfig) -> frozenset[str]:
     for kind, value in set_to.items():
         if value == "trained" and why is not None:
             raise UserError(f"service.feedback.{KEYS[kind]}: trained is impossible, because {why}; set counted")
+    if config.method.from_conversations and set_to["next_message"] == "counted":
+        raise UserError(
+            f"service.feedback.next_messages: counted leaves out what method {config.method.type} learns from; set "
+            f"trained, or method: sdft"
+        )
     trained = {kind for kind, value in set_to.items() if value == "trained"}
     if set_to["comment"] is None and why is None:
         trained.add("comment")
+    if set_to["next_message"] is None and why is None and config.method.from_conversations:
+        trained.add("next_message")
     return frozenset(trained)
 
 
@@ -46,7 +53,7 @@ def row_of(receipt: Receipt, said: str) -> dict[str, Any]:
     """Return the record of what was said about an answer. receipt.messages must not be None."""
     calls = receipt.answer.get("tool_calls") or ()
     shown = [str(receipt.answer.get("content") or ""), *(json.dumps(c["function"], ensure_ascii=False) for c in calls)]
-    row = {"prompt": receipt.messages, "feedback": _SAID.format(answer="\n".join(filter(None, shown)), said=said)}
+    row = {"prompt": receipt.messages, "feedback": about("\n".join(filter(None, shown)), said)}
     return row | ({"tools": receipt.tools} if receipt.tools else {})
 
 

@@ -42,25 +42,26 @@ class RecordChecks:
         taken = Taken()
         for number, row in enumerate(rows, start=1):
             try:
-                taken.rows.append(self._in_our_columns(number, row, name))
+                taken.rows += self._in_our_columns(number, row, name)
             except UserError as error:
                 taken.problems.append({"row": number, "message": str(error)})
         return taken
 
-    def _in_our_columns(self, number: int, row: Any, name: str) -> dict[str, Any]:
-        """Return the row as it is kept. UserError says what is wrong with it."""
+    def _in_our_columns(self, number: int, row: Any, name: str) -> list[dict[str, Any]]:
+        """Return the rows that are kept of a row. UserError says what is wrong with it."""
         if not isinstance(row, dict):
             raise UserError("the row is not an object; send one JSON object for each record")
-        record = RowChecker(name, self.required, format_="messages").check(number, row)
-        if isinstance(record, BadRow):
-            raise UserError(str(record))
+        logs = self._task.method.from_conversations
+        records = RowChecker(name, self.required, format_="messages", conversations=logs).check(number, row)
+        if isinstance(records, BadRow):
+            raise UserError(str(records))
         data = self._task.data
         reply = self._task.sampling.max_new_tokens if self._task.method.trains_demonstrations else None
         try:
-            build_prompts(self._builder, [record], data.max_prompt_tokens, data.max_teacher_prompt_tokens, reply)
+            build_prompts(self._builder, records, data.max_prompt_tokens, data.max_teacher_prompt_tokens, reply)
         except UserError as error:
-            raise UserError(str(error).removeprefix(f"{record.where}: ")) from None
-        return kept_row(record) | ({"given_id": record.id} if "id" in row else {})
+            raise UserError(str(error).removeprefix(f"{records[0].where}: ")) from None
+        return [kept_row(record) | ({"given_id": record.id} if "id" in row else {}) for record in records]
 
 
 def kept_row(record: Record) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def step_metrics(
         stage=drafts[0].sample.stage,
         loss=result.loss,
         divergence=result.divergence,
-        direction=" and ".join(loss.name for loss in losses),
+        direction=" and ".join(dict.fromkeys(loss.name for loss in losses)),
         grad_norm=result.grad_norm,
         lr=result.lr,
         samples=len(batch.samples),

@@ -14,6 +14,8 @@ from tests.papers.documents import ROOT, block, blocks, commands
 
 PAGE = ROOT / "docs" / "data.md"
 EXAMPLES = [text for text in blocks(PAGE) if text.startswith("{")]
+LOGS = [text for text in EXAMPLES if "No, it is on a river." in text]  # rows of the method hindsight
+OTHERS = [text for text in EXAMPLES if text not in LOGS]
 FORMATS = {"conversations": "sharegpt", "instruction": "alpaca"}
 
 
@@ -31,7 +33,7 @@ def test_all_kinds_of_rows_are_shown() -> None:
 
 @pytest.mark.usefixtures("unexamined")
 @pytest.mark.parametrize("method", ["sdft", "sft"])
-@pytest.mark.parametrize("rows", EXAMPLES, ids=range(len(EXAMPLES)))
+@pytest.mark.parametrize("rows", OTHERS, ids=range(len(OTHERS)))
 def test_the_rows_of_the_page_are_read_and_shown(
     rows: str,
     method: str,
@@ -59,3 +61,21 @@ def test_the_rows_of_the_page_are_read_and_shown(
     for line in rows.splitlines():
         if '"name": "weather"' in line:
             assert '"weather"' in said
+
+
+@pytest.mark.usefixtures("unexamined")
+def test_a_log_gives_two_records_and_a_row_with_feedback_one_of_them(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = []
+    for rows, count in zip(LOGS, (2, 1), strict=True):
+        work = Work(tmp_path, tiny_model)
+        work.config |= {"data": {"train": "my.jsonl", "template": "feedback"}, "method": "hindsight"}
+        work.write("my.jsonl", rows)
+        work.save()
+        assert main(["check", "my.yaml", "--show", "3"]) == 0
+        said = capsys.readouterr().out
+        assert said.count("student's context") == count
+        first.append(said.partition("student's context")[2].partition("── reply")[0])
+    assert first[0] == first[1]

@@ -20,21 +20,25 @@ CLOSING = {"closed": True}
 
 
 class RecordMaker:
-    """Makes a record and its prompts of a row, with the checks of a file's rows."""
+    """Makes the records of a row and their prompts, with the checks of a file's rows."""
 
     def __init__(self, checker: RowChecker, columns: Mapping[Any, str], build: Callable[[Record], PromptPair]) -> None:
         """columns: {our name: name in the row}. build() raises UserError for a record that is too long."""
         self._checker, self._columns, self._build = checker, columns, build
 
-    def make(self, number: int, row: dict[str, Any] | BadRow) -> tuple[Record, PromptPair]:
-        """Return the record and its prompts. UserError says what is wrong with the row."""
+    def records(self, number: int, row: dict[str, Any] | BadRow) -> list[Record]:
+        """Return the records of a row. UserError says what is wrong with the row."""
         ((_, renamed_row),) = renamed([(number, row)], self._columns)
-        record = self._checker.check(number, renamed_row)
-        if isinstance(record, BadRow):
-            raise UserError(f"{self._checker.name}:{number}: {record}")
+        records = self._checker.check(number, renamed_row)
+        if isinstance(records, BadRow):
+            raise UserError(f"{self._checker.name}:{number}: {records}")
+        return records
+
+    def prompts(self, number: int, record: Record) -> PromptPair:
+        """Return the prompts of a record, which is then used. UserError if they are too long."""
         pair = self._build(record)
         self._checker.accept(record, number)
-        return record, pair
+        return pair
 
 
 class GrowingSource(PromptSource):
@@ -89,9 +93,18 @@ class GrowingSource(PromptSource):
 
     def _take(self, number: int, row: dict[str, Any] | BadRow) -> None:
         try:
-            record, pair = self._maker.make(number, row)
+            records = self._maker.records(number, row)
         except UserError as error:
-            self.skipped.append("; ".join(str(error).splitlines()))
+            self._skip(error)
             return
-        self.records.append(record)
-        self.prompts.append(pair)
+        for record in records:
+            try:
+                pair = self._maker.prompts(number, record)
+            except UserError as error:
+                self._skip(error)
+                continue
+            self.records.append(record)
+            self.prompts.append(pair)
+
+    def _skip(self, error: UserError) -> None:
+        self.skipped.append("; ".join(str(error).splitlines()))

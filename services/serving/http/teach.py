@@ -40,9 +40,9 @@ def teaching(service: "Service", check: Callable[[Request], object]) -> APIRoute
     async def add_demonstrations(request: Request) -> JSONResponse:
         """Take demonstrations: an object, a list of objects, or JSON lines.
 
-        Each is a row as in a run's file: `prompt` (text or messages), `demonstration`, and what the template shows. All
-        are taken or none. The answer comes when they are on the disk. With `Idempotency-Key` the same request counts
-        once.
+        Each is a row as in a run's file: `prompt` (text or messages), `demonstration`, and what the template shows.
+        With `method: hindsight` it may be a conversation: each reply that a user's message follows is a record. All are
+        taken or none. The answer comes when they are on the disk. With `Idempotency-Key` the same request counts once.
         """
         body = await body_of(request, service.http.max_body_mib)
         return await _take(_rows(request, body), body, request, "demonstrations")

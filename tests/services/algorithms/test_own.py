@@ -65,7 +65,8 @@ def test_an_own_algorithm_has_its_settings_and_survives_a_round_trip(tmp_path: P
         ),
         (
             {"type": "sft", "skip_first": 0},
-            "method.skip_first is not a setting with type: sft; only sdft and off_policy and recall and sdpo have it",
+            "method.skip_first is not a setting with type: sft; only sdft and off_policy and recall and sdpo and "
+            "hindsight and mix have it",
         ),
         (
             {"divergence": {"type": "sampled", "top_k": 8}},

@@ -49,6 +49,12 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         2,
         ["method.divergence", "did you mean forward?"],
     ),
+    "hindsight that no template shows": (
+        setting("method", "hindsight"),
+        TRAIN,
+        2,
+        ["data.template: turn does not show", "set data.template or data.fallback_template to feedback"],
+    ),
     "no data": (setting("data.train", None), TRAIN, 2, ["data.train is required"]),
     "two lengths": (setting("training.epochs", 1), TRAIN, 2, ["training", "exactly one of epochs and steps"]),
     "no length": (setting("training.steps", None), TRAIN, 2, ["training", "exactly one of epochs and steps"]),

@@ -243,8 +243,8 @@ def test_a_wrong_setting_is_named_with_its_mend(tmp_path: Path, extra: str, expe
 def test_a_mistyped_column_or_method_of_a_stage_is_named_with_its_mend(tmp_path: Path) -> None:
     rest = "model: m\ntraining: {batch_size: 4}\nstages: "
     assert message(tmp_path, rest + "[{name: a, steps: 1, data: {train: t.jsonl}, method: stf}]") == (
-        "my.yaml: stages[0].method must be sdft or off_policy or sft or dft or recall or sdpo, or a class of your own "
-        'as package.module:Name, not the text "stf"; did you mean sft?'
+        "my.yaml: stages[0].method must be sdft or off_policy or sft or dft or recall or sdpo or hindsight or mix, "
+        'or a class of your own as package.module:Name, not the text "stf"; did you mean sft?'
     )
     assert message(tmp_path, rest + "[{name: a, steps: 1, data: {train: t.jsonl, columns: {promt: x}}}]") == (
         "my.yaml: stages[0].data.columns.promt is not a column; did you mean stages[0].data.columns.prompt?"

@@ -37,6 +37,8 @@ def service_of(folder: Path, method: Any = "sdft", data: dict[str, Any] | None =
         ("sdft", {"template": "none"}, {}, set(), None),
         ("sdft", {"fallback_template": "context"}, {}, set(), None),
         ("sft", {}, {}, set(), None),
+        ("hindsight", {}, {}, {"comment", "next_message"}, "feedback"),
+        ("hindsight", {"template": "feedback"}, {"comments": "counted"}, {"next_message"}, None),
     ],
 )
 def test_comments_are_trained_where_the_teacher_can_see_them(
@@ -59,6 +61,40 @@ def test_what_no_teacher_can_see_is_refused(tmp_path: Path, method: str, data: d
         trained_kinds(service_of(tmp_path, method, data, comments="trained"))
     sentence = f"service.feedback.comments: trained is impossible, because {said}; set counted"
     assert str(found.value) == sentence
+
+
+def test_hindsight_without_next_messages_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"service\.feedback\.next_messages: counted leaves out what method hindsight"):
+        trained_kinds(service_of(tmp_path, "hindsight", next_messages="counted"))
+
+
+def test_a_window_of_hindsight_trains_next_messages_and_conversations(tiny_model: Path, tmp_path: Path) -> None:
+    service = checked_service(tmp_path, tiny_model, method="hindsight")
+    log = [*MESSAGES, {"role": "assistant", "content": "No."}, {"role": "user", "content": "Do it."}]
+    log += [{"role": "assistant", "content": "Done."}, {"role": "user", "content": "Thanks."}]
+
+    async def run() -> None:
+        async with running(service) as client:
+            answer = (
+                await client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}]})
+            ).json()
+            body = {"receipt": answer["id"], "next_message": "Say it politely."}
+            (record,) = (await client.post("/v1/feedback", json=body)).raise_for_status().json()["ids"]
+            row = (await client.got(f"records/{record}"))["row"]
+            assert row["feedback"].endswith("This was said about it:\nSay it politely.")
+            assert len((await client.post("/v1/demonstrations", json=log_row)).raise_for_status().json()["ids"]) == 2
+            refused = (await client.post("/v1/demonstrations", json={"messages": log[:2]})).json()["error"]["message"]
+            assert "row 1: no user's message follows a reply, and there is no column feedback" in refused
+            await client.teach("yes")
+            assert (await client.release(2))["status"] == "served"
+
+    log_row = {"messages": log}
+    asyncio.run(run())
+    window = service.folder.window(1)
+    prepared = prepare(window_run(service.config, str(tiny_model), str(window / "train.jsonl")), window / "window.yaml")
+    texts = [prepared.tokenizer.decode(p.teacher_ids) for p in prepared.stages[0].prompts if p.teacher_ids is not None]
+    assert ["This was said about it:" in text for text in texts] == [True, True, True, False]
+    assert [next(w for w in ("Thanks.", "Do it.") if w in text) for text in texts[1:3]] == ["Do it.", "Thanks."]
 
 
 def test_the_teacher_sees_the_answer_and_the_comment() -> None:
