@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sdft.learner.config import CHUNK_BYTES, LossConfig
-from sdft.learner.loss.divergences import support, support_objective
+from sdft.learner.loss.divergences import clipped, support, support_objective
 from sdft.learner.loss.importance import importance_weights
 from sdft.learner.loss.scaling import IDENTITY, LogitScaling
 from sdft.learner.loss.targets import Targets
@@ -97,7 +97,14 @@ class _Chunked(torch.autograd.Function):
         k3 = torch.expm1(difference) - difference
         k3 = torch.where(targets.sampler_logprobs.isnan(), 0, k3)  # tokens that the student did not sample
         tail = 1 - targets.teacher_logprobs.exp().sum(-1)
-        return (values * scale).sum(), (values * targets.share).sum(), k3.sum(), tail.clamp(min=0).sum()
+        counted = clipped(values, config)
+        return (
+            (counted * scale).sum(),
+            (values * targets.share).sum(),
+            k3.sum(),
+            tail.clamp(min=0).sum(),
+            (counted < values).sum().to(wide),
+        )
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -115,15 +122,15 @@ def divergence_loss(
     config: LossConfig,
     scaling: LogitScaling = IDENTITY,
     vocabulary: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Return this micro-batch's part of the batch's figures. The parts of all micro-batches and ranks add up to them.
 
     hidden: [N, H] states that predict the loss tokens, in the model's dtype, like `head` [V, H] and `bias` [V].
     scaling: what the model does to its head's logits.
     vocabulary: the number of the head's first rows that are tokens; None: all.
-    Returns four scalars: the importance-weighted loss (differentiable once, in hidden, head and bias), the divergence
-    without weights, the sum over the student's tokens of the k3 estimate of KL(sampler || trainer), and the sum over
-    tokens of the teacher's mass outside its top K.
+    Returns five scalars: the importance-weighted loss (differentiable once, in hidden, head and bias), the divergence
+    without weights and clip, the sum over the student's tokens of the k3 estimate of KL(sampler || trainer), the sum
+    over tokens of the teacher's mass outside its top K, and the number of tokens whose divergence is clipped.
     """
     return _Chunked.apply(hidden, head, bias, targets, config, scaling, vocabulary)
 

@@ -27,8 +27,8 @@ class RunLog:
     def step(self, metrics: StepMetrics) -> None:
         self._append(metrics)
         if self._sinks is not None:
-            numbers = {name: value for name, value in asdict(metrics).items() if name not in ("step", "direction")}
-            self._sinks.log(metrics.step, {path_of(name): value for name, value in numbers.items()})
+            values = {name: value for name, value in asdict(metrics).items() if name not in ("step", "direction")}
+            self._sinks.log(metrics.step, {path_of(name): v for name, v in values.items() if v is not None})
 
     def evaluation(self, *results: EvalResult) -> None:
         """Append the results of an evaluation in one write.

@@ -115,6 +115,11 @@ class StepMetrics:
         default=None,
         metadata=figure("Loss tokens of all steps", "loss_tokens_total", counter=True),
     )
+    # None: the loss has no clip.
+    clipped: float | None = field(
+        default=None,
+        metadata=figure("Share of the last step's loss tokens whose divergence is clipped", "clipped"),
+    )
 
     def seconds(self, phase: Phase) -> float:
         """Return the time of a phase."""

@@ -68,4 +68,5 @@ def step_metrics(
         dropped=counts.dropped,
         in_flight=counts.in_flight,
         loss_tokens=result.loss_tokens,
+        clipped=result.clipped,
     )

@@ -58,6 +58,7 @@ STEP = StepMetrics(
     dropped=0,
     in_flight=0,
     loss_tokens=216,
+    clipped=0.25,
 )
 
 
