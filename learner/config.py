@@ -136,6 +136,8 @@ class LossConfig(BaseModel):
 
     divergence: Annotated[Divergence | Nll | Dft, Field(discriminator="type")] = Forward()
     importance: ImportanceConfig = ImportanceConfig()
+    entropy: float = 0.0  # weight of the student's entropy, which is taken from a token's loss
+    length: int | None = None  # tokens from which on a completion's weight falls; None: it does not
 
     @property
     def name(self) -> str:

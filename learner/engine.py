@@ -154,7 +154,7 @@ class LearnerEngine:
                 "eps": optimizer.eps,
                 "weight_decay": optimizer.weight_decay,
             }
-        sums = torch.zeros(5, dtype=torch.float64, device=self._engine.device)  # NCCL reduces tensors on GPUs only
+        sums = torch.zeros(6, dtype=torch.float64, device=self._engine.device)  # NCCL reduces tensors on GPUs only
         for i in range(share.count):
             members = fetched(share, i) if i < len(share.micro_batches) else []
             self._engine.module.loss = loss = stage.losses[members[0].objective if members else 0]
@@ -174,7 +174,7 @@ class LearnerEngine:
         total, divergence, mismatch, *of_tokens = sums.tolist()
         tokens, sampled = share.loss_tokens, share.student_loss_tokens
         mismatch = mismatch / max(1, sampled) if sampled or not tokens else math.nan
-        tail, clipped = (of_token / max(1, tokens) for of_token in of_tokens)
+        tail, clipped, entropy = (of_token / max(1, tokens) for of_token in of_tokens)
         return StepResult(
             total,
             divergence,
@@ -185,6 +185,7 @@ class LearnerEngine:
             tokens,
             applied,
             clipped if any(loss.clip is not None for loss in stage.losses) else None,
+            entropy if any(loss.entropy for loss in stage.losses) else None,
         )
 
     def weights(self, role: str, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:

@@ -51,3 +51,4 @@ class StepResult:
     loss_tokens: int
     applied: bool = True  # False: the gradient is not finite, and no weight changed
     clipped: float | None = None  # share of loss tokens whose divergence is clipped; None: no loss clips
+    entropy: float | None = None  # mean over loss tokens of the student's, in nats; None: no loss has it

@@ -75,6 +75,9 @@ def clipped(value: Tensor, config: LossConfig) -> Tensor:
 
 
 def token_objective(logits: Tensor, targets: Targets, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Return objective and value from whole logits, [N, V] -> [N], [N]: the plain formula, for comparisons."""
+    """Return objective and value from whole logits, [N, V] -> [N], [N]: the plain formula, for comparisons.
+
+    Without the entropy.
+    """
     log_p = logits.gather(-1, support(targets, config)) - torch.logsumexp(logits, -1, keepdim=True)
     return support_objective(log_p, targets, logits.shape[-1], config)

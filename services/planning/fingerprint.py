@@ -13,7 +13,9 @@ from sdft.services.planning.plan import pools
 # Settings of a strict run's pool that do not affect the results.
 LIMITS_OF_POOL = ("start_timeout_s", "health_timeout_s", "drain_timeout_s", "max_restarts")
 NOT_HASHED_OF_POOL = (*LIMITS_OF_POOL, "max_replicas", "cpus", "gpus", "labels")
-# Settings of a method's divergence, with the value that is not hashed: runs that began without them can be resumed.
+# Settings of a method and of its divergence, with the value that is not hashed: runs that began when there were none
+# can be resumed.
+OFF_OF_METHOD: Mapping[str, object] = {"entropy": 0, "length": None}
 OFF_OF_DIVERGENCE: Mapping[str, object] = {"clip": None}
 
 
@@ -68,7 +70,7 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Seque
 
 def hashed_method(method: Mapping[str, Any]) -> dict[str, Any]:
     """Return a method's settings as they are hashed: without those that are off."""
-    hashed = dict(method)
+    hashed = _without(method, OFF_OF_METHOD)
     if isinstance(hashed.get("divergence"), Mapping):
         hashed["divergence"] = _without(hashed["divergence"], OFF_OF_DIVERGENCE)
     return hashed

@@ -115,10 +115,14 @@ class StepMetrics:
         default=None,
         metadata=figure("Loss tokens of all steps", "loss_tokens_total", counter=True),
     )
-    # None: the loss has no clip.
+    # None: the loss has no clip, or not the entropy.
     clipped: float | None = field(
         default=None,
         metadata=figure("Share of the last step's loss tokens whose divergence is clipped", "clipped"),
+    )
+    entropy: float | None = field(
+        default=None,
+        metadata=figure("Mean entropy of the student at the last step's loss tokens, nats", "entropy"),
     )
 
     def seconds(self, phase: Phase) -> float:

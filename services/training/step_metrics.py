@@ -69,4 +69,5 @@ def step_metrics(
         in_flight=counts.in_flight,
         loss_tokens=result.loss_tokens,
         clipped=result.clipped,
+        entropy=result.entropy,
     )

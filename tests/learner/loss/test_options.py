@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from sdft.learner.config import Forward, ImportanceConfig, Jsd, LossConfig, Reverse
+from sdft.learner.config import Forward, ImportanceConfig, Jsd, LossConfig, Reverse, Sampled
 from sdft.learner.loss.chunked import FLOAT32_BYTES, VOCABULARY_ROWS, divergence_loss
 from sdft.learner.loss.scaling import LogitScaling
 from sdft.learner.loss.targets import Targets
@@ -33,7 +33,15 @@ def plain(given: list[Tensor], log_q: Tensor, targets: Targets, config: LossConf
     weight = (own - targets.sampler_logprobs).exp().clamp(max=config.importance.cap)
     if config.importance.level == "sequence":
         weight = weight.view(3, 4).mean(1).repeat_interleave(4)
-    return {"loss": (weight * counted).mean(), "divergence": d.mean(), "clipped": (d > counted).sum()}
+    entropy = -(log_p.exp() * log_p).sum(1)
+    if config.length is not None:
+        weight = weight * (config.length / targets.completion).clamp(max=1)
+    return {
+        "loss": (weight * (counted - config.entropy * entropy)).mean(),
+        "divergence": d.mean(),
+        "clipped": (d > counted).sum(),
+        "entropy": entropy.sum() * (config.entropy > 0),
+    }
 
 
 @pytest.mark.parametrize("chunk", [3, 5, 100])  # 12 rows in sequences of 4: a part, one, or all at once
@@ -44,6 +52,9 @@ def plain(given: list[Tensor], log_q: Tensor, targets: Targets, config: LossConf
         {"divergence": Forward(clip=2.0)},
         {"divergence": Reverse(clip=0.8)},
         {"divergence": Jsd(beta=0.3, clip=0.2)},
+        {"entropy": 0.3},
+        {"length": 5},
+        {"divergence": Reverse(clip=0.8), "entropy": 0.3, "length": 5},
     ],
 )
 def test_an_option_equals_its_formula_on_whole_logits_in_value_and_gradients(
@@ -61,7 +72,7 @@ def test_an_option_equals_its_formula_on_whole_logits_in_value_and_gradients(
     ours = [x.clone().requires_grad_() for x in given]
     found = dict(
         zip(
-            ("loss", "divergence", "mismatch", "tail", "clipped"),
+            ("loss", "divergence", "mismatch", "tail", "clipped", "entropy"),
             divergence_loss(ours[0], ours[1], ours[2], targets, config, SCALING),
             strict=True,
         )
@@ -77,6 +88,22 @@ def test_an_option_equals_its_formula_on_whole_logits_in_value_and_gradients(
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5)  # the sums of both gradients are in float32
     if config.clip is not None:
         assert 0 < expected["clipped"] < N, "some rows are clipped and some are not, or the test shows nothing"
+
+
+def test_the_entropy_is_of_the_whole_vocabulary_whatever_the_support() -> None:
+    """Its gradient is -p (log p + H). A teacher equal to the student leaves no other one."""
+    logits, _ = draw(4)
+    log_p = torch.log_softmax(logits, -1)
+    for kind in (Forward(top_k=1), Forward(top_k=20), Sampled()):
+        z = logits.clone().requires_grad_()
+        config = LossConfig(divergence=kind, importance=ImportanceConfig(level="off"), entropy=0.5)
+        targets = make_targets(log_p, 1 if isinstance(kind, Sampled) else kind.top_k)
+        loss, *_ = divergence_loss(z, torch.eye(V, dtype=torch.float64), None, targets, config)
+        loss.backward()
+        entropy = -(log_p.exp() * log_p).sum(1, keepdim=True)
+        torch.testing.assert_close(loss.detach(), -0.5 * entropy.mean())
+        expected = 0.5 / N * log_p.exp() * (log_p + entropy)
+        torch.testing.assert_close(z.grad, expected, atol=1e-7, rtol=1e-5)
 
 
 def test_a_clipped_token_has_no_gradient_and_the_others_keep_theirs() -> None:

@@ -59,6 +59,7 @@ STEP = StepMetrics(
     in_flight=0,
     loss_tokens=216,
     clipped=0.25,
+    entropy=1.25,
 )
 
 
