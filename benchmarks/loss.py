@@ -37,6 +37,7 @@ def inputs(tokens: int, device: str) -> tuple[Tensor, Tensor, Targets]:
         teacher_logprobs=logprobs,
         teacher_sampled=logprobs[:, 0],
         sequence=torch.arange(tokens) // SEQUENCE,
+        completion=torch.full((tokens,), float(SEQUENCE)),
         share=torch.full((tokens,), 1 / tokens),
     )
     return hidden, head, targets.to(device)

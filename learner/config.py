@@ -1,5 +1,6 @@
 """Settings of the learner: loss, teacher weights, optimizer, DeepSpeed. Does not import torch, ray or vllm."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -67,6 +68,11 @@ class _OfSupport(_Divergence):
     """A divergence over the teacher's most likely tokens."""
 
     top_k: int = Field(64, ge=1, le=1024, description="Teacher tokens per position; the rest is one tail bucket")
+    clip: float | None = Field(
+        None,
+        gt=0,
+        description="Largest divergence of a token, in nats; a token beyond it has no gradient; null: no bound",
+    )
 
     @property
     def support(self) -> int:
@@ -90,6 +96,16 @@ class Jsd(_OfSupport):
 
     type: Literal["jsd"] = Field("jsd", description="The divergence")
     beta: float = Field(0.5, gt=0, lt=1, description="Weight of the teacher in the mixture")
+
+    @model_validator(mode="after")
+    def _clip_is_reached(self) -> "Jsd":
+        bound = -self.beta * math.log(self.beta) - (1 - self.beta) * math.log(1 - self.beta)
+        if self.clip is not None and self.clip >= bound:
+            raise ValueError(
+                f"clip {self.clip:g} has no effect: with beta {self.beta:g} no token's divergence is more than "
+                f"{bound:.3g}; lower clip, or remove it"
+            )
+        return self
 
 
 class Sampled(_Divergence):
@@ -120,11 +136,18 @@ class LossConfig(BaseModel):
 
     divergence: Annotated[Divergence | Nll | Dft, Field(discriminator="type")] = Forward()
     importance: ImportanceConfig = ImportanceConfig()
+    entropy: float = 0.0  # weight of the student's entropy, which is taken from a token's loss
+    length: int | None = None  # tokens from which on a completion's weight falls; None: it does not
 
     @property
     def name(self) -> str:
         """Name of the divergence."""
         return self.divergence.type
+
+    @property
+    def clip(self) -> float | None:
+        """Largest divergence of a token; None: no bound."""
+        return self.divergence.clip if isinstance(self.divergence, _OfSupport) else None
 
 
 class OptimizerConfig(BaseModel):

@@ -157,7 +157,7 @@ class LearnerEngine:
                 "eps": optimizer.eps,
                 "weight_decay": optimizer.weight_decay,
             }
-        sums = torch.zeros(4, dtype=torch.float64, device=self._engine.device)  # NCCL reduces tensors on GPUs only
+        sums = torch.zeros(6, dtype=torch.float64, device=self._engine.device)  # NCCL reduces tensors on GPUs only
         for i in range(share.count):
             members = fetched(share, i) if i < len(share.micro_batches) else []
             self._engine.module.loss = loss = stage.losses[members[0].objective if members else 0]
@@ -174,10 +174,22 @@ class LearnerEngine:
         applied = math.isfinite(norm)  # if not, neither DeepSpeed's optimizers nor AdamWWithTeacher take a step
         if self._lora is not None and applied:
             self._lora.follow(self._forward)
-        total, divergence, mismatch, tail = sums.tolist()
+        total, divergence, mismatch, *of_tokens = sums.tolist()
         tokens, sampled = share.loss_tokens, share.student_loss_tokens
         mismatch = mismatch / max(1, sampled) if sampled or not tokens else math.nan
-        return StepResult(total, divergence, mismatch, tail / max(1, tokens), norm, lr, tokens, applied)
+        tail, clipped, entropy = (of_token / max(1, tokens) for of_token in of_tokens)
+        return StepResult(
+            total,
+            divergence,
+            mismatch,
+            tail,
+            norm,
+            lr,
+            tokens,
+            applied,
+            clipped=clipped if any(loss.clip is not None for loss in stage.losses) else None,
+            loss_entropy=entropy if any(loss.entropy for loss in stage.losses) else None,
+        )
 
     def weights(self, role: str, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every weight whole, as the model's files have it, a few at a time. Collective.

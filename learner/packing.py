@@ -46,7 +46,8 @@ def pack(sequences: Sequence[TrainingSequence], batch_size: int, top_k: int) -> 
     without rows, because a rank without work still takes part in every collective.
     """
     ids, positions, predicting, offset = [], [], [], 0
-    sampled, sampler, teacher_ids, teacher_logprobs, teacher_sampled, sequence, share = [], [], [], [], [], [], []
+    sampled, sampler, teacher_ids, teacher_logprobs, teacher_sampled = [], [], [], [], []
+    sequence, completion, share = [], [], []
     for i, s in enumerate(sequences):
         tokens, rows = torch.from_numpy(s.token_ids.copy()), s.loss_mask.nonzero()[0]
         ids.append(tokens)
@@ -59,6 +60,7 @@ def pack(sequences: Sequence[TrainingSequence], batch_size: int, top_k: int) -> 
         teacher_logprobs.append(torch.tensor(teacher.logprobs))
         teacher_sampled.append(torch.tensor(teacher.sampled))
         sequence.append(torch.full((len(rows),), i))
+        completion.append(torch.full((len(rows),), float(s.sampled_tokens)))
         share.append(torch.full((len(rows),), 1.0 / (max(1, len(rows)) * batch_size)))
         offset += len(s)
     experts = joined_experts([len(s) if s.experts is None else s.experts for s in sequences])
@@ -76,6 +78,7 @@ def pack(sequences: Sequence[TrainingSequence], batch_size: int, top_k: int) -> 
             teacher_logprobs=_cat(teacher_logprobs, (0, top_k)),
             teacher_sampled=_cat(teacher_sampled, (0,)),
             sequence=_cat(sequence, (0,)).long(),
+            completion=_cat(completion, (0,)),
             share=_cat(share, (0,)),
         ),
         experts=None if experts is None else torch.from_numpy(experts).long(),

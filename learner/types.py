@@ -45,7 +45,7 @@ class StepResult:
     """The result of one optimizer step, over all ranks."""
 
     loss: float  # the value that is differentiated
-    divergence: float  # the same without importance weights
+    divergence: float  # of teacher and student: without importance weights and clip
     mismatch_kl: float  # mean over loss tokens that the student sampled, k3 estimate of KL(sampler || trainer)
     tail_mass: float  # mean over loss tokens of the teacher's mass outside its top K
     grad_norm: float  # before clipping; if it is not finite, see applied
@@ -53,3 +53,5 @@ class StepResult:
     loss_tokens: int
     applied: bool = True  # False: the gradient is not finite, and no weight changed
     completions: CompletionCounts = field(default_factory=CompletionCounts)
+    clipped: float | None = None  # share of loss tokens whose divergence is clipped; None: no loss clips
+    loss_entropy: float | None = None  # mean over loss tokens of the student's, in nats; None: no loss has it

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from sdft.learner.config import CHUNK_BYTES, LossConfig
-from sdft.learner.loss.divergences import support, support_objective
-from sdft.learner.loss.importance import importance_weights
+from sdft.learner.loss.divergences import clipped, support, support_objective
+from sdft.learner.loss.groups import groups_of
+from sdft.learner.loss.importance import importance_weights, length_weights
 from sdft.learner.loss.scaling import IDENTITY, LogitScaling
 from sdft.learner.loss.targets import Targets
 
@@ -34,8 +35,9 @@ VOCABULARY_ROWS = {"cpu": 8192, "cuda": 1 << 30}  # rows of the head's gradient 
 class _Chunked(torch.autograd.Function):
     """Loss of all rows with its gradients, chunk by chunk; backward only scales the gradients from forward.
 
-    The objective depends on the logits z only through the log-probs l = z[support] - logsumexp(z). With
+    The divergence depends on the logits z only through the log-probs l = z[support] - logsumexp(z). With
     g = d objective / d l, a small [N, S] array, d objective / d z = scatter(g) - softmax(z) * sum(g).
+    The entropy H is that of the whole vocabulary: d H / d z = -p (log p + H) with p = softmax(z).
     """
 
     @staticmethod
@@ -53,11 +55,12 @@ class _Chunked(torch.autograd.Function):
         head, bias = head[:vocabulary], None if bias is None else bias[:vocabulary]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         rows_at_once = max(1, CHUNK_BYTES // (len(head) * head.element_size()))
-        groups = _groups(targets.sequence, config.importance.level, rows_at_once)
+        groups = groups_of(targets.sequence, config.importance.level, rows_at_once)
         chunks = sum(map(len, groups))
         longest = max((rows.stop - rows.start for group in groups for rows in group), default=0)
         buffer = hidden.new_empty(longest, len(head))  # a chunk's logits, then their gradient. Fresh pages cost time
         trainer, scale, values = torch.empty(3, len(hidden), dtype=wide, device=hidden.device)
+        entropy = trainer.new_zeros(len(hidden))
         grad_hidden = torch.empty_like(hidden)
         trained = whole_head.requires_grad  # False with LoRA: the head's gradient is then not computed
         shape = whole_head.shape if trained else (0,)
@@ -73,18 +76,25 @@ class _Chunked(torch.autograd.Function):
             for rows, part in zip(group, parts, strict=True):
                 logits = scaling.apply_(_logits(hidden[rows], head, bias, buffer))
                 _log_probs(logits, wanted[part], known[part])
+                if config.entropy:
+                    _entropy(logits, entropy[rows])
             trainer[of_group] = known[:, 0]
             scale[of_group] = importance_weights(known[:, 0], group_targets, config) * group_targets.share
+            if config.length is not None:
+                scale[of_group] *= length_weights(group_targets.completion, config.length)
             with torch.enable_grad():
                 log_p = known[:, 1:].requires_grad_()
                 objective, values[of_group] = support_objective(log_p, group_targets, len(head), config)
                 (grad_log_p,) = torch.autograd.grad((objective * scale[of_group]).sum(), log_p)
-            total = grad_log_p.sum(-1, keepdim=True)
-            at_ids = grad_log_p - log_p.detach().exp() * total
+            slope = -grad_log_p.sum(-1, keepdim=True)
+            if config.entropy:
+                bend = config.entropy * scale[of_group, None]
+                slope = torch.cat([slope + bend * entropy[of_group, None], bend], -1)
+            at_ids = grad_log_p + _outside(log_p.detach(), slope)
             for rows, part in zip(group, parts, strict=True):
                 if len(group) > 1:  # the buffer holds the last chunk's logits
                     logits = scaling.apply_(_logits(hidden[rows], head, bias, buffer))
-                _to_gradient(logits, total[part], ids[part], at_ids[part], scaling)
+                _to_gradient(logits, slope[part], ids[part], at_ids[part], scaling)
                 torch.mm(logits, head, out=grad_hidden[rows])
                 if trained:
                     _add_product(grad_head[:vocabulary], logits, hidden[rows])
@@ -97,7 +107,16 @@ class _Chunked(torch.autograd.Function):
         k3 = torch.expm1(difference) - difference
         k3 = torch.where(targets.sampler_logprobs.isnan(), 0, k3)  # tokens that the student did not sample
         tail = 1 - targets.teacher_logprobs.exp().sum(-1)
-        return (values * scale).sum(), (values * targets.share).sum(), k3.sum(), tail.clamp(min=0).sum()
+        counted = clipped(values, config)
+        lost = counted - config.entropy * entropy if config.entropy else counted
+        return (
+            (lost * scale).sum(),
+            (values * targets.share).sum(),
+            k3.sum(),
+            tail.clamp(min=0).sum(),
+            (counted < values).sum().to(wide),
+            entropy.sum(),
+        )
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -115,15 +134,16 @@ def divergence_loss(
     config: LossConfig,
     scaling: LogitScaling = IDENTITY,
     vocabulary: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Return this micro-batch's part of the batch's figures. The parts of all micro-batches and ranks add up to them.
 
     hidden: [N, H] states that predict the loss tokens, in the model's dtype, like `head` [V, H] and `bias` [V].
     scaling: what the model does to its head's logits.
     vocabulary: the number of the head's first rows that are tokens; None: all.
-    Returns four scalars: the importance-weighted loss (differentiable once, in hidden, head and bias), the divergence
-    without weights, the sum over the student's tokens of the k3 estimate of KL(sampler || trainer), and the sum over
-    tokens of the teacher's mass outside its top K.
+    Returns six scalars: the loss (differentiable once, in hidden, head and bias), the divergence without weights and
+    clip, the sum over the student's tokens of the k3 estimate of KL(sampler || trainer), the sum over tokens of the
+    teacher's mass outside its top K, the number of tokens whose divergence is clipped, and the sum over tokens of the
+    student's entropy (0 unless the loss has it).
     """
     return _Chunked.apply(hidden, head, bias, targets, config, scaling, vocabulary)
 
@@ -146,15 +166,36 @@ def _log_probs(logits: Tensor, ids: Tensor, out: Tensor) -> None:
         torch.gather(torch.log_softmax(block, -1, dtype=out.dtype), -1, its_ids, out=its_out)
 
 
-def _to_gradient(logits: Tensor, total: Tensor, ids: Tensor, at_ids: Tensor, scaling: LogitScaling) -> None:
-    """Overwrite scaled logits with the gradient of the head's logits.
+def _entropy(logits: Tensor, out: Tensor) -> None:
+    """Write the entropy of each row of logits [n, V] to `out` [n], in nats."""
+    for block, its_out in _blocks(logits, out):
+        log_p = torch.log_softmax(block, -1, dtype=out.dtype)
+        torch.sum(log_p.exp().mul_(log_p), -1, out=its_out).neg_()
 
-    That is -softmax * total, [n, V] and [n, 1], and `at_ids` at the tokens `ids`, each times the slope of the scaling.
+
+def _outside(log_p: Tensor, slope: Tensor) -> Tensor:
+    """Return the gradient at tokens as if they were outside the support: [n, S] log-probs -> [n, S].
+
+    slope: a in a p, [n, 1], or with the entropy a and b in p (a + b log p), [n, 2].
+    """
+    if slope.shape[1] == 1:
+        return log_p.exp() * slope
+    return log_p.exp() * (slope[:, :1] + slope[:, 1:] * log_p)
+
+
+def _to_gradient(logits: Tensor, slope: Tensor, ids: Tensor, at_ids: Tensor, scaling: LogitScaling) -> None:
+    """Overwrite scaled logits [n, V] with the gradient of the head's logits.
+
+    That is `_outside`, and `at_ids` at the tokens `ids`, each times the slope of the scaling.
     """
     at_ids = scaling.back_(at_ids, logits.gather(1, ids))
-    for block, its_total in _blocks(logits, -total):
+    for block, its_slope in _blocks(logits, slope):
         # A temporary without a name is freed before the next block allocates its own.
-        block.copy_(scaling.back_(torch.softmax(block, -1, dtype=its_total.dtype).mul_(its_total), block))
+        if slope.shape[1] == 1:
+            block.copy_(scaling.back_(torch.softmax(block, -1, dtype=its_slope.dtype).mul_(its_slope), block))
+        else:
+            log_p = torch.log_softmax(block, -1, dtype=its_slope.dtype)
+            block.copy_(scaling.back_(log_p.exp().mul_(log_p.mul_(its_slope[:, 1:]).add_(its_slope[:, :1])), block))
     rows = torch.arange(len(logits), device=logits.device)[:, None]
     with _any_order():
         logits[rows, ids] = at_ids.to(logits.dtype)  # scatter_ on a CPU in half precision would copy all to float32
@@ -177,38 +218,6 @@ def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
     most = VOCABULARY_ROWS[total.device.type]
     for part, columns in zip(total.split(most), grad.split(most, dim=1), strict=True):
         part += columns.T @ hidden
-
-
-def _groups(sequence: Tensor, level: str, most: int) -> list[list[slice]]:
-    """Split the rows into chunks of at most `most`, in groups whose objectives are computed at once.
-
-    The logits of a group of one chunk are computed once, those of other groups twice. On a CPU the products dominate,
-    so a chunk is a group. If the importance weights need all tokens of a sequence, a chunk ends where a sequence ends,
-    and only a sequence longer than a chunk is cut. On a GPU the many small kernels of the objective dominate, so all
-    rows are one group.
-    """
-    rows = len(sequence)
-    if sequence.is_cuda:
-        return [_cut(0, rows, most)] if rows else []
-    if level != "sequence":
-        return [[chunk] for chunk in _cut(0, rows, most)]
-    groups: list[list[slice]] = []
-    start = end = 0
-    for count in torch.unique_consecutive(sequence, return_counts=True)[1].tolist():
-        if start < end and end - start + count > most:
-            groups.append([slice(start, end)])
-            start = end
-        end += count
-        if count > most:
-            groups.append(_cut(start, end, most))
-            start = end
-    if start < end:
-        groups.append([slice(start, end)])
-    return groups
-
-
-def _cut(start: int, end: int, most: int) -> list[slice]:
-    return [slice(i, min(i + most, end)) for i in range(start, end, most)]
 
 
 def _rows(targets: Targets, rows: slice) -> Targets:

@@ -52,9 +52,10 @@ def support(targets: Targets, config: LossConfig) -> Tensor:
 def support_objective(log_p: Tensor, targets: Targets, vocabulary: int, config: LossConfig) -> tuple[Tensor, Tensor]:
     """Return per row the objective to differentiate and the value to report: log_p of the support [N, S] -> [N], [N].
 
-    Both are the same, except for two divergences. For `sampled` the value is the log-ratio log p(y) - log q(y), and the
-    objective is stop_gradient(log-ratio) * log p(y): the unbiased one-sample gradient of reverse KL (much noisier than
-    a support). For `dft` the value is -log p(y), and the objective is the value times stop_gradient(p(y)).
+    Both are the same, with three exceptions. With a clip the objective is min(value, clip), which has no gradient
+    beyond. For `sampled` the value is the log-ratio log p(y) - log q(y), and the objective is
+    stop_gradient(log-ratio) * log p(y): the unbiased one-sample gradient of reverse KL (much noisier than a support).
+    For `dft` the value is -log p(y), and the objective is the value times stop_gradient(p(y)).
     """
     kind = config.divergence.type
     if kind in ("nll", "dft"):
@@ -65,10 +66,18 @@ def support_objective(log_p: Tensor, targets: Targets, vocabulary: int, config: 
         return ratio * log_p[:, 0], ratio
     log_q = with_tail(targets.teacher_logprobs.to(log_p.dtype), vocabulary).detach()
     value = divergence(with_tail(log_p, vocabulary), log_q, config)
-    return value, value.detach()
+    return clipped(value, config), value.detach()
+
+
+def clipped(value: Tensor, config: LossConfig) -> Tensor:
+    """Return min(value, clip) of each row; the values themselves without a clip."""
+    return value if config.clip is None else value.clamp(max=config.clip)
 
 
 def token_objective(logits: Tensor, targets: Targets, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Return objective and value from whole logits, [N, V] -> [N], [N]: the plain formula, for comparisons."""
+    """Return objective and value from whole logits, [N, V] -> [N], [N]: the plain formula, for comparisons.
+
+    Without the entropy.
+    """
     log_p = logits.gather(-1, support(targets, config)) - torch.logsumexp(logits, -1, keepdim=True)
     return support_objective(log_p, targets, logits.shape[-1], config)

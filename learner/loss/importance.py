@@ -1,4 +1,4 @@
-"""Truncated importance weights, trainer over sampler."""
+"""Weights of the loss's rows: truncated importance weights, trainer over sampler, and weights of long completions."""
 
 import torch
 from torch import Tensor
@@ -21,3 +21,8 @@ def importance_weights(trainer: Tensor, targets: Targets, config: LossConfig) ->
     total = ratio.new_zeros(count).index_add_(0, targets.sequence, ratio)
     rows = ratio.new_zeros(count).index_add_(0, targets.sequence, torch.ones_like(ratio))
     return (total / rows.clamp(min=1))[targets.sequence]
+
+
+def length_weights(completion: Tensor, length: int) -> Tensor:
+    """Return the weight of every row by the tokens [N] that its sequence completes: min(1, length / tokens), [N]."""
+    return (length / completion).clamp(max=1)

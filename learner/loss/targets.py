@@ -16,6 +16,7 @@ class Targets:
     teacher_logprobs: Tensor  # [N, K] float32
     teacher_sampled: Tensor  # [N] float32, the teacher's log-prob of the sampled token
     sequence: Tensor  # [N] int64, index of the row's sequence in the micro-batch, ascending
+    completion: Tensor  # [N] float32, tokens that the row's sequence completes, in the loss or not
     share: Tensor  # [N] float32, 1 / (loss tokens of the sequence * sequences of the global batch)
 
     def to(self, device: torch.device | str) -> "Targets":

@@ -99,7 +99,7 @@ class SelfDistillation(nn.Module):
         return self.model.get_output_embeddings()
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, ...]:
-        """Return the sums loss, divergence, mismatch_kl and tail_mass of divergence_loss, as scalars.
+        """Return the sums of divergence_loss, as scalars.
 
         They are a plain tuple, which DeepSpeed can traverse.
         """

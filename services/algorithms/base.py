@@ -283,16 +283,19 @@ class Distillation(Algorithm):
         Forward(), description="Divergence between teacher and student: forward, reverse, jsd or sampled"
     )
     skip_first: int = Field(3, ge=0, description="Tokens at the start of a completion that are left out of the loss")
+    entropy: float = Field(0.0, ge=0, description="Weight of the student's entropy, which the loss rewards; 0: off")
+    length: int | None = Field(
+        None, ge=1, description="Tokens from which on the weight of a completion falls with its length; null: off"
+    )
 
     @property
     def skipped(self) -> int:
         return self.skip_first
 
-    @property
-    def loss(self) -> LossConfig:
-        """The divergence, without importance weights."""
-        return LossConfig(divergence=self.divergence, importance=ImportanceConfig(level="off"))
+    def loss(self, importance: ImportanceConfig) -> LossConfig:
+        """Return the loss with these importance weights."""
+        return LossConfig(divergence=self.divergence, importance=importance, entropy=self.entropy, length=self.length)
 
     @property
     def losses(self) -> tuple[LossConfig, ...]:
-        return (self.loss,)
+        return (self.loss(ImportanceConfig(level="off")),)

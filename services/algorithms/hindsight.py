@@ -12,7 +12,7 @@ from pydantic import Field
 
 from sdft.actors.shared.drafts import Draft
 from sdft.learner.config import ImportanceConfig, LossConfig
-from sdft.services.algorithms.base import Distillation, Group, Student, Teacher
+from sdft.services.algorithms.base import Distillation, Group, Student, Teacher, awaits_engines_only
 
 
 class Hindsight(Distillation):
@@ -21,7 +21,8 @@ class Hindsight(Distillation):
     from_conversations: ClassVar[bool] = True
     learns_from: ClassVar[str] = "replies with what was said next"
     figure: ClassVar[str] = (
-        "The {name} of teacher and student on the student's tokens; the loss adds the importance weights."
+        "The {name} of teacher and student on the student's tokens; the loss adds the importance weights "
+        "and the options of method."
     )
 
     type: Literal["hindsight"] = Field("hindsight", description="The algorithm")
@@ -29,12 +30,13 @@ class Hindsight(Distillation):
 
     @property
     def losses(self) -> tuple[LossConfig, ...]:
-        return (LossConfig(divergence=self.divergence, importance=self.importance),)
+        return (self.loss(self.importance),)
 
     @property
     def label(self) -> str:
         return f"from users' next messages, {self.divergence.type} divergence"
 
+    @awaits_engines_only
     async def make(self, group: Group, student: Student, teacher: Teacher) -> list[Draft]:
         n = len(group.samples)
         completions = await student.complete([group.student_ids] * n, group.seeds)

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field
 from sdft.actors.shared.drafts import Draft
 from sdft.actors.shared.types import IntArray
 from sdft.learner.config import ImportanceConfig, LossConfig, Nll
-from sdft.services.algorithms.base import Distillation, Group, Student, Teacher
+from sdft.services.algorithms.base import Distillation, Group, Student, Teacher, awaits_engines_only
 from sdft.services.base.section import Section, short_form
 
 EXPERT = 1  # objective of tokens that the student did not sample
@@ -52,7 +52,8 @@ class Mix(Distillation):
     """Distillation on the student's samples, a share of which has an expert's tokens, or begins with them."""
 
     figure: ClassVar[str] = (
-        "The {name} of the student's and the expert's tokens; the loss adds importance weights on the student's."
+        "The {name} of the student's and the expert's tokens; the loss adds importance weights on the student's, "
+        "and the options of method."
     )
 
     type: Literal["mix"] = Field("mix", description="The algorithm")
@@ -64,10 +65,10 @@ class Mix(Distillation):
 
     @property
     def losses(self) -> tuple[LossConfig, ...]:
-        own = LossConfig(divergence=self.divergence, importance=self.importance)
+        own, off = self.loss(self.importance), ImportanceConfig(level="off")
         if isinstance(self.expert, OfDemonstration):
-            return own, LossConfig(divergence=Nll(), importance=ImportanceConfig(level="off"))
-        return (own, self.loss) if isinstance(self.expert, OfTeacher) else (own,)
+            return own, LossConfig(divergence=Nll(), importance=off)
+        return (own, self.loss(off)) if isinstance(self.expert, OfTeacher) else (own,)
 
     @property
     def label(self) -> str:
@@ -82,6 +83,7 @@ class Mix(Distillation):
     def prefix_tokens(self) -> int:
         return self.expert.tokens if isinstance(self.expert, OfPrefix) else 0
 
+    @awaits_engines_only
     async def make(self, group: Group, student: Student, teacher: Teacher) -> list[Draft]:
         # Drawn from the seed of the sample: the same in each run, and when a batch is made again.
         mixed = [random.Random(seed).random() < self.share for seed in group.seeds]

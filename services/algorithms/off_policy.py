@@ -12,7 +12,9 @@ class OffPolicy(Distillation):
     """Distillation on completions of the teacher, which sees the demonstration. Without importance weights."""
 
     student_samples: ClassVar[bool] = False
-    figure: ClassVar[str] = "The {name} of teacher and student on the teacher's tokens, which is also the loss."
+    figure: ClassVar[str] = (
+        "The {name} of teacher and student on the teacher's tokens; the loss adds only the options of method."
+    )
 
     type: Literal["off_policy"] = Field("off_policy", description="The algorithm")
 

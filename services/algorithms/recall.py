@@ -36,7 +36,7 @@ class Recall(Distillation):
     @property
     def losses(self) -> tuple[LossConfig, ...]:
         demonstrations = LossConfig(divergence=Nll(), importance=ImportanceConfig(level="off"))
-        return demonstrations, LossConfig(divergence=self.divergence, importance=self.importance)
+        return demonstrations, self.loss(self.importance)
 
     @property
     def trains_demonstrations(self) -> bool:

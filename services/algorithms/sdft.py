@@ -14,7 +14,8 @@ class Sdft(Distillation):
 
     plays: ClassVar[bool] = True
     figure: ClassVar[str] = (
-        "The {name} of teacher and student on the student's tokens; the loss adds the importance weights."
+        "The {name} of teacher and student on the student's tokens; the loss adds the importance weights "
+        "and the options of method."
     )
 
     type: Literal["sdft"] = Field("sdft", description="The algorithm")
@@ -22,7 +23,7 @@ class Sdft(Distillation):
 
     @property
     def losses(self) -> tuple[LossConfig, ...]:
-        return (LossConfig(divergence=self.divergence, importance=self.importance),)
+        return (self.loss(self.importance),)
 
     @property
     def label(self) -> str:

@@ -27,7 +27,8 @@ class Sdpo(Distillation):
     plays: ClassVar[bool] = True
     needs_success: ClassVar[bool] = True
     figure: ClassVar[str] = (
-        "The {name} of teacher and student on the student's tokens; the loss adds the importance weights."
+        "The {name} of teacher and student on the student's tokens; the loss adds the importance weights "
+        "and the options of method."
     )
 
     type: Literal["sdpo"] = Field("sdpo", description="The algorithm")
@@ -44,7 +45,7 @@ class Sdpo(Distillation):
 
     @property
     def losses(self) -> tuple[LossConfig, ...]:
-        return (LossConfig(divergence=self.divergence, importance=self.importance),)
+        return (self.loss(self.importance),)
 
     @property
     def label(self) -> str:

@@ -145,6 +145,12 @@ class RunConfig(Section):
                     f"{place}sampling.max_new_tokens {longest} must be more than {place}method.skip_first {skipped}, "
                     f"or no token is in the loss; raise max_new_tokens, or lower skip_first"
                 )
+            target = next((loss.length for loss in task.method.losses if loss.length is not None), None)
+            if target is not None and target >= task.longest_reply:
+                raise ValueError(
+                    f"{place}method.length {target} has no effect: no completion is longer than {task.longest_reply} "
+                    f"tokens; lower it, or remove it"
+                )
             if task.method.recalled is not None and task.data.grows:
                 raise ValueError(
                     f"{place}method {task.method.type} trains its prompts in each epoch, and a source that grows has "

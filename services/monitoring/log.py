@@ -28,8 +28,7 @@ class RunLog:
         self._append(metrics)
         if self._sinks is not None:
             values = {name: value for name, value in asdict(metrics).items() if name not in ("step", "direction")}
-            known = {path_of(name): value for name, value in values.items() if value is not None}
-            self._sinks.log(metrics.step, known)
+            self._sinks.log(metrics.step, {path_of(name): v for name, v in values.items() if v is not None})
 
     def evaluation(self, *results: EvalResult) -> None:
         """Append the results of an evaluation in one write.

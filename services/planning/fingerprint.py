@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sdft.actors.config import VLLM
 from sdft.services.config.run import TaskConfig
@@ -12,6 +13,10 @@ from sdft.services.planning.plan import pools
 # Settings of a strict run's pool that do not affect the results.
 LIMITS_OF_POOL = ("start_timeout_s", "health_timeout_s", "drain_timeout_s", "max_restarts")
 NOT_HASHED_OF_POOL = (*LIMITS_OF_POOL, "max_replicas", "cpus", "gpus", "labels")
+# Settings of a method and of its divergence, with the value that is not hashed: runs that began when there were none
+# can be resumed.
+OFF_OF_METHOD: Mapping[str, object] = {"entropy": 0, "length": None}
+OFF_OF_DIVERGENCE: Mapping[str, object] = {"clip": None}
 
 
 def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Sequence[PromptPair]) -> str:
@@ -23,6 +28,7 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Seque
     """
     not_hashed = {"model", "data", "stages", "run_dir", "ray", "monitoring", "checkpoint", "evaluation", "retention"}
     settings = config.model_dump(mode="json", exclude=not_hashed)
+    settings["method"] = hashed_method(settings["method"])
     del settings["teacher"]["model"]  # an external one is in `model`
     if settings["environment"] is None:  # runs that began before there were environments can be resumed
         del settings["environment"]
@@ -60,3 +66,15 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Seque
     for pair in prompts:
         digest.update(pair.encoded)
     return digest.hexdigest()
+
+
+def hashed_method(method: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a method's settings as they are hashed: without those that are off."""
+    hashed = _without(method, OFF_OF_METHOD)
+    if isinstance(hashed.get("divergence"), Mapping):
+        hashed["divergence"] = _without(hashed["divergence"], OFF_OF_DIVERGENCE)
+    return hashed
+
+
+def _without(settings: Mapping[str, Any], off: Mapping[str, object]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in off or value != off[key]}

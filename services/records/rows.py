@@ -116,6 +116,15 @@ class StepMetrics(CompletionFigures):
         default=None,
         metadata=figure("Loss tokens of all steps", "loss_tokens_total", counter=True),
     )
+    # None: the loss has no clip, or not the entropy.
+    clipped: float | None = field(
+        default=None,
+        metadata=figure("Share of the last step's loss tokens whose divergence is clipped", "clipped"),
+    )
+    loss_entropy: float | None = field(
+        default=None,
+        metadata=figure("Mean entropy of the student at the last step's loss tokens, nats", "loss_entropy"),
+    )
 
     def seconds(self, phase: Phase) -> float:
         """Return the time of a phase."""

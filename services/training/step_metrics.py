@@ -72,5 +72,7 @@ def step_metrics(
         dropped=counts.dropped,
         in_flight=counts.in_flight,
         loss_tokens=result.loss_tokens,
+        clipped=result.clipped,
+        loss_entropy=result.loss_entropy,
         **vars(figures),
     )

@@ -62,6 +62,7 @@ def test_a_pack_has_no_padding_and_positions_that_begin_anew() -> None:
     assert batch.predicting.tolist() == [5, 6, 12]
     assert batch.targets.sampled_ids.tolist() == [3, 4, 3]
     assert batch.targets.share.tolist() == pytest.approx([0.25, 0.25, 0.5])
+    assert batch.targets.completion.tolist() == [5, 5, 4]  # with the tokens that are left out of the loss
 
 
 def test_a_completion_no_longer_than_what_is_skipped_has_no_rows() -> None:

@@ -35,6 +35,7 @@ def make_targets(log_q: torch.Tensor, k: int) -> Targets:
         teacher_logprobs=top.values,
         teacher_sampled=log_q.gather(1, sampled[:, None])[:, 0],
         sequence=torch.arange(N) // 4,
+        completion=torch.tensor([6.0, 3.0, 9.0], dtype=log_q.dtype).repeat_interleave(4),
         share=torch.full((N,), 1 / N, dtype=log_q.dtype),
     )
 
@@ -176,7 +177,8 @@ def test_chunked_loss_equals_the_formula_on_whole_logits_in_value_and_both_gradi
     torch.testing.assert_close(loss.detach(), (value * weight / N).sum().detach(), atol=1e-9, rtol=1e-9)
     difference = own - targets.sampler_logprobs
     tail = N - targets.teacher_logprobs.exp().sum()
-    expected = [value.detach().mean(), (difference.exp() - 1 - difference).sum(), tail]
+    off = torch.zeros((), dtype=torch.float64)  # nothing is clipped, and the loss has no entropy
+    expected = [value.detach().mean(), (difference.exp() - 1 - difference).sum(), tail, off, off]
     torch.testing.assert_close(figures, expected, atol=1e-9, rtol=1e-9)
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5)  # the sums of both gradients are in float32
@@ -262,6 +264,7 @@ def test_no_rows_give_zero_loss_and_zero_gradient_not_nan() -> None:
         teacher_logprobs=torch.zeros(0, 4),
         teacher_sampled=torch.zeros(0),
         sequence=torch.zeros(0).long(),
+        completion=torch.zeros(0),
         share=torch.zeros(0),
     )
     for level in ("off", "token", "sequence"):

@@ -72,6 +72,15 @@ def test_an_own_algorithm_has_its_settings_and_survives_a_round_trip(tmp_path: P
             {"divergence": {"type": "sampled", "top_k": 8}},
             "method.divergence.top_k is not a setting with type: sampled; only forward and reverse and jsd have it",
         ),
+        (
+            {"divergence": {"type": "jsd", "clip": 0.7}},
+            "method.divergence: clip 0.7 has no effect: with beta 0.5 no token's divergence is more than 0.693; lower",
+        ),
+        (
+            {"length": 256},
+            "method.length 256 has no effect: no completion is longer than 256 tokens; lower it, or remove it",
+        ),
+        ({"type": "sft", "entropy": 0.1}, "method.entropy is not a setting with type: sft; only sdft and off_policy"),
         (3, "method must be text or a mapping of settings, not 3"),
     ],
 )

@@ -152,9 +152,14 @@ def test_a_streams_stage_is_in_its_status_and_its_tasks_are_in_a_heat_map(tmp_pa
         (
             "sdft",
             "jsd",
-            "The JSD of teacher and student on the student's tokens; the loss adds the importance weights.",
+            "The JSD of teacher and student on the student's tokens; the loss adds the importance weights and "
+            "the options of method.",
         ),
-        ("off_policy", "forward", "The forward KL of teacher and student on the teacher's tokens, which is also the"),
+        (
+            "off_policy",
+            "forward",
+            "The forward KL of teacher and student on the teacher's tokens; the loss adds only the options",
+        ),
         ("sft", "nll", "The NLL of the demonstrations' tokens, which is also the loss."),
         ("dft", "dft", "The NLL of the demonstrations' tokens; the loss weighs each by the student's probability"),
     ],

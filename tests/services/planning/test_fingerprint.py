@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from sdft.actors.shared.model_files import read_header
+from sdft.services.algorithms.sdft import Sdft
 from sdft.services.config.load import load_config
+from sdft.services.planning.fingerprint import hashed_method
 from sdft.services.planning.prepare import prepare
 from tests.fakes.tiny import make_tiny_model
 from tests.runs.run import write_run
@@ -38,6 +40,9 @@ OF_THE_RESULT = [
     "seed=5",
     "learner.optimizer.lr=1e-4",
     "method.divergence.top_k=8",
+    "method.divergence.clip=2",
+    "method.entropy=0.01",
+    "method.length=8",
     "training.batch_size=2",
     "sampling.top_p=0.9",
     "data.template=paper",
@@ -65,6 +70,15 @@ def test_settings_that_change_the_bits_of_a_strict_run_may_not_change(
     tiny_model: Path, tmp_path: Path, override: str
 ) -> None:
     assert fingerprint(tmp_path, tiny_model, override) != fingerprint(tmp_path, tiny_model)
+
+
+def test_a_method_whose_options_are_off_is_hashed_as_before_there_were_options() -> None:
+    assert hashed_method(Sdft().model_dump(mode="json")) == {
+        "divergence": {"type": "forward", "top_k": 64},
+        "skip_first": 3,
+        "type": "sdft",
+        "importance": {"level": "sequence", "cap": 2.0},
+    }
 
 
 @pytest.mark.parametrize("override", [*NOT_HASHED, *OF_THE_POOLS, "training.max_staleness=5"])

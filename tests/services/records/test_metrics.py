@@ -67,6 +67,8 @@ STEP = StepMetrics(
     entropy=0.5,
     leaks=0.0,
     thoughts=0.25,
+    clipped=0.25,
+    loss_entropy=1.25,
 )
 
 
