@@ -55,6 +55,14 @@ def test_sft_shows_exactly_the_loss_tokens(work: Work, capsys: pytest.CaptureFix
     assert counts[0][0] == counts[0][1]
 
 
+def test_mix_shows_the_teachers_context_and_the_demonstration(work: Work, capsys: pytest.CaptureFixture[str]) -> None:
+    work.set("method", "mix")
+    work.set("sampling.max_new_tokens", 30)
+    said = shown(work, capsys)
+    assert re.search(r"── teacher's context, \d+ tokens:", said)
+    assert "── reply (the demonstration in place of a sampled one)" in said
+
+
 def test_a_reply_may_be_too_long_for_an_engine_or_have_no_token_in_the_loss(
     work: Work, capsys: pytest.CaptureFixture[str]
 ) -> None:
