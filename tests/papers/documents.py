@@ -10,6 +10,7 @@ DOCUMENTS = (
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "deploy" / "README.md",
     ROOT / "examples" / "README.md",
+    ROOT / "examples" / "agent" / "README.md",
 )
 
 

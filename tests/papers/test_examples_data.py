@@ -180,6 +180,7 @@ def test_every_variant_of_the_sweep_is_a_configuration_and_has_a_name_of_its_own
 
 
 CONFIGS = [
+    "agent/agent.yaml",
     "tools/tools.yaml",
     "facts/facts.yaml",
     "continual/continual.yaml",
