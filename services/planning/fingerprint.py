@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from sdft.actors.config import VLLM
 from sdft.services.config.run import TaskConfig
@@ -24,6 +25,10 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Seque
     not_hashed = {"model", "data", "stages", "run_dir", "ray", "monitoring", "checkpoint", "evaluation", "retention"}
     settings = config.model_dump(mode="json", exclude=not_hashed)
     del settings["teacher"]["model"]  # an external one is in `model`
+    if config.teacher.weights == "gated":  # what the guard finds decides on the weights
+        settings["gate"] = _gate(config)
+    else:  # runs that began before there was a gate can be resumed
+        del settings["teacher"]["refresh_every"]
     if settings["environment"] is None:  # runs that began before there were environments can be resumed
         del settings["environment"]
     else:
@@ -60,3 +65,12 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Seque
     for pair in prompts:
         digest.update(pair.encoded)
     return digest.hexdigest()
+
+
+def _gate(config: TaskConfig) -> list[Any]:
+    """Return the settings of the guard that a gated teacher depends on: of detectors, and of guarded sets."""
+    assert config.retention is not None
+    of_set = {"name", "grader", "rows", "max_new_tokens"}
+    sets = [s.model_dump(mode="json", include=of_set) for s in config.evaluation.sets if s.name in config.guarded]
+    guard = config.retention.model_dump(mode="json", exclude={"action"})
+    return [guard, config.guarded, sets, config.evaluation.every if config.guarded else None]
