@@ -12,16 +12,20 @@ ATTENTION_KEPT = 192  # tokens; a CPU keeps the attention weights of sequences u
 class TeacherConfig(BaseModel):
     """The teacher's weights: `ema` follows the student slowly, `live` is the student.
 
-    `frozen` is the student at the start of the stage, `base` the student at the start of the run, `external` another
-    model with the same tokens.
+    `frozen` is the student at the start of the stage, `gated` the same until a refresh, `base` the student at the start
+    of the run, `external` another model with the same tokens.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    weights: Literal["ema", "frozen", "base", "live", "external"] = Field(
+    weights: Literal["ema", "gated", "frozen", "base", "live", "external"] = Field(
         "ema",
-        description="ema follows the student; frozen, base: the student at the start of the stage, of the run; live: "
-        "the student itself; external: teacher.model",
+        description="ema follows the student; gated: refreshed from the student while the retention guard finds "
+        "nothing; frozen, base: the student at the start of the stage, of the run; live: the student itself; external: "
+        "teacher.model",
+    )
+    refresh_every: int | None = Field(
+        None, ge=1, description="With weights: gated, steps of a stage between two refreshes of the teacher"
     )
     model: str | None = Field(
         None, description="With weights: external, the teacher: a built-in name, a local folder or a hub id"
@@ -34,6 +38,18 @@ class TeacherConfig(BaseModel):
             raise ValueError("weights external needs the teacher; set teacher.model")
         if self.weights != "external" and self.model is not None:
             raise ValueError(f"model has no effect with weights {self.weights}; set weights: external, or remove model")
+        return self
+
+    @model_validator(mode="after")
+    def _gated_has_a_pace(self) -> "TeacherConfig":
+        if self.weights == "gated" and self.refresh_every is None:
+            raise ValueError("weights gated needs the steps between two refreshes; set teacher.refresh_every")
+        if self.weights != "gated" and self.refresh_every is not None:
+            raise ValueError(
+                f"refresh_every has no effect with weights {self.weights}; set weights: gated, or remove refresh_every"
+            )
+        if self.weights == "gated" and self.alpha != type(self).model_fields["alpha"].default:
+            raise ValueError("alpha has no effect with weights gated, whose refresh is the whole student; remove alpha")
         return self
 
     @property

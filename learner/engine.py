@@ -121,8 +121,9 @@ class LearnerEngine:
 
     @property
     def _resets(self) -> bool:
-        """Whether the teacher becomes the student at the start of each stage."""
-        return self.settings.teacher.weights in ("ema", "frozen") and len(self.settings.stages) > 1
+        """Whether the teacher becomes the student later than at the start of the run."""
+        weights = self.settings.teacher.weights
+        return weights == "gated" or (weights in ("ema", "frozen") and len(self.settings.stages) > 1)
 
     @property
     def stage(self) -> StageSettings:
@@ -134,9 +135,16 @@ class LearnerEngine:
 
         Idempotent. Collective with LoRA.
         """
-        moments = self.stage.keep_moments
-        self._adam.begin_stage(self._masters, teacher=self._resets and self._lora is None, moments=moments)
-        if self._lora is not None and self._resets:
+        if not self.stage.keep_moments:
+            self._adam.reset_moments(self._masters)
+        if self._resets:
+            self.refresh_teacher()
+
+    def refresh_teacher(self) -> None:
+        """Set the teacher to the student, between two steps. Collective with LoRA."""
+        if self._lora is None:
+            self._adam.refresh_teacher(self._masters)
+        else:
             self._lora.reset_teacher(self._forward)
 
     @property

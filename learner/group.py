@@ -151,6 +151,10 @@ class LearnerGroup:
         """Prepare the first step of a stage. The run's first stage does not need it."""
         await self._all("begin_stage", "the learner to begin a stage")
 
+    async def refresh_teacher(self) -> None:
+        """Set the teacher to the student, between two steps."""
+        await self._all("refresh_teacher", "the learner to refresh the teacher")
+
     async def publish(self, role: str, version: int) -> Snapshot:
         """Make a snapshot of a role's weights, and offer it. The role's next snapshot overwrites it."""
         results = await self._all("publish", f"the learner to publish {role} weights v{version}", role, version)

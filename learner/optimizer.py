@@ -65,19 +65,20 @@ class AdamWWithTeacher(torch.optim.AdamW):
             self.state[p][TEACHER] = p.detach().clone()
 
     @torch.no_grad()
-    def begin_stage(self, params: Iterable[torch.Tensor], teacher: bool, moments: bool) -> None:
-        """Reset parameters that have a state. teacher: set the EMA to the parameter. moments: keep AdamW's state."""
+    def refresh_teacher(self, params: Iterable[torch.Tensor]) -> None:
+        """Set the EMA of parameters that have one to the parameter."""
         for p in params:
-            state = self.state.get(p)
-            if not state:
-                continue
-            if teacher and TEACHER in state:
+            if TEACHER in (state := self.state.get(p, {})):
                 state[TEACHER].copy_(p)
-            if not moments:
+
+    @torch.no_grad()
+    def reset_moments(self, params: Iterable[torch.Tensor]) -> None:
+        """Begin AdamW anew: moments and steps are 0."""
+        for p in params:
+            if state := self.state.get(p):
                 state["exp_avg"].zero_()
                 state["exp_avg_sq"].zero_()
-        if not moments:
-            self.set_steps(0)
+        self.set_steps(0)
 
     @property
     def steps(self) -> int:
@@ -91,7 +92,7 @@ class AdamWWithTeacher(torch.optim.AdamW):
 
 def teacher_alpha(teacher: TeacherConfig) -> float | None:
     """Return AdamWWithTeacher's alpha for a kind of teacher weights."""
-    return {"ema": teacher.alpha, "frozen": 0.0, "base": 0.0, "live": None}[teacher.weights]
+    return {"ema": teacher.alpha, "gated": 0.0, "frozen": 0.0, "base": 0.0, "live": None}[teacher.weights]
 
 
 def learning_rate(step: int, total_steps: int | None, config: OptimizerConfig) -> float:

@@ -105,6 +105,11 @@ class LearnerWorker:
         self._saver.detach()
         self._engine.begin_stage()
 
+    def refresh_teacher(self) -> None:
+        """Set the teacher to the student. Collective."""
+        self._saver.detach()
+        self._engine.refresh_teacher()
+
     def publish(self, role: str, version: int) -> Snapshot | None:
         """Return the snapshot, offered, on rank 0. The others contribute their parts of the weights and return None."""
         content = self._engine.snapshot(ROLES[role].weights)

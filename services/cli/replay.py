@@ -22,7 +22,7 @@ from sdft.services.planning.prepare import prepare
 from sdft.services.planning.prepared import Prepared
 from sdft.services.records import checkpoints
 from sdft.services.records.batches import read_batch, recorded_steps
-from sdft.services.records.rows import StepMetrics, read_rows
+from sdft.services.records.rows import Event, StepMetrics, read_rows
 from sdft.services.records.run_dir import check_run_dir
 
 COMPARED = ("loss", "divergence", "mismatch_kl", "tail_mass", "grad_norm", "lr")
@@ -67,6 +67,7 @@ async def _run(
 
     c = prepared.config
     rows = {row.step: row for row in read_rows(run_dir, StepMetrics)}
+    refreshed = {event.step for event in read_rows(run_dir, Event) if event.kind == "refreshed"}
     async with places(c.ray, plan) as options:
         group = await start_learner(prepared, options[LEARNER])
         if start is not None:
@@ -75,6 +76,8 @@ async def _run(
             if step > 1 and step == prepared.schedule.at(step).before + 1:
                 await group.begin_stage()
             result = await group.train_step(read_batch(run_dir, step))
+            if step in refreshed:
+                await group.refresh_teacher()
             if step not in rows:
                 return f"step {step}: its rollouts were recorded, but metrics.jsonl has no such step"
             for name in COMPARED:

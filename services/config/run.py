@@ -248,6 +248,33 @@ class RunConfig(Section):
         return self.retention.sets or tuple(s.name for s in self.sets if s.role == "retention")
 
     @model_validator(mode="after")
+    def _a_gate_is_told(self) -> "RunConfig":
+        every, retention, check = self.teacher.refresh_every, self.retention, self.evaluation.every
+        if every is None:
+            return self
+        if retention is None:
+            raise ValueError(
+                "teacher.weights gated needs the retention guard, which lets a refresh pass; set retention.detectors, "
+                "or retention.max_drop"
+            )
+        if self.guarded and (check is None or check > every):
+            raise ValueError(
+                f"teacher.refresh_every {every} needs an evaluation of the guarded sets before each refresh; set "
+                f"evaluation.every to at most {every}"
+            )
+        if retention.detectors is not None and every < 2 * retention.detectors.window:
+            raise ValueError(
+                f"teacher.refresh_every {every} is less than two windows of retention.detectors, which compare nothing "
+                f"before; raise it to {2 * retention.detectors.window}, or lower window"
+            )
+        if self.weights.teacher_sync_every != 1:
+            raise ValueError(
+                "weights.teacher_sync_every has no effect with teacher.weights gated, whose refreshes are sent at "
+                "once; remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         if self.weights.sync_every > self.training.max_staleness + 1:
             raise ValueError(

@@ -30,6 +30,10 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Seque
     settings = config.model_dump(mode="json", exclude=not_hashed)
     settings["method"] = hashed_method(settings["method"])
     del settings["teacher"]["model"]  # an external one is in `model`
+    if config.teacher.weights == "gated":  # what the guard finds decides on the weights
+        settings["gate"] = _gate(config)
+    else:  # runs that began before there was a gate can be resumed
+        del settings["teacher"]["refresh_every"]
     if settings["environment"] is None:  # runs that began before there were environments can be resumed
         del settings["environment"]
     else:
@@ -78,3 +82,12 @@ def hashed_method(method: Mapping[str, Any]) -> dict[str, Any]:
 
 def _without(settings: Mapping[str, Any], off: Mapping[str, object]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in off or value != off[key]}
+
+
+def _gate(config: TaskConfig) -> list[Any]:
+    """Return the settings of the guard that a gated teacher depends on: of detectors, and of guarded sets."""
+    assert config.retention is not None
+    of_set = {"name", "grader", "rows", "max_new_tokens"}
+    sets = [s.model_dump(mode="json", include=of_set) for s in config.evaluation.sets if s.name in config.guarded]
+    guard = config.retention.model_dump(mode="json", exclude={"action"})
+    return [guard, config.guarded, sets, config.evaluation.every if config.guarded else None]

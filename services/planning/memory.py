@@ -58,7 +58,7 @@ def _lora_state_bytes(
     The verification of a student's snapshot also takes the merged model and the file that it is merged from.
     """
     width = WIDTH[dtype]
-    becomes_student = stages > 1 and teacher.weights in ("ema", "frozen")
+    becomes_student = teacher.weights == "gated" or (stages > 1 and teacher.weights in ("ema", "frozen"))
     moves = teacher.weights == "ema" and teacher.alpha > 0
     change = 4 * shape.adapted / config.ranks if moves or becomes_student else 0
     model = width * shape.parameters

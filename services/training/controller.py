@@ -18,6 +18,7 @@ What waits for what:
     the metrics of a step     follow the checkpoint of the step before onto the disk (checkpointer.py)
     evaluation, save          between two steps, on engines that hold the weights of the step (evaluations.py,
                               checkpointer.py)
+    a teacher is refreshed    after the evaluation of the step and the guard, before it is saved (teacher.py)
 
 The controller holds drafts: lengths and references, but no tokens (actors/shared/drafts.py). It owns no model.
 """
@@ -80,13 +81,13 @@ class Controller:
             if not (external and role == TEACHER)
         }
         self._student_weights = self._weights[STUDENT]
-        self._teacher = Teacher(prepared, self._weights.get(TEACHER))
         self._live = TEACHER not in pools  # the student engines score
         self._evaluated_weights = self._weights[evaluating(pools)]
         self._autoscaler = Autoscaler(pools.values())
         self._checkpoints = Checkpointer(prepared, run_dir, learner, ledger, progress)
         teachers = self._scoring if external else pools[evaluating(pools)]  # else the student's weights at the start
         self._guard = Guard(prepared, run_dir, self._checkpoints, log, progress)
+        self._teacher = Teacher(prepared, run_dir, self._weights.get(TEACHER), learner, self._guard, log, progress)
         self._evaluations = Evaluations(
             prepared, run_dir, pools[evaluating(pools)], teachers, self._guard, log, progress
         )
@@ -109,9 +110,9 @@ class Controller:
                     f"student weights v{first_step} verified: the probe's log-probs of engine and learner differ by "
                     f"{gap:.4f} (mean relative difference)"
                 )
-            for weights in self._weights.values():
+            for role, weights in self._weights.items():
                 if weights is not student:
-                    await weights.deliver(first_step)
+                    await weights.deliver(self._teacher.version(first_step) if role == TEACHER else first_step)
             await self._evaluations.first(first_step)
             if not self._config.strict:
                 student.on_delivered = rollouts.begin
@@ -127,6 +128,7 @@ class Controller:
                 if ended or (every and step % every == 0):
                     await self._evaluate(step)
                 await self._guard.stepped(metrics)
+                await self._teacher.refresh(step)
                 if ended or step % self._config.checkpoint.every == 0:
                     await self._checkpoints.save(step, self._guard.held)
             if not ended:

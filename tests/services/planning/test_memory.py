@@ -96,8 +96,12 @@ def test_a_lora_teacher_that_becomes_the_student_at_each_stage_keeps_its_change_
     lora = BASE.model_copy(update={"lora": LoraConfig()})
 
     def gib(weights: str, stages: int) -> float:
-        return learner_gib(lora, TeacherConfig(weights=weights), NATIVE, shape, 1, 1, 1, stages)
+        teacher = TeacherConfig.model_validate(
+            {"weights": weights} | ({"refresh_every": 1} if weights == "gated" else {})
+        )
+        return learner_gib(lora, teacher, NATIVE, shape, 1, 1, 1, stages)
 
     assert gib("frozen", 2) - gib("frozen", 1) == pytest.approx(4)
+    assert gib("gated", 1) == gib("gated", 2) == gib("frozen", 2)
     assert gib("base", 2) == gib("base", 1)
     assert gib("ema", 2) == gib("ema", 1)
