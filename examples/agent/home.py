@@ -102,6 +102,13 @@ TOOLS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "setHeating": (("room", "degrees"), Home._set_heating),
     "playSong": (("room", "title"), Home._play_song),
 }
+SYSTEM = """You control a home with these tools:
+look(name): the room of a person, or the time and room of an event
+setAlarm(time)
+setLight(room, percent)
+setHeating(room, degrees)
+playSong(room, title)
+Reply with one call. After the last call reply Done."""
 
 
 def _device(room: str, device: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from examples.agent.home import Home
+from examples.agent.home import SYSTEM, Home
 from sdft.services.environments.base import Done
 
 SEED = 2026
@@ -40,13 +40,13 @@ def make_rows(description: dict[str, Any], split: str) -> list[dict[str, Any]]:
     """Every wording of every task, ROWS_PER_WORDING times with values of the split, in a seeded order."""
     rng = random.Random(f"{SEED} {split}")
     values = {kind: by_split[split] for kind, by_split in description["values"].items()}
-    rows: dict[str, dict[str, Any]] = {}  # by prompt, so that no prompt comes twice
+    rows: dict[str, dict[str, Any]] = {}  # by request, so that none comes twice
     for task in description["tasks"]:
         for wording in task[split]:
             wanted = len(rows) + ROWS_PER_WORDING[split]
             while len(rows) < wanted:
                 row = make_row(rng, task, wording, values)
-                rows.setdefault(row["prompt"], row)
+                rows.setdefault(row["prompt"][-1]["content"], row)
     ordered = list(rows.values())
     rng.shuffle(ordered)
     return [{"id": f"agent-{split}-{number:03d}", **row} for number, row in enumerate(ordered)]
@@ -68,7 +68,9 @@ def make_row(rng: random.Random, task: dict[str, Any], wording: str, values: dic
         "wanted": {key.format(**drawn): typed(value.format(**drawn)) for key, value in task["wanted"].items()},
     }
     calls = [call.format(**drawn) for call in task["calls"]]
-    return {"prompt": f"Task: {wording.format(**drawn)}", "demonstration": played(calls, answer), "answer": answer}
+    request = f"Task: {wording.format(**drawn)}"
+    prompt = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": request}]
+    return {"prompt": prompt, "demonstration": played(calls, answer), "answer": answer}
 
 
 def typed(value: str) -> str | int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from examples.agent.home import ROOMS, TOOLS, Home
+from examples.agent.home import ROOMS, SYSTEM, TOOLS, Home
 from sdft.services.config.load import load_config
 from sdft.services.data.tokenizer import load_tokenizer
 from sdft.services.environments.base import Answer, Done
@@ -47,6 +47,12 @@ def passed(answer: dict[str, Any], replies: Sequence[str]) -> bool:
     return isinstance(end, Done) and end.passed
 
 
+def request(row: dict[str, Any]) -> str:
+    system, user = row["prompt"]
+    assert system == {"role": "system", "content": SYSTEM}
+    return str(user["content"])
+
+
 def own(row: dict[str, Any]) -> list[str]:
     """Return the replies of a demonstration."""
     return [message["content"] for message in row["demonstration"] if message["role"] == "assistant"]
@@ -54,7 +60,7 @@ def own(row: dict[str, Any]) -> list[str]:
 
 def wording(row: dict[str, Any]) -> str:
     """Return the request without its values."""
-    return re.sub("|".join(rf"\b{re.escape(value)}\b" for value in sorted(values(row))), "_", row["prompt"])
+    return re.sub("|".join(rf"\b{re.escape(value)}\b" for value in sorted(values(row))), "_", request(row))
 
 
 def values(row: dict[str, Any]) -> set[str]:
@@ -91,11 +97,11 @@ def test_no_demonstration_passes_without_one_of_its_changes_or_with_another_one(
 
 def test_what_the_first_call_returns_is_needed_and_not_in_the_request() -> None:
     for row in EVERY:
-        found = {row["prompt"].find(word) for word in (*ROOMS, *(time for time, _ in row["answer"]["events"].values()))}
+        found = {request(row).find(word) for word in (*ROOMS, *(time for time, _ in row["answer"]["events"].values()))}
         assert found == {-1}, row["id"]
         look, *changes, _ = own(row)
         assert look.startswith("look(")
-        assert look[5:-1] in row["prompt"]
+        assert look[5:-1] in request(row)
         answered = row["demonstration"][1]["content"].removesuffix(".")
         for change in changes:
             assert any(word in answered.split() for word in re.findall(r"[\w:]+", change)), row["id"]
@@ -103,8 +109,7 @@ def test_what_the_first_call_returns_is_needed_and_not_in_the_request() -> None:
 
 def test_held_out_requests_share_neither_wordings_nor_values_with_training() -> None:
     assert {split: len(rows) for split, rows in ROWS.items()} == {"train": 140, "heldout": 70}
-    for key in ("id", "prompt"):
-        assert len({row[key] for row in EVERY}) == len(EVERY)
+    assert len({row["id"] for row in EVERY}) == len({request(row) for row in EVERY}) == len(EVERY)
     train, heldout = ({wording(row) for row in rows} for rows in ROWS.values())
     assert not train & heldout
     train, heldout = (set().union(*map(values, rows)) for rows in ROWS.values())
@@ -164,10 +169,7 @@ def test_a_row_that_wants_a_device_which_the_home_lacks_is_refused() -> None:
 
 
 def test_the_system_message_names_the_tools_of_the_home() -> None:
-    data = load_config(FOLDER / "agent.yaml").data
-    assert data is not None
-    assert data.system is not None
-    named = re.findall(r"^(\w+)\((.*?)\)", data.system, re.MULTILINE)
+    named = re.findall(r"^(\w+)\((.*?)\)", SYSTEM, re.MULTILINE)
     assert dict(named) == {name: ", ".join(parameters) for name, (parameters, _) in TOOLS.items()}
 
 
