@@ -4,6 +4,7 @@
     await engine.start()                                # loads the model folder `settings.model`
     rollouts = await engine.generate(requests, sampling)
     scores = await engine.score([(prompt_ids, completion_ids)], k)
+    scores = await engine.score_at([(prompt_ids, completion_ids, ids)], k)
     report = await engine.update_weights(snapshot)      # at any time, also while requests are in flight
     engine.stop()
 
@@ -47,7 +48,8 @@ class Engine(ABC):
 
         A completion ends with one of settings.stop_ids, which it contains, or at sampling.max_new_tokens. Only the
         settings in `sampling` shape the distribution: defaults in the model folder (generation_config.json) do not.
-        With settings.hold_batches equal calls return equal bits.
+        A rollout has the sampling.likely most likely tokens at each position (Rollout.likely). With
+        settings.hold_batches equal calls return equal bits.
         """
 
     @abstractmethod
@@ -57,6 +59,15 @@ class Engine(ABC):
         pairs: (prompt ids [P], completion ids [T]). The scores are the k largest log-probs at each completion token,
         and the log-prob of the token itself.
         """
+
+    async def score_at(self, items: Sequence[tuple[IntArray, IntArray, IntArray]], k: int) -> list[TeacherScores]:
+        """Score given tokens at each completion token, in the order of the items; needed for supports but `teacher`.
+
+        items: (prompt ids [P], completion ids [T], ids [T, S], or [1, S] for the same tokens everywhere). The scores
+        are the log-probs of these S tokens, then the k largest log-probs of other tokens, and the log-prob of the
+        token itself. An engine without it inherits this method.
+        """
+        raise NotImplementedError(f"{type(self).__name__} scores no given tokens; implement score_at")
 
     @abstractmethod
     async def probe(self, ids: IntArray) -> FloatArray:

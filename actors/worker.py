@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
+import numpy as np
 import ray
 
 from sdft.actors.config import EngineSettings
@@ -21,6 +22,7 @@ from sdft.actors.shared.types import (
     Rollout,
     Sampling,
     Snapshot,
+    Support,
     TeacherScores,
     UpdateReport,
 )
@@ -60,6 +62,27 @@ def engine_class(name: str) -> type[Engine]:
     return VllmEngine
 
 
+async def scored(
+    engine: Engine, prompts: Sequence[IntArray], rollouts: Sequence[Rollout], support: Support
+) -> list[TeacherScores]:
+    """Score the completions of rollouts behind the teacher's prompts, at the tokens of a support."""
+    completions = [rollout.completion_ids for rollout in rollouts]
+    if support.of == "teacher":
+        return await engine.score(list(zip(prompts, completions, strict=True)), support.k)
+    if support.of == "full":
+        assert engine.settings.vocabulary is not None, "an engine that trains knows the tokenizer's size"
+        every = np.arange(engine.settings.vocabulary, dtype=np.int32)[None]
+        return await engine.score_at([(*pair, every) for pair in zip(prompts, completions, strict=True)], 0)
+    likely = [rollout.likely for rollout in rollouts if rollout.likely is not None]
+    if len(likely) < len(rollouts):
+        raise ValueError(
+            f"support {support.of} needs the student's most likely tokens, and {len(rollouts) - len(likely)} of "
+            f"{len(rollouts)} completions have none (Rollout.likely); set support: teacher or full"
+        )
+    items = list(zip(prompts, completions, likely, strict=True))
+    return await engine.score_at(items, support.k if support.of == "union" else 0)
+
+
 class EngineWorker:
     """One engine in its own process."""
 
@@ -89,14 +112,15 @@ class EngineWorker:
         """Generate, and keep the rollouts in this node's object store."""
         return [Completion.of(rollout, ray.put(rollout)) for rollout in await self.generate(requests, sampling)]
 
-    async def score_completions(self, items: Sequence[tuple[IntArray, Completion]], k: int) -> list[Scores]:
+    async def score_completions(self, items: Sequence[tuple[IntArray, Completion]], support: Support) -> list[Scores]:
         """Score completions behind the teacher's prompts, and keep the scores in this node's object store.
 
-        Raises CompletionLost if one cannot be fetched.
+        Raises CompletionLost if one cannot be fetched, and ValueError if it lacks tokens that the support is of.
         """
         rollouts = await fetched([completion.rollout for _, completion in items])
-        pairs = [(prompt, rollout.completion_ids) for (prompt, _), rollout in zip(items, rollouts, strict=True)]
-        return [Scores(ray.put(scores), scores.version) for scores in await self.score(pairs, k)]
+        prompts = [prompt for prompt, _ in items]
+        found = await self._alive(scored(self._engine, prompts, rollouts, support))
+        return [Scores(ray.put(scores), scores.version) for scores in found]
 
     async def probe(self, ids: IntArray) -> object:
         return await self._alive(self._engine.probe(ids))

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sdft.actors.shared.types import Support
+
 CHUNK_BYTES = 96 << 20  # of logits at once; at a vocabulary of 49152, 1024 positions in bfloat16 or 512 in float32
 ATTENTION_KEPT = 192  # tokens; a CPU keeps the attention weights of sequences up to this length for the gradient
 
@@ -75,24 +77,41 @@ class _Divergence(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @property
-    def support(self) -> int:
-        """Number of the teacher's tokens that are scored at each position."""
-        return 1
+    def scored(self) -> Support:
+        """The tokens that the teacher scores at each position, besides the sampled one."""
+        return Support("teacher", 1)
 
 
 class _OfSupport(_Divergence):
-    """A divergence over the teacher's most likely tokens."""
+    """A divergence over some tokens of each position, or over all."""
 
-    top_k: int = Field(64, ge=1, le=1024, description="Teacher tokens per position; the rest is one tail bucket")
+    support: Literal["teacher", "student", "union", "full"] = Field(
+        "teacher",
+        description="Tokens of a position: the teacher's top_k most likely, the student's, those of both, or all",
+    )
+    top_k: int | None = Field(
+        default_factory=lambda data: None if data.get("support") == "full" else 64,
+        ge=1,
+        le=1024,
+        description="Tokens per position; the rest is one tail bucket. auto, the default: 64; none with support full",
+    )
     clip: float | None = Field(
         None,
         gt=0,
         description="Largest divergence of a token, in nats; a token beyond it has no gradient; null: no bound",
     )
 
+    @model_validator(mode="after")
+    def _k_has_an_effect(self) -> "_OfSupport":
+        if self.support == "full" and self.top_k is not None:
+            raise ValueError(f"top_k {self.top_k} has no effect with support full, which has all tokens; remove it")
+        if self.support != "full" and self.top_k is None:
+            raise ValueError(f"support {self.support} needs top_k; set it, or set support: full")
+        return self
+
     @property
-    def support(self) -> int:
-        return self.top_k
+    def scored(self) -> Support:
+        return Support(self.support, self.top_k or 0)
 
 
 class Forward(_OfSupport):

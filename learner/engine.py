@@ -169,7 +169,7 @@ class LearnerEngine:
         for i in range(share.count):
             members = fetched(share, i) if i < len(share.micro_batches) else []
             self._engine.module.loss = loss = stage.losses[members[0].objective if members else 0]
-            batch = pack(members, share.batch_size, loss.divergence.support).to(self._engine.device)
+            batch = pack(members, share.batch_size, loss.divergence.scored.k).to(self._engine.device)
             self._engine.set_gradient_accumulation_boundary(i == share.count - 1)
             value, *rest = self._engine(batch)
             # DeepSpeed averages gradients over ranks, but the shares of the batch must be summed.

@@ -42,6 +42,7 @@ class MicroBatch:
 def pack(sequences: Sequence[TrainingSequence], batch_size: int, top_k: int) -> MicroBatch:
     """Pack sequences into one micro-batch; `batch_size` is the number of sequences of the whole batch, over all ranks.
 
+    top_k: width of the teacher's scores, if there are no sequences to tell it.
     A sequence without a loss token has no rows and contributes zero. Without sequences the micro-batch is two tokens
     without rows, because a rank without work still takes part in every collective.
     """

@@ -47,7 +47,7 @@ class StepResult:
     loss: float  # the value that is differentiated
     divergence: float  # of teacher and student: without importance weights and clip
     mismatch_kl: float  # mean over loss tokens that the student sampled, k3 estimate of KL(sampler || trainer)
-    tail_mass: float  # mean over loss tokens of the teacher's mass outside its top K
+    tail_mass: float  # mean over loss tokens of the teacher's mass outside the support
     grad_norm: float  # before clipping; if it is not finite, see applied
     lr: float
     loss_tokens: int

@@ -9,7 +9,7 @@ from typing import Any
 from ray.exceptions import RayActorError
 
 from sdft.actors.shared.drafts import Completion, Scores
-from sdft.actors.shared.types import Process, Snapshot, UpdateReport
+from sdft.actors.shared.types import Process, Snapshot, Support, UpdateReport
 
 
 class SimulatedEngine:
@@ -71,8 +71,8 @@ class SimulatedEngine:
     def score(self, pairs: list[Any], k: int) -> tuple[float, list[Any]]:
         raise NotImplementedError
 
-    def score_completions(self, items: list[Any], k: int) -> tuple[float, list[Scores]]:
-        seconds, found = self.score([(prompt, c.rollout.completion_ids) for prompt, c in items], k)
+    def score_completions(self, items: list[Any], support: Support) -> tuple[float, list[Scores]]:
+        seconds, found = self.score([(prompt, c.rollout.completion_ids) for prompt, c in items], support.k)
         return seconds, [Scores(scores, scores.version) for scores in found]
 
     def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:

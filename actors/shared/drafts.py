@@ -45,13 +45,14 @@ class Completion(NamedTuple):
         return self._replace(versions=((step - 1, 0, self.tokens),), by_student=False)
 
 
-def given(step: int, completion_ids: IntArray) -> Completion:
+def given(step: int, completion_ids: IntArray, likely: IntArray | None = None) -> Completion:
     """Return tokens that no engine sampled, such as a demonstration, as a completion that the student did not sample.
 
-    step: the optimizer step that trains on it.
+    step: the optimizer step that trains on it. likely: as in Rollout.
     """
     unknown = np.full(len(completion_ids), np.nan, np.float32)
-    return Completion.of(Rollout(completion_ids[:0], completion_ids, unknown, (), "stop")).not_by_student(step)
+    rollout = Rollout(completion_ids[:0], completion_ids, unknown, (), "stop", likely=likely)
+    return Completion.of(rollout).not_by_student(step)
 
 
 class Scores(NamedTuple):

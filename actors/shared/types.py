@@ -1,7 +1,7 @@
 """Types sent between controller, engines and learner: numpy and tuples, no torch or vLLM objects."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,28 @@ class SampleId(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.stage}/{self.epoch}/{self.record}/{self.generation}"
+
+
+class Support(NamedTuple):
+    """The tokens whose log-probs the teacher gives at each position of a completion, besides the completion's own.
+
+    teacher   its k most likely
+    student   the student's k most likely (Rollout.likely)
+    union     the student's k most likely, and the teacher's k most likely of the others
+    full      every token
+    """
+
+    of: Literal["teacher", "student", "union", "full"]
+    k: int  # 0 with full
+
+    @property
+    def likely(self) -> int:
+        """Number of the student's most likely tokens that a rollout must have at each position."""
+        return self.k if self.of in ("student", "union") else 0
+
+    def width(self, vocabulary: int) -> int:
+        """Return the number of tokens at each position."""
+        return {"teacher": self.k, "student": self.k, "union": 2 * self.k, "full": vocabulary}[self.of]
 
 
 @dataclass(frozen=True)
@@ -61,6 +83,7 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    likely: int = 0  # most likely tokens that a rollout has at each position
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +96,16 @@ class Rollout:
     versions: tuple[tuple[int, int, int], ...]  # (weight version, start, end): it sampled tokens [start, end)
     finish_reason: str  # "stop" (EOS) or "length"
     experts: ExpertArray | None = None  # [P + T, routers, k], chosen by the sampler; -1: not known. None: not kept
+    likely: IntArray | None = (
+        None  # [T, Sampling.likely], the sampler's most likely tokens at each position, likeliest first
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherScores:
-    """The teacher's distribution at every completion token, cut to its top K."""
+    """The teacher's distribution at every completion token, cut to the K tokens of a support."""
 
-    ids: IntArray  # [T, K], most likely first
+    ids: IntArray  # [T, K], distinct in a row. Of support teacher: most likely first
     logprobs: FloatArray  # [T, K]
     sampled: FloatArray  # [T], the teacher's log-prob of the student's own token
     version: int  # weight version of the teacher

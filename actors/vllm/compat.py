@@ -9,6 +9,7 @@ import multiprocessing.util
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.synchronize import SemLock
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import is_torchvision_available
 from vllm import ModelRegistry, SamplingParams, ir
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.logprobs import FlatLogprobs
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.fused_moe.layer import MoERunner
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
@@ -29,8 +31,11 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.outputs import RequestOutput
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.request import Request
+
+from sdft.actors.shared.types import FloatArray, IntArray
 
 VLLM = "0.32.0"
 RAY = "2.60.0"
@@ -46,6 +51,7 @@ TORCHVISION = (
     "torchvision.transforms.v2.functional",
 )
 
+Ids = Callable[[SamplingParams], torch.Tensor | None]  # given tokens [rows, S] or [1, S] to score; None: none
 Rows = Callable[[SamplingParams], int | None]  # a request's first scored row; None: the request scores nothing
 NameOf = Callable[[SamplingParams], str | None]  # a request's name; None: it has none
 Output = Callable[[], Awaitable[RequestOutput]]  # waits for a request's output
@@ -78,6 +84,31 @@ def processes_by(context: Callable[[], Any]) -> Iterator[None]:
         yield
     finally:
         vllm.v1.engine.utils.get_mp_context = own
+
+
+@dataclass(frozen=True)
+class PromptLogprobs:
+    """Log-probs of a prompt's rows, as the runner sent them."""
+
+    ids: IntArray  # [rows, 1 + width]: the token itself first
+    logprobs: FloatArray  # [rows, 1 + width]
+
+
+def keep_prompts_as_arrays() -> None:
+    """Make vLLM's client keep flat log-probs of a prompt as PromptLogprobs: RequestOutput.prompt_logprobs is one.
+
+    Replaces LogprobsProcessor._update_prompt_logprobs. vLLM's own lists take 100 bytes and more for each log-prob,
+    where arrays take 8: a whole vocabulary of 50,000 at 2000 tokens would be 10 GB. Only scoring asks for flat ones.
+    """
+    own = LogprobsProcessor._update_prompt_logprobs
+
+    def update(self: Any, tensors: LogprobsTensors) -> None:
+        if isinstance(self.prompt_logprobs, FlatLogprobs):
+            self.prompt_logprobs = PromptLogprobs(tensors.logprob_token_ids.numpy(), tensors.logprobs.numpy())
+        else:
+            own(self, tensors)
+
+    LogprobsProcessor._update_prompt_logprobs = update
 
 
 def carries_state(arguments: AsyncEngineArgs) -> bool:
@@ -224,19 +255,21 @@ def limit_cache(scheduler: AsyncScheduler, rows: Rows) -> None:
     manager.get_computed_blocks = limited
 
 
-def score_from(runner: Any, rows: Rows) -> bool:
+def score_from(runner: Any, rows: Rows, given: Ids) -> bool:
     """Make a V1 model runner compute the log-probs of a prompt from the request's first scored row on.
 
-    Replaces the runner's _get_prompt_logprobs_dict. Returns False if the runner does not have it (V2, on GPUs).
+    A request with given tokens gets those of the token itself, of the given ones, and of the likeliest others, as many
+    as its prompt_logprobs leaves: that runner has no prompt_logprob_token_ids. Replaces the runner's
+    _get_prompt_logprobs_dict. Returns False if the runner does not have it (V2, on GPUs).
     """
     if not hasattr(runner, "_get_prompt_logprobs_dict"):
         return False
-    runner._get_prompt_logprobs_dict = functools.partial(_scores, runner, rows)
+    runner._get_prompt_logprobs_dict = functools.partial(_scores, runner, rows, given)
     return True
 
 
 def _scores(
-    runner: Any, rows: Rows, hidden_states: torch.Tensor, scheduled: dict[str, int]
+    runner: Any, rows: Rows, given: Ids, hidden_states: torch.Tensor, scheduled: dict[str, int]
 ) -> dict[str, LogprobsTensors | None]:
     """The log-probs of the scheduled requests. Prompts are not chunked, but their beginning may come from the cache."""
     scores: dict[str, LogprobsTensors | None] = {}
@@ -249,9 +282,27 @@ def _scores(
         offset = begin - request.num_computed_tokens
         logits = runner.model.compute_logits(hidden_states[offset + first : offset + len(ids) - 1])
         targets = torch.tensor(ids[first + 1 :], device=logits.device)
-        top = runner.sampler.gather_logprobs(runner.sampler.compute_logprobs(logits), k, targets)
-        scores[request_id] = LogprobsTensors(*(part.cpu() for part in top[:3]))
+        logprobs, at = runner.sampler.compute_logprobs(logits), given(request.sampling_params)
+        if at is None:
+            top = runner.sampler.gather_logprobs(logprobs, k, targets)
+            scores[request_id] = LogprobsTensors(*(part.cpu() for part in top[:3]))
+        else:
+            scores[request_id] = _at(logprobs, targets, at.to(logits.device), k)
     return scores
+
+
+def _at(logprobs: torch.Tensor, targets: torch.Tensor, given: torch.Tensor, width: int) -> LogprobsTensors:
+    """The log-probs of the targets [T], the given tokens [T, S] or [1, S], and the top width - S of the others.
+
+    logprobs: [T, V]. Returns ids and log-probs [T, 1 + width]. The ranks are not used.
+    """
+    given = given.expand(len(targets), -1)
+    ids = torch.cat([targets[:, None], given], 1)
+    values = logprobs.gather(1, ids)
+    if width > given.shape[1]:
+        others = logprobs.scatter(1, given, -torch.inf).topk(width - given.shape[1], dim=1)
+        ids, values = torch.cat([ids, others.indices], 1), torch.cat([values, others.values], 1)
+    return LogprobsTensors(ids.int().cpu(), values.cpu(), torch.zeros(len(targets), dtype=torch.int32))
 
 
 def _begin(runner: Any, request_id: str) -> int:

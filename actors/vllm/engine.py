@@ -49,14 +49,15 @@ from sdft.actors.shared.types import (
 )
 from sdft.actors.transport.named import transport_class
 from sdft.actors.vllm.arguments import arguments
-from sdft.actors.vllm.compat import RPC_FAILED, Output, enqueue
+from sdft.actors.vllm.compat import RPC_FAILED, Output, enqueue, keep_prompts_as_arrays
 from sdft.actors.vllm.experts import Parts, assembled, fill
 from sdft.actors.vllm.process import EngineProcess, error_line, forked
 from sdft.actors.vllm.sampling import rollout_of, sampling_request
-from sdft.actors.vllm.scoring import scores_of, scoring_request
+from sdft.actors.vllm.scoring import given_request, given_scores, scores_of, scoring_request
 from sdft.actors.vllm.transfer import check_digests
 
 log = logging.getLogger(__name__)
+keep_prompts_as_arrays()
 
 
 class VllmEngine(Engine):
@@ -66,6 +67,7 @@ class VllmEngine(Engine):
         super().__init__(settings)
         self._turn = asyncio.Lock()  # one batch at a time: the composition of a batch must not depend on timing
         self._pausing = asyncio.Lock()  # the task that pauses the engine also resumes it
+        self._own_scores = True  # the scores are computed by compat.score_from
         self._incomplete = False  # an update failed midway: nothing may be computed until complete weights are loaded
         self._agreement = Agreement(settings.max_probe_gap)
         self._receiver = transport_class(settings.transport).receiver()
@@ -84,7 +86,8 @@ class VllmEngine(Engine):
             raise RuntimeError(
                 f"vLLM cannot start with {self.settings.model}: {causes[0] if causes else error_line(error)}"
             ) from error
-        if not all(await self._llm.collective_rpc("score_completions_only")):
+        self._own_scores = all(await self._llm.collective_rpc("score_completions_only"))
+        if not self._own_scores:
             log.warning(
                 "teacher scores: vLLM's V2 model runner computes the log-probs of prompts too, not of completions alone"
             )
@@ -106,7 +109,7 @@ class VllmEngine(Engine):
             outputs = await self._run([r.prompt_ids for r in requests], params)
         finally:
             kept = await self._experts(names)
-        rollouts = [rollout_of(r.prompt_ids, o) for r, o in zip(requests, outputs, strict=True)]
+        rollouts = [rollout_of(r.prompt_ids, o, sampling.likely) for r, o in zip(requests, outputs, strict=True)]
         if not self.settings.keep_experts:
             return rollouts
         experts = [assembled(p, len(r.prompt_ids) + len(r.completion_ids)) for p, r in zip(kept, rollouts, strict=True)]
@@ -127,13 +130,20 @@ class VllmEngine(Engine):
         """
         params = [scoring_request(len(prompt), k) for prompt, _ in pairs]
         outputs = await self._run([np.concatenate(pair) for pair in pairs], params)
-        return [scores_of(o, len(c), k) for (_, c), o in zip(pairs, outputs, strict=True)]
+        return [scores_of(o, len(c)) for (_, c), o in zip(pairs, outputs, strict=True)]
+
+    async def score_at(self, items: Sequence[tuple[IntArray, IntArray, IntArray]], k: int) -> list[TeacherScores]:
+        """Score given tokens at each completion token, and the top k of the others, as Engine.score_at says."""
+        params = [given_request(len(prompt), len(c), ids, k, self._own_scores) for prompt, c, ids in items]
+        outputs = await self._run([np.concatenate((prompt, c)) for prompt, c, _ in items], params)
+        found = zip(items, outputs, strict=True)
+        return [given_scores(o, len(c), ids, k, self._own_scores) for (_, c, ids), o in found]
 
     async def probe(self, ids: IntArray) -> FloatArray:
         """Log-prob of every token of `ids` [N] after the first: [N - 1]."""
         # The probe does not take the turn lock, so an update is verified at once, even during a long batch.
         (output,) = await self._together([ids], [scoring_request(1, 1)])
-        return scores_of(output, len(ids) - 1, 1).sampled
+        return scores_of(output, len(ids) - 1).sampled
 
     async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
         """Replace the weights and verify them: digest of every tensor before, log-probs of the probe after.

@@ -20,7 +20,7 @@ def sampling_request(
         top_p=sampling.top_p,
         seed=seed,
         stop_token_ids=list(stop_ids),
-        logprobs=0,  # log-prob of the sampled token only
+        logprobs=sampling.likely,  # 0: log-prob of the sampled token only
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
@@ -28,11 +28,11 @@ def sampling_request(
     )
 
 
-def rollout_of(prompt_ids: IntArray, output: RequestOutput) -> Rollout:
-    """The rollout that a finished request has sampled behind its prompt."""
+def rollout_of(prompt_ids: IntArray, output: RequestOutput, likely: int = 0) -> Rollout:
+    """The rollout that a finished request has sampled behind its prompt. likely: as in Sampling."""
     completion = output.outputs[0]
     ids = np.asarray(completion.token_ids, dtype=np.int32)
-    # Flat log-probs list the sampled token first at each position. With logprobs=0 they hold nothing else.
+    # Flat log-probs list the sampled token first at each position, then the most likely ones.
     logprobs = completion.logprobs
     at = np.asarray(logprobs.start_indices)
     return Rollout(
@@ -41,4 +41,5 @@ def rollout_of(prompt_ids: IntArray, output: RequestOutput) -> Rollout:
         logprobs=np.asarray(logprobs.logprobs, dtype=np.float32)[at],
         versions=versions_of(output),
         finish_reason=completion.finish_reason or "stop",
+        likely=np.asarray(logprobs.token_ids, np.int32)[at[:, None] + 1 + np.arange(likely)] if likely else None,
     )

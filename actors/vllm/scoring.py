@@ -1,29 +1,57 @@
-"""Scoring with vLLM: log-probs of completion rows only, after a prompt that may come from the cache."""
+"""Scoring with vLLM: log-probs of completion rows only, after a prompt that may come from the cache.
+
+A row has the log-prob of the completion's token itself, then those of the support: the top k, or given tokens and the
+top k of the others.
+"""
 
 from typing import Any
 
 import numpy as np
+import torch
 from vllm import SamplingParams
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
-from sdft.actors.shared.types import TeacherScores
+from sdft.actors.shared.types import FloatArray, IntArray, TeacherScores
 from sdft.actors.vllm.compat import AsyncScheduler, limit_cache
 
-FIRST_ROW = "sdft_first_row"  # extra argument of a scoring request: the position that predicts the first scored token
+# Extra arguments of a scoring request.
+FIRST_ROW = "sdft_first_row"  # the position that predicts the first scored token
+GIVEN = "sdft_given"  # the given tokens: bytes of int32 [rows, S], as an array would not survive the way
+GIVEN_ROWS = "sdft_given_rows"  # 1: the same tokens at every position
 
 
-def scoring_request(prompt: int, k: int) -> SamplingParams:
-    """A request for the log-probs of the tokens after the first `prompt`, and for the top k at each position."""
+def scoring_request(prompt: int, k: int, given: IntArray | None = None) -> SamplingParams:
+    """A request for the log-probs of the tokens after the first `prompt`, and for k others at each position.
+
+    given: the first of these k, [T, S] or [1, S] (compat.score_from). None: the k are the most likely.
+    """
+    extra: dict[str, Any] = {FIRST_ROW: prompt - 1}
+    if given is not None:
+        extra |= {GIVEN: np.ascontiguousarray(given, np.int32).tobytes(), GIVEN_ROWS: len(given)}
     return SamplingParams(
         max_tokens=1,
         prompt_logprobs=k,
-        extra_args={FIRST_ROW: prompt - 1},
+        extra_args=extra,
         flat_logprobs=True,
         detokenize=False,
         skip_reading_prefix_cache=False,  # by default prompt_logprobs skips it; see SharedPrompts
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
+
+
+def given_request(prompt: int, tokens: int, given: IntArray, k: int, own_scores: bool) -> SamplingParams:
+    """A request for the log-probs of `tokens` tokens, of given ones [T, S] or [1, S], and of the top k of the others.
+
+    own_scores: the runner computes them by compat.score_from. Otherwise (V2, on GPUs) it has the documented
+    prompt_logprob_token_ids, and gives the top S + k beside them, of which k or more are others.
+    """
+    if own_scores:
+        return scoring_request(prompt, given.shape[1] + k, given)
+    params = scoring_request(prompt, given.shape[1] + k if k else 1)
+    params.prompt_logprob_token_ids = np.broadcast_to(given, (tokens, given.shape[1]))
+    params.prompt_logprob_start = prompt - 1
+    return params
 
 
 def first_row(params: SamplingParams) -> int | None:
@@ -32,19 +60,43 @@ def first_row(params: SamplingParams) -> int | None:
     return row
 
 
-def scores_of(output: RequestOutput, tokens: int, k: int) -> TeacherScores:
-    """The last `tokens` rows of a request's prompt log-probs: [sampled token, top 1, ..., top k] in each row.
+def given_ids(params: SamplingParams) -> torch.Tensor | None:
+    """The given tokens of a scoring request, int64 [T, S] or [1, S]; None if it has none."""
+    extra = params.extra_args or {}
+    if GIVEN not in extra:
+        return None
+    ids = np.frombuffer(extra[GIVEN], np.int32).reshape(extra[GIVEN_ROWS], -1)
+    return torch.from_numpy(ids.astype(np.int64))
+
+
+def scores_of(output: RequestOutput, tokens: int) -> TeacherScores:
+    """The last `tokens` rows of a request's prompt log-probs: [sampled token, the k others] in each row.
 
     The version is that of the one generated token, which is discarded: the whole prompt is computed in one piece with
     the same weights.
     """
-    flat = output.prompt_logprobs
-    begin = flat.start_indices[-tokens]
-    shape = (tokens, k + 1)
-    ids = np.asarray(flat.token_ids[begin:], dtype=np.int32).reshape(shape)
-    logprobs = np.asarray(flat.logprobs[begin:], dtype=np.float32).reshape(shape)
-    version = versions_of(output)[0][0]
-    return TeacherScores(ids[:, 1:].copy(), logprobs[:, 1:].copy(), logprobs[:, 0].copy(), version)
+    found = output.prompt_logprobs
+    ids, logprobs = found.ids[-tokens:], found.logprobs[-tokens:]
+    return TeacherScores(ids[:, 1:].copy(), logprobs[:, 1:].copy(), logprobs[:, 0].copy(), versions_of(output)[0][0])
+
+
+def given_scores(output: RequestOutput, tokens: int, given: IntArray, k: int, own_scores: bool) -> TeacherScores:
+    """The scores of a `given_request`: those of the given tokens first, then those of the top k of the others."""
+    scores = scores_of(output, tokens)
+    if own_scores:
+        return scores
+    ids, values = np.broadcast_to(given, (tokens, given.shape[1])), output.prompt_token_id_logprobs[-tokens:]
+    others = without(scores.ids, scores.logprobs, ids, k)
+    return TeacherScores(
+        np.concatenate([ids, others[0]], 1), np.concatenate([values, others[1]], 1), scores.sampled, scores.version
+    )
+
+
+def without(ids: IntArray, logprobs: FloatArray, given: IntArray, k: int) -> tuple[IntArray, FloatArray]:
+    """The first k of each row's tokens [T, W] that are not given [T, S], with their log-probs: two of [T, k]."""
+    among = (ids[:, :, None] == given[:, None]).any(-1)
+    kept = np.argsort(among, axis=1, kind="stable")[:, :k]  # those that are not given come first, in their order
+    return np.take_along_axis(ids, kept, 1), np.take_along_axis(logprobs, kept, 1)
 
 
 def versions_of(output: RequestOutput) -> tuple[tuple[int, int, int], ...]:

@@ -1,8 +1,8 @@
-"""The self-distillation divergence: teacher's top-K plus one tail bucket against the student, on the student's tokens.
+"""The self-distillation divergence of teacher and student, over a support of K tokens and one tail bucket.
 
 Forward is KL(q||p), reverse is KL(p||q), for teacher q and student p; jsd mixes m = (1-beta) p + beta q. Cutting both
-distributions to the teacher's K tokens and one bucket for the rest is a coarsening, so the divergence is a lower bound
-of the full one and equals it for K = V. No gradient reaches the teacher or the importance weights.
+distributions to K tokens and one bucket for the rest is a coarsening, whichever tokens they are, so the divergence is a
+lower bound of the full one and equals it for K = V. No gradient reaches the teacher or the importance weights.
 
 Logits exist for one chunk of positions at a time, so `divergence_loss` computes value and gradient without a
 [tokens, vocabulary] array.
@@ -142,7 +142,7 @@ def divergence_loss(
     vocabulary: the number of the head's first rows that are tokens; None: all.
     Returns six scalars: the loss (differentiable once, in hidden, head and bias), the divergence without weights and
     clip, the sum over the student's tokens of the k3 estimate of KL(sampler || trainer), the sum over tokens of the
-    teacher's mass outside its top K, the number of tokens whose divergence is clipped, and the sum over tokens of the
+    teacher's mass outside the support, the number of tokens whose divergence is clipped, and the sum over tokens of the
     student's entropy (0 unless the loss has it).
     """
     return _Chunked.apply(hidden, head, bias, targets, config, scaling, vocabulary)

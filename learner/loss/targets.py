@@ -12,7 +12,7 @@ class Targets:
 
     sampled_ids: Tensor  # [N] int64, the student's own tokens
     sampler_logprobs: Tensor  # [N] float32, from the engine that sampled them
-    teacher_ids: Tensor  # [N, K] int64
+    teacher_ids: Tensor  # [N, K] int64, the support
     teacher_logprobs: Tensor  # [N, K] float32
     teacher_sampled: Tensor  # [N] float32, the teacher's log-prob of the sampled token
     sequence: Tensor  # [N] int64, index of the row's sequence in the micro-batch, ascending

@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, Field
 
 from sdft.actors.shared.drafts import Completion, Draft, Scores, Turn, given
 from sdft.actors.shared.sequences import BoolArray
-from sdft.actors.shared.types import IntArray, SampleId
+from sdft.actors.shared.types import IntArray, Rollout, SampleId, Support
 from sdft.learner.config import Divergence, Forward, ImportanceConfig, LossConfig
 from sdft.services.base.section import Section, short_form
 
@@ -108,13 +108,14 @@ class Group:
         self,
         teacher: "Teacher",
         episodes: Sequence[Episode | None],
-        k: int,
+        support: Support,
         skip_first: int,
         prompts: Sequence[IntArray | None] | None = None,
     ) -> list[Draft]:
         """Have the teacher score episodes, each in one pass over all its turns. Returns a draft of each.
 
-        prompts: the teacher's prompt [P] for each episode; without one an episode is left out. None: teacher_prompt.
+        support: the tokens whose log-probs it gives. prompts: the teacher's prompt [P] for each episode; without one an
+        episode is left out. None: teacher_prompt.
         """
         behind = [self.teacher_prompt] * len(episodes) if prompts is None else prompts
         played = [
@@ -125,13 +126,27 @@ class Group:
         if not played:
             return []
         whole = [
-            e.completions[0] if len(e.completions) == 1 else given(self.step, e.behind_the_prompt) for _, e, _ in played
+            e.completions[0] if len(e.completions) == 1 else await self._whole(teacher, e, support)
+            for _, e, _ in played
         ]
-        scores = await teacher.score([prompt for _, _, prompt in played], whole, k)
+        scores = await teacher.score([prompt for _, _, prompt in played], whole, support)
         return [
             Draft(self.samples[i], self.seeds[i], _turns(episode, of_episode), skip_first)
             for (i, episode, _), of_episode in zip(played, scores, strict=True)
         ]
+
+    async def _whole(self, teacher: "Teacher", episode: Episode, support: Support) -> Completion:
+        """Return all tokens behind the student's prompt as one completion, with the student's most likely ones."""
+        if not support.likely:
+            return given(self.step, episode.behind_the_prompt)
+        parts: list[IntArray] = []
+        for context, rollout in zip(episode.contexts, await teacher.rollouts(episode.completions), strict=True):
+            if rollout.likely is None:
+                return given(self.step, episode.behind_the_prompt)  # the scoring says what is missing
+            if parts:  # between two replies: not in the loss, so any distinct tokens do
+                parts.append(np.tile(np.arange(support.likely, dtype=np.int32), (len(context), 1)))
+            parts.append(rollout.likely)
+        return given(self.step, episode.behind_the_prompt, np.concatenate(parts))
 
     @property
     def teacher_prompt(self) -> IntArray:
@@ -176,12 +191,20 @@ class Student(Protocol):
     async def tokens(self, completions: Sequence[Completion]) -> list[IntArray]:
         """Fetch the tokens [T] of completions, for algorithms that look at them."""
 
+    async def rollouts(self, completions: Sequence[Completion]) -> list[Rollout]:
+        """Fetch the rollouts of completions."""
+
 
 class Teacher(Student, Protocol):
     """The teacher engines, with the weights that teacher.weights names."""
 
-    async def score(self, prompts: Sequence[IntArray], completions: Sequence[Completion], k: int) -> list[Scores]:
-        """Return the teacher's k most likely tokens at each token of each completion, behind these prompts."""
+    async def score(
+        self, prompts: Sequence[IntArray], completions: Sequence[Completion], support: Support
+    ) -> list[Scores]:
+        """Return the teacher's log-probs at each token of each completion, behind these prompts.
+
+        support: of which tokens; that of a divergence is `divergence.scored`.
+        """
 
 
 Make = TypeVar("Make", bound=Callable[..., Any])
@@ -231,6 +254,11 @@ class Algorithm(Section):
     def trains_demonstrations(self) -> bool:
         """Whether it needs the tokens of demonstrations, so that each row of data.train needs one."""
         return False
+
+    @property
+    def likely(self) -> int:
+        """Number of the student's most likely tokens that the losses need at each position."""
+        return max(loss.divergence.scored.likely for loss in self.losses)
 
     @property
     def graded_by(self) -> str | None:

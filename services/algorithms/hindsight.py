@@ -40,5 +40,5 @@ class Hindsight(Distillation):
     async def make(self, group: Group, student: Student, teacher: Teacher) -> list[Draft]:
         n = len(group.samples)
         completions = await student.complete([group.student_ids] * n, group.seeds)
-        scores = await teacher.score([group.teacher_prompt] * n, completions, self.divergence.support)
+        scores = await teacher.score([group.teacher_prompt] * n, completions, self.divergence.scored)
         return group.drafts(completions, scores, self.skip_first)

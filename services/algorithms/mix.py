@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from sdft.actors.shared.drafts import Draft
 from sdft.actors.shared.types import IntArray
@@ -63,6 +63,16 @@ class Mix(Distillation):
     )
     importance: ImportanceConfig = ImportanceConfig()
 
+    @model_validator(mode="after")
+    def _support_is_known(self) -> "Mix":
+        support = self.divergence.scored
+        if support.likely and isinstance(self.expert, OfTeacher):
+            raise ValueError(
+                f"divergence.support {support.of} is of the student's samples, and those of expert teacher are not; "
+                f"set support: teacher or full"
+            )
+        return self
+
     @property
     def losses(self) -> tuple[LossConfig, ...]:
         own, off = self.loss(self.importance), ImportanceConfig(level="off")
@@ -102,13 +112,13 @@ class Mix(Distillation):
         behind = [group.teacher_prompt] * len(group.samples)
         completed = await teacher.complete(behind, group.seeds)
         completions = [completion.not_by_student(group.step) for completion in completed]
-        scores = await teacher.score(behind, completions, self.divergence.support)
+        scores = await teacher.score(behind, completions, self.divergence.scored)
         return group.drafts(completions, scores, self.skip_first, EXPERT)
 
     async def _sampled(self, group: Group, student: Student, teacher: Teacher, skipped: int) -> list[Draft]:
         n = len(group.samples)
         completions = await student.complete([group.student_ids] * n, group.seeds)
-        scores = await teacher.score([group.teacher_prompt] * n, completions, self.divergence.support)
+        scores = await teacher.score([group.teacher_prompt] * n, completions, self.divergence.scored)
         return group.drafts(completions, scores, skipped)
 
 

@@ -60,5 +60,5 @@ class Recall(Distillation):
             return group.demonstrated()
         prompts = [group.student_ids] * len(group.samples)
         completions = await student.complete(prompts, group.seeds)
-        scores = await teacher.score(prompts, completions, self.divergence.support)
+        scores = await teacher.score(prompts, completions, self.divergence.scored)
         return group.drafts(completions, scores, self.skip_first, RECALL)

@@ -33,8 +33,8 @@ class Sdft(Distillation):
     async def make(self, group: Group, student: Student, teacher: Teacher) -> list[Draft]:
         if group.player is not None:
             episodes = await group.player.play(group, student)
-            return await group.scored(teacher, episodes, self.divergence.support, self.skip_first)
+            return await group.scored(teacher, episodes, self.divergence.scored, self.skip_first)
         n = len(group.samples)
         completions = await student.complete([group.student_ids] * n, group.seeds)
-        scores = await teacher.score([group.teacher_prompt] * n, completions, self.divergence.support)
+        scores = await teacher.score([group.teacher_prompt] * n, completions, self.divergence.scored)
         return group.drafts(completions, scores, self.skip_first)

@@ -72,7 +72,7 @@ class Sdpo(Distillation):
         said = await self._said(group, student, episodes)
         passed = [self._passed(group, episode, text) for episode, text in zip(episodes, said, strict=True)]
         prompts = [self._prompt(group, i, episodes, said, passed) for i in range(len(episodes))]
-        return await group.scored(teacher, episodes, self.divergence.support, self.skip_first, prompts)
+        return await group.scored(teacher, episodes, self.divergence.scored, self.skip_first, prompts)
 
     async def _said(self, group: Group, student: Student, episodes: Sequence[Episode | None]) -> list[Any]:
         """Return each episode as a demonstration: its conversation, or the text of its one reply."""

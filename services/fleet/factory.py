@@ -40,9 +40,8 @@ def engine_pool(
     e, role = config.actors.pools[name], config.actors.role_name(name)
     transport = config.weights.transport
     settings = replace(
-        engine_settings(config, model, name),
+        engine_settings(config, model, name, vocabulary),
         stop_ids=stop_ids,
-        vocabulary=vocabulary,
         transport=transport,
         keep_experts=keep_experts,
     )

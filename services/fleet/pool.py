@@ -16,7 +16,16 @@ from ray.exceptions import RayError
 from sdft.actors.remote import Remote
 from sdft.actors.shared.drafts import Completion, Scores
 from sdft.actors.shared.reason import reason
-from sdft.actors.shared.types import GenerateRequest, IntArray, Rollout, Sampling, Snapshot, TeacherScores, UpdateReport
+from sdft.actors.shared.types import (
+    GenerateRequest,
+    IntArray,
+    Rollout,
+    Sampling,
+    Snapshot,
+    Support,
+    TeacherScores,
+    UpdateReport,
+)
 from sdft.actors.shared.waiting import all_of, cancelled, within
 from sdft.actors.transport.protocol import WeightTransport
 from sdft.services.base.failures import Losses
@@ -129,13 +138,13 @@ class EnginePool:
         return self._spread("complete", requests, sampling, limited)
 
     def score_completions(
-        self, items: Sequence[tuple[IntArray, Completion]], k: int, limited: bool = True
+        self, items: Sequence[tuple[IntArray, Completion]], support: Support, limited: bool = True
     ) -> Work[Scores]:
-        """As `score`, for (teacher prompt, completion) pairs; the scores stay where they were made.
+        """As `score`, for (teacher prompt, completion) pairs and a support; the scores stay where they were made.
 
         Raises CompletionLost if a completion was lost with the engine that made it.
         """
-        return self._spread("score_completions", items, k, limited)
+        return self._spread("score_completions", items, support, limited)
 
     async def update_weights(self, snapshot: Snapshot) -> list[UpdateReport]:
         """Update every engine to a snapshot, while `versions` offers it; each engine verifies it.

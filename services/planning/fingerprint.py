@@ -16,7 +16,7 @@ NOT_HASHED_OF_POOL = (*LIMITS_OF_POOL, "max_replicas", "cpus", "gpus", "labels")
 # Settings of a method and of its divergence, with the value that is not hashed: runs that began when there were none
 # can be resumed.
 OFF_OF_METHOD: Mapping[str, object] = {"entropy": 0, "length": None}
-OFF_OF_DIVERGENCE: Mapping[str, object] = {"clip": None}
+OFF_OF_DIVERGENCE: Mapping[str, object] = {"clip": None, "support": "teacher"}
 
 
 def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Sequence[PromptPair]) -> str:

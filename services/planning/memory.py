@@ -2,8 +2,10 @@
 
 The factors of the activations are fitted to measured peaks of SmolLM2-135M (bfloat16 and float32, 1024 to 8192 tokens,
 with and without gradient checkpointing, with and without LoRA; within 7 %). tests/services/planning/test_memory.py
-repeats the measurement.
+repeats the measurement. Those of a support are measured at its head, with 1024 to 49152 tokens a position.
 """
+
+import numpy as np
 
 from sdft.actors.shared.process import GIB
 from sdft.learner.config import ATTENTION_KEPT, CHUNK_BYTES, LearnerConfig, TeacherConfig
@@ -13,6 +15,11 @@ WIDTH = {"bfloat16": 2, "float32": 4}  # bytes a number
 FILE_BYTES = 2  # bytes a number in a model's files, usually
 PROCESS_GIB = 0.6  # Python, Ray, torch, transformers, DeepSpeed
 PEFT_GIB = 0.1
+# Bytes for each token of a support at each loss token, besides its scores.
+PACKED_BYTES = 20  # of a micro-batch: int64 and float32, with a copy while they are packed
+DIFFERENTIATED_BYTES = 45  # of a chunk: log-probs, both distributions and their gradient
+# Bytes for each entry of the scores in an engine's two processes, measured with 2048 tokens at a vocabulary of 49152.
+ENGINE_BYTES = 32
 
 
 def learner_gib(
@@ -25,18 +32,27 @@ def learner_gib(
     sequence: int,
     stages: int = 1,
     further: int = 0,
+    width: int = 0,
+    share: int = 0,
 ) -> float:
     """Estimate the peak in GiB of the first rank, which also holds the snapshots.
 
     tokens: of one forward. rows: those of them in the loss. sequence: tokens a sequence. stages: stages of the run.
     further: pools with the student's weights besides the student's own; each has a snapshot of its own.
+    width: tokens of the support at a position. share: loss tokens of the rank's share of a batch.
     """
     if config.lora is None:
         process, total = PROCESS_GIB, _state_bytes(config, teacher, dtype, shape, further)
     else:
         process, total = PROCESS_GIB + PEFT_GIB, _lora_state_bytes(config, teacher, dtype, shape, stages, further)
     total += _activation_bytes(config, dtype, shape, tokens, sequence)
+    total += scores_bytes(share, width) + _support_bytes(dtype, shape, rows, sequence, width)
     return process + (total + _loss_bytes(config, dtype, shape, rows)) / GIB
+
+
+def scores_bytes(rows: int, width: int) -> int:
+    """Return the bytes of the teacher's scores of `rows` tokens: an id and a log-prob for each token of the support."""
+    return rows * width * (np.dtype(np.int32).itemsize + np.dtype(np.float32).itemsize)
 
 
 def _state_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, further: int) -> float:
@@ -83,7 +99,17 @@ def _activation_bytes(config: LearnerConfig, dtype: str, shape: ModelShape, toke
     return tokens * (shape.layers * width * shape.hidden + min(8, shape.layers) * layer)
 
 
+def _support_bytes(dtype: str, shape: ModelShape, rows: int, sequence: int, width: int) -> float:
+    """Bytes of a support of `width` tokens: packed for all rows, differentiated for a chunk or a whole sequence."""
+    return width * (PACKED_BYTES * rows + DIFFERENTIATED_BYTES * min(rows, max(sequence, _chunk(dtype, shape))))
+
+
+def _chunk(dtype: str, shape: ModelShape) -> int:
+    """Loss tokens whose logits exist at a time."""
+    return CHUNK_BYTES // max(1, WIDTH[dtype] * shape.vocabulary)
+
+
 def _loss_bytes(config: LearnerConfig, dtype: str, shape: ModelShape, rows: int) -> float:
-    width, chunk = WIDTH[dtype], CHUNK_BYTES // max(1, WIDTH[dtype] * shape.vocabulary)
+    width, chunk = WIDTH[dtype], _chunk(dtype, shape)
     gradient = 0 if config.lora is not None else width + (4 if rows > chunk else 0)  # of the output head
     return shape.vocabulary * (min(rows, chunk) * width + shape.hidden * gradient)

@@ -11,8 +11,9 @@ from sdft.actors.roles import EVALUATION, STUDENT, TEACHER
 from sdft.actors.shared.process import GIB
 from sdft.services.base.errors import UserError
 from sdft.services.config.run import RunConfig, TaskConfig
-from sdft.services.planning.memory import WIDTH, learner_gib
+from sdft.services.planning.memory import ENGINE_BYTES, WIDTH, learner_gib, scores_bytes
 from sdft.services.planning.shape import ModelShape
+from sdft.services.planning.supports import width
 
 # GiB of an engine's two processes together, without weights and KV cache. Measured on the CPU build: 0.8 with a model
 # of 0.26 M parameters, 1.0 after steps of SmolLM2-135M in float32; the rest is a margin for larger batches.
@@ -46,6 +47,7 @@ class Plan:
     pools: Mapping[str, tuple[Part, ...]]  # the first engines of each pool, by its name
     learners: tuple[Part, ...]
     growing: Mapping[str, int] = field(default_factory=dict)  # most engines of a pool, if more than at the start
+    held_gib: float = 0.0  # scores in Ray's object store, and in the driver if it records them
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -61,13 +63,13 @@ class Plan:
 
     @property
     def memory_gib(self) -> float:
-        return RAY_BASE_GIB + sum(p.memory_gib for p in self.parts)
+        return RAY_BASE_GIB + self.held_gib + sum(p.memory_gib for p in self.parts)
 
     def text(self) -> str:
         """Format the plan as a table for a terminal."""
         lines = [f"{'process':<22}{'Ray CPUs':>10}{'GPUs':>6}{'memory':>12}"]
         lines += [f"{p.name:<22}{p.cpus:>10g}{p.gpus:>6g}{p.memory_gib:>8.1f} GiB" for p in self.parts]
-        lines.append(f"{'Ray and driver':<22}{0:>10g}{0:>6g}{RAY_BASE_GIB:>8.1f} GiB")
+        lines.append(f"{'Ray and driver':<22}{0:>10g}{0:>6g}{RAY_BASE_GIB + self.held_gib:>8.1f} GiB")
         lines.append(f"{'total':<22}{self.cpus:>10g}{self.gpus:>6g}{self.memory_gib:>8.1f} GiB")
         lines += [
             f"up to {most} {pool} engines while the learner waits for them" for pool, most in self.growing.items()
@@ -83,14 +85,19 @@ def make_plan(
     teacher_parameters: of an external teacher.
     """
     cuda = config.device == "cuda"
-    width = WIDTH[config.dtype]
+    bytes_of_weight = WIDTH[config.dtype]
+
+    scored = [(_rows_of_step(task), width(task, shape.vocabulary)) for task in config.tasks]
+    scoring = STUDENT if config.teacher_in_use.weights == "live" else TEACHER
 
     def engines(pool: str) -> tuple[Part, ...]:
         e = config.actors.pools[pool]
         external = teacher_parameters if config.actors.role_name(pool) == TEACHER else None
-        weights = (external or shape.parameters) * width / GIB
+        weights = (external or shape.parameters) * bytes_of_weight / GIB
         # An update holds the weights twice (the snapshot is mapped). KV cache and logits of a batch come on top.
         memory = ENGINE_BASE_GIB + 2 * weights + (0 if cuda else e.cpu_cache_gib)
+        if config.actors.role_name(pool) == scoring:
+            memory += max(ENGINE_BYTES * rows * wide for rows, wide in scored) / e.replicas / GIB
         gpus = e.gpus if cuda else 0
         return tuple(Part(f"{pool} engine {i}", e.cpus, gpus, memory, e.labels) for i in range(e.replicas))
 
@@ -100,13 +107,23 @@ def make_plan(
     teacher, stages = config.teacher_in_use.of_learner, len(forwards)
     names = pools(config)
     further = [config.actors.role(name).weights for name in names].count(STUDENT) - 1
-    memory = max(learner_gib(learner, teacher, config.dtype, shape, *forward, stages, further) for forward in forwards)
+    memory = max(
+        learner_gib(learner, teacher, config.dtype, shape, *forward, stages, further, wide, -(-rows // learner.ranks))
+        for forward, (rows, wide) in zip(forwards, scored, strict=True)
+    )
     gpus = learner.gpus if cuda else 0
     learners = tuple(
         Part(f"learner rank {i}", learner.cpus, gpus, memory, learner.labels) for i in range(learner.ranks)
     )
     growing = {name: e.most for name in names if (e := config.actors.pools[name]).most > e.replicas}
-    return Plan({name: engines(name) for name in names}, learners, growing)
+    held = max(scores_bytes(*of_step) for of_step in scored) / GIB * (1 + config.training.max_staleness)
+    held *= 3 if config.monitoring.record_rollouts else 1  # the driver joins the scores of a step, and makes a file
+    return Plan({name: engines(name) for name in names}, learners, growing, held)
+
+
+def _rows_of_step(config: TaskConfig) -> int:
+    """Return the loss tokens of a step with completions of full length."""
+    return config.training.batch_size * config.sampling.generations * config.longest_reply
 
 
 def _largest_forward(config: TaskConfig, longest_prompt: int) -> tuple[int, int, int]:
@@ -127,9 +144,10 @@ def pools(config: RunConfig) -> tuple[str, ...]:
     return tuple(name for name in config.actors.pools if not idle.get(config.actors.role_name(name)))
 
 
-def engine_settings(config: RunConfig, model: Path, pool: str) -> EngineSettings:
+def engine_settings(config: RunConfig, model: Path, pool: str, vocabulary: int | None = None) -> EngineSettings:
     """Settings of an engine of the pool with this name. model: the folder that it loads.
 
+    vocabulary: number of the tokenizer's tokens; None: not known yet.
     UserError if the longest sequence exceeds the model's positions or the KV cache.
     """
     e = config.actors.pools[pool]
@@ -159,7 +177,7 @@ def engine_settings(config: RunConfig, model: Path, pool: str) -> EngineSettings
         dtype=config.dtype,
         device=config.device,
         max_model_len=max_model_len,
-        max_logprobs=max(loss.divergence.support for task in config.tasks for loss in task.method.losses),
+        max_logprobs=max(width(task, vocabulary or 1) for task in config.tasks),
         max_num_seqs=e.max_num_seqs,
         hold_batches=config.strict,
         exclusive=config.strict and e.most == 1,
@@ -170,6 +188,7 @@ def engine_settings(config: RunConfig, model: Path, pool: str) -> EngineSettings
         threads=e.threads,
         kv_cache_gib=cache_gib,
         engine=e.engine,
+        vocabulary=vocabulary,
     )
 
 

@@ -35,6 +35,7 @@ from sdft.services.planning.prepared import Prepared, Stage
 from sdft.services.planning.routing import replays_experts
 from sdft.services.planning.shape import ModelShape, embedding_rows, read_headers, sample_of_weights
 from sdft.services.planning.sources import SAMPLE, Loaded, Questions, check_ends, load_rows, make_source
+from sdft.services.planning.supports import check_engines_score, check_supports
 from sdft.services.planning.teacher import check_same_tokens, external_teacher
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
     check_sinks(config.monitoring)
     check_files(config, base)
     check_own_engines(config)
+    check_engines_score(config)
     check_environments(config)
     loaded = [
         load_rows(task, base, _questions(stage_sets, base))
@@ -77,7 +79,7 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
             check_positions(model, tokens)
         prepared = _prepared(config, path, model, teacher, loaded, common, begun)
         if trains:
-            _check_support(config, prepared.vocabulary)
+            check_supports(config, prepared.vocabulary)
     if found.divides and config.learner.ranks > 1 and config.learner.zero_stage == 3:
         raise UserError(
             f"learner.zero_stage is 3 with {config.learner.ranks} ranks, and layers of the model in {model} compute "
@@ -174,16 +176,6 @@ def _prepared(
         teacher=teacher,
         sample_ids=builders[0].student(SAMPLE) if sources[0].grows else [],
     )
-
-
-def _check_support(config: RunConfig, vocabulary: int) -> None:
-    """UserError unless the teacher's top K are all tokens of the tokenizer."""
-    most = max(loss.divergence.support for task in config.tasks for loss in task.method.losses)
-    if most > vocabulary:
-        raise UserError(
-            f"method.divergence.top_k is {most}, and the tokenizer has {vocabulary} tokens; lower it to at most "
-            f"{vocabulary}"
-        )
 
 
 def environment_of(s: EvaluationSet, of_task: EnvironmentConfig | None) -> EnvironmentConfig | None:

@@ -85,12 +85,12 @@ class StepMetrics(CompletionFigures):
     )
     tail_mass: float = field(
         metadata=figure(
-            "Mean probability mass of the teacher outside its top K",
+            "Mean probability mass of the teacher outside the support",
             "tail_mass",
             curve=Curve(
                 "Tail mass",
-                "teacher probability outside top-K",
-                "Teacher probability outside its top-K: the tail bucket.",
+                "teacher probability outside the support",
+                "Teacher probability outside the support: the tail bucket.",
                 COLOURS[4],
             ),
         )

@@ -11,14 +11,15 @@ from typing import Any, Literal, TypeVar
 from sdft.actors import held
 from sdft.actors.shared.drafts import Completion, CompletionLost, Draft, Scores, joined
 from sdft.actors.shared.sequences import TrainingSequence
-from sdft.actors.shared.types import GenerateRequest, IntArray, Sampling
+from sdft.actors.shared.types import GenerateRequest, IntArray, Rollout, Sampling, Support
 from sdft.learner.group import SequencesLost
 from sdft.services.fleet.pool import EnginePool, Work
 from sdft.services.training.joined import Joined, lockstep, step_call
 
 T = TypeVar("T")
 Mode = Literal["lockstep", "joined", "streamed"]
-Kind = tuple[Literal["student", "teacher", "score"], int]  # what is called, and the k of scores
+# What is called: an engine's role, or the support of scores.
+Kind = Literal["student", "teacher"] | Support
 
 
 def now() -> float:
@@ -77,18 +78,17 @@ class EngineCalls:
         self._joined.cancel()
 
     async def _call(self, kind: Kind, items: list[Any]) -> list[Any]:
-        what, k = kind
-        if what == "student":
+        if kind == "student":
             results: list[Any] = await self._students.complete(items, self._sampling, self._limited)
             self.sampled = now()
             return results
         await self._teachers_ready()
-        if what == "teacher":
+        if kind == "teacher":
             results = await self._teachers.complete(items, self._sampling, self._limited)
             self.sampled = now()
             return results
         self.ready = now()
-        results = await self._teachers.score_completions(items, k, self._limited)
+        results = await self._teachers.score_completions(items, kind, self._limited)
         self.scored = now()
         return results
 
@@ -103,11 +103,13 @@ class GroupStudent:
 
     def complete(self, prompts: Sequence[IntArray], seeds: Sequence[int]) -> Work[Completion]:
         requests = [GenerateRequest(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-        return self._calls.of(self._group, (self.role, 0), requests)
+        return self._calls.of(self._group, self.role, requests)
 
     async def tokens(self, completions: Sequence[Completion]) -> list[IntArray]:
-        rollouts = await held.fetched([completion.rollout for completion in completions])
-        return [rollout.completion_ids for rollout in rollouts]
+        return [rollout.completion_ids for rollout in await self.rollouts(completions)]
+
+    async def rollouts(self, completions: Sequence[Completion]) -> list[Rollout]:
+        return await held.fetched([completion.rollout for completion in completions])
 
 
 class GroupTeacher(GroupStudent):
@@ -120,6 +122,6 @@ class GroupTeacher(GroupStudent):
         super().__init__(calls, group)
         self._before_scores = before_scores
 
-    def score(self, prompts: Sequence[IntArray], completions: Sequence[Completion], k: int) -> Work[Scores]:
+    def score(self, prompts: Sequence[IntArray], completions: Sequence[Completion], support: Support) -> Work[Scores]:
         self._before_scores()
-        return self._calls.of(self._group, ("score", k), list(zip(prompts, completions, strict=True)))
+        return self._calls.of(self._group, support, list(zip(prompts, completions, strict=True)))

@@ -154,7 +154,7 @@ class Rollouts:
             self._students,
             self._teachers,
             self._teachers_ready,
-            Sampling(s.max_new_tokens, s.temperature, s.top_p),
+            Sampling(s.max_new_tokens, s.temperature, s.top_p, stage.config.method.likely),
             len(groups),
             _mode(stage, strict),
         )

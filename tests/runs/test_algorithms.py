@@ -73,7 +73,7 @@ def both(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
                 "name": "episodes",
                 "data": data | {"train": "episodes.jsonl", "max_teacher_prompt_tokens": 300},
                 "steps": PLAYED,
-                "method": {"type": "sdft", "skip_first": 0, "divergence": {"type": "forward", "top_k": 16}},
+                "method": {"type": "sdft", "skip_first": 0, "divergence": {"support": "union", "top_k": 8}},
                 "environment": environment,
                 "optimizer": {"lr": 1e-4, "warmup_steps": 1},
                 "sets": [{"name": "games", "file": "games.jsonl", "grader": "environment", "max_new_tokens": 12}],
@@ -202,6 +202,21 @@ def test_the_teacher_scores_each_token_as_transformers_does(both: tuple[Path, Pa
     logprobs = torch.log_softmax(logits[:, : max(tokenizer.get_vocab().values()) + 1].float(), -1)
     wanted = logprobs.gather(1, ids[0, len(teacher) :, None])[:, 0].numpy()[sequence.loss_mask[start:]]
     assert np.abs(wanted - sequence.teacher.sampled).max() < 1e-4
+
+
+def test_the_students_most_likely_tokens_of_each_turn_are_scored(both: tuple[Path, Path], tiny_model: Path) -> None:
+    """Those of support union: first the student's, here with the weights before the first step with episodes."""
+    before = both[1] / "checkpoints" / f"step-{FIRST - 1:06d}" / "student"
+    student = AutoModelForCausalLM.from_pretrained(before, dtype=torch.float32)
+    sequence = next(s for s in read_batch(both[1], FIRST) if len(s.spans) == 2)
+    assert sequence.teacher is not None
+    start = sequence.spans[0].start
+    rows = logprobs(student, sequence.token_ids[:start], sequence.token_ids[start:], TOKENS)
+    own = rows[torch.tensor(sequence.loss_mask[start:])]
+    ids = torch.tensor(sequence.teacher.ids).long()
+    assert ids.shape == (len(own), 16)
+    assert all(len(set(row)) == 16 for row in ids.tolist())
+    np.testing.assert_allclose(own.gather(1, ids[:, :8]), own.topk(8, 1).values, atol=1e-4)
 
 
 def test_the_learner_alone_repeats_the_steps(both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

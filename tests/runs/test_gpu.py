@@ -11,6 +11,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -22,6 +23,7 @@ from sdft.learner.group import LearnerGroup
 from sdft.learner.loss.chunked import divergence_loss
 from sdft.learner.model.attention import packed_attention
 from sdft.learner.model.cpu.norm import replace_norms
+from sdft.services.records.batches import read_batch
 from sdft.services.records.rows import read_jsonl
 from tests.fakes.rollouts import make_rollouts
 from tests.learner.test_learner_step import PROBE, K, apart, settings
@@ -156,6 +158,22 @@ def test_a_run_on_one_gpu_accounts_for_every_sample(whole: Path) -> None:
     assert rows[0]["divergence"] > 0
     assert max(abs(r["mismatch_kl"]) for r in rows) < 1e-2
     assert json.loads((whole / "run.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.parametrize("support", ["student", "union"])
+def test_the_teacher_scores_the_students_tokens(config: Path, support: str) -> None:
+    """By vLLM's own scoring of given tokens, which its runner on a GPU has and that on a CPU has not."""
+    run_dir = config.with_name(support)
+    finish(config, run_dir, "training.steps=2", f"method.divergence.support={support}", "method.divergence.top_k=8")
+    for sequence in read_batch(run_dir, 1):
+        assert sequence.teacher is not None
+        assert sequence.teacher.ids.shape[1] == (16 if support == "union" else 8)
+        assert all(len(set(row)) == len(row) for row in sequence.teacher.ids.tolist())
+        at = sequence.teacher.ids == sequence.token_ids[sequence.loss_mask][:, None]
+        assert at.any()
+        own = np.broadcast_to(sequence.teacher.sampled[:, None], at.shape)[at]
+        np.testing.assert_allclose(sequence.teacher.logprobs[at], own, atol=1e-3)
+        assert (np.exp(sequence.teacher.logprobs).sum(1) < 1 + 1e-3).all()
 
 
 def test_a_killed_and_continued_run_has_the_same_results(config: Path, whole: Path) -> None:

@@ -15,6 +15,7 @@ SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 SCORES = f"{RUNNER}._get_prompt_logprobs_dict"
 SAMPLER = "vllm.v1.sample.sampler:Sampler"
+PROCESSOR = "vllm.v1.engine.logprobs:LogprobsProcessor"
 LOADED = "process_weights_after_loading"
 NORMS = ("rms_norm", "fused_add_rms_norm")
 
@@ -101,6 +102,14 @@ CANARIES: dict[str, Canary] = {
     "LogprobsTensors(logprob_token_ids, logprobs, selected_token_ranks)": lambda: (
         compat.LogprobsTensors._fields[:3] == ("logprob_token_ids", "logprobs", "selected_token_ranks")
     ),
+    "LogprobsProcessor._update_prompt_logprobs(prompt_logprobs_tensors)": lambda: takes(
+        f"{PROCESSOR}._update_prompt_logprobs", "self", "prompt_logprobs_tensors"
+    ),
+    "prompt_logprobs of a LogprobsProcessor as the output's": lambda: (
+        mentions(f"{PROCESSOR}.pop_prompt_logprobs", "prompt_logprobs")
+        and mentions(f"{PROCESSOR}.update_from_output", "_update_prompt_logprobs", "new_prompt_logprobs_tensors")
+    ),
+    "FlatLogprobs for flat_logprobs": lambda: mentions("vllm.logprobs:create_prompt_logprobs", "FlatLogprobs"),
     "logits by model.compute_logits in both runners": lambda: (
         mentions(f"{RUNNER}.execute_model", "model", "compute_logits")
         and mentions("vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample", "model", "compute_logits")

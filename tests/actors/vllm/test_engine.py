@@ -24,6 +24,7 @@ from sdft.actors.shared.types import (
     Sampling,
     Snapshot,
     SnapshotDamaged,
+    Support,
     UpdateReport,
     WeightMismatch,
 )
@@ -50,7 +51,7 @@ def engine_settings(model: Path, extension: str = "sdft.actors.vllm.extension.Wo
         dtype="float32",
         device="cpu",
         max_model_len=256,
-        max_logprobs=32,
+        max_logprobs=512,  # the whole vocabulary
         max_num_seqs=16,
         hold_batches=True,
         share_prompts=True,  # includes what engines without it do
@@ -80,6 +81,17 @@ def watched() -> type:
             params = [scoring_request(len(prompt), k) for prompt, _ in pairs]
             outputs = await self._engine._run([np.concatenate(pair) for pair in pairs], params)
             return [output.num_cached_tokens for output in outputs]
+
+        async def scored_by(self, prompts: list, rollouts: list, support: Support, vocabulary: int) -> list:
+            """Score rollouts as an engine that starts with this number of tokens."""
+            from sdft.actors.worker import scored
+
+            settings = self._engine.settings
+            self._engine.settings = replace(settings, vocabulary=vocabulary)
+            try:
+                return await scored(self._engine, prompts, rollouts, support)
+            finally:
+                self._engine.settings = settings
 
         async def generate_until(self, stop_ids: tuple[int, ...], requests: list, sampling: Sampling) -> list:
             """Generate as an engine that starts with these stop ids."""
@@ -197,6 +209,46 @@ def compare(engine: Any, model: torch.nn.Module, version: int, sampling: Samplin
     np.testing.assert_allclose(scores.logprobs, teacher.topk(16, -1).values, atol=1e-4)
     np.testing.assert_allclose(scores.logprobs, teacher.gather(1, torch.tensor(scores.ids).long()), atol=1e-4)
     np.testing.assert_allclose(scores.sampled, teacher.gather(1, own)[:, 0], atol=1e-4)
+
+
+def test_a_rollout_has_the_students_most_likely_tokens_and_the_same_tokens_as_without_them(
+    engines: list, tiny_model: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    requests = [GenerateRequest(PROMPT, seed) for seed in range(3)]
+    plain, more = (
+        ray.get(engines[0].generate.remote(requests, s), timeout=60) for s in (PLAIN, replace(PLAIN, likely=5))
+    )
+    for one, other in zip(plain, more, strict=True):
+        assert one.likely is None
+        assert one.completion_ids.tolist() == other.completion_ids.tolist()
+        assert one.logprobs.tobytes() == other.logprobs.tobytes()
+        top = logprobs(model, PROMPT, other.completion_ids).topk(5, -1)
+        assert other.likely.dtype == np.int32
+        np.testing.assert_array_equal(other.likely, top.indices)
+
+
+@pytest.mark.parametrize("of", ["teacher", "student", "union", "full"])
+def test_the_teacher_scores_the_tokens_of_each_support(engines: list, tiny_model: Path, of: Any) -> None:
+    """Behind a prompt that is longer than a block of the prefix cache, in one batch of two lengths."""
+    model, k = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), 4
+    prompt = np.arange(100, 180, dtype=np.int32)
+    requests = [GenerateRequest(PROMPT[: 5 + 9 * i], i) for i in range(2)]
+    rollouts = ray.get(engines[0].generate.remote(requests, replace(PLAIN, likely=k)), timeout=60)
+    rollouts[1] = replace(rollouts[1], completion_ids=rollouts[1].completion_ids[:7], likely=rollouts[1].likely[:7])
+    found = ray.get(engines[0].scored_by.remote([prompt] * 2, rollouts, Support(of, 0 if of == "full" else k), 512))
+    for rollout, scores in zip(rollouts, found, strict=True):
+        every = logprobs(model, prompt, rollout.completion_ids)
+        own = torch.tensor(rollout.completion_ids).long()[:, None]
+        np.testing.assert_allclose(scores.sampled, every.gather(1, own)[:, 0], atol=1e-4)
+        np.testing.assert_allclose(scores.logprobs, every.gather(1, torch.tensor(scores.ids).long()), atol=1e-4)
+        assert scores.ids.dtype == np.int32
+        top = [set(row) for row in every.topk(k, -1).indices.tolist()]
+        for i, row in enumerate(scores.ids.tolist()):
+            assert len(set(row)) == len(row) == Support(of, k).width(512)
+            likely, every_id = set(rollout.likely[i].tolist()), set(range(512))
+            needed = {"teacher": top[i], "student": likely, "union": likely | top[i], "full": every_id}
+            assert needed[of] <= set(row)
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-6), ("bfloat16", 1 / 128)])

@@ -94,11 +94,10 @@ def test_the_entropy_is_of_the_whole_vocabulary_whatever_the_support() -> None:
     """Its gradient is -p (log p + H). A teacher equal to the student leaves no other one."""
     logits, _ = draw(4)
     log_p = torch.log_softmax(logits, -1)
-    for kind in (Forward(top_k=1), Forward(top_k=20), Sampled()):
+    for kind, k in ((Forward(top_k=1), 1), (Forward(top_k=20), 20), (Sampled(), 1)):
         z = logits.clone().requires_grad_()
         config = LossConfig(divergence=kind, importance=ImportanceConfig(level="off"), entropy=0.5)
-        targets = make_targets(log_p, 1 if isinstance(kind, Sampled) else kind.top_k)
-        loss, *_ = divergence_loss(z, torch.eye(V, dtype=torch.float64), None, targets, config)
+        loss, *_ = divergence_loss(z, torch.eye(V, dtype=torch.float64), None, make_targets(log_p, k), config)
         loss.backward()
         entropy = -(log_p.exp() * log_p).sum(1, keepdim=True)
         torch.testing.assert_close(loss.detach(), -0.5 * entropy.mean())

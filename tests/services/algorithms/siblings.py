@@ -20,7 +20,7 @@ class Siblings(Distillation):
             return []  # these samples are dropped
         texts = [group.contexts.text(ids) for ids in await student.tokens([siblings[i] for i in taught])]
         prompts = [group.contexts.teacher(demonstration=text) for text in texts]
-        scores = await teacher.score(prompts, [completions[i] for i in taught], self.divergence.support)
+        scores = await teacher.score(prompts, [completions[i] for i in taught], self.divergence.scored)
         return [
             Draft(group.samples[i], group.seeds[i], (Turn(group.student_ids, completions[i], score),), self.skipped)
             for i, score in zip(taught, scores, strict=True)

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from sdft.actors.shared.drafts import Completion, Scores
-from sdft.actors.shared.types import IntArray, Rollout, SampleId, TeacherScores
+from sdft.actors.shared.types import IntArray, Rollout, SampleId, Support, TeacherScores
 from sdft.services.algorithms.base import Group
 from sdft.services.algorithms.hindsight import Hindsight
 from sdft.services.base.errors import UserError
@@ -51,9 +51,14 @@ class Engines:
     async def tokens(self, completions: Sequence[Completion]) -> list[IntArray]:
         return [c.rollout.completion_ids for c in completions]
 
-    async def score(self, prompts: Sequence[IntArray], completions: Sequence[Completion], k: int) -> list[Scores]:
+    async def rollouts(self, completions: Sequence[Completion]) -> list[Rollout]:
+        return [c.rollout for c in completions]
+
+    async def score(
+        self, prompts: Sequence[IntArray], completions: Sequence[Completion], support: Support
+    ) -> list[Scores]:
         self.shown += [p.tolist() for p in prompts]
-        zero = np.zeros((4, k), np.float32)
+        zero = np.zeros((4, support.k), np.float32)
         return [Scores(TeacherScores(zero.astype(np.int32), zero, zero[:, 0], 0), 0) for _ in completions]
 
 

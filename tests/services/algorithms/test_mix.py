@@ -197,6 +197,10 @@ def test_a_row_needs_what_the_teacher_is_shown_and_a_demonstration_that_is_train
         ({"share": 1}, "method.share must be less than 1, not 1"),
         ({"expert": "student"}, "method.expert must be demonstration or teacher or prefix, not the text"),
         ({"expert": {"type": "teacher", "tokens": 4}}, "method.expert.tokens is not a setting with type: teacher"),
+        (
+            {"expert": "teacher", "divergence": {"support": "student"}},
+            "divergence.support student is of the student's samples, and those of expert teacher are not; set support",
+        ),
         ({"expert": {"type": "prefix", "tokens": 0}}, "method.expert.tokens must be at least 1, not 0"),
     ],
 )

@@ -80,6 +80,22 @@ def test_an_own_algorithm_has_its_settings_and_survives_a_round_trip(tmp_path: P
             {"length": 256},
             "method.length 256 has no effect: no completion is longer than 256 tokens; lower it, or remove it",
         ),
+        (
+            {"divergence": {"type": "forward", "support": "full", "top_k": 8}},
+            "method.divergence: top_k 8 has no effect with support full, which has all tokens; remove it",
+        ),
+        (
+            {"divergence": {"type": "forward", "support": "student", "top_k": None}},
+            "method.divergence: support student needs top_k; set it, or set support: full",
+        ),
+        (
+            {"divergence": {"type": "sampled", "support": "full"}},
+            "method.divergence.support is not a setting with type: sampled; only forward and reverse and jsd have it",
+        ),
+        (
+            {"type": "off_policy", "divergence": {"support": "union"}},
+            "method: divergence.support union is of the student's samples, and method off_policy has none; set support",
+        ),
         ({"type": "sft", "entropy": 0.1}, "method.entropy is not a setting with type: sft; only sdft and off_policy"),
         (3, "method must be text or a mapping of settings, not 3"),
     ],
@@ -106,7 +122,7 @@ def test_an_override_completes_the_short_form_of_a_method(tmp_path: Path) -> Non
     path.write_text(json.dumps(LEAST | {"method": "off_policy"}))
     loaded = load_config(path, ["method.skip_first=1", "method.divergence.top_k=8"])
     (loss,) = loaded.method.losses
-    assert (loaded.method.type, loaded.method.skipped, loss.divergence.support) == ("off_policy", 1, 8)
+    assert (loaded.method.type, loaded.method.skipped, loss.divergence.scored) == ("off_policy", 1, ("teacher", 8))
 
 
 class Texts:

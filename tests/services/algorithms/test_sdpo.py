@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from sdft.actors.shared.drafts import Completion, Draft, Scores
-from sdft.actors.shared.types import IntArray, Rollout, SampleId, TeacherScores
+from sdft.actors.shared.types import IntArray, Rollout, SampleId, Support, TeacherScores
 from sdft.services.algorithms.base import Episode, Group
 from sdft.services.algorithms.sdpo import Rule, Sdpo
 from sdft.services.base.errors import PromptTooLong
@@ -59,7 +59,12 @@ class Engines:
     async def tokens(self, completions: Sequence[Completion]) -> list[IntArray]:
         return [c.rollout.completion_ids for c in completions]
 
-    async def score(self, prompts: Sequence[IntArray], completions: Sequence[Completion], k: int) -> list[Scores]:
+    async def rollouts(self, completions: Sequence[Completion]) -> list[Rollout]:
+        return [c.rollout for c in completions]
+
+    async def score(
+        self, prompts: Sequence[IntArray], completions: Sequence[Completion], support: Support
+    ) -> list[Scores]:
         self.shown += [bytes(p.astype(np.uint8)).decode() for p in prompts]
         return [Scores(scores(c.tokens), 0) for c in completions]
 

@@ -154,6 +154,12 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         2,
         ["method.divergence.top_k is 353, and the tokenizer has 352 tokens; lower it"],
     ),
+    "more tokens of student and teacher than there are": (
+        setting("method.divergence", {"type": "forward", "support": "union", "top_k": 177}),
+        TRAIN,
+        2,
+        ["top_k is 177, and support union has twice as many of each position", "352 tokens; lower it to at most 176"],
+    ),
     "a tokenizer of another model": (
         larger_tokenizer,
         TRAIN,

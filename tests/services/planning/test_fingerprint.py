@@ -41,6 +41,7 @@ OF_THE_RESULT = [
     "learner.optimizer.lr=1e-4",
     "method.divergence.top_k=8",
     "method.divergence.clip=2",
+    "method.divergence.support=student",
     "method.entropy=0.01",
     "method.length=8",
     "training.batch_size=2",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sdft.actors.shared.drafts import CompletionLost, Draft
-from sdft.actors.shared.types import SampleId, Sampling, TeacherScores
+from sdft.actors.shared.types import SampleId, Sampling, Support, TeacherScores
 from sdft.learner.config import TeacherConfig
 from sdft.learner.group import SequencesLost
 from sdft.learner.types import StepResult
@@ -120,11 +120,11 @@ def test_a_batch_that_loses_completions_is_made_again_and_counted_once(tmp_path:
         def score(self, pairs: list[Any], k: int) -> tuple[float, list[TeacherScores]]:
             return 0.1, [scores(len(completion), self.version) for _, completion in pairs]
 
-        def score_completions(self, items: list[Any], k: int) -> Any:
+        def score_completions(self, items: list[Any], support: Support) -> Any:
             asked.append(len(items))
             if len(asked) == 1:
                 raise CompletionLost("the engine that made it has died")
-            return super().score_completions(items, k)
+            return super().score_completions(items, support)
 
     class Fetching(Learner):
         async def train_step(self, drafts: list[Draft]) -> StepResult:
