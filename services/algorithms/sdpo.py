@@ -14,22 +14,18 @@ from pydantic import Field
 
 from sdft.actors.shared.drafts import Draft
 from sdft.actors.shared.types import IntArray
-from sdft.learner.config import ImportanceConfig, LossConfig
-from sdft.services.algorithms.base import Distillation, Episode, Group, Student, Teacher
+from sdft.services.algorithms.base import Episode, Group, Student, Teacher
+from sdft.services.algorithms.on_policy import OnPolicy
 from sdft.services.base.errors import PromptTooLong
 
 Rule = Literal["exact", "contains", "choice", "numeric", "tool_call", "instruction"]
 
 
-class Sdpo(Distillation):
+class Sdpo(OnPolicy):
     """Self-distillation from the student's own successes. `sampling.generations` is the size of a group."""
 
     plays: ClassVar[bool] = True
     needs_success: ClassVar[bool] = True
-    figure: ClassVar[str] = (
-        "The {name} of teacher and student on the student's tokens; the loss adds the importance weights "
-        "and the options of method."
-    )
 
     type: Literal["sdpo"] = Field("sdpo", description="The algorithm")
     grader: Rule | None = Field(
@@ -41,11 +37,6 @@ class Sdpo(Distillation):
         description="What the teacher sees of a sample without a successful sibling: skip leaves the sample out, "
         "feedback shows that of the environment, demonstration the row's",
     )
-    importance: ImportanceConfig = ImportanceConfig()
-
-    @property
-    def losses(self) -> tuple[LossConfig, ...]:
-        return (self.loss(self.importance),)
 
     @property
     def label(self) -> str:

@@ -248,7 +248,7 @@ class RunConfig(Section):
         return self.retention.sets or tuple(s.name for s in self.sets if s.role == "retention")
 
     @model_validator(mode="after")
-    def _a_gate_is_told(self) -> "RunConfig":
+    def _a_gated_teacher_has_its_guard(self) -> "RunConfig":
         every, retention, check = self.teacher.refresh_every, self.retention, self.evaluation.every
         if every is None:
             return self

@@ -23,7 +23,6 @@ from sdft.actors.shared.own_code import NotImportable
 from sdft.services.environments.base import Answer, Done, Dropped, Environment
 
 CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
-FEEDBACK = "reward {:g}"
 
 
 class Verifiers(Environment):
@@ -71,7 +70,7 @@ class Verifiers(Environment):
             if output.get("error"):
                 raise Dropped(f"verifiers: {_ending(output)}")
             reward = float(output["reward"] or 0.0)
-            return Done(reward >= self._passes_at, FEEDBACK.format(reward))
+            return Done(reward >= self._passes_at, f"reward {reward:g}")
         before = len(self._seen)
         if _texts(prompt[:before]) != _texts(self._seen) or prompt[before]["role"] != "assistant":
             raise Dropped("verifiers: the environment rewrites earlier messages, and sampled tokens cannot change")

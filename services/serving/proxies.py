@@ -8,18 +8,18 @@ the gateway.
 """
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from sdft.actors.shared.reason import reason
 from sdft.services.base.errors import UserError
 from sdft.services.config.service import ProxiesConfig
+from sdft.services.serving.http.errors import error_body
 
 NAME = "sdft"  # of the application in Ray Serve
 # Of one connection, not of the message (RFC 9110, section 7.6.1); and what the next connection sets itself.
@@ -69,9 +69,8 @@ async def _pieces(reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
 
 
 def _unreachable(error: Exception) -> Response:
-    said = {"message": f"the gateway cannot be reached ({type(error).__name__}); send it again later"}
-    body = json.dumps({"error": said | {"type": "server_error", "param": None, "code": "no_gateway"}})
-    return Response(body, 503, {"Retry-After": "5"}, "application/json")
+    said = f"the gateway cannot be reached ({type(error).__name__}); send it again later"
+    return JSONResponse(error_body(503, "no_gateway", said), 503, {"Retry-After": "5"})
 
 
 @asynccontextmanager

@@ -214,6 +214,11 @@ class _Server(uvicorn.Server):
             yield
 
 
+async def _started(server: uvicorn.Server) -> None:
+    while not server.started:
+        await asyncio.sleep(0.02)
+
+
 async def _proxied(server: uvicorn.Server, service: Service, listening: socket.socket) -> None:
     """Have Ray Serve's proxies pass requests on to the gateway, until cancelled."""
     from ray.util import get_node_ip_address
@@ -221,8 +226,7 @@ async def _proxied(server: uvicorn.Server, service: Service, listening: socket.s
     from sdft.services.serving.proxies import proxies
 
     assert service.http.proxies is not None
-    while not server.started:
-        await asyncio.sleep(0.02)
+    await _started(server)
     host, port = listening.getsockname()[:2]
     reached = get_node_ip_address() if host in ("0.0.0.0", "::") else host
     url = f"http://{f'[{reached}]' if ':' in reached else reached}:{port}"
@@ -232,8 +236,7 @@ async def _proxied(server: uvicorn.Server, service: Service, listening: socket.s
 
 async def _announce(server: uvicorn.Server, service: Service, listening: socket.socket) -> None:
     """Write down where the service answers, once it does."""
-    while not server.started:
-        await asyncio.sleep(0.02)
+    await _started(server)
     http, port = service.http, listening.getsockname()[1]
     own = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(http.host, http.host)  # an address of this machine
     host = f"[{own}]" if ":" in own else own

@@ -58,7 +58,7 @@ def test_completions_with_words_of_the_template_or_marks_are_counted_once() -> N
 
 @pytest.mark.parametrize("words", [300, 30_000])
 def test_the_counts_do_not_depend_on_the_ranks(words: int) -> None:
-    """More distinct 3-grams than are kept are estimated, with the same number whoever counts."""
+    """More distinct 3-grams than are kept are estimated, with the same number for any division over ranks."""
     chance = np.random.default_rng(0)
     samples = [sequence(completion(chance.integers(0, words, 400).tolist(), -0.25)) for _ in range(48)]
     whole = counted(samples, Watched())

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,14 @@ from sdft.services.algorithms.base import Group
 from sdft.services.algorithms.mix import EXPERT, Mix, OfPrefix, OfTeacher
 from sdft.services.base.errors import UserError
 from sdft.services.config.load import load_config
-from sdft.services.config.run import RunConfig
 from sdft.services.data.pairs import PromptPair
 from sdft.services.data.schedule import sample_seed
-from sdft.services.data.sources.fixed import FixedSource
 from sdft.services.planning.prepare import prepare
 from sdft.services.planning.prepared import Prepared
-from sdft.services.records.ledger import Ledger
-from sdft.services.training.rollouts import Batch, Rollouts
-from simulation import virtual_time
-from simulation.cluster import Case, Teacher, pool
+from simulation.cluster import Case, Teacher
 from simulation.cluster import Student as SimulatedStudent
-from simulation.cluster import prepared as simulated
 from tests.runs.run import write_run
+from tests.services.algorithms.batches import first_batch
 from tests.services.algorithms.test_hindsight import STUDENT, TEACHER, Engines
 from tests.services.algorithms.test_sdpo import Texts
 
@@ -122,31 +116,15 @@ def test_groups_whose_samples_need_other_calls_make_one_batch(tmp_path: Path, st
     """Two samples of each record, so that the samples of a record have different calls of the engines."""
     case = Case("mix", engines=2, staleness=staleness, steps=1)
 
-    async def run() -> tuple[Batch, dict[str, int]]:
-        students = pool(case, "student", 2, lambda number: SimulatedStudent(number, case))
-        teachers = pool(case, "teacher", 1, lambda number: Teaching(number, case))
-        await asyncio.gather(students.start(), teachers.start())
-        one = simulated(case, 8)
-        (stage,) = one.stages
-        changed = {"method": {"type": "mix", "share": 0.5, "expert": expert}, "sampling": {"generations": 2}}
-        (task,) = RunConfig.model_validate(one.config.model_dump() | changed).tasks
-        pairs = [PromptPair.of([1], [2], SHOWN.tolist())] * 1000
-        source = FixedSource("simulated.jsonl", [], pairs)
-        stage = replace(
-            stage, config=task, source=source, schedule=replace(stage.schedule, generations=2, source=source)
-        )
-        ledger = Ledger(tmp_path / "ledger.sqlite")
-
-        async def ready() -> None: ...
-
-        rollouts = Rollouts(replace(one, stages=(stage,)), students, teachers, ledger, ready, 0)
-        rollouts.open(stage.schedule)
-        rollouts.begin(0)
-        batch = await rollouts.take(1)
-        await asyncio.gather(students.stop(), teachers.stop())
-        return batch, ledger.counts()
-
-    batch, counts = virtual_time.run(run())
+    method, pair = {"type": "mix", "share": 0.5, "expert": expert}, PromptPair.of([1], [2], SHOWN.tolist())
+    batch, counts = first_batch(
+        tmp_path,
+        case,
+        method,
+        lambda number: SimulatedStudent(number, case),
+        lambda number: Teaching(number, case),
+        pair,
+    )
     mixed = {draft.sample for draft in batch.drafts if random.Random(draft.seed).random() < 0.5}
     records = [{draft.sample in mixed for draft in batch.drafts if draft.sample.record == r} for r in range(1000)]
     assert counts == {"scored": 16}

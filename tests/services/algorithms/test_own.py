@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,13 @@ import numpy as np
 import pytest
 
 from sdft.actors.shared.drafts import Draft
-from sdft.actors.shared.types import IntArray
 from sdft.services.algorithms.base import Group
 from sdft.services.algorithms.sdft import Sdft
 from sdft.services.base.errors import UserError
 from sdft.services.config.load import load_config, resolved_yaml
 from sdft.services.config.run import RunConfig
-from sdft.services.records.ledger import Ledger
-from sdft.services.training.rollouts import Batch, Rollouts
-from simulation import virtual_time
-from simulation.cluster import Case, Student, Teacher, pool, prepared
+from simulation.cluster import Case, Student, Teacher
+from tests.services.algorithms.batches import first_batch
 
 HERE = Path(__file__).parent
 LEAST = {"model": "m", "data": {"train": "t.jsonl"}, "training": {"steps": 1}}
@@ -123,55 +119,6 @@ def test_an_override_completes_the_short_form_of_a_method(tmp_path: Path) -> Non
     loaded = load_config(path, ["method.skip_first=1", "method.divergence.top_k=8"])
     (loss,) = loaded.method.losses
     assert (loaded.method.type, loaded.method.skipped, loss.divergence.scored) == ("off_policy", 1, ("teacher", 8))
-
-
-class Texts:
-    """Contexts of a record: the teacher's prompt is the text that it shows."""
-
-    def teacher(self, **columns: str) -> IntArray:
-        return np.frombuffer(columns["demonstration"].encode(), np.uint8).astype(np.int32)
-
-    def text(self, ids: IntArray) -> str:
-        return f"{len(ids)} tokens"
-
-    def reply(self, ids: IntArray) -> str:
-        return self.text(ids)
-
-    def between(self, messages: Any) -> IntArray:
-        raise AssertionError("no episode is played here")
-
-    @property
-    def row(self) -> dict[str, Any]:
-        return {}
-
-
-def first_batch(
-    folder: Path, case: Case, method: Any, student: Callable[[int], Student], teacher: Callable[[int], Teacher]
-) -> tuple[Batch, dict[str, int]]:
-    """Make the batch of step 1, two samples of each of 8 prompts, in simulated time. Returns it with the counts."""
-    one = prepared(case, 8)
-    (stage,) = one.stages
-    settings = one.config.model_dump() | {"sampling": {"generations": 2}}
-    (task,) = RunConfig.model_validate(settings | ({"method": method} if isinstance(method, dict) else {})).tasks
-    if not isinstance(method, dict):
-        task = task.model_copy(update={"method": method})
-    stage = replace(stage, config=task, contexts=lambda index: Texts(), schedule=replace(stage.schedule, generations=2))
-
-    async def run() -> tuple[Batch, dict[str, int]]:
-        students, teachers = pool(case, "student", 2, student), pool(case, "teacher", 1, teacher)
-        await asyncio.gather(students.start(), teachers.start())
-        ledger = Ledger(folder / "ledger.sqlite")
-
-        async def ready() -> None: ...
-
-        rollouts = Rollouts(replace(one, stages=(stage,)), students, teachers, ledger, ready, 0)
-        rollouts.open(stage.schedule)
-        rollouts.begin(0)
-        batch = await rollouts.take(1)
-        await asyncio.gather(students.stop(), teachers.stop())
-        return batch, ledger.counts()
-
-    return virtual_time.run(run())
 
 
 class Patient(Sdft):

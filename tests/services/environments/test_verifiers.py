@@ -13,6 +13,7 @@ from sdft.services.environments.child import EpisodeLost
 from sdft.services.environments.pool import Environments
 from sdft.services.environments.verifiers_environment import Verifiers
 from tests.papers.documents import ROOT
+from tests.services.environments.test_pool import user
 
 PYTHON = ROOT / ".venv" / "verifiers" / "bin" / "python"  # made by `make whole`
 ROW = {"id": "row-1", "prompt": [{"role": "user", "content": "Guess."}], "answer": "5"}
@@ -39,10 +40,6 @@ def played(*replies: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> l
         return found
 
     return asyncio.run(run())
-
-
-def user(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
 
 
 @pytest.mark.whole
