@@ -21,7 +21,7 @@ from benchmarks.measure import in_a_process, report
 from benchmarks.random_engine import Worker
 from sdft.actors.remote import RemoteActor
 from sdft.actors.shared.drafts import Completion, Draft, Scores, Turn, joined
-from sdft.actors.shared.types import GenerateRequest, SampleId, Sampling
+from sdft.actors.shared.types import GenerateRequest, SampleId, Sampling, Support
 from sdft.learner.shares import shares
 from sdft.learner.worker import learner_actor
 
@@ -60,7 +60,7 @@ async def batch(by_reference: bool, tokens: int) -> tuple[float, float]:
         completions = await counted.call(student, "complete" if by_reference else "generate", requests, sampling)
         if by_reference:
             pairs = [(shown, completion) for completion in completions]
-            scores = await counted.call(teacher, "score_completions", pairs, K)
+            scores = await counted.call(teacher, "score_completions", pairs, Support("teacher", K))
         else:
             pairs = [(shown, rollout.completion_ids) for rollout in completions]
             found = await counted.call(teacher, "score", pairs, K)

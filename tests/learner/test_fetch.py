@@ -9,12 +9,12 @@ import ray
 
 from benchmarks.random_engine import Worker
 from sdft.actors.shared.drafts import CompletionLost, Draft, Turn
-from sdft.actors.shared.types import GenerateRequest, SampleId, Sampling
+from sdft.actors.shared.types import GenerateRequest, SampleId, Sampling, Support
 from sdft.learner.shares import shares
 from sdft.learner.worker import learner_actor
 
 PROMPT = np.arange(3, dtype=np.int32)
-TOKENS, K = 5, 4
+TOKENS, SUPPORT = 5, Support("teacher", 4)
 
 
 def actor(kind: Any) -> Any:
@@ -28,7 +28,7 @@ def test_each_rank_fetches_its_share_and_names_what_was_lost_with_an_engine(ray_
     requests = [GenerateRequest(PROMPT, i) for i in range(4)]
     completions = ray.get(student.complete.remote(requests, Sampling(TOKENS)), timeout=60)
     items = [(PROMPT, completion) for completion in completions]
-    scores = ray.get(teacher.score_completions.remote(items, K), timeout=60)
+    scores = ray.get(teacher.score_completions.remote(items, SUPPORT), timeout=60)
     drafts = [
         Draft(SampleId(0, 0, i, 0), i, (Turn(PROMPT, completion, score),))
         for i, (completion, score) in enumerate(zip(completions, scores, strict=True))
@@ -47,6 +47,6 @@ def test_each_rank_fetches_its_share_and_names_what_was_lost_with_an_engine(ray_
         assert time.monotonic() < deadline, "the values of a dead engine are still there"
         time.sleep(0.1)
     with pytest.raises(CompletionLost):
-        ray.get(teacher.score_completions.remote(items, K), timeout=60)
+        ray.get(teacher.score_completions.remote(items, SUPPORT), timeout=60)
     for left in (teacher, *ranks):
         ray.kill(left)

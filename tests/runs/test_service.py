@@ -215,11 +215,12 @@ def test_the_tutorial_does_what_it_says(service: RunningService, tmp_path: Path)
 
     page = ROOT / "docs" / "service.md"
     assert "sdft serve my.yaml" in blocks(page)
-    asked, corrected, commented, taught = (text for text in blocks(page) if text.startswith("curl "))
+    asked, corrected, commented, said_next, taught = (text for text in blocks(page) if text.startswith("curl "))
     receipt = json.loads(run(asked))["id"]
     assert json.loads(run(corrected.replace("chatcmpl-...", receipt))) == {"ids": ["rec-17"]}
     counted = {"ids": [], "counted": ["comment"]}  # this service's method has no teacher that could see a comment
     assert json.loads(run(commented.replace("chatcmpl-...", receipt))) == counted
+    assert json.loads(run(said_next.replace("chatcmpl-...", receipt))) == {"ids": [], "counted": ["next_message"]}
     assert json.loads(run(taught)) == {"ids": ["rec-18", "rec-19"]}
     shown, listed, audited, *_ = block("sdft status", page).splitlines()
     assert f"service     runs at {service.url}" in run(shown)

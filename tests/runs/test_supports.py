@@ -105,7 +105,7 @@ def test_the_scores_are_of_the_supports_tokens_and_the_loss_is_the_formula(
     assert row["divergence"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
     assert row["loss"] == pytest.approx(row["divergence"], rel=1e-3)  # importance weights of a strict run are near 1
     assert (row["tail_mass"] < 1e-5) == (of == "full")
-    assert (row["clipped"], row["entropy"]) == (None, None)
+    assert (row["clipped"], row["loss_entropy"]) == (None, None)
 
 
 def test_the_options_are_in_the_loss_as_their_formula_says(run: tuple[Path, Path], tiny_model: Path) -> None:
@@ -120,7 +120,7 @@ def test_the_options_are_in_the_loss_as_their_formula_says(run: tuple[Path, Path
         clipped.append(d > CLIP)
     row = read_jsonl(run[1] / "metrics.jsonl")[first_step(stage) - 1]
     assert row["loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-3)
-    assert row["entropy"] == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-4)
+    assert row["loss_entropy"] == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-4)
     assert row["clipped"] == pytest.approx(float(torch.cat(clipped).float().mean()))
     assert 0 < row["clipped"] < 1, "some tokens are clipped and some are not, or the test shows nothing"
 
