@@ -99,6 +99,9 @@ def _start(config: ProxiesConfig, gateway: str) -> None:
         "num_replicas": config.replicas,
         "ray_actor_options": {"num_cpus": config.cpus},
         "max_ongoing_requests": config.max_ongoing,
+        # The gateway has ended its answers before the replicas are stopped, and `ray job stop` kills after 3 s.
+        "graceful_shutdown_wait_loop_s": 0.1,
+        "graceful_shutdown_timeout_s": 1,
     }
     serve.run(serve.deployment(PassOn).options(**options).bind(gateway), name=NAME, route_prefix="/")
 
@@ -106,7 +109,8 @@ def _start(config: ProxiesConfig, gateway: str) -> None:
 def _stop() -> None:
     from ray import serve
 
-    if NAME in serve.status().applications:
-        serve.delete(NAME)
-    if not serve.status().applications:  # else another application of the cluster needs it
+    applications = serve.status().applications.keys()
+    if not applications - {NAME}:
         serve.shutdown()
+    elif NAME in applications:  # another application of the cluster needs the rest
+        serve.delete(NAME)

@@ -94,7 +94,6 @@ async def serve(checked: Checked, say: Callable[[str], None], programs: Programs
             pool, Policy.of(settings.serving), lambda i: _engine(checked, host, pool, notices, i), notices
         )
         server = _Server(_uvicorn(make_app(service), settings.http))
-        stack.callback(lambda: (folder.path / SERVICE).unlink(missing_ok=True))
         try:
             await _run(service, scaling, server, listening)
         except BaseExceptionGroup as group:
@@ -108,7 +107,7 @@ async def _run(service: Service, scaling: Scaling, server: "_Server", listening:
     """Run the parts of a service until cancelled, or until one of them fails."""
     async with asyncio.TaskGroup() as tasks:
         serving = tasks.create_task(server.serve(sockets=[listening]), name="gateway")
-        tasks.create_task(_announce(server, service, listening), name="announce")
+        announced = tasks.create_task(_announced(server, service, listening), name="announce")
         tasks.create_task(scaling.run(), name="engines")
         tasks.create_task(service.loop.run(), name="loop")
         if service.http.proxies is not None:
@@ -116,6 +115,7 @@ async def _run(service: Service, scaling: Scaling, server: "_Server", listening:
         try:
             await asyncio.shield(serving)
         except asyncio.CancelledError:
+            announced.cancel()
             server.should_exit = True  # answers in flight may end
             await asyncio.wait([serving], timeout=STOP_S + 1)
             raise
@@ -234,13 +234,22 @@ async def _proxied(server: uvicorn.Server, service: Service, listening: socket.s
         await asyncio.Event().wait()
 
 
-async def _announce(server: uvicorn.Server, service: Service, listening: socket.socket) -> None:
-    """Write down where the service answers, once it does."""
-    await _started(server)
+async def _announced(server: uvicorn.Server, service: Service, listening: socket.socket) -> None:
+    """Keep the file that says where the service answers, from when it does until cancelled."""
+    path = service.folder.path / SERVICE
+    try:
+        await _started(server)
+        _announce(service, path, listening)
+        await asyncio.Event().wait()
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _announce(service: Service, path: Path, listening: socket.socket) -> None:
     http, port = service.http, listening.getsockname()[1]
     own = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(http.host, http.host)  # an address of this machine
     host = f"[{own}]" if ":" in own else own
     url = f"{'https' if http.tls_key else 'http'}://{host}:{port}"
     with suppress(OSError):
-        write_atomically(service.folder.path / SERVICE, json.dumps({"url": url, "pid": os.getpid()}).encode())
+        write_atomically(path, json.dumps({"url": url, "pid": os.getpid()}).encode())
     service.notice(f"the service answers at {url} (page) and {url}/v1")
