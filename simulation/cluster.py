@@ -23,13 +23,14 @@ import numpy as np
 from rich.console import Console
 
 from sdft.actors.roles import EVALUATION, STUDENT, TEACHER
-from sdft.actors.shared.drafts import Draft
+from sdft.actors.shared.drafts import Completion, Draft, Scores
 from sdft.actors.shared.process import collect_rarely
 from sdft.actors.shared.types import (
     GenerateRequest,
     Rollout,
     Sampling,
     Snapshot,
+    Support,
     TeacherScores,
     UpdateReport,
 )
@@ -63,6 +64,7 @@ ROUNDS = 2  # samples per step, as a multiple of what the student engines can co
 WARM = 3  # steps left out of the reported means
 ANSWER = np.zeros(MOST_TOKENS, dtype=np.int32)
 LOGPROBS = np.zeros(MOST_TOKENS, dtype=np.float32)
+HELD = object()  # in place of Ray's reference to a rollout or to scores
 
 
 @dataclass(frozen=True)
@@ -97,16 +99,21 @@ class Student(SimulatedEngine):
     def start(self) -> tuple[float, Any]:
         return START_S, None
 
-    def generate(self, items: list[GenerateRequest], argument: Sampling) -> tuple[float, list[Rollout]]:
+    def sampled(self, items: list[GenerateRequest]) -> tuple[float, list[int]]:
+        """Return the seconds to sample rollouts, and their lengths."""
         lengths = [tokens(request.seed) for request in items]
         free = [0] * min(ROOM, len(lengths))  # when each slot of the engine's batch is free, in tokens
         for length in lengths:
             heapq.heappush(free, heapq.heappop(free) + length)
+        return max(free) * self._token_s, lengths
+
+    def generate(self, items: list[GenerateRequest], argument: Sampling) -> tuple[float, list[Rollout]]:
+        seconds, lengths = self.sampled(items)
         made = [
             Rollout(r.prompt_ids, ANSWER[:n], LOGPROBS[:n], ((self.version, 0, n),), "stop")
             for r, n in zip(items, lengths, strict=True)
         ]
-        return max(free) * self._token_s, made
+        return seconds, made
 
     def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
         return self._load_s, super().update_weights(snapshot)[1]
@@ -125,10 +132,29 @@ class Teacher(SimulatedEngine):
         return START_S, None
 
     def score(self, pairs: list[Any], k: int) -> tuple[float, list[TeacherScores]]:
-        return SCORE_S * max(len(pairs), len(self._open) + 1), [scores(len(completion)) for _, completion in pairs]
+        return self.seconds_for(pairs), [scores(len(completion)) for _, completion in pairs]
+
+    def seconds_for(self, items: list[Any]) -> float:
+        """Return the seconds to score items beside the other open calls."""
+        return SCORE_S * max(len(items), len(self._open) + 1)
 
     def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
         return LOAD_S, super().update_weights(snapshot)[1]
+
+
+class HoldingStudent(Student):
+    """Student engine whose rollouts stay with it, as those of a Ray actor: it returns a reference to each."""
+
+    def complete(self, items: list[GenerateRequest], argument: Sampling) -> tuple[float, list[Completion]]:
+        seconds, lengths = self.sampled(items)
+        return seconds, [Completion(HELD, n, ((self.version, 0, n),), "stop") for n in lengths]
+
+
+class HoldingTeacher(Teacher):
+    """Teacher engine whose scores stay with it."""
+
+    def score_completions(self, items: list[Any], support: Support) -> tuple[float, list[Scores]]:
+        return self.seconds_for(items), [Scores(HELD, 0) for _ in items]
 
 
 class Learner:
@@ -221,6 +247,7 @@ def drive(
     teachers: int = 1,
     first_step: int = 0,
     evaluation: Callable[[int], SimulatedEngine] | None = None,
+    teacher: Callable[[int], SimulatedEngine] = Teacher,
 ) -> float:
     """Run the real controller on simulated parts in virtual time. Returns the processor seconds of the training loop.
 
@@ -228,6 +255,7 @@ def drive(
     teachers: number of teacher engines; 0: the student engines score.
     first_step: the last completed step, from which the run resumes with the files that `run_dir` holds.
     evaluation: creates the engine of an evaluation pool; None: the student engines evaluate.
+    teacher: creates a teacher engine.
     """
     ledger, log = Ledger(run_dir / "ledger.sqlite"), RunLog(run_dir)
 
@@ -235,7 +263,7 @@ def drive(
         students = pool(case, STUDENT, case.engines, student)
         pools = {STUDENT: students}
         if teachers:
-            pools[TEACHER] = pool(case, TEACHER, teachers, Teacher)
+            pools[TEACHER] = pool(case, TEACHER, teachers, teacher)
         if evaluation is not None:
             pools[EVALUATION] = pool(case, EVALUATION, 1, evaluation)
         await asyncio.gather(*(engines.start() for engines in pools.values()))
@@ -267,7 +295,11 @@ def simulate(case: Case) -> dict[str, Any]:
         run_dir, ready = Path(scratch), prepared(case, batch)
         before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         collect_rarely()
-        used = drive(ready, run_dir, case, lambda number: Student(number, case), learner, nowhere, teachers_needed)
+
+        def student(number: int) -> HoldingStudent:
+            return HoldingStudent(number, case)
+
+        used = drive(ready, run_dir, case, student, learner, nowhere, teachers_needed, teacher=HoldingTeacher)
         rows = read_jsonl(run_dir / "metrics.jsonl")
     samples = batch * case.steps
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
