@@ -20,13 +20,14 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.measure import report
 from sdft.actors.shared.types import IntArray
-from sdft.learner.config import LossConfig
+from sdft.learner.config import Forward, LossConfig, Reverse
 from sdft.learner.loss.divergences import divergence, with_tail
 from sdft.services.config.load import load_config
 from sdft.services.planning.prepare import prepare
 
 EXAMPLE = Path("examples/tools/tools.yaml")
 PROMPTS, NEW_TOKENS, SKIP, SUPPORTS = 16, 48, 3, (1, 8, 20, 64, 256)
+LOSSES = {"forward": LossConfig(divergence=Forward()), "reverse": LossConfig(divergence=Reverse())}
 STRIDE = 16
 
 
@@ -65,7 +66,7 @@ def main() -> None:
     prepared = prepare(load_config(EXAMPLE), EXAMPLE)
     model = AutoModelForCausalLM.from_pretrained(prepared.model, dtype=torch.float32)
     parameters = list(model.parameters())
-    cases = [(name, k, tail) for name in ("forward", "reverse") for k in SUPPORTS for tail in (True, False)]
+    cases = [(name, k, tail) for name in LOSSES for k in SUPPORTS for tail in (True, False)]
     gradients: dict[Any, Tensor] = {}
     prompts = prepared.stages[0].prompts
     pairs = prompts[:: max(1, len(prompts) // PROMPTS)][:PROMPTS]
@@ -79,9 +80,9 @@ def main() -> None:
         top = log_q.topk(max(SUPPORTS), -1).indices
         log_p = log_probs(model, pair.student_ids, completion)
         # One forward serves all cases. The gradient with respect to the logits is small; each case adds one backward.
-        for case in [("forward", None, True), ("reverse", None, True), *cases]:
+        for case in [*((name, None, True) for name in LOSSES), *cases]:
             name, k, tail = case
-            config = LossConfig(divergence=name)
+            config = LOSSES[name]
             if k is None:
                 value = divergence(log_p, log_q, config)
             else:
