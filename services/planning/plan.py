@@ -4,10 +4,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sdft.actors.config import EngineSettings
-from sdft.actors.roles import EVALUATION, STUDENT, TEACHER
+from sdft.actors.roles import EVALUATION, STUDENT, TEACHER, teacher_pool
 from sdft.actors.shared.process import GIB
 from sdft.services.base.errors import UserError
 from sdft.services.config.run import RunConfig, TaskConfig
@@ -76,19 +77,21 @@ class Plan:
 
 
 def make_plan(
-    config: RunConfig, shape: ModelShape, longest_prompts: Sequence[int], teacher_parameters: int | None = None
+    config: RunConfig,
+    shape: ModelShape,
+    longest_prompts: Sequence[int],
+    teacher_parameters: Mapping[str, int] = MappingProxyType({}),
 ) -> Plan:
     """Make the plan of a run. longest_prompts: tokens of the longest student prompt of each task.
 
-    teacher_parameters: of an external teacher.
+    teacher_parameters: of each external teacher, by the name of its pool.
     """
     cuda = config.device == "cuda"
     width = WIDTH[config.dtype]
 
     def engines(pool: str) -> tuple[Part, ...]:
-        e = config.actors.pools[pool]
-        external = teacher_parameters if config.actors.role_name(pool) == TEACHER else None
-        weights = (external or shape.parameters) * width / GIB
+        e = config.actors.settings(pool)
+        weights = teacher_parameters.get(pool, shape.parameters) * width / GIB
         # An update holds the weights twice (the snapshot is mapped). KV cache and logits of a batch come on top.
         memory = ENGINE_BASE_GIB + 2 * weights + (0 if cuda else e.cpu_cache_gib)
         gpus = e.gpus if cuda else 0
@@ -105,7 +108,7 @@ def make_plan(
     learners = tuple(
         Part(f"learner rank {i}", learner.cpus, gpus, memory, learner.labels) for i in range(learner.ranks)
     )
-    growing = {name: e.most for name in names if (e := config.actors.pools[name]).most > e.replicas}
+    growing = {name: e.most for name in names if (e := config.actors.settings(name)).most > e.replicas}
     return Plan({name: engines(name) for name in names}, learners, growing)
 
 
@@ -121,10 +124,12 @@ def pools(config: RunConfig) -> tuple[str, ...]:
     """Return the names of the pools that are started.
 
     With a live teacher the student engines also score; without a teacher (`teacher_in_use` is "live") no engine
-    scores. Without evaluation sets no pool is started for them.
+    scores. Without evaluation sets no pool is started for them. Each of several teachers has a pool.
     """
     idle = {TEACHER: config.teacher_in_use.weights == "live", EVALUATION: not config.sets}
-    return tuple(name for name in config.actors.pools if not idle.get(config.actors.role_name(name)))
+    started = (name for name in config.actors.pools if not idle.get(config.actors.role_name(name)))
+    teachers = tuple(map(teacher_pool, config.teacher_in_use.routes))
+    return tuple(pool for name in started for pool in (teachers if name == TEACHER else (name,)))
 
 
 def engine_settings(config: RunConfig, model: Path, pool: str) -> EngineSettings:
@@ -132,7 +137,7 @@ def engine_settings(config: RunConfig, model: Path, pool: str) -> EngineSettings
 
     UserError if the longest sequence exceeds the model's positions or the KV cache.
     """
-    e = config.actors.pools[pool]
+    e = config.actors.settings(pool)
     longest_reply = max(
         [task.longest_reply for task in config.tasks]
         + [s.max_new_tokens for s in config.sets]
@@ -150,8 +155,9 @@ def engine_settings(config: RunConfig, model: Path, pool: str) -> EngineSettings
     cache = _cache_bytes_per_token(shape, WIDTH[config.dtype]) * max_model_len / GIB
     if config.device == "cpu" and cache > e.cpu_cache_gib:
         raise UserError(
-            f"actors.{pool}.kv_cache_gib is {e.cpu_cache_gib:g}, but one sequence of {max_model_len} tokens "
-            f"(data.max_teacher_prompt_tokens and the longest reply) needs {cache:.2g} GiB; raise kv_cache_gib"
+            f"actors.{config.actors.entry(pool)}.kv_cache_gib is {e.cpu_cache_gib:g}, but one sequence of "
+            f"{max_model_len} tokens (data.max_teacher_prompt_tokens and the longest reply) needs {cache:.2g} GiB; "
+            f"raise kv_cache_gib"
         )
     cache_gib = e.cpu_cache_gib if config.device == "cpu" else e.kv_cache_gib
     return EngineSettings(

@@ -139,7 +139,7 @@ def test_groups_whose_samples_need_other_calls_make_one_batch(tmp_path: Path, st
 
         async def ready() -> None: ...
 
-        rollouts = Rollouts(replace(one, stages=(stage,)), students, teachers, ledger, ready, 0)
+        rollouts = Rollouts(replace(one, stages=(stage,)), students, {"": teachers}, ledger, ready, 0)
         rollouts.open(stage.schedule)
         rollouts.begin(0)
         batch = await rollouts.take(1)
