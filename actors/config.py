@@ -78,6 +78,8 @@ class PoolConfig(BaseModel):
 class ActorsConfig(BaseModel):
     """The pools by name. With live teacher weights the student engines score too and `teacher` is not started.
 
+    With teacher.models each teacher has a pool of its own with the settings of `teacher`.
+
     A further pool has a name of your own and `role: evaluation`: its engines get the student's weights before each
     evaluation, and the evaluation sets run on them instead of on the student engines.
     """
@@ -98,9 +100,17 @@ class ActorsConfig(BaseModel):
         """Every pool by its name: student, teacher, then the further ones."""
         return {STUDENT: self.student, TEACHER: self.teacher, **self.__pydantic_extra__}
 
+    def entry(self, pool: str) -> str:
+        """The name under which a pool's settings stand: those of each of several teachers stand under `teacher`."""
+        return TEACHER if pool not in self.pools and pool.startswith(f"{TEACHER}-") else pool
+
+    def settings(self, pool: str) -> PoolConfig:
+        """The settings of the pool with this name; KeyError for a name that is no pool."""
+        return self.pools[self.entry(pool)]
+
     def role_name(self, pool: str) -> str:
         """The name of the role of the pool with this name; KeyError for a name that is no pool."""
-        return self.pools[pool].role or pool
+        return self.settings(pool).role or self.entry(pool)
 
     def role(self, pool: str) -> Role:
         """The role of the pool with this name; KeyError for a name that is no pool."""

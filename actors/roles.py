@@ -1,7 +1,8 @@
 """The roles of pools: which of the learner's weights the engines of a pool load, and what they do.
 
 Everything that depends on a pool's role reads it here. A run has at most one pool of a role, so the name of the role
-also names its snapshots and its group for broadcasts.
+also names its snapshots and its group for broadcasts. Only external teachers may be several, each with a pool of its
+own: their engines get no snapshots.
 """
 
 from collections.abc import Container
@@ -29,9 +30,9 @@ ROLES: dict[str, Role] = {
 }
 
 
-def scoring(started: Container[str]) -> str:
-    """Return the role that scores, of the started ones: without teacher engines the student is the teacher."""
-    return TEACHER if TEACHER in started else STUDENT
+def teacher_pool(route: str) -> str:
+    """Return the name of the pool of a teacher. route: its name in teacher.models; "" is the run's only teacher."""
+    return f"{TEACHER}-{route}" if route else TEACHER
 
 
 def evaluating(started: Container[str]) -> str:

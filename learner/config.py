@@ -1,10 +1,12 @@
 """Settings of the learner: loss, teacher weights, optimizer, DeepSpeed. Does not import torch, ray or vllm."""
 
 import math
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sdft.actors.config import NAME
 from sdft.actors.shared.types import Support
 
 CHUNK_BYTES = 96 << 20  # of logits at once; at a vocabulary of 49152, 1024 positions in bfloat16 or 512 in float32
@@ -15,7 +17,7 @@ class TeacherConfig(BaseModel):
     """The teacher's weights: `ema` follows the student slowly, `live` is the student.
 
     `frozen` is the student at the start of the stage, `gated` the same until a refresh, `base` the student at the start
-    of the run, `external` another model with the same tokens.
+    of the run, `external` another model with the same tokens, or several, of which each row of data names one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -24,7 +26,7 @@ class TeacherConfig(BaseModel):
         "ema",
         description="ema follows the student; gated: refreshed from the student while the retention guard finds "
         "nothing; frozen, base: the student at the start of the stage, of the run; live: the student itself; external: "
-        "teacher.model",
+        "teacher.model or teacher.models",
     )
     refresh_every: int | None = Field(
         None, ge=1, description="With weights: gated, steps of a stage between two refreshes of the teacher"
@@ -32,14 +34,22 @@ class TeacherConfig(BaseModel):
     model: str | None = Field(
         None, description="With weights: external, the teacher: a built-in name, a local folder or a hub id"
     )
+    models: dict[str, str] = Field(
+        {},
+        description="With weights: external, several teachers by names of your own; the column teacher of a row names "
+        "the one that teaches it",
+    )
     alpha: float = Field(0.02, ge=0, le=1, description="teacher <- alpha * student + (1 - alpha) * teacher, every step")
 
     @model_validator(mode="after")
     def _external_has_a_model(self) -> "TeacherConfig":
-        if self.weights == "external" and self.model is None:
-            raise ValueError("weights external needs the teacher; set teacher.model")
-        if self.weights != "external" and self.model is not None:
-            raise ValueError(f"model has no effect with weights {self.weights}; set weights: external, or remove model")
+        if self.weights == "external" and self.model is None and not self.models:
+            raise ValueError("weights external needs the teacher; set teacher.model, or teacher.models for several")
+        for key, given in (("model", self.model), ("models", self.models)):
+            if self.weights != "external" and given:
+                raise ValueError(
+                    f"{key} has no effect with weights {self.weights}; set weights: external, or remove {key}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -53,6 +63,23 @@ class TeacherConfig(BaseModel):
         if self.weights == "gated" and self.alpha != type(self).model_fields["alpha"].default:
             raise ValueError("alpha has no effect with weights gated, whose refresh is the whole student; remove alpha")
         return self
+
+    @model_validator(mode="after")
+    def _one_teacher_or_several(self) -> "TeacherConfig":
+        if self.models and self.model is not None:
+            raise ValueError("model is one teacher and models are several; remove one of the two")
+        if len(self.models) == 1:
+            (name,) = self.models
+            raise ValueError(f"models has one teacher, {name}; set teacher.model to its model, or add another teacher")
+        wrong = next((name for name in self.models if not re.fullmatch(NAME, name)), None)
+        if wrong is not None:
+            raise ValueError(f"models: {wrong} is not a name for a teacher; use lower-case letters, digits, - and _")
+        return self
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """The names of the teachers; the only teacher is called ""."""
+        return tuple(self.models) or ("",)
 
     @property
     def of_learner(self) -> "TeacherConfig":

@@ -22,7 +22,7 @@ from typing import IO, Any, cast
 import numpy as np
 from rich.console import Console
 
-from sdft.actors.roles import EVALUATION, STUDENT, TEACHER
+from sdft.actors.roles import EVALUATION, STUDENT, teacher_pool
 from sdft.actors.shared.drafts import Completion, Draft, Scores
 from sdft.actors.shared.process import collect_rarely
 from sdft.actors.shared.types import (
@@ -252,7 +252,7 @@ def drive(
     """Run the real controller on simulated parts in virtual time. Returns the processor seconds of the training loop.
 
     out: stream for the progress display. student: creates the student engine with the given number.
-    teachers: number of teacher engines; 0: the student engines score.
+    teachers: number of engines of each teacher; 0: the student engines score.
     first_step: the last completed step, from which the run resumes with the files that `run_dir` holds.
     evaluation: creates the engine of an evaluation pool; None: the student engines evaluate.
     teacher: creates a teacher engine.
@@ -262,8 +262,8 @@ def drive(
     async def work() -> float:
         students = pool(case, STUDENT, case.engines, student)
         pools = {STUDENT: students}
-        if teachers:
-            pools[TEACHER] = pool(case, TEACHER, teachers, teacher)
+        for name in map(teacher_pool, ready.config.teacher_in_use.routes) if teachers else ():
+            pools[name] = pool(case, name, teachers, teacher)
         if evaluation is not None:
             pools[EVALUATION] = pool(case, EVALUATION, 1, evaluation)
         await asyncio.gather(*(engines.start() for engines in pools.values()))

@@ -96,6 +96,7 @@ class Group:
     demonstration_mask: BoolArray | None = None  # [T], which of its tokens the assistant writes; None: all
     player: Player | None = None  # None: the stage has no environment
     grade: Callable[[str], bool] | None = None  # whether a reply is right, by the algorithm's `graded_by`
+    route: str = ""  # name of the record's teacher in teacher.models, whose engines `make` gets; "": no such name
 
     async def episodes(self, student: "Student") -> list[Episode | None]:
         """Return an episode for each sample; None if it was lost."""

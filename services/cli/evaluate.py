@@ -41,7 +41,7 @@ async def _run(prepared: Prepared, plan: Plan, name: str, console: Console) -> t
             )
             results, replies = await evaluator.students(pool, prepared.sets, 0, 0)
             if c.teacher_in_use.weights != "external":  # else this model is not the teacher
-                results += await evaluator.teachers(pool, prepared.sets, 0, 0)
+                results += await evaluator.teachers({"": pool}, prepared.sets, 0, 0)
             return results, replies
         finally:
             await pool.stop()

@@ -99,7 +99,9 @@ def stage_lines(prepared: Prepared) -> list[str]:
     lines = []
     for stage in prepared.stages:
         c, schedule = stage.config, stage.schedule
-        learns = f"{c.method.label}, {c.teacher.weights} teacher" if c.method.teacher_scores else c.method.label
+        several = f"s {_listed(list(c.teacher.models))}" if c.teacher.models else ""
+        teacher = f", {c.teacher.weights} teacher{several}" if c.method.teacher_scores else ""
+        learns = f"{c.method.label}{teacher}"
         rows = f"{len(stage.prompts) - stage.recalled} {c.method.learns_from}"
         rows += "" if schedule.end_is_known else " so far"
         rows += f" and {stage.recalled} prompts to recall" if stage.recalled else ""

@@ -3,7 +3,7 @@
 from typing import Literal, get_args
 
 Format = Literal["messages", "sharegpt", "alpaca"]
-Column = Literal["prompt", "demonstration", "id", "context", "feedback", "answer", "text", "tools"]
+Column = Literal["prompt", "demonstration", "id", "context", "feedback", "answer", "text", "tools", "teacher"]
 COLUMNS: tuple[str, ...] = get_args(Column)
 DataColumn = Literal[Column, "conversations", "instruction", "input", "output", "system", "history"]
 # Columns of a format, which take the place of `prompt` and `demonstration`.

@@ -15,13 +15,16 @@ def with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
     model = _absolute(config.model, base)
     if Path(model).is_dir():  # resolve_model also accepts a folder in the working directory
         model = str(Path(model).resolve())
-    teacher = config.teacher.model and _absolute(config.teacher.model, base)
+    teacher = {
+        "model": config.teacher.model and _absolute(config.teacher.model, base),
+        "models": {name: _absolute(model, base) for name, model in config.teacher.models.items()},
+    }
     stages = tuple(stage_with_absolute_paths(stage, base) for stage in config.stages)
     sets = _absolute_sets(config.evaluation.sets, base)
     return config.model_copy(
         update={
             "model": model,
-            "teacher": config.teacher.model_copy(update={"model": teacher}),
+            "teacher": config.teacher.model_copy(update=teacher),
             "method": _absolute_method(config.method, base),
             "data": None if config.data is None else _absolute_data(config.data, base),
             "stages": stages,

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from sdft.actors.config import ActorsConfig, Dtype, SamplingConfig
+from sdft.actors.roles import teacher_pool
 from sdft.learner.config import LearnerConfig, TeacherConfig
 from sdft.services.algorithms.registry import Method
 from sdft.services.algorithms.sdft import Sdft
@@ -111,6 +112,16 @@ class RunConfig(Section):
             twice = next((name for name in names if names.count(name) > 1), None)
             if twice is not None:
                 raise ValueError(f"two {plural} have the same name, {twice}; rename one")
+        return self
+
+    @model_validator(mode="after")
+    def _pools_of_teachers(self) -> "RunConfig":
+        taken = next((pool for pool in map(teacher_pool, self.teacher.models) if pool in self.actors.pools), None)
+        if taken is not None:
+            raise ValueError(
+                f"actors.{taken} has the name that the pool of a teacher in teacher.models gets; rename the pool, or "
+                f"the teacher"
+            )
         return self
 
     @model_validator(mode="after")

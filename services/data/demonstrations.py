@@ -1,6 +1,6 @@
 """Load demonstrations and questions from files or the hub; every row is checked before any is used."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,25 +32,32 @@ class Record:
     where: str  # "file:line", for errors
     text: str | None = None  # instead of a prompt; scored as it is
     tools: list[dict[str, Any]] | None = None  # definitions, for the chat template
+    teacher: str | None = None  # its name in teacher.models
 
 
-def load_demonstrations(data: DataConfig, base: Path, needed: Iterable[str]) -> list[Record]:
+def load_demonstrations(
+    data: DataConfig, base: Path, needed: Iterable[str], teachers: Sequence[str] = ()
+) -> list[Record]:
     """Load all rows of data.train, a file relative to the folder `base` or a hub name.
 
-    UserError if a row is bad or lacks one of the `needed` columns.
+    teachers: names in teacher.models. UserError if a row is bad or lacks one of the `needed` columns.
     """
-    return _load(data, base, needed, conversations=False)[0]
+    return _load(data, base, needed, teachers, conversations=False)[0]
 
 
-def load_conversations(data: DataConfig, base: Path, needed: Iterable[str]) -> tuple[list[Record], int]:
+def load_conversations(
+    data: DataConfig, base: Path, needed: Iterable[str], teachers: Sequence[str] = ()
+) -> tuple[list[Record], int]:
     """Load data.train, whose rows may be logged conversations: a record for each reply that a user's message follows.
 
     Returns the records, and the number of conversations without such a reply. UserError as for demonstrations.
     """
-    return _load(data, base, needed, conversations=True)
+    return _load(data, base, needed, teachers, conversations=True)
 
 
-def _load(data: DataConfig, base: Path, needed: Iterable[str], conversations: bool) -> tuple[list[Record], int]:
+def _load(
+    data: DataConfig, base: Path, needed: Iterable[str], teachers: Sequence[str], conversations: bool
+) -> tuple[list[Record], int]:
     name = data.train
     if is_data_file(data.train) or resolve_path(base, data.train).exists() or not is_hub_name(data.train):
         rows = _file_rows("data.train", data.train, base)
@@ -58,15 +65,20 @@ def _load(data: DataConfig, base: Path, needed: Iterable[str], conversations: bo
     else:
         near = near_names(Path(data.train).name, resolve_path(base, data.train).parent)
         rows = hub_rows(data.train, data.split, f" (did you mean {near[0]}?)" if near else "")
-    checker = RowChecker(name, ("prompt", *needed), format_=data.format, conversations=conversations)
+    checker = RowChecker(name, ("prompt", *needed), format_=data.format, conversations=conversations, teachers=teachers)
     return _checked(renamed(rows, data.columns), checker)
 
 
-def load_questions(s: EvaluationSet, base: Path, check: Callable[[Any], str | None]) -> list[Record]:
-    """Load the questions or texts of an evaluation set. `check` returns the problem of an answer. Raises UserError."""
+def load_questions(
+    s: EvaluationSet, base: Path, check: Callable[[Any], str | None], teachers: Sequence[str] = ()
+) -> list[Record]:
+    """Load the questions or texts of an evaluation set. `check` returns the problem of an answer. Raises UserError.
+
+    teachers: names in teacher.models, of which a question may have one.
+    """
     rows = _file_rows(f"evaluation.sets ({s.name}).file", s.file, base)
     needed = ("text",) if s.is_text else ("prompt", "answer")
-    checker = RowChecker(str(resolve_path(base, s.file)), needed, check)
+    checker = RowChecker(str(resolve_path(base, s.file)), needed, check, teachers=teachers)
     return spread(_checked(renamed(rows, s.columns), checker)[0], s.rows)
 
 
@@ -100,6 +112,7 @@ class RowChecker:
         check_answer: Callable[[Any], str | None] = lambda answer: None,
         format_: Format | None = None,
         conversations: bool = False,
+        teachers: Sequence[str] = (),
     ) -> None:
         """name: of the file, for messages. required: columns; "a|b" means one of both.
 
@@ -108,9 +121,12 @@ class RowChecker:
         format_: data.format; None: of a file that always has the format messages.
 
         conversations: rows may be logged conversations, of which each reply that a user's message follows is a record.
+
+        teachers: names in teacher.models; without them the column teacher is not read.
         """
         self.name, self.required = name, required
         self._check_answer, self._format, self._conversations = check_answer, format_, conversations
+        self._teachers = teachers
         self._line_of_id: dict[str, int] = {}
 
     def check(self, line: int, given: dict[str, Any] | BadRow) -> list[Record] | BadRow:
@@ -143,7 +159,7 @@ class RowChecker:
         return records
 
     def _record(self, row: dict[str, Any], given: Given, row_id: str, where: str) -> Record | BadRow:
-        values, problems = read_row(row, self.required, self._check_answer, given)
+        values, problems = read_row(row, self.required, self._check_answer, given, self._teachers)
         if row_id in self._line_of_id and not any(p.startswith("id ") for p in problems):
             problems.append(
                 f'id "{row_id}" is already used in {self.name}:{self._line_of_id[row_id]}; change one of them'

@@ -17,6 +17,7 @@ class PromptPair:
     teacher_ids: IntArray | None  # [P]; None: the record has nothing for a teacher
     demonstration_ids: IntArray | None = None  # [T], as a reply, with the token that ends it
     demonstration_mask: BoolArray | None = None  # [T], which of them the assistant writes; None: all
+    route: str = ""  # name of the record's teacher in teacher.models; "": the run's only one, or none
 
     @classmethod
     def of(
@@ -25,6 +26,7 @@ class PromptPair:
         teacher: list[int] | None,
         demonstration: list[int] | None = None,
         mask: list[bool] | None = None,
+        route: str = "",
     ) -> "PromptPair":
         """Make a pair of a tokenizer's lists. Arrays take a ninth of their memory."""
         return cls(
@@ -32,6 +34,7 @@ class PromptPair:
             None if teacher is None else np.asarray(teacher, np.int32),
             None if demonstration is None else np.asarray(demonstration, np.int32),
             None if mask is None else np.asarray(mask, np.bool_),
+            route,
         )
 
     @property
@@ -41,5 +44,6 @@ class PromptPair:
 
     @property
     def encoded(self) -> bytes:
-        """The token ids as JSON, for digests."""
-        return json.dumps([None if ids is None else ids.tolist() for ids in self.parts]).encode()
+        """The token ids, and the route if there is one, as JSON for digests."""
+        ids = [None if ids is None else ids.tolist() for ids in self.parts]
+        return json.dumps([*ids, self.route] if self.route else ids).encode()

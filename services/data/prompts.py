@@ -33,7 +33,7 @@ def build_prompts(
         teacher_ids = builder.teacher(item)
         student_ids = builder.student(item)
         reply_ids, mask = (None, None) if max_demonstration_tokens is None else builder.conversation(item)
-        pairs.append(PromptPair.of(student_ids, teacher_ids, reply_ids, mask))
+        pairs.append(PromptPair.of(student_ids, teacher_ids, reply_ids, mask, item.teacher or ""))
         for part, ids, key, limit in (
             ("prompt", student_ids, "data.max_prompt_tokens", max_prompt_tokens),
             ("teacher's prompt", teacher_ids or [], "data.max_teacher_prompt_tokens", max_teacher_prompt_tokens),

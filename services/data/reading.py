@@ -1,7 +1,8 @@
 """Read the columns of a row, in the format messages: the fields of its record, or all that is wrong with them."""
 
 import difflib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,22 +40,30 @@ def without_blanks(row: dict[str, Any], required: tuple[str, ...]) -> dict[str, 
 
 
 def read_row(
-    row: dict[str, Any], required: tuple[str, ...], check_answer: Callable[[Any], str | None], given: Given
+    row: dict[str, Any],
+    required: tuple[str, ...],
+    check_answer: Callable[[Any], str | None],
+    given: Given,
+    teachers: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the fields of a record, and every problem of the row; each one begins with the column's name.
 
-    required: columns that the row needs; "a|b" means one of both.
+    required: columns that the row needs; "a|b" means one of both. teachers: what the column teacher may be; without
+    them it is not read.
     """
     values: dict[str, Any] = {"messages": (), **dict.fromkeys(("demonstration", "context", "feedback", "answer"))}
     problems: list[str] = []
     asks = "prompt" in required
     for column in COLUMNS:
-        if (column == "text" and column not in required) or (column == "tools" and not asks):
+        used = {"text": column in required, "tools": asks, "teacher": bool(teachers)}
+        if not used.get(column, True):
             continue  # common names of other columns, ignored in rows that do not need them
         value, name = row.get(column), given.called.get(column, column)
         try:
             if value is None:
                 _check_absent(column, row, column in required, given)
+            elif column == "teacher":
+                values[column] = _teacher(value, name, teachers)
             elif column == "prompt":
                 messages, reply = _prompt(value, name, row.get("demonstration") is not None)
                 if asks:
@@ -64,7 +73,9 @@ def read_row(
             else:
                 values[column] = _value(column, value, name, check_answer)
         except Unusable as problem:
-            problems.append(str(problem))
+            problems.append(
+                f"{problem}; teacher.models has {_named(teachers)}" if column == "teacher" else str(problem)
+            )
             if column == "prompt" and (isinstance(value, list) or _other_format(row)):
                 # The demonstration may be the prompt's last message, or a column of the other format.
                 required = tuple(c for c in required if c != "demonstration")
@@ -125,6 +136,16 @@ def _value(column: str, value: Any, name: str, check_answer: Callable[[Any], str
     if column == "id":
         return value if type(value) is int else _text(value, name, "text or a whole number")
     return _text(value, name, "text")
+
+
+def _teacher(value: Any, name: str, teachers: Sequence[str]) -> str:
+    if value not in teachers:
+        raise Unusable(f"{name} is {json.dumps(value, ensure_ascii=False, default=str)}, which is not a teacher")
+    return str(value)
+
+
+def _named(teachers: Sequence[str]) -> str:
+    return f"{', '.join(teachers[:-1])} and {teachers[-1]}"
 
 
 def _text(value: Any, at: str, expected: str) -> str:

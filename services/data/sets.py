@@ -1,7 +1,7 @@
 """An evaluation set with its questions and their prompts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -39,6 +39,16 @@ class LoadedSet:
     def has_prompts(self) -> bool:
         """Whether every question has a teacher prompt."""
         return not self.settings.is_text and all(p.teacher_ids is not None for p in self.prompts)
+
+    @property
+    def routes(self) -> list[str]:
+        """The name of each question's teacher in teacher.models; "" without one."""
+        return [p.route for p in self.prompts]
+
+    def of_route(self, route: str) -> "LoadedSet":
+        """Return the set with the questions of one teacher only."""
+        pairs = [(q, p) for q, p in zip(self.questions, self.prompts, strict=True) if p.route == route]
+        return replace(self, questions=[q for q, _ in pairs], prompts=[p for _, p in pairs])
 
     def prompts_of(self, metric: str) -> list[IntArray]:
         """Return the prompts for the metric STUDENT_ACCURACY or TEACHER_ACCURACY."""

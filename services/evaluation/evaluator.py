@@ -3,7 +3,8 @@
 A set of texts has a perplexity instead: exp(mean of -log p) over all tokens except the first of each text.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -56,18 +57,36 @@ class Evaluator:
         return results, replies
 
     async def teachers(
-        self, pool: EnginePool, sets: Sequence[LoadedSet], step: int, stage: int, external: bool = False
+        self,
+        pools: Mapping[str, EnginePool],
+        sets: Sequence[LoadedSet],
+        step: int,
+        stage: int,
+        external: bool = False,
+        skipped: Callable[[str], None] = lambda reason: None,
     ) -> list[EvalResult]:
         """Evaluate the sets that have demonstrations, with these in the prompt: the accuracy to learn from.
 
-        external: the engines are another model's, so it is also evaluated where it sees the student's prompt.
+        pools: of the teachers, by their routes. external: the engines are another model's, so it is also evaluated
+        where it sees the student's prompt. skipped(reason): called for a set whose questions do not name teachers.
         """
         results = []
         for loaded in (loaded for loaded in sets if loaded.has_teacher or (external and loaded.has_prompts)):
-            run = self._run if loaded.environment is None else self._play
-            results.append((await run(pool, loaded, TEACHER_ACCURACY, step, stage))[0])
-            results += await self._pass_at(pool, loaded, TEACHER_ACCURACY, step, stage)
+            lacking = sum(route not in pools for route in loaded.routes)
+            if lacking:
+                skipped(
+                    f"{_asked(loaded.settings.name, TEACHER_ACCURACY)} is not evaluated: {lacking} of its "
+                    f"{len(loaded.routes)} rows have no column teacher"
+                )
+                continue
+            parts = [(pool, loaded.of_route(route)) for route, pool in pools.items() if route in loaded.routes]
+            results += _joined([await self._teacher(pool, part, step, stage) for pool, part in parts])
         return results
+
+    async def _teacher(self, pool: EnginePool, loaded: LoadedSet, step: int, stage: int) -> list[EvalResult]:
+        run = self._run if loaded.environment is None else self._play
+        result, _ = await run(pool, loaded, TEACHER_ACCURACY, step, stage)
+        return [result, *await self._pass_at(pool, loaded, TEACHER_ACCURACY, step, stage)]
 
     async def _pass_at(
         self, pool: EnginePool, loaded: LoadedSet, metric: str, step: int, stage: int
@@ -176,6 +195,17 @@ class Evaluator:
             )
         share = sum(reply.correct for reply in replies) / len(replies)
         return EvalResult(step, stage, s.name, metric, share, len(replies)), replies
+
+
+def _joined(parts: Sequence[list[EvalResult]]) -> list[EvalResult]:
+    """Return the results of a set from those of its parts: means over all questions."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = []
+    for same in zip(*parts, strict=True):
+        n = sum(result.n for result in same)
+        joined.append(replace(same[0], value=sum(result.value * result.n for result in same) / n, n=n))
+    return joined
 
 
 def _asked(name: str, metric: str) -> str:

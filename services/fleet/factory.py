@@ -37,7 +37,7 @@ def engine_pool(
     learner(): returns the current learner, which publishes the weights. keep_experts: rollouts have the experts that
     the engines chose.
     """
-    e, role = config.actors.pools[name], config.actors.role_name(name)
+    e, role = config.actors.settings(name), config.actors.role_name(name)
     transport = config.weights.transport
     settings = replace(
         engine_settings(config, model, name, vocabulary),

@@ -29,7 +29,8 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Seque
     not_hashed = {"model", "data", "stages", "run_dir", "ray", "monitoring", "checkpoint", "evaluation", "retention"}
     settings = config.model_dump(mode="json", exclude=not_hashed)
     settings["method"] = hashed_method(settings["method"])
-    del settings["teacher"]["model"]  # an external one is in `model`
+    for key in ("model", "models"):  # external ones are in `model`, and the route of a record in its prompts
+        del settings["teacher"][key]
     if config.teacher.weights == "gated":  # what the guard finds decides on the weights
         settings["gate"] = _gate(config)
     else:  # runs that began before there was a gate can be resumed
@@ -41,6 +42,7 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Seque
             del settings["environment"][key]
     if config.strict:
         del settings["actors"]["batch_timeout_s"]
+        started = {config.actors.entry(name) for name in pools(config)}
         for name, pool in config.actors.pools.items():
             of_pool = settings["actors"].pop(name)
             if not config.actors.role(name).trains:
@@ -48,7 +50,7 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Seque
             del of_pool["role"]
             if pool.engine == VLLM:  # runs that began when vLLM was the only engine can be resumed
                 del of_pool["engine"]
-            for key in NOT_HASHED_OF_POOL if name in pools(config) else ():
+            for key in NOT_HASHED_OF_POOL if name in started else ():
                 del of_pool[key]
             settings["actors"][name] = of_pool
     else:  # a run ahead is not reproducible, whatever its engines are

@@ -4,10 +4,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sdft.actors.config import EngineSettings
-from sdft.actors.roles import EVALUATION, STUDENT, TEACHER
+from sdft.actors.roles import EVALUATION, STUDENT, TEACHER, teacher_pool
 from sdft.actors.shared.process import GIB
 from sdft.services.base.errors import UserError
 from sdft.services.config.run import RunConfig, TaskConfig
@@ -78,11 +79,14 @@ class Plan:
 
 
 def make_plan(
-    config: RunConfig, shape: ModelShape, longest_prompts: Sequence[int], teacher_parameters: int | None = None
+    config: RunConfig,
+    shape: ModelShape,
+    longest_prompts: Sequence[int],
+    teacher_parameters: Mapping[str, int] = MappingProxyType({}),
 ) -> Plan:
     """Make the plan of a run. longest_prompts: tokens of the longest student prompt of each task.
 
-    teacher_parameters: of an external teacher.
+    teacher_parameters: of each external teacher, by the name of its pool.
     """
     cuda = config.device == "cuda"
     bytes_of_weight = WIDTH[config.dtype]
@@ -91,9 +95,8 @@ def make_plan(
     scoring = STUDENT if config.teacher_in_use.weights == "live" else TEACHER
 
     def engines(pool: str) -> tuple[Part, ...]:
-        e = config.actors.pools[pool]
-        external = teacher_parameters if config.actors.role_name(pool) == TEACHER else None
-        weights = (external or shape.parameters) * bytes_of_weight / GIB
+        e = config.actors.settings(pool)
+        weights = teacher_parameters.get(pool, shape.parameters) * bytes_of_weight / GIB
         # An update holds the weights twice (the snapshot is mapped). KV cache and logits of a batch come on top.
         memory = ENGINE_BASE_GIB + 2 * weights + (0 if cuda else e.cpu_cache_gib)
         if config.actors.role_name(pool) == scoring:
@@ -115,7 +118,7 @@ def make_plan(
     learners = tuple(
         Part(f"learner rank {i}", learner.cpus, gpus, memory, learner.labels) for i in range(learner.ranks)
     )
-    growing = {name: e.most for name in names if (e := config.actors.pools[name]).most > e.replicas}
+    growing = {name: e.most for name in names if (e := config.actors.settings(name)).most > e.replicas}
     held = max(scores_bytes(*of_step) for of_step in scored) / GIB * (1 + config.training.max_staleness)
     held *= 3 if config.monitoring.record_rollouts else 1  # the driver joins the scores of a step, and makes a file
     return Plan({name: engines(name) for name in names}, learners, growing, held)
@@ -138,10 +141,12 @@ def pools(config: RunConfig) -> tuple[str, ...]:
     """Return the names of the pools that are started.
 
     With a live teacher the student engines also score; without a teacher (`teacher_in_use` is "live") no engine
-    scores. Without evaluation sets no pool is started for them.
+    scores. Without evaluation sets no pool is started for them. Each of several teachers has a pool.
     """
     idle = {TEACHER: config.teacher_in_use.weights == "live", EVALUATION: not config.sets}
-    return tuple(name for name in config.actors.pools if not idle.get(config.actors.role_name(name)))
+    started = (name for name in config.actors.pools if not idle.get(config.actors.role_name(name)))
+    teachers = tuple(map(teacher_pool, config.teacher_in_use.routes))
+    return tuple(pool for name in started for pool in (teachers if name == TEACHER else (name,)))
 
 
 def engine_settings(config: RunConfig, model: Path, pool: str, vocabulary: int | None = None) -> EngineSettings:
@@ -150,7 +155,7 @@ def engine_settings(config: RunConfig, model: Path, pool: str, vocabulary: int |
     vocabulary: number of the tokenizer's tokens; None: not known yet.
     UserError if the longest sequence exceeds the model's positions or the KV cache.
     """
-    e = config.actors.pools[pool]
+    e = config.actors.settings(pool)
     longest_reply = max(
         [task.longest_reply for task in config.tasks]
         + [s.max_new_tokens for s in config.sets]
@@ -168,8 +173,9 @@ def engine_settings(config: RunConfig, model: Path, pool: str, vocabulary: int |
     cache = _cache_bytes_per_token(shape, WIDTH[config.dtype]) * max_model_len / GIB
     if config.device == "cpu" and cache > e.cpu_cache_gib:
         raise UserError(
-            f"actors.{pool}.kv_cache_gib is {e.cpu_cache_gib:g}, but one sequence of {max_model_len} tokens "
-            f"(data.max_teacher_prompt_tokens and the longest reply) needs {cache:.2g} GiB; raise kv_cache_gib"
+            f"actors.{config.actors.entry(pool)}.kv_cache_gib is {e.cpu_cache_gib:g}, but one sequence of "
+            f"{max_model_len} tokens (data.max_teacher_prompt_tokens and the longest reply) needs {cache:.2g} GiB; "
+            f"raise kv_cache_gib"
         )
     cache_gib = e.cpu_cache_gib if config.device == "cpu" else e.kv_cache_gib
     return EngineSettings(

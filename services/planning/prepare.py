@@ -1,13 +1,12 @@
 """Prepare a run from its configuration, before a process is started: model, data, prompts, schedule, plan."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdft.actors.roles import TEACHER
 from sdft.services.base.errors import UserError
 from sdft.services.config.environment import EnvironmentConfig
 from sdft.services.config.run import RunConfig, TaskConfig
@@ -36,7 +35,7 @@ from sdft.services.planning.routing import replays_experts
 from sdft.services.planning.shape import ModelShape, embedding_rows, read_headers, sample_of_weights
 from sdft.services.planning.sources import SAMPLE, Loaded, Questions, check_ends, load_rows, make_source
 from sdft.services.planning.supports import check_engines_score, check_supports
-from sdft.services.planning.teacher import check_same_tokens, external_teacher
+from sdft.services.planning.teacher import check_same_tokens, external_teachers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,25 +58,24 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
     check_engines_score(config)
     check_environments(config)
     loaded = [
-        load_rows(task, base, _questions(stage_sets, base))
+        load_rows(task, base, _questions(stage_sets, base, config))
         for task, stage_sets in zip(config.tasks, [s.sets for s in config.stages] or [()], strict=True)
     ]
-    common = _questions(config.evaluation.sets, base)
+    common = _questions(config.evaluation.sets, base, config)
     for s in config.sets:
         if s.judge is not None:
             check_judge(s.name, s.judge)
     use = derived(resolve_model(config.model, base), config.device, config.dtype, trains)
-    model, teacher = use.folder, external_teacher(config, base) if trains else None
+    model, teachers = use.folder, external_teachers(config, base) if trains else {}
     with _copy_is_named(use), examined(model, trains) as found:
         if trains:
             check_trainable(model, config.device, config.dtype)
         # Raises when the model or the cache is too short for the prompts.
-        roles = {name: config.actors.role_name(name) for name in pools(config)}
-        folders = {name: (teacher if role == TEACHER else None) or model for name, role in roles.items()}
+        folders = {name: teachers.get(name, model) for name in pools(config)}
         tokens = max(engine_settings(config, folder, pool).max_model_len for pool, folder in folders.items())
         if trains:
             check_positions(model, tokens)
-        prepared = _prepared(config, path, model, teacher, loaded, common, begun)
+        prepared = _prepared(config, path, model, teachers, loaded, common, begun)
         if trains:
             check_supports(config, prepared.vocabulary)
     if found.divides and config.learner.ranks > 1 and config.learner.zero_stage == 3:
@@ -105,7 +103,7 @@ def _prepared(
     config: RunConfig,
     path: Path,
     model: Path,
-    teacher: Path | None,
+    teachers: Mapping[str, Path],
     loaded: Sequence[Loaded],
     common: Questions,
     begun: datetime,
@@ -118,12 +116,12 @@ def _prepared(
     rows = embedding_rows(headers)  # every token id must be below it
     vocabulary = vocabulary_of(tokenizer, rows)
     identity = (model / "config.json").read_bytes() + sample_of_weights(headers)  # of the model
-    of_teacher = None
-    if teacher is not None:
-        check_same_tokens(tokenizer, teacher)
-        found = read_headers(teacher)
-        identity += (teacher / "config.json").read_bytes() + sample_of_weights(found)
-        of_teacher = ModelShape.of(teacher, found, None).parameters
+    of_teachers = {}
+    for pool, folder in sorted(teachers.items()):
+        check_same_tokens(tokenizer, pool, folder)
+        found = read_headers(folder)
+        identity += (folder / "config.json").read_bytes() + sample_of_weights(found)
+        of_teachers[pool] = ModelShape.of(folder, found, None).parameters
     builders = [prompt_builder(task, tokenizer, base, begun) for task in config.tasks]
     alone = [prompt_builder(task, tokenizer, base, begun, alone=True) for task in config.tasks]
     given_builders = zip(loaded, builders, alone, strict=True)
@@ -171,9 +169,9 @@ def _prepared(
         vocabulary=vocabulary,
         stages=tuple(stages),
         common=_sets(common, tokenizer, builders[0], stages[0].config, config.environment, rows),
-        plan=make_plan(config, shape, longest, of_teacher),
+        plan=make_plan(config, shape, longest, of_teachers),
         begun=begun,
-        teacher=teacher,
+        teachers=teachers,
         sample_ids=builders[0].student(SAMPLE) if sources[0].grows else [],
     )
 
@@ -201,8 +199,9 @@ def prompt_builder(
     return PromptBuilder(tokenizer, template, base, d.system, begun, d.student_variables, teacher, fallback)
 
 
-def _questions(sets: Sequence[EvaluationSet], base: Path) -> Questions:
-    return [(s, load_questions(s, base, answer_check(s))) for s in sets]
+def _questions(sets: Sequence[EvaluationSet], base: Path, config: RunConfig) -> Questions:
+    teachers = tuple(config.teacher_in_use.models)
+    return [(s, load_questions(s, base, answer_check(s), teachers)) for s in sets]
 
 
 def _short(builder: PromptBuilder, items: Sequence[Record], task: TaskConfig) -> str | None:

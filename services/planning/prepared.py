@@ -1,6 +1,6 @@
 """A prepared run: stages, sources, evaluation sets, schedule and plan, and the settings of its learner."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sdft.actors.roles import TEACHER
 from sdft.actors.shared.types import IntArray
 from sdft.learner.completions import Watched
 from sdft.learner.types import LearnerSettings, StageSettings
@@ -66,13 +65,12 @@ class Prepared:
     sample_ids: list[int] = field(default_factory=list)  # prompt of SAMPLE, with the first stage's settings
     alone: str | None = None  # why the learner computes sequences one by one, as the end of a sentence; None: it packs
     replays_experts: bool = False  # the learner routes tokens to the experts that the sampler chose
-    teacher: Path | None = None  # folder of an external teacher
+    teachers: Mapping[str, Path] = field(default_factory=dict)  # folders of external teachers, by their pools' names
     model_notes: tuple[str, ...] = ()  # why `model` is not the folder that the configuration names, one sentence each
 
     def folder_of(self, pool: str) -> Path:
         """Return the model folder that the engines of a pool load."""
-        external = self.teacher if self.config.actors.role_name(pool) == TEACHER else None
-        return external or self.model
+        return self.teachers.get(pool, self.model)
 
     @property
     def schedule(self) -> Schedule:

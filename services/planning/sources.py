@@ -52,11 +52,11 @@ class Loaded:
 
 def load_rows(task: TaskConfig, base: Path, questions: Questions) -> Loaded:
     """Load and check the rows of the files that a task names, relative to the folder `base`. Raises UserError."""
-    demonstrations, unanswered = list[Record](), 0
+    demonstrations, unanswered, teachers = list[Record](), 0, tuple(task.teacher_in_use.models)
     if not task.data.grows and task.method.from_conversations:
-        demonstrations, unanswered = load_conversations(task.data, base, needed_columns(task, base))
+        demonstrations, unanswered = load_conversations(task.data, base, needed_columns(task, base), teachers)
     elif not task.data.grows:
-        demonstrations = load_demonstrations(task.data, base, needed_columns(task, base))
+        demonstrations = load_demonstrations(task.data, base, needed_columns(task, base), teachers)
     check = answer_check(task)
     for record in demonstrations:
         if (problem := check(record.answer)) is not None:
@@ -68,7 +68,8 @@ def _recalled(task: TaskConfig, base: Path) -> list[Record]:
     if task.method.recalled is None:
         return []
     file, count = task.method.recalled
-    return spread(load_demonstrations(DataConfig(train=file), base, []), count)
+    teachers = tuple(task.teacher_in_use.models)
+    return spread(load_demonstrations(DataConfig(train=file), base, ["teacher"] if teachers else [], teachers), count)
 
 
 def make_source(
@@ -87,8 +88,8 @@ def make_source(
         steps = task.training.steps
         most = sys.maxsize if steps is None else steps * task.training.batch_size
         needed = ("prompt", *needed_columns(task, base))
-        logs = task.method.from_conversations
-        source = open_source(task.data, base, needed, build, most, answer_check(task), logs)
+        logs, teachers = task.method.from_conversations, tuple(task.teacher_in_use.models)
+        source = open_source(task.data, base, needed, build, most, answer_check(task), logs, teachers)
     else:
         prompts = build(given.demonstrations) + _build(alone, task, None, rows, given.recalled)
         source = FixedSource(task.data.train, [*given.demonstrations, *given.recalled], prompts)
@@ -129,6 +130,8 @@ def answer_check(task: TaskConfig) -> Callable[[Any], str | None]:
 def needed_columns(task: TaskConfig, base: Path) -> list[str]:
     """Return the columns that the task's rows need besides the prompt; "a|b" means one of both. Raises UserError."""
     method, needed = task.method, list[str]()
+    # Of recalled prompts each names its teacher, and the rows beside them have none.
+    routed = ["teacher"] if task.teacher_in_use.models and method.recalled is None else []
     if method.trains_demonstrations:
         if task.data.fallback_template is not None:
             raise UserError(
@@ -137,7 +140,7 @@ def needed_columns(task: TaskConfig, base: Path) -> list[str]:
             )
         needed.append("demonstration")
         if not method.needs_context:
-            return needed
+            return [*needed, *routed]
     column = shown_to_teacher(task.data, base)
     if method.from_conversations and "feedback" not in (column or "").split("|"):
         raise UserError(
@@ -146,4 +149,4 @@ def needed_columns(task: TaskConfig, base: Path) -> list[str]:
         )
     if method.needs_context and column is not None and column not in needed:
         needed.append(column)
-    return [*needed, *(["answer"] if method.graded_by is not None else [])]
+    return [*needed, *(["answer"] if method.graded_by is not None else []), *routed]

@@ -113,6 +113,8 @@ def _check_settings(config: RunConfig) -> None:
         )
     if config.data is not None and (config.data.format != "messages" or config.data.columns):
         raise UserError("data.format and data.columns are of a file; a service takes rows in our columns; remove them")
+    if config.teacher.models:
+        raise UserError("teacher.models: what a service is taught names no teacher; set teacher.model instead")
     if config.environment is not None or config.method.needs_success:
         key = "environment" if config.environment is not None else f"method: {config.method.type}"
         raise UserError(f"{key}: a service learns from what it is taught, and not from episodes; remove it")

@@ -5,7 +5,7 @@ streamed:         each group calls by itself; the whole batch has one limit (rol
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from sdft.actors import held
@@ -18,8 +18,8 @@ from sdft.services.training.joined import Joined, lockstep, step_call
 
 T = TypeVar("T")
 Mode = Literal["lockstep", "joined", "streamed"]
-# What is called: an engine's role, or the support of scores.
-Kind = Literal["student", "teacher"] | Support
+# What is called: an engine's role, or the support of scores; and the route of the teacher.
+Kind = tuple[Literal["student", "teacher"] | Support, str]
 
 
 def now() -> float:
@@ -46,13 +46,16 @@ class EngineCalls:
     def __init__(
         self,
         students: EnginePool,
-        teachers: EnginePool,
+        teachers: Mapping[str, EnginePool],
         teachers_ready: Callable[[], Awaitable[None]],
         sampling: Sampling,
         groups: int,
         mode: Mode,
     ) -> None:
-        """teachers_ready(): waits until the teacher engines have the weights that were sent."""
+        """teachers: by their routes.
+
+        teachers_ready(): waits until the teacher engines have the weights that were sent.
+        """
         self._students, self._teachers, self._teachers_ready = students, teachers, teachers_ready
         self._sampling, self.mode = sampling, mode
         self._limited = mode != "streamed"
@@ -78,17 +81,19 @@ class EngineCalls:
         self._joined.cancel()
 
     async def _call(self, kind: Kind, items: list[Any]) -> list[Any]:
-        if kind == "student":
+        what, route = kind
+        if what == "student":
             results: list[Any] = await self._students.complete(items, self._sampling, self._limited)
             self.sampled = now()
             return results
         await self._teachers_ready()
-        if kind == "teacher":
-            results = await self._teachers.complete(items, self._sampling, self._limited)
+        teachers = self._teachers[route]
+        if what == "teacher":
+            results = await teachers.complete(items, self._sampling, self._limited)
             self.sampled = now()
             return results
         self.ready = now()
-        results = await self._teachers.score_completions(items, kind, self._limited)
+        results = await teachers.score_completions(items, what, self._limited)
         self.scored = now()
         return results
 
@@ -97,13 +102,14 @@ class GroupStudent:
     """The student engines for one group."""
 
     role: Literal["student", "teacher"] = "student"
+    route = ""
 
     def __init__(self, calls: EngineCalls, group: int) -> None:
         self._calls, self._group = calls, group
 
     def complete(self, prompts: Sequence[IntArray], seeds: Sequence[int]) -> Work[Completion]:
         requests = [GenerateRequest(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-        return self._calls.of(self._group, self.role, requests)
+        return self._calls.of(self._group, (self.role, self.route), requests)
 
     async def tokens(self, completions: Sequence[Completion]) -> list[IntArray]:
         return [rollout.completion_ids for rollout in await self.rollouts(completions)]
@@ -113,15 +119,15 @@ class GroupStudent:
 
 
 class GroupTeacher(GroupStudent):
-    """The teacher engines for one group."""
+    """The engines of a group's teacher."""
 
     role = "teacher"
 
-    def __init__(self, calls: EngineCalls, group: int, before_scores: Callable[[], None]) -> None:
-        """before_scores(): called when the group has its completions, before they are scored."""
+    def __init__(self, calls: EngineCalls, group: int, route: str, before_scores: Callable[[], None]) -> None:
+        """route: of the group. before_scores(): called when it has its completions, before they are scored."""
         super().__init__(calls, group)
-        self._before_scores = before_scores
+        self.route, self._before_scores = route, before_scores
 
     def score(self, prompts: Sequence[IntArray], completions: Sequence[Completion], support: Support) -> Work[Scores]:
         self._before_scores()
-        return self._calls.of(self._group, support, list(zip(prompts, completions, strict=True)))
+        return self._calls.of(self._group, (support, self.route), list(zip(prompts, completions, strict=True)))

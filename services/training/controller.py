@@ -26,7 +26,7 @@ The controller holds drafts: lengths and references, but no tokens (actors/share
 from collections.abc import Mapping
 from pathlib import Path
 
-from sdft.actors.roles import STUDENT, TEACHER, evaluating, scoring
+from sdft.actors.roles import STUDENT, TEACHER, evaluating, teacher_pool
 from sdft.learner.group import LearnerGroup
 from sdft.services.config.run import TaskConfig
 from sdft.services.data.schedule import StageSchedule
@@ -64,11 +64,16 @@ class Controller:
         log: RunLog,
         progress: Progress,
     ) -> None:
-        """pools: the started pools by role."""
+        """pools: the started pools by role, those of teachers by name."""
         self._prepared = prepared
         self._config = prepared.config
         self._run_dir = run_dir
-        self._students, self._scoring = pools[STUDENT], pools[scoring(pools)]
+        self._students = pools[STUDENT]
+        routes = {route: teacher_pool(route) for route in self._config.teacher_in_use.routes}
+        self._teachers = {route: pools[name] for route, name in routes.items() if name in pools}
+        self._live = not self._teachers  # the student engines score
+        if self._live:
+            self._teachers = {"": self._students}
         self._learner = learner
         self._ledger = ledger
         self._log = log
@@ -78,14 +83,14 @@ class Controller:
         self._weights = {
             role: WeightSync(role, pool, learner, limit, progress.note)
             for role, pool in pools.items()
-            if not (external and role == TEACHER)
+            if not (external and role in routes.values())
         }
         self._student_weights = self._weights[STUDENT]
-        self._live = TEACHER not in pools  # the student engines score
         self._evaluated_weights = self._weights[evaluating(pools)]
         self._autoscaler = Autoscaler(pools.values())
         self._checkpoints = Checkpointer(prepared, run_dir, learner, ledger, progress)
-        teachers = self._scoring if external else pools[evaluating(pools)]  # else the student's weights at the start
+        # Else the teacher has the student's weights at the start.
+        teachers = self._teachers if external else {"": pools[evaluating(pools)]}
         self._guard = Guard(prepared, run_dir, self._checkpoints, log, progress)
         self._teacher = Teacher(prepared, run_dir, self._weights.get(TEACHER), learner, self._guard, log, progress)
         self._evaluations = Evaluations(
@@ -100,7 +105,7 @@ class Controller:
         schedule = self._prepared.schedule
         student = self._student_weights
         teachers_ready = self._teacher.ready
-        rollouts = Rollouts(self._prepared, self._students, self._scoring, self._ledger, teachers_ready, first_step)
+        rollouts = Rollouts(self._prepared, self._students, self._teachers, self._ledger, teachers_ready, first_step)
         try:
             # Unconditional: after a resume the engines hold the base model, and learner and engines would wait for each
             # other.

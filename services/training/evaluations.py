@@ -3,7 +3,7 @@
 engines -> evaluator: results, replies -> samples.jsonl, eval.jsonl -> guard.py: warn, stop or roll back
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sdft.services.data.sets import LoadedSet
@@ -19,7 +19,7 @@ from sdft.services.training.guard import Guard
 class Evaluations:
     """Evaluates sets between two steps, on the pool `engines`, which holds the student's weights of the step.
 
-    The first evaluation is also one of the teacher, on the pool `teachers`.
+    The first evaluation is also one of the teachers, on their pools by their routes.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class Evaluations:
         prepared: Prepared,
         run_dir: Path,
         engines: EnginePool,
-        teachers: EnginePool,
+        teachers: Mapping[str, EnginePool],
         guard: Guard,
         log: RunLog,
         progress: Progress,
@@ -63,7 +63,8 @@ class Evaluations:
         results, replies = await self._evaluator.students(self._engines, sets, step, stage)
         if teachers:
             external = self._prepared.config.teacher_in_use.weights == "external"
-            results += await self._evaluator.teachers(self._teachers, sets, step, stage, external)
+            note = self._progress.note
+            results += await self._evaluator.teachers(self._teachers, sets, step, stage, external, note)
         # Replies before results: if the run is killed in between, the evaluation has no results and is repeated.
         for reply in replies if self._prepared.config.evaluation.record else first_of_each_set(replies):
             self._log.reply(reply)

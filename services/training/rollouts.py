@@ -10,7 +10,7 @@ rollouts have ended.
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from itertools import groupby
@@ -75,12 +75,15 @@ class Rollouts:
         self,
         prepared: Prepared,
         students: EnginePool,
-        teachers: EnginePool,
+        teachers: Mapping[str, EnginePool],
         ledger: Ledger,
         teachers_ready: Callable[[], Awaitable[None]],
         first_step: int,
     ) -> None:
-        """teachers_ready(): waits until the teacher engines have the weights that were sent."""
+        """teachers: by their routes; the only one by "".
+
+        teachers_ready(): waits until the teacher engines have the weights that were sent.
+        """
         self._prepared = prepared
         self._students, self._teachers = students, teachers
         self._ledger = ledger
@@ -170,7 +173,8 @@ class Rollouts:
         except TimeoutError as error:
             if strict:
                 raise
-            raise TimeoutError(f"{error}: {self._students.at_work}; {self._teachers.at_work}") from error
+            at_work = [pool.at_work for pool in (self._students, *self._teachers.values())]
+            raise TimeoutError(f"{error}: {'; '.join(at_work)}") from error
         finally:
             work.cancel()
             calls.cancel()
@@ -203,8 +207,9 @@ class Rollouts:
         sampled = cache(partial(self._mark_sampled, ids))  # the samples of all groups move at once in the ledger
         if calls.mode == "joined":
             return all_of([made_of(stage, i, group, calls, sampled) for i, group in enumerate(groups)])
-        student, teacher, make = GroupStudent(calls, 0), GroupTeacher(calls, 0, sampled), stage.config.method.make
-        return calls.lockstep([make(group, student, teacher) for group in groups])
+        student, make = GroupStudent(calls, 0), stage.config.method.make
+        teachers = {route: GroupTeacher(calls, 0, route, sampled) for route in ("", *self._teachers)}
+        return calls.lockstep([make(group, student, teachers[group.route]) for group in groups])
 
     async def _of_group(self, stage: Stage, number: int, group: Group, calls: EngineCalls) -> list[Draft]:
         """Let the algorithm make the drafts of one group, again if it loses a completion, and account for them."""
@@ -240,7 +245,7 @@ async def made_of(
     stage: Stage, number: int, group: Group, calls: EngineCalls, sampled: Callable[[], None]
 ) -> list[Draft]:
     """Return the drafts that the algorithm makes of one group. sampled(): called before its completions are scored."""
-    teacher = GroupTeacher(calls, number, sampled)
+    teacher = GroupTeacher(calls, number, group.route, sampled)
     made = await stage.config.method.make(group, GroupStudent(calls, number), teacher)
     calls.done()
     return made
@@ -277,6 +282,7 @@ def _groups(step: int, stage: Stage, ids: list[SampleId], player: Player | None)
             teacher_ids=pair.teacher_ids,
             demonstration_ids=pair.demonstration_ids,
             demonstration_mask=pair.demonstration_mask,
+            route=pair.route,
             contexts=stage.contexts(record),
             player=player,
             grade=None if rule is None else partial(_is_right, rule, stage.source.records[record].answer),

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from sdft.actors.config import LEARNER
-from sdft.actors.roles import STUDENT
+from sdft.actors.roles import STUDENT, TEACHER
 from sdft.actors.shared.process import collect_rarely
 from sdft.actors.shared.waiting import all_of, cancelled, unless
 from sdft.learner.group import LearnerGroup, LearnerLost
@@ -127,8 +127,9 @@ class Session:
         restore_ledger(start / checkpoints.LEDGER if start else None, run_dir / "ledger.sqlite")
         with closing(Ledger(run_dir / "ledger.sqlite")) as ledger, closing(RunLog(run_dir, sinks)) as log:
             ledger.forget_in_flight()
-            by_role = {self._prepared.config.actors.role_name(name): pool for name, pool in self._pools.items()}
-            controller = Controller(self._prepared, run_dir, by_role, self._learner, ledger, log, self._progress)
+            roles = {name: self._prepared.config.actors.role_name(name) for name in self._pools}
+            pools = {name if roles[name] == TEACHER else roles[name]: pool for name, pool in self._pools.items()}
+            controller = Controller(self._prepared, run_dir, pools, self._learner, ledger, log, self._progress)
             watching = watch_nodes(self._pools, self._request, self._progress.note)
             failures = all_of([self._learner.until_lost(), watching])
             try:

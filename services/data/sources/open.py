@@ -23,17 +23,18 @@ def open_source(
     count: int = sys.maxsize,
     check_answer: Callable[[Any], str | None] = lambda answer: None,
     conversations: bool = False,
+    teachers: Sequence[str] = (),
 ) -> GrowingSource:
     """Open the source that data.train and data.source name, and read what it has, up to `count` records.
 
     required: columns that a row needs. check_answer() returns the problem of an answer. build() raises UserError for
-    records that are too long. conversations: as for a RowChecker. Raises UserError if the source cannot be read, or has
-    rows and none of them is good: that is a mistake in the settings.
+    records that are too long. conversations, teachers: as for a RowChecker. Raises UserError if the source cannot be
+    read, or has rows and none of them is good: that is a mistake in the settings.
     """
     path = resolve_path(base, data.train)
     name = str(path) if path.exists() else data.train
     maker = RecordMaker(
-        RowChecker(name, required, check_answer, data.format, conversations),
+        RowChecker(name, required, check_answer, data.format, conversations, teachers),
         data.columns,
         lambda record: build([record])[0],
     )

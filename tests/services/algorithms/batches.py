@@ -67,7 +67,7 @@ def first_batch(
 
         async def ready() -> None: ...
 
-        rollouts = Rollouts(replace(one, stages=(stage,)), students, teachers, ledger, ready, 0)
+        rollouts = Rollouts(replace(one, stages=(stage,)), students, {"": teachers}, ledger, ready, 0)
         rollouts.open(stage.schedule)
         rollouts.begin(0)
         batch = await rollouts.take(1)

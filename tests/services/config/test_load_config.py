@@ -133,7 +133,7 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
         (
             "evaluation: {sets: [{name: a, file: f, grader: exact, columns: {zzz: x}}]}",
             "my.yaml: evaluation.sets[0].columns.zzz is not a column; the columns are prompt, demonstration, id, "
-            "context, feedback, answer, text, tools",
+            "context, feedback, answer, text, tools, teacher",
         ),
         ("monitoring: {tensorboard: 1}", "my.yaml: monitoring.tensorboard must be true or false, not 1"),
         ("run_dir: 5", "my.yaml: run_dir must be text, not 5; put it in quotes"),
@@ -481,12 +481,12 @@ def test_a_configuration_with_absolute_paths_means_the_same_anywhere(
         (
             "{train: t, columns: {instruction: x}}",
             "my.yaml: data: columns.instruction is not a column of format: messages; its columns are prompt, "
-            "demonstration, id, context, feedback, answer, text, tools",
+            "demonstration, id, context, feedback, answer, text, tools, teacher",
         ),
         (
             "{train: t, format: alpaca, columns: {prompt: x}}",
             "my.yaml: data: columns.prompt is not a column of format: alpaca; its columns are instruction, input, "
-            "output, system, history, id, context, feedback, answer, text, tools",
+            "output, system, history, id, context, feedback, answer, text, tools, teacher",
         ),
     ],
 )

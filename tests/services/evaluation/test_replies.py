@@ -156,7 +156,7 @@ def test_the_teacher_is_asked_as_often_as_the_student_with_its_own_prompt() -> N
     shown, alone = (LoadedSet(settings, [question], [PromptPair.of([1], ids)]) for ids in ([2, 1], None))
     said: list[str] = []
     rows = asyncio.run(
-        Evaluator(Letters(), 60, said.append).teachers(cast(EnginePool, Leading()), [alone, shown], 0, 0)
+        Evaluator(Letters(), 60, said.append).teachers({"": cast(EnginePool, Leading())}, [alone, shown], 0, 0)
     )
     assert [(row.label, row.value) for row in rows] == [
         ("letters (teacher)", 1.0),
@@ -164,6 +164,38 @@ def test_the_teacher_is_asked_as_often_as_the_student_with_its_own_prompt() -> N
         ("letters pass@4 (teacher)", 1.0),
     ]
     assert said == ["letters (teacher): 1 questions", "letters (teacher): 8 replies for pass@k"]
+
+
+def test_each_of_several_teachers_is_asked_its_questions_and_a_set_without_names_is_left_out() -> None:
+    class Saying(Letters):
+        """Replies the same letter to every question, and notes the questions."""
+
+        def __init__(self, token: int) -> None:
+            self._token, self.asked = token, list[int]()
+
+        async def generate(self, requests: list[GenerateRequest], sampling: Sampling) -> list[Rollout]:
+            self.asked += [int(r.prompt_ids[0]) for r in requests]
+            rollouts = await super().generate(requests, sampling)
+            return [replace(rollout, completion_ids=np.asarray([self._token])) for rollout in rollouts]
+
+    def routed(name: str, *routes: str) -> LoadedSet:
+        settings = EvaluationSet(name=name, file="f", grader="exact", pass_at=(1,), pass_samples=2)
+        asked = (Message(role="user", content="?"),)
+        questions = [Record(f"q{i}", asked, None, None, None, "A", "f:1") for i in range(len(routes))]
+        pairs = [PromptPair.of([i, 1], [i, 1], route=route) for i, route in enumerate(routes)]
+        return LoadedSet(settings, questions, pairs)
+
+    math, code = Saying(0), Saying(1)
+    pools = {"math": cast(EnginePool, math), "code": cast(EnginePool, code)}
+    sets, reasons = [routed("all", "math", "code", "math"), routed("some", "math", "")], list[str]()
+    evaluator = Evaluator(Letters(), 60, lambda text: None)
+    rows = asyncio.run(evaluator.teachers(pools, sets, 0, 0, external=True, skipped=reasons.append))
+    assert [(row.label, row.value, row.n) for row in rows] == [
+        ("all (teacher)", 2 / 3, 3),
+        ("all pass@1 (teacher)", 2 / 3, 3),
+    ]
+    assert (math.asked, code.asked) == ([0, 2, 0, 0, 2, 2], [1, 1, 1])
+    assert reasons == ["some (teacher) is not evaluated: 1 of its 2 rows have no column teacher"]
 
 
 def test_pass_at_k_needs_as_many_replies_as_the_largest_k() -> None:

@@ -48,7 +48,7 @@ def made(student: Any, tmp_path: Path, *, first: int = 1, **sampling: Any) -> Ba
         (stage,) = one.stages
         config = stage.config.model_copy(update={"sampling": stage.config.sampling.model_copy(update=sampling)})
         one = replace(one, stages=(replace(stage, config=config),))
-        rollouts = Rollouts(one, students, teachers, Ledger(tmp_path / "ledger.sqlite"), ready, 0)
+        rollouts = Rollouts(one, students, {"": teachers}, Ledger(tmp_path / "ledger.sqlite"), ready, 0)
         rollouts.open(one.schedule.stages[0])
         rollouts.begin(0)
         assert rollouts.begun == 2

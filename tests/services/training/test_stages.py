@@ -129,7 +129,7 @@ def test_nothing_of_a_stage_is_begun_before_it_is_open(tmp_path: Path) -> None:
     async def run() -> list[int]:
         students, teachers = pool(case, "student", 1, lambda n: Student(n, case)), pool(case, "teacher", 1, Teacher)
         await asyncio.gather(students.start(), teachers.start())
-        rollouts = Rollouts(both, students, teachers, Ledger(tmp_path / "ledger.sqlite"), ready, 0)
+        rollouts = Rollouts(both, students, {"": teachers}, Ledger(tmp_path / "ledger.sqlite"), ready, 0)
         begun = []
         rollouts.begin(0)
         begun.append(rollouts.begun)
