@@ -258,8 +258,7 @@ class LearnerConfig(BaseModel):
     replay_experts: bool | None = Field(
         None,
         description=(
-            "Route tokens to the experts that the sampler chose; on a CPU only. "
-            "null: of a mixture of experts in bfloat16 on a CPU"
+            "Route tokens to the experts that the sampler chose. null: of a mixture of experts in bfloat16 on a CPU"
         ),
     )
     gradient_checkpointing: bool = Field(

@@ -23,6 +23,11 @@ def arguments(s: EngineSettings) -> AsyncEngineArgs:
     return _arguments(s, share=False) if s.share_prompts and carries_state(made) else made
 
 
+def returns_experts(s: EngineSettings) -> bool:
+    """Whether vLLM returns the experts of rollouts. Its V1 runner, which CPUs have, cannot (experts.py)."""
+    return s.keep_experts and s.device == "cuda"
+
+
 def _arguments(s: EngineSettings, share: bool) -> AsyncEngineArgs:
     return AsyncEngineArgs(
         model=s.model,
@@ -38,7 +43,8 @@ def _arguments(s: EngineSettings, share: bool) -> AsyncEngineArgs:
         enable_chunked_prefill=False,
         max_num_batched_tokens=max(s.max_model_len, 2048),
         # A hit changes the shapes of a prefill and so the last bits of a log-prob, in the same way in each run.
-        enable_prefix_caching=share,
+        enable_prefix_caching=share or returns_experts(s),  # vLLM keeps the experts beside the blocks of the cache
+        enable_return_routed_experts=returns_experts(s),
         scheduler_cls=SharedPrompts if share else None,
         block_size=64 if share and s.device == "cpu" else None,  # vLLM shares whole blocks only
         max_logprobs=s.max_logprobs,

@@ -339,6 +339,11 @@ def chosen_experts(runner: Any, name_of: NameOf) -> dict[str, list[tuple[int, to
     return kept
 
 
+def router_layers(runner: Any) -> list[int]:
+    """Return the numbers of the layers with routers, in order. Uses MoERunner.layer_id, as vLLM's own capture does."""
+    return [module.layer_id for module in runner.get_model().modules() if isinstance(module, MoERunner)]
+
+
 def norm_operations() -> dict[str, Any]:
     """vLLM's norm operations, by the name that its ir_op_priority gives them. Uses vllm.ir.ops."""
     return {name: getattr(ir.ops, name) for name in ("rms_norm", "fused_add_rms_norm")}

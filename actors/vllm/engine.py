@@ -37,6 +37,7 @@ from sdft.actors.config import EngineSettings
 from sdft.actors.engine import Engine
 from sdft.actors.shared.agreement import Agreement
 from sdft.actors.shared.types import (
+    ExpertArray,
     FloatArray,
     GenerateRequest,
     IntArray,
@@ -48,9 +49,9 @@ from sdft.actors.shared.types import (
     UpdateReport,
 )
 from sdft.actors.transport.named import transport_class
-from sdft.actors.vllm.arguments import arguments
+from sdft.actors.vllm.arguments import arguments, returns_experts
 from sdft.actors.vllm.compat import RPC_FAILED, Output, enqueue, keep_prompts_as_arrays
-from sdft.actors.vllm.experts import Parts, assembled, fill
+from sdft.actors.vllm.experts import Parts, assembled, fill, returned
 from sdft.actors.vllm.process import EngineProcess, error_line, forked
 from sdft.actors.vllm.sampling import rollout_of, sampling_request
 from sdft.actors.vllm.scoring import given_request, given_scores, scores_of, scoring_request
@@ -70,6 +71,7 @@ class VllmEngine(Engine):
         self._own_scores = True  # the scores are computed by compat.score_from
         self._incomplete = False  # an update failed midway: nothing may be computed until complete weights are loaded
         self._agreement = Agreement(settings.max_probe_gap)
+        self._router_layers: list[int] = []  # of the V2 runner, if it returns experts
         self._receiver = transport_class(settings.transport).receiver()
 
     async def start(self) -> None:
@@ -91,7 +93,9 @@ class VllmEngine(Engine):
             log.warning(
                 "teacher scores: vLLM's V2 model runner computes the log-probs of prompts too, not of completions alone"
             )
-        if self.settings.keep_experts:
+        if returns_experts(self.settings):
+            (self._router_layers,) = await self._llm.collective_rpc("router_layers")
+        elif self.settings.keep_experts:
             await self._llm.collective_rpc("keep_experts")
         if self.settings.vocabulary is not None:
             await self._llm.collective_rpc("hide_rows", args=(self.settings.vocabulary,))
@@ -100,7 +104,8 @@ class VllmEngine(Engine):
 
     async def generate(self, requests: Sequence[GenerateRequest], sampling: Sampling) -> list[Rollout]:
         """Complete each prompt. Returns rollouts in the order of the requests."""
-        names = [uuid.uuid4().hex if self.settings.keep_experts else None for _ in requests]
+        named = self.settings.keep_experts and not returns_experts(self.settings)
+        names = [uuid.uuid4().hex if named else None for _ in requests]
         params = [
             sampling_request(sampling, request.seed, self.settings.stop_ids, name)
             for request, name in zip(requests, names, strict=True)
@@ -112,13 +117,19 @@ class VllmEngine(Engine):
         rollouts = [rollout_of(r.prompt_ids, o, sampling.likely) for r, o in zip(requests, outputs, strict=True)]
         if not self.settings.keep_experts:
             return rollouts
-        experts = [assembled(p, len(r.prompt_ids) + len(r.completion_ids)) for p, r in zip(kept, rollouts, strict=True)]
-        fill([r.prompt_ids for r in rollouts], experts)
+        lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rollouts]
+        experts: list[ExpertArray | None]
+        if named:
+            experts = [assembled(parts, length) for parts, length in zip(kept, lengths, strict=True)]
+            fill([r.prompt_ids for r in rollouts], experts)
+        else:
+            layers = self._router_layers
+            experts = [returned(output, layers, length) for output, length in zip(outputs, lengths, strict=True)]
         return [replace(rollout, experts=of_it) for rollout, of_it in zip(rollouts, experts, strict=True)]
 
     async def _experts(self, names: Sequence[str | None]) -> list[Parts]:
         """Take what was kept for the requests with these names; nothing for those without one."""
-        if not self.settings.keep_experts or self.dead:
+        if None in names or self.dead:
             return [[] for _ in names]
         (kept,) = await self._llm.collective_rpc("experts_of", args=(names,))
         return list(kept)

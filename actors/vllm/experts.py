@@ -1,12 +1,14 @@
 """The experts that the routers chose while an engine sampled, so that the learner can route its tokens alike.
 
-routers, in each forward ─► kept in the engine's process, by the request's name ─► Rollout.experts
+V1 runner (CPU):   routers, in each forward ─► kept in the engine's process, by the request's name ─► Rollout.experts
+V2 runner (GPUs):  vLLM's enable_return_routed_experts ─► CompletionOutput.routed_experts ─► Rollout.experts
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 from vllm import SamplingParams
+from vllm.outputs import RequestOutput
 
 from sdft.actors.shared.types import ExpertArray, IntArray
 
@@ -28,6 +30,20 @@ def assembled(parts: Parts, tokens: int) -> ExpertArray | None:
     experts = np.full((tokens, *parts[0][1][1:]), -1, np.int16)
     for begin, shape, data in parts:
         experts[begin : begin + shape[0]] = np.frombuffer(data, np.int16).reshape(shape)
+    return experts
+
+
+def returned(output: RequestOutput, layers: Sequence[int], tokens: int) -> ExpertArray:
+    """The experts that a finished request of the V2 runner returns: [tokens, routers, k], -1 where they are not known.
+
+    layers: those with routers, in order; vLLM returns all layers. The last token is sampled and never computed.
+    Raises RuntimeError if the request returns none.
+    """
+    found = output.outputs[0].routed_experts
+    if found is None:
+        raise RuntimeError("vLLM has returned no experts of a request (enable_return_routed_experts)")
+    experts = np.full((tokens, len(layers), found.shape[2]), -1, np.int16)
+    experts[: len(found)] = found[:, layers]
     return experts
 
 

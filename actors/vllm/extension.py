@@ -1,7 +1,7 @@
 """The extension that vLLM loads into its worker processes."""
 
 import sdft.actors.vllm.transfer  # noqa: F401  registers the weight transfer in the worker process
-from sdft.actors.vllm.compat import chosen_experts, hide_rows, rotate_each_head, score_from
+from sdft.actors.vllm.compat import chosen_experts, hide_rows, rotate_each_head, router_layers, score_from
 from sdft.actors.vllm.experts import kept_name
 from sdft.actors.vllm.scoring import first_row, given_ids
 
@@ -22,6 +22,10 @@ class WorkerExtension:
     def keep_experts(self) -> None:
         """Keep the experts of the tokens of named requests (experts.py) until `experts_of` takes them."""
         self._experts = chosen_experts(self.model_runner, kept_name)  # type: ignore[attr-defined]
+
+    def router_layers(self) -> list[int]:
+        """The numbers of the layers with routers, in order."""
+        return router_layers(self.model_runner)  # type: ignore[attr-defined]
 
     def experts_of(self, names: list[str]) -> list[list[tuple[int, list[int], bytes]]]:
         """Take what was kept for each name: position of the first token, shape and bytes (int16) of some tokens."""

@@ -84,7 +84,7 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
             f"the sequences of a pack one by one, which ranks with other numbers of sequences cannot do at that stage; "
             f"set learner.zero_stage: 2"
         )
-    replays = trains and replays_experts(config, found.routed)
+    replays = trains and replays_experts(config, found.routed, found.divides)
     return replace(prepared, alone=found.alone, replays_experts=replays, model_notes=use.notes)
 
 

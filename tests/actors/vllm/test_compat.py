@@ -62,6 +62,11 @@ CANARIES: dict[str, Canary] = {
     "MoERunner.router": lambda: mentions(
         "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner.__init__", "router"
     ),
+    "MoERunner.layer_id": lambda: mentions(
+        "vllm.model_executor.layers.fused_moe.routed_experts_capturer:bind_routed_experts_capturer",
+        "MoERunner",
+        "layer_id",
+    ),
     "BaseRouter.set_capture_fn(capture_fn)": lambda: takes(
         "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter.set_capture_fn", "capture_fn"
     ),

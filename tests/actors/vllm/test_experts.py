@@ -8,9 +8,11 @@ import pytest
 import ray
 import torch
 from transformers import AutoModelForCausalLM
+from vllm.outputs import CompletionOutput, RequestOutput
 
 from sdft.actors.shared.types import GenerateRequest, Sampling
-from sdft.actors.vllm.experts import assembled, fill
+from sdft.actors.vllm.arguments import arguments
+from sdft.actors.vllm.experts import assembled, fill, returned
 from sdft.actors.worker import EngineWorker
 from sdft.learner.model.experts import named_routers
 from tests.actors.vllm.test_engine import engine_settings
@@ -57,3 +59,27 @@ def test_experts_of_a_shared_prompt_are_those_of_the_request_that_computed_it() 
     np.testing.assert_array_equal(second[3:5], whole[3:5] + 50)
     assert (second[5] == -1).all()
     assert assembled([], 6) is None
+
+
+def test_experts_that_vllm_returns_are_those_of_the_layers_with_routers() -> None:
+    """vLLM's V2 runner returns a row for each computed token, and every layer of the model, in a narrow type."""
+    of_layers = np.arange(5 * 4 * 2, dtype=np.uint8).reshape(5, 4, 2)
+
+    def output(experts: np.ndarray | None) -> RequestOutput:
+        completion = CompletionOutput(0, "", [7, 8], None, None, routed_experts=experts)
+        return RequestOutput("", None, None, None, [completion], finished=True)
+
+    experts = returned(output(of_layers), [1, 3], 6)
+    assert experts.dtype == np.int16
+    np.testing.assert_array_equal(experts[:5], of_layers[:, [1, 3]])
+    assert (experts[5] == -1).all()
+    with pytest.raises(RuntimeError, match="no experts of a request"):
+        returned(output(None), [1, 3], 6)
+
+
+def test_vllm_is_asked_for_experts_on_gpus_alone(tmp_path: Path, tiny_model: Path) -> None:
+    folder = make_family_model(FAMILIES["OLMoE"], tmp_path, tiny_model)
+    settings = replace(engine_settings(folder), keep_experts=True, share_prompts=False)
+    on_cpu, on_gpu = arguments(settings), arguments(replace(settings, device="cuda"))
+    assert (on_cpu.enable_return_routed_experts, on_cpu.enable_prefix_caching) == (False, False)
+    assert (on_gpu.enable_return_routed_experts, on_gpu.enable_prefix_caching) == (True, True)
