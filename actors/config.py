@@ -11,6 +11,8 @@ from sdft.actors.roles import ROLES, STUDENT, TEACHER, Role, RoleName
 
 VLLM = "vllm"  # the built-in engine
 NAME = r"[a-z0-9_-]+"  # of a pool
+TURN_ENGINE = "sdft.services.serving.turns.client:TurnEngine"  # the engine of a service, for its windows
+TURNS = "SDFT_TURNS"  # environment variable: the socket of that engine
 LEARNER = "learner"  # names the learner beside the pools, as in pids.json
 
 
@@ -188,4 +190,6 @@ class EngineSettings:
     vocabulary: int | None = None  # tokens of the tokenizer; later rows are in no distribution. None: all rows are
     keep_experts: bool = False  # rollouts have the experts that the routers chose
     transport: str = "memory"  # weights.transport
+    pool: str = ""  # its name
+    shared: bool = False  # it holds the weights of several owners, one after the other
     extension: str = "sdft.actors.vllm.extension.WorkerExtension"  # loaded in the engine's worker processes

@@ -6,7 +6,7 @@
 
 Rounding is estimated from the gap as loaded and from how far training has moved the log-probs since. An engine whose
 first update is not version 0 (after a resume, or in place of a lost engine) has no such gap. Its bound is `limit`
-alone.
+alone. So it is for an engine that holds the weights of several owners in turn.
 """
 
 from sdft.actors.shared.types import FloatArray, Snapshot, WeightMismatch, relative_gap
@@ -20,16 +20,16 @@ ROUNDING, OF_MOVED = 1 / 8, 1 / 4
 class Agreement:
     """The agreement of one engine with the learner. Gaps are those of `relative_gap`."""
 
-    def __init__(self, limit: float) -> None:
-        """limit: upper bound on every gap (weights.max_probe_gap)."""
-        self._limit = limit
+    def __init__(self, limit: float, shared: bool = False) -> None:
+        """limit: upper bound on every gap (weights.max_probe_gap). shared: as in EngineSettings."""
+        self._limit, self._shared = limit, shared
         self._as_loaded: FloatArray | None = None  # the engine's log-probs before its first update
         self._base: Snapshot | None = None  # version 0, if that was the first update
 
     @property
     def untried(self) -> bool:
-        """The engine has had no update."""
-        return self._as_loaded is None
+        """Whether the gap as loaded is still to be measured: the engine has had no update, and has one owner."""
+        return self._as_loaded is None and not self._shared
 
     def before_first(self, snapshot: Snapshot, logprobs: FloatArray) -> None:
         """Record the engine's log-probs before its first update, `snapshot`.

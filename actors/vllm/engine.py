@@ -70,7 +70,7 @@ class VllmEngine(Engine):
         self._pausing = asyncio.Lock()  # the task that pauses the engine also resumes it
         self._own_scores = True  # the scores are computed by compat.score_from
         self._incomplete = False  # an update failed midway: nothing may be computed until complete weights are loaded
-        self._agreement = Agreement(settings.max_probe_gap)
+        self._agreement = Agreement(settings.max_probe_gap, settings.shared)
         self._router_layers: list[int] = []  # of the V2 runner, if it returns experts
         self._receiver = transport_class(settings.transport).receiver()
 

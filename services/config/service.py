@@ -98,6 +98,11 @@ class ServingConfig(Section):
     cluster: ClusterPlace | None = Field(
         None, description="Engines are actors on the nodes of a running Ray cluster; null: processes on this machine"
     )
+    turns: bool = Field(
+        False,
+        description="The engine also makes the rollouts and scores of windows, in turns: less memory, and requests "
+        "wait while it does; false: a window starts engines of its own",
+    )
     threads: int | None = Field(None, ge=1, description="OpenMP threads of a CPU engine; null: every core")
     kv_cache_gib: float | None = Field(
         None, gt=0, description="GiB of KV cache; null: 1 on a CPU, on a GPU what gpu_memory_utilization leaves for it"
@@ -121,6 +126,8 @@ class ServingConfig(Section):
         for key in ("grow_after_s", "shrink_after_s"):
             if self.max_replicas is None and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} has no effect without max_replicas; set it, or remove {key}")
+        if self.turns and (self.cluster is not None or max(self.replicas, self.max_replicas or 1) > 1):
+            raise ValueError("turns is for one engine on this machine; remove cluster, replicas and max_replicas")
         if self.cluster is not None and self.cluster.gpus % 1 and self.kv_cache_gib is None:
             raise ValueError(
                 f"cluster.gpus {self.cluster.gpus:g} puts several engines on a GPU, and each would take what is free; "

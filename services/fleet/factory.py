@@ -43,6 +43,7 @@ def engine_pool(
         engine_settings(config, model, name, vocabulary),
         stop_ids=stop_ids,
         transport=transport,
+        pool=name,
         keep_experts=keep_experts,
     )
     actor = ray.remote(EngineWorker)

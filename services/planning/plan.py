@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sdft.actors.config import EngineSettings
+from sdft.actors.config import TURN_ENGINE, EngineSettings
 from sdft.actors.roles import EVALUATION, STUDENT, TEACHER, teacher_pool
 from sdft.actors.shared.process import GIB
 from sdft.services.base.errors import UserError
@@ -19,6 +19,7 @@ from sdft.services.planning.supports import width
 # GiB of an engine's two processes together, without weights and KV cache. Measured on the CPU build: 0.8 with a model
 # of 0.26 M parameters, 1.0 after steps of SmolLM2-135M in float32; the rest is a margin for larger batches.
 ENGINE_BASE_GIB = 1.3
+CLIENT_GIB = 0.5  # process of a window that reaches the engine of its service
 # gpu_memory_utilization with an explicit KV cache size: it is only the share of the GPU that must be free at a start.
 FREE_AT_LEAST = 0.05
 # GiB of Ray's processes and the driver.
@@ -99,7 +100,9 @@ def make_plan(
         weights = teacher_parameters.get(pool, shape.parameters) * bytes_of_weight / GIB
         # An update holds the weights twice (the snapshot is mapped). KV cache and logits of a batch come on top.
         memory = ENGINE_BASE_GIB + 2 * weights + (0 if cuda else e.cpu_cache_gib)
-        if config.actors.role_name(pool) == scoring:
+        if e.engine == TURN_ENGINE:  # the engine is the service's, and keeps the weights
+            memory = CLIENT_GIB + weights
+        elif config.actors.role_name(pool) == scoring:
             memory += max(ENGINE_BYTES * rows * wide for rows, wide in scored) / e.replicas / GIB
         gpus = e.gpus if cuda else 0
         return tuple(Part(f"{pool} engine {i}", e.cpus, gpus, memory, e.labels) for i in range(e.replicas))

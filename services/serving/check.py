@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdft.actors.config import EngineSettings
+from sdft.actors.config import VLLM, EngineSettings
 from sdft.services.base.errors import UserError
 from sdft.services.base.files import existing_file
 from sdft.services.config.run import RunConfig
 from sdft.services.config.service import HttpConfig, ServiceConfig
+from sdft.services.planning.plan import engine_settings as of_pool
 from sdft.services.planning.plan import max_probe_gap
 from sdft.services.planning.prepare import prepare
 from sdft.services.planning.prepared import Prepared
@@ -86,21 +87,29 @@ def warnings(checked: Checked) -> Iterator[str]:
 def engine_settings(checked: Checked, model: Path) -> EngineSettings:
     """Return the settings of an engine that serves the release in the folder `model`."""
     config, serving = checked.config, checked.settings.serving
+    longest, logprobs = serving.max_model_len, 20  # what OpenAI's API allows
+    if serving.turns:
+        run = checked.prepared.config
+        of_pools = [of_pool(run, model, pool, checked.prepared.vocabulary) for pool in run.actors.pools]
+        longest = max(longest, *(s.max_model_len for s in of_pools))
+        logprobs = max(logprobs, *(s.max_logprobs for s in of_pools))
     return EngineSettings(
         model=str(model),
         dtype=config.dtype,
         device=config.device,
-        max_model_len=serving.max_model_len,
-        max_logprobs=20,  # what OpenAI's API allows
+        max_model_len=longest,
+        max_logprobs=logprobs,
         max_num_seqs=serving.max_num_seqs,
-        hold_batches=False,
+        hold_batches=serving.turns and config.strict,  # those of windows; a request of a user is no batch
         share_prompts=False,
         gpu_memory_utilization=serving.gpu_memory_utilization,
         enforce_eager=serving.enforce_eager,
         max_probe_gap=max_probe_gap(config),
         threads=serving.threads,
         kv_cache_gib=serving.kv_cache_gib or (None if config.device == "cuda" else 1),
+        stop_ids=checked.prepared.stop_ids,
         serves=True,
+        shared=serving.turns,
         vocabulary=checked.prepared.vocabulary,
     )
 
@@ -111,6 +120,8 @@ def _check_settings(config: RunConfig) -> None:
             "service.serving.cluster: there is no address of a cluster; set ray.address, or submit the service with "
             "`sdft submit --serve`, or remove the key for engines on this machine"
         )
+    if config.service is not None and config.service.serving.turns:
+        _check_turns(config)
     if config.data is not None and (config.data.format != "messages" or config.data.columns):
         raise UserError("data.format and data.columns are of a file; a service takes rows in our columns; remove them")
     if config.teacher.models:
@@ -126,6 +137,27 @@ def _check_settings(config: RunConfig) -> None:
         if s.is_text:
             raise UserError(
                 f"evaluation.sets ({s.name}): the gate compares answers, and grader perplexity has none; remove the set"
+            )
+
+
+def _check_turns(config: RunConfig) -> None:
+    """Raise UserError if one engine cannot do what the windows and the users need."""
+    s, own = config.sampling, [name for name, pool in config.actors.pools.items() if pool.engine != VLLM]
+    for wrong, what, mend in (
+        (
+            config.learner.lora is not None,
+            "learner.lora",
+            "adapters are merged into the model that an engine began with",
+        ),
+        ((s.temperature, s.top_p) != (1, 1), "sampling", "users get plain log-probs; set temperature and top_p to 1"),
+        (config.teacher.weights == "external", "teacher.weights: external", "it would hold another model"),
+        (config.weights.transport != "memory", "weights.transport", "set it to memory"),
+        (config.ray.running, "ray.address", "the engine is on this machine; remove it"),
+        (bool(own), f"actors.{own[0]}.engine" if own else "", "remove it"),
+    ):
+        if wrong:
+            raise UserError(
+                f"service.serving.turns is true, and one engine cannot do that with {what}: {mend}; or set turns: false"
             )
 
 

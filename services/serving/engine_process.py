@@ -5,8 +5,9 @@
     POST /sdft/release {"release": 3, "folder": ..., "files": {name: digest}}
         files of the folder ─► digests ─► snapshot, with the probe's log-probs by transformers ─► engine, verified
 
-The weights that the engine starts with are verified in the same way. The process ends with its parent, and when the
-engine's own process dies.
+The weights that the engine starts with are verified in the same way. With EngineSettings.shared the engine also works
+for a window's run, in turns with the requests (turns/). The process ends with its parent, and when the engine's own
+process dies.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from sdft.actors.shared.process import die_with_parent, large_imports, scratch_f
 from sdft.actors.worker import engine_environment
 from sdft.services.base.digests import differing
 from sdft.services.serving.listening import Listening, answer, listening_of
+from sdft.services.serving.turns.server import PATH, RELEASE, InTurn, Owners, turn_route
 
 if TYPE_CHECKING:
     import torch
@@ -67,34 +69,37 @@ class Releases:
 
     def __init__(self, engine: "VllmEngine", publisher: "Publisher", release: int, dtype: "torch.dtype") -> None:
         self._engine, self._publisher, self._dtype = engine, publisher, dtype
-        self._turn = asyncio.Lock()
+        self._changing = asyncio.Lock()
+        self.owners = Owners(engine, lambda pool, folder: self._snapshot(pool, 0, folder))
         self.release = release
 
     async def verify_loaded(self, folder: Path) -> float:
         """Compare the engine as loaded with transformers, and update it to the same weights. Returns the gap."""
-        snapshot = await asyncio.to_thread(self._snapshot, 0, folder)
+        snapshot = await asyncio.to_thread(self._snapshot, RELEASE, 0, folder)
         gap = (await self._engine.update_weights(snapshot)).probe_gap
         await self._engine.client.update_weight_version(str(self.release))
+        self.owners.keep(RELEASE, replace(snapshot, version=self.release), loaded=True)
         return gap
 
     async def change(self, release: int, folder: Path, files: dict[str, str]) -> dict[str, Any]:
         """Load and verify a release. Raises ValueError, without a change, if its files are not whole."""
-        async with self._turn:
+        async with self._changing:
             damaged = await asyncio.to_thread(differing, folder, files)
             if damaged:
                 raise ValueError(f"{folder} is not whole: {damaged}")
-            snapshot = await asyncio.to_thread(self._snapshot, release, folder)
-            report = await self._engine.update_weights(snapshot)
+            async with self.owners.packing:
+                self.owners.keep(RELEASE, await asyncio.to_thread(self._snapshot, RELEASE, release, folder))
+            report = await self.owners.loaded(RELEASE)
             self.release = release
             return {"release": release, "gap": report.probe_gap, "pause_s": report.pause_s}
 
-    def _snapshot(self, version: int, folder: Path) -> Any:
+    def _snapshot(self, role: str, version: int, folder: Path) -> Any:
         from sdft.learner.weights.content import Content
 
         count = sum(
             math.prod(entry["shape"]) for path in weight_files(folder) for entry in read_header(path)[0].values()
         )
-        return self._publisher.publish("serving", version, Content(self._tensors(folder), count * self._dtype.itemsize))
+        return self._publisher.publish(role, version, Content(self._tensors(folder), count * self._dtype.itemsize))
 
     def _tensors(self, folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
         from safetensors import safe_open
@@ -131,7 +136,10 @@ async def serve(settings: EngineProcessSettings) -> None:
         print(f"release {settings.release} is loaded and verified (gap {gap:.1e})", flush=True)
         app = await openai_app(engine, settings.name, settings.tool_parser)
         _add_change(app, releases)
-        answering = asyncio.create_task(answer(app, settings.listen), name="answer requests")
+        if settings.engine.shared:
+            app.add_route(PATH, turn_route(releases.owners), methods=["POST"])
+        answers = InTurn(app, releases.owners.turns) if settings.engine.shared else app
+        answering = asyncio.create_task(answer(answers, settings.listen), name="answer requests")
         while not engine.dead and not answering.done():
             await asyncio.wait([answering], timeout=ALIVE_EVERY_S)
     finally:

@@ -50,8 +50,12 @@ class LocalHost:
         """program: the command line, to which the file of settings is added. sockets: a folder."""
         self._program, self._sockets = program, sockets
 
+    def socket(self, name: str) -> Path:
+        """Return where the engine `name` answers."""
+        return self._sockets / f"{name.replace(' ', '-')}.sock"
+
     async def start(self, name: str, given: dict[str, Any], log: Path) -> "LocalProcess":
-        socket = self._sockets / f"{name.replace(' ', '-')}.sock"
+        socket = self.socket(name)
         socket.unlink(missing_ok=True)
         settings = socket.with_suffix(".json")
         settings.write_text(json.dumps(given | {"listen": {"path": str(socket)}}))

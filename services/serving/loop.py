@@ -12,7 +12,7 @@ killed anywhere goes on where it was.
 import asyncio
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from sdft.actors.shared.reason import reason
@@ -51,13 +51,14 @@ class Loop:
         receipts: Receipts | None,
         decisions: Decisions,
         sdft: Sequence[str],
+        environment: Mapping[str, str],
         notice: Callable[[str], None],
     ) -> None:
-        """config: of the service, with absolute paths. sdft: the command line of `sdft`."""
+        """config: of the service, with absolute paths. sdft: the command line of `sdft`. environment: of its runs."""
         assert config.service is not None
         self._folder, self._config, self._settings = folder, config, config.service
         self._journal, self._inbox, self._records, self._receipts = journal, inbox, records, receipts
-        self._decisions, self._sdft = decisions, sdft
+        self._decisions, self._sdft, self._environment = decisions, sdft, environment
         self._notice = notice
         self._failures = 0  # turns that failed, one after the other
         self.doing = "starting"  # for people
@@ -170,7 +171,7 @@ class Loop:
             await asyncio.sleep(POLL_S)
         model = folder.path / state.releases[window.parent].folder
         path = write_window(folder, window, self._config, state, self._inbox, model)
-        await train_window(self._sdft, folder, window.number, path, self._began)
+        await train_window(self._sdft, folder, window.number, path, self._environment, self._began)
         self.doing = f"exports window {window.number}"
         number = max(state.releases) + 1
         candidate = await make_candidate(self._sdft, folder, window, number, self._began)

@@ -16,6 +16,7 @@ from typing import Any
 
 import uvicorn
 
+from sdft.actors.config import TURNS
 from sdft.actors.shared.process import scratch_folder
 from sdft.services.base.digests import digests
 from sdft.services.base.errors import RunFailed, UserError
@@ -74,7 +75,8 @@ async def serve(checked: Checked, say: Callable[[str], None], programs: Programs
         changing = Changing(pool, settings.serving.start_timeout_s + settings.http.request_timeout_s)
         decisions = Decisions(folder, settings, journal, inbox, pool, changing, notices)
         records = RecordIndex(journal, inbox)
-        loop = Loop(folder, checked.config, journal, inbox, records, receipts, decisions, programs.sdft, notices)
+        turns = {TURNS: str(host.socket(_name(0)))} if isinstance(host, LocalHost) and settings.serving.turns else {}
+        loop = Loop(folder, checked.config, journal, inbox, records, receipts, decisions, programs.sdft, turns, notices)
         service = Service(
             folder=folder,
             config=settings,
@@ -180,7 +182,7 @@ def _engine(
 ) -> ServingEngine:
     settings = checked.settings
     return ServingEngine(
-        name=f"engine {number}",
+        name=_name(number),
         host=host,
         logs=checked.folder.engines,
         settings=lambda weights: engine_settings(checked, weights.folder),
@@ -191,6 +193,10 @@ def _engine(
         changed=pool.notify,
         notice=notice,
     )
+
+
+def _name(number: int) -> str:
+    return f"engine {number}"
 
 
 def _uvicorn(app: Any, http: HttpConfig) -> uvicorn.Config:

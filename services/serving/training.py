@@ -10,8 +10,9 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from sdft.actors.shared.process import die_with_parent
 from sdft.services.base.digests import digests
@@ -35,14 +36,20 @@ class TrainingFailed(Exception):
 
 
 async def train_window(
-    sdft: Sequence[str], folder: ServiceFolder, window: int, config: Path, began: Callable[[int], None]
+    sdft: Sequence[str],
+    folder: ServiceFolder,
+    window: int,
+    config: Path,
+    environment: Mapping[str, str],
+    began: Callable[[int], None],
 ) -> None:
     """Train a window to its end. Raises TrainingFailed. If cancelled, the run is stopped, and resumes later.
 
-    sdft: the command line of `sdft`. began(pid) is called with the process of the run.
+    sdft: the command line of `sdft`. environment: variables for it, beside this process's own. began(pid) is called
+    with the process of the run.
     """
     words = ("train", str(config), "--run-dir", str(folder.run(window)))
-    await _command(sdft, words, folder.window(window) / "train.log", began)
+    await _command(sdft, words, folder.window(window) / "train.log", began, environment)
 
 
 async def make_candidate(
@@ -66,7 +73,13 @@ def forget_states(folder: ServiceFolder, window: int) -> None:
     shutil.rmtree(folder.run(window) / "checkpoints", ignore_errors=True)
 
 
-async def _command(sdft: Sequence[str], words: tuple[str, ...], log: Path, began: Callable[[int], None]) -> None:
+async def _command(
+    sdft: Sequence[str],
+    words: tuple[str, ...],
+    log: Path,
+    began: Callable[[int], None],
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     with log.open("ab") as file:
         process = await asyncio.create_subprocess_exec(
             *sdft,
@@ -74,7 +87,7 @@ async def _command(sdft: Sequence[str], words: tuple[str, ...], log: Path, began
             stdin=asyncio.subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
             preexec_fn=_below_the_engines,
         )
         began(process.pid)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sdft.actors.config import TURN_ENGINE
 from sdft.services.base.files import write_atomically
 from sdft.services.config.load import resolved_yaml
 from sdft.services.config.run import RunConfig
@@ -146,6 +147,9 @@ def window_run(
         given["teacher"] |= {"weights": "external", "model": first}
     given["data"]["train"] = train
     given["data"]["fallback_template"] = template_added(config) or given["data"]["fallback_template"]
+    if config.service is not None and config.service.serving.turns:
+        for pool in config.actors.pools:
+            given["actors"][pool]["engine"] = TURN_ENGINE
     given["evaluation"]["sets"] += [s.model_dump(mode="json") for s in sets]
     given["evaluation"]["record"] = True
     return RunConfig.model_validate(given)
