@@ -142,6 +142,7 @@ class Snapshot:
     probe_ids: IntArray  # [N]
     probe_logprobs: FloatArray  # [N - 1], log-prob of each probe token after the first, with these weights
     scale: float | None = None
+    base: str = ""  # folder of the model that adapters are merged into; "": the one that the engine began with
 
     def gap(self, logprobs: FloatArray) -> float:
         """relative_gap between an engine's log-probs of the probe [N - 1] and the snapshot's."""

@@ -195,7 +195,7 @@ class VllmEngine(Engine):
         self._incomplete = True
         with _passed_on(failure, f"{snapshot.role} weights v{snapshot.version}"):
             await self._llm.start_weight_update()
-            update = {"entries": entries, "scale": snapshot.scale} | how
+            update = {"entries": entries, "scale": snapshot.scale, "base": snapshot.base} | how
             await self._llm.update_weights(WeightTransferUpdateRequest(update))
             await self._llm.finish_weight_update(weight_version=str(snapshot.version))
         self._incomplete = False

@@ -42,6 +42,7 @@ class _UpdateInfo(WeightTransferUpdateInfo):
     path: str = ""  # of the file; "": the weights are streamed
     entries: list[Any] = field(default_factory=list)  # the fields of each TensorEntry
     scale: float | None = None  # for adapters only
+    base: str = ""  # of adapters, as in Snapshot
 
 
 class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
@@ -80,7 +81,7 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
             else:
                 tensors = self._streaming().tensors(entries)
             if update_info.scale is not None:
-                base, dtype = Path(self.model_config.model), self.model_config.dtype
+                base, dtype = Path(update_info.base or self.model_config.model), self.model_config.dtype
                 tensors = merged(base, dict(tensors), update_info.scale, dtype)
             self._reload.load(tensors)
         except Exception as error:  # any error: the other members of a group must not wait for this engine

@@ -144,11 +144,6 @@ def _check_turns(config: RunConfig) -> None:
     """Raise UserError if one engine cannot do what the windows and the users need."""
     s, own = config.sampling, [name for name, pool in config.actors.pools.items() if pool.engine != VLLM]
     for wrong, what, mend in (
-        (
-            config.learner.lora is not None,
-            "learner.lora",
-            "adapters are merged into the model that an engine began with",
-        ),
         ((s.temperature, s.top_p) != (1, 1), "sampling", "users get plain log-probs; set temperature and top_p to 1"),
         (config.teacher.weights == "external", "teacher.weights: external", "it would hold another model"),
         (config.weights.transport != "memory", "weights.transport", "set it to memory"),

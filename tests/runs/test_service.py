@@ -1,4 +1,4 @@
-"""A whole service with real engines: asked through the openai client, taught, trained, gated, rolled back."""
+"""A whole service with one engine in turns: asked through the openai client, taught, trained, gated, rolled back."""
 
 import asyncio
 import json
@@ -28,7 +28,8 @@ def before() -> set[str]:
 @pytest.fixture(scope="module")
 def service(before: set[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     folder = tmp_path_factory.mktemp("service")
-    config = write_service(folder, make_tiny_model(folder / "model"), http={"port": 0, "max_body_mib": 2})
+    http, serving = {"port": 0, "max_body_mib": 2}, {"turns": True}
+    config = write_service(folder, make_tiny_model(folder / "model"), http=http, serving=serving)
     running = RunningService(config, folder / "runs")
     try:
         yield running

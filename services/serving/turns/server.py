@@ -100,7 +100,10 @@ class Owners:
             self._reports[owner] = await self._engine.update_weights(self._kept[owner])
 
     def _copied(self, owner: str, snapshot: Snapshot) -> Snapshot:
-        """Return the snapshot in memory of this process. Raises FileNotFoundError if it is gone."""
+        """Return the snapshot in memory of this process. Raises FileNotFoundError if it is gone.
+
+        Adapters stay adapters: a turn merges them into the model that the run began with.
+        """
         with open(snapshot.path, "rb") as file:
             if owner not in self._memory:
                 self._memory[owner] = anonymous_memory(f"sdft-{owner}", snapshot.nbytes)
@@ -108,7 +111,7 @@ class Owners:
             memory.seek(0)
             while block := file.read(1 << 24):
                 memory.write(block)
-        return replace(snapshot, path=f"/proc/{os.getpid()}/fd/{fd}")
+        return replace(snapshot, path=f"/proc/{os.getpid()}/fd/{fd}", base=str(self._folders[owner]))
 
 
 class InTurn:

@@ -28,7 +28,6 @@ def service(folder: Path, model: Path | str, **more: Any) -> RunConfig:
 @pytest.mark.parametrize(
     ("more", "what"),
     [
-        ({"learner": {"lora": {"rank": 4}}}, "learner.lora"),
         ({"sampling": {"temperature": 0.7}}, "temperature and top_p to 1"),
         ({"sampling": {"top_p": 0.9}}, "temperature and top_p to 1"),
         ({"teacher": {"weights": "external", "model": "other"}}, "teacher.weights: external"),
@@ -51,7 +50,7 @@ def test_turns_are_for_one_engine_on_this_machine(more: dict[str, Any]) -> None:
 
 
 def test_the_engine_has_room_for_what_windows_ask_of_it(tiny_model: Path, tmp_path: Path) -> None:
-    """As long a sequence, as many log-probs and the ends of a reply of the run; every pool of a window's run uses it."""
+    """It has the length, the log-probs and the ends of a reply of the run, and is the engine of every pool."""
     more: dict[str, Any] = {
         "data": {"max_prompt_tokens": 100, "max_teacher_prompt_tokens": 700},
         "sampling": {"max_new_tokens": 100},
