@@ -219,6 +219,7 @@ def test_the_students_most_likely_tokens_of_each_turn_are_scored(both: tuple[Pat
     np.testing.assert_allclose(own.gather(1, ids[:, :8]), own.topk(8, 1).values, atol=1e-4)
 
 
+@pytest.mark.whole
 def test_the_learner_alone_repeats_the_steps(both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(OWN)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -126,6 +126,7 @@ def test_the_learner_alone_repeats_the_refreshes(whole: tuple[Path, Path]) -> No
     assert f"step {STEPS}: the same to the last bit of its state" in result.stdout
 
 
+@pytest.mark.whole
 def test_a_refresh_that_a_detector_refuses_leaves_the_teacher_as_it_is(
     whole: tuple[Path, Path], tiny_model: Path, tmp_path: Path
 ) -> None:

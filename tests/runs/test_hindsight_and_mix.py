@@ -26,6 +26,8 @@ from tests.fakes.rollouts import logprobs
 from tests.fakes.tiny import TOKENS
 from tests.runs.run import BIN, ENVIRONMENT, metrics, replayed, write_run
 
+pytestmark = pytest.mark.whole
+
 EACH = 2  # steps of a stage
 HINDSIGHT, DEMONSTRATIONS, TEACHERS, PREFIXES = (1 + EACH * i for i in range(4))  # first steps of the stages
 SHARE, PREFIX = 0.5, 5
@@ -179,7 +181,6 @@ def test_the_seed_of_a_sample_says_whether_it_has_the_experts_tokens(
     assert kinds == {True, False}
 
 
-@pytest.mark.whole
 def test_a_resumed_run_has_the_same_bits(run: tuple[Path, Path]) -> None:
     config, run_dir = run
     from_step = DEMONSTRATIONS - 1

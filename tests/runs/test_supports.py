@@ -17,6 +17,8 @@ from tests.fakes.rollouts import logprobs
 from tests.fakes.tiny import TOKENS
 from tests.runs.run import finish, metrics, replayed, write_run
 
+pytestmark = pytest.mark.whole
+
 K, STEPS = 8, 2  # tokens of a support, steps of a stage
 ENTROPY, LENGTH, CLIP = 0.1, 5, 0.02
 SUPPORTS = ("teacher", "student", "union", "full")
@@ -131,7 +133,6 @@ def test_the_learner_alone_repeats_every_stage(run: tuple[Path, Path]) -> None:
     assert f"step {STEPS * (len(SUPPORTS) + 1)}: the same to the last bit of its state" in result.stdout
 
 
-@pytest.mark.whole
 def test_a_second_run_has_the_same_bits(run: tuple[Path, Path], tmp_path: Path) -> None:
     config, run_dir = run
     finish(config, tmp_path / "again")

@@ -19,6 +19,8 @@ from tests.fakes.rollouts import logprobs
 from tests.fakes.tiny import TOKENS, make_tiny_model
 from tests.runs.run import command, write_run
 
+pytestmark = pytest.mark.whole
+
 ROUTES = ("math", "code", "code")  # of the rows, in turn
 EACH = 2  # steps of a stage
 
