@@ -1,6 +1,6 @@
 """Settings of the detectors: how far a figure of the completions may move from its value at the start of the stage."""
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from sdft.services.base.section import Section
 
@@ -31,6 +31,16 @@ class DetectorsConfig(Section):
     leaks: float | None = Field(
         0.1, gt=0, lt=1, description="Largest rise of the share with words of the teacher's template"
     )
+    phrases: tuple[str, ...] = Field(
+        (), description="Texts that count as words of the teacher's template, such as `Following the example`"
+    )
     thoughts: float | None = Field(
         0.3, gt=0, lt=1, description="Largest rise or fall of the share with a mark of reasoning"
     )
+
+    @field_validator("phrases")
+    @classmethod
+    def _are_texts(cls, phrases: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(phrase.strip() for phrase in phrases):
+            raise ValueError("an empty phrase is in every completion; remove it")
+        return phrases

@@ -259,6 +259,16 @@ class RunConfig(Section):
         return self.retention.sets or tuple(s.name for s in self.sets if s.role == "retention")
 
     @model_validator(mode="after")
+    def _guarded_pass_at_is_sampled(self) -> "RunConfig":
+        guarded = [s for s in self.sets if s.name in self.guarded]
+        asked = self.retention is not None and self.retention.max_drop_pass_at is not None
+        if asked and not any(s.pass_at for s in guarded):
+            raise ValueError(
+                "retention.max_drop_pass_at: no guarded set has pass_at; give it to one of them, or remove the key"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_gated_teacher_has_its_guard(self) -> "RunConfig":
         every, retention, check = self.teacher.refresh_every, self.retention, self.evaluation.every
         if every is None:

@@ -344,6 +344,12 @@ class RetentionConfig(Section):
         description="Largest drop of an accuracy (0.05: 5 points), or rise of a perplexity (0.05: 5 %); null: no set "
         "is guarded",
     )
+    max_drop_pass_at: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Largest drop of each pass@k of the guarded sets; null: it is not guarded",
+    )
     detectors: DetectorsConfig | None = Field(None, description="null: no detectors; {}: all, with their defaults")
     action: Literal["warn", "stop", "rollback"] = Field(
         "warn", description="stop: end the run; rollback: also set aside the checkpoints after the last good one"
@@ -355,6 +361,8 @@ class RetentionConfig(Section):
             raise ValueError("nothing is guarded; set max_drop, for evaluation sets, or detectors")
         if self.max_drop is None and self.sets:
             raise ValueError("sets have no effect without max_drop; set max_drop, or remove sets")
+        if self.max_drop is None and self.max_drop_pass_at is not None:
+            raise ValueError("max_drop_pass_at is of sets that max_drop guards; set max_drop too")
         return self
 
 

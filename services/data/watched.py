@@ -1,4 +1,4 @@
-"""What is looked for in completions: words of the teacher's template, and marks of reasoning, as tokens.
+"""What is looked for in completions: words of the teacher's template, a user's phrases, and marks of reasoning.
 
     teacher's prompt with placeholders ─► n-grams of every filling, without the student's prompt's ─► the template's own
     <think>, with different texts behind it ─► tokens that all have at the start ─► the mark
@@ -6,7 +6,7 @@
 A record's context and demonstration are no words of the template: a student may well learn to say them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +26,18 @@ LEAD = "A line.\n"
 BEHIND = ("", "\n", " so", "So")  # a tokenizer may join the end of a mark with what follows it
 
 
-def watched(tokenizer: "PreTrainedTokenizerBase", builder: PromptBuilder, record: Record) -> Watched:
-    """Return what is looked for in the completions of a stage. record: one with the same columns."""
+def watched(
+    tokenizer: "PreTrainedTokenizerBase", builder: PromptBuilder, record: Record, phrases: Sequence[str] = ()
+) -> Watched:
+    """Return what is looked for in the completions of a stage. record: one with the same columns.
+
+    phrases: texts that count as words of the template.
+    """
     marks = [mark for pair in MARKS for mark in pair]
     thoughts = dict.fromkeys(_mark(tokenizer, mark) for mark in marks)
-    return Watched(_template(tokenizer, builder, record), tuple(tokens for tokens in thoughts if tokens))
+    words = dict.fromkeys(_template(tokenizer, builder, record))
+    words |= dict.fromkeys(tokens for phrase in phrases for tokens in _phrase(tokenizer, phrase))
+    return Watched(tuple(words), tuple(tokens for tokens in thoughts if tokens))
 
 
 def _template(tokenizer: "PreTrainedTokenizerBase", builder: PromptBuilder, record: Record) -> tuple[Tokens, ...]:
@@ -58,6 +65,16 @@ def _template(tokenizer: "PreTrainedTokenizerBase", builder: PromptBuilder, reco
 def _grams(ids: Sequence[int]) -> dict[Tokens, None]:
     """Return the n-grams in their order, each once."""
     return dict.fromkeys(tuple(ids[i : i + WORDS]) for i in range(len(ids) - WORDS + 1))
+
+
+def _phrase(tokenizer: "PreTrainedTokenizerBase", phrase: str) -> Iterator[Tokens]:
+    """Yield the tokens of a phrase at the start of a line and behind a word, alone and before what may follow it."""
+    for start in ("", " "):
+        for end in ("", ",", ".", ":", "\n", " so"):
+            whole, rest = (_behind(tokenizer, f"{start}{text}") for text in (f"{phrase}{end}", f"{phrase}"))
+            same = next((i for i, (a, b) in enumerate(zip(whole, rest, strict=False)) if a != b), len(rest))
+            # A last token that joins the end of the phrase with what follows it belongs to the phrase.
+            yield whole[: same + (same < len(rest))]
 
 
 def _mark(tokenizer: "PreTrainedTokenizerBase", mark: str) -> Tokens:

@@ -133,6 +133,8 @@ def _prepared(
     for task, builder, record in zip(config.tasks, builders, first, strict=True):
         check_answers_are_shown(task, builder, record)
     lacks = [builders[0].lacks_first(first[0]), *(None for _ in names[1:])]  # the same for all stages
+    guard = config.retention
+    phrases = guard.detectors.phrases if guard is not None and guard.detectors is not None else ()
     stages: list[Stage] = []
     for i, (name, given, builder, source) in enumerate(zip(names, loaded, builders, sources, strict=True)):
         task, before = given.task, stages[-1].fingerprint if stages else ""
@@ -145,7 +147,7 @@ def _prepared(
                 sets=_sets(given.questions, tokenizer, builder, task, task.environment, rows),
                 schedule=schedules[i],
                 fingerprint=fingerprint_of(before, task, identity, () if source.grows else source.prompts),
-                watched=watched(tokenizer, builder, first[i]),
+                watched=watched(tokenizer, builder, first[i], phrases),
                 recalled=len(given.recalled),
                 warnings=tuple(
                     filter(None, (source.trouble, _short(builder, source.records, task), _unanswered(given), lacks[i]))

@@ -59,6 +59,15 @@ def test_a_users_template_has_words_and_one_that_adds_none_has_none(
     assert watched(tokenizer, PromptBuilder(tokenizer, "turn", tmp_path, None), alone).template == ()
 
 
+def test_phrases_of_a_user_are_found_where_they_may_stand(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    builder = PromptBuilder(tokenizer, "none", tmp_path, None)
+    wanted = watched(tokenizer, builder, ROW, ["Following the example", "as shown"]).template
+    for text in ("A line.\nFollowing the example, it is 1.", "It is 1 as shown.", "So as shown: 1", "as shown so 1"):
+        assert occurs(wanted, text, tokenizer), text
+    for text in ("Following the examples", "It is not shown.", "An example."):
+        assert occurs(wanted, text, tokenizer) == text.startswith("Following the example"), text
+
+
 def test_marks_of_reasoning_are_found_whatever_follows_them(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """In this tokenizer they are ordinary text, of several tokens each."""
     marks = watched(tokenizer, PromptBuilder(tokenizer, "none", tmp_path, None), ROW).thoughts

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from sdft.services.base.errors import RetentionLost
 from sdft.services.config.run import RunConfig
@@ -60,6 +61,29 @@ def test_a_perplexity_may_rise_by_max_drop() -> None:
         "prose rose from perplexity 20.00 to 22.50 (n 10) at step 2: 12.5 %, 10 are allowed"
     ]
     assert guard.held == 1
+
+
+def test_each_pass_at_k_of_a_guarded_set_has_a_drop_of_its_own() -> None:
+    several = GENERAL | {"pass_at": [1, 4]}
+    guarded = {"retention": {"max_drop": 0.1, "max_drop_pass_at": 0.3}, "evaluation": {"every": 2, "sets": [several]}}
+    guard = RetentionGuard(RunConfig.model_validate(config().model_dump() | guarded), [])
+    first = [result(0, 0.8), result(0, 0.9, metric="pass@1"), result(0, 1.0, metric="pass@4")]
+    assert guard.judge(first) == []
+    fine = [result(2, 0.8), result(2, 0.65, metric="pass@1"), result(2, 0.7, metric="pass@4")]
+    assert guard.judge([*fine, result(2, 0.0, metric="teacher_pass@4")]) == []
+    assert guard.held == 2
+    (breach,) = guard.judge([result(4, 0.8), result(4, 0.65, metric="pass@1"), result(4, 0.6, metric="pass@4")])
+    assert str(breach) == "general pass@4 fell from 100 % to 60.0 % (n 10) at step 4: 40.0 points, 30 are allowed"
+    assert (guard.held, list(guard.last)) == (2, ["general pass@4"])
+
+
+def test_a_guard_of_pass_at_k_that_nothing_samples_is_refused() -> None:
+    with pytest.raises(ValidationError, match="no guarded set has pass_at"):
+        config(max_drop_pass_at=0.3)
+    with pytest.raises(ValidationError, match="set max_drop too"):
+        config(max_drop=None, detectors={}, max_drop_pass_at=0.3)
+    with pytest.raises(ValidationError, match="an empty phrase is in every completion"):
+        config(detectors={"phrases": ["As shown", " "]})
 
 
 def test_after_an_interruption_the_guard_knows_the_values_before_training() -> None:
