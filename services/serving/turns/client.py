@@ -82,7 +82,7 @@ class TurnEngine(Engine):
         """Free the pool's weights in the service's engine."""
 
         async def forget() -> None:
-            self._http = None  # of another loop
+            self._http = None  # that of the loop before ends with its process
             await self._call("forget")
             await self._session().close()
 

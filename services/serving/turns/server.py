@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 RELEASE = "release"  # the owner of the weights that users are answered with; pools are the others
 PATH = "/sdft/turn"
+GONE = 410  # status: this process does not have the caller's weights, or not any more
 GONE_EVERY_S = 0.5  # between two looks whether the caller is still there
 
 
@@ -89,6 +90,11 @@ class Owners:
         async with self.turns.of(owner):
             return await getattr(self._engine, method)(*arguments)
 
+    @property
+    def dead(self) -> bool:
+        """Whether the engine has died. This process then ends, too."""
+        return self._engine.dead
+
     async def ping(self, owner: str) -> None:
         """Return when the engine has answered."""
         await self._engine.ping()
@@ -145,12 +151,12 @@ def turn_route(owners: Owners) -> Callable[[Request], Any]:
             work = own[method](owner, *arguments) if method in own else owners.call(owner, method, arguments)
             return pickle.dumps((True, await work))
         except Exception as error:  # noqa: BLE001 - raised by the caller
-            return pickle.dumps((False, error))
+            return pickle.dumps((False, _sendable(error)))
 
     async def route(request: Request) -> Response:
         process, owner, method, arguments = pickle.loads(await request.body())
         if process not in (None, os.getpid()):
-            return Response(status_code=410)
+            return Response(status_code=GONE)
         call = asyncio.create_task(answered(owner, method, arguments))
         while not call.done():
             await asyncio.wait([call], timeout=GONE_EVERY_S)
@@ -159,6 +165,16 @@ def turn_route(owners: Owners) -> Callable[[Request], Any]:
                 with suppress(asyncio.CancelledError):
                     await call
                 return Response(status_code=499)
-        return Response(call.result())
+        # What a call raises because the engine has died is no error of the run, which waits for the next engine.
+        return Response(status_code=GONE) if owners.dead else Response(call.result())
 
     return route
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return an exception that the caller can load: itself, or its text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 - whatever its class does
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

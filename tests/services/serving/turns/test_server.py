@@ -27,11 +27,19 @@ from tests.actors.vllm.test_engine import engine_settings
 EMPTY = np.zeros(0, np.float32)
 
 
+class Odd(Exception):
+    """It is pickled, and cannot be loaded again."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} and {two}")
+
+
 class Engine:
     """Holds the bytes of a snapshot as its weights."""
 
     def __init__(self) -> None:
         self.holds, self.loads, self.slow = b"", 0, asyncio.Event()
+        self.dead = False
 
     async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
         if snapshot.version == 13:
@@ -42,6 +50,11 @@ class Engine:
     async def generate(self, requests: list[Any], sampling: Sampling) -> list[Any]:
         if requests == ["slow"]:
             await self.slow.wait()
+        if requests == ["odd"]:
+            raise Odd("one", "two")
+        if requests == ["last"]:
+            self.dead = True
+            raise RuntimeError("the engine has died")
         return [(self.holds, request) for request in requests]
 
     async def ping(self) -> None: ...
@@ -95,6 +108,8 @@ def test_each_owner_gets_its_own_weights(tmp_path: Path, monkeypatch: pytest.Mon
             loads = engine.loads
             await student.generate(["c"], Sampling(1))  # type: ignore[list-item]
             assert engine.loads == loads
+            with pytest.raises(RuntimeError, match="Odd: one and two"):
+                await student.generate(["odd"], Sampling(1))  # type: ignore[list-item]
             with pytest.raises(SnapshotDamaged, match="v13"):
                 await student.update_weights(packed("student", 13, b"wrong")[0])
             assert not student.dead
@@ -123,6 +138,18 @@ def test_another_process_has_no_weights_of_the_run(tmp_path: Path, monkeypatch: 
             student._process = 1  # as if the answers came from another one
             with pytest.raises(aiohttp.ClientResponseError, match="410"):
                 await student.generate(["a"], Sampling(1))  # type: ignore[list-item]
+            assert student.dead
+
+    asyncio.run(run())
+
+
+def test_the_error_of_a_call_at_which_the_engine_dies_is_a_lost_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        async with served(tmp_path, monkeypatch) as (_, _, student):
+            with pytest.raises(aiohttp.ClientResponseError, match="410"):
+                await student.generate(["last"], Sampling(1))  # type: ignore[list-item]
             assert student.dead
 
     asyncio.run(run())
