@@ -62,6 +62,12 @@ class Publisher:
             scale=content.scale,
         )
 
+    def forget(self, role: str) -> None:
+        """Free the memory of a role's snapshot, once no process has mapped it."""
+        buffer = self._buffers.pop(role, None)
+        if buffer is not None:
+            os.close(buffer.fd)  # the mapping ends with the last view of it
+
     def _probe_logprobs(self, entries: Sequence[TensorEntry], memory: mmap.mmap, scale: float | None) -> FloatArray:
         """Compute the probe's log-probs from the packed bytes, because engines of both roles must reproduce those.
 

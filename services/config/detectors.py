@@ -1,6 +1,6 @@
 """Settings of the detectors: how far a figure of the completions may move from its value at the start of the stage."""
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from sdft.services.base.section import Section
 
@@ -44,3 +44,9 @@ class DetectorsConfig(Section):
         if not all(phrase.strip() for phrase in phrases):
             raise ValueError("an empty phrase is in every completion; remove it")
         return phrases
+
+    @model_validator(mode="after")
+    def _phrases_are_counted(self) -> "DetectorsConfig":
+        if self.phrases and self.leaks is None:
+            raise ValueError("phrases are counted by leaks, which is off; set leaks, or remove phrases")
+        return self

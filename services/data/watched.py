@@ -74,7 +74,9 @@ def _phrase(tokenizer: "PreTrainedTokenizerBase", phrase: str) -> Iterator[Token
             whole, rest = (_behind(tokenizer, f"{start}{text}") for text in (f"{phrase}{end}", f"{phrase}"))
             same = next((i for i, (a, b) in enumerate(zip(whole, rest, strict=False)) if a != b), len(rest))
             # A last token that joins the end of the phrase with what follows it belongs to the phrase.
-            yield whole[: same + (same < len(rest))]
+            found = whole[: same + (same < len(rest))]
+            if phrase in str(tokenizer.decode(list(found), skip_special_tokens=False)):
+                yield found
 
 
 def _mark(tokenizer: "PreTrainedTokenizerBase", mark: str) -> Tokens:

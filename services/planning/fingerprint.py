@@ -90,6 +90,12 @@ def _gate(config: TaskConfig) -> list[Any]:
     """Return the settings of the guard that a gated teacher depends on: of detectors, and of guarded sets."""
     assert config.retention is not None
     of_set = {"name", "grader", "rows", "max_new_tokens"}
+    if config.retention.max_drop_pass_at is not None:
+        of_set |= {"pass_at", "pass_samples", "pass_temperature"}
     sets = [s.model_dump(mode="json", include=of_set) for s in config.evaluation.sets if s.name in config.guarded]
     guard = config.retention.model_dump(mode="json", exclude={"action"})
+    # Runs that began before there were these can be resumed.
+    guard = _without(guard, {"max_drop_pass_at": None})
+    if guard["detectors"] is not None:
+        guard["detectors"] = _without(guard["detectors"], {"phrases": []})
     return [guard, config.guarded, sets, config.evaluation.every if config.guarded else None]

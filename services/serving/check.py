@@ -22,6 +22,18 @@ from sdft.services.serving.folder import ServiceFolder
 from sdft.services.serving.window import EARLIER, NEW, window_run
 
 SAMPLE_ROW = {"id": "sample", "prompt": "Hi", "demonstration": "Hi", "context": "Hi", "feedback": "Hi"}
+# Settings of a pool that its engines have, and the engine of a service in turns has from service.serving.
+OF_ENGINE = (
+    "replicas",
+    "max_replicas",
+    "kv_cache_gib",
+    "threads",
+    "max_num_seqs",
+    "enforce_eager",
+    "gpu_memory_utilization",
+    "gpus",
+    "labels",
+)
 OF_A_RUN = (*(name for name in RUN_FILES if name != "config.yaml"), "checkpoints")
 
 
@@ -109,6 +121,7 @@ def engine_settings(checked: Checked, model: Path) -> EngineSettings:
         kv_cache_gib=serving.kv_cache_gib or (None if config.device == "cuda" else 1),
         stop_ids=checked.prepared.stop_ids,
         serves=True,
+        keep_experts=serving.turns and checked.prepared.replays_experts,
         shared=serving.turns,
         vocabulary=checked.prepared.vocabulary,
     )
@@ -143,6 +156,13 @@ def _check_settings(config: RunConfig) -> None:
 def _check_turns(config: RunConfig) -> None:
     """Raise UserError if one engine cannot do what the windows and the users need."""
     s, own = config.sampling, [name for name, pool in config.actors.pools.items() if pool.engine != VLLM]
+    for name, pool in config.actors.pools.items():
+        for key in OF_ENGINE:
+            if getattr(pool, key) != type(pool).model_fields[key].default:
+                raise UserError(
+                    f"service.serving.turns is true, so windows start no engines, and actors.{name}.{key} has no "
+                    f"effect; remove it, or set turns: false"
+                )
     for wrong, what, mend in (
         ((s.temperature, s.top_p) != (1, 1), "sampling", "users get plain log-probs; set temperature and top_p to 1"),
         (config.teacher.weights == "external", "teacher.weights: external", "it would hold another model"),

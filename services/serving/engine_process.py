@@ -64,17 +64,24 @@ class EngineProcessSettings:
         return cls(EngineSettings(**engine | {"stop_ids": tuple(engine["stop_ids"])}), listen, **given)
 
 
+class NotWhole(Exception):
+    """Files of a release differ from their digests."""
+
+
 class Releases:
     """Loads releases into the engine."""
 
     def __init__(self, engine: "VllmEngine", publisher: "Publisher", release: int, dtype: "torch.dtype") -> None:
         self._engine, self._publisher, self._dtype = engine, publisher, dtype
         self._changing = asyncio.Lock()
-        self.owners = Owners(engine, lambda pool, folder: self._snapshot(pool, 0, folder))
+        self.owners = Owners(engine, lambda pool, folder: self._snapshot(pool, 0, folder), publisher.forget)
         self.release = release
 
     async def verify_loaded(self, folder: Path) -> float:
-        """Compare the engine as loaded with transformers, and update it to the same weights. Returns the gap."""
+        """Compare the engine with transformers: as loaded, unless it is shared, and updated to the same weights.
+
+        Returns the gap.
+        """
         snapshot = await asyncio.to_thread(self._snapshot, RELEASE, 0, folder)
         gap = (await self._engine.update_weights(snapshot)).probe_gap
         await self._engine.client.update_weight_version(str(self.release))
@@ -82,11 +89,11 @@ class Releases:
         return gap
 
     async def change(self, release: int, folder: Path, files: dict[str, str]) -> dict[str, Any]:
-        """Load and verify a release. Raises ValueError, without a change, if its files are not whole."""
+        """Load and verify a release. Raises NotWhole, without a change, if its files are not whole."""
         async with self._changing:
             damaged = await asyncio.to_thread(differing, folder, files)
             if damaged:
-                raise ValueError(f"{folder} is not whole: {damaged}")
+                raise NotWhole(f"{folder} is not whole: {damaged}")
             async with self.owners.packing:
                 self.owners.keep(RELEASE, await asyncio.to_thread(self._snapshot, RELEASE, release, folder))
             report = await self.owners.loaded(RELEASE)
@@ -140,12 +147,14 @@ async def serve(settings: EngineProcessSettings) -> None:
             app.add_route(PATH, turn_route(releases.owners), methods=["POST"])
         answers = InTurn(app, releases.owners.turns) if settings.engine.shared else app
         answering = asyncio.create_task(answer(answers, settings.listen), name="answer requests")
-        while not engine.dead and not answering.done():
+        while not engine.dead and not answering.done() and releases.owners.broken is None:
             await asyncio.wait([answering], timeout=ALIVE_EVERY_S)
     finally:
         engine.stop()
     if engine.dead:
         raise SystemExit("vLLM's own process has died")
+    if (error := releases.owners.broken) is not None:
+        raise SystemExit(f"the weights of the release cannot be loaded: {type(error).__name__}: {error}")
 
 
 def _add_change(app: FastAPI, releases: Releases) -> None:
@@ -153,7 +162,7 @@ def _add_change(app: FastAPI, releases: Releases) -> None:
         given = await request.json()
         try:
             made = await releases.change(given["release"], Path(given["folder"]), given["files"])
-        except ValueError as error:
+        except NotWhole as error:
             return JSONResponse({"error": str(error)}, status_code=409)
         except Exception as error:  # noqa: BLE001 - whatever it is, these weights are not served
             return JSONResponse({"error": f"{type(error).__name__}: {error}"}, status_code=500)

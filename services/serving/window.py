@@ -149,7 +149,7 @@ def window_run(
     given["data"]["fallback_template"] = template_added(config) or given["data"]["fallback_template"]
     if config.service is not None and config.service.serving.turns:
         for pool in config.actors.pools:
-            given["actors"][pool]["engine"] = TURN_ENGINE
+            given["actors"][pool] |= {"engine": TURN_ENGINE, "gpus": 0}
     given["evaluation"]["sets"] += [s.model_dump(mode="json") for s in sets]
     given["evaluation"]["record"] = True
     return RunConfig.model_validate(given)

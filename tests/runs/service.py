@@ -37,7 +37,7 @@ def write_service(folder: Path, model: Path, **service: Any) -> Path:
         "training": {"batch_size": 4},
         "method": "sft",
         "learner": {"optimizer": {"lr": 5e-3, "warmup_steps": 2}},
-        "actors": {"student": {"kv_cache_gib": 0.05}},
+        "actors": {} if settings["serving"].get("turns") else {"student": {"kv_cache_gib": 0.05}},
         "evaluation": {"sets": [{"name": "numbers", "file": "eval.jsonl", "grader": "exact", "max_new_tokens": 16}]},
         "service": settings,
     }

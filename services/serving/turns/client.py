@@ -35,12 +35,21 @@ class TurnEngine(Engine):
 
     def __init__(self, settings: EngineSettings) -> None:
         super().__init__(settings)
+        self._socket = os.environ.get(TURNS, "")
         self._http: aiohttp.ClientSession | None = None
         self._process: int | None = None  # of the engine, once it has answered
         self._lost = False
 
     async def start(self) -> None:
-        """Wait for the service's engine. It loads the model folder before its first call without an update."""
+        """Wait for the service's engine. It loads the model folder before its first call without an update.
+
+        Raises RuntimeError if this process does not belong to a service.
+        """
+        if not self._socket:
+            raise RuntimeError(
+                f"the run of a window uses the engine of its service, which `sdft serve` starts; to run it alone, set "
+                f"actors.{self.settings.pool}.engine: vllm"
+            )
         while True:
             try:
                 self._process = await self._call("begin", self.settings.model)
@@ -93,7 +102,7 @@ class TurnEngine(Engine):
 
     def _session(self) -> aiohttp.ClientSession:
         if self._http is None:
-            connector = aiohttp.UnixConnector(os.environ[TURNS], limit=0)
+            connector = aiohttp.UnixConnector(self._socket, limit=0)
             self._http = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
         return self._http
 

@@ -27,7 +27,7 @@ class Turns:
     @asynccontextmanager
     async def of(self, owner: str) -> AsyncIterator[None]:
         """Wait for the owner's turn, and use the engine in the body. Raises what `load` raises."""
-        if self.owner == owner and not self._waiting and self._loading is None:
+        if self.owner == owner and self._loading is None and all(admitted.done() for _, admitted in self._waiting):
             self._users += 1
         else:
             await self._admitted(owner)

@@ -29,7 +29,7 @@ from sdft.services.serving.turns.order import Turns
 if TYPE_CHECKING:
     from sdft.actors.vllm.engine import VllmEngine
 
-RELEASE = "release"  # the owner of the weights that users are answered with; pools are the others
+RELEASE = "the release"  # the owner of the weights that users are answered with; no pool has such a name
 PATH = "/sdft/turn"
 GONE = 410  # status: this process does not have the caller's weights, or not any more
 GONE_EVERY_S = 0.5  # between two looks whether the caller is still there
@@ -38,9 +38,15 @@ GONE_EVERY_S = 0.5  # between two looks whether the caller is still there
 class Owners:
     """The weights of each owner, and the engine that loads them."""
 
-    def __init__(self, engine: "VllmEngine", of_folder: Callable[[str, Path], Snapshot]) -> None:
-        """of_folder(owner, folder): packs the weights of a folder as version 0, in memory of this process."""
-        self._engine, self._of_folder = engine, of_folder
+    def __init__(
+        self, engine: "VllmEngine", of_folder: Callable[[str, Path], Snapshot], free: Callable[[str], None]
+    ) -> None:
+        """of_folder(owner, folder): packs the weights of a folder as version 0, in memory of this process.
+
+        free(owner): frees that memory.
+        """
+        self._engine, self._of_folder, self._free = engine, of_folder, free
+        self.broken: Exception | None = None  # why the weights of the release cannot be loaded any more
         self._kept: dict[str, Snapshot] = {}
         self._memory: dict[str, tuple[int, mmap.mmap]] = {}
         self._folders: dict[str, Path] = {}  # what owners without kept weights begin with
@@ -77,6 +83,7 @@ class Owners:
             if fd is not None and memory is not None:
                 memory.close()
                 os.close(fd)
+            self._free(owner)
             self.turns.outdated(owner)
 
     async def update(self, owner: str, snapshot: Snapshot) -> UpdateReport:
@@ -103,14 +110,24 @@ class Owners:
         async with self.packing:
             if owner not in self._kept:
                 self._kept[owner] = await asyncio.to_thread(self._of_folder, owner, self._folders[owner])
-            self._reports[owner] = await self._engine.update_weights(self._kept[owner])
+            try:
+                self._reports[owner] = await self._engine.update_weights(self._kept[owner])
+            except Exception as error:
+                if owner == RELEASE:
+                    self.broken = error
+                raise
 
     def _copied(self, owner: str, snapshot: Snapshot) -> Snapshot:
-        """Return the snapshot in memory of this process. Raises FileNotFoundError if it is gone.
+        """Return the snapshot in memory of this process.
+
+        Raises FileNotFoundError if it is gone, and SnapshotDamaged; what was kept before then stays.
 
         Adapters stay adapters: a turn merges them into the model that the run began with.
         """
+        from sdft.actors.vllm.transfer import check_digests
+
         with open(snapshot.path, "rb") as file:
+            check_digests(snapshot, file)
             if owner not in self._memory:
                 self._memory[owner] = anonymous_memory(f"sdft-{owner}", snapshot.nbytes)
             fd, memory = self._memory[owner]
@@ -160,7 +177,8 @@ def turn_route(owners: Owners) -> Callable[[Request], Any]:
         call = asyncio.create_task(answered(owner, method, arguments))
         while not call.done():
             await asyncio.wait([call], timeout=GONE_EVERY_S)
-            if not call.done() and await request.is_disconnected():
+            # An update goes on: its thread could not be stopped.
+            if not call.done() and method != "update" and await request.is_disconnected():
                 call.cancel()  # the run has ended, and users wait
                 with suppress(asyncio.CancelledError):
                     await call

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
+import xxhash
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
@@ -18,7 +19,7 @@ from starlette.routing import Route
 
 from sdft.actors.config import TURNS
 from sdft.actors.shared.process import anonymous_memory
-from sdft.actors.shared.types import Sampling, Snapshot, SnapshotDamaged, UpdateReport
+from sdft.actors.shared.types import Sampling, Snapshot, SnapshotDamaged, TensorEntry, UpdateReport
 from sdft.services.serving.listening import UnixSocket, answer
 from sdft.services.serving.turns.client import TurnEngine
 from sdft.services.serving.turns.server import PATH, RELEASE, InTurn, Owners, turn_route
@@ -42,8 +43,6 @@ class Engine:
         self.dead = False
 
     async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
-        if snapshot.version == 13:
-            raise SnapshotDamaged("student weights v13: a tensor arrived damaged")
         self.holds, self.loads = Path(snapshot.path).read_bytes(), self.loads + 1
         return UpdateReport(snapshot.version, 0.5, 0.25)
 
@@ -64,14 +63,15 @@ def packed(role: str, version: int, payload: bytes) -> tuple[Snapshot, Any]:
     fd, memory = anonymous_memory(role, len(payload))
     memory[:] = payload
     path = f"/proc/{os.getpid()}/fd/{fd}"
-    return Snapshot(role, version, path, "", len(payload), (), EMPTY.astype(np.int32), EMPTY), memory
+    tensor = TensorEntry("weight", "uint8", (len(payload),), 0, len(payload), xxhash.xxh3_128_hexdigest(payload))
+    return Snapshot(role, version, path, "", len(payload), (tensor,), EMPTY.astype(np.int32), EMPTY), memory
 
 
 @asynccontextmanager
 async def served(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Engine, Owners, TurnEngine]]:
     """Yield an engine that answers on a socket, and the client of a run's student."""
     engine = Engine()
-    owners = Owners(engine, lambda owner, folder: packed(owner, 0, folder.name.encode())[0])  # type: ignore[arg-type]
+    owners = Owners(engine, lambda owner, folder: packed(owner, 0, folder.name.encode())[0], lambda owner: None)  # type: ignore[arg-type]
     owners.keep(RELEASE, packed(RELEASE, 1, b"release")[0])
 
     async def asked(request: Request) -> PlainTextResponse:
@@ -110,8 +110,11 @@ def test_each_owner_gets_its_own_weights(tmp_path: Path, monkeypatch: pytest.Mon
             assert engine.loads == loads
             with pytest.raises(RuntimeError, match="Odd: one and two"):
                 await student.generate(["odd"], Sampling(1))  # type: ignore[list-item]
+            damaged, memory = packed("student", 13, b"wrong")
+            memory[:] = b"wrang"
             with pytest.raises(SnapshotDamaged, match="v13"):
-                await student.update_weights(packed("student", 13, b"wrong")[0])
+                await student.update_weights(damaged)
+            assert await student.generate(["d"], Sampling(1)) == [(b"three", "d")]  # type: ignore[list-item]
             assert not student.dead
             assert await ask() == b"release"
             await asyncio.to_thread(student.stop)
@@ -153,3 +156,25 @@ def test_the_error_of_a_call_at_which_the_engine_dies_is_a_lost_engine(
             assert student.dead
 
     asyncio.run(run())
+
+
+def test_a_release_that_cannot_be_loaded_again_ends_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gateway then starts the engine again; until then it would answer nothing and look healthy."""
+
+    async def run() -> None:
+        async with served(tmp_path, monkeypatch) as (_, owners, student):
+            await student.generate(["a"], Sampling(1))  # type: ignore[list-item]
+            owners.keep(RELEASE, replace(packed(RELEASE, 1, b"release")[0], path="/gone"))
+            await ask()
+            assert isinstance(owners.broken, FileNotFoundError)
+
+    asyncio.run(run())
+
+
+def test_a_windows_run_without_its_service_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(TURNS, raising=False)
+    alone = TurnEngine(replace(engine_settings(tmp_path), pool="student"))
+    with pytest.raises(RuntimeError, match=r"actors\.student\.engine: vllm"):
+        asyncio.run(alone.start())

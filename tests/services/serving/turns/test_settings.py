@@ -15,6 +15,7 @@ from sdft.services.config.service import ServingConfig
 from sdft.services.serving.check import check_service, engine_settings
 from sdft.services.serving.folder import ServiceFolder
 from sdft.services.serving.window import window_run
+from tests.models.families import FAMILIES, make_family_model
 
 TURNS = {"serving": {"turns": True}}
 
@@ -34,6 +35,8 @@ def service(folder: Path, model: Path | str, **more: Any) -> RunConfig:
         ({"weights": {"transport": "broadcast"}}, "weights.transport"),
         ({"ray": {"address": "10.0.0.1:6379"}}, "ray.address"),
         ({"actors": {"student": {"engine": "mine.engines:Mine"}}}, "actors.student.engine"),
+        ({"actors": {"student": {"replicas": 2}}}, "actors.student.replicas has no effect"),
+        ({"actors": {"teacher": {"kv_cache_gib": 0.5}}}, "actors.teacher.kv_cache_gib has no effect"),
     ],
 )
 def test_what_one_engine_cannot_do_is_refused(more: dict[str, Any], what: str, tmp_path: Path) -> None:
@@ -65,7 +68,18 @@ def test_the_engine_has_room_for_what_windows_ask_of_it(tiny_model: Path, tmp_pa
     assert settings.stop_ids == checked.prepared.stop_ids != ()
     assert settings.shared
     run = window_run(config, str(tiny_model), str(tmp_path / "train.jsonl"))
-    assert {pool.engine for pool in run.actors.pools.values()} == {TURN_ENGINE}
+    assert {(pool.engine, pool.gpus) for pool in run.actors.pools.values()} == {(TURN_ENGINE, 0)}
     alone = service(tmp_path, tiny_model, **more | {"service": {}})
     assert not engine_settings(check_service(alone, ServiceFolder(tmp_path / "alone")), tiny_model).shared
     assert {pool.engine for pool in window_run(alone, "any", "any").actors.pools.values()} == {"vllm"}
+
+
+def test_the_engine_keeps_the_experts_of_rollouts_where_the_run_replays_them(tiny_model: Path, tmp_path: Path) -> None:
+    folder = make_family_model(FAMILIES["OLMoE"], tmp_path / "experts", tiny_model)
+    for replayed in (True, False):
+        data = {"max_prompt_tokens": 100, "max_teacher_prompt_tokens": 200}
+        serving = {"serving": {"turns": True, "max_model_len": 512}}
+        learner = {"replay_experts": replayed}
+        config = service(tmp_path, folder, learner=learner, data=data, service=serving)
+        checked = check_service(config, ServiceFolder(tmp_path / f"service-{replayed}"))
+        assert engine_settings(checked, folder).keep_experts == replayed
