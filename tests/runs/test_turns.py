@@ -60,6 +60,8 @@ def test_students_teacher_and_users_share_an_engine_that_is_killed(tmp_path: Pat
         steps = read_rows(run, StepMetrics)
         assert [row.step for row in steps] == list(range(1, 17))
         assert len(service.get("records/rec-4")["steps"]) == 8  # once in each epoch
+        log = (run.parent / "train.log").read_text()
+        assert log.count("starting engines and learner") == 1, log  # the run waited for the next engine
     finally:
         asking.ended.set()
         asking.join(60)
