@@ -1,6 +1,7 @@
 """One engine in turns, with a teacher: a window of sdft on the engine that answers, which is killed meanwhile."""
 
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -15,8 +16,12 @@ from tests.runs.service import RunningService, demonstrations, write_service
 
 def engines(service: RunningService) -> list[psutil.Process]:
     """The processes of vLLM's engines below the service."""
-    below = psutil.Process(service.process.pid).children(recursive=True)
-    return [process for process in below if "".join(process.cmdline()).startswith("VLLM::EngineCore")]
+    found = []
+    for process in psutil.Process(service.process.pid).children(recursive=True):
+        with suppress(psutil.Error):  # it ends just now
+            if "".join(process.cmdline()).startswith("VLLM::EngineCore"):
+                found.append(process)
+    return found
 
 
 class Asking(threading.Thread):

@@ -34,7 +34,7 @@ def judged(detectors: Detectors, steps: Iterable[StepMetrics]) -> dict[int, list
 
 def test_every_detector_has_a_threshold_a_figure_and_a_default() -> None:
     names = [detector.name for detector in DETECTORS]
-    assert {"window", *names} == set(DetectorsConfig.model_fields)
+    assert {"window", "phrases", *names} == set(DetectorsConfig.model_fields)
     assert all(getattr(DetectorsConfig(), name) is not None for name in names)
     assert all(hasattr(STEP, detector.figure) for detector in DETECTORS)
 
