@@ -89,13 +89,11 @@ class Controller:
         self._evaluated_weights = self._weights[evaluating(pools)]
         self._autoscaler = Autoscaler(pools.values())
         self._checkpoints = Checkpointer(prepared, run_dir, learner, ledger, progress)
-        # Else the teacher has the student's weights at the start.
-        teachers = self._teachers if external else {"": pools[evaluating(pools)]}
+        evaluated = pools[evaluating(pools)]
+        teachers = self._teachers if external else {"": evaluated}  # else the first teacher is the first student
         self._guard = Guard(prepared, run_dir, self._checkpoints, log, progress)
         self._teacher = Teacher(prepared, run_dir, self._weights.get(TEACHER), learner, self._guard, log, progress)
-        self._evaluations = Evaluations(
-            prepared, run_dir, pools[evaluating(pools)], teachers, self._guard, log, progress
-        )
+        self._evaluations = Evaluations(prepared, run_dir, evaluated, teachers, self._guard, log, progress)
         self._accounting = Accounting(ledger, progress.note)
         self._arrivals = Arrivals(prepared, run_dir, progress)
         self.steps_done = 0

@@ -91,9 +91,8 @@ class TurnEngine(Engine):
         """Free the pool's weights in the service's engine."""
 
         async def forget() -> None:
-            self._http = None  # that of the loop before ends with its process
-            await self._call("forget")
-            await self._session().close()
+            async with self._session() as http:  # that of `_call` belongs to another loop
+                await self._posted(http, "forget")
 
         try:
             asyncio.run(forget())
@@ -101,16 +100,20 @@ class TurnEngine(Engine):
             return  # its process has ended, and the weights with it
 
     def _session(self) -> aiohttp.ClientSession:
-        if self._http is None:
-            connector = aiohttp.UnixConnector(self._socket, limit=0)
-            self._http = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
-        return self._http
+        connector = aiohttp.UnixConnector(self._socket, limit=0)
+        return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
 
     async def _call(self, method: str, *arguments: Any) -> Any:
+        """As `_posted`, on a connection that stays."""
+        if self._http is None:
+            self._http = self._session()
+        return await self._posted(self._http, method, *arguments)
+
+    async def _posted(self, http: aiohttp.ClientSession, method: str, *arguments: Any) -> Any:
         """Return what the engine's method returns, or raise its exception. Raises a ClientError if it is lost."""
         body = pickle.dumps((self._process, self.settings.pool, method, arguments))
         try:
-            async with self._session().post(f"http://engine{PATH}", data=body) as reply:
+            async with http.post(f"http://engine{PATH}", data=body) as reply:
                 reply.raise_for_status()
                 answered, result = pickle.loads(await reply.read())
         except (aiohttp.ClientError, OSError):

@@ -22,6 +22,7 @@ def test_work_that_is_cancelled_before_it_begins_leaves_no_warning() -> None:
         with pytest.raises(asyncio.CancelledError):
             await waiting
 
+    gc.collect()  # what other tests have left
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         asyncio.run(main())

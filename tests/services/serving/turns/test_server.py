@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
+import uvicorn
 import xxhash
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -20,7 +21,6 @@ from starlette.routing import Route
 from sdft.actors.config import TURNS
 from sdft.actors.shared.process import anonymous_memory
 from sdft.actors.shared.types import Sampling, Snapshot, SnapshotDamaged, TensorEntry, UpdateReport
-from sdft.services.serving.listening import UnixSocket, answer
 from sdft.services.serving.turns.client import TurnEngine
 from sdft.services.serving.turns.server import PATH, RELEASE, InTurn, Owners, turn_route
 from tests.actors.vllm.test_engine import engine_settings
@@ -80,13 +80,18 @@ async def served(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     app = Starlette(routes=[Route("/v1/asked", asked), Route(PATH, turn_route(owners), methods=["POST"])])
     socket = folder / "engine.sock"
     monkeypatch.setenv(TURNS, str(socket))
-    answering = asyncio.create_task(answer(InTurn(app, owners.turns), UnixSocket(str(socket))))
+    server = uvicorn.Server(uvicorn.Config(InTurn(app, owners.turns), uds=str(socket), log_level="warning"))
+    answering = asyncio.create_task(server.serve())
     client = TurnEngine(replace(engine_settings(folder / "base"), pool="student"))
-    async with asyncio.timeout(20):
-        await client.start()
-        yield engine, owners, client
-    answering.cancel()
-    await asyncio.wait([answering])
+    try:
+        async with asyncio.timeout(20):
+            await client.start()
+            yield engine, owners, client
+    finally:
+        if client._http is not None:
+            await client._http.close()
+        server.should_exit = True
+        await asyncio.wait([answering])
 
 
 async def ask() -> bytes:
