@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 RELEASE = "the release"  # the owner of the weights that users are answered with; no pool has such a name
 PATH = "/sdft/turn"
 GONE = 410  # status: this process does not have the caller's weights, or not any more
+ENDS_S = 2.0  # within which this process ends, once the weights of the release cannot be loaded
 GONE_EVERY_S = 0.5  # between two looks whether the caller is still there
 
 
@@ -115,6 +116,7 @@ class Owners:
             except Exception as error:
                 if owner == RELEASE:
                     self.broken = error
+                    await asyncio.sleep(ENDS_S)  # the process ends, and the gateway asks another one
                 raise
 
     def _copied(self, owner: str, snapshot: Snapshot) -> Snapshot:
