@@ -3,8 +3,8 @@
     owner A: in ── in ── last out ┐                                    ┌ waits
     owner B: waits, waits ────────┴─► load the weights of B ─► in, in ─┴ last out ─► load the weights of A ─► ...
 
-Any number of uses by one owner go on at once. While another owner waits, no further use by the current one begins, so
-nobody waits for more than the uses in progress. Without a wait nothing is loaded.
+Any number of uses by one owner run at once. While another owner waits, no further use by the current owner begins, so a
+wait lasts as long as the uses in progress, and one load. If no other owner waits, no weights are loaded.
 """
 
 import asyncio
@@ -14,10 +14,13 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """Whose turn it is."""
+    """Admits the uses of one owner at a time."""
 
     def __init__(self, load: Callable[[str], Awaitable[None]], owner: str | None = None) -> None:
-        """load(owner): loads its weights; called while nobody uses the engine. owner: whose weights it holds now."""
+        """load(owner): loads the owner's weights; called while no use is in progress.
+
+        owner: the owner of the weights that the engine holds now.
+        """
         self._load = load
         self.owner = owner  # None: its weights are not known, or out of date
         self._users = 0
@@ -55,7 +58,7 @@ class Turns:
             raise
 
     def _next(self) -> None:
-        """Begin the turn of the owner that has waited longest, if nobody uses the engine."""
+        """Begin the turn of the owner that has waited longest, if no use is in progress."""
         while self._waiting and self._waiting[0][1].done():  # cancelled
             self._waiting.popleft()
         if self._users or not self._waiting or self._loading is not None:
