@@ -68,8 +68,7 @@ class Rendezvous:
     receive_s: float  # limit for one broadcast
 
 
-@dataclass(frozen=True, slots=True)
-class GenerateRequest:
+class GenerateRequest(NamedTuple):
     """One prompt to complete."""
 
     prompt_ids: IntArray  # [P]

@@ -13,7 +13,7 @@ In a strict run the calls of all groups of a batch are joined into one call of t
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from pydantic import BeforeValidator, Field
@@ -82,9 +82,11 @@ class Player(Protocol):
         """Return an episode for each sample of a group; None if it was lost."""
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """One record of a batch and the samples that are made of it. Samples of one group may use each other."""
+class Group(NamedTuple):
+    """One record of a batch and the samples that are made of it. Samples of one group may use each other.
+
+    `group._replace(student_ids=...)` returns a changed one.
+    """
 
     step: int  # the optimizer step that trains on it
     samples: tuple[SampleId, ...]  # one per generation

@@ -107,7 +107,7 @@ class Mix(Distillation):
         if isinstance(self.expert, OfPrefix):
             prefix = _beginning(group, self.expert.tokens)
             prompts = [np.concatenate([ids, prefix]) for ids in (group.student_ids, group.teacher_prompt)]
-            begun = replace(group, student_ids=prompts[0], teacher_ids=prompts[1])
+            begun = group._replace(student_ids=prompts[0], teacher_ids=prompts[1])
             return await self._sampled(begun, student, teacher, max(0, self.skip_first - len(prefix)))
         behind = [group.teacher_prompt] * len(group.samples)
         completed = await teacher.complete(behind, group.seeds)
@@ -125,7 +125,7 @@ class Mix(Distillation):
 def _part(group: Group, taken: list[bool]) -> Group:
     """Return the group with the samples that are taken."""
     samples = tuple(sample for sample, one in zip(group.samples, taken, strict=True) if one)
-    return replace(group, samples=samples, seeds=tuple(s for s, one in zip(group.seeds, taken, strict=True) if one))
+    return group._replace(samples=samples, seeds=tuple(s for s, one in zip(group.seeds, taken, strict=True) if one))
 
 
 def _beginning(group: Group, tokens: int) -> IntArray:

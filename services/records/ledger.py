@@ -80,6 +80,10 @@ class Accounts:
         """Return the state of a sample that is in flight; None if it is not."""
         return self._open.get(sample)
 
+    def those(self, samples: Sequence[SampleId], state: str) -> list[SampleId]:
+        """Return the samples that are in a state, in order."""
+        return [s for s in samples if self._open.get(s) == state]
+
     def drop(self, sample: SampleId) -> None:
         if sample not in self._open:
             raise LedgerError(f"sample {sample} cannot be dropped: it is not in flight")
@@ -145,16 +149,22 @@ class Ledger:
         Raises LedgerError if a sample is in any other state.
         """
         self._accounts.advance(samples, state)
-        for i, s in enumerate(samples):
-            known = self._moves.get(s)
-            length = tokens[i] if tokens is not None else known[1] if known is not None else None
-            self._moves[s] = state, length, None
+        lengths: Sequence[int | None] = tokens if tokens is not None else self._lengths(samples)
+        self._moves |= zip(samples, [(state, length, None) for length in lengths], strict=True)
         if time.monotonic() - self._written > WRITE_EVERY_S:
             self._write()
+
+    def _lengths(self, samples: Sequence[SampleId]) -> list[int | None]:
+        """Return the completion lengths of samples, as far as they are known and not written yet."""
+        return [None if (known := self._moves.get(s)) is None else known[1] for s in samples]
 
     def state(self, sample: SampleId) -> str | None:
         """Return the state of a sample that is in flight; None if it is not."""
         return self._accounts.state(sample)
+
+    def those(self, samples: Sequence[SampleId], state: str) -> list[SampleId]:
+        """Return the samples that are in a state, in order."""
+        return self._accounts.those(samples, state)
 
     def drop(self, sample: SampleId, reason: str) -> None:
         """Mark a sample as dropped, with the reason. Raises LedgerError if it is not in flight."""

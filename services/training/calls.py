@@ -101,15 +101,14 @@ class EngineCalls:
 class GroupStudent:
     """The student engines for one group."""
 
-    role: Literal["student", "teacher"] = "student"
-    route = ""
+    _complete: Kind = ("student", "")
 
     def __init__(self, calls: EngineCalls, group: int) -> None:
         self._calls, self._group = calls, group
 
     def complete(self, prompts: Sequence[IntArray], seeds: Sequence[int]) -> Work[Completion]:
         requests = [GenerateRequest(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-        return self._calls.of(self._group, (self.role, self.route), requests)
+        return self._calls.of(self._group, self._complete, requests)
 
     async def tokens(self, completions: Sequence[Completion]) -> list[IntArray]:
         return [rollout.completion_ids for rollout in await self.rollouts(completions)]
@@ -121,13 +120,12 @@ class GroupStudent:
 class GroupTeacher(GroupStudent):
     """The engines of a group's teacher."""
 
-    role = "teacher"
-
     def __init__(self, calls: EngineCalls, group: int, route: str, before_scores: Callable[[], None]) -> None:
         """route: of the group. before_scores(): called when it has its completions, before they are scored."""
         super().__init__(calls, group)
-        self.route, self._before_scores = route, before_scores
+        self._route, self._before_scores = route, before_scores
+        self._complete = "teacher", route
 
     def score(self, prompts: Sequence[IntArray], completions: Sequence[Completion], support: Support) -> Work[Scores]:
         self._before_scores()
-        return self._calls.of(self._group, (support, self.route), list(zip(prompts, completions, strict=True)))
+        return self._calls.of(self._group, (support, self._route), list(zip(prompts, completions, strict=True)))

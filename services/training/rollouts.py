@@ -224,7 +224,7 @@ class Rollouts:
         for draft in made:
             tokens[draft.sample] = tokens.get(draft.sample, 0) + draft.sampled_tokens
         # A group that is made again may have been scored before, and samples of it dropped.
-        new = [sample for sample in samples if self._ledger.state(sample) == "sampled"]
+        new = self._ledger.those(samples, "sampled")
         kept = [sample for sample in new if sample in tokens]
         self._ledger.advance(kept, "scored", [tokens[sample] for sample in kept])
         if len(kept) == len(samples):

@@ -149,7 +149,7 @@ def test_the_teacher_is_asked_as_often_as_the_student_with_its_own_prompt() -> N
 
         async def generate(self, requests: list[GenerateRequest], sampling: Sampling) -> list[Rollout]:
             assert all(r.prompt_ids.tolist() == [2, 1] for r in requests)
-            return await super().generate([replace(r, seed=0) for r in requests], replace(sampling, temperature=1.0))
+            return await super().generate([r._replace(seed=0) for r in requests], replace(sampling, temperature=1.0))
 
     settings = EvaluationSet(name="letters", file="f", grader="exact", pass_at=(1, 4), pass_samples=8)
     question = Record("q", (Message(role="user", content="?"),), None, None, None, "A", "f:1")
