@@ -5,6 +5,7 @@ RUNS := .venv/.runs
 INSTALLED := .venv/.installed
 TRL := benchmarks/trl/.venv/.installed
 VERIFIERS := .venv/verifiers/.installed
+TRITON := .venv/triton/.installed
 
 .PHONY: demo service continual test whole chaos models bench docs lint install clean
 
@@ -24,7 +25,7 @@ test: install
 	$(BIN)/python -m pytest -n 2
 
 # Every test, also those that take half a minute or more and have a faster one near.
-whole: install $(VERIFIERS)
+whole: install $(VERIFIERS) $(TRITON)
 	SDFT_TESTS=whole $(BIN)/python -m pytest -n 2
 
 # The tests in tests/runs/chaos with 200 kills each instead of 12 and 4: three quarters of an hour.
@@ -79,6 +80,11 @@ $(INSTALLED): $(RUNS) requirements/dev.txt requirements/docs.txt requirements/ha
 $(VERIFIERS): $(RUNS) requirements/verifiers.txt
 	PYTHON=$(PYTHON) requirements/install.sh .venv/verifiers requirements/verifiers.txt
 	touch $(VERIFIERS)
+
+# Beside the environment, not in it: vLLM for CPUs would find it and try to use it.
+$(TRITON): $(RUNS) requirements/triton.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/triton --requirement requirements/triton.txt
+	touch $(TRITON)
 
 # The peer of benchmarks/peer.py.
 $(TRL): benchmarks/trl/requirements.txt

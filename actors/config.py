@@ -13,6 +13,7 @@ VLLM = "vllm"  # the built-in engine
 NAME = r"[a-z0-9_-]+"  # of a pool
 TURN_ENGINE = "sdft.services.serving.turns.client:TurnEngine"  # the engine of a service, for its windows
 TURNS = "SDFT_TURNS"  # environment variable: the socket of that engine
+Execution = Literal["eager", "graphs", "compiled"]  # of a model's operations in an engine
 LEARNER = "learner"  # names the learner beside the pools, as in pids.json
 
 
@@ -39,8 +40,10 @@ class PoolConfig(BaseModel):
     )
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1, description="Share of a GPU's memory an engine may use")
     max_num_seqs: int = Field(64, ge=1, description="Sequences decoded at once")
-    enforce_eager: bool = Field(
-        True, description="false compiles the model: rollouts on a CPU take a tenth less, the start 45 s more"
+    execution: Execution | None = Field(
+        None,
+        description="eager, graphs (CUDA graphs of the decoding steps; GPUs only) or compiled (rollouts on a CPU take "
+        "a tenth less, the start 45 s more); null: graphs on a GPU, eager on a CPU",
     )
     start_timeout_s: float = Field(600, gt=0, description="How long an engine may take to start")
     health_timeout_s: float = Field(120, gt=0, description="An engine that answers nothing for so long is replaced")
@@ -179,7 +182,7 @@ class EngineSettings:
     hold_batches: bool  # until they are complete, and one batch at a time; otherwise requests start as they arrive
     share_prompts: bool  # compute a prompt once for all sequences that begin with it
     gpu_memory_utilization: float
-    enforce_eager: bool
+    execution: Execution
     max_probe_gap: float
     threads: int | None  # OpenMP threads on the CPU; None: every core
     kv_cache_gib: float | None  # None, on GPUs: what gpu_memory_utilization leaves for it

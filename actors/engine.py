@@ -53,14 +53,18 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    async def score(self, pairs: Sequence[tuple[IntArray, IntArray]], k: int) -> list[TeacherScores]:
+    async def score(
+        self, pairs: Sequence[tuple[IntArray, IntArray]], k: int, temperature: float = 1.0
+    ) -> list[TeacherScores]:
         """Score each completion after its prompt, in the order of the pairs.
 
         pairs: (prompt ids [P], completion ids [T]). The scores are the k largest log-probs at each completion token,
-        and the log-prob of the token itself.
+        and the log-prob of the token itself. temperature: the logits are divided by it (teacher.temperature).
         """
 
-    async def score_at(self, items: Sequence[tuple[IntArray, IntArray, IntArray]], k: int) -> list[TeacherScores]:
+    async def score_at(
+        self, items: Sequence[tuple[IntArray, IntArray, IntArray]], k: int, temperature: float = 1.0
+    ) -> list[TeacherScores]:
         """Score given tokens at each completion token, in the order of the items; needed for supports but `teacher`.
 
         items: (prompt ids [P], completion ids [T], ids [T, S], or [1, S] for the same tokens everywhere). The scores

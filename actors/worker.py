@@ -33,8 +33,8 @@ T = TypeVar("T")
 def engine_environment(settings: EngineSettings) -> dict[str, str]:
     """Environment variables of an engine process."""
     environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    if settings.enforce_eager and settings.device == "cpu":
-        # Despite enforce_eager vLLM compiles two small sampler functions with a C++ compiler: seconds of every start.
+    if settings.execution == "eager" and settings.device == "cpu":
+        # Despite eager execution vLLM compiles two small sampler functions with a C++ compiler: seconds of every start.
         environment["TORCHDYNAMO_DISABLE"] = "1"
     if "SDFT_SCRATCH" in os.environ:
         environment["TMPDIR"] = os.environ["SDFT_SCRATCH"]  # files of a killed engine are removed with the run
@@ -66,13 +66,13 @@ async def scored(
     engine: Engine, prompts: Sequence[IntArray], rollouts: Sequence[Rollout], support: Support
 ) -> list[TeacherScores]:
     """Score the completions of rollouts behind the teacher's prompts, at the tokens of a support."""
-    completions = [rollout.completion_ids for rollout in rollouts]
+    completions, heat = [rollout.completion_ids for rollout in rollouts], support.temperature
     if support.of == "teacher":
-        return await engine.score(list(zip(prompts, completions, strict=True)), support.k)
+        return await engine.score(list(zip(prompts, completions, strict=True)), support.k, heat)
     if support.of == "full":
         assert engine.settings.vocabulary is not None, "an engine that trains knows the tokenizer's size"
         every = np.arange(engine.settings.vocabulary, dtype=np.int32)[None]
-        return await engine.score_at([(*pair, every) for pair in zip(prompts, completions, strict=True)], 0)
+        return await engine.score_at([(*pair, every) for pair in zip(prompts, completions, strict=True)], 0, heat)
     likely = [rollout.likely for rollout in rollouts if rollout.likely is not None]
     if len(likely) < len(rollouts):
         raise ValueError(
@@ -80,7 +80,7 @@ async def scored(
             f"{len(rollouts)} completions have none (Rollout.likely); set support: teacher or full"
         )
     items = list(zip(prompts, completions, likely, strict=True))
-    return await engine.score_at(items, support.k if support.of == "union" else 0)
+    return await engine.score_at(items, support.k if support.of == "union" else 0, heat)
 
 
 class EngineWorker:

@@ -28,10 +28,17 @@ from sdft.services.planning.prepared import learner_settings
 from sdft.services.records.batches import read_batch
 
 EXAMPLE, STEPS = Path("examples/tools/tools.yaml"), 8
+RATES = (5e-5, 1e-5)
 
 
 def record(run_dir: Path) -> None:
-    overrides = [f"training.steps={STEPS}", "monitoring.record_rollouts=true", "evaluation.sets=[]"]
+    overrides = [
+        f"training.steps={STEPS}",
+        f"learner.optimizer.lr={RATES[0]}",
+        "teacher.temperature=1",
+        "monitoring.record_rollouts=true",
+        "evaluation.sets=[]",
+    ]
     words = [word for override in overrides for word in ("--set", override)]
     command = [sys.executable, "-m", "sdft.services.cli", "train", str(EXAMPLE), "--run-dir", str(run_dir), *words]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=1200)
@@ -64,7 +71,7 @@ def main() -> None:
         record(Path(scratch))
         prepared = prepare(load_config(EXAMPLE), EXAMPLE)
         base = learner_settings(prepared)
-        for lr in (base.config.optimizer.lr, 1e-5):
+        for lr in RATES:
             optimizer = OptimizerConfig(lr=lr, warmup_steps=0, schedule="constant")
             settings = replace(base, stages=tuple(replace(stage, optimizer=optimizer) for stage in base.stages))
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

@@ -4,7 +4,7 @@
 
 The setting is SmolLM2-135M, 32 prompts per step, at most 128 new tokens, EMA teacher, top 64 and tail, forward KL,
 without the first three tokens. TRL has no vLLM on a CPU and samples with transformers. Our engines are compiled
-(enforce_eager: false), which adds 45 s to the start. With dtype bfloat16 our weights are bfloat16 with float32 masters.
+(execution: compiled), which adds 45 s to the start. With dtype bfloat16 our weights are bfloat16 with float32 masters.
 TRL's weights are float32, its default, and are cast for each operation (with bfloat16 weights its first step took
 277 s, on a machine with other work). Each trainer uses every core. Figures are medians of the steps after the first.
 The bound counts the floating-point operations of sampling, scoring and learning on the tokens of our steps, at the rate
@@ -62,7 +62,7 @@ def ours(folder: Path, model: Path, dtype: str) -> list[dict[str, float]]:
         "data": {"train": "rows.jsonl", "template": "teacher.jinja"},
         "sampling": {"max_new_tokens": NEW_TOKENS},
         "training": {"batch_size": BATCH, "steps": STEPS},
-        "actors": {"student": {"enforce_eager": False}, "teacher": {"enforce_eager": False}},
+        "actors": {"student": {"execution": "compiled"}, "teacher": {"execution": "compiled"}},
         "teacher": {"weights": "ema", "alpha": 0.01},
         "method": {"type": "sdft", "divergence": {"type": "forward", "top_k": K}, "skip_first": SKIP},
         "learner": {"optimizer": {"lr": 1e-5, "warmup_steps": 0, "schedule": "constant"}},

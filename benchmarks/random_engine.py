@@ -18,7 +18,9 @@ class RandomEngine:
         ids, logprobs = np.zeros(n, np.int32), np.zeros(n, np.float32)
         return [Rollout(r.prompt_ids, ids, logprobs, ((0, 0, n),), "length") for r in requests]
 
-    async def score(self, pairs: list[tuple[IntArray, IntArray]], k: int) -> list[TeacherScores]:
+    async def score(
+        self, pairs: list[tuple[IntArray, IntArray]], k: int, temperature: float = 1.0
+    ) -> list[TeacherScores]:
         rng = np.random.default_rng(0)
         return [
             TeacherScores(

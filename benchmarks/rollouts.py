@@ -3,7 +3,7 @@
     python -m benchmarks.rollouts
 
 Plain norms are those that vLLM's CPU platform chooses, fused norms are our engines' default, and the compiled model is
-enforce_eager: false. The workload is a step of benchmarks.peer, 32 prompts and at most 128 new tokens, K = 64, in the
+execution: compiled. The workload is a step of benchmarks.peer, 32 prompts and at most 128 new tokens, K = 64, in the
 dtype of this processor. Rounding, and therefore the sampled tokens, differ between the engines. So rollout times are
 given per decoding step; there are as many as the longest completion has tokens. All three engines score the rollouts of
 one engine. The bound counts floating-point operations, at the rate of a large matrix product.
@@ -24,15 +24,16 @@ from benchmarks.measure import matrix_rate, report
 from benchmarks.operations import Operations
 from benchmarks.peer import BATCH, NEW_TOKENS, K, rows
 from benchmarks.scoring import DTYPE, EXTENSION, settings
+from sdft.actors.config import Execution
 from sdft.actors.shared.types import GenerateRequest, IntArray, Sampling
 from sdft.actors.worker import EngineWorker
 
 ROUNDS, WAIT_S = 4, 600
 PLAIN = "plain norms"
-CASES = {
-    PLAIN: ("benchmarks.plain_norms.Extension", True),
-    "fused norms, the default": (EXTENSION, True),
-    "compiled": (EXTENSION, False),
+CASES: dict[str, tuple[str, Execution]] = {
+    PLAIN: ("benchmarks.plain_norms.Extension", "eager"),
+    "fused norms, the default": (EXTENSION, "eager"),
+    "compiled": (EXTENSION, "compiled"),
 }
 
 
@@ -95,8 +96,8 @@ def _get(call: Any) -> Any:
 
 def main() -> None:
     given = {
-        name: replace(settings(extension, share_prompts=False), max_num_seqs=BATCH, enforce_eager=eager, exclusive=True)
-        for name, (extension, eager) in CASES.items()
+        name: replace(settings(extension, share_prompts=False), max_num_seqs=BATCH, execution=execution, exclusive=True)
+        for name, (extension, execution) in CASES.items()
     }
     ray.init(address="local", num_cpus=len(given), include_dashboard=False, log_to_driver=False)
     try:

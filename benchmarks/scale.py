@@ -2,14 +2,16 @@
 
     python -m benchmarks.scale            # about eight minutes, one core; tables, and benchmarks/scale.svg
 
-simulation/cluster.py describes the simulation. An argument selects the cases whose name contains it. Function calls per
-sample, simulation included, show whether a sample of a larger fleet needs more work, independent of processor caches.
+simulation/cluster.py describes the simulation. An argument selects the cases whose name contains it. `--rates FILE`
+sets the durations of your own cluster (simulation/rates.py). Function calls per sample, simulation included, show
+whether a sample of a larger fleet needs more work, independent of processor caches.
 """
 
+import argparse
 import cProfile
-import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.measure import report
-from simulation.cluster import ROOM, ROUNDS, Case, simulate
+from simulation.cluster import ROUNDS, USUAL, Case, simulate
+from simulation.rates import Rates
 
 SIZES = (1, 10, 30, 100, 300, 1000)
 CASES = [
@@ -32,7 +35,7 @@ CASES = [
     Case("20 % take 8 s to load weights", 100, links=0.2, steps=20),
     Case("begins with a tenth of the engines", 100, begin_with=0.1, steps=60),
 ]
-COUNTED = [Case(f"{n} engines", n, steps=max(4, 10000 // (ROUNDS * ROOM * n))) for n in (10, 100, 1000)]
+COUNTED = [Case(f"{n} engines", n, steps=max(4, 10000 // (ROUNDS * USUAL.room * n))) for n in (10, 100, 1000)]
 
 
 def calls(case: Case) -> dict[str, Any]:
@@ -63,9 +66,14 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    chosen = [case for case in CASES if len(sys.argv) < 2 or sys.argv[1] in case.name]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("cases", nargs="?", default="", help="part of the names of the cases to run")
+    parser.add_argument("--rates", type=Path, help="a YAML file with rates; what it leaves out is as here")
+    given = parser.parse_args()
+    rates = USUAL if given.rates is None else Rates.read(given.rates)
+    chosen = [replace(case, rates=rates) for case in CASES if given.cases in case.name]
     rows = [alone(simulate, case) for case in chosen]
-    report("scale", "The control plane with simulated engines", rows)
+    report("scale" if rates == USUAL else "scale_rates", "The control plane with simulated engines", rows)
     if chosen == CASES:
         draw(rows)
         report("scale_calls", "Function calls", [alone(calls, case) for case in COUNTED])

@@ -39,7 +39,7 @@ def settings(extension: str, share_prompts: bool) -> EngineSettings:
         hold_batches=True,
         share_prompts=share_prompts,
         gpu_memory_utilization=0.1,
-        enforce_eager=True,
+        execution="eager",
         max_probe_gap=1.0,
         threads=len(os.sched_getaffinity(0)),
         kv_cache_gib=1,

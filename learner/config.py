@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sdft.actors.config import NAME
 from sdft.actors.shared.types import Support
 
-CHUNK_BYTES = 96 << 20  # of logits at once; at a vocabulary of 49152, 1024 positions in bfloat16 or 512 in float32
+# Bytes of logits at once. On a CPU 1024 positions of a vocabulary of 49152 in bfloat16, or 512 in float32. On a GPU
+# each chunk also reads and writes the head's gradient in float32, so they are larger.
+CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 2 << 30}
 ATTENTION_KEPT = 192  # tokens; a CPU keeps the attention weights of sequences up to this length for the gradient
 
 
@@ -40,6 +42,12 @@ class TeacherConfig(BaseModel):
         "the one that teaches it",
     )
     alpha: float = Field(0.02, ge=0, le=1, description="teacher <- alpha * student + (1 - alpha) * teacher, every step")
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="The teacher's logits are divided by it before they are scores; below 1 its distributions are "
+        "sharper; on a CPU only",
+    )
 
     @model_validator(mode="after")
     def _external_has_a_model(self) -> "TeacherConfig":

@@ -1,9 +1,8 @@
 """A cluster of simulated engines and a simulated learner under the real controller, ledger, pools and policies.
 
-Engines and learner only model durations in virtual time (rates of SmolLM2-135M on two cores, from benchmarks.peer). The
-processor time is that of the control plane and of the simulation. Each step has twice as many samples as the student
-engines can compute at once. The learner takes as long for them as the engines ("balanced") or a third longer, so that
-the engines suffice.
+Engines and learner only model durations in virtual time, by the rates of rates.py. The processor time is that of the
+control plane and of the simulation. Each step has twice as many samples as the student engines can compute at once. The
+learner takes as long for them as the engines ("balanced") or a third longer, so that the engines suffice.
 """
 
 import asyncio
@@ -53,17 +52,13 @@ from sdft.services.records.rows import read_jsonl
 from sdft.services.training.controller import Controller
 from simulation import virtual_time
 from simulation.engine import SimulatedEngine
+from simulation.rates import Rates
 
-ROOM = 16  # sequences that an engine computes concurrently
-TOKEN_S = 0.05  # seconds per token of a rollout with a full batch
-MEAN_TOKENS, MOST_TOKENS = 64, 256
-PROMPT, TEACHER_PROMPT = 60, 200
-SCORE_S = 0.28  # seconds to score a teacher prompt with its completion on an otherwise idle engine
-PUBLISH_S, LOAD_S, START_S = 0.25, 0.4, 30.0
+USUAL = Rates()
 ROUNDS = 2  # samples per step, as a multiple of what the student engines can compute at once
 WARM = 3  # steps left out of the reported means
-ANSWER = np.zeros(MOST_TOKENS, dtype=np.int32)
-LOGPROBS = np.zeros(MOST_TOKENS, dtype=np.float32)
+ANSWER = np.zeros(USUAL.most_tokens, dtype=np.int32)
+LOGPROBS = np.zeros(USUAL.most_tokens, dtype=np.float32)
 HELD = object()  # in place of Ray's reference to a rollout or to scores
 
 
@@ -80,11 +75,13 @@ class Case:
     links: float = 0.0  # share of engines that take 20 times as long to load weights
     lifetime_s: float | None = None  # mean lifetime of a student engine
     begin_with: float = 1.0  # share of the engines at the start; the pool may grow to all of them
+    rates: Rates = USUAL
 
 
-def tokens(seed: int | None) -> int:
-    """Length of the rollout with this seed. Log-normal: mean MEAN_TOKENS, sigma 0.5, clipped to [1, MOST_TOKENS]."""
-    return min(MOST_TOKENS, max(1, round(random.Random(seed).lognormvariate(np.log(MEAN_TOKENS) - 0.125, 0.5))))
+def tokens(seed: int | None, rates: Rates = USUAL) -> int:
+    """Length of the rollout with this seed. Log-normal: mean mean_tokens, sigma 0.5, clipped to [1, most_tokens]."""
+    length = random.Random(seed).lognormvariate(np.log(rates.mean_tokens) - 0.125, 0.5)
+    return min(rates.most_tokens, max(1, round(length)))
 
 
 class Student(SimulatedEngine):
@@ -93,16 +90,17 @@ class Student(SimulatedEngine):
     def __init__(self, number: int, case: Case) -> None:
         super().__init__(number)
         chance = random.Random(f"{case.name}/{number}")
-        self._token_s = TOKEN_S * (4 if chance.random() < case.slow else 1)
-        self._load_s = LOAD_S * (20 if chance.random() < case.links else 1)
+        self._rates = case.rates
+        self._token_s = case.rates.token_s * (4 if chance.random() < case.slow else 1)
+        self._load_s = case.rates.load_s * (20 if chance.random() < case.links else 1)
 
     def start(self) -> tuple[float, Any]:
-        return START_S, None
+        return self._rates.start_s, None
 
     def sampled(self, items: list[GenerateRequest]) -> tuple[float, list[int]]:
         """Return the seconds to sample rollouts, and their lengths."""
-        lengths = [tokens(request.seed) for request in items]
-        free = [0] * min(ROOM, len(lengths))  # when each slot of the engine's batch is free, in tokens
+        lengths = [tokens(request.seed, self._rates) for request in items]
+        free = [0] * min(self._rates.room, len(lengths))  # when each slot of the engine's batch is free, in tokens
         for length in lengths:
             heapq.heappush(free, heapq.heappop(free) + length)
         return max(free) * self._token_s, lengths
@@ -128,18 +126,20 @@ def scores(tokens: int, version: int = 0) -> TeacherScores:
 class Teacher(SimulatedEngine):
     """Teacher engine that divides its time among its open calls."""
 
+    rates = USUAL
+
     def start(self) -> tuple[float, Any]:
-        return START_S, None
+        return self.rates.start_s, None
 
     def score(self, pairs: list[Any], k: int) -> tuple[float, list[TeacherScores]]:
         return self.seconds_for(pairs), [scores(len(completion)) for _, completion in pairs]
 
     def seconds_for(self, items: list[Any]) -> float:
         """Return the seconds to score items beside the other open calls."""
-        return SCORE_S * max(len(items), len(self._open) + 1)
+        return self.rates.score_s * max(len(items), len(self._open) + 1)
 
     def update_weights(self, snapshot: Snapshot) -> tuple[float, UpdateReport]:
-        return LOAD_S, super().update_weights(snapshot)[1]
+        return self.rates.load_s, super().update_weights(snapshot)[1]
 
 
 class HoldingStudent(Student):
@@ -160,8 +160,8 @@ class HoldingTeacher(Teacher):
 class Learner:
     """Learner whose duration is proportional to the batch size. Records the staleness of each sample in `ages`."""
 
-    def __init__(self, sample_s: float) -> None:
-        self._sample_s, self._step = sample_s, 0
+    def __init__(self, sample_s: float, rates: Rates = USUAL) -> None:
+        self._sample_s, self._step, self._rates = sample_s, 0, rates
         self.ages: list[int] = []
         self.worked: list[float] = []  # seconds in each step
 
@@ -174,8 +174,8 @@ class Learner:
 
     async def publish(self, role: str, version: int) -> Snapshot:
         if self.worked:
-            self.worked[-1] += PUBLISH_S
-        await asyncio.sleep(PUBLISH_S)
+            self.worked[-1] += self._rates.publish_s
+        await asyncio.sleep(self._rates.publish_s)
         return Snapshot(role, version, "", "here", 0, (), ANSWER[:0], LOGPROBS[:0])
 
     async def save(self, folder: Path) -> None: ...
@@ -186,7 +186,7 @@ class Learner:
 def pool(case: Case, name: str, most: int, make: Any) -> EnginePool:
     least = max(1, round(most * case.begin_with))
     settings = PoolSettings(
-        name, least, most, case.staleness == 0, ROOM, Patience(600, 120, 10**6), 36000, 60, one_by_one=False
+        name, least, most, case.staleness == 0, case.rates.room, Patience(600, 120, 10**6), 36000, 60, one_by_one=False
     )
 
     def nowhere_else() -> LearnerGroup:
@@ -209,7 +209,7 @@ def prepared(case: Case, batch: int) -> Prepared:
             "checkpoint": {"every": 10**6},
         }
     )
-    prompts = [PromptPair.of([1] * PROMPT, [1] * TEACHER_PROMPT)] * 1000
+    prompts = [PromptPair.of([1] * case.rates.prompt_tokens, [1] * case.rates.teacher_prompt_tokens)] * 1000
     (task,) = config.tasks
     source = FixedSource("simulated.jsonl", [], prompts)
     (schedule,) = make_schedule([task], [source]).stages
@@ -286,11 +286,13 @@ def drive(
 
 def simulate(case: Case) -> dict[str, Any]:
     """Simulate one case and return a row of results. Must run in its own process, for its memory figures."""
-    batch = ROUNDS * case.engines * ROOM
-    made_s = float(np.mean([tokens(seed) for seed in range(2000)])) * TOKEN_S  # seconds of a rollout in one slot
-    learner = Learner(case.learner * made_s / (case.engines * ROOM))
+    rates = case.rates
+    batch = ROUNDS * case.engines * rates.room
+    mean = float(np.mean([tokens(seed, rates) for seed in range(2000)]))
+    made_s = mean * rates.token_s  # seconds of a rollout in one slot
+    learner = Learner(case.learner * made_s / (case.engines * rates.room), rates)
     # A third more teacher engines than the load needs.
-    teachers_needed = max(1, round(1.33 * SCORE_S * batch / (case.learner * ROUNDS * made_s)))
+    teachers_needed = max(1, round(1.33 * rates.score_s * batch / (case.learner * ROUNDS * made_s)))
     with tempfile.TemporaryDirectory() as scratch, Path("/dev/null").open("w") as nowhere:
         run_dir, ready = Path(scratch), prepared(case, batch)
         before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -299,7 +301,12 @@ def simulate(case: Case) -> dict[str, Any]:
         def student(number: int) -> HoldingStudent:
             return HoldingStudent(number, case)
 
-        used = drive(ready, run_dir, case, student, learner, nowhere, teachers_needed, teacher=HoldingTeacher)
+        def teacher(number: int) -> HoldingTeacher:
+            made = HoldingTeacher(number)
+            made.rates = rates
+            return made
+
+        used = drive(ready, run_dir, case, student, learner, nowhere, teachers_needed, teacher=teacher)
         rows = read_jsonl(run_dir / "metrics.jsonl")
     samples = batch * case.steps
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib

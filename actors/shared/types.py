@@ -37,6 +37,7 @@ class Support(NamedTuple):
 
     of: Literal["teacher", "student", "union", "full"]
     k: int  # 0 with full
+    temperature: float = 1.0  # the teacher's logits are divided by it
 
     @property
     def likely(self) -> int:

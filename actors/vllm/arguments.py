@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vllm.config import WeightTransferConfig
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, WeightTransferConfig
 from vllm.config.kernel import IrOpPriorityConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -11,6 +11,8 @@ from sdft.actors.vllm.compat import carries_state, missing_architectures, regist
 from sdft.actors.vllm.kernels import fused_norms
 from sdft.actors.vllm.scoring import SharedPrompts
 from sdft.actors.vllm.transfer import BACKEND
+
+PREFILL = {"cpu": 2048, "cuda": 16384}  # tokens of prompts in one forward, at least
 
 
 def arguments(s: EngineSettings) -> AsyncEngineArgs:
@@ -28,20 +30,28 @@ def returns_experts(s: EngineSettings) -> bool:
     return s.keep_experts and s.device == "cuda"
 
 
+def _compilation(s: EngineSettings) -> CompilationConfig:
+    """CUDA graphs of the decoding steps need no compiling; vLLM's own default compiles, and captures both."""
+    if s.execution != "graphs":
+        return CompilationConfig()
+    return CompilationConfig(mode=CompilationMode.NONE, cudagraph_mode=CUDAGraphMode.FULL_DECODE_ONLY)
+
+
 def _arguments(s: EngineSettings, share: bool) -> AsyncEngineArgs:
     return AsyncEngineArgs(
         model=s.model,
         hf_overrides=missing_architectures(Path(s.model)),
         load_format="safetensors",  # "auto" prefers consolidated*.safetensors to the files in the index
         dtype=s.dtype,
-        enforce_eager=s.enforce_eager,
-        ir_op_priority=fused_norms() if s.enforce_eager and s.device == "cpu" else IrOpPriorityConfig(),
+        enforce_eager=s.execution == "eager",
+        compilation_config=_compilation(s),
+        ir_op_priority=fused_norms() if s.execution == "eager" and s.device == "cpu" else IrOpPriorityConfig(),
         max_model_len=s.max_model_len,
         # One more place, so that the probe of an update can run while all others are taken.
         max_num_seqs=s.max_num_seqs if s.hold_batches else s.max_num_seqs + 1,
-        # No chunking of prompts: CPU generators cannot skip ahead, so a chunked seeded prompt kills the engine.
-        enable_chunked_prefill=False,
-        max_num_batched_tokens=max(s.max_model_len, 2048),
+        # CPU generators cannot skip ahead, so a chunked seeded prompt kills the engine.
+        enable_chunked_prefill=s.device == "cuda",
+        max_num_batched_tokens=max(s.max_model_len, PREFILL[s.device]),
         # A hit changes the shapes of a prefill and so the last bits of a log-prob, in the same way in each run.
         enable_prefix_caching=share or returns_experts(s),  # vLLM keeps the experts beside the blocks of the cache
         enable_return_routed_experts=returns_experts(s),

@@ -52,6 +52,7 @@ TORCHVISION = (
 )
 
 Ids = Callable[[SamplingParams], torch.Tensor | None]  # given tokens [rows, S] or [1, S] to score; None: none
+Heat = Callable[[SamplingParams], float]  # what the logits of a scoring request are divided by
 Rows = Callable[[SamplingParams], int | None]  # a request's first scored row; None: the request scores nothing
 NameOf = Callable[[SamplingParams], str | None]  # a request's name; None: it has none
 Output = Callable[[], Awaitable[RequestOutput]]  # waits for a request's output
@@ -255,7 +256,7 @@ def limit_cache(scheduler: AsyncScheduler, rows: Rows) -> None:
     manager.get_computed_blocks = limited
 
 
-def score_from(runner: Any, rows: Rows, given: Ids) -> bool:
+def score_from(runner: Any, rows: Rows, given: Ids, temperature: Heat) -> bool:
     """Make a V1 model runner compute the log-probs of a prompt from the request's first scored row on.
 
     A request with given tokens gets those of the token itself, of the given ones, and of the likeliest others, as many
@@ -264,12 +265,12 @@ def score_from(runner: Any, rows: Rows, given: Ids) -> bool:
     """
     if not hasattr(runner, "_get_prompt_logprobs_dict"):
         return False
-    runner._get_prompt_logprobs_dict = functools.partial(_scores, runner, rows, given)
+    runner._get_prompt_logprobs_dict = functools.partial(_scores, runner, rows, given, temperature)
     return True
 
 
 def _scores(
-    runner: Any, rows: Rows, given: Ids, hidden_states: torch.Tensor, scheduled: dict[str, int]
+    runner: Any, rows: Rows, given: Ids, temperature: Heat, hidden_states: torch.Tensor, scheduled: dict[str, int]
 ) -> dict[str, LogprobsTensors | None]:
     """The log-probs of the scheduled requests. Prompts are not chunked, but their beginning may come from the cache."""
     scores: dict[str, LogprobsTensors | None] = {}
@@ -281,6 +282,8 @@ def _scores(
         begin = _begin(runner, request_id)
         offset = begin - request.num_computed_tokens
         logits = runner.model.compute_logits(hidden_states[offset + first : offset + len(ids) - 1])
+        if (heat := temperature(request.sampling_params)) != 1:
+            logits = logits / heat
         targets = torch.tensor(ids[first + 1 :], device=logits.device)
         logprobs, at = runner.sampler.compute_logprobs(logits), given(request.sampling_params)
         if at is None:

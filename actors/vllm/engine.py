@@ -134,21 +134,33 @@ class VllmEngine(Engine):
         (kept,) = await self._llm.collective_rpc("experts_of", args=(names,))
         return list(kept)
 
-    async def score(self, pairs: Sequence[tuple[IntArray, IntArray]], k: int) -> list[TeacherScores]:
+    async def score(
+        self, pairs: Sequence[tuple[IntArray, IntArray]], k: int, temperature: float = 1.0
+    ) -> list[TeacherScores]:
         """Score each completion after its (teacher) prompt: top-k log-probs and those of the completion's own tokens.
 
-        pairs: (prompt ids [P], completion ids [T]). The sampling temperature has no effect.
+        pairs: (prompt ids [P], completion ids [T]). The sampling temperature has no effect. Raises ValueError for
+        another temperature than 1 if vLLM computes the scores itself (V2 runner, on GPUs).
         """
-        params = [scoring_request(len(prompt), k) for prompt, _ in pairs]
+        self._check_temperature(temperature)
+        params = [scoring_request(len(prompt), k, temperature=temperature) for prompt, _ in pairs]
         outputs = await self._run([np.concatenate(pair) for pair in pairs], params)
         return [scores_of(o, len(c)) for (_, c), o in zip(pairs, outputs, strict=True)]
 
-    async def score_at(self, items: Sequence[tuple[IntArray, IntArray, IntArray]], k: int) -> list[TeacherScores]:
+    async def score_at(
+        self, items: Sequence[tuple[IntArray, IntArray, IntArray]], k: int, temperature: float = 1.0
+    ) -> list[TeacherScores]:
         """Score given tokens at each completion token, and the top k of the others, as Engine.score_at says."""
-        params = [given_request(len(prompt), len(c), ids, k, self._own_scores) for prompt, c, ids in items]
+        self._check_temperature(temperature)
+        own = self._own_scores
+        params = [given_request(len(prompt), len(c), ids, k, own, temperature) for prompt, c, ids in items]
         outputs = await self._run([np.concatenate((prompt, c)) for prompt, c, _ in items], params)
         found = zip(items, outputs, strict=True)
         return [given_scores(o, len(c), ids, k, self._own_scores) for (_, c, ids), o in found]
+
+    def _check_temperature(self, temperature: float) -> None:
+        if temperature != 1 and not self._own_scores:
+            raise ValueError("teacher.temperature: vLLM's V2 model runner scores at temperature 1 only; leave it at 1")
 
     async def probe(self, ids: IntArray) -> FloatArray:
         """Log-prob of every token of `ids` [N] after the first: [N - 1]."""

@@ -3,7 +3,7 @@
 import sdft.actors.vllm.transfer  # noqa: F401  registers the weight transfer in the worker process
 from sdft.actors.vllm.compat import chosen_experts, hide_rows, rotate_each_head, router_layers, score_from
 from sdft.actors.vllm.experts import kept_name
-from sdft.actors.vllm.scoring import first_row, given_ids
+from sdft.actors.vllm.scoring import first_row, given_ids, temperature
 
 rotate_each_head()
 
@@ -17,7 +17,7 @@ class WorkerExtension:
         Returns False for the V2 runner (GPUs), which lacks the patched method. It computes all rows; the values of the
         completion rows are the same.
         """
-        return score_from(self.model_runner, first_row, given_ids)  # type: ignore[attr-defined]
+        return score_from(self.model_runner, first_row, given_ids, temperature)  # type: ignore[attr-defined]
 
     def keep_experts(self) -> None:
         """Keep the experts of the tokens of named requests (experts.py) until `experts_of` takes them."""

@@ -15,7 +15,7 @@ def fused_norms() -> IrOpPriorityConfig:
     """Select vLLM's fused norm kernels, which its CPU build contains but its CPU platform does not choose.
 
     A fused kernel replaces half a dozen passes over the tensor. Rollouts take 0.92 to 0.95 of the time
-    (benchmarks.rollouts). Compiled models (enforce_eager: false) fuse the native norms without it.
+    (benchmarks.rollouts). Compiled models (execution: compiled) fuse the native norms without it.
     """
     return IrOpPriorityConfig(**{name: [FUSED, "native"] for name in register_fused_norms(FUSED, _contiguous)})
 

@@ -18,15 +18,17 @@ from sdft.actors.vllm.compat import AsyncScheduler, limit_cache
 # Extra arguments of a scoring request.
 FIRST_ROW = "sdft_first_row"  # the position that predicts the first scored token
 GIVEN = "sdft_given"  # the given tokens: bytes of int32 [rows, S], as an array would not survive the way
+TEMPERATURE = "sdft_temperature"  # the logits are divided by it
 GIVEN_ROWS = "sdft_given_rows"  # 1: the same tokens at every position
 
 
-def scoring_request(prompt: int, k: int, given: IntArray | None = None) -> SamplingParams:
+def scoring_request(prompt: int, k: int, given: IntArray | None = None, temperature: float = 1.0) -> SamplingParams:
     """A request for the log-probs of the tokens after the first `prompt`, and for k others at each position.
 
-    given: the first of these k, [T, S] or [1, S] (compat.score_from). None: the k are the most likely.
+    given: the first of these k, [T, S] or [1, S]. None: the k are the most likely. compat.score_from computes both, and
+    the temperature.
     """
-    extra: dict[str, Any] = {FIRST_ROW: prompt - 1}
+    extra: dict[str, Any] = {FIRST_ROW: prompt - 1, TEMPERATURE: temperature}
     if given is not None:
         extra |= {GIVEN: np.ascontiguousarray(given, np.int32).tobytes(), GIVEN_ROWS: len(given)}
     return SamplingParams(
@@ -40,18 +42,25 @@ def scoring_request(prompt: int, k: int, given: IntArray | None = None) -> Sampl
     )
 
 
-def given_request(prompt: int, tokens: int, given: IntArray, k: int, own_scores: bool) -> SamplingParams:
+def given_request(
+    prompt: int, tokens: int, given: IntArray, k: int, own_scores: bool, temperature: float = 1.0
+) -> SamplingParams:
     """A request for the log-probs of `tokens` tokens, of given ones [T, S] or [1, S], and of the top k of the others.
 
     own_scores: the runner computes them by compat.score_from. Otherwise (V2, on GPUs) it has the documented
     prompt_logprob_token_ids, and gives the top S + k beside them, of which k or more are others.
     """
     if own_scores:
-        return scoring_request(prompt, given.shape[1] + k, given)
+        return scoring_request(prompt, given.shape[1] + k, given, temperature)
     params = scoring_request(prompt, given.shape[1] + k if k else 1)
     params.prompt_logprob_token_ids = np.broadcast_to(given, (tokens, given.shape[1]))
     params.prompt_logprob_start = prompt - 1
     return params
+
+
+def temperature(params: SamplingParams) -> float:
+    """What the logits of a scoring request are divided by."""
+    return float((params.extra_args or {}).get(TEMPERATURE, 1.0))
 
 
 def first_row(params: SamplingParams) -> int | None:

@@ -65,8 +65,17 @@ def short(variant: Variant) -> Variant:
 
 
 def skill(name: str, **settings: Any) -> Variant:
-    """Tool calls alone, at a constant rate, as in the streams."""
-    usual = {"training.steps": 40, "checkpoint.keep": 1, "learner.optimizer.schedule": "constant"}
+    """Tool calls alone, at a constant rate and with the teacher's own distributions, as in the streams."""
+    usual = {
+        "training.steps": 40,
+        "learner.optimizer.lr": 5e-5,
+        "learner.optimizer.schedule": "constant",
+        "teacher.temperature": 1.0,
+        "weights.teacher_sync_every": 10,
+        "evaluation.every": 20,
+        "checkpoint.every": 20,
+        "checkpoint.keep": 1,
+    }
     return Variant(f"tools-{name}", TOOLS, usual | dotted(settings))
 
 

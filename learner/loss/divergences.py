@@ -1,9 +1,12 @@
 """The formulas of the divergences between teacher and student over a support."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from sdft.learner.config import LossConfig
+from sdft.learner.gpu.operations import fused
 from sdft.learner.loss.targets import Targets
 
 OF_ONE_TOKEN = ("sampled", "nll", "dft")  # divergences that use only the sequence's own tokens
@@ -16,12 +19,16 @@ def log1mexp(x: Tensor) -> Tensor:
     return torch.where(x > -0.6931, near, far)
 
 
+def floor_of(dtype: torch.dtype) -> float:
+    """The least mass of a tail: below it, 1 - sum is rounding noise."""
+    return 8 * torch.finfo(dtype).eps
+
+
 def with_tail(logprobs: Tensor, vocabulary: int) -> Tensor:
     """Append log(1 - sum exp) as one more column, [N, K] -> [N, K + 1], unless K is the vocabulary."""
     if logprobs.shape[-1] >= vocabulary:
         return logprobs
-    floor = 8 * torch.finfo(logprobs.dtype).eps  # below this, 1 - sum is rounding noise
-    inside = torch.logsumexp(logprobs, -1).clamp(max=-floor)
+    inside = torch.logsumexp(logprobs, -1).clamp(max=-floor_of(logprobs.dtype))
     return torch.cat([logprobs, log1mexp(inside)[:, None]], -1)
 
 
@@ -67,6 +74,26 @@ def support_objective(log_p: Tensor, targets: Targets, vocabulary: int, config: 
     log_q = with_tail(targets.teacher_logprobs.to(log_p.dtype), vocabulary).detach()
     value = divergence(with_tail(log_p, vocabulary), log_q, config)
     return clipped(value, config), value.detach()
+
+
+def gradient(
+    log_p: Tensor, targets: Targets, scale: Tensor, vocabulary: int, config: LossConfig, is_fused: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of the sum of the objectives times `scale` [N] in log_p [N, S], and the values [N].
+
+    is_fused: by one kernel, for the divergences that have one.
+    """
+    kind = config.divergence.type
+    if is_fused and kind in ("forward", "reverse"):
+        log_q, reverse, tail = targets.teacher_logprobs, kind == "reverse", log_p.shape[1] < vocabulary
+        limit = math.inf if config.clip is None else config.clip
+        values, slope = fused.support(log_p.contiguous(), log_q, reverse, tail, floor_of(log_p.dtype), limit)
+        return slope.mul_(scale[:, None]), values
+    with torch.enable_grad():
+        log_p = log_p.detach().requires_grad_()
+        objective, values = support_objective(log_p, targets, vocabulary, config)
+        (found,) = torch.autograd.grad((objective * scale).sum(), log_p)
+    return found, values
 
 
 def clipped(value: Tensor, config: LossConfig) -> Tensor:

@@ -60,6 +60,8 @@ def packed_attention(
     same, plain = key.shape == value.shape, softcap is None and s_aux is None
     if plain and query.device.type == "cpu" and window is None and same and short(lengths, query.dtype):
         return ShortAttention.apply(query, key, value, lengths, scale).transpose(1, 2), None
+    if plain and query.device.type != "cpu" and query.dtype in HALF and same:
+        return _varlen_attention(query, key, value, lengths, scale, window).unsqueeze(0), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -69,8 +71,6 @@ def packed_attention(
             for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
         ]
         return torch.cat(parts, dim=1).transpose(0, 1)[None], None
-    if query.device.type == "cuda" and query.dtype in HALF and same:
-        return _varlen_attention(query, key, value, lengths, scale, window)[None], None
     attend = nn.functional.scaled_dot_product_attention
     parts = [
         attend(q, k, v, is_causal=True, scale=scale)
@@ -123,13 +123,18 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
 def _varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float, window: int | None
 ) -> Tensor:
-    """Packed attention on a GPU in half precision: [1, heads, T, D] each -> [T, heads, D]."""
+    """Packed attention on a GPU in half precision: [1, heads, T, D] each -> [T, heads, D].
+
+    Keys and values may have fewer heads.
+    """
     from torch.nn.attention.varlen import varlen_attn  # takes seconds to import, and a CPU does not need it
 
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # x[0] copies in backward
     bounds, longest = _bounds(lengths, query.device), max(lengths)
     before = -1 if window is None else window - 1
-    out: Tensor = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(before, 0))
+    out: Tensor = varlen_attn(
+        q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(before, 0), enable_gqa=True
+    )
     return out
 
 

@@ -30,7 +30,7 @@ def hidden_states(
         states = torch.cat([part.last_hidden_state[0] for part in parts])
     else:
         inputs = {"input_ids": ids[None], "position_ids": positions[None], "lengths": lengths, "use_cache": False}
-        states = model.base_model(**inputs, read=read).last_hidden_state[0]
+        states = model.base_model(**inputs, read=read).last_hidden_state.squeeze(0)
     return states if read is None else states[read]
 
 

@@ -19,12 +19,16 @@ from sdft.learner.model.cpu.last_layer import only_where_read
 from sdft.learner.model.cpu.norm import replace_norms
 from sdft.learner.model.experts import Replay
 from sdft.learner.model.forward import attention_for, hidden_states, packs
+from sdft.learner.model.fused import fuse
 from sdft.learner.model.mixers import divide
 from sdft.learner.packing import MicroBatch
 
 
-def load_student(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a local folder's model for packed input, without dropout. Raises Untrainable if it cannot be trained."""
+def load_student(path: Path, dtype: torch.dtype, fused: bool = False) -> PreTrainedModel:
+    """Load a local folder's model for packed input, without dropout. Raises Untrainable if it cannot be trained.
+
+    fused: use the fused operations on a GPU. They read weights of other modules, which ZeRO stage 3 does not allow.
+    """
     if reason := why_not(path):
         raise Untrainable(f"{path} cannot be trained: {reason}")
     try:
@@ -49,6 +53,8 @@ def load_student(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     replace_norms(model)
     if packs(model):
         divide(model)
+        if fused:
+            fuse(model)
         only_where_read(model)
     without_dropout(model)
     return model.train()

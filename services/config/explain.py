@@ -31,6 +31,7 @@ _LOSS = (
     "it is part of method: set method.divergence (forward, reverse, jsd or sampled; or its type, top_k and beta), "
     "method.skip_first and method.importance"
 )
+_EXECUTION = "set execution: eager in place of true, and execution: compiled in place of false"
 # Removed settings, without the numbers of list items, and what to set instead.
 _REPLACED: dict[Loc, str] = {
     ("evaluation", "timeout_s"): (
@@ -39,6 +40,7 @@ _REPLACED: dict[Loc, str] = {
     ),
     ("loss",): _LOSS,
     ("stages", "loss"): _LOSS,
+    ("service", "serving", "enforce_eager"): _EXECUTION,
 }
 
 
@@ -77,6 +79,8 @@ def explain(error: ValidationError) -> list[Problem]:
 def _unknown(parent: Loc, key: str) -> tuple[str, Loc | None]:
     """Return the message for an unknown key, and the place of the setting that was probably meant."""
     replaced = _REPLACED.get(tuple(part for part in (*_without_tags(parent), key) if not isinstance(part, int)))
+    if replaced is None and parent[:1] == ("actors",) and key == "enforce_eager":
+        replaced = _EXECUTION
     if replaced is not None:
         return f"is not a setting any more; {replaced}", None
     kinds = _kinds_with(parent, key)

@@ -296,6 +296,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _temperature_is_possible(self) -> "RunConfig":
+        heat = self.teacher.temperature
+        if heat != 1 and self.device == "cuda":
+            raise ValueError(
+                f"teacher.temperature {heat:g} works with device: cpu only, because on a GPU vLLM computes the scores, "
+                f"at temperature 1; remove it, or set device: cpu"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         if self.weights.sync_every > self.training.max_staleness + 1:
             raise ValueError(
@@ -330,6 +340,14 @@ class RunConfig(Section):
                 "learner.zero_stage 0 keeps no float32 masters of bfloat16 weights; set it to 1 (the same cost on "
                 "one rank) or dtype to float32"
             )
+        engines = {f"actors.{name}": pool.execution for name, pool in self.actors.pools.items()}
+        if self.service is not None:
+            engines["service.serving"] = self.service.serving.execution
+        for place, execution in engines.items():
+            if execution == "graphs" and self.device == "cpu":
+                raise ValueError(
+                    f"{place}.execution graphs means CUDA graphs, and device is cpu; set it to eager or compiled"
+                )
         for name, pool in self.actors.pools.items() if self.device == "cuda" else ():
             if pool.gpus % 1 and pool.kv_cache_gib is None:
                 raise ValueError(

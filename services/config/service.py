@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from sdft.actors.config import Execution
 from sdft.services.base.section import Section
 from sdft.services.config.sections import Grader
 
@@ -110,7 +111,11 @@ class ServingConfig(Section):
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1, description="Share of a GPU's memory an engine may use")
     max_num_seqs: int = Field(32, ge=1, description="Sequences decoded at once")
     max_model_len: int = Field(2048, ge=2, description="Longest prompt and answer together, in tokens")
-    enforce_eager: bool = Field(True, description="false compiles the model: faster answers, a longer start")
+    execution: Execution | None = Field(
+        None,
+        description="eager, graphs (CUDA graphs of the decoding steps; GPUs only) or compiled (faster answers, a "
+        "longer start); null: graphs on a GPU, eager on a CPU",
+    )
     tool_parser: str | None = Field(
         None, description="vLLM's parser of tool calls, such as hermes; null: tool calls stay in the text"
     )

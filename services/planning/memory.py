@@ -106,7 +106,7 @@ def _support_bytes(dtype: str, shape: ModelShape, rows: int, sequence: int, widt
 
 def _chunk(dtype: str, shape: ModelShape) -> int:
     """Loss tokens whose logits exist at a time."""
-    return CHUNK_BYTES // max(1, WIDTH[dtype] * shape.vocabulary)
+    return CHUNK_BYTES["cpu"] // max(1, WIDTH[dtype] * shape.vocabulary)
 
 
 def _loss_bytes(config: LearnerConfig, dtype: str, shape: ModelShape, rows: int) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sdft.actors.config import TURN_ENGINE, EngineSettings
+from sdft.actors.config import TURN_ENGINE, EngineSettings, Execution
 from sdft.actors.roles import EVALUATION, STUDENT, TEACHER, teacher_pool
 from sdft.actors.shared.process import GIB
 from sdft.services.base.errors import UserError
@@ -192,13 +192,18 @@ def engine_settings(config: RunConfig, model: Path, pool: str, vocabulary: int |
         exclusive=config.strict and e.most == 1,
         share_prompts=any(task.sampling.generations > 1 or task.environment is not None for task in config.tasks),
         gpu_memory_utilization=e.gpu_memory_utilization if cache_gib is None else FREE_AT_LEAST,
-        enforce_eager=e.enforce_eager,
+        execution=execution(e.execution, config.device),
         max_probe_gap=max_probe_gap(config),
         threads=e.threads,
         kv_cache_gib=cache_gib,
         engine=e.engine,
         vocabulary=vocabulary,
     )
+
+
+def execution(wanted: Execution | None, device: str) -> Execution:
+    """Return how engines on a device execute a model; null: as fast as the device can without compiling."""
+    return wanted or ("graphs" if device == "cuda" else "eager")
 
 
 def max_probe_gap(config: RunConfig) -> float:

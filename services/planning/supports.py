@@ -1,5 +1,7 @@
 """Check the supports of the losses: against the tokenizer, the engines, and the memory that scores take."""
 
+from inspect import signature
+
 from sdft.actors.engine import Engine, own_engine
 from sdft.actors.roles import STUDENT, TEACHER
 from sdft.actors.shared.own_code import is_own
@@ -55,12 +57,19 @@ def step_gib(task: TaskConfig, support: Support, vocabulary: int) -> float:
 
 def check_engines_score(config: RunConfig) -> None:
     """UserError unless every engine of a user's own that scores has the methods that the supports need."""
+    heat = config.teacher.temperature
     given = next((s.of for task in config.tasks for s in supports(task) if s.of != "teacher"), None)
     scoring = STUDENT if config.teacher_in_use.weights == "live" else TEACHER
     for name, pool in config.actors.pools.items():
-        if given is None or config.actors.role_name(name) != scoring or not is_own(pool.engine):
+        if config.actors.role_name(name) != scoring or not is_own(pool.engine):
             continue
-        if own_engine(pool.engine).score_at is Engine.score_at:
+        own = own_engine(pool.engine)
+        if heat != 1 and "temperature" not in signature(own.score).parameters:
+            raise UserError(
+                f"actors.{name}.engine: {pool.engine} scores without a temperature, and teacher.temperature is "
+                f"{heat:g}; take it in score, as sdft.actors.engine.Engine does, or remove teacher.temperature"
+            )
+        if given is not None and own.score_at is Engine.score_at:
             raise UserError(
                 f"actors.{name}.engine: {pool.engine} lacks score_at of sdft.actors.engine.Engine, which "
                 f"method.divergence.support {given} needs; add it, or set support: teacher"

@@ -12,7 +12,7 @@ from sdft.services.base.files import existing_file
 from sdft.services.config.run import RunConfig
 from sdft.services.config.service import HttpConfig, ServiceConfig
 from sdft.services.planning.plan import engine_settings as of_pool
-from sdft.services.planning.plan import max_probe_gap
+from sdft.services.planning.plan import execution, max_probe_gap
 from sdft.services.planning.prepare import prepare
 from sdft.services.planning.prepared import Prepared
 from sdft.services.records.run_dir import RUN_FILES
@@ -29,7 +29,7 @@ OF_ENGINE = (
     "kv_cache_gib",
     "threads",
     "max_num_seqs",
-    "enforce_eager",
+    "execution",
     "gpu_memory_utilization",
     "gpus",
     "labels",
@@ -115,7 +115,7 @@ def engine_settings(checked: Checked, model: Path) -> EngineSettings:
         hold_batches=serving.turns and config.strict,  # those of windows; a request of a user is no batch
         share_prompts=False,
         gpu_memory_utilization=serving.gpu_memory_utilization,
-        enforce_eager=serving.enforce_eager,
+        execution=execution(serving.execution, config.device),
         max_probe_gap=max_probe_gap(config),
         threads=serving.threads,
         kv_cache_gib=serving.kv_cache_gib or (None if config.device == "cuda" else 1),

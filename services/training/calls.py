@@ -51,13 +51,14 @@ class EngineCalls:
         sampling: Sampling,
         groups: int,
         mode: Mode,
+        temperature: float = 1.0,
     ) -> None:
-        """teachers: by their routes.
+        """teachers: by their routes. temperature: teacher.temperature.
 
         teachers_ready(): waits until the teacher engines have the weights that were sent.
         """
         self._students, self._teachers, self._teachers_ready = students, teachers, teachers_ready
-        self._sampling, self.mode = sampling, mode
+        self._sampling, self.mode, self._temperature = sampling, mode, temperature
         self._limited = mode != "streamed"
         self._joined: Joined[Kind] = Joined(groups, self._call)
         self.sampled = self.ready = self.scored = now()  # ends of the last call of a kind; ready: of the last wait
@@ -93,7 +94,8 @@ class EngineCalls:
             self.sampled = now()
             return results
         self.ready = now()
-        results = await teachers.score_completions(items, what, self._limited)
+        support = what._replace(temperature=self._temperature)
+        results = await teachers.score_completions(items, support, self._limited)
         self.scored = now()
         return results
 

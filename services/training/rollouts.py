@@ -160,6 +160,7 @@ class Rollouts:
             Sampling(s.max_new_tokens, s.temperature, s.top_p, stage.config.method.likely),
             len(groups),
             _mode(stage, strict),
+            self._prepared.config.teacher.temperature,
         )
         work = asyncio.ensure_future(self._all_of(stage, groups, calls, ids))
         try:

@@ -28,7 +28,9 @@ class EchoEngine(Engine):
     async def generate(self, requests: Sequence[GenerateRequest], sampling: Sampling) -> list[Rollout]:
         return [self._rollout(request.prompt_ids, sampling.max_new_tokens) for request in requests]
 
-    async def score(self, pairs: Sequence[tuple[IntArray, IntArray]], k: int) -> list[TeacherScores]:
+    async def score(
+        self, pairs: Sequence[tuple[IntArray, IntArray]], k: int, temperature: float = 1.0
+    ) -> list[TeacherScores]:
         return [self._scores(completion, k) for _, completion in pairs]
 
     async def probe(self, ids: IntArray) -> FloatArray:

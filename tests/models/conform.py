@@ -207,7 +207,7 @@ def engine_settings(folder: Path, dtype: str) -> EngineSettings:
         hold_batches=True,
         share_prompts=True,
         gpu_memory_utilization=0.1,
-        enforce_eager=True,
+        execution="eager",
         max_probe_gap=BOUND[dtype],
         threads=1,
         kv_cache_gib=0.2,

@@ -59,7 +59,7 @@ def test_the_cpu_image_installs_the_pins_of_the_makefile() -> None:
     files = {w for words in makefile if "requirements/install.sh" in words for w in words if w.endswith(".txt")}
     pins, project = [w for w in instructions(DEPLOY / "docker" / "Dockerfile.cpu") if "pip" in w]
     named = {word for word in pins if word.endswith(".txt")}
-    elsewhere = {"dev.txt", "docs.txt", "verifiers.txt"}  # of tests, documents, and an interpreter of its own
+    elsewhere = {"dev.txt", "docs.txt", "triton.txt", "verifiers.txt"}  # of tests and documents
     assert named == files - {f"requirements/{name}" for name in elsewhere} - {"benchmarks/trl/requirements.txt"}
     assert "--no-deps" in pins
     assert {"--no-deps", "--no-build-isolation", "."} <= set(project)

@@ -63,12 +63,16 @@ class TurnEngine(Engine):
         rollouts: list[Rollout] = await self._call("generate", list(requests), sampling)
         return rollouts
 
-    async def score(self, pairs: Sequence[tuple[IntArray, IntArray]], k: int) -> list[TeacherScores]:
-        scores: list[TeacherScores] = await self._call("score", list(pairs), k)
+    async def score(
+        self, pairs: Sequence[tuple[IntArray, IntArray]], k: int, temperature: float = 1.0
+    ) -> list[TeacherScores]:
+        scores: list[TeacherScores] = await self._call("score", list(pairs), k, temperature)
         return scores
 
-    async def score_at(self, items: Sequence[tuple[IntArray, IntArray, IntArray]], k: int) -> list[TeacherScores]:
-        scores: list[TeacherScores] = await self._call("score_at", list(items), k)
+    async def score_at(
+        self, items: Sequence[tuple[IntArray, IntArray, IntArray]], k: int, temperature: float = 1.0
+    ) -> list[TeacherScores]:
+        scores: list[TeacherScores] = await self._call("score_at", list(items), k, temperature)
         return scores
 
     async def probe(self, ids: IntArray) -> FloatArray:

@@ -56,7 +56,7 @@ def engine_settings(model: Path, extension: str = "sdft.actors.vllm.extension.Wo
         hold_batches=True,
         share_prompts=True,  # includes what engines without it do
         gpu_memory_utilization=0.1,
-        enforce_eager=True,
+        execution="eager",
         max_probe_gap=0.001,
         threads=1,
         kv_cache_gib=0.05,
@@ -228,17 +228,19 @@ def test_a_rollout_has_the_students_most_likely_tokens_and_the_same_tokens_as_wi
         np.testing.assert_array_equal(other.likely, top.indices)
 
 
+@pytest.mark.parametrize("heat", [1.0, 0.5])
 @pytest.mark.parametrize("of", ["teacher", "student", "union", "full"])
-def test_the_teacher_scores_the_tokens_of_each_support(engines: list, tiny_model: Path, of: Any) -> None:
+def test_the_teacher_scores_the_tokens_of_each_support(engines: list, tiny_model: Path, of: Any, heat: float) -> None:
     """Behind a prompt that is longer than a block of the prefix cache, in one batch of two lengths."""
     model, k = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), 4
     prompt = np.arange(100, 180, dtype=np.int32)
     requests = [GenerateRequest(PROMPT[: 5 + 9 * i], i) for i in range(2)]
     rollouts = ray.get(engines[0].generate.remote(requests, replace(PLAIN, likely=k)), timeout=60)
     rollouts[1] = replace(rollouts[1], completion_ids=rollouts[1].completion_ids[:7], likely=rollouts[1].likely[:7])
-    found = ray.get(engines[0].scored_by.remote([prompt] * 2, rollouts, Support(of, 0 if of == "full" else k), 512))
+    support = Support(of, 0 if of == "full" else k, heat)
+    found = ray.get(engines[0].scored_by.remote([prompt] * 2, rollouts, support, 512))
     for rollout, scores in zip(rollouts, found, strict=True):
-        every = logprobs(model, prompt, rollout.completion_ids)
+        every = torch.log_softmax(logprobs(model, prompt, rollout.completion_ids) / heat, -1)
         own = torch.tensor(rollout.completion_ids).long()[:, None]
         np.testing.assert_allclose(scores.sampled, every.gather(1, own)[:, 0], atol=1e-4)
         np.testing.assert_allclose(scores.logprobs, every.gather(1, torch.tensor(scores.ids).long()), atol=1e-4)

@@ -7,11 +7,12 @@ import torch
 
 from benchmarks.loss import chunked
 from benchmarks.measure import peak_mib
-from sdft.learner.config import Dft, Forward, ImportanceConfig, Jsd, LossConfig, Nll, Reverse, Sampled
-from sdft.learner.loss.chunked import FLOAT32_BYTES, VOCABULARY_ROWS, divergence_loss
+from sdft.learner.config import CHUNK_BYTES, Dft, Forward, ImportanceConfig, Jsd, LossConfig, Nll, Reverse, Sampled
+from sdft.learner.loss.chunked import divergence_loss
 from sdft.learner.loss.divergences import divergence, log1mexp, token_objective, with_tail
 from sdft.learner.loss.scaling import LogitScaling
 from sdft.learner.loss.targets import Targets
+from sdft.learner.loss.vocabulary import FLOAT32_BYTES, VOCABULARY_ROWS
 
 V, H, N = 50, 16, 12
 OFF = ImportanceConfig(level="off")
@@ -149,7 +150,7 @@ def test_dft_weights_each_tokens_cross_entropy_by_its_probability_without_gradie
 def test_chunked_loss_equals_the_formula_on_whole_logits_in_value_and_both_gradients(
     name: str, level: str, chunk: int, scaling: LogitScaling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdft.learner.loss.chunked.CHUNK_BYTES", chunk * V * 8)  # rows of float64
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", chunk * V * 8)  # rows of float64
     monkeypatch.setitem(FLOAT32_BYTES, "cpu", 2 * V * 4)
     monkeypatch.setitem(VOCABULARY_ROWS, "cpu", 16)
     g = torch.Generator().manual_seed(5)
@@ -187,7 +188,7 @@ def test_chunked_loss_equals_the_formula_on_whole_logits_in_value_and_both_gradi
 @pytest.mark.parametrize("chunk", [5, 100])
 def test_rows_beyond_the_tokenizer_are_in_no_distribution(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss and its gradients are those of a head without these rows, which get no gradient."""
-    monkeypatch.setattr("sdft.learner.loss.chunked.CHUNK_BYTES", chunk * V * 8)  # rows of float64
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", chunk * V * 8)  # rows of float64
     g = torch.Generator().manual_seed(5)
     hidden = torch.randn(N, H, generator=g, dtype=torch.float64)
     head = torch.randn(V + 3, H, generator=g, dtype=torch.float64)

@@ -7,10 +7,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from sdft.learner.config import Forward, ImportanceConfig, Jsd, LossConfig, Reverse, Sampled
-from sdft.learner.loss.chunked import FLOAT32_BYTES, VOCABULARY_ROWS, divergence_loss
+from sdft.learner.config import CHUNK_BYTES, Forward, ImportanceConfig, Jsd, LossConfig, Reverse, Sampled
+from sdft.learner.loss.chunked import divergence_loss
 from sdft.learner.loss.scaling import LogitScaling
 from sdft.learner.loss.targets import Targets
+from sdft.learner.loss.vocabulary import FLOAT32_BYTES, VOCABULARY_ROWS
 from tests.learner.loss.test_loss import H, N, V, draw, full_divergence, make_targets
 
 SCALING = LogitScaling(0.5, 4.0)
@@ -60,7 +61,7 @@ def plain(given: list[Tensor], log_q: Tensor, targets: Targets, config: LossConf
 def test_an_option_equals_its_formula_on_whole_logits_in_value_and_gradients(
     options: dict, level: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdft.learner.loss.chunked.CHUNK_BYTES", chunk * V * 8)  # rows of float64
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", chunk * V * 8)  # rows of float64
     monkeypatch.setitem(FLOAT32_BYTES, "cpu", 2 * V * 4)
     monkeypatch.setitem(VOCABULARY_ROWS, "cpu", 16)
     g = torch.Generator().manual_seed(5)

@@ -1,9 +1,10 @@
 """A batch of an algorithm in simulated time, on real pools and the real ledger."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -45,16 +46,19 @@ def first_batch(
     student: Callable[[int], Student],
     teacher: Callable[[int], Teacher],
     pair: PromptPair | None = None,
+    sections: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Batch, dict[str, int]]:
     """Make the batch of step 1, two samples of each of 8 prompts, in simulated time. Returns it with the counts.
 
     method: its settings, or an algorithm. pair: the prompts of every record; None: those of the simulation.
+    sections: of the run's configuration.
     """
     one = prepared(case, 8)
     (stage,) = one.stages
     source = stage.source if pair is None else FixedSource("simulated.jsonl", [], [pair] * 1000)
-    settings = one.config.model_dump() | {"sampling": {"generations": 2}}
-    (task,) = RunConfig.model_validate(settings | ({"method": method} if isinstance(method, dict) else {})).tasks
+    settings = one.config.model_dump() | {"sampling": {"generations": 2}} | dict(sections)
+    config = RunConfig.model_validate(settings | ({"method": method} if isinstance(method, dict) else {}))
+    (task,) = config.tasks
     if not isinstance(method, dict):
         task = task.model_copy(update={"method": method})
     schedule = replace(stage.schedule, generations=2, source=source)
@@ -67,7 +71,7 @@ def first_batch(
 
         async def ready() -> None: ...
 
-        rollouts = Rollouts(replace(one, stages=(stage,)), students, {"": teachers}, ledger, ready, 0)
+        rollouts = Rollouts(replace(one, config=config, stages=(stage,)), students, {"": teachers}, ledger, ready, 0)
         rollouts.open(stage.schedule)
         rollouts.begin(0)
         batch = await rollouts.take(1)

@@ -118,7 +118,7 @@ def test_an_override_completes_the_short_form_of_a_method(tmp_path: Path) -> Non
     path.write_text(json.dumps(LEAST | {"method": "off_policy"}))
     loaded = load_config(path, ["method.skip_first=1", "method.divergence.top_k=8"])
     (loss,) = loaded.method.losses
-    assert (loaded.method.type, loaded.method.skipped, loss.divergence.scored) == ("off_policy", 1, ("teacher", 8))
+    assert (loaded.method.type, loaded.method.skipped, loss.divergence.scored) == ("off_policy", 1, ("teacher", 8, 1.0))
 
 
 class Patient(Sdft):
@@ -137,6 +137,21 @@ def test_an_own_make_of_a_subclass_may_await_anything(tmp_path: Path, staleness:
 
 
 @pytest.mark.usefixtures("own_folder")
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_the_teachers_temperature_reaches_its_engines(tmp_path: Path, staleness: int) -> None:
+    heats: list[float] = []
+
+    class Watched(Teacher):
+        def score_completions(self, items: Any, support: Any) -> Any:
+            heats.append(support.temperature)
+            return super().score_completions(items, support)
+
+    case = Case("sharp", engines=1, staleness=staleness, steps=1)
+    sharp = {"teacher": {"temperature": 0.5}}
+    first_batch(tmp_path, case, {"type": "sdft"}, lambda n: Student(n, case), Watched, sections=sharp)
+    assert set(heats) == {0.5}
+
+
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_samples_without_a_sequence_are_dropped_and_siblings_see_each_other(tmp_path: Path, staleness: int) -> None:
     case = Case("siblings", engines=2, staleness=staleness, steps=1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from sdft.services.config.run import RunConfig
 from sdft.services.planning.plan import engine_settings, make_plan
 from sdft.services.planning.shape import ModelShape
 from sdft.services.planning.supports import check_engines_score, check_supports
+from tests.fakes.echo_engine import EchoEngine
 
 VOCABULARY = 49152
 SMOLLM2 = ModelShape(134_515_008, layers=30, hidden=576, intermediate=1536, vocabulary=VOCABULARY, heads=9)
@@ -44,6 +46,21 @@ def test_an_engine_of_a_users_own_that_scores_no_given_tokens_is_refused() -> No
         check_engines_score(
             config({"support": "union"}, actors={"student": {"engine": ECHO}}, teacher={"weights": "live"})
         )
+
+
+def test_an_engine_of_a_users_own_that_takes_no_temperature_is_refused() -> None:
+    engine = "tests.services.planning.test_supports:Cold"
+    check_engines_score(config({}, actors={"teacher": {"engine": engine}}))
+    check_engines_score(config({}, actors={"teacher": {"engine": ECHO}}, teacher={"temperature": 0.7}))
+    with pytest.raises(UserError, match=f"teacher.engine: {engine} scores without a temperature.* is 0.7; take it"):
+        check_engines_score(config({}, actors={"teacher": {"engine": engine}}, teacher={"temperature": 0.7}))
+
+
+class Cold(EchoEngine):
+    """An engine that scores at temperature 1."""
+
+    async def score(self, pairs: Any, k: int) -> Any:  # type: ignore[override]
+        return await super().score(pairs, k)
 
 
 def test_engines_return_as_many_log_probs_as_a_support_has(tmp_path: Path) -> None:
