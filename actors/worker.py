@@ -66,13 +66,15 @@ async def scored(
     engine: Engine, prompts: Sequence[IntArray], rollouts: Sequence[Rollout], support: Support
 ) -> list[TeacherScores]:
     """Score the completions of rollouts behind the teacher's prompts, at the tokens of a support."""
-    completions, heat = [rollout.completion_ids for rollout in rollouts], support.temperature
+    completions = [rollout.completion_ids for rollout in rollouts]
+    # Only where it is wanted, so that engines of a user's own need not take it.
+    heat = {} if support.temperature == 1 else {"temperature": support.temperature}
     if support.of == "teacher":
-        return await engine.score(list(zip(prompts, completions, strict=True)), support.k, heat)
+        return await engine.score(list(zip(prompts, completions, strict=True)), support.k, **heat)
     if support.of == "full":
         assert engine.settings.vocabulary is not None, "an engine that trains knows the tokenizer's size"
         every = np.arange(engine.settings.vocabulary, dtype=np.int32)[None]
-        return await engine.score_at([(*pair, every) for pair in zip(prompts, completions, strict=True)], 0, heat)
+        return await engine.score_at([(*pair, every) for pair in zip(prompts, completions, strict=True)], 0, **heat)
     likely = [rollout.likely for rollout in rollouts if rollout.likely is not None]
     if len(likely) < len(rollouts):
         raise ValueError(
@@ -80,7 +82,7 @@ async def scored(
             f"{len(rollouts)} completions have none (Rollout.likely); set support: teacher or full"
         )
     items = list(zip(prompts, completions, likely, strict=True))
-    return await engine.score_at(items, support.k if support.of == "union" else 0, heat)
+    return await engine.score_at(items, support.k if support.of == "union" else 0, **heat)
 
 
 class EngineWorker:

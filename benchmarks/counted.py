@@ -13,6 +13,7 @@ import argparse
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from sdft.learner.config import Forward, ImportanceConfig, LossConfig
 from sdft.learner.loss.chunked import divergence_loss
 from sdft.learner.loss.targets import Targets
 from sdft.learner.model.attention import PACKED
+from sdft.learner.model.compat import epsilon
+from sdft.learner.model.cpu.last_layer import only_where_read
 from sdft.learner.model.forward import hidden_states
 from sdft.learner.model.fused import fuse
 from sdft.learner.packing import MicroBatch
@@ -106,7 +109,7 @@ def _bytes(t: Tensor) -> int:
 
 
 def student(shape: str) -> PreTrainedModel:
-    """Return a model of a shape on the meta device, as the learner on a GPU has it."""
+    """Return a model of a shape on the meta device, with norms of one kernel, as on a GPU."""
     hidden, intermediate, layers, heads, kv, vocabulary, tied = SHAPES[shape]
     config = Qwen2Config(
         hidden_size=hidden,
@@ -119,7 +122,15 @@ def student(shape: str) -> PreTrainedModel:
         max_position_embeddings=32768,
     )
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=PACKED).train()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=PACKED).train()
+    for module in model.modules():
+        if epsilon(module) is not None:  # torch's fused norm, which the meta device takes apart: another of one kernel
+            module.forward = partial(_one_kernel, module)
+    return model
+
+
+def _one_kernel(norm: torch.nn.Module, x: Tensor) -> Tensor:
+    return layer_norm(x, norm.weight.shape, norm.weight)
 
 
 def micro_batch(sequences: int) -> MicroBatch:
@@ -149,9 +160,7 @@ def count(shape: str, tokens: int, fused: bool) -> Counting:
     model, batch = student(shape), micro_batch(tokens // LENGTH)
     if fused:
         fuse(model)
-        # On a GPU the last norm is torch's fused one, which the meta device takes apart; another norm of one kernel.
-        norm = model.base_model.norm
-        norm.forward = lambda x: layer_norm(x, norm.weight.shape, norm.weight)
+    only_where_read(model)
     # The mean of a sequence's weights reads a number back, which tensors without memory do not have.
     loss = LossConfig(divergence=Forward(top_k=K), importance=ImportanceConfig(level="token"))
     with Counting(2.0 * hidden * LENGTH * tokens) as counting:

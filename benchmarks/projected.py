@@ -7,6 +7,7 @@ a copy with your own numbers projects your cluster. Nothing is run, and no phase
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from benchmarks.measure import report
 
 STATE_BYTES = 22  # a parameter of the learner in bfloat16: weights 2, gradients 4, masters 4, moments 8, teacher 4
 OPTIMIZER_BYTES = 54  # read and written for a parameter in each optimizer step
+ENGINE_SHARE = 0.9  # of a GPU's memory that an engine takes
+MICRO_BATCH = 8192  # tokens of a learner rank's forward
 NODE = 8  # GPUs
 CLUSTERS = Path(__file__).parent / "clusters"
 
@@ -32,6 +35,7 @@ class Rates(Given):
 
     products_tflops: float = Field(gt=0)
     memory_tb_s: float = Field(gt=0)
+    gpu_gb: float = Field(gt=0)
     node_gb_s: float = Field(gt=0)
     network_gb_s: float = Field(gt=0)
     learner_share: float = Field(gt=0, le=1)
@@ -105,24 +109,36 @@ def phases(case: Case, batch: Batch, rates: Rates) -> dict[str, float]:
     link = 1e9 * (rates.node_gb_s if case.learner.gpus <= NODE else rates.network_gb_s)
     weights = 2 * model.parameters
     per_engine = case.sequences / case.student.engines
-    read = min(weights, 2 * model.used * per_engine)  # a step of many sequences uses most experts
-    cache = per_engine * (batch.prompt + batch.completion / 2) * model.cache_bytes
+    at_once = min(per_engine, room(case, batch, rates))
+    read = min(weights, 2 * model.used * at_once)  # a step of many sequences uses most experts
+    cache = at_once * (batch.prompt + batch.completion / 2) * model.cache_bytes
     step = rates.decoding_overhead_s + (read + cache) / (memory * case.student.tensor_parallel)
     scored = case.sequences * (batch.teacher_prompt + batch.completion)
     trained = case.sequences * (batch.prompt + batch.completion)
-    # A ring moves nearly the whole of it through each rank: weights twice (forward, backward), float32 gradients once.
-    gathered = 0 if case.learner.gpus == 1 else (2 * weights + 4 * model.parameters) / link
+    # ZeRO 3, by a ring that moves nearly all of it through each rank: in each micro-batch the weights twice, for
+    # forward and backward, and the gradients once.
+    micro_batches = math.ceil(trained / case.learner.gpus / MICRO_BATCH)
+    gathered = 0 if case.learner.gpus == 1 else 3 * weights * micro_batches / link
     return {
-        "rollout": batch.completion * step,
+        "rollout": batch.completion * step * per_engine / at_once,
         "score": 2 * model.used * scored / (products * rates.scoring_share * case.teacher.gpus),
         "learn": 6 * model.used * trained / (products * rates.learner_share * case.learner.gpus),
         "exchange": gathered,
         "optimizer": OPTIMIZER_BYTES * model.parameters / (memory * case.learner.gpus),
-        # Learner rank 0 broadcasts all of it (actors/transport/broadcast.py). One thread there makes the digests, and
-        # compares them before it sends.
-        "weights": weights / (1e9 * rates.network_gb_s) + 2 * weights / (1e9 * rates.digest_gb_s),
+        # The student's and the teacher's: learner rank 0 broadcasts all of both (actors/transport/broadcast.py). One
+        # thread there makes the digests, and compares them before it sends.
+        "weights": 2 * (weights / (1e9 * rates.network_gb_s) + 2 * weights / (1e9 * rates.digest_gb_s)),
         "controller": rates.controller_s * case.sequences,
     }
+
+
+def room(case: Case, batch: Batch, rates: Rates) -> float:
+    """Return how many whole sequences an engine's cache holds. Raises ValueError if it holds none."""
+    free = ENGINE_SHARE * 1e9 * rates.gpu_gb * case.student.tensor_parallel - 2 * case.model.parameters
+    held = free / ((batch.prompt + batch.completion) * case.model.cache_bytes)
+    if held < 1:
+        raise ValueError(f"{case.name}: an engine's memory holds no sequence; raise student.tensor_parallel")
+    return held
 
 
 def projected(case: Case, cluster: Cluster) -> dict[str, Any]:

@@ -46,8 +46,8 @@ class LearnerEngine:
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())  # uses torch's existing group
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self._zero_stage = settings.config.zero_stage_for(settings.dtype)
-        # In float32 the parameters are their own masters. In bf16 DeepSpeed makes float32 masters from them.
         fused = settings.device == "cuda" and self._zero_stage < 3
+        # In float32 the parameters are their own masters. In bf16 DeepSpeed makes float32 masters from them.
         student = load_student(Path(settings.model), self.dtype, fused)
         if settings.rank == 0 and (reason := unfaithful(student)):
             raise Untrainable(f"{settings.model} cannot be trained: {reason}")

@@ -140,7 +140,8 @@ class LearnerGroup:
 
         Raises SequencesLost, before the step, if a rank cannot fetch its share.
         """
-        divided = shares(batch, len(self.workers), self._settings.config.micro_batch_tokens)
+        at_once = self._settings.config.tokens_at_once(self._settings.device)
+        divided = shares(batch, len(self.workers), at_once)
         lost = await self._each("fetch", "the learner to fetch a batch", divided)
         if any(lost):
             raise SequencesLost([sample for of_rank in lost for sample in of_rank])

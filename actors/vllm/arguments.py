@@ -49,8 +49,9 @@ def _arguments(s: EngineSettings, share: bool) -> AsyncEngineArgs:
         max_model_len=s.max_model_len,
         # One more place, so that the probe of an update can run while all others are taken.
         max_num_seqs=s.max_num_seqs if s.hold_batches else s.max_num_seqs + 1,
-        # CPU generators cannot skip ahead, so a chunked seeded prompt kills the engine.
-        enable_chunked_prefill=s.device == "cuda",
+        # No chunking of prompts: CPU generators cannot skip ahead, so a chunked seeded prompt kills the engine; and all
+        # scores of a prompt are by one version of the weights.
+        enable_chunked_prefill=False,
         max_num_batched_tokens=max(s.max_model_len, PREFILL[s.device]),
         # A hit changes the shapes of a prefill and so the last bits of a log-prob, in the same way in each run.
         enable_prefix_caching=share or returns_experts(s),  # vLLM keeps the experts beside the blocks of the cache

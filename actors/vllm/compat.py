@@ -283,7 +283,7 @@ def _scores(
         offset = begin - request.num_computed_tokens
         logits = runner.model.compute_logits(hidden_states[offset + first : offset + len(ids) - 1])
         if (heat := temperature(request.sampling_params)) != 1:
-            logits = logits / heat
+            logits = logits.float() / heat  # as vLLM does before it samples
         targets = torch.tensor(ids[first + 1 :], device=logits.device)
         logprobs, at = runner.sampler.compute_logprobs(logits), given(request.sampling_params)
         if at is None:

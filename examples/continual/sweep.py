@@ -73,6 +73,7 @@ def skill(name: str, **settings: Any) -> Variant:
         "teacher.temperature": 1.0,
         "weights.teacher_sync_every": 10,
         "evaluation.every": 20,
+        "evaluation.sets.tools.max_new_tokens": 64,
         "checkpoint.every": 20,
         "checkpoint.keep": 1,
     }

@@ -54,7 +54,8 @@ class _Chunked(torch.autograd.Function):
         buffer = hidden.new_empty(longest, len(head))  # a chunk's logits, then their gradient. Fresh pages cost time
         trainer, scale, values = torch.empty(3, len(hidden), dtype=wide, device=hidden.device)
         entropies = trainer.new_zeros(len(hidden))
-        normalizers = torch.empty_like(trainer) if fusable(hidden, config, scaling) else None
+        width = support(targets, config).shape[1]
+        normalizers = torch.empty_like(trainer) if fusable(hidden, width, config, scaling) else None
         grad_hidden = torch.empty_like(hidden)
         trained = whole_head.requires_grad  # False with LoRA: the head's gradient is then not computed
         shape = whole_head.shape if trained else (0,)

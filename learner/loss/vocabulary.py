@@ -15,7 +15,8 @@ from sdft.learner.gpu.operations import fused
 from sdft.learner.loss.scaling import IDENTITY, LogitScaling
 
 # Bytes of float32 scratch per block: on a CPU it fits the cache, on a GPU kernel launches dominate.
-FLOAT32_BYTES = {"cpu": 3 << 20, "cuda": 1 << 30}
+FLOAT32_BYTES = {"cpu": 3 << 20, "cuda": 256 << 20}
+WIDEST = 4096  # tokens of a support: a kernel holds all of a row's
 VOCABULARY_ROWS = {"cpu": 8192, "cuda": 1 << 30}  # rows of the head's gradient that are added up at once
 
 
@@ -24,10 +25,10 @@ def on(device: torch.device, sizes: dict[str, int]) -> int:
     return sizes["cpu" if device.type == "cpu" else "cuda"]
 
 
-def fusable(hidden: Tensor, config: LossConfig, scaling: LogitScaling) -> bool:
-    """Whether fused kernels compute these passes."""
+def fusable(hidden: Tensor, width: int, config: LossConfig, scaling: LogitScaling) -> bool:
+    """Whether fused kernels compute these passes. width: the number of tokens in the support."""
     on_gpu = hidden.device.type != "cpu" and hidden.dtype != torch.float64
-    return on_gpu and not config.entropy and scaling == IDENTITY
+    return on_gpu and width <= WIDEST and not config.entropy and scaling == IDENTITY
 
 
 def _blocks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

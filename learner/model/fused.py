@@ -11,6 +11,7 @@ one matrix, and those of gate and up one: fewer and larger products, and no sums
 
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
+from types import CodeType
 from typing import Any
 
 import torch
@@ -29,7 +30,13 @@ from sdft.learner.model.compat import GATED, epsilon
 
 GPU = ("cuda", "meta")
 SILU = type(ACT2FN["silu"])
-ATTENTIONS = (llama.LlamaAttention, mistral.MistralAttention, qwen2.Qwen2Attention, qwen3.Qwen3Attention)
+# Attention modules with known code, and where each has its window.
+WINDOWS: dict[type[nn.Module], Callable[[nn.Module], int | None]] = {
+    llama.LlamaAttention: lambda attention: None,
+    mistral.MistralAttention: lambda attention: getattr(attention.config, "sliding_window", None),
+    qwen2.Qwen2Attention: lambda attention: attention.sliding_window,
+    qwen3.Qwen3Attention: lambda attention: attention.sliding_window,
+}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -155,12 +162,12 @@ def fuse(model: PreTrainedModel, devices: Collection[str] = GPU) -> int:
     for layer in model.modules():
         if not _same(type(layer).forward, llama.LlamaDecoderLayer.forward):
             continue
-        first, second = epsilon(layer.input_layernorm), epsilon(layer.post_attention_layernorm)
+        first, second = (_epsilon(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
         if first is None or second is None:
             continue
-        if any(_same(type(layer.self_attn).forward, known.forward) for known in ATTENTIONS):
-            attention = layer.self_attn
-            attention.forward = partial(_attention, attention, attention.forward, devices)
+        attention = layer.self_attn
+        if (window := _window_of(attention)) is not None:
+            attention.forward = partial(_attention, attention, attention.forward, window, devices)
         if _same(type(layer.mlp).forward, llama.LlamaMLP.forward) and isinstance(layer.mlp.act_fn, SILU):
             layer.mlp.forward = partial(_network, layer.mlp, layer.mlp.forward, devices)
         layer.forward = partial(_layer, layer, layer.forward, (first, second), devices)
@@ -191,6 +198,7 @@ def _layer(
 def _attention(
     attention: nn.Module,
     plain: Callable[..., tuple[Tensor, Tensor | None]],
+    window: Callable[[nn.Module], int | None],
     devices: Collection[str],
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
@@ -218,14 +226,13 @@ def _attention(
     else:
         q, k, v = Projected.apply(hidden_states, cos, sin, width, *parts)
     attend = AttentionInterface()[attention.config._attn_implementation]
-    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
     out, weights = attend(
         attention,
         *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
         attention_mask,
         dropout=0.0,
         scaling=attention.scaling,
-        sliding_window=window,
+        sliding_window=window(attention),
         **given,
     )
     return attention.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
@@ -246,6 +253,25 @@ def _network(
     return plain(x) if residual is None else residual + plain(x)
 
 
+def _epsilon(norm: nn.Module) -> float | None:
+    """The epsilon of a norm with the code of Llama's, or None."""
+    return epsilon(norm) if _same(type(norm).forward, llama.LlamaRMSNorm.forward) else None
+
+
+def _window_of(attention: nn.Module) -> Callable[[nn.Module], int | None] | None:
+    """Where an attention module with known code has its window; None for other code.
+
+    The functions that it rotates by are part of its code: ERNIE's and Helium's pair other elements.
+    """
+    forward = type(attention).forward
+    names = forward.__globals__
+    for name in ("apply_rotary_pos_emb", "rotate_half"):
+        if not _same(names.get(name), getattr(llama, name)):
+            return None
+    found = (window for known, window in WINDOWS.items() if _same(forward, known.forward))
+    return next(found, None)
+
+
 def _plain(layers: Iterable[nn.Module]) -> bool:
     return all(type(layer) is nn.Linear for layer in layers)
 
@@ -253,4 +279,9 @@ def _plain(layers: Iterable[nn.Module]) -> bool:
 def _same(one: Any, other: Any) -> bool:
     """Whether two functions have the same code, documentation aside."""
     a, b = (getattr(f, "__code__", None) for f in (one, other))
-    return a is not None and b is not None and (a.co_code, a.co_names) == (b.co_code, b.co_names)
+    return a is not None and b is not None and _code(a) == _code(b)
+
+
+def _code(code: CodeType) -> tuple[Any, ...]:
+    """What a function does: its instructions, names and constants. The names of keyword arguments are constants."""
+    return code.co_code, code.co_names, [c for c in code.co_consts if not isinstance(c, str)]

@@ -8,7 +8,7 @@ from typing import Any
 from sdft.actors.config import VLLM
 from sdft.services.config.run import TaskConfig
 from sdft.services.data.pairs import PromptPair
-from sdft.services.planning.plan import pools
+from sdft.services.planning.plan import execution, pools
 
 # Settings of a strict run's pool that do not affect the results.
 LIMITS_OF_POOL = ("start_timeout_s", "health_timeout_s", "drain_timeout_s", "max_restarts")
@@ -31,6 +31,8 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Seque
     settings["method"] = hashed_method(settings["method"])
     for key in ("model", "models"):  # external ones are in `model`, and the route of a record in its prompts
         del settings["teacher"][key]
+    if config.teacher.temperature == 1:  # runs that began when it was always 1 can be resumed
+        del settings["teacher"]["temperature"]
     if config.teacher.weights == "gated":  # what the guard finds decides on the weights
         settings["gate"] = _gate(config)
     else:  # runs that began before there was a gate can be resumed
@@ -48,6 +50,10 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Seque
             if not config.actors.role(name).trains:
                 continue
             del of_pool["role"]
+            # As it is executed, so that null and its value are the same.
+            of_pool["execution"] = execution(pool.execution, config.device)
+            if config.device == "cpu":  # runs that began when the setting was enforce_eager can be resumed
+                of_pool["enforce_eager"] = of_pool.pop("execution") == "eager"
             if pool.engine == VLLM:  # runs that began when vLLM was the only engine can be resumed
                 del of_pool["engine"]
             for key in NOT_HASHED_OF_POOL if name in started else ():

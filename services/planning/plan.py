@@ -136,7 +136,7 @@ def _largest_forward(config: TaskConfig, longest_prompt: int) -> tuple[int, int,
     """Return (tokens, loss tokens, tokens a sequence) of a rank's largest forward, with completions of full length."""
     sequence = longest_prompt + config.longest_reply
     share = -(-config.training.batch_size * config.sampling.generations // config.learner.ranks)
-    sequences = max(1, min(share, config.learner.micro_batch_tokens // sequence))
+    sequences = max(1, min(share, config.learner.tokens_at_once(config.device) // sequence))
     return sequences * sequence, sequences * config.longest_reply, sequence
 
 

@@ -64,10 +64,11 @@ def check_engines_score(config: RunConfig) -> None:
         if config.actors.role_name(name) != scoring or not is_own(pool.engine):
             continue
         own = own_engine(pool.engine)
-        if heat != 1 and "temperature" not in signature(own.score).parameters:
+        cold = [f.__name__ for f in (own.score, own.score_at) if "temperature" not in signature(f).parameters]
+        if heat != 1 and cold:
             raise UserError(
                 f"actors.{name}.engine: {pool.engine} scores without a temperature, and teacher.temperature is "
-                f"{heat:g}; take it in score, as sdft.actors.engine.Engine does, or remove teacher.temperature"
+                f"{heat:g}; take it in {cold[0]}, as sdft.actors.engine.Engine does, or remove teacher.temperature"
             )
         if given is not None and own.score_at is Engine.score_at:
             raise UserError(

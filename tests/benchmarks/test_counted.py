@@ -13,5 +13,5 @@ def test_plain_layers_launch_more_and_move_more() -> None:
     """Otherwise the fused layers would not be counted."""
     plain, fused = (count("0.5b", 2048, fused=fused).parts for fused in (False, True))
     for part in ("forward", "backward"):
-        assert plain[part].kernels > 2 * fused[part].kernels
+        assert plain[part].kernels > 1.8 * fused[part].kernels
         assert plain[part].bytes > 1.2 * fused[part].bytes

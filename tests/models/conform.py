@@ -161,7 +161,7 @@ def settings(folder: Path, **changes: Any) -> LearnerSettings:
 
 
 def step(engine: LearnerEngine, made: list[TrainingSequence]) -> None:
-    (share,) = shares(made, 1, engine.settings.config.micro_batch_tokens)
+    (share,) = shares(made, 1, engine.settings.config.tokens_at_once("cpu"))
     engine.train_step(share)
 
 

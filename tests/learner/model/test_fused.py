@@ -9,7 +9,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    Ernie4_5Config,
     GraniteConfig,
+    HeliumConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -66,6 +68,22 @@ def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """Return the largest relative difference."""
     assert ours.keys() == theirs.keys()
     return max(float((ours[name] - x).norm() / x.norm()) for name, x in theirs.items() if x.norm() > 0)
+
+
+# Layers with Llama's code whose attention rotates by another function, or has no window though one is configured.
+ALIKE = {
+    "ernie": lambda: Ernie4_5Config(**SIZES),
+    "helium": lambda: HeliumConfig(**SIZES),
+    "llama with a window that it does not use": lambda: LlamaConfig(**SIZES, sliding_window=3),
+}
+
+
+@pytest.mark.parametrize("family", ALIKE)
+def test_attention_that_only_looks_like_llamas_is_left_alone(family: str) -> None:
+    model = made(ALIKE[family]())
+    plain = gradients(model)
+    fuse(model, ["cpu"])
+    assert worst(gradients(model), plain) < 1e-5
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

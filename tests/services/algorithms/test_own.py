@@ -136,7 +136,6 @@ def test_an_own_make_of_a_subclass_may_await_anything(tmp_path: Path, staleness:
     assert (len(batch.drafts), counts) == (16, {"scored": 16})
 
 
-@pytest.mark.usefixtures("own_folder")
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_the_teachers_temperature_reaches_its_engines(tmp_path: Path, staleness: int) -> None:
     heats: list[float] = []
@@ -152,6 +151,7 @@ def test_the_teachers_temperature_reaches_its_engines(tmp_path: Path, staleness:
     assert set(heats) == {0.5}
 
 
+@pytest.mark.usefixtures("own_folder")
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_samples_without_a_sequence_are_dropped_and_siblings_see_each_other(tmp_path: Path, staleness: int) -> None:
     case = Case("siblings", engines=2, staleness=staleness, steps=1)

@@ -43,6 +43,24 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
     "unknown key": (setting("training.batch_sise", 4), TRAIN, 2, ["training.batch_sise", "training.batch_size?"]),
     "wrong type": (setting("training.steps", "ten"), TRAIN, 2, ["training.steps must be a whole number", '"ten"']),
     "out of range": (setting("teacher.alpha", 1.5), TRAIN, 2, ["teacher.alpha must be at most 1", "1.5"]),
+    "a setting that was renamed": (
+        setting("actors.teacher.enforce_eager", False),
+        TRAIN,
+        2,
+        ["actors.teacher.enforce_eager is not a setting any more", "set execution: eager in place of true"],
+    ),
+    "graphs without a GPU": (
+        setting("actors.student.execution", "graphs"),
+        TRAIN,
+        2,
+        ["actors.student.execution graphs means CUDA graphs, and device is cpu", "eager or compiled"],
+    ),
+    "a teacher's temperature on a GPU": (
+        two(setting("teacher.temperature", 0.7), setting("device", "cuda")),
+        TRAIN,
+        2,
+        ["teacher.temperature 0.7 works with device: cpu only", "remove it"],
+    ),
     "unknown choice": (
         setting("method.divergence", "foward"),
         TRAIN,

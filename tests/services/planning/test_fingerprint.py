@@ -18,6 +18,8 @@ AHEAD = "training.max_staleness=2"
 NOT_HASHED = [
     "actors.student.health_timeout_s=9",
     "actors.batch_timeout_s=9",
+    "actors.student.execution=eager",  # as null on a CPU
+    "teacher.temperature=1",
     "evaluation.grading_timeout_s=9",
     "actors.student.cpus=2",
     "actors.teacher.labels={sdft: actors}",
@@ -34,10 +36,12 @@ NOT_HASHED = [
 OF_THE_POOLS = [
     "actors.student.replicas=3",
     "actors.teacher.max_num_seqs=8",
+    "actors.teacher.execution=compiled",
     "actors.teacher.engine=tests.fakes.echo_engine:EchoEngine",
 ]
 OF_THE_RESULT = [
     "seed=5",
+    "teacher.temperature=0.7",
     "learner.optimizer.lr=1e-4",
     "method.divergence.top_k=8",
     "method.divergence.clip=2",

@@ -1,11 +1,15 @@
 """Supports that cannot be scored are refused before any process starts, and their memory is in the plan."""
 
+import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from sdft.actors.shared.types import Rollout, Support
+from sdft.actors.worker import scored
 from sdft.services.base.errors import UserError
 from sdft.services.config.run import RunConfig
 from sdft.services.planning.plan import engine_settings, make_plan
@@ -54,6 +58,16 @@ def test_an_engine_of_a_users_own_that_takes_no_temperature_is_refused() -> None
     check_engines_score(config({}, actors={"teacher": {"engine": ECHO}}, teacher={"temperature": 0.7}))
     with pytest.raises(UserError, match=f"teacher.engine: {engine} scores without a temperature.* is 0.7; take it"):
         check_engines_score(config({}, actors={"teacher": {"engine": engine}}, teacher={"temperature": 0.7}))
+
+
+def test_an_engine_without_a_temperature_scores_at_1() -> None:
+    """It gets no argument that it does not know."""
+    rollout = Rollout(np.arange(3, dtype=np.int32), np.arange(2, dtype=np.int32), np.zeros(2, np.float32), (), "stop")
+    cold = Cold.__new__(Cold)  # it reads no settings to score
+    (scores,) = asyncio.run(scored(cold, [rollout.prompt_ids], [rollout], Support("teacher", 4)))
+    assert scores.ids.shape == (2, 4)
+    with pytest.raises(TypeError, match="temperature"):
+        asyncio.run(scored(cold, [rollout.prompt_ids], [rollout], Support("teacher", 4, 0.7)))
 
 
 class Cold(EchoEngine):
