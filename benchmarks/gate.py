@@ -69,6 +69,7 @@ def settings(seed: int, first: bool) -> RunConfig:
     """Return the configuration of a service."""
     words = ["service.window.replay=0", f"seed={seed}", "service.window.held_out=0.15"]
     words.append(f"service.window.epochs={FIRST_EPOCHS if first else EPOCHS}")
+    words.append("teacher.temperature=1")  # as at the defaults of a service
     config = with_absolute_paths(load_config(EXAMPLE, words), EXAMPLE.parent)
     few = [s.model_copy(update={"rows": QUESTIONS}) for s in config.evaluation.sets]
     return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"sets": tuple(few)})})

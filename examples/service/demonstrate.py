@@ -148,10 +148,13 @@ async def demonstrate(url: str) -> int:
         counts = (await application.status())["counts"]
         say(f"gate: {third['verdict']} release 3: {third['reason']}")
         say(f"  records: {', '.join(f'{n} {state}' for state, n in counts.items() if n)}")
-        back = (await application.http.post("/releases/2/rollback")).json()
+        if third["status"] != "refused":
+            say("the gate should have refused the poisoned release")
+            return 1
+        back = (await application.http.post("/releases/2/rollback")).raise_for_status().json()
         say(f"rolled back: release {back['id']} is served")
         await asyncio.sleep(2 * PAUSE_S + 1)
-        again = (await application.http.post("/releases/2/promote")).json()
+        again = (await application.http.post("/releases/2/promote")).raise_for_status().json()
         say(f"promoted again: release {again['id']} is served")
         await asyncio.sleep(2 * PAUSE_S + 1)
     finally:
@@ -160,7 +163,7 @@ async def demonstrate(url: str) -> int:
     say(f"answers: {answers}; failed requests: {len(application.failures)}")
     for failure in application.failures:
         print(failure)
-    return 0 if third["status"] == "refused" and not application.failures else 1
+    return 1 if application.failures else 0
 
 
 @asynccontextmanager
