@@ -19,6 +19,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 
 from tests.fakes.tiny import make_tiny_model
 from tests.runs.leftovers import new_since, on_machine
@@ -107,6 +108,7 @@ def victims(service: RunningService) -> dict[str, list[psutil.Process]]:
     return found
 
 
+@pytest.mark.timeout(600 + 15 * KILLS)
 def test_no_record_is_lost_or_trained_twice(tmp_path: Path) -> None:
     before, choice = on_machine(), random.Random(SEED)
     config = write_service(tmp_path, make_tiny_model(tmp_path / "model"), window={"epochs": EPOCHS, "min_records": 8})
