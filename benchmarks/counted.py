@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from benchmarks.measure import report
+from benchmarks.operations import Operations
 from sdft.learner.config import Forward, ImportanceConfig, LossConfig
 from sdft.learner.loss.chunked import divergence_loss
 from sdft.learner.loss.targets import Targets
@@ -156,7 +157,7 @@ def micro_batch(sequences: int) -> MicroBatch:
 
 def count(shape: str, tokens: int, fused: bool) -> Counting:
     """Count one micro-batch of the learner. fused: with the fused operations of a layer, as on a GPU."""
-    hidden, _, _, _, _, _, _ = SHAPES[shape]
+    hidden, *_ = SHAPES[shape]
     model, batch = student(shape), micro_batch(tokens // LENGTH)
     if fused:
         fuse(model)
@@ -177,8 +178,7 @@ def bound_s(shape: str, tokens: int) -> float:
     hidden, intermediate, layers, heads, kv, vocabulary, _ = SHAPES[shape]
     layer = hidden * (2 * hidden + 2 * kv * hidden // heads) + 3 * hidden * intermediate
     rows = tokens // LENGTH * COMPLETION
-    attention = 3 * 2 * layers * hidden * LENGTH * tokens
-    return (6 * layers * layer * tokens + 6 * hidden * vocabulary * rows + attention) / RATE
+    return Operations(layers * layer, hidden * vocabulary, layers, hidden).train(tokens, LENGTH, rows) / RATE
 
 
 def main() -> None:

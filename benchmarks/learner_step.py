@@ -70,8 +70,8 @@ def settings(device: str = "cpu", tokens: int = 4096) -> LearnerSettings:
 
 def take_step(learner: LearnerWorker, batch: Sequence[TrainingSequence]) -> None:
     """Let a learner of one rank take a step."""
-    settings = learner._engine.settings
-    learner.fetch(shares(batch, 1, settings.config.tokens_at_once(settings.device))[0])
+    started = learner._engine.settings
+    learner.fetch(shares(batch, 1, started.config.tokens_at_once(started.device))[0])
     learner.train_step()
 
 

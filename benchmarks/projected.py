@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from benchmarks.measure import report
+from sdft.services.base.section import Section
 
 STATE_BYTES = 22  # a parameter of the learner in bfloat16: weights 2, gradients 4, masters 4, moments 8, teacher 4
 OPTIMIZER_BYTES = 54  # read and written for a parameter in each optimizer step
@@ -24,13 +25,7 @@ NODE = 8  # GPUs
 CLUSTERS = Path(__file__).parent / "clusters"
 
 
-class Given(BaseModel):
-    """Base class: unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Rates(Given):
+class Rates(Section):
     """What the hardware and this project's code reach."""
 
     products_tflops: float = Field(gt=0)
@@ -45,7 +40,7 @@ class Rates(Given):
     controller_s: float = Field(ge=0)
 
 
-class Batch(Given):
+class Batch(Section):
     """Tokens of a sequence."""
 
     prompt: int = Field(ge=1)
@@ -53,7 +48,7 @@ class Batch(Given):
     completion: int = Field(ge=1)
 
 
-class Model(Given):
+class Model(Section):
     """Sizes of a model."""
 
     parameters: float = Field(gt=0)
@@ -73,7 +68,7 @@ class Model(Given):
         return 2 * 2 * self.layers * self.kv_heads * self.head_dim
 
 
-class Place(Given):
+class Place(Section):
     """GPUs of a role."""
 
     gpus: int = Field(ge=1)
@@ -84,7 +79,7 @@ class Place(Given):
         return max(1, self.gpus // self.tensor_parallel)
 
 
-class Case(Given):
+class Case(Section):
     """A model, a batch and where the roles stand."""
 
     name: str
@@ -95,7 +90,7 @@ class Case(Given):
     teacher: Place
 
 
-class Cluster(Given):
+class Cluster(Section):
     """The file."""
 
     rates: Rates

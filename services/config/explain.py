@@ -32,7 +32,7 @@ _LOSS = (
     "method.skip_first and method.importance"
 )
 _EXECUTION = "set execution: eager in place of true, and execution: compiled in place of false"
-# Removed settings, without the numbers of list items, and what to set instead.
+# Removed settings, without the numbers of list items and with * for the name of a pool, and what to set instead.
 _REPLACED: dict[Loc, str] = {
     ("evaluation", "timeout_s"): (
         "set actors.batch_timeout_s for rollouts, scores and replies, and evaluation.grading_timeout_s for a judge and "
@@ -40,6 +40,7 @@ _REPLACED: dict[Loc, str] = {
     ),
     ("loss",): _LOSS,
     ("stages", "loss"): _LOSS,
+    ("actors", "*", "enforce_eager"): _EXECUTION,
     ("service", "serving", "enforce_eager"): _EXECUTION,
 }
 
@@ -78,9 +79,8 @@ def explain(error: ValidationError) -> list[Problem]:
 
 def _unknown(parent: Loc, key: str) -> tuple[str, Loc | None]:
     """Return the message for an unknown key, and the place of the setting that was probably meant."""
-    replaced = _REPLACED.get(tuple(part for part in (*_without_tags(parent), key) if not isinstance(part, int)))
-    if replaced is None and parent[:1] == ("actors",) and key == "enforce_eager":
-        replaced = _EXECUTION
+    place = tuple(part for part in (*_without_tags(parent), key) if not isinstance(part, int))
+    replaced = _REPLACED.get((place[0], "*", *place[2:]) if place[0] == "actors" else place)
     if replaced is not None:
         return f"is not a setting any more; {replaced}", None
     kinds = _kinds_with(parent, key)
