@@ -3,7 +3,8 @@
     strict (max_staleness 0)
         engines    │ sample t │ score t │         │ update │ sample t+1 │ ...
         learner    │          │         │ step t  │        │            │ ...
-        teacher engines load their new weights while the student engines sample.
+        teacher engines load their new weights while the student engines sample; on GPUs the learner also publishes them
+        meanwhile.
 
     ahead (max_staleness n)
         engines    │ sample and score t+1 ... t+n, each prompt by itself          │ ...
@@ -168,6 +169,21 @@ class Controller:
         """Return whether the student engines need new weights: they sample, or score as the live teacher."""
         return config.method.student_samples or (self._live and config.method.teacher_scores)
 
+    def _samples_next(self, step: int) -> bool:
+        """Whether a strict run begins the next rollouts before the teacher's weights are published.
+
+        On a CPU the processes of a strict run compute one after the other. Rollouts are in no checkpoint, and not
+        beside an evaluation. A refresh of the teacher comes later than this.
+        """
+        config, stage = self._config, self._prepared.schedule.at(step)
+        intervals = (
+            (config.evaluation.every, 0),
+            (config.checkpoint.every, 0),
+            (config.teacher.refresh_every, stage.before),
+        )
+        due = step == stage.last or any(every and (step - since) % every == 0 for every, since in intervals)
+        return config.strict and config.device == "cuda" and self._follows(self._prepared.at(step).config) and not due
+
     async def _step(self, step: int, rollouts: Rollouts) -> StepMetrics:
         times = Times()
         began = now()
@@ -177,7 +193,7 @@ class Controller:
         if rollouts.begun < step:
             needed = step - 1 - self._config.training.max_staleness
             await times.of("sync", student.wait_for_version(max(0, needed), step - 1))
-        batch = await rollouts.take(step)
+        batch = await times.of("batch", rollouts.take(step))
         recorded = self._run_dir if self._config.monitoring.record_rollouts else None
         work = learn(self._learner, batch, rollouts, recorded, self._progress.note)
         batch, result = await times.of("learn", work)
@@ -186,6 +202,8 @@ class Controller:
         counts = Counts(*self._ledger.audit(self._prepared.schedule.issued_through(rollouts.begun)))
         if step % every.sync_every == 0 and self._follows(config):
             await times.of("sync", student.deliver(step) if self._config.strict else student.publish(step))
+        if self._samples_next(step):
+            rollouts.begin(student.version)  # their scores wait for the delivery that begins below
         await times.of("sync", self._teacher.follow(step))
         # Before the metrics are written: each step in them follows a checkpoint that is on the disk.
         await self._checkpoints.saved()

@@ -35,12 +35,14 @@ def step_metrics(
     """Return the metrics of a step.
 
     losses, watched: those of the stage. times: seconds of the controller's phases in this step, which took `took`
-    seconds. strict: the batch was made within the step; otherwise it was made beside earlier steps.
+    seconds. strict: the wait for the batch is its rollouts and scores; otherwise it was made beside earlier steps, and
+    the wait counts as one.
     """
     waited, synced = took - sum(times.seconds.values()), times.seconds["sync"]
     if strict:
-        waited -= sum(batch.times.seconds.values())
         synced += batch.times.seconds["sync"]
+    else:
+        waited += times.seconds["batch"]
     drafts, staleness = batch.drafts, batch.staleness
     completion_tokens = sum(draft.sampled_tokens for draft in drafts)
     figures = completion_figures(drafts, result.completions, watched)

@@ -57,14 +57,15 @@ class WeightSync:
         await self.wait_delivered()
         published: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         delivery = asyncio.create_task(self._deliver(version, published), name=f"{self._role} weights v{version}")
+        self._delivery = delivery  # from here on `wait_delivered` waits for this version
         try:
             await asyncio.wait([published, delivery], return_when=asyncio.FIRST_COMPLETED)
             if not published.done():
                 await delivery  # raises
         except BaseException:
+            self._delivery = None
             await cancelled([delivery])
             raise
-        self._delivery = delivery
 
     async def wait_delivered(self) -> None:
         """Wait until the engines have the weights that were sent.
