@@ -275,6 +275,11 @@ class LearnerConfig(BaseModel):
     gradient_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass: less memory, more time"
     )
+    offload: bool = Field(
+        False,
+        description="Keep AdamW's moments and the teacher's average in the host's memory, with the same results; on "
+        "GPUs only. It saves 12 bytes of a GPU for each trained weight, and copies as many both ways in each step",
+    )
     lora: LoraConfig | None = Field(None, description="null: every weight is trained")
     optimizer: OptimizerConfig = OptimizerConfig()
     start_timeout_s: float = Field(600, gt=0, description="How long the learner may take to start")

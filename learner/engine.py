@@ -26,6 +26,7 @@ from sdft.learner.model.experts import Replay, freeze_routers
 from sdft.learner.model.faithful import unfaithful
 from sdft.learner.model.stored import Stored
 from sdft.learner.model.student import SelfDistillation, load_student, tied_names
+from sdft.learner.offloaded import OffloadedAdamW
 from sdft.learner.optimizer import MASTER, TEACHER, AdamWWithTeacher, learning_rate, teacher_alpha
 from sdft.learner.packing import pack
 from sdft.learner.shares import Share, fetched
@@ -67,7 +68,8 @@ class LearnerEngine:
         alpha = teacher_alpha(settings.teacher)
         # At ZeRO stage 0 DeepSpeed returns no gradient norm, and steps on gradients that are not finite too.
         clip = settings.config.optimizer.grad_clip if self._zero_stage == 0 else None
-        optimizer = AdamWWithTeacher(trained, None if self._lora else alpha, clip)
+        kind = OffloadedAdamW if settings.config.offload else AdamWWithTeacher
+        optimizer = kind(trained, None if self._lora else alpha, clip)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._deepspeed_config()
         )
@@ -80,7 +82,8 @@ class LearnerEngine:
         if self.ranks == 1 and self._zero_stage <= (1 if settings.dtype == "bfloat16" else 0):
             reduce_nothing(self._engine)
         if self._lora is not None:
-            self._lora.keep_teacher(alpha, self._resets, settings.rank, self.ranks, self._engine.device)
+            place = torch.device("cpu") if settings.config.offload else self._engine.device
+            self._lora.keep_teacher(alpha, self._resets, settings.rank, self.ranks, place)
         if self._zero_stage == 3:
             for param in self._engine.module.head.parameters():
                 deepspeed.zero.register_external_parameter(self._engine.module, param)

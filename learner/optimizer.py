@@ -6,7 +6,7 @@ that holds the moments.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,19 +33,29 @@ class AdamWWithTeacher(torch.optim.AdamW):
         self.norm = 0.0  # of the last gradient before clipping; only if `clip` is given
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+    def step(self, closure: None = None) -> None:
+        params = self._with_gradient()
         if self.clip is not None:
             self.norm = float(torch.nn.utils.clip_grad_norm_(params, self.clip))
             if not math.isfinite(self.norm):
-                return None
+                return
         for p in params:
             self.begin(p)
-        result = super().step(closure)
+        self._update()
+
+    def _update(self) -> None:
+        """Update the parameters that have a gradient, their moments and the teacher."""
+        super().step()
         if self.alpha:
-            for p in params:
+            for p in self._with_gradient():
                 self.state[p][TEACHER].lerp_(p, self.alpha)
-        return result
+
+    def _with_gradient(self) -> list[torch.Tensor]:
+        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    def _empty(self, p: torch.Tensor) -> torch.Tensor:
+        """Return memory for a state of `p`, in its shape and dtype."""
+        return torch.empty_like(p)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -58,11 +68,11 @@ class AdamWWithTeacher(torch.optim.AdamW):
         AdamW creates its own state only for a parameter without any, so with the EMA alone it would create none.
         """
         if not self.state[p]:
-            p0 = p.detach()
             steps = torch.zeros((), device=p.device)  # the fused kernel needs it on the parameter's device
-            self.state[p].update(step=steps, exp_avg=torch.zeros_like(p0), exp_avg_sq=torch.zeros_like(p0))
+            moments = {key: self._empty(p.detach()).zero_() for key in ("exp_avg", "exp_avg_sq")}
+            self.state[p].update(step=steps, **moments)
         if self.alpha is not None and TEACHER not in self.state[p]:
-            self.state[p][TEACHER] = p.detach().clone()
+            self.state[p][TEACHER] = self._empty(p.detach()).copy_(p.detach())
 
     @torch.no_grad()
     def refresh_teacher(self, params: Iterable[torch.Tensor]) -> None:

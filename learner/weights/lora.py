@@ -102,7 +102,7 @@ class Lora:
 
     def keep_teacher(self, alpha: float | None, resets: bool, rank: int, ranks: int, device: torch.device) -> None:
         """Begin the teacher's EMA. alpha 0: the teacher is constant, and the base model unless `resets`. alpha None: it
-        is the student."""
+        is the student. device: where the EMA is kept."""
         self._live = alpha is None
         if alpha or (alpha is not None and resets):
             self._teacher = ChangeEMA(self._shapes, alpha * self._scale, 1 - alpha, rank, ranks, device)
@@ -128,7 +128,7 @@ class Lora:
                 down, up = map(whole, self._pairs[name])
                 yield name, adapted(weight, down, up, self._scale, dtype)
             elif name in self._pairs and self._teacher is not None:
-                yield name, (weight.float() + self._teacher.whole(name)).to(dtype)
+                yield name, (weight.float() + self._teacher.whole(name, weight.device)).to(dtype)
             else:
                 yield name, weight.to(dtype)
 
@@ -159,7 +159,10 @@ class Lora:
 
 
 class ChangeEMA:
-    """One rank's rows of the teacher's change D of every weight: [rows, in] float32, 4 bytes per number / ranks."""
+    """One rank's rows of the teacher's change D of every weight: [rows, in] float32, 4 bytes per number / ranks.
+
+    They are computed on the adapters' device, wherever they are kept.
+    """
 
     def __init__(
         self,
@@ -173,8 +176,10 @@ class ChangeEMA:
         """shapes: [out, in] of each weight. Every step is D <- gain * B A + decay * D."""
         self._shapes, self._gain, self._decay, self._rank, self._ranks = shapes, gain, decay, rank, ranks
         # Every rank has the same number of rows; those of the last ranks may end in padding.
+        pinned = device.type == "cpu" and torch.cuda.is_available()
         self._rows = {
-            name: torch.zeros(-(-out // ranks), width, device=device) for name, (out, width) in shapes.items()
+            name: torch.zeros(-(-out // ranks), width, device=device, pin_memory=pinned)
+            for name, (out, width) in shapes.items()
         }
 
     def follow(self, name: str, down: Tensor, up: Tensor) -> None:
@@ -189,12 +194,15 @@ class ChangeEMA:
     @torch.no_grad()
     def _move(self, name: str, down: Tensor, up: Tensor, gain: float, decay: float) -> None:
         mine = up[self._own_rows(name)].float()
-        rows = self._rows[name][: len(mine)]
+        kept = self._rows[name][: len(mine)]
+        rows = kept.to(up.device)
         torch.addmm(rows, mine, down.float(), beta=decay, alpha=gain, out=rows)
+        if rows is not kept:
+            kept.copy_(rows)
 
-    def whole(self, name: str) -> Tensor:
-        """Return D of a weight whole, [out, in]. Collective."""
-        rows, (out, width) = self._rows[name], self._shapes[name]
+    def whole(self, name: str, device: torch.device) -> Tensor:
+        """Return D of a weight whole, [out, in], on a device. Collective."""
+        rows, (out, width) = self._rows[name].to(device), self._shapes[name]
         if self._ranks == 1:
             return rows
         parts = rows.new_empty(self._ranks * len(rows), width)

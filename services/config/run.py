@@ -342,6 +342,11 @@ class RunConfig(Section):
                 "learner.zero_stage 0 keeps no float32 masters of bfloat16 weights; set it to 1 (the same cost on "
                 "one rank) or dtype to float32"
             )
+        if self.learner.offload and self.device == "cpu":
+            raise ValueError(
+                "learner.offload keeps the optimizer's state in the host's memory, where device: cpu keeps it too; "
+                "remove it"
+            )
         engines = {f"actors.{name}": pool.execution for name, pool in self.actors.pools.items()}
         if self.service is not None:
             engines["service.serving"] = self.service.serving.execution

@@ -1,0 +1,64 @@
+"""AdamWWithTeacher with its state in the host's memory: it passes through the device chunk by chunk.
+
+    host      moments, teacher │ a chunk of each ─►                   ─► back into its place │ the next chunk ...
+    device    parameter, gradient, and the chunk:     AdamW, average
+
+A step computes on the device what AdamWWithTeacher computes there, so it has the same bits. It saves 12 bytes a
+parameter there, and copies as many to the device and back.
+"""
+
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+from sdft.learner.optimizer import TEACHER, AdamWWithTeacher
+
+CHUNK = 1 << 26  # numbers at once: 768 MiB for two moments and the teacher in float32
+
+
+class OffloadedAdamW(AdamWWithTeacher):
+    """AdamWWithTeacher for parameters on any device, whose state is in the host's memory, pinned for a GPU."""
+
+    chunk = CHUNK
+
+    def _empty(self, p: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(p, device="cpu", pin_memory=p.is_cuda)
+
+    def _update(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update_one(p.view(-1), p.grad.view(-1), self.state[p], group)
+
+    def _update_one(
+        self, p: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any]
+    ) -> None:
+        keys = [key for key in ("exp_avg", "exp_avg_sq", TEACHER) if key != TEACHER or self.alpha]
+        for first in range(0, len(p), self.chunk):
+            place = slice(first, first + self.chunk)
+            host = {key: state[key].view(-1)[place] for key in keys}
+            here = {key: value.to(p.device, non_blocking=True, copy=True) for key, value in host.items()}
+            adamw(
+                [p[place]],
+                [gradient[place]],
+                [here["exp_avg"]],
+                [here["exp_avg_sq"]],
+                [],
+                [state["step"].clone()],  # which adamw counts up
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            if self.alpha:
+                here[TEACHER].lerp_(p[place], self.alpha)
+            for key, value in here.items():
+                host[key].copy_(value, non_blocking=True)
+        state["step"] += 1
+        if p.is_cuda:
+            torch.cuda.synchronize(p.device)  # whoever reads the state next reads it on the host
