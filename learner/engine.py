@@ -21,6 +21,7 @@ from deepspeed.utils import (
 from sdft.learner.checkpoint.saving import TensorFile
 from sdft.learner.checkpoint.state import CHANGE, Piece, StateFiles, state_files
 from sdft.learner.compat import build_nothing, divided_masters, fragment, link_state, numel, reduce_nothing
+from sdft.learner.gpu.check import usable
 from sdft.learner.model.architecture import Untrainable
 from sdft.learner.model.experts import Replay, freeze_routers
 from sdft.learner.model.faithful import unfaithful
@@ -47,7 +48,7 @@ class LearnerEngine:
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())  # uses torch's existing group
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self._zero_stage = settings.config.zero_stage_for(settings.dtype)
-        fused = settings.device == "cuda" and self._zero_stage < 3
+        fused = settings.device == "cuda" and self._zero_stage < 3 and usable(settings.device, self.dtype)
         # In float32 the parameters are their own masters. In bf16 DeepSpeed makes float32 masters from them.
         student = load_student(Path(settings.model), self.dtype, fused)
         if settings.rank == 0 and (reason := unfaithful(student)):

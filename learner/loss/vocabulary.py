@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sdft.learner.config import LossConfig
+from sdft.learner.gpu.check import usable
 from sdft.learner.gpu.operations import fused
 from sdft.learner.loss.scaling import IDENTITY, LogitScaling
 
@@ -26,9 +27,13 @@ def on(device: torch.device, sizes: dict[str, int]) -> int:
 
 
 def fusable(hidden: Tensor, width: int, config: LossConfig, scaling: LogitScaling) -> bool:
-    """Whether fused kernels compute these passes. width: the number of tokens in the support."""
+    """Whether fused kernels compute these passes: they are known here, and work on this GPU.
+
+    width: the number of tokens in the support.
+    """
     on_gpu = hidden.device.type != "cpu" and hidden.dtype != torch.float64
-    return on_gpu and width <= WIDEST and not config.entropy and scaling == IDENTITY
+    known = on_gpu and width <= WIDEST and not config.entropy and scaling == IDENTITY
+    return known and usable(hidden.device.type, hidden.dtype)
 
 
 def _blocks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdft.learner.config import Forward, LossConfig, Reverse
+from sdft.learner.gpu.check import BOUND, cases, fault, usable
 from sdft.learner.gpu.operations import fused
 from sdft.learner.loss.divergences import gradient
 from sdft.learner.loss.targets import Targets
@@ -110,3 +111,38 @@ def test_the_kernels_in_tritons_interpreter_give_the_formulas() -> None:
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert ended.stdout.split() == ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+def test_formulas_pass_the_check_of_the_kernels(dtype: torch.dtype) -> None:
+    assert fault(torch.device("cpu"), dtype, "cpu") is None
+
+
+def test_the_check_finds_each_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every result of every operation in turn is a little off."""
+    kinds: set[Any] = {kind for kind, _, _ in cases(torch.device("cpu"), torch.float32)}
+    assert len(kinds) == 10
+    for kind in kinds:
+        formula = kind.cpu
+
+        def wrong(*given: Any, formula: Any = formula) -> Any:
+            made = formula(*given)
+            spoiled = given if made is None else made
+            (spoiled[0] if isinstance(spoiled, tuple) else spoiled)[-1] += 0.1
+            return made
+
+        for other in kinds:
+            monkeypatch.setattr(other, "wrong", staticmethod(wrong if other is kind else other.cpu), raising=False)
+        assert f"{kind.__name__} differs in torch.float32 by " in (
+            fault(torch.device("cpu"), torch.float32, "wrong") or ""
+        )
+
+
+def test_without_triton_the_check_says_so_and_the_kernels_are_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    """This environment has no Triton. On a machine with a GPU the learner would use plain layers."""
+    assert "AddNorm fails in torch.bfloat16 (ModuleNotFoundError: No module named 'triton')" in (
+        fault(torch.device("cpu"), torch.bfloat16, "cuda") or ""
+    )
+    assert not usable.__wrapped__("cpu", torch.bfloat16)
+    assert "the fused kernels are not used, so a step takes longer: AddNorm fails" in caplog.text
+    assert usable("meta", torch.bfloat16)
