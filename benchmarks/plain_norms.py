@@ -7,8 +7,8 @@ from sdft.actors.vllm.extension import WorkerExtension
 class Extension(WorkerExtension):
     """Loaded into the worker process in place of sdft.actors.vllm.extension.WorkerExtension."""
 
-    def score_completions_only(self) -> bool:
+    def score_completions_only(self) -> None:
         """Set plain norms, then call the default method."""
         for op in norm_operations().values():
             op.set_default(["native"])
-        return super().score_completions_only()
+        super().score_completions_only()

@@ -47,7 +47,7 @@ class TeacherConfig(BaseModel):
         1.0,
         gt=0,
         description="The teacher's logits are divided by it before they are scores; below 1 its distributions are "
-        "sharper; on a CPU only",
+        "sharper",
     )
 
     @model_validator(mode="after")

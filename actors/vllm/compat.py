@@ -3,7 +3,6 @@
 Each function names what it uses. tests/actors/vllm/test_compat.py has one line for each name and fails without it.
 """
 
-import functools
 import json
 import multiprocessing.util
 import sys
@@ -51,8 +50,6 @@ TORCHVISION = (
     "torchvision.transforms.v2.functional",
 )
 
-Ids = Callable[[SamplingParams], torch.Tensor | None]  # given tokens [rows, S] or [1, S] to score; None: none
-Heat = Callable[[SamplingParams], float]  # what the logits of a scoring request are divided by
 Rows = Callable[[SamplingParams], int | None]  # a request's first scored row; None: the request scores nothing
 NameOf = Callable[[SamplingParams], str | None]  # a request's name; None: it has none
 Output = Callable[[], Awaitable[RequestOutput]]  # waits for a request's output
@@ -256,60 +253,8 @@ def limit_cache(scheduler: AsyncScheduler, rows: Rows) -> None:
     manager.get_computed_blocks = limited
 
 
-def score_from(runner: Any, rows: Rows, given: Ids, temperature: Heat) -> bool:
-    """Make a V1 model runner compute the log-probs of a prompt from the request's first scored row on.
-
-    A request with given tokens gets those of the token itself, of the given ones, and of the likeliest others, as many
-    as its prompt_logprobs leaves: that runner has no prompt_logprob_token_ids. Replaces the runner's
-    _get_prompt_logprobs_dict. Returns False if the runner does not have it (V2, on GPUs).
-    """
-    if not hasattr(runner, "_get_prompt_logprobs_dict"):
-        return False
-    runner._get_prompt_logprobs_dict = functools.partial(_scores, runner, rows, given, temperature)
-    return True
-
-
-def _scores(
-    runner: Any, rows: Rows, given: Ids, temperature: Heat, hidden_states: torch.Tensor, scheduled: dict[str, int]
-) -> dict[str, LogprobsTensors | None]:
-    """The log-probs of the scheduled requests. Prompts are not chunked, but their beginning may come from the cache."""
-    scores: dict[str, LogprobsTensors | None] = {}
-    for request_id in [r for r in runner.num_prompt_logprobs if r in scheduled]:
-        k = runner.num_prompt_logprobs.pop(request_id)
-        request = runner.requests[request_id]
-        ids, first = request.prompt_token_ids, rows(request.sampling_params)
-        assert first is not None, "a request for log-probs of a prompt names its first row"
-        begin = _begin(runner, request_id)
-        offset = begin - request.num_computed_tokens
-        logits = runner.model.compute_logits(hidden_states[offset + first : offset + len(ids) - 1])
-        if (heat := temperature(request.sampling_params)) != 1:
-            logits = logits.float() / heat  # as vLLM does before it samples
-        targets = torch.tensor(ids[first + 1 :], device=logits.device)
-        logprobs, at = runner.sampler.compute_logprobs(logits), given(request.sampling_params)
-        if at is None:
-            top = runner.sampler.gather_logprobs(logprobs, k, targets)
-            scores[request_id] = LogprobsTensors(*(part.cpu() for part in top[:3]))
-        else:
-            scores[request_id] = _at(logprobs, targets, at.to(logits.device), k)
-    return scores
-
-
-def _at(logprobs: torch.Tensor, targets: torch.Tensor, given: torch.Tensor, width: int) -> LogprobsTensors:
-    """The log-probs of the targets [T], the given tokens [T, S] or [1, S], and the top width - S of the others.
-
-    logprobs: [T, V]. Returns ids and log-probs [T, 1 + width]. The ranks are not used.
-    """
-    given = given.expand(len(targets), -1)
-    ids = torch.cat([targets[:, None], given], 1)
-    values = logprobs.gather(1, ids)
-    if width > given.shape[1]:
-        others = logprobs.scatter(1, given, -torch.inf).topk(width - given.shape[1], dim=1)
-        ids, values = torch.cat([ids, others.indices], 1), torch.cat([values, others.values], 1)
-    return LogprobsTensors(ids.int().cpu(), values.cpu(), torch.zeros(len(targets), dtype=torch.int32))
-
-
-def _begin(runner: Any, request_id: str) -> int:
-    """The row of a request's first scheduled token in the forward that is computed now."""
+def begin_of(runner: Any, request_id: str) -> int:
+    """The row of a request's first scheduled token in the forward that a V1 model runner computes now."""
     return int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
 
 
@@ -318,7 +263,7 @@ def chosen_experts(runner: Any, name_of: NameOf) -> dict[str, list[tuple[int, to
 
     Returns what it keeps for each name: the position of the first of some tokens, and their experts [tokens, routers,
     k]. Tokens from the prefix cache are not among them. Uses MoERunner.router, BaseRouter.set_capture_fn and, at the
-    end of each forward, the runner's _get_prompt_logprobs_dict, as _scores does.
+    end of each forward, the runner's _get_prompt_logprobs_dict, as compat_scoring.py does.
     """
     step: list[torch.Tensor] = []  # of each router, in the forward that is computed now
     kept: dict[str, list[tuple[int, torch.Tensor]]] = {}
@@ -334,7 +279,7 @@ def chosen_experts(runner: Any, name_of: NameOf) -> dict[str, list[tuple[int, to
             request = runner.requests[request_id]
             name = None if request.sampling_params is None else name_of(request.sampling_params)
             if name is not None and experts is not None:
-                begin = _begin(runner, request_id)
+                begin = begin_of(runner, request_id)
                 kept.setdefault(name, []).append((request.num_computed_tokens, experts[begin : begin + tokens]))
         return own(hidden_states, scheduled)
 

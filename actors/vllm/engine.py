@@ -14,7 +14,6 @@ along the prompt. It is kept until the next held batch or the next weights, beca
 """
 
 import asyncio
-import logging
 import os
 import time
 import uuid
@@ -54,10 +53,9 @@ from sdft.actors.vllm.compat import RPC_FAILED, Output, enqueue, keep_prompts_as
 from sdft.actors.vllm.experts import Parts, assembled, fill, returned
 from sdft.actors.vllm.process import EngineProcess, error_line, forked
 from sdft.actors.vllm.sampling import rollout_of, sampling_request
-from sdft.actors.vllm.scoring import given_request, given_scores, scores_of, scoring_request
+from sdft.actors.vllm.scoring import scores_of, scoring_request
 from sdft.actors.vllm.transfer import check_digests
 
-log = logging.getLogger(__name__)
 keep_prompts_as_arrays()
 
 
@@ -68,7 +66,6 @@ class VllmEngine(Engine):
         super().__init__(settings)
         self._turn = asyncio.Lock()  # one batch at a time: the composition of a batch must not depend on timing
         self._pausing = asyncio.Lock()  # the task that pauses the engine also resumes it
-        self._own_scores = True  # the scores are computed by compat.score_from
         self._incomplete = False  # an update failed midway: nothing may be computed until complete weights are loaded
         self._agreement = Agreement(settings.max_probe_gap, settings.shared)
         self._router_layers: list[int] = []  # of the V2 runner, if it returns experts
@@ -88,11 +85,7 @@ class VllmEngine(Engine):
             raise RuntimeError(
                 f"vLLM cannot start with {self.settings.model}: {causes[0] if causes else error_line(error)}"
             ) from error
-        self._own_scores = all(await self._llm.collective_rpc("score_completions_only"))
-        if not self._own_scores:
-            log.warning(
-                "teacher scores: vLLM's V2 model runner computes the log-probs of prompts too, not of completions alone"
-            )
+        await self._llm.collective_rpc("score_completions_only")
         if returns_experts(self.settings):
             (self._router_layers,) = await self._llm.collective_rpc("router_layers")
         elif self.settings.keep_experts:
@@ -139,10 +132,8 @@ class VllmEngine(Engine):
     ) -> list[TeacherScores]:
         """Score each completion after its (teacher) prompt: top-k log-probs and those of the completion's own tokens.
 
-        pairs: (prompt ids [P], completion ids [T]). The sampling temperature has no effect. Raises ValueError for
-        another temperature than 1 if vLLM computes the scores itself (V2 runner, on GPUs).
+        pairs: (prompt ids [P], completion ids [T]). The sampling temperature has no effect.
         """
-        self._check_temperature(temperature)
         params = [scoring_request(len(prompt), k, temperature=temperature) for prompt, _ in pairs]
         outputs = await self._run([np.concatenate(pair) for pair in pairs], params)
         return [scores_of(o, len(c)) for (_, c), o in zip(pairs, outputs, strict=True)]
@@ -151,16 +142,11 @@ class VllmEngine(Engine):
         self, items: Sequence[tuple[IntArray, IntArray, IntArray]], k: int, temperature: float = 1.0
     ) -> list[TeacherScores]:
         """Score given tokens at each completion token, and the top k of the others, as Engine.score_at says."""
-        self._check_temperature(temperature)
-        own = self._own_scores
-        params = [given_request(len(prompt), len(c), ids, k, own, temperature) for prompt, c, ids in items]
+        params = [
+            scoring_request(len(prompt), ids.shape[1] + k, ids, temperature=temperature) for prompt, _, ids in items
+        ]
         outputs = await self._run([np.concatenate((prompt, c)) for prompt, c, _ in items], params)
-        found = zip(items, outputs, strict=True)
-        return [given_scores(o, len(c), ids, k, self._own_scores) for (_, c, ids), o in found]
-
-    def _check_temperature(self, temperature: float) -> None:
-        if temperature != 1 and not self._own_scores:
-            raise ValueError("teacher.temperature: vLLM's V2 model runner scores at temperature 1 only; leave it at 1")
+        return [scores_of(o, len(c)) for (_, c, _), o in zip(items, outputs, strict=True)]
 
     async def probe(self, ids: IntArray) -> FloatArray:
         """Log-prob of every token of `ids` [N] after the first: [N - 1]."""

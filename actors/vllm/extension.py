@@ -1,7 +1,8 @@
 """The extension that vLLM loads into its worker processes."""
 
 import sdft.actors.vllm.transfer  # noqa: F401  registers the weight transfer in the worker process
-from sdft.actors.vllm.compat import chosen_experts, hide_rows, rotate_each_head, router_layers, score_from
+from sdft.actors.vllm.compat import chosen_experts, hide_rows, rotate_each_head, router_layers
+from sdft.actors.vllm.compat_scoring import Reading, score_by
 from sdft.actors.vllm.experts import kept_name
 from sdft.actors.vllm.scoring import first_row, given_ids, temperature
 
@@ -11,13 +12,9 @@ rotate_each_head()
 class WorkerExtension:
     """Named in the engine's settings, so that the worker processes import this module."""
 
-    def score_completions_only(self) -> bool:
-        """Restrict prompt log-probs to the completion rows that `Engine.score` uses. vLLM computes the prompt's too.
-
-        Returns False for the V2 runner (GPUs), which lacks the patched method. It computes all rows; the values of the
-        completion rows are the same.
-        """
-        return score_from(self.model_runner, first_row, given_ids, temperature)  # type: ignore[attr-defined]
+    def score_completions_only(self) -> None:
+        """Compute the log-probs of the rows that `Engine.score` uses, and no others of a prompt."""
+        score_by(self.model_runner, Reading(first_row, given_ids, temperature))  # type: ignore[attr-defined]
 
     def keep_experts(self) -> None:
         """Keep the experts of the tokens of named requests (experts.py) until `experts_of` takes them."""

@@ -12,7 +12,7 @@ from vllm import SamplingParams
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
-from sdft.actors.shared.types import FloatArray, IntArray, TeacherScores
+from sdft.actors.shared.types import IntArray, TeacherScores
 from sdft.actors.vllm.compat import AsyncScheduler, limit_cache
 
 # Extra arguments of a scoring request.
@@ -25,7 +25,7 @@ GIVEN_ROWS = "sdft_given_rows"  # 1: the same tokens at every position
 def scoring_request(prompt: int, k: int, given: IntArray | None = None, temperature: float = 1.0) -> SamplingParams:
     """A request for the log-probs of the tokens after the first `prompt`, and for k others at each position.
 
-    given: the first of these k, [T, S] or [1, S]. None: the k are the most likely. compat.score_from computes both, and
+    given: the first of these k, [T, S] or [1, S]. None: the k are the most likely. compat_scoring.py computes both, and
     the temperature.
     """
     extra: dict[str, Any] = {FIRST_ROW: prompt - 1, TEMPERATURE: temperature}
@@ -40,22 +40,6 @@ def scoring_request(prompt: int, k: int, given: IntArray | None = None, temperat
         skip_reading_prefix_cache=False,  # by default prompt_logprobs skips it; see SharedPrompts
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-
-
-def given_request(
-    prompt: int, tokens: int, given: IntArray, k: int, own_scores: bool, temperature: float = 1.0
-) -> SamplingParams:
-    """A request for the log-probs of `tokens` tokens, of given ones [T, S] or [1, S], and of the top k of the others.
-
-    own_scores: the runner computes them by compat.score_from. Otherwise (V2, on GPUs) it has the documented
-    prompt_logprob_token_ids, and gives the top S + k beside them, of which k or more are others.
-    """
-    if own_scores:
-        return scoring_request(prompt, given.shape[1] + k, given, temperature)
-    params = scoring_request(prompt, given.shape[1] + k if k else 1)
-    params.prompt_logprob_token_ids = np.broadcast_to(given, (tokens, given.shape[1]))
-    params.prompt_logprob_start = prompt - 1
-    return params
 
 
 def temperature(params: SamplingParams) -> float:
@@ -87,25 +71,6 @@ def scores_of(output: RequestOutput, tokens: int) -> TeacherScores:
     found = output.prompt_logprobs
     ids, logprobs = found.ids[-tokens:], found.logprobs[-tokens:]
     return TeacherScores(ids[:, 1:].copy(), logprobs[:, 1:].copy(), logprobs[:, 0].copy(), versions_of(output)[0][0])
-
-
-def given_scores(output: RequestOutput, tokens: int, given: IntArray, k: int, own_scores: bool) -> TeacherScores:
-    """The scores of a `given_request`: those of the given tokens first, then those of the top k of the others."""
-    scores = scores_of(output, tokens)
-    if own_scores:
-        return scores
-    ids, values = np.broadcast_to(given, (tokens, given.shape[1])), output.prompt_token_id_logprobs[-tokens:]
-    others = without(scores.ids, scores.logprobs, ids, k)
-    return TeacherScores(
-        np.concatenate([ids, others[0]], 1), np.concatenate([values, others[1]], 1), scores.sampled, scores.version
-    )
-
-
-def without(ids: IntArray, logprobs: FloatArray, given: IntArray, k: int) -> tuple[IntArray, FloatArray]:
-    """The first k of each row's tokens [T, W] that are not given [T, S], with their log-probs: two of [T, k]."""
-    among = (ids[:, :, None] == given[:, None]).any(-1)
-    kept = np.argsort(among, axis=1, kind="stable")[:, :k]  # those that are not given come first, in their order
-    return np.take_along_axis(ids, kept, 1), np.take_along_axis(logprobs, kept, 1)
 
 
 def versions_of(output: RequestOutput) -> tuple[tuple[int, int, int], ...]:

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from sdft.actors.config import VLLM, ActorsConfig, Dtype, SamplingConfig
-from sdft.actors.roles import STUDENT, TEACHER, teacher_pool
+from sdft.actors.config import ActorsConfig, Dtype, SamplingConfig
+from sdft.actors.roles import teacher_pool
 from sdft.learner.config import LearnerConfig, TeacherConfig
 from sdft.services.algorithms.registry import Method
 from sdft.services.algorithms.sdft import Sdft
@@ -292,18 +292,6 @@ class RunConfig(Section):
             raise ValueError(
                 "weights.teacher_sync_every has no effect with teacher.weights gated, whose refreshes are sent at "
                 "once; remove it"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _temperature_is_possible(self) -> "RunConfig":
-        heat = self.teacher.temperature
-        scoring = STUDENT if self.teacher.weights == "live" else TEACHER
-        by_vllm = any(p.engine == VLLM for n, p in self.actors.pools.items() if self.actors.role_name(n) == scoring)
-        if heat != 1 and self.device == "cuda" and by_vllm:
-            raise ValueError(
-                f"teacher.temperature {heat:g} works with device: cpu only, because on a GPU vLLM computes the scores, "
-                f"at temperature 1; remove it, or set device: cpu"
             )
         return self
 

@@ -13,8 +13,6 @@ PYTHON = Library("Python", compat.PYTHON, FILE, ())
 UTILS = "vllm.v1.engine.utils"
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
-SCORES = f"{RUNNER}._get_prompt_logprobs_dict"
-SAMPLER = "vllm.v1.sample.sampler:Sampler"
 PROCESSOR = "vllm.v1.engine.logprobs:LogprobsProcessor"
 LOADED = "process_weights_after_loading"
 NORMS = ("rms_norm", "fused_add_rms_norm")
@@ -90,22 +88,6 @@ CANARIES: dict[str, Canary] = {
     ),
     "a get_computed_blocks that reads Request.block_hashes": lambda: mentions(
         "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks", "block_hashes"
-    ),
-    "GPUModelRunner._get_prompt_logprobs_dict(hidden_states, num_scheduled_tokens)": lambda: takes(
-        SCORES, "hidden_states", "num_scheduled_tokens"
-    ),
-    "GPUModelRunner.num_prompt_logprobs": lambda: mentions(SCORES, "num_prompt_logprobs"),
-    "GPUModelRunner.requests": lambda: mentions(SCORES, "requests", "prompt_token_ids", "num_computed_tokens"),
-    "GPUModelRunner.input_batch.req_id_to_index": lambda: mentions(SCORES, "input_batch", "req_id_to_index"),
-    "GPUModelRunner.query_start_loc.np": lambda: mentions(SCORES, "query_start_loc", "np"),
-    "GPUModelRunner.model.compute_logits": lambda: mentions(SCORES, "model", "compute_logits"),
-    "GPUModelRunner.sampler": lambda: mentions(SCORES, "sampler", "compute_logprobs", "gather_logprobs"),
-    "Sampler.compute_logprobs(logits)": lambda: takes(f"{SAMPLER}.compute_logprobs", "logits"),
-    "Sampler.gather_logprobs(logprobs, num_logprobs, token_ids)": lambda: (
-        list(named(f"{SAMPLER}.gather_logprobs").__annotations__)[:3] == ["logprobs", "num_logprobs", "token_ids"]
-    ),
-    "LogprobsTensors(logprob_token_ids, logprobs, selected_token_ranks)": lambda: (
-        compat.LogprobsTensors._fields[:3] == ("logprob_token_ids", "logprobs", "selected_token_ranks")
     ),
     "LogprobsProcessor._update_prompt_logprobs(prompt_logprobs_tensors)": lambda: takes(
         f"{PROCESSOR}._update_prompt_logprobs", "self", "prompt_logprobs_tensors"

@@ -123,15 +123,6 @@ def watched() -> type:
             finally:
                 engine.check_digests = check
 
-        async def scores_completions_only(self) -> tuple[list[bool], bool]:
-            """Return whether each worker scores completions only, and whether one with another kind of runner reports
-            that."""
-            from sdft.actors.vllm.extension import WorkerExtension
-
-            other = WorkerExtension()
-            other.model_runner = object()  # type: ignore[attr-defined]
-            return await self._engine._llm.collective_rpc("score_completions_only"), other.score_completions_only()
-
         async def norms(self, dtype: str) -> tuple[list[str], float]:
             """Return the kernels that compute norms, and the relative difference of ours from plain torch.
 
@@ -258,11 +249,6 @@ def test_norms_are_by_the_fused_kernels_and_equal_to_plain_ones(engines: list, d
     chosen, off = ray.get(engines[0].norms.remote(dtype), timeout=60)
     assert chosen == ["sdft_cpu"] * 2
     assert off < most
-
-
-def test_an_engine_knows_whether_it_scores_completions_only(engines: list) -> None:
-    """Otherwise it would silently compute all rows of teacher prompts, as with vLLM's V2 runner."""
-    assert ray.get(engines[0].scores_completions_only.remote(), timeout=60) == ([True], False)
 
 
 def test_a_model_with_norms_of_queries_and_keys_is_computed_correctly(ray_cluster: None, tmp_path: Path) -> None:

@@ -55,12 +55,6 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         2,
         ["actors.student.execution graphs means CUDA graphs, and device is cpu", "eager or compiled"],
     ),
-    "a teacher's temperature on a GPU": (
-        two(setting("teacher.temperature", 0.7), setting("device", "cuda")),
-        TRAIN,
-        2,
-        ["teacher.temperature 0.7 works with device: cpu only", "remove it"],
-    ),
     "unknown choice": (
         setting("method.divergence", "foward"),
         TRAIN,
