@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
+from benchmarks.given import file_of
 from benchmarks.measure import report
 from sdft.services.base.section import Section
 
@@ -162,8 +163,9 @@ def read(path: Path) -> Cluster:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("file", type=Path, nargs="?", default=CLUSTERS / "h100.yaml")
-    cluster = read(parser.parse_args().file)
+    default = str(CLUSTERS / "h100.yaml")  # argparse reads a default that is a string
+    parser.add_argument("cluster", type=file_of(read), nargs="?", default=default, metavar="FILE")
+    cluster = parser.parse_args().cluster
     rows = [projected(case, cluster) for case in cluster.cases]
     # One line for each figure: the cases are few and the figures many.
     table = [{"": name} | {row["case"]: row[name] for row in rows} for name in rows[0] if name != "case"]

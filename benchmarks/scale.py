@@ -18,6 +18,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.given import file_of
 from benchmarks.measure import report
 from simulation.cluster import ROUNDS, USUAL, Case, simulate
 from simulation.rates import Rates
@@ -68,12 +69,12 @@ def draw(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("cases", nargs="?", default="", help="part of the names of the cases to run")
-    parser.add_argument("--rates", type=Path, help="a YAML file with rates; what it leaves out is as here")
+    what = "a YAML file with rates; what it leaves out is as here"
+    parser.add_argument("--rates", type=file_of(Rates.read), default=USUAL, metavar="FILE", help=what)
     given = parser.parse_args()
-    rates = USUAL if given.rates is None else Rates.read(given.rates)
-    chosen = [replace(case, rates=rates) for case in CASES if given.cases in case.name]
+    chosen = [replace(case, rates=given.rates) for case in CASES if given.cases in case.name]
     rows = [alone(simulate, case) for case in chosen]
-    report("scale" if rates == USUAL else "scale_rates", "The control plane with simulated engines", rows)
+    report("scale" if given.rates == USUAL else "scale_rates", "The control plane with simulated engines", rows)
     if chosen == CASES:
         draw(rows)
         report("scale_calls", "Function calls", [alone(calls, case) for case in COUNTED])

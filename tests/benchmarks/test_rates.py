@@ -1,11 +1,13 @@
 """Rates of a user's cluster: read from a file, used by the simulation and by the projection of a step."""
 
+from argparse import ArgumentTypeError
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from benchmarks.given import file_of
 from benchmarks.projected import CLUSTERS, phases, projected, read
 from simulation.cluster import Case, simulate
 from simulation.rates import Rates
@@ -38,6 +40,29 @@ def test_a_wrong_rate_is_named(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message) as error:
         Rates.read(file)
     assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("room: 0", "mine.yaml: room is 0; set it to a whole number above 0"),
+        ("room: [", "mine.yaml: it is no YAML (while parsing"),
+        (None, "mine.yaml: it cannot be read (No such file or directory)"),
+    ],
+)
+def test_a_wrong_file_is_the_parsers_error(text: str | None, message: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ArgumentTypeError) as error:
+        file_of(Rates.read)(str(tmp_path / "mine.yaml"))
+    assert message in str(error.value)
+
+
+def test_a_wrong_file_of_a_projection_names_the_key(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("rates: {}\n")
+    with pytest.raises(ArgumentTypeError, match=r"mine\.yaml: rates\.products_tflops: Field required"):
+        file_of(read)(str(file))
 
 
 def test_a_projected_step_follows_its_rates() -> None:
