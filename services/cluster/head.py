@@ -4,7 +4,8 @@ A signal to the driver's process group (a scheduler's SIGTERM, a shell's kill) d
 stop its engines and learner before they end.
 
     settings, as JSON on the command line ─► start ─► {"address": ...} or {"error": ...} on standard output
-    the end of standard input: the driver has stopped, or died ─► shut down
+    the end of standard input: the driver has stopped ─► shut down
+    the driver is killed ─► the kernel ends this process, and Ray's with it
 
 The file runs as a script, and imports nothing else of this package.
 """
