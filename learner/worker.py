@@ -72,7 +72,7 @@ class LearnerWorker:
         if settings.rank == 0:
             node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
             model, dtype = Path(settings.model), self._engine.dtype
-            self._publisher = Publisher(model, dtype, probe_ids, node, settings.vocabulary)
+            self._publisher = Publisher(model, dtype, probe_ids, node, settings.vocabulary, settings.device)
             self._sender = transport_class(settings.transport).sender(settings.device, _own_address())
 
     def fetch(self, share: Share) -> list[SampleId]:

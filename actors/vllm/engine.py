@@ -36,6 +36,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from sdft.actors.config import EngineSettings
 from sdft.actors.engine import Engine
 from sdft.actors.shared.agreement import Agreement
+from sdft.actors.shared.digests import check_digests
+from sdft.actors.shared.pinned import mapped
 from sdft.actors.shared.types import (
     ExpertArray,
     FloatArray,
@@ -55,7 +57,6 @@ from sdft.actors.vllm.experts import Parts, assembled, fill, returned
 from sdft.actors.vllm.process import EngineProcess, error_line, forked
 from sdft.actors.vllm.sampling import rollout_of, sampling_request
 from sdft.actors.vllm.scoring import given_request, given_scores, scores_of, scoring_request
-from sdft.actors.vllm.transfer import check_digests
 
 log = logging.getLogger(__name__)
 keep_prompts_as_arrays()
@@ -187,7 +188,7 @@ class VllmEngine(Engine):
         # The open file keeps the memory if the learner ends before the snapshot is loaded.
         with await asyncio.to_thread(self._receiver.receive, snapshot) as file:
             # In a thread, before the pause, so that generation continues.
-            await asyncio.to_thread(check_digests, snapshot, file)
+            await asyncio.to_thread(check_digests, snapshot, mapped(file), self.settings.threads)
             async with self._paused() as since:
                 await self._load(snapshot, RuntimeError, path=f"/proc/{os.getpid()}/fd/{file.fileno()}")
         return await self._verified(snapshot, since)

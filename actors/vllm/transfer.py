@@ -1,15 +1,13 @@
 """Loads weights into a vLLM worker, from a file that is mapped or from the transport's stream."""
 
-import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -18,8 +16,9 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from sdft.actors.shared.adapters import merged
+from sdft.actors.shared.pinned import PinnedFile, mapped
 from sdft.actors.shared.process import die_with_parent
-from sdft.actors.shared.types import Snapshot, SnapshotDamaged, TensorEntry
+from sdft.actors.shared.types import TensorEntry
 from sdft.actors.transport.named import transport_class
 from sdft.actors.transport.protocol import Stream
 from sdft.actors.vllm.process import error_line, forget_names
@@ -77,7 +76,8 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
             ]
             if update_info.path:
                 with open(update_info.path, "rb") as file:
-                    tensors = _tensors(mapped(file), entries)
+                    payload = self._pinned.map(file) if self.device.type == "cuda" else mapped(file)
+                tensors = _tensors(payload, entries)
             else:
                 tensors = self._streaming().tensors(entries)
             if update_info.scale is not None:
@@ -96,23 +96,15 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
     def _reload(self) -> Reload:
         return self.reload_cls(self.model, self.model_config)
 
+    @cached_property
+    def _pinned(self) -> PinnedFile:
+        return PinnedFile()
+
     def shutdown(self) -> None:
-        """Close the stream. No other resource is held between updates."""
+        """Close the stream and the pinned file. No other resource is held between updates."""
+        self._pinned.close()
         if self._stream is not None:
             self._stream.close()
-
-
-def mapped(file: BinaryIO) -> memoryview:
-    """A snapshot's payload, read-only."""
-    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-
-
-def check_digests(snapshot: Snapshot, file: BinaryIO) -> None:
-    payload = mapped(file)
-    for t in snapshot.tensors:
-        if xxhash.xxh3_128_hexdigest(payload[t.offset : t.offset + t.nbytes]) != t.digest:
-            what = f"{snapshot.role} weights v{snapshot.version}: {t.name}"
-            raise SnapshotDamaged(f"{what} arrived damaged: its digest is not the learner's")
 
 
 def _tensors(payload: memoryview, entries: Sequence[TensorEntry]) -> Iterator[tuple[str, torch.Tensor]]:

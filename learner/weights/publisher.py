@@ -8,16 +8,18 @@ publishes no version while an engine loads the one before it (services/fleet/ver
 import mmap
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
 from torch.func import functional_call
 
 from sdft.actors.shared.adapters import merged
+from sdft.actors.shared.digests import PIECE, digest, digest_threads
+from sdft.actors.shared.pinned import pin, unpin
 from sdft.actors.shared.process import anonymous_memory
 from sdft.actors.shared.types import FloatArray, IntArray, Snapshot, TensorEntry
 from sdft.learner.model.student import Probe
@@ -34,10 +36,17 @@ class Publisher:
     """Packs snapshots, on the learner's first rank."""
 
     def __init__(
-        self, model: Path, dtype: torch.dtype, probe_ids: IntArray, node: str, vocabulary: int | None = None
+        self,
+        model: Path,
+        dtype: torch.dtype,
+        probe_ids: IntArray,
+        node: str,
+        vocabulary: int | None = None,
+        device: str = "cpu",
     ) -> None:
-        """node: Ray's node id of this machine. vocabulary: as in LearnerSettings."""
+        """node: Ray's node id of this machine. vocabulary: as in LearnerSettings. device: of the weights."""
         self._node = node
+        self._device = device
         self._model = model
         self._probe = Probe(model, dtype, vocabulary)
         self._dtype = dtype
@@ -49,7 +58,9 @@ class Publisher:
         buffer = self._buffers.get(role)
         if buffer is None:
             buffer = self._buffers[role] = _Buffer(*anonymous_memory(f"sdft-{role}", content.nbytes))
-        entries = copy_tensors(content.weights, buffer.memory)
+            if self._device == "cuda":
+                pin(_bytes(buffer.memory))
+        entries = copy_tensors(content.weights, buffer.memory, torch.get_num_threads())
         return Snapshot(
             role=role,
             version=version,
@@ -66,6 +77,8 @@ class Publisher:
         """Free the memory of a role's snapshot, once no process has mapped it."""
         buffer = self._buffers.pop(role, None)
         if buffer is not None:
+            if self._device == "cuda":
+                unpin(_bytes(buffer.memory))
             os.close(buffer.fd)  # the mapping ends with the last view of it
 
     def _probe_logprobs(self, entries: Sequence[TensorEntry], memory: mmap.mmap, scale: float | None) -> FloatArray:
@@ -73,7 +86,7 @@ class Publisher:
 
         Raises ValueError if a parameter of the model is not among the tensors.
         """
-        payload = torch.frombuffer(memory, dtype=torch.uint8)
+        payload = _bytes(memory)
         tensors = {
             e.name: payload[e.offset : e.offset + e.nbytes].view(getattr(torch, e.dtype)).view(e.shape) for e in entries
         }
@@ -89,15 +102,46 @@ class Publisher:
         return np.frombuffer(self._buffers[role].memory, np.uint8)
 
 
-def copy_tensors(weights: Iterable[tuple[str, torch.Tensor]], memory: mmap.mmap) -> tuple[TensorEntry, ...]:
-    """Copy tensors end to end into `memory`, one at a time. Returns the place and the digest of each."""
-    payload, view = torch.frombuffer(memory, dtype=torch.uint8), memoryview(memory)
-    entries, offset = [], 0
-    for name, tensor in weights:
-        place = slice(offset, offset + tensor.nbytes)
-        payload[place].copy_(tensor.contiguous().view(-1).view(torch.uint8))
-        digest = xxhash.xxh3_128_hexdigest(view[place])
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        entries.append(TensorEntry(name, dtype, tuple(tensor.shape), offset, tensor.nbytes, digest))
-        offset += tensor.nbytes
-    return tuple(entries)
+def copy_tensors(
+    weights: Iterable[tuple[str, torch.Tensor]], memory: mmap.mmap, threads: int
+) -> tuple[TensorEntry, ...]:
+    """Copy tensors end to end into `memory`, one at a time. Returns the place and the digest of each.
+
+    A piece of them is digested while the next one is copied. threads: as digest_threads. Tensors on a GPU are copied
+    without waiting, at the full rate if `memory` is pinned.
+    """
+    payload, view = _bytes(memory), memoryview(memory)
+    digested: list[Future[list[TensorEntry]]] = []
+    with digest_threads(threads) as pool:
+        piece: list[TensorEntry] = []
+        offset = 0
+        for name, tensor in weights:
+            there = payload[offset : offset + tensor.nbytes]
+            there.copy_(tensor.contiguous().view(-1).view(torch.uint8), non_blocking=tensor.is_cuda)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            piece.append(TensorEntry(name, dtype, tuple(tensor.shape), offset, tensor.nbytes, ""))
+            offset += tensor.nbytes
+            if offset - piece[0].offset >= PIECE:
+                digested.append(pool.submit(_digested, view, piece, _copied()))
+                piece = []
+        digested.append(pool.submit(_digested, view, piece, _copied()))
+    return tuple(entry for of_piece in digested for entry in of_piece.result())
+
+
+def _digested(view: memoryview, piece: Sequence[TensorEntry], copied: torch.cuda.Event | None) -> list[TensorEntry]:
+    if copied is not None:
+        copied.synchronize()
+    return [replace(e, digest=digest(view[e.offset : e.offset + e.nbytes])) for e in piece]
+
+
+def _copied() -> torch.cuda.Event | None:
+    """Return an event that a GPU reaches after the copies so far; None if this process uses no GPU."""
+    if not torch.cuda.is_initialized():
+        return None
+    event = torch.cuda.Event(blocking=True)  # a thread that waits lets others compute
+    event.record()
+    return event
+
+
+def _bytes(memory: mmap.mmap) -> torch.Tensor:
+    return torch.frombuffer(memory, dtype=torch.uint8)

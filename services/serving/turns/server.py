@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from sdft.actors.shared.digests import check_digests
 from sdft.actors.shared.process import anonymous_memory
 from sdft.actors.shared.types import Snapshot, UpdateReport
 from sdft.services.serving.turns.order import Turns
@@ -126,10 +127,10 @@ class Owners:
 
         Adapters stay adapters: a turn merges them into the model that the run began with.
         """
-        from sdft.actors.vllm.transfer import check_digests
+        from sdft.actors.shared.pinned import mapped  # imports torch
 
         with open(snapshot.path, "rb") as file:
-            check_digests(snapshot, file)
+            check_digests(snapshot, mapped(file), self._engine.settings.threads)
             if owner not in self._memory:
                 self._memory[owner] = anonymous_memory(f"sdft-{owner}", snapshot.nbytes)
             fd, memory = self._memory[owner]

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -113,8 +113,8 @@ def watched() -> type:
 
             check = engine.check_digests
 
-            def check_and_unlink(snapshot: Snapshot, file: BinaryIO) -> None:
-                check(snapshot, file)
+            def check_and_unlink(snapshot: Snapshot, payload: memoryview, threads: int | None) -> None:
+                check(snapshot, payload, threads)
                 Path(snapshot.path).unlink()
 
             engine.check_digests = check_and_unlink

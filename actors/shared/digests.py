@@ -1,0 +1,50 @@
+"""Digests of a snapshot's tensors by several threads: xxh3 releases the interpreter's lock.
+
+    payload ─► pieces of neighbouring tensors ─► the digest of each tensor, by any of the threads
+
+A piece has at least PIECE bytes: a tensor of a few kilobytes takes less time than to hand it to a thread.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import xxhash
+
+from sdft.actors.shared.types import Snapshot, SnapshotDamaged, TensorEntry
+
+MOST_THREADS = 8  # these read as fast as the memory of a large machine delivers
+PIECE = 4 << 20
+
+
+def digest(data: memoryview) -> str:
+    """Return the digest of a tensor's bytes, in hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def digest_threads(threads: int | None) -> ThreadPoolExecutor:
+    """Return threads that compute digests: as many as asked for, None for one a core, but at most MOST_THREADS."""
+    return ThreadPoolExecutor(min(threads or len(os.sched_getaffinity(0)), MOST_THREADS), "digests")
+
+
+def check_digests(snapshot: Snapshot, payload: memoryview, threads: int | None) -> None:
+    """Raise SnapshotDamaged, naming the first tensor whose bytes are not the learner's. threads: as digest_threads."""
+
+    def damaged(entries: Sequence[TensorEntry]) -> list[TensorEntry]:
+        return [e for e in entries if digest(payload[e.offset : e.offset + e.nbytes]) != e.digest]
+
+    with digest_threads(threads) as pool:
+        found = [entry for of_piece in pool.map(damaged, _pieces(snapshot.tensors)) for entry in of_piece]
+    if found:
+        what = f"{snapshot.role} weights v{snapshot.version}: {found[0].name}"
+        raise SnapshotDamaged(f"{what} arrived damaged: its digest is not the learner's")
+
+
+def _pieces(entries: Sequence[TensorEntry]) -> Iterator[list[TensorEntry]]:
+    piece: list[TensorEntry] = []
+    for entry in entries:
+        piece.append(entry)
+        if entry.offset + entry.nbytes - piece[0].offset >= PIECE:
+            yield piece
+            piece = []
+    yield piece
