@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-import xxhash
 from safetensors.torch import load_file
 
 from benchmarks.compat import onednn_layout
@@ -30,7 +29,8 @@ from benchmarks.learner_step import samples, settings, take_step
 from benchmarks.measure import in_a_process, report, seconds_in_turn
 from benchmarks.scoring import DTYPE
 from benchmarks.scoring import settings as engine_settings
-from sdft.actors.shared.digests import check_digests
+from sdft.actors.shared.digests import check_digests, digest
+from sdft.actors.shared.packed import pack
 from sdft.actors.shared.types import Snapshot
 from sdft.actors.worker import EngineWorker
 from sdft.learner.shares import shares
@@ -59,19 +59,16 @@ def timed(call: Any) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def one_after_the_other(weights: Weights, memory: mmap.mmap) -> None:
+def one_after_the_other(weights: Weights, payload: torch.Tensor) -> None:
     """Copy each tensor and then digest it, in one thread: what copy_tensors is compared with."""
-    payload, view, offset = torch.frombuffer(memory, dtype=torch.uint8), memoryview(memory), 0
-    for _, tensor in weights():
-        place = slice(offset, offset + tensor.nbytes)
-        payload[place].copy_(tensor.contiguous().view(-1).view(torch.uint8))
-        xxhash.xxh3_128_hexdigest(view[place])
-        offset = place.stop
+    view = memoryview(payload.numpy())
+    for entry in pack(weights(), payload):
+        digest(view[entry.offset : entry.offset + entry.nbytes])
 
 
 def packing() -> tuple[dict[str, float], dict[str, int]]:
     """Median seconds, and bytes, of packing alone and of checking the digests alone."""
-    from sdft.learner.weights.publisher import copy_tensors
+    from sdft.learner.weights.buffers import copy_tensors
 
     probe = np.arange(100, 148, dtype=np.int32)
     learner = LearnerWorker()
@@ -84,19 +81,20 @@ def packing() -> tuple[dict[str, float], dict[str, int]]:
     def add(name: str, size: int, case: Callable[[], object]) -> None:
         cases[name], nbytes[name] = case, size
 
-    def beside(weights: Weights, memory: mmap.mmap) -> None:
-        copy_tensors(weights(), memory, threads)
+    def beside(weights: Weights, payload: torch.Tensor) -> None:
+        copy_tensors(weights(), payload, threads)
 
     for role in ("student", "teacher"):
         weights = partial(learner._engine.weights, role)
         size = sum(t.nbytes for _, t in weights())
-        memory = mmap.mmap(-1, size)
-        add(f"pack {role}, one after the other", size, partial(one_after_the_other, weights, memory))
-        add(f"pack {role}", size, partial(beside, weights, memory))
-    entries = copy_tensors(weights(), memory, threads)
+        payload = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+        add(f"pack {role}, one after the other", size, partial(one_after_the_other, weights, payload))
+        add(f"pack {role}", size, partial(beside, weights, payload))
+    entries = copy_tensors(weights(), payload, threads)
     snapshot = Snapshot("teacher", 1, "", "", size, entries, probe, np.zeros(0, np.float32))
+    view = memoryview(payload.numpy())
     for count in (1, threads):
-        add(f"check digests, threads: {count}", size, partial(check_digests, snapshot, memoryview(memory), count))
+        add(f"check digests, threads: {count}", size, partial(check_digests, snapshot, view, count))
     return seconds_in_turn(cases, ROUNDS), nbytes
 
 

@@ -1,11 +1,16 @@
-"""What the broadcast groups use of torch.distributed that is not documented. Known for the version below.
+"""What transports use of torch that is not documented: groups, and GPU memory of another process. Known for the
+version below.
 
 Each function names what it uses. tests/actors/shared/test_compat.py has one line for each name and fails without it.
 """
 
 from datetime import timedelta
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
+
+from sdft.actors.shared.types import Handle
 
 TORCH = "2.13.0"
 
@@ -31,3 +36,26 @@ def gloo_group(store: dist.Store, rank: int, size: int, address: str, limit: tim
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
     options._timeout, options._threads = limit, 1
     return dist.ProcessGroupGloo(store, rank, size, options)
+
+
+def share(memory: torch.Tensor) -> Handle:
+    """Return a handle by which other processes of this machine open a tensor's GPU memory. Call it once for a tensor.
+
+    Uses UntypedStorage._share_cuda_, as torch.multiprocessing.reductions does. It begins with the device, which is a
+    number in this process only. Torch counts the readers in a file of /dev/shm, which a killed process would leave
+    behind. Its name is removed: the memory stays with this process, and a reader ignores that the file is gone.
+    """
+    _, *handle = memory.untyped_storage()._share_cuda_()
+    counter = handle[3]
+    (Path("/dev/shm") / counter.decode().lstrip("/")).unlink(missing_ok=True)
+    return tuple(handle)
+
+
+def opened(handle: Handle, device: torch.device) -> torch.Tensor:
+    """Return the memory of a handle, [nbytes] uint8, for use on a device. It is closed with the last tensor on it.
+
+    Uses UntypedStorage._new_shared_cuda. The memory may be on another GPU, also on one that this process does not see.
+    Raises RuntimeError if this process or the GPU cannot reach it, or if the process that shared it has ended.
+    """
+    storage = torch.UntypedStorage._new_shared_cuda(device.index, *handle)
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)

@@ -308,6 +308,21 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _gpu_memory_is_there(self) -> "RunConfig":
+        own = [name for name, pool in self.actors.pools.items() if pool.engine != VLLM]
+        if self.weights.transport == "ipc" and self.device == "cpu":
+            raise ValueError(
+                "weights.transport ipc passes memory of the learner's GPU, and device is cpu; set it to memory or "
+                "broadcast, or set device: cuda"
+            )
+        if self.weights.transport == "ipc" and own:
+            raise ValueError(
+                f"weights.transport ipc works with vLLM's engines only, and actors.{own[0]}.engine is a class of your "
+                f"own; set it to memory, or remove engine"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         if self.weights.sync_every > self.training.max_staleness + 1:
             raise ValueError(

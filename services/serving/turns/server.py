@@ -22,7 +22,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sdft.actors.shared.digests import check_digests
 from sdft.actors.shared.process import anonymous_memory
 from sdft.actors.shared.types import Snapshot, UpdateReport
 from sdft.services.serving.turns.order import Turns
@@ -127,7 +126,8 @@ class Owners:
 
         Adapters stay adapters: a turn merges them into the model that the run began with.
         """
-        from sdft.actors.shared.pinned import mapped  # imports torch
+        from sdft.actors.shared.digests import check_digests  # imports torch
+        from sdft.actors.shared.pinned import mapped
 
         with open(snapshot.path, "rb") as file:
             check_digests(snapshot, mapped(file), self._engine.settings.threads)
