@@ -19,7 +19,9 @@ import xxhash
 from sdft.actors.shared.sums import SUM, sum_digests
 from sdft.actors.shared.types import Snapshot, SnapshotDamaged, TensorEntry
 
-MOST_THREADS = 8  # these read as fast as the memory of a large machine delivers
+MOST_THREADS = (
+    8  # beside a copy of 3 GB to pinned memory these took little longer than the copy, on the host of an H200
+)
 PIECE = 4 << 20
 
 

@@ -1,7 +1,7 @@
 """Host memory that is pinned for a GPU, which then copies from and to it at the full rate of its bus.
 
-A copy of other memory goes through a small buffer of CUDA's, at a quarter of that rate or less. Pinning takes longer
-than one copy, so memory is pinned once for all versions of the weights. CUDA unpins it when the process ends.
+Copies of other memory go through a small buffer of CUDA's, at a quarter of that rate or less. Pinning itself takes time
+for each page, so memory is pinned once for all versions of the weights. CUDA unpins it when the process ends.
 """
 
 import mmap

@@ -12,6 +12,7 @@ torch.
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from sdft.actors.shared.reason import reason
 from sdft.actors.shared.types import Handle, LearnerLost, NotReceived, Snapshot, UpdateReport
 from sdft.actors.transport.memory import MemoryTransport
 from sdft.actors.transport.protocol import Destination, Sender
@@ -82,6 +83,6 @@ def opened(handle: Handle, device: Any) -> "torch.Tensor":
         return compat.opened(handle, device)
     except RuntimeError as error:
         raise NotReceived(
-            f"the engine's GPU cannot open the learner's memory ({str(error).splitlines()[0]}); set weights.transport: "
-            f"broadcast, or place both on one GPU or on GPUs that reach each other (nvidia-smi topo -p2p r)"
+            f"the engine's GPU cannot open the learner's memory ({reason(error)}); set weights.transport: broadcast, "
+            f"or place both on one GPU or on GPUs that reach each other (nvidia-smi topo -p2p r)"
         ) from error

@@ -106,8 +106,7 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         return PinnedFile()
 
     def shutdown(self) -> None:
-        """Close the stream and the pinned file. No other resource is held between updates."""
-        self._pinned.close()
+        """Close the stream. Between updates only a pinned file is held beside it, for the next version."""
         if self._stream is not None:
             self._stream.close()
 

@@ -308,7 +308,7 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _gpu_memory_is_there(self) -> "RunConfig":
+    def _transport_is_possible(self) -> "RunConfig":
         own = [name for name, pool in self.actors.pools.items() if pool.engine != VLLM]
         if self.weights.transport == "ipc" and self.device == "cpu":
             raise ValueError(
