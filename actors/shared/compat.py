@@ -4,6 +4,7 @@ version below.
 Each function names what it uses. tests/actors/shared/test_compat.py has one line for each name and fails without it.
 """
 
+import atexit
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,11 +44,13 @@ def share(memory: torch.Tensor) -> Handle:
 
     Uses UntypedStorage._share_cuda_, as torch.multiprocessing.reductions does. It begins with the device, which is a
     number in this process only. Torch counts the readers in a file of /dev/shm, which a killed process would leave
-    behind. Its name is removed: the memory stays with this process, and a reader ignores that the file is gone.
+    behind. Its name is removed: the memory stays with this process, and a reader ignores that the file is gone. At a
+    clean exit torch removes the name too, and its destructor aborts the process if there is none.
     """
     _, *handle = memory.untyped_storage()._share_cuda_()
-    counter = handle[3]
-    (Path("/dev/shm") / counter.decode().lstrip("/")).unlink(missing_ok=True)
+    counter = Path("/dev/shm") / handle[3].decode().lstrip("/")
+    counter.unlink(missing_ok=True)
+    atexit.register(counter.touch)
     return tuple(handle)
 
 
