@@ -42,12 +42,14 @@ def gloo_group(store: dist.Store, rank: int, size: int, address: str, limit: tim
 def share(memory: torch.Tensor) -> Handle:
     """Return a handle by which other processes of this machine open a tensor's GPU memory. Call it once for a tensor.
 
-    Uses UntypedStorage._share_cuda_, as torch.multiprocessing.reductions does. It begins with the device, which is a
-    number in this process only. Torch counts the readers in a file of /dev/shm, which a killed process would leave
-    behind. Its name is removed: the memory stays with this process, and a reader ignores that the file is gone. At a
-    clean exit torch removes the name too, and its destructor aborts the process if there is none.
+    Uses UntypedStorage._share_cuda_, as torch.multiprocessing.reductions does. Its first value is the device, a number
+    in this process only, and its last whether a reader waits for an event: ours waits for this process instead.
+
+    Torch counts the readers in a file of /dev/shm, which a killed process would leave behind. So its name is removed.
+    A reader ignores that the file is gone; torch then never frees the memory, which stays until this process ends. At a
+    clean exit torch itself removes the name, and its destructor aborts the process if there is none.
     """
-    _, *handle = memory.untyped_storage()._share_cuda_()
+    _, *handle, _ = memory.untyped_storage()._share_cuda_()
     counter = Path("/dev/shm") / handle[3].decode().lstrip("/")
     counter.unlink(missing_ok=True)
     atexit.register(counter.touch)
@@ -60,5 +62,5 @@ def opened(handle: Handle, device: torch.device) -> torch.Tensor:
     Uses UntypedStorage._new_shared_cuda. The memory may be on another GPU, also on one that this process does not see.
     Raises RuntimeError if this process or the GPU cannot reach it, or if the process that shared it has ended.
     """
-    storage = torch.UntypedStorage._new_shared_cuda(device.index, *handle)
+    storage = torch.UntypedStorage._new_shared_cuda(device.index, *handle, False)
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)

@@ -50,6 +50,7 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
     """Maps or opens snapshots, or receives their stream, in the engine's worker process."""
 
     _stream: Stream | None = None
+    _opened: torch.Tensor | None = None  # the learner's GPU memory, from which weights are being copied
     reload_cls = Reload
 
     init_info_cls = _InitInfo
@@ -80,7 +81,7 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
             self._reload.load(tensors)
         except Exception as error:  # any error: the other members of a group must not wait for this engine
             self.shutdown()
-            self._reload.finish()  # otherwise the next update cannot begin
+            self.finish_weight_update()  # otherwise the next update cannot begin
             raise RuntimeError(error_line(error)) from error  # vLLM forwards the text only
 
     def _tensors(self, info: _UpdateInfo, entries: Sequence[TensorEntry]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -89,13 +90,15 @@ class SnapshotTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
                 payload = self._pinned.map(file) if self.device.type == "cuda" else mapped(file)
             return unpack(torch.frombuffer(payload, dtype=torch.uint8), entries)
         if info.handle:
-            return unpack(opened(tuple(info.handle), self.device), entries)
+            self._opened = opened(tuple(info.handle), self.device)
+            return unpack(self._opened, entries)
         return self._streaming().tensors(entries)
 
     def finish_weight_update(self) -> None:
         self._reload.finish()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # the learner may overwrite what this engine has copied from
+        if self._opened is not None:
+            torch.cuda.synchronize(self.device)  # copies are in progress, and the learner may then overwrite the memory
+            self._opened = None
 
     @cached_property
     def _reload(self) -> Reload:

@@ -57,13 +57,13 @@ class GpuMemory:
         self.payload = torch.empty(nbytes, dtype=torch.uint8, device=device)
 
     def fill(self, weights: Weights) -> tuple[TensorEntry, ...]:
-        """As HostMemory.fill. Waits for the GPU."""
+        """As HostMemory.fill. Waits for the GPU: afterwards other processes may read the buffer."""
         entries = list(pack(weights, self.payload))
         digests = sum_digests(self.payload, entries)
         return tuple(replace(entry, digest=one) for entry, one in zip(entries, digests, strict=True))
 
     def close(self) -> None:
-        """Free the memory with the last tensor on it."""
+        """Do nothing: torch frees the memory with the last tensor on it, unless another process has opened it."""
 
 
 def copy_tensors(weights: Weights, payload: Tensor, threads: int) -> tuple[TensorEntry, ...]:

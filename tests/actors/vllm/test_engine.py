@@ -528,7 +528,7 @@ def test_a_handle_that_cannot_be_opened_is_reported_and_leaves_the_engine_as_it_
     requests = [GenerateRequest(PROMPT, 1)]
     (before,) = ray.get(engines[0].generate.remote(requests, PLAIN), timeout=60)
     snapshot = publisher_of(tiny_model).publish("student", 5, content(changed(tiny_model, seed=5)))
-    handle = (b"handle", snapshot.nbytes, 0, b"counter", 0, b"event", False)
+    handle = (b"handle", snapshot.nbytes, 0, b"counter", 0, b"event")
     said = r"student weights v5: .*the engine's GPU cannot open .* set weights.transport: broadcast"
     with pytest.raises(NotReceived, match=said):
         ray.get(engines[0].update_weights.remote(replace(snapshot, path="", handle=handle)), timeout=60)
