@@ -16,6 +16,7 @@ from pydantic import Field
 
 from benchmarks.given import file_of
 from benchmarks.measure import report
+from sdft.actors.shared.digests import MOST_THREADS
 from sdft.services.base.section import Section
 
 STATE_BYTES = 22  # a parameter of the learner in bfloat16: weights 2, gradients 4, masters 4, moments 8, teacher 4
@@ -114,6 +115,7 @@ def phases(case: Case, batch: Batch, rates: Rates) -> dict[str, float]:
     # ZeRO 3, by a ring that moves nearly all of it through each rank: in each micro-batch the weights twice, for
     # forward and backward, and the gradients once.
     micro_batches = math.ceil(trained / case.learner.gpus / MICRO_BATCH)
+    digests = weights * (1 / MOST_THREADS + 1)
     gathered = 0 if case.learner.gpus == 1 else 3 * weights * micro_batches / link
     return {
         "rollout": batch.completion * step * per_engine / at_once,
@@ -121,9 +123,9 @@ def phases(case: Case, batch: Batch, rates: Rates) -> dict[str, float]:
         "learn": 6 * model.used * trained / (products * rates.learner_share * case.learner.gpus),
         "exchange": gathered,
         "optimizer": OPTIMIZER_BYTES * model.parameters / (memory * case.learner.gpus),
-        # The student's and the teacher's: learner rank 0 broadcasts all of both (actors/transport/broadcast.py). One
-        # thread there makes the digests, and compares them before it sends.
-        "weights": 2 * (weights / (1e9 * rates.network_gb_s) + 2 * weights / (1e9 * rates.digest_gb_s)),
+        # The student's and the teacher's: learner rank 0 broadcasts all of both (actors/transport/broadcast.py).
+        # MOST_THREADS threads there make the digests, and one compares them before it sends.
+        "weights": 2 * (weights / (1e9 * rates.network_gb_s) + digests / (1e9 * rates.digest_gb_s)),
         "controller": rates.controller_s * case.sequences,
     }
 

@@ -3,8 +3,9 @@
     python -m benchmarks.snapshots
 
 The model is SmolLM2-135M in the dtype of this processor. Learner and engine are actors, as in a run. Packing writes
-every tensor (the teacher's rounded from float32 if necessary) into shared memory with a digest. Publishing adds the
-log-probs of the probe and the actor call. Loading checks every digest, and vLLM lays the weights out for its kernels.
+every tensor (the teacher's rounded from float32 if necessary) into shared memory, and other threads digest it beside
+that; the row "one after the other" does the same in one thread. Publishing adds the log-probs of the probe and the
+actor call. Loading checks every digest, and vLLM lays the weights out for its kernels.
 The pause is how long generation stops. The layout by oneDNN alone is a lower bound on loading as long as the kernels
 need it. The copy is from memory to memory that has been written before.
 """
@@ -13,6 +14,8 @@ import mmap
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +26,17 @@ from safetensors.torch import load_file
 
 from benchmarks.compat import onednn_layout
 from benchmarks.learner_step import samples, settings, take_step
-from benchmarks.measure import in_a_process, report
+from benchmarks.measure import in_a_process, report, seconds_in_turn
 from benchmarks.scoring import DTYPE
 from benchmarks.scoring import settings as engine_settings
+from sdft.actors.shared.digests import check_digests, digest
+from sdft.actors.shared.packed import pack
+from sdft.actors.shared.types import Snapshot
 from sdft.actors.worker import EngineWorker
 from sdft.learner.shares import shares
 from sdft.learner.worker import LearnerWorker, learner_actor
 
+Weights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 ROUNDS, WAIT_S = 5, 300
 LAYOUT = "lay weights out by oneDNN, alone"
 
@@ -52,23 +59,43 @@ def timed(call: Any) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def packing() -> dict[str, list[float]]:
-    """Seconds of packing alone in every round, by role."""
-    from sdft.learner.weights.publisher import copy_tensors
+def one_after_the_other(weights: Weights, payload: torch.Tensor) -> None:
+    """Copy each tensor and then digest it, in one thread: what copy_tensors is compared with."""
+    view = memoryview(payload.numpy())
+    for entry in pack(weights(), payload):
+        digest(view[entry.offset : entry.offset + entry.nbytes])
 
+
+def packing() -> tuple[dict[str, float], dict[str, int]]:
+    """Median seconds, and bytes, of packing alone and of checking the digests alone."""
+    from sdft.learner.weights.buffers import copy_tensors
+
+    probe = np.arange(100, 148, dtype=np.int32)
     learner = LearnerWorker()
-    learner.start(settings(), 1, *learner.rendezvous(), np.arange(100, 148, dtype=np.int32))
+    learner.start(settings(), 1, *learner.rendezvous(), probe)
     take_step(learner, samples(8))
-    seconds: dict[str, list[float]] = {}
-    memories: dict[str, mmap.mmap] = {}
-    for _ in range(ROUNDS + 1):
-        for role in ("student", "teacher"):
-            nbytes = sum(t.nbytes for _, t in learner._engine.weights(role))
-            memory = memories.get(role) or memories.setdefault(role, mmap.mmap(-1, nbytes))
-            start = time.perf_counter()
-            copy_tensors(learner._engine.weights(role), memory)
-            seconds.setdefault(f"pack {role}", []).append(time.perf_counter() - start)
-    return seconds
+    cases: dict[str, Callable[[], object]] = {}
+    nbytes: dict[str, int] = {}
+    threads = torch.get_num_threads()
+
+    def add(name: str, size: int, case: Callable[[], object]) -> None:
+        cases[name], nbytes[name] = case, size
+
+    def beside(weights: Weights, payload: torch.Tensor) -> None:
+        copy_tensors(weights(), payload, threads)
+
+    for role in ("student", "teacher"):
+        weights = partial(learner._engine.weights, role)
+        size = sum(t.nbytes for _, t in weights())
+        payload = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+        add(f"pack {role}, one after the other", size, partial(one_after_the_other, weights, payload))
+        add(f"pack {role}", size, partial(beside, weights, payload))
+    entries = copy_tensors(weights(), payload, threads)
+    snapshot = Snapshot("teacher", 1, "", "", size, entries, probe, np.zeros(0, np.float32))
+    view = memoryview(payload.numpy())
+    for count in (1, threads):
+        add(f"check digests, threads: {count}", size, partial(check_digests, snapshot, view, count))
+    return seconds_in_turn(cases, ROUNDS), nbytes
 
 
 def laying_out() -> tuple[list[float], int]:
@@ -130,12 +157,12 @@ def main() -> None:
             seconds, nbytes = measure(Path(scratch))
     finally:
         ray.shutdown()
-    packed = in_a_process(packing)
-    nbytes |= {name: nbytes[name.replace("pack", "publish")] for name in packed}
+    medians, of_packing = in_a_process(packing)
+    nbytes |= of_packing
     seconds[LAYOUT], nbytes[LAYOUT] = in_a_process(laying_out)
+    medians |= {name: float(np.median(times[1:])) for name, times in seconds.items()}  # the first round maps memory
     rows = []
-    for name, times in (packed | seconds).items():
-        median = float(np.median(times[1:]))  # the first round maps memory
+    for name, median in medians.items():
         copy = copy_seconds(nbytes[name])
         rows.append(
             {"transfer": name, "MB": nbytes[name] / 1e6, "s": median, "copy s": copy, "of a copy": copy / median}

@@ -72,8 +72,12 @@ class LearnerWorker:
         if settings.rank == 0:
             node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
             model, dtype = Path(settings.model), self._engine.dtype
-            self._publisher = Publisher(model, dtype, probe_ids, node, settings.vocabulary)
-            self._sender = transport_class(settings.transport).sender(settings.device, _own_address())
+            transport = transport_class(settings.transport)
+            self._on_gpu = transport.on_gpu
+            self._publisher = Publisher(
+                model, dtype, probe_ids, node, settings.vocabulary, settings.device, transport.on_gpu
+            )
+            self._sender = transport.sender(settings.device, _own_address())
 
     def fetch(self, share: Share) -> list[SampleId]:
         """Fetch the values of this rank's share for the next step. Returns the samples whose values are lost."""
@@ -115,7 +119,8 @@ class LearnerWorker:
         content = self._engine.snapshot(ROLES[role].weights)
         if self._publisher is not None:
             snapshot = self._publisher.publish(role, version, content)
-            return self._sender.offer(snapshot, self._publisher.payload(role))
+            payload = self._publisher.payload(role)
+            return self._sender.offer(snapshot, payload if self._on_gpu else payload.numpy())
         for _ in content.weights:
             pass
         return None
@@ -127,7 +132,7 @@ class LearnerWorker:
         The reference is returned in a list, so that the caller gets the reference and not the bytes.
         """
         assert self._publisher is not None
-        return [ray.put(self._publisher.payload(role))]
+        return [ray.put(self._publisher.host_bytes(role))]
 
     @ray.method(concurrency_group=SENDING)
     def sender(self, method: str, *arguments: Any) -> Any:

@@ -16,11 +16,11 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
-import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sdft.actors.shared.compat import gloo_group, nccl_group
+from sdft.actors.shared.digests import digest
 from sdft.actors.shared.types import NotReceived, SnapshotDamaged, TensorEntry
 
 BUCKET = 64 << 20  # bytes sent at once: large enough for a network's full rate, small compared with a model
@@ -137,7 +137,7 @@ def bucket(nbytes: int, device: torch.device) -> Tensor:
 def _sealed(payload: NDArray[np.uint8], entries: Sequence[TensorEntry], device: torch.device) -> Tensor:
     """A bucket with the bytes of these tensors, which are neighbours."""
     for e in entries:
-        if xxhash.xxh3_128_hexdigest(payload[e.offset : e.offset + e.nbytes].data) != e.digest:
+        if digest(payload[e.offset : e.offset + e.nbytes].data) != e.digest:
             raise SnapshotDamaged(f"{e.name} is damaged in the learner's memory: its digest has changed")
     start, end = entries[0].offset, entries[-1].offset + entries[-1].nbytes
     full = bucket(end - start, device)

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+Handle = tuple[bytes | int, ...]  # of GPU memory, for another process of the machine (compat.py)
 IntArray = NDArray[np.int32]
 ExpertArray = NDArray[np.int16]
 FloatArray = NDArray[np.float32]
@@ -120,7 +121,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int  # bytes
     nbytes: int
-    digest: str  # xxh3_128 of the bytes
+    digest: str  # "sum:…" as sums.py says, of a snapshot that was packed on a GPU; else xxh3_128 of the bytes
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,12 @@ class Snapshot:
 
     The learner packs it into anonymous memory, so nothing is left behind when a process dies. `path` names that memory,
     and is valid on `node` until the role's next snapshot is packed. A transport may replace it (transport/protocol.py).
+    With the transport `ipc` the memory is on the learner's GPU, and `handle` names it in the same way.
     """
 
     role: str  # of the pool that loads it (roles.py)
     version: int  # 0: the weights in the model folder
-    path: str  # of a file with the payload; "": the transport streams the payload
+    path: str  # of a file with the payload; "": `handle` names the payload, or the transport streams it
     node: str  # Ray's id of the machine where the snapshot was packed
     nbytes: int
     tensors: tuple[TensorEntry, ...]
@@ -143,6 +145,7 @@ class Snapshot:
     probe_logprobs: FloatArray  # [N - 1], log-prob of each probe token after the first, with these weights
     scale: float | None = None
     base: str = ""  # folder of the model that adapters are merged into; "": the one that the engine began with
+    handle: Handle = ()  # of GPU memory with the payload; (): none
 
     def gap(self, logprobs: FloatArray) -> float:
         """relative_gap between an engine's log-probs of the probe [N - 1] and the snapshot's."""
@@ -167,7 +170,10 @@ class SnapshotDamaged(Exception):
 
 
 class NotReceived(Exception):
-    """A stream of weights did not arrive, or is incomplete. The engine computes nothing until a complete load."""
+    """Weights did not arrive: a stream is incomplete, or a handle cannot be opened.
+
+    After an incomplete stream the engine computes nothing until a complete load.
+    """
 
 
 class WeightMismatch(Exception):

@@ -137,7 +137,7 @@ class MemoryTransport(WeightTransport):
                     except (RayActorError, ActorUnschedulableError) as error:
                         self.vacated(node)
                         raise RayActorError from error
-        return replace(snapshot, node=node, path=copy.path)
+        return replace(snapshot, node=node, path=copy.path, handle=())
 
     async def _stored_bytes(self, snapshot: Snapshot) -> list[Any]:
         """The snapshot's bytes in Ray's object store: put there once for all nodes."""

@@ -7,6 +7,7 @@ from sdft.actors.transport.protocol import WeightTransport
 BUILT_IN = {
     "memory": "sdft.actors.transport.memory:MemoryTransport",
     "broadcast": "sdft.actors.transport.broadcast:BroadcastTransport",
+    "ipc": "sdft.actors.transport.ipc:IpcTransport",
 }
 
 

@@ -23,10 +23,7 @@ available stays until the next `offer`. services/fleet/versions.py says which ve
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, BinaryIO, ClassVar, Protocol
 
 from sdft.actors.shared.types import Process, Snapshot, TensorEntry, UpdateReport
 from sdft.actors.shared.waiting import within
@@ -35,11 +32,12 @@ from sdft.actors.shared.waiting import within
 class Sender:
     """The learner's end, in rank 0."""
 
-    def offer(self, snapshot: Snapshot, payload: NDArray[np.uint8]) -> Snapshot:
+    def offer(self, snapshot: Snapshot, payload: Any) -> Snapshot:
         """Make a snapshot available to the engines, and return it as they get it.
 
-        payload: its bytes, in the learner's memory. They change when the role's next version is packed. The default
-        returns the snapshot as it is: `path` names that memory.
+        payload: its bytes [nbytes] uint8 in the learner's memory, a numpy array; with WeightTransport.on_gpu a torch
+        tensor, the same one for each version. They change when the role's next version is packed. The default returns
+        the snapshot as it is: `path` names that memory.
         """
         return snapshot
 
@@ -90,6 +88,8 @@ class Destination:
 
 class WeightTransport:
     """The transport of one role. By itself it delivers snapshots whose `path` every engine can open."""
+
+    on_gpu: ClassVar[bool] = False  # the learner packs snapshots on its GPU, and not in main memory
 
     def __init__(self, role: str, learner: Callable[[], Learner], notice: Callable[[str], None]) -> None:
         """learner(): returns the current learner. notice(text): prints a message of the run."""

@@ -35,6 +35,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from sdft.actors.config import EngineSettings
 from sdft.actors.engine import Engine
 from sdft.actors.shared.agreement import Agreement
+from sdft.actors.shared.digests import check_digests, damage
+from sdft.actors.shared.pinned import mapped
 from sdft.actors.shared.types import (
     ExpertArray,
     FloatArray,
@@ -54,7 +56,6 @@ from sdft.actors.vllm.experts import Parts, assembled, fill, returned
 from sdft.actors.vllm.process import EngineProcess, error_line, forked
 from sdft.actors.vllm.sampling import rollout_of, sampling_request
 from sdft.actors.vllm.scoring import scores_of, scoring_request
-from sdft.actors.vllm.transfer import check_digests
 
 keep_prompts_as_arrays()
 
@@ -162,10 +163,18 @@ class VllmEngine(Engine):
         WeightMismatch with the gap of the log-probs. Raises RuntimeError if the weights cannot be loaded; the engine
         then computes nothing until a later update succeeds.
 
-        A snapshot without a path is streamed (`connect`). The transport then checks what arrives. Raises NotReceived if
+        A snapshot with a handle is in GPU memory, and the worker checks its digests there. Raises NotReceived if the
+        worker cannot open that memory, which leaves the weights untouched.
+
+        A snapshot without both is streamed (`connect`). The transport then checks what arrives. Raises NotReceived if
         it does not arrive complete; the engine computes nothing until a later update succeeds.
         """
         await self._probe_before(snapshot)
+        if snapshot.handle:
+            await self._check_handle(snapshot)
+            async with self._paused() as since:
+                await self._load(snapshot, RuntimeError, handle=list(snapshot.handle))
+            return await self._verified(snapshot, since)
         if not snapshot.path:
             async with self._paused() as since:
                 await self._load(snapshot, NotReceived)
@@ -173,7 +182,7 @@ class VllmEngine(Engine):
         # The open file keeps the memory if the learner ends before the snapshot is loaded.
         with await asyncio.to_thread(self._receiver.receive, snapshot) as file:
             # In a thread, before the pause, so that generation continues.
-            await asyncio.to_thread(check_digests, snapshot, file)
+            await asyncio.to_thread(check_digests, snapshot, mapped(file), self.settings.threads)
             async with self._paused() as since:
                 await self._load(snapshot, RuntimeError, path=f"/proc/{os.getpid()}/fd/{file.fileno()}")
         return await self._verified(snapshot, since)
@@ -186,6 +195,13 @@ class VllmEngine(Engine):
         with _passed_on(NotReceived, "the connection for weights"):
             request = WeightTransferInitRequest({"place": dict(place), "own_address": own_address})
             await self._llm.init_weight_transfer_engine(request)
+
+    async def _check_handle(self, snapshot: Snapshot) -> None:
+        with _passed_on(NotReceived, f"{snapshot.role} weights v{snapshot.version}"):
+            given = list(snapshot.handle), [astuple(t) for t in snapshot.tensors]
+            names = await self._llm.collective_rpc("first_damaged", args=given)
+        for name in filter(None, names):
+            raise damage(snapshot, name)
 
     async def _load(self, snapshot: Snapshot, failure: type[Exception], **how: object) -> None:
         """Load weights inside `_paused`. The pause continues if the load fails. failure: the type raised then."""

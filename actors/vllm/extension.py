@@ -1,10 +1,14 @@
 """The extension that vLLM loads into its worker processes."""
 
-import sdft.actors.vllm.transfer  # noqa: F401  registers the weight transfer in the worker process
+from typing import Any
+
+from sdft.actors.shared.sums import damaged
+from sdft.actors.transport.ipc import opened
 from sdft.actors.vllm.compat import chosen_experts, hide_rows, rotate_each_head, router_layers
 from sdft.actors.vllm.compat_scoring import Reading, score_by
 from sdft.actors.vllm.experts import kept_name
 from sdft.actors.vllm.scoring import first_row, given_ids, temperature
+from sdft.actors.vllm.transfer import sent  # the import also registers the weight transfer in the worker process
 
 rotate_each_head()
 
@@ -30,6 +34,14 @@ class WorkerExtension:
             [(begin, list(part.shape), part.numpy().tobytes()) for begin, part in self._experts.pop(name, ())]
             for name in names
         ]
+
+    def first_damaged(self, handle: list[Any], entries: list[Any]) -> str | None:
+        """Return the name of the first tensor in GPU memory that differs from its digest; None: all are right.
+
+        handle, entries: the items of a Handle, and the fields of each TensorEntry. Raises NotReceived if the memory
+        cannot be opened.
+        """
+        return damaged(opened(tuple(handle), self.device), sent(entries))  # type: ignore[attr-defined]
 
     def hide_rows(self, vocabulary: int) -> None:
         """Leave the tokens from `vocabulary` on out of every distribution (EngineSettings.vocabulary)."""

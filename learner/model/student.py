@@ -152,7 +152,7 @@ class Probe(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the log-prob of every token of `ids` [N] after the first: [N - 1] float32."""
-        states = hidden_states(self.model, ids, torch.arange(len(ids)), (len(ids),))
+        states = hidden_states(self.model, ids, torch.arange(len(ids), device=ids.device), (len(ids),))
         logits = self.model.get_output_embeddings()(states[:-1])[:, : self.vocabulary]
         logits = LogitScaling.of(self.model.config).apply_(logits).float()
         return torch.log_softmax(logits, -1).gather(-1, ids[1:, None])[:, 0]

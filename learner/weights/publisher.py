@@ -1,103 +1,100 @@
-"""Weights out of the learner: a versioned snapshot in shared memory, with digests and the probe's log-probs.
+"""Weights out of the learner: a versioned snapshot in a buffer, with digests and the probe's log-probs.
 
-The memory is anonymous (memfd) and reached through the publishing process, so it is freed when that process ends. No
-file is left behind, whichever process dies. Each role has one buffer, which its next version overwrites. The driver
-publishes no version while an engine loads the one before it (services/fleet/versions.py).
+Each role has one buffer (buffers.py), which its next version overwrites. The driver publishes no version while an
+engine loads the one before it (services/fleet/versions.py).
 """
 
-import mmap
-import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.func import functional_call
 
 from sdft.actors.shared.adapters import merged
-from sdft.actors.shared.process import anonymous_memory
+from sdft.actors.shared.packed import unpack
 from sdft.actors.shared.types import FloatArray, IntArray, Snapshot, TensorEntry
 from sdft.learner.model.student import Probe
+from sdft.learner.weights.buffers import GpuMemory, HostMemory
 from sdft.learner.weights.content import Content
-
-
-@dataclass
-class _Buffer:
-    fd: int
-    memory: mmap.mmap
 
 
 class Publisher:
     """Packs snapshots, on the learner's first rank."""
 
     def __init__(
-        self, model: Path, dtype: torch.dtype, probe_ids: IntArray, node: str, vocabulary: int | None = None
+        self,
+        model: Path,
+        dtype: torch.dtype,
+        probe_ids: IntArray,
+        node: str,
+        vocabulary: int | None = None,
+        device: str = "cpu",
+        on_gpu: bool = False,
     ) -> None:
-        """node: Ray's node id of this machine. vocabulary: as in LearnerSettings."""
+        """node: Ray's node id of this machine. vocabulary: as in LearnerSettings.
+
+        device: torch's name, of the weights. on_gpu: pack them there, and compute the probe there.
+        """
         self._node = node
+        self._device, self._on_gpu = torch.device(device), on_gpu
         self._model = model
         self._probe = Probe(model, dtype, vocabulary)
         self._dtype = dtype
         self._probe_ids = probe_ids
-        self._buffers: dict[str, _Buffer] = {}
+        self._buffers: dict[str, HostMemory | GpuMemory] = {}
 
     def publish(self, role: str, version: int, content: Content) -> Snapshot:
-        """Copy the weights into shared memory, over the role's last snapshot."""
+        """Pack the weights over the role's last snapshot."""
         buffer = self._buffers.get(role)
         if buffer is None:
-            buffer = self._buffers[role] = _Buffer(*anonymous_memory(f"sdft-{role}", content.nbytes))
-        entries = copy_tensors(content.weights, buffer.memory)
+            buffer = self._buffers[role] = self._buffer(role, content.nbytes)
+        entries = buffer.fill(content.weights)
         return Snapshot(
             role=role,
             version=version,
-            path=f"/proc/{os.getpid()}/fd/{buffer.fd}",
+            path=buffer.path,
             node=self._node,
             nbytes=content.nbytes,
             tensors=entries,
             probe_ids=self._probe_ids,
-            probe_logprobs=self._probe_logprobs(entries, buffer.memory, content.scale),
+            probe_logprobs=self._probe_logprobs(entries, buffer.payload, content.scale),
             scale=content.scale,
         )
+
+    def payload(self, role: str) -> Tensor:
+        """Return the buffer of the role, [nbytes] uint8. Its bytes change when the next version is published."""
+        return self._buffers[role].payload
+
+    def host_bytes(self, role: str) -> NDArray[np.uint8]:
+        """Return the bytes of the role's last snapshot in main memory: without a copy if they were packed there."""
+        payload = self.payload(role)
+        # A separate stream on a GPU, so that the copy does not wait for the step in progress.
+        with torch.cuda.stream(torch.cuda.Stream(payload.device) if payload.is_cuda else None):
+            return payload.cpu().numpy()
 
     def forget(self, role: str) -> None:
         """Free the memory of a role's snapshot, once no process has mapped it."""
         buffer = self._buffers.pop(role, None)
         if buffer is not None:
-            os.close(buffer.fd)  # the mapping ends with the last view of it
+            buffer.close()
 
-    def _probe_logprobs(self, entries: Sequence[TensorEntry], memory: mmap.mmap, scale: float | None) -> FloatArray:
+    def _buffer(self, role: str, nbytes: int) -> HostMemory | GpuMemory:
+        return GpuMemory(nbytes, self._device) if self._on_gpu else HostMemory(f"sdft-{role}", nbytes, self._device)
+
+    def _probe_logprobs(self, entries: Sequence[TensorEntry], payload: Tensor, scale: float | None) -> FloatArray:
         """Compute the probe's log-probs from the packed bytes, because engines of both roles must reproduce those.
 
         Raises ValueError if a parameter of the model is not among the tensors.
         """
-        payload = torch.frombuffer(memory, dtype=torch.uint8)
-        tensors = {
-            e.name: payload[e.offset : e.offset + e.nbytes].view(getattr(torch, e.dtype)).view(e.shape) for e in entries
-        }
+        device = payload.device
+        tensors = dict(unpack(payload, entries))
         if scale is not None:
             tensors = dict(merged(self._model, tensors, scale, self._dtype))
-        parameters = self._probe.parameters_of(tensors)
-        ids = torch.from_numpy(self._probe_ids.astype(np.int64))
+        held = self._probe.parameters_of(tensors) | dict(self._probe.named_buffers())
+        ids = torch.from_numpy(self._probe_ids.astype(np.int64)).to(device)
         with torch.no_grad():
-            return functional_call(self._probe, parameters, (ids,)).numpy()
-
-    def payload(self, role: str) -> NDArray[np.uint8]:
-        """Return the bytes of the role's last snapshot without a copy. They change when the next one is published."""
-        return np.frombuffer(self._buffers[role].memory, np.uint8)
-
-
-def copy_tensors(weights: Iterable[tuple[str, torch.Tensor]], memory: mmap.mmap) -> tuple[TensorEntry, ...]:
-    """Copy tensors end to end into `memory`, one at a time. Returns the place and the digest of each."""
-    payload, view = torch.frombuffer(memory, dtype=torch.uint8), memoryview(memory)
-    entries, offset = [], 0
-    for name, tensor in weights:
-        place = slice(offset, offset + tensor.nbytes)
-        payload[place].copy_(tensor.contiguous().view(-1).view(torch.uint8))
-        digest = xxhash.xxh3_128_hexdigest(view[place])
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        entries.append(TensorEntry(name, dtype, tuple(tensor.shape), offset, tensor.nbytes, digest))
-        offset += tensor.nbytes
-    return tuple(entries)
+            on_device = {name: tensor.to(device) for name, tensor in held.items()}
+            return functional_call(self._probe, on_device, (ids,)).cpu().numpy()

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from sdft.actors.config import ActorsConfig, Dtype, SamplingConfig
+from sdft.actors.config import VLLM, ActorsConfig, Dtype, SamplingConfig
 from sdft.actors.roles import teacher_pool
 from sdft.learner.config import LearnerConfig, TeacherConfig
 from sdft.services.algorithms.registry import Method
@@ -292,6 +292,21 @@ class RunConfig(Section):
             raise ValueError(
                 "weights.teacher_sync_every has no effect with teacher.weights gated, whose refreshes are sent at "
                 "once; remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _transport_is_possible(self) -> "RunConfig":
+        own = [name for name, pool in self.actors.pools.items() if pool.engine != VLLM]
+        if self.weights.transport == "ipc" and self.device == "cpu":
+            raise ValueError(
+                "weights.transport ipc passes memory of the learner's GPU, and device is cpu; set it to memory or "
+                "broadcast, or set device: cuda"
+            )
+        if self.weights.transport == "ipc" and own:
+            raise ValueError(
+                f"weights.transport ipc works with vLLM's engines only, and actors.{own[0]}.engine is a class of your "
+                f"own; set it to memory, or remove engine"
             )
         return self
 

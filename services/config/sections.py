@@ -188,7 +188,8 @@ class WeightsConfig(Section):
     transport: str = Field(
         "memory",
         description="memory: each engine maps the snapshot; broadcast: the learner sends it to all engines of a role; "
-        "or the import path of your own, as package.module:Name",
+        "ipc (device: cuda only): engines copy it from the learner's GPU memory; or the import path of your own, as "
+        "package.module:Name",
     )
     max_probe_gap: float | None = Field(
         None, gt=0, description="Largest relative gap of the probe; null: 0.001 in float32, 0.08 in bfloat16"
@@ -204,7 +205,7 @@ class WeightsConfig(Section):
             near = difflib.get_close_matches(name, BUILT_IN, n=1)
             mend = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(
-                f"{name} is not memory, broadcast or the import path of your own, package.module:Name{mend}"
+                f"{name} is not memory, broadcast, ipc or the import path of your own, package.module:Name{mend}"
             )
         return name
 

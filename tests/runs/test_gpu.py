@@ -1,4 +1,4 @@
-"""What differs between GPU and CPU, on a GPU: attention, the loss, the learner, whole runs on one shared GPU.
+"""What differs between GPU and CPU, on a GPU: attention, the loss, the learner, snapshots, runs on one shared GPU.
 
     .venv/bin/pytest tests/runs/test_gpu.py
 
@@ -7,7 +7,10 @@ Skipped if torch finds no GPU. No other test uses one.
 
 import asyncio
 import json
+import multiprocessing
 import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +21,18 @@ import yaml
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from benchmarks.loss import inputs
+from sdft.actors.shared.compat import share
+from sdft.actors.shared.packed import unpack
+from sdft.actors.shared.pinned import PinnedFile
+from sdft.actors.shared.sums import damaged, sum_digests
+from sdft.actors.shared.types import Handle, TensorEntry
+from sdft.actors.transport.ipc import opened
 from sdft.learner.config import LossConfig
 from sdft.learner.group import LearnerGroup
 from sdft.learner.loss.chunked import divergence_loss
 from sdft.learner.model.attention import packed_attention
 from sdft.learner.model.cpu.norm import replace_norms
+from sdft.learner.weights.buffers import GpuMemory, HostMemory
 from sdft.services.records.batches import read_batch
 from sdft.services.records.rows import read_jsonl
 from tests.fakes.rollouts import make_rollouts
@@ -134,6 +144,69 @@ def test_two_steps_are_those_of_a_cpu(ray_cluster: None, tiny_model: Path, stage
         assert all((ours[name] == same[name]).all() for name in ours)
 
 
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+def weights(seed: int) -> list[tuple[str, torch.Tensor]]:
+    """Return tensors on the GPU, of odd sizes and of more than one block of sums, with another value for each seed."""
+    g = torch.Generator(GPU).manual_seed(seed)
+    shapes = ((3,), (1000, 1001), (), (0, 4), (3000, 1500), (7,))
+    return [(f"t{i}", torch.randn(s, generator=g, device=GPU).to(torch.bfloat16)) for i, s in enumerate(shapes)]
+
+
+def test_weights_on_a_gpu_are_published_as_those_of_a_cpu() -> None:
+    """Into pinned memory, with the same bytes and digests, and by sums, which are those that a CPU computes."""
+    given = weights(0)
+    nbytes = sum(tensor.nbytes for _, tensor in given)
+    pinned, plain, ours = HostMemory("a", nbytes, GPU), HostMemory("b", nbytes, CPU), GpuMemory(nbytes, GPU)
+    for seed in range(3):
+        version = weights(seed)
+        assert pinned.fill(version) == plain.fill([(name, tensor.cpu()) for name, tensor in version])
+        assert torch.equal(pinned.payload, plain.payload)
+        entries = ours.fill(version)
+        assert torch.equal(ours.payload.cpu(), plain.payload)
+        assert [e.digest for e in entries] == sum_digests(plain.payload, entries)
+    pinned.close()
+
+
+def test_a_file_stays_pinned_until_another_one_comes() -> None:
+    memories = [HostMemory(name, 1 << 20, CPU) for name in ("a", "b")]
+    pinned = PinnedFile()
+    maps: list[memoryview] = []
+    for memory in (memories[0], memories[0], memories[1]):
+        memory.payload.fill_(len(maps))
+        with open(memory.path, "rb") as file:
+            maps.append(pinned.map(file))
+        there = torch.frombuffer(maps[-1], dtype=torch.uint8)
+        assert torch.equal(there.to(GPU).cpu(), memory.payload)
+    assert maps[0] is maps[1] is not maps[2]
+    pinned.close()
+
+
+def as_an_engine(handle: Handle, entries: Sequence[TensorEntry]) -> tuple[str | None, list[torch.Tensor]]:
+    """Return what a process finds in memory that another one has shared."""
+    payload = opened(handle, GPU)
+    return damaged(payload, entries), [tensor.clone().cpu() for _, tensor in unpack(payload, entries)]
+
+
+def test_another_process_reads_each_version_in_the_learners_memory_and_no_file_stays_behind() -> None:
+    before = on_machine()
+    memory = GpuMemory(sum(tensor.nbytes for _, tensor in weights(0)), GPU)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as engine:
+        for seed in range(3):
+            version = weights(seed)
+            entries = memory.fill(version)
+            if seed == 0:
+                handle = share(memory.payload)
+                assert new_since(before) == set()
+            wrong, there = engine.submit(as_an_engine, handle, entries).result(timeout=120)
+            assert wrong is None
+            assert all(torch.equal(one, tensor.cpu()) for one, (_, tensor) in zip(there, version, strict=True))
+        memory.payload[entries[1].offset] ^= 1
+        torch.cuda.synchronize()
+        assert engine.submit(as_an_engine, handle, entries).result(timeout=120)[0] == "t1"
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """A strict run in bfloat16, entirely on one GPU."""
@@ -158,6 +231,13 @@ def test_a_run_on_one_gpu_accounts_for_every_sample(whole: Path) -> None:
     assert rows[0]["divergence"] > 0
     assert max(abs(r["mismatch_kl"]) for r in rows) < 1e-2
     assert json.loads((whole / "run.json").read_text())["state"] == "finished"
+
+
+def test_a_run_whose_weights_stay_on_the_gpu_has_the_same_results(config: Path, whole: Path) -> None:
+    before, run_dir = on_machine(), config.with_name("ipc")
+    finish(config, run_dir, "weights.transport=ipc")
+    assert metrics(run_dir) == metrics(whole)
+    assert new_since(before) == set()
 
 
 @pytest.mark.parametrize("support", ["student", "union"])

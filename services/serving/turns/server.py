@@ -126,10 +126,11 @@ class Owners:
 
         Adapters stay adapters: a turn merges them into the model that the run began with.
         """
-        from sdft.actors.vllm.transfer import check_digests
+        from sdft.actors.shared.digests import check_digests  # imports torch
+        from sdft.actors.shared.pinned import mapped
 
         with open(snapshot.path, "rb") as file:
-            check_digests(snapshot, file)
+            check_digests(snapshot, mapped(file), self._engine.settings.threads)
             if owner not in self._memory:
                 self._memory[owner] = anonymous_memory(f"sdft-{owner}", snapshot.nbytes)
             fd, memory = self._memory[owner]

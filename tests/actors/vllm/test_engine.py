@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -113,8 +113,8 @@ def watched() -> type:
 
             check = engine.check_digests
 
-            def check_and_unlink(snapshot: Snapshot, file: BinaryIO) -> None:
-                check(snapshot, file)
+            def check_and_unlink(snapshot: Snapshot, payload: memoryview, threads: int | None) -> None:
+                check(snapshot, payload, threads)
                 Path(snapshot.path).unlink()
 
             engine.check_digests = check_and_unlink
@@ -360,7 +360,7 @@ def sender(engines: list) -> Iterator[BroadcastSender]:
 def streamed(engine: Any, sender: BroadcastSender, publisher: Publisher, snapshot: Snapshot) -> ray.ObjectRef:
     """Broadcast the snapshot to the engine. Returns the engine's report."""
     receiving = engine.update_weights.remote(replace(snapshot, path=""))
-    sender.offer(snapshot, publisher.payload("student"))
+    sender.offer(snapshot, publisher.payload("student").numpy())
     sender.send("student", 30)
     return receiving
 
@@ -399,9 +399,9 @@ def test_log_probs_are_hugging_faces_before_and_after_a_weight_update(engines: l
     compare(engines[0], model, 3, Sampling(24, temperature=0.7, top_p=0.8))
 
 
-@pytest.mark.parametrize("transport", ["memory", "broadcast"])
+@pytest.mark.parametrize("transport", ["memory", "broadcast", "ipc, to another node"])
 def test_adapters_are_merged_into_the_base_model(
-    transport: str, engines: list, sender: BroadcastSender, tiny_model: Path
+    transport: str, engines: list, sender: BroadcastSender, tiny_model: Path, tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     torch.manual_seed(2)
@@ -413,9 +413,12 @@ def test_adapters_are_merged_into_the_base_model(
             module.weight.data += scale * up @ down
             adapters |= {f"model.layers.{name}.lora_A.weight": down, f"model.layers.{name}.lora_B.weight": up}
     sent = Content(adapters.items(), sum(a.nbytes for a in adapters.values()), scale)
-    publisher = publisher_of(tiny_model)
+    publisher = Publisher(tiny_model, torch.float32, PROBE, "", on_gpu=transport.startswith("ipc"))
     snapshot = publisher.publish("student", 4, sent)
-    if transport == "memory":
+    if transport.startswith("ipc"):  # a relay's copy of what is on the learner's GPU: its digests are sums
+        publisher.host_bytes("student").tofile(tmp_path / "copy")
+        snapshot = replace(snapshot, path=str(tmp_path / "copy"))
+    if transport != "broadcast":
         report = ray.get(engines[0].update_weights.remote(snapshot), timeout=60)
     else:
         report = ray.get(streamed(engines[0], sender, publisher, snapshot), timeout=60)
@@ -503,6 +506,21 @@ def test_a_damaged_snapshot_is_refused_by_the_name_of_the_tensor(engines: list, 
     before = ray.get(engines[0].generate.remote([GenerateRequest(PROMPT, 1)], Sampling(4)), timeout=60)[0].versions
     assert before[0][0] != 4
     assert ray.get(engines[0].update_weights.remote(snapshot), timeout=60).version == 4
+
+
+def test_a_handle_that_cannot_be_opened_is_reported_and_leaves_the_engine_as_it_was(
+    engines: list, tiny_model: Path
+) -> None:
+    requests = [GenerateRequest(PROMPT, 1)]
+    (before,) = ray.get(engines[0].generate.remote(requests, PLAIN), timeout=60)
+    snapshot = publisher_of(tiny_model).publish("student", 5, content(changed(tiny_model, seed=5)))
+    handle = (b"handle", snapshot.nbytes, 0, b"counter", 0, b"event")
+    said = r"student weights v5: .*the engine's GPU cannot open .* set weights.transport: broadcast"
+    with pytest.raises(NotReceived, match=said):
+        ray.get(engines[0].update_weights.remote(replace(snapshot, path="", handle=handle)), timeout=60)
+    (after,) = ray.get(engines[0].generate.remote(requests, PLAIN), timeout=60)
+    assert (after.completion_ids.tolist(), after.versions) == (before.completion_ids.tolist(), before.versions)
+    assert after.logprobs.tolist() == before.logprobs.tolist()
 
 
 def test_a_snapshot_whose_publisher_ends_while_it_is_loaded_is_loaded_to_the_end(

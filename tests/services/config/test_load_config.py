@@ -111,8 +111,18 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
         ),
         (
             "weights: {transport: memroy}",
-            "my.yaml: weights.transport: memroy is not memory, broadcast or the import path of your own, "
+            "my.yaml: weights.transport: memroy is not memory, broadcast, ipc or the import path of your own, "
             "package.module:Name; did you mean memory?",
+        ),
+        (
+            "weights: {transport: ipc}",
+            "my.yaml: weights.transport ipc passes memory of the learner's GPU, and device is cpu; set it to memory or "
+            "broadcast, or set device: cuda",
+        ),
+        (
+            "device: cuda\nweights: {transport: ipc}\nactors: {teacher: {engine: 'mine:Engine'}}",
+            "my.yaml: weights.transport ipc works with vLLM's engines only, and actors.teacher.engine is a class of "
+            "your own; set it to memory, or remove engine",
         ),
         (
             "weights: {transport: 'json:JSONDecoder'}",

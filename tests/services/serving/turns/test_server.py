@@ -39,6 +39,7 @@ class Engine:
     """Holds the bytes of a snapshot as its weights."""
 
     def __init__(self) -> None:
+        self.settings = engine_settings(Path("base"))
         self.holds, self.loads, self.slow = b"", 0, asyncio.Event()
         self.dead = False
 
