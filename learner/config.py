@@ -253,6 +253,12 @@ class LearnerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     ranks: int = Field(1, ge=1, description="Learner processes; each takes a share of every batch")
+    sequence_parallel: int = Field(
+        1,
+        ge=1,
+        description="Ranks that divide the tokens of a micro-batch, for sequences that are too long for one; attention "
+        "divides its heads (Ulysses)",
+    )
     zero_stage: Literal[0, 1, 2, 3] | None = Field(None, description="null: 0 for one rank in float32, else 1")
     cpus: float = Field(0.5, gt=0, description="Ray CPUs reserved by each rank")
     gpus: float = Field(1, ge=0, description="GPUs of each rank, or a part of one; used with device: cuda only")
@@ -289,8 +295,17 @@ class LearnerConfig(BaseModel):
     health_timeout_s: float = Field(120, gt=0, description="A rank that answers nothing for so long is lost")
     max_restarts: int = Field(3, ge=0, description="Losses of the learner within an hour before the run gives up")
 
+    @model_validator(mode="after")
+    def _ranks_divide(self) -> "LearnerConfig":
+        if self.ranks % self.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel {self.sequence_parallel} must divide ranks {self.ranks}, because so many ranks "
+                f"compute each micro-batch; change one of the two"
+            )
+        return self
+
     def tokens_at_once(self, device: str) -> int:
-        """Return the tokens packed into one forward.
+        """Return the tokens of one forward that a rank computes.
 
         On a GPU more, because launching the kernels of a smaller forward takes longer than the kernels.
         """

@@ -21,10 +21,13 @@ from deepspeed.utils import (
 from sdft.learner.checkpoint.saving import TensorFile
 from sdft.learner.checkpoint.state import CHANGE, Piece, StateFiles, state_files
 from sdft.learner.compat import build_nothing, divided_masters, fragment, link_state, numel, reduce_nothing
+from sdft.learner.divided import part_of
+from sdft.learner.division import groups
 from sdft.learner.gpu.check import usable
 from sdft.learner.model.architecture import Untrainable
 from sdft.learner.model.experts import Replay, freeze_routers
 from sdft.learner.model.faithful import unfaithful
+from sdft.learner.model.forward import undivided
 from sdft.learner.model.stored import Stored
 from sdft.learner.model.student import SelfDistillation, load_student, tied_names
 from sdft.learner.offloaded import OffloadedAdamW
@@ -53,6 +56,8 @@ class LearnerEngine:
         student = load_student(Path(settings.model), self.dtype, fused)
         if settings.rank == 0 and (reason := unfaithful(student)):
             raise Untrainable(f"{settings.model} cannot be trained: {reason}")
+        if reason := undivided(student, settings.config.sequence_parallel):
+            raise Untrainable(f"{settings.model} cannot be trained with learner.sequence_parallel: {reason}")
         self._stored = Stored(student)
         if not settings.config.train_router:
             freeze_routers(student)
@@ -78,6 +83,10 @@ class LearnerEngine:
         self._begin()  # the first step would skip it if its gradient is not finite
         optimizer.set_steps(0)  # DeepSpeed's set-up of ZeRO stage 3 takes a step on zero gradients
         self.ranks = torch.distributed.get_world_size()
+        self._together = settings.config.sequence_parallel
+        self._group = None
+        if self._together > 1:
+            self._group = groups(self.ranks, self._together)[settings.rank // self._together]
         # At ZeRO stage 0, and at 1 in bfloat16, DeepSpeed adds gradients up by copying all of them into one buffer and
         # back, for a single rank too. At the others the reduction also puts the gradients into the partitions.
         if self.ranks == 1 and self._zero_stage <= (1 if settings.dtype == "bfloat16" else 0):
@@ -174,7 +183,10 @@ class LearnerEngine:
         for i in range(share.count):
             members = fetched(share, i) if i < len(share.micro_batches) else []
             self._engine.module.loss = loss = stage.losses[members[0].objective if members else 0]
-            batch = pack(members, share.batch_size, loss.divergence.scored.k).to(self._engine.device)
+            batch = pack(members, share.batch_size, loss.divergence.scored.k, max(2, self._together))
+            if self._group is not None:
+                batch = part_of(batch, self._group, self.settings.rank % self._together, self._together)
+            batch = batch.to(self._engine.device)
             self._engine.set_gradient_accumulation_boundary(i == share.count - 1)
             value, *rest = self._engine(batch)
             # DeepSpeed averages gradients over ranks, but the shares of the batch must be summed.

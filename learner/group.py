@@ -140,13 +140,14 @@ class LearnerGroup:
 
         Raises SequencesLost, before the step, if a rank cannot fetch its share.
         """
-        at_once = self._settings.config.tokens_at_once(self._settings.device)
-        divided = shares(batch, len(self.workers), at_once)
-        lost = await self._each("fetch", "the learner to fetch a batch", divided)
+        together = self._settings.config.sequence_parallel  # ranks that divide the tokens of a share
+        at_once = together * self._settings.config.tokens_at_once(self._settings.device)
+        divided = shares(batch, len(self.workers) // together, at_once)
+        lost = await self._each("fetch", "the learner to fetch a batch", [s for s in divided for _ in range(together)])
         if any(lost):
             raise SequencesLost([sample for of_rank in lost for sample in of_rank])
         results: list[StepResult] = await self._all("train_step", "the learner's step")
-        return replace(results[0], completions=total([result.completions for result in results]))
+        return replace(results[0], completions=total([result.completions for result in results[::together]]))
 
     async def begin_stage(self) -> None:
         """Prepare the first step of a stage. The run's first stage does not need it."""

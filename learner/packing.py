@@ -5,7 +5,7 @@ that mean, so packing, order, micro-batch size and number of ranks cannot change
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdft.actors.shared.sequences import TrainingSequence, joined_experts
 from sdft.actors.shared.types import IntArray, TeacherScores
+from sdft.learner.division import Division
 from sdft.learner.loss.targets import Targets
 
 
@@ -26,25 +27,27 @@ class MicroBatch:
     predicting: Tensor  # [N] int64, positions whose hidden state predicts a loss token
     targets: Targets
     experts: Tensor | None = None  # [T, routers, k] int64, -1 where the router chooses; None: it chooses everywhere
+    # Ranks that divide the tokens: the other fields, but for `lengths`, are of this rank's part. None: it has all.
+    division: Division | None = None
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """Return the micro-batch on another device."""
-        return MicroBatch(
-            self.input_ids.to(device),
-            self.position_ids.to(device),
-            self.lengths,
-            self.predicting.to(device),
-            self.targets.to(device),
-            None if self.experts is None else self.experts.to(device),
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            predicting=self.predicting.to(device),
+            targets=self.targets.to(device),
+            experts=None if self.experts is None else self.experts.to(device),
         )
 
 
-def pack(sequences: Sequence[TrainingSequence], batch_size: int, top_k: int) -> MicroBatch:
+def pack(sequences: Sequence[TrainingSequence], batch_size: int, top_k: int, least: int = 2) -> MicroBatch:
     """Pack sequences into one micro-batch; `batch_size` is the number of sequences of the whole batch, over all ranks.
 
     top_k: width of the teacher's scores, if there are no sequences to tell it.
-    A sequence without a loss token has no rows and contributes zero. Without sequences the micro-batch is two tokens
-    without rows, because a rank without work still takes part in every collective.
+    A sequence without a loss token has no rows and contributes zero. Up to `least` tokens are filled up by one that has
+    none, because a rank without work still takes part in every collective.
     """
     ids, positions, predicting, offset = [], [], [], 0
     sampled, sampler, teacher_ids, teacher_logprobs, teacher_sampled = [], [], [], [], []
@@ -64,13 +67,17 @@ def pack(sequences: Sequence[TrainingSequence], batch_size: int, top_k: int) -> 
         completion.append(torch.full((len(rows),), float(s.sampled_tokens)))
         share.append(torch.full((len(rows),), 1.0 / (max(1, len(rows)) * batch_size)))
         offset += len(s)
-    experts = joined_experts([len(s) if s.experts is None else s.experts for s in sequences])
-    if not sequences:
-        ids, positions = [torch.zeros(2, dtype=torch.int32)], [torch.arange(2)]
+    lengths = [len(s) for s in sequences]
+    if (missing := least - sum(lengths)) > 0:
+        lengths.append(missing)
+        ids.append(torch.zeros(missing, dtype=torch.int32))
+        positions.append(torch.arange(missing))
+    chosen = [len(s) if s.experts is None else s.experts for s in sequences]
+    experts = joined_experts([*chosen, *lengths[len(sequences) :]])
     return MicroBatch(
         input_ids=torch.cat(ids).long(),
         position_ids=torch.cat(positions),
-        lengths=tuple(map(len, sequences)) or (2,),
+        lengths=tuple(lengths),
         predicting=_cat(predicting, (0,)).long(),
         targets=Targets(
             sampled_ids=_cat(sampled, (0,)).long(),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from sdft.learner.division import Division
 from sdft.learner.model.architecture import NotCausal, Untrainable
 from sdft.learner.model.cpu.short_attention import ShortAttention
 
@@ -36,6 +37,7 @@ def packed_attention(
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    division: Division | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each packed sequence: query [1, heads, T, D], key and value [1, kv heads, T, D].
@@ -43,6 +45,7 @@ def packed_attention(
     Nothing is computed between sequences. sliding_window: how many tokens each token attends to, itself included.
     softcap: bound of the scores, softcap * tanh(score / softcap) (Gemma 2). s_aux: [heads], scores of the sinks, which
     take part in the softmax and have no value (gpt-oss). dropout is ignored, because rollouts are sampled without it.
+    division: each rank gives the heads of its own tokens, and gets the same back; the lengths are of the whole pack.
     Returns [1, T, heads, D]. Raises Untrainable if a model's layers do not pass `lengths` on, or need what is not
     computed here.
     """
@@ -55,13 +58,32 @@ def packed_attention(
         raise Untrainable(f"its attention uses {', '.join(unknown)}, which the learner does not compute")
     if not lengths:
         raise Untrainable("its layers do not pass the lengths of packed sequences to their attention")
+    if division is not None:
+        query, key, value = (division.to_heads(x) for x in (query, key, value))
+        sinks = None if s_aux is None else division.own_heads(s_aux)
+        out = _attention(query, key, value, lengths, sliding_window, scaling, softcap, sinks)
+        return division.to_tokens(out), None
+    return _attention(query, key, value, lengths, sliding_window, scaling, softcap, s_aux), None
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    sliding_window: int | None,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """Return [1, T, heads, D], by the fastest way for the device, the dtype and the lengths."""
     window = sliding_window if sliding_window is not None and sliding_window < max(lengths) else None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     same, plain = key.shape == value.shape, softcap is None and s_aux is None
     if plain and query.device.type == "cpu" and window is None and same and short(lengths, query.dtype):
-        return ShortAttention.apply(query, key, value, lengths, scale).transpose(1, 2), None
+        return ShortAttention.apply(query, key, value, lengths, scale).transpose(1, 2)
     if plain and query.device.type != "cpu" and query.dtype in HALF and same:
-        return _varlen_attention(query, key, value, lengths, scale, window).unsqueeze(0), None
+        return _varlen_attention(query, key, value, lengths, scale, window).unsqueeze(0)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -70,7 +92,7 @@ def packed_attention(
             _with_extras(q[0], k[0], v[0], scale, window, softcap, s_aux)
             for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
         ]
-        return torch.cat(parts, dim=1).transpose(0, 1)[None], None
+        return torch.cat(parts, dim=1).transpose(0, 1)[None]
     attend = nn.functional.scaled_dot_product_attention
     parts = [
         attend(q, k, v, is_causal=True, scale=scale)
@@ -78,7 +100,7 @@ def packed_attention(
         else attend(q, k, v, attn_mask=_band(q.shape[2], window, q.device), scale=scale)
         for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    return torch.cat(parts, dim=2).transpose(1, 2)
 
 
 def _with_extras(

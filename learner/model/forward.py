@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
+from sdft.learner.division import Division, why_not
 from sdft.learner.model.architecture import ATTENTION, BROKEN, BY_ITSELF, NotCausal, Untrainable, layer_kinds
 from sdft.learner.model.attention import PACKED, packed_attention
 from sdft.learner.model.mixers import divide, mixers
@@ -22,14 +23,24 @@ COUNTED = "sdft_examined"
 
 
 def hidden_states(
-    model: PreTrainedModel, ids: Tensor, positions: Tensor, lengths: tuple[int, ...], read: Tensor | None = None
+    model: PreTrainedModel,
+    ids: Tensor,
+    positions: Tensor,
+    lengths: tuple[int, ...],
+    read: Tensor | None = None,
+    division: Division | None = None,
 ) -> Tensor:
-    """Last hidden states of packed sequences, ids and positions [T]: [T, H], or [N, H] of the tokens `read` [N]."""
+    """Last hidden states of packed sequences, ids and positions [T]: [T, H], or [N, H] of the tokens `read` [N].
+
+    division: of a pack whose tokens several ranks divide; ids, positions and `read` are of this rank's part.
+    """
     if not packs(model):
         parts = [model.base_model(input_ids=part[None], use_cache=False) for part in ids.split(lengths)]
         states = torch.cat([part.last_hidden_state[0] for part in parts])
     else:
         inputs = {"input_ids": ids[None], "position_ids": positions[None], "lengths": lengths, "use_cache": False}
+        if division is not None:
+            inputs["division"] = division
         states = model.base_model(**inputs, read=read).last_hidden_state.squeeze(0)
     return states if read is None else states[read]
 
@@ -37,6 +48,17 @@ def hidden_states(
 def packs(model: PreTrainedModel) -> bool:
     """Whether the model computes a pack in one forward."""
     return model.config.get_text_config()._attn_implementation == PACKED
+
+
+def undivided(model: PreTrainedModel, ranks: int) -> str | None:
+    """Return why ranks cannot divide the tokens of a pack, as the end of a sentence, or None."""
+    if ranks == 1:
+        return None
+    if not packs(model) or mixers(model):
+        return "layers carry something from each token to the next, so the tokens of a sequence stay on one rank"
+    text = model.config.get_text_config()
+    heads = text.num_attention_heads
+    return why_not(heads, getattr(text, "num_key_value_heads", None) or heads, ranks)
 
 
 def attention_for(config: Any) -> str | None:

@@ -111,7 +111,10 @@ class SelfDistillation(nn.Module):
         """
         if self.replay is not None:
             self.replay.chosen = batch.experts
-        states = hidden_states(self.model, batch.input_ids, batch.position_ids, batch.lengths, batch.predicting)
+        pack = batch.input_ids, batch.position_ids, batch.lengths, batch.predicting
+        states = hidden_states(self.model, *pack, batch.division)
+        if batch.division is not None:
+            states = batch.division.to_owners(states)
         head = self.head
         return divergence_loss(states, head.weight, head.bias, batch.targets, self.loss, self.scaling, self.vocabulary)
 

@@ -365,9 +365,11 @@ class RunConfig(Section):
                     f"measure its free memory; set actors.{name}.kv_cache_gib"
                 )
         rollouts = min(self.training.batch_size * task.sampling.generations for task in self.tasks)
-        if self.learner.ranks > rollouts:
+        groups = self.learner.ranks // self.learner.sequence_parallel
+        if groups > rollouts:
+            each = f" / learner.sequence_parallel {self.learner.sequence_parallel}" * (groups < self.learner.ranks)
             raise ValueError(
-                f"learner.ranks {self.learner.ranks} must not exceed the {rollouts} rollouts of a step "
+                f"learner.ranks {self.learner.ranks}{each} must not exceed the {rollouts} rollouts of a step "
                 f"(training.batch_size times sampling.generations), or some ranks have no work"
             )
         return self

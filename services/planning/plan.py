@@ -133,11 +133,14 @@ def _rows_of_step(config: TaskConfig) -> int:
 
 
 def _largest_forward(config: TaskConfig, longest_prompt: int) -> tuple[int, int, int]:
-    """Return (tokens, loss tokens, tokens a sequence) of a rank's largest forward, with completions of full length."""
-    sequence = longest_prompt + config.longest_reply
-    share = -(-config.training.batch_size * config.sampling.generations // config.learner.ranks)
-    sequences = max(1, min(share, config.learner.tokens_at_once(config.device) // sequence))
-    return sequences * sequence, sequences * config.longest_reply, sequence
+    """Return (tokens, loss tokens, tokens a sequence) of a rank's largest forward, with completions of full length.
+
+    Ranks that divide the tokens of a forward have the loss of whole sequences.
+    """
+    sequence, together = longest_prompt + config.longest_reply, config.learner.sequence_parallel
+    share = -(-config.training.batch_size * config.sampling.generations * together // config.learner.ranks)
+    sequences = max(1, min(share, together * config.learner.tokens_at_once(config.device) // sequence))
+    return -(-sequences * sequence // together), -(-sequences // together) * config.longest_reply, sequence
 
 
 def pools(config: RunConfig) -> tuple[str, ...]:
