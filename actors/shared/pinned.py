@@ -4,19 +4,32 @@ Copies of other memory go through a small buffer of CUDA's, at a quarter of that
 for each page, so memory is pinned once for all versions of the weights. CUDA unpins it when the process ends.
 """
 
+import logging
 import mmap
 import os
+from contextlib import suppress
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
 READ_ONLY = 8  # cudaHostRegisterReadOnly
 
 
-def pin(memory: Tensor, flags: int = 0) -> None:
-    """Pin host memory, a tensor [nbytes] uint8. flags: READ_ONLY if it is mapped so. Raises CudaError."""
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, flags))
+def pin(memory: Tensor, flags: int = 0) -> bool:
+    """Pin host memory, a tensor [nbytes] uint8, and return whether CUDA could. Copies are slower if it could not.
+
+    flags: READ_ONLY if it is mapped so.
+    """
+    try:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, flags))
+    except torch.cuda.CudaError as error:
+        log.warning("%d bytes of host memory are not pinned, so copies take longer: %s", memory.nbytes, error)
+        with suppress(RuntimeError):  # CUDA keeps the error until the next kernel reports it
+            torch.zeros(1, device="cuda")
+        return False
+    return True
 
 
 def unpin(memory: Tensor) -> None:
@@ -39,6 +52,7 @@ class PinnedFile:
     def __init__(self) -> None:
         self._memory: memoryview | None = None
         self._of: os.stat_result | None = None
+        self._pinned = False
 
     def map(self, file: BinaryIO) -> memoryview:
         """Map a file whole, read-only."""
@@ -49,12 +63,13 @@ class PinnedFile:
             self.close()
         memory = mapped(file)
         if os.readlink(f"/proc/self/fd/{file.fileno()}").startswith("/memfd:"):
-            pin(torch.frombuffer(memory, dtype=torch.uint8), READ_ONLY)
+            self._pinned = pin(torch.frombuffer(memory, dtype=torch.uint8), READ_ONLY)
             self._memory, self._of = memory, there
         return memory
 
     def close(self) -> None:
         """Unpin the file, which stays mapped as long as a tensor is a view of it."""
         if self._memory is not None:
-            unpin(torch.frombuffer(self._memory, dtype=torch.uint8))
+            if self._pinned:
+                unpin(torch.frombuffer(self._memory, dtype=torch.uint8))
             self._memory = self._of = None

@@ -33,9 +33,7 @@ class HostMemory:
         self._fd, memory = anonymous_memory(name, nbytes)
         self.payload = torch.frombuffer(memory, dtype=torch.uint8)  # [nbytes]
         self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
-        self._pinned = device.type == "cuda"
-        if self._pinned:
-            pin(self.payload)
+        self._pinned = device.type == "cuda" and pin(self.payload)
 
     def fill(self, weights: Weights) -> tuple[TensorEntry, ...]:
         """Pack weights, over those before. Returns the place and the digest of each."""
