@@ -45,6 +45,11 @@ class PoolConfig(BaseModel):
         description="eager, graphs (CUDA graphs of the decoding steps; GPUs only) or compiled (rollouts on a CPU take "
         "a tenth less, the start 45 s more); null: graphs on a GPU, eager on a CPU",
     )
+    sleep: bool = Field(
+        False,
+        description="The engines leave their GPU memory to the learner while it steps, and keep the weights in the "
+        "host's; strict runs on GPUs only",
+    )
     start_timeout_s: float = Field(600, gt=0, description="How long an engine may take to start")
     health_timeout_s: float = Field(120, gt=0, description="An engine that answers nothing for so long is replaced")
     max_restarts: int = Field(3, ge=0, description="Losses of an engine within an hour before the run gives up")
@@ -193,6 +198,7 @@ class EngineSettings:
     vocabulary: int | None = None  # tokens of the tokenizer; later rows are in no distribution. None: all rows are
     keep_experts: bool = False  # rollouts have the experts that the routers chose
     transport: str = "memory"  # weights.transport
+    sleeps: bool = False  # `sleep` and `wake` are called
     pool: str = ""  # its name
     shared: bool = False  # it holds the weights of several owners, one after the other
     extension: str = "sdft.actors.vllm.extension.WorkerExtension"  # loaded in the engine's worker processes

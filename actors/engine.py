@@ -98,6 +98,14 @@ class Engine(ABC):
         """
         raise NotReceived(f"{type(self).__name__} receives no streams of weights")
 
+    async def sleep(self) -> None:
+        """Free the GPU's memory. Until `wake` only `ping` is called. Called only with settings.sleeps."""
+        raise NotImplementedError(f"{type(self).__name__} cannot sleep")
+
+    async def wake(self) -> None:
+        """Be as before `sleep`, with the same weights. Called on an engine that is awake, too, after a replacement."""
+        raise NotImplementedError(f"{type(self).__name__} cannot sleep")
+
     @abstractmethod
     async def ping(self) -> None:
         """Return when the engine has answered: the health check. An engine that does not return is replaced."""

@@ -134,6 +134,12 @@ class EngineWorker:
     async def update_weights(self, snapshot: Snapshot) -> UpdateReport:
         return await self._alive(self._engine.update_weights(snapshot), to_its_end=True)
 
+    async def sleep(self) -> None:
+        await self._alive(self._engine.sleep(), to_its_end=True)
+
+    async def wake(self) -> None:
+        await self._alive(self._engine.wake(), to_its_end=True)
+
     async def connect(self, place: Mapping[str, Any]) -> None:
         """Prepare for streams of weights. place: the transport's own."""
         await self._alive(self._engine.connect(place, ray.util.get_node_ip_address()))

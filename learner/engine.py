@@ -194,6 +194,8 @@ class LearnerEngine:
             self._engine.step()
             sums += torch.stack([value.detach(), *rest])
         torch.distributed.all_reduce(sums)
+        if self.settings.frees_memory:
+            torch.cuda.empty_cache()
         self.step += 1
         norm = self._adam.norm if self._adam.clip is not None else float(self._engine.get_global_grad_norm())
         applied = math.isfinite(norm)  # if not, neither DeepSpeed's optimizers nor AdamWWithTeacher take a step

@@ -33,6 +33,7 @@ class LearnerSettings:
     exclusive: bool = False  # no other process of the run computes while this one does
     transport: str = "memory"  # weights.transport
     vocabulary: int | None = None  # tokens of the tokenizer; later rows are in no distribution. None: all rows are
+    frees_memory: bool = False  # give back what torch has cached of a GPU after each step, for engines that sleep in it
     replay_experts: bool = False  # route tokens to the experts that the sampler chose
 
     def stage_of(self, step: int) -> int:

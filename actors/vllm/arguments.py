@@ -44,6 +44,7 @@ def _arguments(s: EngineSettings, share: bool) -> AsyncEngineArgs:
         load_format="safetensors",  # "auto" prefers consolidated*.safetensors to the files in the index
         dtype=s.dtype,
         enforce_eager=s.execution == "eager",
+        enable_sleep_mode=s.sleeps,
         compilation_config=_compilation(s),
         ir_op_priority=fused_norms() if s.execution == "eager" and s.device == "cpu" else IrOpPriorityConfig(),
         max_model_len=s.max_model_len,

@@ -228,6 +228,14 @@ class VllmEngine(Engine):
         gap = self._agreement.after(snapshot, await self.probe(snapshot.probe_ids))
         return UpdateReport(snapshot.version, gap, pause_s)
 
+    async def sleep(self) -> None:
+        """Move the weights to the host's memory, and drop the cache. No request is in flight."""
+        await self._llm.sleep(level=1)
+
+    async def wake(self) -> None:
+        """Move the weights back. An engine that is awake only logs the call."""
+        await self._llm.wake_up()
+
     async def ping(self) -> None:
         """Return when the engine's process has answered a call, which it does after the step in progress."""
         await self._llm.is_sleeping()

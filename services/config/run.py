@@ -296,6 +296,21 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _sleep_is_possible(self) -> "RunConfig":
+        for name, pool in self.actors.pools.items():
+            if not pool.sleep:
+                continue
+            why = {
+                "needs device: cuda, because it frees memory of a GPU": self.device == "cpu",
+                f"needs training.max_staleness 0, because with {self.training.max_staleness} the engines compute while "
+                f"the learner steps": not self.strict,
+                f"works with vLLM's engines only, and actors.{name}.engine is {pool.engine}": pool.engine != VLLM,
+            }
+            if reason := next((text for text, holds in why.items() if holds), None):
+                raise ValueError(f"actors.{name}.sleep {reason}; remove it")
+        return self
+
+    @model_validator(mode="after")
     def _transport_is_possible(self) -> "RunConfig":
         own = [name for name, pool in self.actors.pools.items() if pool.engine != VLLM]
         if self.weights.transport == "ipc" and self.device == "cpu":

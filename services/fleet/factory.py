@@ -45,6 +45,7 @@ def engine_pool(
         transport=transport,
         pool=name,
         keep_experts=keep_experts,
+        sleeps=e.sleep,
     )
     actor = ray.remote(EngineWorker)
     gpus = e.gpus if config.device == "cuda" else 0
@@ -71,6 +72,7 @@ def engine_pool(
             batch_s=config.actors.batch_timeout_s,
             drain_s=e.drain_timeout_s,
             one_by_one=config.weights.swap == "one_by_one",
+            sleeps=e.sleep,
         ),
         create,
         transport_class(transport)(role, learner, notice),

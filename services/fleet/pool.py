@@ -7,7 +7,8 @@ Joining: start, load and verify the newest weights, serve. Leaving: take no more
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -52,6 +53,7 @@ class PoolSettings:
     batch_s: float  # limit for a batch
     drain_s: float  # limit for a leaving engine to finish its work
     one_by_one: bool  # engines load new weights in turn
+    sleeps: bool = False  # `asleep` frees the engines' GPU memory
 
 
 class EnginePool:
@@ -165,6 +167,25 @@ class EnginePool:
             if isinstance(outcome, BaseException):
                 raise outcome
         return [report for report in outcomes if isinstance(report, UpdateReport)]
+
+    @asynccontextmanager
+    async def asleep(self) -> AsyncIterator[None]:
+        """Leave the engines' GPU memory to others inside the block, if the pool's engines sleep.
+
+        Nothing may be in flight. An engine that is replaced meanwhile is awake.
+        """
+        if not self.settings.sleeps:
+            yield
+            return
+        await self._every("sleep", "to free its GPU's memory")
+        try:
+            yield
+        finally:
+            await self._every("wake", "to take its GPU's memory back")
+
+    async def _every(self, method: str, what: str) -> None:
+        limit = self.settings.patience.start_s
+        await all_of([engine.call(what, limit, method) for engine in self._engines])
 
     def resize(self, wanted: int) -> None:
         """Let engines join, or leave (newest first), until the pool has `wanted`. Returns at once; work goes on."""

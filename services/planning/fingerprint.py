@@ -49,7 +49,8 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Seque
             of_pool = settings["actors"].pop(name)
             if not config.actors.role(name).trains:
                 continue
-            del of_pool["role"]
+            for key in ("role", "sleep"):
+                del of_pool[key]
             # As it is executed, so that null and its value are the same.
             of_pool["execution"] = execution(pool.execution, config.device)
             if config.device == "cpu":  # runs that began when the setting was enforce_eager can be resumed

@@ -121,6 +121,7 @@ def learner_settings(prepared: Prepared) -> LearnerSettings:
         exclusive=c.strict and c.learner.ranks == 1,
         transport=c.weights.transport,
         vocabulary=prepared.vocabulary,
+        frees_memory=any(pool.sleep for pool in c.actors.pools.values()),
         replay_experts=prepared.replays_experts,
     )
 

@@ -69,6 +69,7 @@ class Controller:
         self._prepared = prepared
         self._config = prepared.config
         self._run_dir = run_dir
+        self._pools = list(pools.values())
         self._students = pools[STUDENT]
         routes = {route: teacher_pool(route) for route in self._config.teacher_in_use.routes}
         self._teachers = {route: pools[name] for route, name in routes.items() if name in pools}
@@ -195,7 +196,7 @@ class Controller:
             await times.of("sync", student.wait_for_version(max(0, needed), step - 1))
         batch = await times.of("batch", rollouts.take(step))
         recorded = self._run_dir if self._config.monitoring.record_rollouts else None
-        work = learn(self._learner, batch, rollouts, recorded, self._progress.note)
+        work = learn(self._learner, self._pools, batch, rollouts, recorded, self._progress.note)
         batch, result = await times.of("learn", work)
         self._accounting.step(step, batch.samples, result.applied)
         await times.of("sync", student.wait_delivered())
