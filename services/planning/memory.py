@@ -41,10 +41,9 @@ def learner_gib(
     further: pools with the student's weights besides the student's own; each has a snapshot of its own.
     width: tokens of the support at a position. share: loss tokens of the rank's share of a batch.
     """
-    if config.lora is None:
-        process, total = PROCESS_GIB, _state_bytes(config, teacher, dtype, shape, further)
-    else:
-        process, total = PROCESS_GIB + PEFT_GIB, _lora_state_bytes(config, teacher, dtype, shape, stages, further)
+    process = PROCESS_GIB if config.lora is None else PROCESS_GIB + PEFT_GIB
+    total = state_bytes(config, teacher, dtype, shape, stages)
+    total += _beside_state_bytes(config, teacher, dtype, shape, further)
     total += _activation_bytes(config, dtype, shape, tokens, sequence)
     total += scores_bytes(share, width) + _support_bytes(dtype, shape, rows, sequence, width)
     return process + (total + _loss_bytes(config, dtype, shape, rows)) / GIB
@@ -55,33 +54,42 @@ def scores_bytes(rows: int, width: int) -> int:
     return rows * width * (np.dtype(np.int32).itemsize + np.dtype(np.float32).itemsize)
 
 
-def _state_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, further: int) -> float:
+def state_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, stages: int) -> float:
+    """Bytes that a rank holds between two steps: weights, masters, moments, teacher and float32 gradients.
+
+    With LoRA the frozen model, its adapters and the teacher's float32 change of it, if the teacher ever changes.
+    """
     width, stage = WIDTH[dtype], config.zero_stage_for(dtype)
+    weights = width / (config.ranks if stage > 2 else 1)
+    if config.lora is not None:
+        return weights * shape.parameters + _change_bytes(config, teacher, shape, stages) + 16 * shape.adapters
     ema = 0 if teacher.weights == "live" else 4
     masters = 4 if stage > 0 else 0  # at ZeRO stage 0 the weights are the masters
     optimizer = (masters + 8 + ema) / (config.ranks if stage > 0 else 1)
     accumulated = 0 if stage == 0 else 4 / (config.ranks if stage > 1 else 1)  # gradients, in float32
-    weights = 2 * width / (config.ranks if stage > 2 else 1)  # weights and their gradients
-    snapshots = width * ((1 if teacher.weights == "live" else 2) + further)
-    return shape.parameters * (optimizer + accumulated + weights + snapshots)
+    return shape.parameters * (optimizer + accumulated + weights)
 
 
-def _lora_state_bytes(
-    config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, stages: int, further: int
-) -> float:
-    """Bytes of the frozen model, of the teacher's float32 change of it (if the teacher ever changes) and its snapshot.
-
-    The verification of a student's snapshot also takes the merged model and the file that it is merged from.
-    """
-    width = WIDTH[dtype]
+def _change_bytes(config: LearnerConfig, teacher: TeacherConfig, shape: ModelShape, stages: int) -> float:
     becomes_student = teacher.weights == "gated" or (stages > 1 and teacher.weights in ("ema", "frozen"))
     moves = teacher.weights == "ema" and teacher.alpha > 0
-    change = 4 * shape.adapted / config.ranks if moves or becomes_student else 0
-    model = width * shape.parameters
-    snapshots = model * (1 if teacher.weights == "live" else 2) + width * shape.adapters * (1 + further)
-    snapshots += FILE_BYTES * shape.parameters
-    frozen = model / (config.ranks if config.zero_stage_for(dtype) > 2 else 1)
-    return frozen + change + snapshots + 16 * shape.adapters
+    return 4 * shape.adapted / config.ranks if moves or becomes_student else 0
+
+
+def _beside_state_bytes(
+    config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, further: int
+) -> float:
+    """Bytes of the gradients that backward computes, and of the snapshots.
+
+    With LoRA the verification of a student's snapshot takes the merged model and the file that it is merged from.
+    """
+    width, teachers = WIDTH[dtype], 0 if teacher.weights == "live" else 1
+    if config.lora is not None:
+        model = width * shape.parameters
+        snapshots = model * (1 + teachers) + width * shape.adapters * (1 + further)
+        return snapshots + FILE_BYTES * shape.parameters
+    gradients = width / (config.ranks if config.zero_stage_for(dtype) > 2 else 1)
+    return shape.parameters * (gradients + width * (1 + teachers + further))
 
 
 def _activation_bytes(config: LearnerConfig, dtype: str, shape: ModelShape, tokens: int, sequence: int) -> float:

@@ -1,0 +1,103 @@
+"""The GPU memory of a learner as `sdft check` predicts it: against torch's meta device, and an H200's peaks."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.allocated import Allocated, allocated, estimated, model_shape
+from benchmarks.counted import COMPLETION, LENGTH, SHAPES
+from sdft.actors.shared.process import GIB
+from sdft.learner.config import LearnerConfig, LoraConfig, TeacherConfig
+from sdft.services.planning.gpu_memory import Forward, learner_gpu_gib, peak_bytes
+from sdft.services.planning.shape import ModelShape
+
+# One H200, Qwen2.5's shapes in bfloat16, sequences of LENGTH tokens: tokens of the step and of the micro-batch, with
+# gradient checkpointing, with LoRA, and the peak of allocated GiB. Layers were plain, keys and values copied to all
+# heads and the loss's chunks smaller: at most 1.1 GiB each, in opposite directions.
+MEASURED = [
+    ("1.5b", 8192, 8192, False, False, 53.5),
+    ("1.5b", 32768, 4096, False, False, 46.2),
+    ("1.5b", 32768, 8192, False, False, 56.4),
+    ("1.5b", 32768, 32768, True, False, 38.8),
+    ("3b", 8192, 8192, False, False, 98.2),
+    ("3b", 32768, 8192, True, False, 72.1),
+    ("3b", 32768, 32768, True, False, 74.1),
+    ("7b", 32768, 8192, True, True, 43.5),
+]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("shape", "tokens"), [("0.5b", 8192), ("1.5b", 8192), ("3b", 4096), ("7b", 32768)])
+def test_each_part_of_a_micro_batch_is_within_10_percent_of_what_the_meta_device_counts(
+    shape: str, tokens: int, fused: bool, checkpointing: bool
+) -> None:
+    counts, estimates = (f(shape, tokens, fused, checkpointing) for f in (allocated, estimated))
+    print(f"{shape}, {tokens} tokens, fused {fused}, checkpointing {checkpointing}: {text(counts)}; {text(estimates)}")
+    assert vars(estimates) == pytest.approx(vars(counts), rel=0.1)
+
+
+def text(bytes_of: Allocated) -> str:
+    return ", ".join(f"{part} {size / GIB:.2f}" for part, size in vars(bytes_of).items())
+
+
+@pytest.mark.parametrize("support", [1024, 50_000])
+def test_a_wide_support_is_counted(support: int) -> None:
+    counts, estimates = (f("0.5b", 4096, True, True, support) for f in (allocated, estimated))
+    assert estimates.forward == pytest.approx(counts.forward, rel=0.1)
+
+
+def test_fused_layers_keep_two_thirds_and_checkpointing_a_tenth() -> None:
+    plain, fused, checkpointing = (
+        allocated("1.5b", 4096, *kind).kept for kind in ((False, False), (True, False), (True, True))
+    )
+    assert 0.6 * plain < fused < 0.7 * plain
+    assert checkpointing < 0.1 * fused
+
+
+@pytest.mark.parametrize(("shape", "tokens", "micro", "checkpointing", "lora", "peak"), MEASURED)
+def test_the_predicted_peak_is_within_10_percent_of_one_that_an_h200_had(
+    shape: str, tokens: int, micro: int, checkpointing: bool, lora: bool, peak: float
+) -> None:
+    """So is the prediction of the whole process, with the assumed allocator and context."""
+    config = LearnerConfig(gradient_checkpointing=checkpointing, lora=LoraConfig() if lora else None)
+    of_model = with_adapters(shape) if lora else model_shape(shape, fused=False)
+    forward = Forward(micro, micro // LENGTH * COMPLETION, 64, alone=tokens == micro)
+    settings = config, TeacherConfig(alpha=0.01), "bfloat16", of_model, forward
+    tensors, process = peak_bytes(*settings) / GIB, learner_gpu_gib(*settings)
+    print(f"{shape} {tokens}:{micro}: measured {peak}, tensors {tensors:.1f}, process {process:.1f} GiB")
+    assert tensors == pytest.approx(peak, rel=0.03)
+    assert process == pytest.approx(peak, rel=0.1)
+
+
+def with_adapters(shape: str) -> ModelShape:
+    """A shape with adapters of rank 16 on every linear layer but the head."""
+    hidden, inner, layers, *_ = SHAPES[shape]
+    of_model = model_shape(shape, fused=False)
+    square, narrow, wide = (hidden, hidden), (hidden, of_model.keys), (hidden, inner)
+    matrices = layers * [*2 * [square], *2 * [narrow], *3 * [wide]]
+    adapted, adapters = sum(a * b for a, b in matrices), 16 * sum(a + b for a, b in matrices)
+    return replace(of_model, adapted=adapted, adapters=adapters)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "ranks", "stage", "bytes_of"),
+    [
+        ("ema", 1, 1, 22),
+        ("live", 1, 1, 18),
+        ("ema", 4, 1, 2 + 4 + 16 / 4),
+        ("ema", 4, 2, 2 + 20 / 4),
+        ("ema", 4, 3, 22 / 4),
+    ],
+)
+def test_the_state_of_a_parameter_is_divided_as_zero_divides_it(
+    teacher: str, ranks: int, stage: int, bytes_of: float
+) -> None:
+    config = LearnerConfig(ranks=ranks, zero_stage=stage)
+    of_teacher = TeacherConfig.model_validate({"weights": teacher})
+    small, large = (
+        peak_bytes(config, of_teacher, "bfloat16", ModelShape(p, 1, 8, 8, 8, 1), Forward(1, 1))
+        for p in (10**10, 2 * 10**10)
+    )
+    gradients = 2 if stage < 2 else 0  # at the others a bucket of constant size
+    assert (large - small) / 10**10 == pytest.approx(bytes_of + gradients)
