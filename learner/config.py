@@ -275,8 +275,10 @@ class LearnerConfig(BaseModel):
             "Route tokens to the experts that the sampler chose. null: of a mixture of experts in bfloat16 on a CPU"
         ),
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Compute activations again in the backward pass: less memory, more time"
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="Compute activations again in the backward pass: less memory, more time; null: on a GPU of known "
+        "memory if the plan does not fit without, else false",
     )
     lora: LoraConfig | None = Field(None, description="null: every weight is trained")
     optimizer: OptimizerConfig = OptimizerConfig()

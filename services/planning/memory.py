@@ -15,6 +15,7 @@ WIDTH = {"bfloat16": 2, "float32": 4}  # bytes a number
 FILE_BYTES = 2  # bytes a number in a model's files, usually
 PROCESS_GIB = 0.6  # Python, Ray, torch, transformers, DeepSpeed
 PEFT_GIB = 0.1
+CUDA_PROCESS_GIB = 2.5  # the same with CUDA's libraries: an assumption
 # Bytes for each token of a support at each loss token, besides its scores.
 PACKED_BYTES = 20  # of a micro-batch: int64 and float32, with a copy while they are packed
 DIFFERENTIATED_BYTES = 45  # of a chunk: log-probs, both distributions and their gradient
@@ -43,10 +44,24 @@ def learner_gib(
     """
     process = PROCESS_GIB if config.lora is None else PROCESS_GIB + PEFT_GIB
     total = state_bytes(config, teacher, dtype, shape, stages)
-    total += _beside_state_bytes(config, teacher, dtype, shape, further)
+    total += _gradient_bytes(config, dtype, shape) + _snapshot_bytes(config, teacher, dtype, shape, further)
     total += _activation_bytes(config, dtype, shape, tokens, sequence)
     total += scores_bytes(share, width) + _support_bytes(dtype, shape, rows, sequence, width)
     return process + (total + _loss_bytes(config, dtype, shape, rows)) / GIB
+
+
+def learner_beside_gpu_gib(
+    config: LearnerConfig,
+    teacher: TeacherConfig,
+    dtype: str,
+    shape: ModelShape,
+    further: int = 0,
+    width: int = 0,
+    share: int = 0,
+) -> float:
+    """Estimate the peak in GiB of the main memory of the first rank if it computes on a GPU. Arguments: learner_gib."""
+    total = _snapshot_bytes(config, teacher, dtype, shape, further) + scores_bytes(share, width)
+    return CUDA_PROCESS_GIB + total / GIB
 
 
 def scores_bytes(rows: int, width: int) -> int:
@@ -76,20 +91,25 @@ def _change_bytes(config: LearnerConfig, teacher: TeacherConfig, shape: ModelSha
     return 4 * shape.adapted / config.ranks if moves or becomes_student else 0
 
 
-def _beside_state_bytes(
+def _snapshot_bytes(
     config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, further: int
 ) -> float:
-    """Bytes of the gradients that backward computes, and of the snapshots.
+    """Bytes of the snapshots.
 
     With LoRA the verification of a student's snapshot takes the merged model and the file that it is merged from.
     """
     width, teachers = WIDTH[dtype], 0 if teacher.weights == "live" else 1
+    if config.lora is None:
+        return width * shape.parameters * (1 + teachers + further)
+    snapshots = width * (shape.parameters * (1 + teachers) + shape.adapters * (1 + further))
+    return snapshots + FILE_BYTES * shape.parameters
+
+
+def _gradient_bytes(config: LearnerConfig, dtype: str, shape: ModelShape) -> float:
+    """Bytes of the gradients that backward computes; those of adapters are in the state."""
     if config.lora is not None:
-        model = width * shape.parameters
-        snapshots = model * (1 + teachers) + width * shape.adapters * (1 + further)
-        return snapshots + FILE_BYTES * shape.parameters
-    gradients = width / (config.ranks if config.zero_stage_for(dtype) > 2 else 1)
-    return shape.parameters * (gradients + width * (1 + teachers + further))
+        return 0
+    return WIDTH[dtype] * shape.parameters / (config.ranks if config.zero_stage_for(dtype) > 2 else 1)
 
 
 def _activation_bytes(config: LearnerConfig, dtype: str, shape: ModelShape, tokens: int, sequence: int) -> float:
