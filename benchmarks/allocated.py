@@ -10,8 +10,11 @@ counted: parameters have no gradients before it.
 import argparse
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+from peft import inject_adapter_in_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,11 +23,12 @@ from benchmarks.counted import COMPLETION, LENGTH, SHAPES, K, micro_batch, stude
 from benchmarks.measure import report
 from sdft.actors.shared.process import GIB
 from sdft.learner.config import Forward as ForwardLoss
-from sdft.learner.config import ImportanceConfig, LearnerConfig, LossConfig
+from sdft.learner.config import ImportanceConfig, LearnerConfig, LoraConfig, LossConfig
 from sdft.learner.loss.chunked import divergence_loss
 from sdft.learner.model.cpu.last_layer import only_where_read
 from sdft.learner.model.forward import hidden_states
 from sdft.learner.model.fused import fuse
+from sdft.learner.weights.lora import peft_config
 from sdft.services.planning.gpu_memory import Forward, activation_bytes, backward_bytes, forward_bytes
 from sdft.services.planning.shape import ModelShape
 
@@ -68,7 +72,9 @@ class Allocated:
     backward: int  # most, in backward
 
 
-def allocated(shape: str, tokens: int, fused: bool, checkpointing: bool, support: int = K) -> Allocated:
+def allocated(
+    shape: str, tokens: int, fused: bool, checkpointing: bool, support: int = K, lora: LoraConfig | None = None
+) -> Allocated:
     """Count one micro-batch of sequences of LENGTH tokens. support: tokens of the support at a position."""
     model, batch = student(shape), micro_batch(tokens // LENGTH, support)
     if fused:
@@ -76,6 +82,9 @@ def allocated(shape: str, tokens: int, fused: bool, checkpointing: bool, support
     only_where_read(model)
     if checkpointing:
         model.gradient_checkpointing_enable()
+    if lora is not None:
+        inject_adapter_in_model(peft_config(lora, Path(shape)), model)
+        model.to(torch.bfloat16)
     loss = LossConfig(divergence=ForwardLoss(top_k=min(1024, support)), importance=ImportanceConfig(level="token"))
     with Allocating() as counting:
         states = hidden_states(model, batch.input_ids, batch.position_ids, batch.lengths, batch.predicting)
@@ -86,10 +95,12 @@ def allocated(shape: str, tokens: int, fused: bool, checkpointing: bool, support
     return Allocated(kept, forward, counting.peak)
 
 
-def model_shape(shape: str, fused: bool) -> ModelShape:
-    """Return a shape as the plan reads it from a model's folder."""
+def model_shape(shape: str, fused: bool, lora: LoraConfig | None = None) -> ModelShape:
+    """Return a shape as the plan reads it from a model's folder. lora: of all layers but the head."""
     hidden, intermediate, layers, heads, kv, vocabulary, tied = SHAPES[shape]
     keys, embeddings = kv * hidden // heads, hidden * vocabulary * (1 if tied else 2)
+    square, narrow, wide = (hidden, hidden), (hidden, keys), (hidden, intermediate)
+    matrices = [] if lora is None else layers * [square, square, narrow, narrow, wide, wide, wide]
     return ModelShape(
         parameters=sum(p.numel() for p in student(shape).parameters()),
         layers=layers,
@@ -97,6 +108,8 @@ def model_shape(shape: str, fused: bool) -> ModelShape:
         intermediate=intermediate,
         vocabulary=vocabulary,
         heads=heads,
+        adapted=sum(a * b for a, b in matrices),
+        adapters=0 if lora is None else lora.rank * sum(map(sum, matrices)),
         queries=hidden,
         keys=keys,
         embeddings=embeddings,
@@ -104,9 +117,11 @@ def model_shape(shape: str, fused: bool) -> ModelShape:
     )
 
 
-def estimated(shape: str, tokens: int, fused: bool, checkpointing: bool, support: int = K) -> Allocated:
+def estimated(
+    shape: str, tokens: int, fused: bool, checkpointing: bool, support: int = K, lora: LoraConfig | None = None
+) -> Allocated:
     """Return what the plan estimates for the same micro-batch."""
-    config, of_model = LearnerConfig(gradient_checkpointing=checkpointing), model_shape(shape, fused)
+    config, of_model = LearnerConfig(gradient_checkpointing=checkpointing, lora=lora), model_shape(shape, fused, lora)
     forward = Forward(tokens, tokens // LENGTH * COMPLETION, support, alone=True)
     formulas = (activation_bytes, forward_bytes, backward_bytes)
     return Allocated(*(int(formula(config, "bfloat16", of_model, forward)) for formula in formulas))

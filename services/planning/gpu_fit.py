@@ -4,6 +4,7 @@ Nothing is refused if the memory of a GPU is not known.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from sdft.learner.config import LearnerConfig, LoraConfig
@@ -55,31 +56,39 @@ def _sentence(plan: Plan, parts: Sequence[Part], card: float) -> str:
     mend = _mend(plan, parts, card) or "use a smaller model, or GPUs with more memory"
     if len(parts) == 1:
         return f"{largest.name} needs about {total:.1f} GiB, and its GPU has {card:.1f} GiB; {mend}"
-    *names, last = (p.name for p in parts)
     return (
-        f"{', '.join(names)} and {last} share a GPU of {card:.1f} GiB and need about {total:.1f} GiB, of which "
+        f"{_joined([p.name for p in parts])} share a GPU of {card:.1f} GiB and need about {total:.1f} GiB, of which "
         f"{largest.gpu_gib:.1f} for {largest.name}; {mend}"
     )
 
 
 def _mend(plan: Plan, parts: Sequence[Part], card: float) -> str | None:
-    """Return the setting with which the processes fit a GPU: of the largest one if there is one, else of another."""
-    for part in sorted(parts, key=lambda p: -p.gpu_gib):
-        others = sum(p.gpu_gib for p in parts if p.pool != part.pool)
-        like = sum(p.pool == part.pool for p in parts)
-        room = (card - others) / like
-        found = _of_learner(plan.load, room) if part.pool is None else _of_engine(part, room)
-        if found is not None:
-            return found
-    return None
+    """Return the settings with which the processes fit a GPU: of the largest process if there are any, else others."""
+    ranks, engines = ([p for p in parts if (p.pool is None) == of_learner] for of_learner in (True, False))
+    mends = [
+        lambda: _of_learner(plan.load, (card - sum(p.gpu_gib for p in engines)) / len(ranks)) if ranks else None,
+        lambda: _of_engines(engines, card - sum(p.gpu_gib for p in ranks)),
+    ]
+    if max(parts, key=lambda p: p.gpu_gib).pool is not None:
+        mends.reverse()
+    return mends[0]() or mends[1]()
 
 
-def _of_engine(part: Part, room: float) -> str | None:
-    held = part.engine
-    if held is None or held.cache is None:
-        return None
-    cache = math.floor(10 * (room - held.weights - held.workspace)) / 10
-    return f"set actors.{part.pool}.kv_cache_gib: {cache:g}" if cache >= max(held.sequence, 0.1) else None
+def _of_engines(engines: Sequence[Part], room: float) -> str | None:
+    """Return smaller KV caches of engines that have some. Those with less than an even share keep theirs."""
+    held = {p.pool: p.engine for p in engines if p.engine is not None and p.engine.cache is not None}
+    of_pool = Counter(p.pool for p in engines)
+    room -= sum(p.engine.weights + p.engine.workspace for p in engines if p.engine is not None)
+    left, smaller = len(engines), []
+    for pool, memory in sorted(held.items(), key=lambda item: item[1].cache or 0):
+        cache = min(memory.cache or 0, math.floor(10 * room / left) / 10)
+        if cache < memory.sequence or cache <= 0:
+            return None
+        if cache < (memory.cache or 0):
+            smaller.append(f"actors.{pool}.kv_cache_gib: {cache:g}")
+        room -= cache * of_pool[pool]
+        left -= of_pool[pool]
+    return f"set {_joined(smaller)}" if smaller else None
 
 
 def _of_learner(load: LearnerLoad | None, room: float) -> str | None:
@@ -87,8 +96,8 @@ def _of_learner(load: LearnerLoad | None, room: float) -> str | None:
     for changes in _changes(load):
         gib = load.gpu_gib(load.config.learner.model_copy(update=changes))
         if gib <= room:
-            settings = " and ".join(f"learner.{key}: {_text(value)}" for key, value in changes.items())
-            return f"set {settings} (then {gib:.1f} GiB a rank)"
+            settings = [f"learner.{key}: {_text(value)}" for key, value in changes.items()]
+            return f"set {_joined(settings)} (then {gib:.1f} GiB a rank)"
     return None
 
 
@@ -122,3 +131,7 @@ def _text(value: object) -> str:
     if isinstance(value, LoraConfig):
         return f"{{rank: {value.rank}}}"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _joined(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))

@@ -85,7 +85,7 @@ class Plan:
             if len(parts) > 1:
                 yield f"GPU {i}: {', '.join(p.name for p in parts)}: {sum(p.gpu_gib for p in parts):.1f} GiB"
         if self.chosen:
-            yield "learner.gradient_checkpointing: true, because a rank would not fit its GPU without"
+            yield "learner.gradient_checkpointing: true, because a rank would not fit its GPU without it"
         if self.card_gib is None:
             yield "memory of a GPU: not known, so nothing is refused; ray.gpu_memory_gib sets it"
         else:

@@ -23,15 +23,14 @@ from sdft.services.data.tokenizer import load_tokenizer, vocabulary_of
 from sdft.services.data.watched import watched
 from sdft.services.grading.grade import answer_check
 from sdft.services.grading.judge import check_judge
-from sdft.services.planning.cards import card_gib
 from sdft.services.planning.derived import Derived, derived
 from sdft.services.planning.engines import check_environments, check_own_engines
 from sdft.services.planning.examined import examined
 from sdft.services.planning.fingerprint import fingerprint_of
-from sdft.services.planning.gpu_fit import crowded
 from sdft.services.planning.guard import check_guard
 from sdft.services.planning.models import check_positions, check_trainable, resolve_model
-from sdft.services.planning.plan import Plan, engine_settings, make_plan, pools
+from sdft.services.planning.plan import engine_settings, pools
+from sdft.services.planning.planned import planned
 from sdft.services.planning.prepared import Prepared, Stage
 from sdft.services.planning.routing import replays_experts
 from sdft.services.planning.shape import ModelShape, embedding_rows, read_headers, sample_of_weights
@@ -163,7 +162,7 @@ def _prepared(
         stage.config.data.max_prompt_tokens if stage.source.grows else max(len(p.student_ids) for p in stage.prompts)
         for stage in stages
     ]
-    config, plan = _planned(config, shape, longest, of_teachers)
+    config, plan = planned(config, shape, longest, of_teachers)
     return Prepared(
         config=config,
         path=path.resolve(),
@@ -179,25 +178,6 @@ def _prepared(
         teachers=teachers,
         sample_ids=builders[0].student(SAMPLE) if sources[0].grows else [],
     )
-
-
-def _planned(
-    config: RunConfig, shape: ModelShape, longest: Sequence[int], teachers: Mapping[str, ModelShape]
-) -> tuple[RunConfig, Plan]:
-    """Return the plan, and the configuration with gradient checkpointing as the plan chooses it if it is null.
-
-    It is on if a rank of the learner is on a GPU that is too small without.
-    """
-    card = card_gib(config)
-    if config.learner.gradient_checkpointing is not None:
-        return config, make_plan(config, shape, longest, teachers, card)
-    for chosen in (False, True):
-        learner = config.learner.model_copy(update={"gradient_checkpointing": chosen})
-        of_choice = config.model_copy(update={"learner": learner})
-        plan = make_plan(of_choice, shape, longest, teachers, card)
-        if not any(part.pool is None for parts in crowded(plan) for part in parts):
-            break
-    return of_choice, replace(plan, chosen=chosen)
 
 
 def environment_of(s: EvaluationSet, of_task: EnvironmentConfig | None) -> EnvironmentConfig | None:
