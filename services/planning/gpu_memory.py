@@ -25,6 +25,7 @@ GATHERED = 1_000_000_000  # parameters that DeepSpeed keeps gathered at ZeRO sta
 # Bytes for each token of a support at each loss token.
 PACKED_BYTES = 12  # in the micro-batch: an id and a log-prob
 OBJECTIVE_BYTES = 20  # in the objective, which takes all rows at once
+WIDE_OBJECTIVE_BYTES = 24  # the same of a support that no fused kernel holds
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,14 @@ def _loss_bytes(config: LearnerConfig, dtype: str, shape: ModelShape, forward: F
     Without the fused kernels also two float32 copies of a block of the logits, before the product that the head's
     gradient adds up.
     """
-    width, rows = WIDTH[dtype], forward.rows
+    width, rows, is_fused = WIDTH[dtype], forward.rows, forward.width <= WIDEST
     chunk = min(rows, max(1, CHUNK_BYTES["cuda"] // max(1, width * shape.vocabulary)))
     head = _head_bytes(config, dtype, shape)
     total = head / width * 4 if chunk < rows else head
-    block = min(4 * chunk * shape.vocabulary, FLOAT32_BYTES["cuda"]) if forward.width > WIDEST else 0
-    logits = width * chunk * shape.vocabulary
-    return logits + total + max(head, 2 * block) + rows * (width * shape.hidden + OBJECTIVE_BYTES * forward.width)
+    blocks = 0 if is_fused else 2 * min(4 * chunk * shape.vocabulary, FLOAT32_BYTES["cuda"])
+    objective = rows * forward.width * (OBJECTIVE_BYTES if is_fused else WIDE_OBJECTIVE_BYTES)
+    logits = width * (chunk * shape.vocabulary + rows * shape.hidden)  # and the gradients of the states
+    return logits + total + max(head, blocks) + objective
 
 
 def _gradient_bytes(config: LearnerConfig, dtype: str, shape: ModelShape) -> float:
