@@ -5,10 +5,11 @@
     step      state + gradients + one of them in float32
 
 The estimate is the largest of the three. The formulas are those of layers with Llama's code, derived from what each
-operation saves for backward. tests/services/planning/test_gpu_memory.py compares them with allocations counted on
-torch's meta device, and with the peaks of an H200 at 1.5B, 3B and 7B. Those peaks are the bytes of tensors
-(`max_memory_allocated`), of earlier, plain layers and chunks. They say nothing of the allocator's own use and of the
-context: ALLOCATOR and CONTEXT_GIB are assumptions. So are the parts of ZeRO stages 2 and 3 and of several ranks.
+operation saves for backward. A model of other layers is estimated as if it had plain ones of its sizes.
+tests/services/planning/test_gpu_memory.py compares them with allocations counted on torch's meta device, and with the
+peaks of an H200 at 1.5B, 3B and 7B. Those peaks are the bytes of tensors (`max_memory_allocated`), of earlier, plain
+layers and chunks. They say nothing of the allocator's own use and of the context: ALLOCATOR and CONTEXT_GIB are
+assumptions. So are the parts of ZeRO stages 2 and 3 and of several ranks.
 """
 
 from dataclasses import dataclass
@@ -53,15 +54,12 @@ def peak_bytes(
     state = state_bytes(config, teacher, dtype, shape, stages)
     if stage > 2:
         state += WIDTH[dtype] * min(GATHERED, shape.parameters)
-    return (
-        state
-        + PACKED_BYTES * forward.rows * forward.width
-        + max(
-            forward_bytes(config, dtype, shape, forward),
-            backward_bytes(config, dtype, shape, forward),
-            _step_bytes(config, dtype, shape),
-        )
+    beside = max(
+        forward_bytes(config, dtype, shape, forward),
+        backward_bytes(config, dtype, shape, forward),
+        _step_bytes(config, dtype, shape),
     )
+    return state + PACKED_BYTES * forward.rows * forward.width + beside
 
 
 def forward_bytes(config: LearnerConfig, dtype: str, shape: ModelShape, forward: Forward) -> float:

@@ -62,7 +62,8 @@ class LearnerLoad:
             # Shorter sequences fill a micro-batch to its size.
             share = -(-_rollouts(task) // learner.ranks) * sequence
             tokens = max(sequence, min(share, learner.tokens_at_once("cuda")))
-            forward = Forward(tokens, tokens * task.longest_reply // sequence, wide, alone=share <= tokens)
+            alone = share <= tokens and len(task.method.losses) == 1  # sequences of two losses are not packed together
+            forward = Forward(tokens, tokens * task.longest_reply // sequence, wide, alone)
             found.append(learner_gpu_gib(learner, teacher, dtype, shape, forward, stages))
         return max(found)
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from benchmarks.allocated import model_shape
+from sdft.actors.shared.process import GIB
 from sdft.services.base.errors import PreflightError
 from sdft.services.config.load import load_config
 from sdft.services.config.run import RunConfig
@@ -72,6 +73,13 @@ def test_the_table_has_the_gpu_memory_of_each_process_and_of_each_gpu_that_is_sh
     assert "GPU" not in driver
     assert gpu == f"GPU 0: student engine 0, teacher engine 0, learner rank 0: {gib[2]:.1f} GiB"
     assert card == "memory of a GPU: 80.0 GiB"
+
+
+def test_the_main_memory_of_a_rank_on_a_gpu_is_its_process_and_the_snapshots() -> None:
+    snapshot = 2 * SHAPE.parameters / GIB
+    ema, live = (plan_of(80, teacher={"weights": w}).learners[0].memory_gib for w in ("ema", "live"))
+    assert ema - live == pytest.approx(snapshot, abs=0.01)
+    assert snapshot < live < snapshot + 3
 
 
 def test_without_gpus_the_table_has_no_column_for_them() -> None:

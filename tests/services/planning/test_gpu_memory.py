@@ -1,12 +1,13 @@
 """The GPU memory of a learner as `sdft check` predicts it: against torch's meta device, and an H200's peaks."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.allocated import Allocated, allocated, estimated, model_shape
+from benchmarks.allocated import Allocated, Case, allocated, estimated, model_shape
 from benchmarks.counted import COMPLETION, LENGTH
 from sdft.actors.shared.process import GIB
 from sdft.learner.config import LearnerConfig, LoraConfig, TeacherConfig
@@ -30,24 +31,31 @@ MEASURED = [
 ]
 
 
+@pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("shape", "tokens"), [("0.5b", 8192), ("1.5b", 8192), ("3b", 4096), ("7b", 32768)])
 def test_each_part_of_a_micro_batch_is_within_10_percent_of_what_the_meta_device_counts(
-    shape: str, tokens: int, fused: bool, checkpointing: bool
+    shape: str, tokens: int, fused: bool, checkpointing: bool, later: bool
 ) -> None:
-    counts, estimates = (f(shape, tokens, fused, checkpointing) for f in (allocated, estimated))
-    print(f"{shape}, {tokens} tokens, fused {fused}, checkpointing {checkpointing}: {text(counts)}; {text(estimates)}")
-    assert vars(estimates) == pytest.approx(vars(counts), rel=0.1)
+    assert_near(Case(shape, tokens, fused, checkpointing, later))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_so_is_each_part_with_adapters(checkpointing: bool) -> None:
     """Of rank 64, so that they would be missed. Layers with adapters are not fused, although the model's could be."""
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    case = "1.5b", 8192, True, checkpointing, 64, LoraConfig(rank=64, targets=targets)
-    counts, estimates = (f(*case) for f in (allocated, estimated))
-    print(f"LoRA, checkpointing {checkpointing}: {text(counts)}; {text(estimates)}")
+    assert_near(Case("1.5b", 8192, checkpointing=checkpointing, lora=LoraConfig(rank=64, targets=targets)))
+
+
+@pytest.mark.parametrize("support", [1024, 50_000])
+def test_so_is_each_part_with_a_wide_support(support: int) -> None:
+    assert_near(Case("0.5b", 4096, support=support))
+
+
+def assert_near(case: Case) -> None:
+    counts, estimates = allocated(case), estimated(case)
+    print(f"{case}: counted {text(counts)}; estimated {text(estimates)} GiB")
     assert vars(estimates) == pytest.approx(vars(counts), rel=0.1)
 
 
@@ -66,18 +74,12 @@ def text(bytes_of: Allocated) -> str:
     return ", ".join(f"{part} {size / GIB:.2f}" for part, size in vars(bytes_of).items())
 
 
-@pytest.mark.parametrize("support", [1024, 50_000])
-def test_a_wide_support_is_counted(support: int) -> None:
-    counts, estimates = (f("0.5b", 4096, True, True, support) for f in (allocated, estimated))
-    assert estimates.forward == pytest.approx(counts.forward, rel=0.1)
-
-
 def test_fused_layers_keep_two_thirds_and_checkpointing_a_tenth() -> None:
-    plain, fused, checkpointing = (
-        allocated("1.5b", 4096, *kind).kept for kind in ((False, False), (True, False), (True, True))
-    )
-    assert 0.6 * plain < fused < 0.7 * plain
-    assert checkpointing < 0.1 * fused
+    fused = Case("1.5b", 4096)
+    cases = replace(fused, fused=False), fused, replace(fused, checkpointing=True)
+    plain, kept, checkpointing = (allocated(case).kept for case in cases)
+    assert 0.6 * plain < kept < 0.7 * plain
+    assert checkpointing < 0.1 * kept
 
 
 @pytest.mark.parametrize(("shape", "tokens", "micro", "checkpointing", "lora", "peak"), MEASURED)
