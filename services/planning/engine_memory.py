@@ -1,7 +1,8 @@
 """Estimate of the GPU memory of an engine: its weights, a workspace and the KV cache.
 
-The workspace is an assumption: CUDA's context, CUDA graphs, and one prefill's activations. vLLM itself measures what
-its prefill takes, and gives the rest of its share of the card to the cache.
+The workspace is an assumption: CUDA's context, CUDA graphs, and the larger of one prefill's activations and the logits
+of the rows that are scored at once. vLLM itself measures what its prefill takes, and gives the rest of its share of the
+card to the cache.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from sdft.services.planning.memory import WIDTH
 from sdft.services.planning.shape import ModelShape
 
 WORKSPACE_GIB = 1.2  # CUDA's context, loaded kernels, CUDA graphs of the decoding steps
+SCORED = 1024  # rows of a prompt whose log-probs vLLM's runner for GPUs computes at once
 ALONE = 0.9  # share of a GPU of its own, of which the rest is for what vLLM does not count
 
 
@@ -30,9 +32,10 @@ class EngineMemory:
         """tokens: of a sequence of full length. cache, share: as the pool's settings have them."""
         width = WIDTH[dtype]
         prefill = max(tokens, PREFILL["cuda"]) * width * (3 * shape.intermediate + 4 * shape.hidden)
+        scored = SCORED * shape.vocabulary * (width + WIDTH["float32"])
         return cls(
             weights=width * shape.parameters / GIB,
-            workspace=WORKSPACE_GIB + prefill / GIB,
+            workspace=WORKSPACE_GIB + max(prefill, scored) / GIB,
             sequence=2 * width * shape.layers * shape.keys * tokens / GIB,
             cache=cache,
             share=share or ALONE,
