@@ -8,7 +8,7 @@ from sdft.services.config.run import RunConfig
 from sdft.services.planning.parts import Part
 
 ANSWER_S = 20  # limit for nvidia-smi, which takes seconds on a machine with many GPUs
-QUERY = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+QUERY = ("nvidia-smi", "--query-gpu=memory.total,memory.reserved", "--format=csv,noheader,nounits")
 MIB_PER_GIB = 1024
 UNIT = 10_000  # Ray counts GPUs in such parts
 
@@ -26,10 +26,14 @@ def card_gib(config: RunConfig) -> float | None:
 
 
 def _found() -> list[float]:
-    """Return the memory of each GPU of this machine in GiB; nothing if nvidia-smi is absent or does not answer."""
+    """Return the memory of each GPU of this machine in GiB, without what its driver reserves.
+
+    Nothing if nvidia-smi is absent or does not answer.
+    """
     with suppress(OSError, subprocess.SubprocessError, ValueError):
         answer = subprocess.run(QUERY, capture_output=True, text=True, timeout=ANSWER_S, check=True)
-        return [float(line) / MIB_PER_GIB for line in answer.stdout.splitlines() if line.strip()]
+        mib = [map(float, line.split(",")) for line in answer.stdout.splitlines() if line.strip()]
+        return [(total - reserved) / MIB_PER_GIB for total, reserved in mib]
     return []
 
 

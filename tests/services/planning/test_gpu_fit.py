@@ -142,7 +142,9 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An nvidia-smi that reports two GPUs, the only program on PATH besides the shell's."""
     program = tmp_path / "bin/nvidia-smi"
     program.parent.mkdir()
-    program.write_text('#!/bin/sh\n[ "$1" = --query-gpu=memory.total ] && echo 143771 && echo 81559\n')
+    program.write_text(
+        '#!/bin/sh\n[ "$1" = --query-gpu=memory.total,memory.reserved ] && echo 143771, 600 && echo 81559, 551\n'
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.defpath}")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -151,7 +153,7 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_memory_of_a_gpu_is_that_of_the_smallest_here_or_the_configured_one(smi: Path) -> None:
     elsewhere = {"address": "10.0.0.1:6379"}
-    assert card_gib(with_gpus()) == 81559 / 1024
+    assert card_gib(with_gpus()) == (81559 - 551) / 1024
     assert card_gib(with_gpus(device="cpu")) is None
     assert card_gib(with_gpus(ray={"gpu_memory_gib": 40})) == 40
     assert card_gib(with_gpus(ray=elsewhere)) is None
