@@ -14,6 +14,7 @@ NAME = r"[a-z0-9_-]+"  # of a pool
 TURN_ENGINE = "sdft.services.serving.turns.client:TurnEngine"  # the engine of a service, for its windows
 TURNS = "SDFT_TURNS"  # environment variable: the socket of that engine
 Execution = Literal["eager", "graphs", "compiled"]  # of a model's operations in an engine
+PREFILL = {"cpu": 2048, "cuda": 16384}  # tokens of prompts in one forward of an engine, at least
 LEARNER = "learner"  # names the learner beside the pools, as in pids.json
 
 
@@ -38,7 +39,13 @@ class PoolConfig(BaseModel):
     kv_cache_gib: float | None = Field(
         None, gt=0, description="GiB of KV cache; null: 1 on a CPU, on a GPU what gpu_memory_utilization leaves for it"
     )
-    gpu_memory_utilization: float = Field(0.4, gt=0, le=1, description="Share of a GPU's memory an engine may use")
+    gpu_memory_utilization: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of a GPU's memory an engine may use if kv_cache_gib is null; null: 0.9, as such an engine "
+        "has a GPU of its own",
+    )
     max_num_seqs: int = Field(64, ge=1, description="Sequences decoded at once")
     execution: Execution | None = Field(
         None,

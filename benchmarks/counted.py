@@ -134,8 +134,8 @@ def _one_kernel(norm: torch.nn.Module, x: Tensor) -> Tensor:
     return layer_norm(x, norm.weight.shape, norm.weight)
 
 
-def micro_batch(sequences: int) -> MicroBatch:
-    """Return a micro-batch of sequences of LENGTH tokens, on the meta device."""
+def micro_batch(sequences: int, support: int = K) -> MicroBatch:
+    """Return a micro-batch of sequences of LENGTH tokens, on the meta device. support: tokens at a position."""
     rows, tokens = sequences * COMPLETION, sequences * LENGTH
 
     def make(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -145,8 +145,8 @@ def micro_batch(sequences: int) -> MicroBatch:
     targets = Targets(
         sampled_ids=make(rows),
         sampler_logprobs=make(rows, dtype=real),
-        teacher_ids=make(rows, K),
-        teacher_logprobs=make(rows, K, dtype=real),
+        teacher_ids=make(rows, support),
+        teacher_logprobs=make(rows, support, dtype=real),
         teacher_sampled=make(rows, dtype=real),
         sequence=make(rows),
         completion=make(rows, dtype=real),

@@ -13,6 +13,10 @@ MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 8192}
 # Bytes of logits at once. On a CPU 1024 positions of a vocabulary of 49152 in bfloat16, or 512 in float32. On a GPU
 # each chunk also reads and writes the head's gradient in float32, so they are larger.
 CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 2 << 30}
+# Bytes of float32 scratch per block: on a CPU it fits the cache, on a GPU kernel launches dominate.
+FLOAT32_BYTES = {"cpu": 3 << 20, "cuda": 256 << 20}
+OFFLOAD_CHUNK = 1 << 26  # numbers of the state at once on a GPU: 768 MiB of two moments and the teacher
+WIDEST = 4096  # tokens of a support: a fused kernel of the loss holds all of a row's
 ATTENTION_KEPT = 192  # tokens; a CPU keeps the attention weights of sequences up to this length for the gradient
 
 
@@ -278,8 +282,10 @@ class LearnerConfig(BaseModel):
             "Route tokens to the experts that the sampler chose. null: of a mixture of experts in bfloat16 on a CPU"
         ),
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Compute activations again in the backward pass: less memory, more time"
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="Compute activations again in the backward pass: less memory, more time; null: on a GPU of known "
+        "memory if the plan does not fit without, else false",
     )
     offload: bool = Field(
         False,

@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
+from sdft.learner.config import OFFLOAD_CHUNK
 from sdft.learner.optimizer import TEACHER, AdamWWithTeacher
-
-CHUNK = 1 << 26  # numbers at once: 768 MiB for two moments and the teacher in float32
 
 
 class OffloadedAdamW(AdamWWithTeacher):
     """AdamWWithTeacher for parameters on any device, whose state is in the host's memory, pinned for a GPU."""
 
-    chunk = CHUNK
+    chunk = OFFLOAD_CHUNK
 
     def _empty(self, p: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(p, device="cpu", pin_memory=p.is_cuda)

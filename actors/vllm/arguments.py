@@ -6,13 +6,11 @@ from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, Weigh
 from vllm.config.kernel import IrOpPriorityConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-from sdft.actors.config import EngineSettings
+from sdft.actors.config import PREFILL, EngineSettings
 from sdft.actors.vllm.compat import carries_state, missing_architectures, register_beside_images
 from sdft.actors.vllm.kernels import fused_norms
 from sdft.actors.vllm.scoring import SharedPrompts
 from sdft.actors.vllm.transfer import BACKEND
-
-PREFILL = {"cpu": 2048, "cuda": 16384}  # tokens of prompts in one forward, at least
 
 
 def arguments(s: EngineSettings) -> AsyncEngineArgs:

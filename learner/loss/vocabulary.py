@@ -10,14 +10,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from sdft.learner.config import LossConfig
+from sdft.learner.config import FLOAT32_BYTES, WIDEST, LossConfig
 from sdft.learner.gpu.check import usable
 from sdft.learner.gpu.operations import fused
 from sdft.learner.loss.scaling import IDENTITY, LogitScaling
 
-# Bytes of float32 scratch per block: on a CPU it fits the cache, on a GPU kernel launches dominate.
-FLOAT32_BYTES = {"cpu": 3 << 20, "cuda": 256 << 20}
-WIDEST = 4096  # tokens of a support: a kernel holds all of a row's
 VOCABULARY_ROWS = {"cpu": 8192, "cuda": 1 << 30}  # rows of the head's gradient that are added up at once
 
 

@@ -18,7 +18,7 @@ def evaluate(prepared: Prepared, console: Console) -> tuple[list[EvalResult], li
     """Return results (of the student and, with demonstrations, of the teacher) and every reply of the student."""
     by_role = {prepared.config.actors.role_name(name): name for name in prepared.plan.pools}
     name = by_role[evaluating(by_role)]
-    plan = Plan({name: prepared.plan.pools[name]}, ())
+    plan = Plan({name: prepared.plan.pools[name]}, (), card_gib=prepared.plan.card_gib)
     check_memory(prepared.config, plan)
     return run_until_stopped(_run(prepared, plan, name, console))
 

@@ -53,7 +53,7 @@ def replay(run_dir: Path, steps: str | None, console: Console) -> str | None:
         )
     begun = checkpoints.begun(run_dir, "auto")
     prepared = prepare(load_config(run_dir / "config.yaml"), run_dir / "config.yaml", begun=begun)
-    plan = Plan({}, prepared.plan.learners)
+    plan = Plan({}, prepared.plan.learners, card_gib=prepared.plan.card_gib, load=prepared.plan.load)
     check_memory(prepared.config, plan)
     console.print(f"replaying steps {begin + 1} to {last} from {start or 'the base model'}", soft_wrap=True)
     return run_until_stopped(_run(prepared, plan, run_dir, start, range(begin + 1, last + 1), console))

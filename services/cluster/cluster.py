@@ -33,7 +33,8 @@ from sdft.services.cluster.compat import TEMPORARY, read_authentication
 from sdft.services.cluster.queries import ANSWER_S, FAILURES, in_thread
 from sdft.services.cluster.token import has_token
 from sdft.services.config.sections import RayConfig
-from sdft.services.planning.plan import Part, Plan
+from sdft.services.planning.parts import Part
+from sdft.services.planning.plan import Plan
 
 CONNECT_TIMEOUT_S = 10
 START_S = 180  # limit for the start of Ray's processes: some 4 s on an idle machine

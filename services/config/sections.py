@@ -395,6 +395,12 @@ class RayConfig(Section):
     )
     wait_s: float = Field(300, gt=0, description="How long to wait for the cluster's resources")
     autoscaling: bool = Field(False, description="The cluster has an autoscaler: request nodes and wait for them")
+    gpu_memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="Memory of a GPU of the cluster, which the plan must fit; null: of this machine's GPUs, and not "
+        "known of a running cluster",
+    )
 
     @property
     def running(self) -> str | None:

@@ -2,23 +2,23 @@
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sdft.actors.shared.process import available_memory_gib
 from sdft.services.base.errors import PreflightError
 from sdft.services.config.run import RunConfig
+from sdft.services.planning.gpu_fit import check_gpu_memory
 from sdft.services.planning.plan import Plan
-
-if TYPE_CHECKING:
-    pass
-
 from sdft.services.planning.prepared import Prepared
 
 CHECKPOINT_BYTES_PER_PARAMETER = 20  # float32 masters, two moments, EMA, and the student in float32 at most
 
 
 def check_memory(config: RunConfig, plan: Plan) -> None:
-    """PreflightError if the plan does not fit this machine's memory. Not checked on a running cluster or on GPUs."""
+    """PreflightError if the plan does not fit this machine's memory or the GPUs'.
+
+    Main memory is not checked on a running cluster or with GPUs.
+    """
+    check_gpu_memory(plan)
     free = available_memory_gib()
     if config.ray.running is None and config.device == "cpu" and plan.memory_gib > free:
         raise PreflightError(

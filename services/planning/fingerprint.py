@@ -13,6 +13,7 @@ from sdft.services.planning.plan import execution, pools
 # Settings of a strict run's pool that do not affect the results.
 LIMITS_OF_POOL = ("start_timeout_s", "health_timeout_s", "drain_timeout_s", "max_restarts")
 NOT_HASHED_OF_POOL = (*LIMITS_OF_POOL, "max_replicas", "cpus", "gpus", "labels")
+SHARE_BEFORE = 0.4  # gpu_memory_utilization
 # Settings of a method and of its divergence, with the value that is not hashed: runs that began when there were none
 # can be resumed.
 OFF_OF_METHOD: Mapping[str, object] = {"entropy": 0, "length": None}
@@ -53,6 +54,8 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Seque
                 del of_pool[key]
             # As it is executed, so that null and its value are the same.
             of_pool["execution"] = execution(pool.execution, config.device)
+            if pool.gpu_memory_utilization is None:  # runs that began when the default was a number can be resumed
+                of_pool["gpu_memory_utilization"] = SHARE_BEFORE
             if config.device == "cpu":  # runs that began when the setting was enforce_eager can be resumed
                 of_pool["enforce_eager"] = of_pool.pop("execution") == "eager"
             if pool.engine == VLLM:  # runs that began when vLLM was the only engine can be resumed

@@ -15,6 +15,7 @@ WIDTH = {"bfloat16": 2, "float32": 4}  # bytes a number
 FILE_BYTES = 2  # bytes a number in a model's files, usually
 PROCESS_GIB = 0.6  # Python, Ray, torch, transformers, DeepSpeed
 PEFT_GIB = 0.1
+CUDA_PROCESS_GIB = 2.5  # the same with CUDA's libraries: an assumption
 # Bytes for each token of a support at each loss token, besides its scores.
 PACKED_BYTES = 20  # of a micro-batch: int64 and float32, with a copy while they are packed
 DIFFERENTIATED_BYTES = 45  # of a chunk: log-probs, both distributions and their gradient
@@ -41,13 +42,28 @@ def learner_gib(
     further: pools with the student's weights besides the student's own; each has a snapshot of its own.
     width: tokens of the support at a position. share: loss tokens of the rank's share of a batch.
     """
-    if config.lora is None:
-        process, total = PROCESS_GIB, _state_bytes(config, teacher, dtype, shape, further)
-    else:
-        process, total = PROCESS_GIB + PEFT_GIB, _lora_state_bytes(config, teacher, dtype, shape, stages, further)
+    process = PROCESS_GIB if config.lora is None else PROCESS_GIB + PEFT_GIB
+    total = state_bytes(config, teacher, dtype, shape, stages)
+    total += _gradient_bytes(config, dtype, shape) + _snapshot_bytes(config, teacher, dtype, shape, further)
     total += _activation_bytes(config, dtype, shape, tokens, sequence)
     total += scores_bytes(share, width) + _support_bytes(dtype, shape, rows, sequence, width)
     return process + (total + _loss_bytes(config, dtype, shape, rows)) / GIB
+
+
+def learner_beside_gpu_gib(
+    config: LearnerConfig,
+    teacher: TeacherConfig,
+    dtype: str,
+    shape: ModelShape,
+    stages: int = 1,
+    further: int = 0,
+    width: int = 0,
+    share: int = 0,
+) -> float:
+    """Estimate the peak in GiB of the main memory of the first rank if it computes on a GPU. Arguments: learner_gib."""
+    total = _snapshot_bytes(config, teacher, dtype, shape, further) + scores_bytes(share, width)
+    total += offloaded_bytes(config, teacher, dtype, shape, stages) if config.offload else 0
+    return CUDA_PROCESS_GIB + total / GIB
 
 
 def scores_bytes(rows: int, width: int) -> int:
@@ -55,33 +71,55 @@ def scores_bytes(rows: int, width: int) -> int:
     return rows * width * (np.dtype(np.int32).itemsize + np.dtype(np.float32).itemsize)
 
 
-def _state_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, further: int) -> float:
-    width, stage = WIDTH[dtype], config.zero_stage_for(dtype)
-    ema = 0 if teacher.weights == "live" else 4
-    masters = 4 if stage > 0 else 0  # at ZeRO stage 0 the weights are the masters
-    optimizer = (masters + 8 + ema) / (config.ranks if stage > 0 else 1)
-    accumulated = 0 if stage == 0 else 4 / (config.ranks if stage > 1 else 1)  # gradients, in float32
-    weights = 2 * width / (config.ranks if stage > 2 else 1)  # weights and their gradients
-    snapshots = width * ((1 if teacher.weights == "live" else 2) + further)
-    return shape.parameters * (optimizer + accumulated + weights + snapshots)
+def state_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, stages: int) -> float:
+    """Bytes that a rank holds between two steps: weights, masters, moments, teacher and float32 gradients.
 
-
-def _lora_state_bytes(
-    config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, stages: int, further: int
-) -> float:
-    """Bytes of the frozen model, of the teacher's float32 change of it (if the teacher ever changes) and its snapshot.
-
-    The verification of a student's snapshot also takes the merged model and the file that it is merged from.
+    With LoRA the frozen model, its adapters and the teacher's float32 change of it, if the teacher ever changes. What is
+    offloaded is not among them.
     """
-    width = WIDTH[dtype]
+    width, stage = WIDTH[dtype], config.zero_stage_for(dtype)
+    offloaded = 0 if config.offload else offloaded_bytes(config, teacher, dtype, shape, stages)
+    weights = width / (config.ranks if stage > 2 else 1)
+    if config.lora is not None:
+        return weights * shape.parameters + 8 * shape.adapters + offloaded
+    masters = 4 / config.ranks if stage > 0 else 0  # at ZeRO stage 0 the weights are the masters
+    accumulated = 0 if stage == 0 else 4 / (config.ranks if stage > 1 else 1)  # gradients, in float32
+    return shape.parameters * (masters + accumulated + weights) + offloaded
+
+
+def offloaded_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, stages: int) -> float:
+    """Bytes of a rank's state that learner.offload keeps in the host's memory: moments, and the teacher."""
+    if config.lora is not None:
+        return 8 * shape.adapters + _change_bytes(config, teacher, shape, stages)
+    ema = 0 if teacher.weights == "live" else 4
+    return shape.parameters * (8 + ema) / (config.ranks if config.zero_stage_for(dtype) > 0 else 1)
+
+
+def _change_bytes(config: LearnerConfig, teacher: TeacherConfig, shape: ModelShape, stages: int) -> float:
     becomes_student = teacher.weights == "gated" or (stages > 1 and teacher.weights in ("ema", "frozen"))
     moves = teacher.weights == "ema" and teacher.alpha > 0
-    change = 4 * shape.adapted / config.ranks if moves or becomes_student else 0
-    model = width * shape.parameters
-    snapshots = model * (1 if teacher.weights == "live" else 2) + width * shape.adapters * (1 + further)
-    snapshots += FILE_BYTES * shape.parameters
-    frozen = model / (config.ranks if config.zero_stage_for(dtype) > 2 else 1)
-    return frozen + change + snapshots + 16 * shape.adapters
+    return 4 * shape.adapted / config.ranks if moves or becomes_student else 0
+
+
+def _snapshot_bytes(
+    config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, further: int
+) -> float:
+    """Bytes of the snapshots.
+
+    With LoRA the verification of a student's snapshot takes the merged model and the file that it is merged from.
+    """
+    width, teachers = WIDTH[dtype], 0 if teacher.weights == "live" else 1
+    if config.lora is None:
+        return width * shape.parameters * (1 + teachers + further)
+    snapshots = width * (shape.parameters * (1 + teachers) + shape.adapters * (1 + further))
+    return snapshots + FILE_BYTES * shape.parameters
+
+
+def _gradient_bytes(config: LearnerConfig, dtype: str, shape: ModelShape) -> float:
+    """Bytes of the gradients that backward computes; those of adapters are in the state."""
+    if config.lora is not None:
+        return 0
+    return WIDTH[dtype] * shape.parameters / (config.ranks if config.zero_stage_for(dtype) > 2 else 1)
 
 
 def _activation_bytes(config: LearnerConfig, dtype: str, shape: ModelShape, tokens: int, sequence: int) -> float:

@@ -1,8 +1,8 @@
 """The plan of a run: its processes, their estimated memory and their Ray resources."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,8 +11,12 @@ from sdft.actors.config import TURN_ENGINE, EngineSettings, Execution
 from sdft.actors.roles import EVALUATION, STUDENT, TEACHER, teacher_pool
 from sdft.actors.shared.process import GIB
 from sdft.services.base.errors import UserError
-from sdft.services.config.run import RunConfig, TaskConfig
-from sdft.services.planning.memory import ENGINE_BYTES, WIDTH, learner_gib, scores_bytes
+from sdft.services.config.run import RunConfig
+from sdft.services.planning.cards import cards
+from sdft.services.planning.engine_memory import ALONE, EngineMemory
+from sdft.services.planning.learner_load import LearnerLoad
+from sdft.services.planning.memory import ENGINE_BYTES, WIDTH, scores_bytes
+from sdft.services.planning.parts import Part, together_gib
 from sdft.services.planning.shape import ModelShape
 from sdft.services.planning.supports import width
 
@@ -27,22 +31,6 @@ RAY_BASE_GIB = 1.2
 
 
 @dataclass(frozen=True)
-class Part:
-    """One process of the run."""
-
-    name: str
-    cpus: float  # Ray CPUs
-    gpus: float
-    memory_gib: float  # main memory with device: cpu
-    labels: Mapping[str, str] = field(default_factory=dict)  # labels of the nodes where it may be placed
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        """Its placement group bundle: Ray resources by name."""
-        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
-
-
-@dataclass(frozen=True)
 class Plan:
     """All processes, in the order of the placement group's bundles."""
 
@@ -50,6 +38,9 @@ class Plan:
     learners: tuple[Part, ...]
     growing: Mapping[str, int] = field(default_factory=dict)  # most engines of a pool, if more than at the start
     held_gib: float = 0.0  # scores in Ray's object store, and in the driver if it records them
+    card_gib: float | None = None  # memory of a GPU; None: not known, or no GPU is used
+    load: LearnerLoad | None = None  # of the learner
+    chosen: bool = False  # gradient checkpointing is on because the run would not fit without
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -69,78 +60,102 @@ class Plan:
 
     def text(self) -> str:
         """Format the plan as a table for a terminal."""
-        lines = [f"{'process':<22}{'Ray CPUs':>10}{'GPUs':>6}{'memory':>12}"]
-        lines += [f"{p.name:<22}{p.cpus:>10g}{p.gpus:>6g}{p.memory_gib:>8.1f} GiB" for p in self.parts]
-        lines.append(f"{'Ray and driver':<22}{0:>10g}{0:>6g}{RAY_BASE_GIB + self.held_gib:>8.1f} GiB")
-        lines.append(f"{'total':<22}{self.cpus:>10g}{self.gpus:>6g}{self.memory_gib:>8.1f} GiB")
+        with_gpus = self.gpus > 0
+        lines = [f"{'process':<22}{'Ray CPUs':>10}{'GPUs':>6}{'memory':>12}{'GPU memory' if with_gpus else '':>14}"]
+        lines += [self._line(p.name, p.cpus, p.gpus, p.memory_gib, p.gpu_gib, self._is_least(p)) for p in self.parts]
+        lines.append(self._line("Ray and driver", 0, 0, RAY_BASE_GIB + self.held_gib, 0))
+        least, gpu = any(map(self._is_least, self.parts)), sum(p.gpu_gib for p in self.parts)
+        lines.append(self._line("total", self.cpus, self.gpus, self.memory_gib, gpu, least))
         lines += [
             f"up to {most} {pool} engines while the learner waits for them" for pool, most in self.growing.items()
         ]
-        return "\n".join(lines)
+        return "\n".join([*(line.rstrip() for line in lines), *(self._cards() if with_gpus else ())])
+
+    def _line(self, name: str, cpus: float, gpus: float, gib: float, gpu_gib: float, least: bool = False) -> str:
+        gpu = f"{'from ' if least else ''}{gpu_gib:.1f} GiB" if gpu_gib else ""
+        return f"{name:<22}{cpus:>10g}{gpus:>6g}{gib:>8.1f} GiB{gpu:>14}"
+
+    def _is_least(self, part: Part) -> bool:
+        """Whether an engine's share of a GPU is not known, so that the GPU memory is the least that it needs."""
+        return self.card_gib is None and part.engine is not None and part.engine.cache is None
+
+    def _cards(self) -> Iterator[str]:
+        """Yield a line for each GPU of several processes, and one about the memory of a GPU."""
+        for i, parts in enumerate(cards(self.parts)):
+            if len(parts) > 1:
+                yield f"GPU {i}: {', '.join(p.name for p in parts)}: {together_gib(parts):.1f} GiB"
+        if self.chosen:
+            yield "learner.gradient_checkpointing: true, because a rank would not fit its GPU without it"
+        if self.card_gib is None:
+            yield "memory of a GPU: not known, so nothing is refused; ray.gpu_memory_gib sets it"
+        else:
+            yield f"memory of a GPU: {self.card_gib:.1f} GiB"
 
 
 def make_plan(
     config: RunConfig,
     shape: ModelShape,
     longest_prompts: Sequence[int],
-    teacher_parameters: Mapping[str, int] = MappingProxyType({}),
+    teachers: Mapping[str, ModelShape] = MappingProxyType({}),
+    card_gib: float | None = None,
 ) -> Plan:
     """Make the plan of a run. longest_prompts: tokens of the longest student prompt of each task.
 
-    teacher_parameters: of each external teacher, by the name of its pool.
+    teachers: the shape of each external teacher, by the name of its pool. card_gib: memory of a GPU; None: not known.
     """
     cuda = config.device == "cuda"
-    bytes_of_weight = WIDTH[config.dtype]
-
-    scored = [(_rows_of_step(task), width(task, shape.vocabulary)) for task in config.tasks]
+    learner, load = config.learner, LearnerLoad(config, shape, longest_prompts)
     scoring = STUDENT if config.teacher_in_use.weights == "live" else TEACHER
 
     def engines(pool: str) -> tuple[Part, ...]:
-        e = config.actors.settings(pool)
-        weights = teacher_parameters.get(pool, shape.parameters) * bytes_of_weight / GIB
-        # An update holds the weights twice (the snapshot is mapped). KV cache and logits of a batch come on top.
-        memory = ENGINE_BASE_GIB + 2 * weights + (0 if cuda else e.cpu_cache_gib)
+        e, of_pool = config.actors.settings(pool), teachers.get(pool, shape)
+        weights = of_pool.parameters * WIDTH[config.dtype] / GIB
+        # An update maps the snapshot, beside the weights of an engine on a CPU. Its KV cache and logits come on top.
+        memory = ENGINE_BASE_GIB + (weights if cuda else 2 * weights + e.cpu_cache_gib)
+        held = None
         if e.engine == TURN_ENGINE:  # the engine is the service's, and keeps the weights
             memory = CLIENT_GIB + weights
-        elif config.actors.role_name(pool) == scoring:
-            memory += max(ENGINE_BYTES * rows * wide for rows, wide in scored) / e.replicas / GIB
-        gpus = e.gpus if cuda else 0
-        return tuple(Part(f"{pool} engine {i}", e.cpus, gpus, memory, e.labels) for i in range(e.replicas))
+        else:
+            if config.actors.role_name(pool) == scoring:
+                memory += max(ENGINE_BYTES * rows * wide for rows, wide in load.scored) / e.replicas / GIB
+            if cuda:
+                longest = longest_sequence(config)
+                held = EngineMemory.of(of_pool, config.dtype, longest, e.kv_cache_gib, e.gpu_memory_utilization)
+        part = Part(
+            name="",
+            cpus=e.cpus,
+            gpus=e.gpus if cuda else 0,
+            memory_gib=memory,
+            labels=e.labels,
+            pool=config.actors.entry(pool),
+            gpu_gib=0 if held is None else held.on(card_gib),
+            engine=held,
+            sleeps=e.sleep,
+        )
+        return tuple(replace(part, name=f"{pool} engine {i}") for i in range(e.replicas))
 
-    learner = config.learner
-    tasks = zip(config.tasks, longest_prompts, strict=True)
-    forwards = [_largest_forward(task, longest) for task, longest in tasks]
-    teacher, stages = config.teacher_in_use.of_learner, len(forwards)
     names = pools(config)
     further = [config.actors.role(name).weights for name in names].count(STUDENT) - 1
-    memory = max(
-        learner_gib(learner, teacher, config.dtype, shape, *forward, stages, further, wide, -(-rows // learner.ranks))
-        for forward, (rows, wide) in zip(forwards, scored, strict=True)
-    )
-    gpus = learner.gpus if cuda else 0
-    learners = tuple(
-        Part(f"learner rank {i}", learner.cpus, gpus, memory, learner.labels) for i in range(learner.ranks)
+    rank = Part(
+        name="",
+        cpus=learner.cpus,
+        gpus=learner.gpus if cuda else 0,
+        memory_gib=load.memory_gib(further),
+        labels=learner.labels,
+        gpu_gib=load.gpu_gib(learner) if cuda else 0,
+        resting_gib=load.resting_gib(learner) if cuda else 0,
     )
     growing = {name: e.most for name in names if (e := config.actors.settings(name)).most > e.replicas}
-    held = max(scores_bytes(*of_step) for of_step in scored) / GIB * (1 + config.training.max_staleness)
+    held = max(scores_bytes(*of_step) for of_step in load.scored) / GIB * (1 + config.training.max_staleness)
     held *= 3 if config.monitoring.record_rollouts else 1  # the driver joins the scores of a step, and makes a file
-    return Plan({name: engines(name) for name in names}, learners, growing, held)
-
-
-def _rows_of_step(config: TaskConfig) -> int:
-    """Return the loss tokens of a step with completions of full length."""
-    return config.training.batch_size * config.sampling.generations * config.longest_reply
-
-
-def _largest_forward(config: TaskConfig, longest_prompt: int) -> tuple[int, int, int]:
-    """Return (tokens, loss tokens, tokens a sequence) of a rank's largest forward, with completions of full length.
-
-    Ranks that divide the tokens of a forward have the loss of whole sequences.
-    """
-    sequence, together = longest_prompt + config.longest_reply, config.learner.sequence_parallel
-    share = -(-config.training.batch_size * config.sampling.generations * together // config.learner.ranks)
-    sequences = max(1, min(share, together * config.learner.tokens_at_once(config.device) // sequence))
-    return -(-sequences * sequence // together), -(-sequences // together) * config.longest_reply, sequence
+    return Plan(
+        pools={name: engines(name) for name in names},
+        learners=tuple(replace(rank, name=f"learner rank {i}") for i in range(learner.ranks)),
+        growing=growing,
+        held_gib=held,
+        card_gib=card_gib,
+        load=load,
+    )
 
 
 def pools(config: RunConfig) -> tuple[str, ...]:
@@ -155,6 +170,16 @@ def pools(config: RunConfig) -> tuple[str, ...]:
     return tuple(pool for name in started for pool in (teachers if name == TEACHER else (name,)))
 
 
+def longest_sequence(config: RunConfig) -> int:
+    """Return the tokens of the longest sequence of an engine, and one more."""
+    longest_reply = max(
+        [task.longest_reply for task in config.tasks]
+        + [s.max_new_tokens for s in config.sets]
+        + [s.environment.max_tokens for s in config.sets if s.environment is not None]
+    )
+    return max(task.data.max_teacher_prompt_tokens for task in config.tasks) + longest_reply + 1
+
+
 def engine_settings(config: RunConfig, model: Path, pool: str, vocabulary: int | None = None) -> EngineSettings:
     """Settings of an engine of the pool with this name. model: the folder that it loads.
 
@@ -162,12 +187,7 @@ def engine_settings(config: RunConfig, model: Path, pool: str, vocabulary: int |
     UserError if the longest sequence exceeds the model's positions or the KV cache.
     """
     e = config.actors.settings(pool)
-    longest_reply = max(
-        [task.longest_reply for task in config.tasks]
-        + [s.max_new_tokens for s in config.sets]
-        + [s.environment.max_tokens for s in config.sets if s.environment is not None]
-    )
-    max_model_len = max(task.data.max_teacher_prompt_tokens for task in config.tasks) + longest_reply + 1
+    max_model_len = longest_sequence(config)
     shape = json.loads((model / "config.json").read_text())
     limit = shape.get("max_position_embeddings")
     if limit is not None and max_model_len > limit:
@@ -177,13 +197,13 @@ def engine_settings(config: RunConfig, model: Path, pool: str, vocabulary: int |
             f"environment.max_tokens"
         )
     cache = _cache_bytes_per_token(shape, WIDTH[config.dtype]) * max_model_len / GIB
-    if config.device == "cpu" and cache > e.cpu_cache_gib:
+    cache_gib = e.cpu_cache_gib if config.device == "cpu" else e.kv_cache_gib
+    if cache_gib is not None and cache > cache_gib:
         raise UserError(
-            f"actors.{config.actors.entry(pool)}.kv_cache_gib is {e.cpu_cache_gib:g}, but one sequence of "
+            f"actors.{config.actors.entry(pool)}.kv_cache_gib is {cache_gib:g}, but one sequence of "
             f"{max_model_len} tokens (data.max_teacher_prompt_tokens and the longest reply) needs {cache:.2g} GiB; "
             f"raise kv_cache_gib"
         )
-    cache_gib = e.cpu_cache_gib if config.device == "cpu" else e.kv_cache_gib
     return EngineSettings(
         model=str(model),
         dtype=config.dtype,
@@ -194,7 +214,7 @@ def engine_settings(config: RunConfig, model: Path, pool: str, vocabulary: int |
         hold_batches=config.strict,
         exclusive=config.strict and e.most == 1,
         share_prompts=any(task.sampling.generations > 1 or task.environment is not None for task in config.tasks),
-        gpu_memory_utilization=e.gpu_memory_utilization if cache_gib is None else FREE_AT_LEAST,
+        gpu_memory_utilization=(e.gpu_memory_utilization or ALONE) if cache_gib is None else FREE_AT_LEAST,
         execution=execution(e.execution, config.device),
         max_probe_gap=max_probe_gap(config),
         threads=e.threads,

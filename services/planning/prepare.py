@@ -29,7 +29,8 @@ from sdft.services.planning.examined import examined
 from sdft.services.planning.fingerprint import fingerprint_of
 from sdft.services.planning.guard import check_guard
 from sdft.services.planning.models import check_positions, check_trainable, resolve_model
-from sdft.services.planning.plan import engine_settings, make_plan, pools
+from sdft.services.planning.plan import engine_settings, pools
+from sdft.services.planning.planned import planned
 from sdft.services.planning.prepared import Prepared, Stage
 from sdft.services.planning.routing import replays_experts
 from sdft.services.planning.shape import ModelShape, embedding_rows, read_headers, sample_of_weights
@@ -121,7 +122,7 @@ def _prepared(
         check_same_tokens(tokenizer, pool, folder)
         found = read_headers(folder)
         identity += (folder / "config.json").read_bytes() + sample_of_weights(found)
-        of_teachers[pool] = ModelShape.of(folder, found, None).parameters
+        of_teachers[pool] = ModelShape.of(folder, found, None)
     builders = [prompt_builder(task, tokenizer, base, begun) for task in config.tasks]
     alone = [prompt_builder(task, tokenizer, base, begun, alone=True) for task in config.tasks]
     given_builders = zip(loaded, builders, alone, strict=True)
@@ -161,6 +162,7 @@ def _prepared(
         stage.config.data.max_prompt_tokens if stage.source.grows else max(len(p.student_ids) for p in stage.prompts)
         for stage in stages
     ]
+    config, plan = planned(config, shape, longest, of_teachers)
     return Prepared(
         config=config,
         path=path.resolve(),
@@ -171,7 +173,7 @@ def _prepared(
         vocabulary=vocabulary,
         stages=tuple(stages),
         common=_sets(common, tokenizer, builders[0], stages[0].config, config.environment, rows),
-        plan=make_plan(config, shape, longest, of_teachers),
+        plan=plan,
         begun=begun,
         teachers=teachers,
         sample_ids=builders[0].student(SAMPLE) if sources[0].grows else [],

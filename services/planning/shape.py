@@ -10,6 +10,8 @@ from sdft.learner.config import LoraConfig
 from sdft.services.base.errors import UserError
 
 SAMPLED = 64  # bytes read of each weight
+# Model types whose layers learner/model/fused.py replaces. It may take more: their memory is overestimated.
+FUSED = ("llama", "mistral", "qwen2", "qwen3")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 # Of each weight file: its path, its header's entries by weight, and the offset of its data.
@@ -28,6 +30,12 @@ class ModelShape:
     heads: int
     adapted: int = 0  # parameters of the weights that LoRA changes
     adapters: int = 0  # parameters of the adapters
+    queries: int = 0  # numbers in a token's queries, in all heads
+    keys: int = 0  # numbers in a token's keys, and in its values
+    embeddings: int = (
+        0  # parameters of the weights of vocabulary size: the embedding, and a head that is not tied to it
+    )
+    fused: bool = False  # the learner has fused layers for it on a GPU
 
     @classmethod
     def of(cls, model: Path, headers: Headers, lora: LoraConfig | None = None) -> "ModelShape":
@@ -36,6 +44,7 @@ class ModelShape:
         config = read_json(model / "config.json")
         names = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
         layers, hidden, intermediate, vocabulary, heads = (int(config.get(name) or 0) for name in names)
+        size = int(config.get("head_dim") or (hidden // heads if heads else 0))
         adapted = [] if lora is None else _adapted(model, weights, vocabulary, lora)
         return cls(
             parameters=sum(map(math.prod, weights.values())),
@@ -46,6 +55,10 @@ class ModelShape:
             heads=heads,
             adapted=sum(map(math.prod, adapted)),
             adapters=0 if lora is None else lora.rank * sum(map(sum, adapted)),
+            queries=heads * size,
+            keys=int(config.get("num_key_value_heads") or heads) * size,
+            embeddings=sum(math.prod(shape) for shape in weights.values() if len(shape) == 2 and vocabulary in shape),
+            fused=config.get("model_type") in FUSED,
         )
 
 

@@ -57,7 +57,7 @@ def train(
     console.print(*lines, sep="\n", markup=False, highlight=False, soft_wrap=True)
     console.print(prepared.plan.text(), markup=False, highlight=False)
     if dry_run:
-        print(resolved_yaml(settings))
+        print(resolved_yaml(prepared.config))
         return
     from sdft.services.cli.train import train as run
 
@@ -83,9 +83,10 @@ def check(
         ),
     ] = None,
 ) -> None:
-    """Check configuration, data and prompts without starting anything."""
+    """Check configuration, data, prompts and the GPUs' memory without starting anything."""
     from sdft.services.cli.summary import run_lines
     from sdft.services.config.load import load_config
+    from sdft.services.planning.gpu_fit import check_gpu_memory
     from sdft.services.planning.prepare import prepare
 
     prepared = prepare(load_config(config, overrides or []), config)
@@ -95,6 +96,7 @@ def check(
     print(*run_lines(prepared), sep="\n")
     print(f"evaluation: {', '.join(s.settings.name for s in prepared.sets) or 'none'}")
     print(prepared.plan.text())
+    check_gpu_memory(prepared.plan)
     if show:
         from sdft.services.cli.shown import shown_rows
 

@@ -7,12 +7,23 @@ import torch
 
 from benchmarks.loss import chunked
 from benchmarks.measure import peak_mib
-from sdft.learner.config import CHUNK_BYTES, Dft, Forward, ImportanceConfig, Jsd, LossConfig, Nll, Reverse, Sampled
+from sdft.learner.config import (
+    CHUNK_BYTES,
+    FLOAT32_BYTES,
+    Dft,
+    Forward,
+    ImportanceConfig,
+    Jsd,
+    LossConfig,
+    Nll,
+    Reverse,
+    Sampled,
+)
 from sdft.learner.loss.chunked import divergence_loss
 from sdft.learner.loss.divergences import divergence, log1mexp, token_objective, with_tail
 from sdft.learner.loss.scaling import LogitScaling
 from sdft.learner.loss.targets import Targets
-from sdft.learner.loss.vocabulary import FLOAT32_BYTES, VOCABULARY_ROWS
+from sdft.learner.loss.vocabulary import VOCABULARY_ROWS
 
 V, H, N = 50, 16, 12
 OFF = ImportanceConfig(level="off")

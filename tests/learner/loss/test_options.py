@@ -7,11 +7,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from sdft.learner.config import CHUNK_BYTES, Forward, ImportanceConfig, Jsd, LossConfig, Reverse, Sampled
+from sdft.learner.config import CHUNK_BYTES, FLOAT32_BYTES, Forward, ImportanceConfig, Jsd, LossConfig, Reverse, Sampled
 from sdft.learner.loss.chunked import divergence_loss
 from sdft.learner.loss.scaling import LogitScaling
 from sdft.learner.loss.targets import Targets
-from sdft.learner.loss.vocabulary import FLOAT32_BYTES, VOCABULARY_ROWS
+from sdft.learner.loss.vocabulary import VOCABULARY_ROWS
 from tests.learner.loss.test_loss import H, N, V, draw, full_divergence, make_targets
 
 SCALING = LogitScaling(0.5, 4.0)

@@ -370,6 +370,21 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         ["copy of the working directory", "absolute path"],
     ),
     "too little memory": (setting("actors.student.kv_cache_gib", 9000), TRAIN, 3, ["GiB are free here", "kv_cache"]),
+    "too little GPU memory": (
+        two(setting("device", "cuda"), setting("ray.gpu_memory_gib", 0.5)),
+        "check my.yaml",
+        3,
+        ["student engine 0 need 1.2 GiB, and a GPU has 0.5 GiB", "use a smaller model"],
+    ),
+    "too little of a GPU for an engine": (
+        two(
+            two(setting("device", "cuda"), setting("ray.gpu_memory_gib", 80)),
+            setting("actors.teacher.gpu_memory_utilization", 0.01),
+        ),
+        TRAIN,
+        3,
+        ["actors.teacher.gpu_memory_utilization 0.01 is 0.8 of a GPU's 80.0 GiB", "set it to 0.02"],
+    ),
     "too little cache": (
         setting("actors.teacher.kv_cache_gib", 1e-5),
         TRAIN,

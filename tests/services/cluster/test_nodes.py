@@ -18,7 +18,8 @@ from sdft.services.base.errors import PreflightError
 from sdft.services.cluster.cluster import placement
 from sdft.services.cluster.nodes import NodeRequest, requested
 from sdft.services.config.sections import RayConfig
-from sdft.services.planning.plan import Part, Plan
+from sdft.services.planning.parts import Part
+from sdft.services.planning.plan import Plan
 from tests.runs.run import wait_until
 
 STUDENT, TEACHER = Part("student engine 0", 0.5, 0, 1.0), Part("teacher engine 0", 1, 1, 1.0)

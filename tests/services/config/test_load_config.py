@@ -96,7 +96,7 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
             "and replies, and evaluation.grading_timeout_s for a judge and lm-eval",
         ),
         ("method: {skip_frst: 3}", "my.yaml: method.skip_frst is not a setting; did you mean method.skip_first?"),
-        ("ray: {zzz: 3}", "my.yaml: ray.zzz is not a setting; ray has address, wait_s, autoscaling"),
+        ("ray: {zzz: 3}", "my.yaml: ray.zzz is not a setting; ray has address, wait_s, autoscaling, gpu_memory_gib"),
         ("seed: yes", "my.yaml: seed must be a whole number, not true"),
         ("seed: 1.5", "my.yaml: seed must be a whole number, not 1.5"),
         ("seed: '3'", 'my.yaml: seed must be a whole number, not the text "3"'),

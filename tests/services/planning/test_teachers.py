@@ -1,6 +1,7 @@
 """Several external teachers, before anything starts: what is refused, their pools, and what a resumed run compares."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,9 @@ def test_each_teacher_has_a_pool_with_its_folder_and_the_settings_of_the_teacher
 def test_the_plan_counts_each_teacher_with_its_own_parameters(tmp_path: Path) -> None:
     config = load_config(written(tmp_path, tmp_path, []))
     shape = ModelShape(10**9, 0, 0, 0, 0, 0)
-    plan = make_plan(config, shape, [100], {"teacher-math": 10**9, "teacher-code": 3 * 10**9})
+    plan = make_plan(
+        config, shape, [100], {"teacher-math": shape, "teacher-code": replace(shape, parameters=3 * 10**9)}
+    )
     math, code = (plan.pools[pool][0].memory_gib for pool in ("teacher-math", "teacher-code"))
     assert code - math == pytest.approx(2 * 2e9 * 4 / GIB)
 
