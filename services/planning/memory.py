@@ -74,7 +74,7 @@ def scores_bytes(rows: int, width: int) -> int:
 def state_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, stages: int) -> float:
     """Bytes that a rank holds between two steps: weights, masters, moments, teacher and float32 gradients.
 
-    With LoRA the frozen model, its adapters and the teacher's float32 change of it, if the teacher ever changes. What is
+    With LoRA the frozen model, its adapters and the teacher's float32 change of it, if that ever changes. What is
     offloaded is not among them.
     """
     width, stage = WIDTH[dtype], config.zero_stage_for(dtype)

@@ -15,8 +15,9 @@ from sdft.services.base.errors import PreflightError
 from sdft.services.config.load import load_config
 from sdft.services.config.run import RunConfig
 from sdft.services.planning.cards import card_gib, cards
+from sdft.services.planning.engine_memory import WORKSPACE_GIB
 from sdft.services.planning.gpu_fit import check_gpu_memory
-from sdft.services.planning.parts import Part
+from sdft.services.planning.parts import Part, together_gib
 from sdft.services.planning.plan import Plan, make_plan
 from sdft.services.planning.prepare import prepare
 from tests.runs.run import write_run
@@ -26,6 +27,7 @@ SHARED: dict[str, Any] = {
     "learner": {"gpus": 0.4, "gradient_checkpointing": False},
     "actors": {"student": {"gpus": 0.3, "kv_cache_gib": 4}, "teacher": {"gpus": 0.3, "kv_cache_gib": 4}},
 }
+SLEEPING = {name: pool | {"sleep": True} for name, pool in SHARED["actors"].items()}
 LORA = {"gpus": 0.4, "gradient_checkpointing": True, "lora": {"rank": 16}}
 RECOMPUTE, SMALLER = "learner.gradient_checkpointing", "learner.micro_batch_tokens"
 RANK = "learner rank 0 needs about"
@@ -36,8 +38,13 @@ LARGE: dict[str, Any] = {"kv_cache_gib": 30}
 REFUSED: list[tuple[float, dict[str, Any], str, list[str]]] = [
     (60, SHARED, "share a GPU of 60.0 GiB", [RECOMPUTE]),
     (57, SHARED, "for learner rank 0", [SMALLER, RECOMPUTE]),
-    (50, SHARED | {"learner": {"gpus": 0.4}}, "share a GPU", ["learner.lora"]),
-    (36, {}, RANK, ["learner.ranks", RECOMPUTE]),
+    (50, SHARED | {"learner": {"gpus": 0.4}}, "share a GPU", ["learner.offload", RECOMPUTE]),
+    (36, SHARED | {"learner": {"gpus": 0.4}}, "share a GPU", ["learner.lora", RECOMPUTE]),
+    (50, SHARED | {"actors": SLEEPING}, "need about 54.4 GiB", ["learner.offload"]),
+    (36, {}, RANK, ["learner.offload"]),
+    (24, {}, RANK, ["learner.offload", RECOMPUTE]),
+    (24, {"learner": {"offload": True}}, RANK, [RECOMPUTE]),
+    (20, {}, RANK, ["learner.ranks", RECOMPUTE]),
     (17, {}, RANK, ["learner.ranks", "learner.zero_stage", RECOMPUTE]),
     (40, {"learner": LORA, "actors": {"student": ALONE | LARGE, "teacher": ALONE}}, "for student engine 0", CACHES[:1]),
     (20, {"learner": LORA, "actors": SHARED["actors"]}, "share a GPU of 20.0 GiB", CACHES),
@@ -120,6 +127,31 @@ def mended(sentence: str) -> dict[str, Any]:
         return {share[1]: float(share[2])}
     mend = re.sub(r" \(then .*\)$", "", sentence.rpartition("; set ")[2])
     return {key: yaml.safe_load(value) for key, value in (part.split(": ", 1) for part in re.split(", | and ", mend))}
+
+
+def test_engines_that_sleep_and_the_activations_of_a_step_are_not_there_at_a_time() -> None:
+    awake, asleep = (plan_of(80, **(SHARED | {"actors": actors})) for actors in (SHARED["actors"], SLEEPING))
+    (rank,), engines = awake.learners, [p for pool in awake.pools.values() for p in pool]
+    everything = together_gib(awake.parts)
+    assert everything == pytest.approx(rank.gpu_gib + sum(p.gpu_gib for p in engines))
+    stepping = rank.gpu_gib + len(engines) * WORKSPACE_GIB
+    computing = rank.resting_gib + sum(p.gpu_gib for p in engines)
+    assert rank.resting_gib < rank.gpu_gib
+    assert together_gib(asleep.parts) == pytest.approx(max(stepping, computing))
+    assert max(stepping, computing) < everything - 10
+
+
+def test_ranks_that_divide_tokens_hold_a_part_of_the_activations() -> None:
+    usual, batch = {"gradient_checkpointing": False, "ranks": 4}, {"steps": 1, "batch_size": 128}
+    alone, divided, equal = (
+        plan_of(
+            80, learner=usual | {"micro_batch_tokens": tokens, "sequence_parallel": together}, training=batch
+        ).learners[0]
+        for tokens, together in ((20480, 1), (8192, 4), (8192, 1))  # equal: as many tokens in a forward as divided
+    )
+    assert divided.resting_gib == alone.resting_gib
+    assert divided.gpu_gib < alone.gpu_gib - 15
+    assert divided.gpu_gib == pytest.approx(equal.gpu_gib, rel=0.02)
 
 
 def test_what_fits_with_no_setting_needs_another_model_or_gpu() -> None:
