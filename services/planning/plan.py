@@ -7,18 +7,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sdft.actors.config import TURN_ENGINE, EngineSettings, Execution
+from sdft.actors.config import TURN_ENGINE, VLLM, EngineSettings, Execution
 from sdft.actors.roles import EVALUATION, STUDENT, TEACHER, teacher_pool
 from sdft.actors.shared.process import GIB
 from sdft.services.base.errors import UserError
 from sdft.services.config.run import RunConfig, TaskConfig
 from sdft.services.planning.memory import ENGINE_BYTES, WIDTH, learner_gib, scores_bytes
 from sdft.services.planning.shape import ModelShape
+from sdft.services.planning.split import check_split
 from sdft.services.planning.supports import width
 
 # GiB of an engine's two processes together, without weights and KV cache. Measured on the CPU build: 0.8 with a model
 # of 0.26 M parameters, 1.0 after steps of SmolLM2-135M in float32; the rest is a margin for larger batches.
 ENGINE_BASE_GIB = 1.3
+WORKER_GIB = 0.5  # each process of an engine that is split over several
 CLIENT_GIB = 0.5  # process of a window that reaches the engine of its service
 # gpu_memory_utilization with an explicit KV cache size: it is only the share of the GPU that must be free at a start.
 FREE_AT_LEAST = 0.05
@@ -100,11 +102,12 @@ def make_plan(
         weights = teacher_parameters.get(pool, shape.parameters) * bytes_of_weight / GIB
         # An update holds the weights twice (the snapshot is mapped). KV cache and logits of a batch come on top.
         memory = ENGINE_BASE_GIB + 2 * weights + (0 if cuda else e.cpu_cache_gib)
+        memory += WORKER_GIB * e.tensor_parallel if e.tensor_parallel > 1 else 0
         if e.engine == TURN_ENGINE:  # the engine is the service's, and keeps the weights
             memory = CLIENT_GIB + weights
         elif config.actors.role_name(pool) == scoring:
             memory += max(ENGINE_BYTES * rows * wide for rows, wide in scored) / e.replicas / GIB
-        gpus = e.gpus if cuda else 0
+        gpus = e.gpus_of_engine if cuda else 0
         return tuple(Part(f"{pool} engine {i}", e.cpus, gpus, memory, e.labels) for i in range(e.replicas))
 
     learner = config.learner
@@ -173,7 +176,9 @@ def engine_settings(config: RunConfig, model: Path, pool: str, vocabulary: int |
             f"{model} has {limit} positions; lower data.max_teacher_prompt_tokens, max_new_tokens or "
             f"environment.max_tokens"
         )
-    cache = _cache_bytes_per_token(shape, WIDTH[config.dtype]) * max_model_len / GIB
+    if e.engine == VLLM:
+        check_split(config.actors.entry(pool), e.tensor_parallel, config.device, model, shape)
+    cache = _cache_bytes_per_token(shape, WIDTH[config.dtype], e.tensor_parallel) * max_model_len / GIB
     if config.device == "cpu" and cache > e.cpu_cache_gib:
         raise UserError(
             f"actors.{config.actors.entry(pool)}.kv_cache_gib is {e.cpu_cache_gib:g}, but one sequence of "
@@ -196,6 +201,7 @@ def engine_settings(config: RunConfig, model: Path, pool: str, vocabulary: int |
         max_probe_gap=max_probe_gap(config),
         threads=e.threads,
         kv_cache_gib=cache_gib,
+        tensor_parallel=e.tensor_parallel,
         engine=e.engine,
         vocabulary=vocabulary,
     )
@@ -212,11 +218,14 @@ def max_probe_gap(config: RunConfig) -> float:
     return config.weights.max_probe_gap or (0.001 if config.dtype == "float32" else 0.08)
 
 
-def _cache_bytes_per_token(shape: dict[str, Any], width: int) -> int:
-    """Bytes of the keys and values of one token in all layers, from config.json; 0 if it lacks the usual names."""
+def _cache_bytes_per_token(shape: dict[str, Any], width: int, parts: int) -> int:
+    """Bytes of the keys and values of one token in all layers, from config.json; 0 if it lacks the usual names.
+
+    parts: processes of the engine. Each keeps one head at least.
+    """
     heads = shape.get("num_key_value_heads") or shape.get("num_attention_heads")
     layers, hidden = shape.get("num_hidden_layers"), shape.get("hidden_size")
     if not (heads and layers and hidden):
         return 0
     size = shape.get("head_dim") or hidden // shape["num_attention_heads"]
-    return int(2 * layers * heads * size * width)
+    return int(2 * layers * max(heads, parts) * size * width)

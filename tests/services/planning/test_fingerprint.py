@@ -19,6 +19,7 @@ NOT_HASHED = [
     "actors.student.health_timeout_s=9",
     "actors.batch_timeout_s=9",
     "actors.student.execution=eager",  # as null on a CPU
+    "actors.student.tensor_parallel=1",
     "teacher.temperature=1",
     "evaluation.grading_timeout_s=9",
     "actors.student.cpus=2",
@@ -37,6 +38,7 @@ OF_THE_POOLS = [
     "actors.student.replicas=3",
     "actors.teacher.max_num_seqs=8",
     "actors.teacher.execution=compiled",
+    "actors.student.tensor_parallel=2",
     "actors.teacher.engine=tests.fakes.echo_engine:EchoEngine",
 ]
 OF_THE_RESULT = [
