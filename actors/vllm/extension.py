@@ -1,11 +1,19 @@
 """The extension that vLLM loads into its worker processes."""
 
 import sdft.actors.vllm.transfer  # noqa: F401  registers the weight transfer in the worker process
-from sdft.actors.vllm.compat import chosen_experts, hide_rows, rotate_each_head, router_layers, score_from
+from sdft.actors.vllm.compat import (
+    chosen_experts,
+    hide_rows,
+    rotate_each_head,
+    router_layers,
+    score_from,
+    unlink_shared_tensors,
+)
 from sdft.actors.vllm.experts import kept_name
 from sdft.actors.vllm.scoring import first_row, given_ids, temperature
 
 rotate_each_head()
+unlink_shared_tensors()
 
 
 class WorkerExtension:
