@@ -178,7 +178,7 @@ def engine_settings(config: RunConfig, model: Path, pool: str, vocabulary: int |
         )
     if e.engine == VLLM:
         check_split(config.actors.entry(pool), e.tensor_parallel, config.device, model, shape)
-    cache = _cache_bytes_per_token(shape, WIDTH[config.dtype], e.tensor_parallel) * max_model_len / GIB
+    cache = _cache_bytes_per_token(shape, WIDTH[config.dtype]) * max_model_len / GIB
     if config.device == "cpu" and cache > e.cpu_cache_gib:
         raise UserError(
             f"actors.{config.actors.entry(pool)}.kv_cache_gib is {e.cpu_cache_gib:g}, but one sequence of "
@@ -218,14 +218,11 @@ def max_probe_gap(config: RunConfig) -> float:
     return config.weights.max_probe_gap or (0.001 if config.dtype == "float32" else 0.08)
 
 
-def _cache_bytes_per_token(shape: dict[str, Any], width: int, parts: int) -> int:
-    """Bytes of the keys and values of one token in all layers, from config.json; 0 if it lacks the usual names.
-
-    parts: processes of the engine. Each keeps one head at least.
-    """
+def _cache_bytes_per_token(shape: dict[str, Any], width: int) -> int:
+    """Bytes of the keys and values of one token in all layers, from config.json; 0 if it lacks the usual names."""
     heads = shape.get("num_key_value_heads") or shape.get("num_attention_heads")
     layers, hidden = shape.get("num_hidden_layers"), shape.get("hidden_size")
     if not (heads and layers and hidden):
         return 0
     size = shape.get("head_dim") or hidden // shape["num_attention_heads"]
-    return int(2 * layers * max(heads, parts) * size * width)
+    return int(2 * layers * heads * size * width)

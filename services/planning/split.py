@@ -26,11 +26,11 @@ def check_split(pool: str, parts: int, device: str, model: Path, shape: Mapping[
 def _obstacle(shape: Mapping[str, Any], parts: int, device: str, model: Path) -> str | None:
     """Return why the model cannot be divided, as a part of a sentence, or None.
 
-    vLLM gives a head of keys and values to several parts if there are fewer heads than parts.
+    Fewer heads of keys and values than parts: some of vLLM's models give a head to several parts, and others fail.
     """
     for name in (HEADS, PAIRS, OF_EXPERTS if OF_EXPERTS in shape else BETWEEN):
         count = shape.get(name)
-        if isinstance(count, int) and count and count % parts and not (name == PAIRS and parts % count == 0):
+        if isinstance(count, int) and count % parts:
             return f"the model in {model} has {name} {count}, which is not divided into so many equal parts"
     routed = any("experts" in name and isinstance(n, int) and n > 1 for name, n in shape.items())
     if device == "cpu" and parts not in (ROUTED_ON_CPU if routed else ON_CPU):

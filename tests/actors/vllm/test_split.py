@@ -27,7 +27,7 @@ from sdft.learner.weights.content import Content
 from sdft.learner.weights.publisher import Publisher
 from tests.actors.vllm.test_engine import PLAIN, PROBE, PROMPT, TEACHER_PROMPT, changed, content, engine_settings
 from tests.fakes.rollouts import logprobs
-from tests.fakes.tiny import TOKENS
+from tests.fakes.tiny import TOKENS, make_tiny_model
 from tests.runs.leftovers import SHARED, on_machine
 
 REQUESTS = [GenerateRequest(PROMPT[: 10 + 3 * i], 100 + i) for i in range(5)]
@@ -37,6 +37,11 @@ def split(model: Path, parts: int = 2) -> EngineSettings:
     """The settings of an engine that hides the rows of the head that are no tokens."""
     settings = replace(engine_settings(model), transport="memory", vocabulary=TOKENS)
     return replace(settings, tensor_parallel=parts, threads=parts)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("pairs"), pairs=2)
 
 
 @pytest.fixture(scope="module")

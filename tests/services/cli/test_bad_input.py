@@ -403,10 +403,10 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         ["actors.student.gpus 0.5", "set actors.student.kv_cache_gib"],
     ),
     "a model that cannot be split": (
-        setting("actors.student.tensor_parallel", 3),
+        setting("actors.student.tensor_parallel", 2),
         TRAIN,
         2,
-        ["actors.student.tensor_parallel is 3", "num_attention_heads 2", "set it to 2"],
+        ["actors.student.tensor_parallel is 2", "num_key_value_heads 1", "set it to 1"],
     ),
     "a broadcast to engines that are split": (
         two(setting("actors.teacher.tensor_parallel", 2), setting("weights.transport", "broadcast")),

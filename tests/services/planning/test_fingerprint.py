@@ -38,7 +38,6 @@ OF_THE_POOLS = [
     "actors.student.replicas=3",
     "actors.teacher.max_num_seqs=8",
     "actors.teacher.execution=compiled",
-    "actors.student.tensor_parallel=2",
     "actors.teacher.engine=tests.fakes.echo_engine:EchoEngine",
 ]
 OF_THE_RESULT = [
@@ -77,6 +76,11 @@ def test_settings_that_change_the_bits_of_a_strict_run_may_not_change(
     tiny_model: Path, tmp_path: Path, override: str
 ) -> None:
     assert fingerprint(tmp_path, tiny_model, override) != fingerprint(tmp_path, tiny_model)
+
+
+def test_an_engine_that_is_split_has_other_bits(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", pairs=2)
+    assert fingerprint(tmp_path, model, "actors.student.tensor_parallel=2") != fingerprint(tmp_path, model)
 
 
 def test_a_method_whose_options_are_off_is_hashed_as_before_there_were_options() -> None:
