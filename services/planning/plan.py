@@ -20,7 +20,8 @@ from sdft.services.planning.supports import width
 # GiB of an engine's two processes together, without weights and KV cache. Measured on the CPU build: 0.8 with a model
 # of 0.26 M parameters, 1.0 after steps of SmolLM2-135M in float32; the rest is a margin for larger batches.
 ENGINE_BASE_GIB = 1.3
-WORKER_GIB = 0.5  # each process of an engine that is split over several
+# GiB of each worker of an engine that is split. Measured as above: 0.2; the rest is a margin for larger batches.
+WORKER_GIB = 0.3
 CLIENT_GIB = 0.5  # process of a window that reaches the engine of its service
 # gpu_memory_utilization with an explicit KV cache size: it is only the share of the GPU that must be free at a start.
 FREE_AT_LEAST = 0.05
@@ -106,7 +107,7 @@ def make_plan(
         if e.engine == TURN_ENGINE:  # the engine is the service's, and keeps the weights
             memory = CLIENT_GIB + weights
         elif config.actors.role_name(pool) == scoring:
-            memory += max(ENGINE_BYTES * rows * wide for rows, wide in scored) / e.replicas / GIB
+            memory += max(ENGINE_BYTES * rows * wide for rows, wide in scored) / e.replicas * e.tensor_parallel / GIB
         gpus = e.gpus_of_engine if cuda else 0
         return tuple(Part(f"{pool} engine {i}", e.cpus, gpus, memory, e.labels) for i in range(e.replicas))
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from sdft.services.base.errors import UserError
 
-HEADS, PAIRS, BETWEEN = "num_attention_heads", "num_key_value_heads", "intermediate_size"  # of config.json
-OF_EXPERTS = "moe_intermediate_size"  # with it not all layers have BETWEEN
+HEADS = "heads"  # in the names of config.json: of attention, of keys and values, of delta nets, of state spaces
+BETWEEN, OF_EXPERTS = "intermediate_size", "moe_intermediate_size"  # with the second not all layers have the first
 # The processes among which vLLM's kernels for CPUs can add numbers up.
 ON_CPU = (1, 2, 3, 4, 8)
 # Each of more processes adds in another order, so that the last bits differ. Their routers may then send a token to
@@ -28,7 +28,8 @@ def _obstacle(shape: Mapping[str, Any], parts: int, device: str, model: Path) ->
 
     Fewer heads of keys and values than parts: some of vLLM's models give a head to several parts, and others fail.
     """
-    for name in (HEADS, PAIRS, OF_EXPERTS if OF_EXPERTS in shape else BETWEEN):
+    divided = [*(name for name in shape if HEADS in name), OF_EXPERTS if OF_EXPERTS in shape else BETWEEN]
+    for name in divided:
         count = shape.get(name)
         if isinstance(count, int) and count % parts:
             return f"the model in {model} has {name} {count}, which is not divided into so many equal parts"

@@ -91,6 +91,7 @@ def test_settings_that_do_not_go_together_are_refused(
         ({"num_attention_heads": 6}, 4, "num_attention_heads 6", 3),
         ({"num_attention_heads": 12, "num_key_value_heads": 6}, 4, "num_key_value_heads 6", 3),
         ({"num_attention_heads": 8, "num_key_value_heads": 2}, 4, "num_key_value_heads 2", 2),
+        ({"num_attention_heads": 8, "linear_num_key_heads": 4}, 8, "linear_num_key_heads 4", 4),
         ({"num_attention_heads": 8, "intermediate_size": 100}, 8, "intermediate_size 100", 4),
         ({"num_attention_heads": 7, "num_key_value_heads": 7}, 2, "num_attention_heads 7", 1),
         ({"intermediate_size": 100, "moe_intermediate_size": 6}, 4, "moe_intermediate_size 6", 3),
