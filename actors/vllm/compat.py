@@ -231,6 +231,7 @@ def unlink_shared_tensors() -> None:
     """
     own = _CPUSHMDistributed._init_cpu_shm
 
+    @functools.wraps(own)
     def nameless(self: Any) -> int:
         handle: int = own(self)
         for path in SHARED.glob(f"{glob.escape(self.group_name)}*"):
@@ -321,11 +322,15 @@ def rotate_each_head() -> None:
         if query.dim() != 3:
             return own(self, positions, query, key)
         shapes = query.shape, None if key is None else key.shape
-        key = None if key is None else key.reshape(len(key), -1)
-        rotated = own(self, positions, query.reshape(len(query), -1), key)
+        # Copies: what a model assigns to a part of the queries must not be that part, as with one head and one token.
+        rotated = own(self, positions, _rows(query), None if key is None else _rows(key))
         return tuple(x if x is None else x.view(shape) for x, shape in zip(rotated, shapes, strict=True))
 
     RotaryEmbedding.forward_cpu = flat
+
+
+def _rows(heads: torch.Tensor) -> torch.Tensor:
+    return heads.clone(memory_format=torch.contiguous_format).view(len(heads), -1)
 
 
 def repack(layer: torch.nn.Module) -> None:

@@ -318,7 +318,7 @@ class RunConfig(Section):
                 )
             if self.weights.transport == "broadcast":
                 raise ValueError(
-                    f"weights.transport broadcast sends to engines on one GPU, and {place}.tensor_parallel is "
+                    f"weights.transport broadcast sends to engines that are whole, and {place}.tensor_parallel is "
                     f"{pool.tensor_parallel}; set weights.transport: memory, or tensor_parallel: 1"
                 )
         return self
