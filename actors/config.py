@@ -32,12 +32,23 @@ class PoolConfig(BaseModel):
     # Half a Ray CPU: in strict mode the roles take turns, so three of them fit a two-core laptop.
     cpus: float = Field(0.5, gt=0, description="Ray CPUs reserved by each engine")
     gpus: float = Field(1, ge=0, description="GPUs of each engine, or a part of one; used with device: cuda only")
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        description="GPUs that one engine is split over, each of which it reserves; on a CPU as many processes",
+    )
     labels: dict[str, str] = Field(
         {}, description="Only on nodes of a running cluster that have these labels (ray start --labels)"
     )
-    threads: int | None = Field(None, ge=1, description="OpenMP threads of a CPU engine; null: every core of the node")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="OpenMP threads of a CPU engine, of all its processes together; null: every core of the node",
+    )
     kv_cache_gib: float | None = Field(
-        None, gt=0, description="GiB of KV cache; null: 1 on a CPU, on a GPU what gpu_memory_utilization leaves for it"
+        None,
+        gt=0,
+        description="GiB of an engine's KV cache; null: 1 on a CPU, on a GPU what gpu_memory_utilization leaves for it",
     )
     gpu_memory_utilization: float | None = Field(
         None,
@@ -80,6 +91,20 @@ class PoolConfig(BaseModel):
                 f"raise it, or leave it out for a pool of one size"
             )
         return self
+
+    @model_validator(mode="after")
+    def _threads(self) -> "PoolConfig":
+        if self.threads is not None and self.threads % self.tensor_parallel:
+            raise ValueError(
+                f"threads {self.threads} cannot be divided among the {self.tensor_parallel} processes of "
+                f"tensor_parallel; set threads to a multiple of {self.tensor_parallel}, or remove it"
+            )
+        return self
+
+    @property
+    def gpus_of_engine(self) -> float:
+        """GPUs that an engine reserves with device: cuda."""
+        return self.gpus * self.tensor_parallel
 
     @property
     def cpu_cache_gib(self) -> float:
@@ -196,8 +221,9 @@ class EngineSettings:
     gpu_memory_utilization: float
     execution: Execution
     max_probe_gap: float
-    threads: int | None  # OpenMP threads on the CPU; None: every core
+    threads: int | None  # OpenMP threads on the CPU, of all processes together; None: every core
     kv_cache_gib: float | None  # None, on GPUs: what gpu_memory_utilization leaves for it
+    tensor_parallel: int = 1  # GPUs, or on a CPU processes, that hold a part of the model each
     engine: str = VLLM  # or a user's own class, package.module:Name
     exclusive: bool = False  # no other process of the run computes while this engine does
     stop_ids: tuple[int, ...] = ()  # tokens that end a reply; a completion contains the one that ended it

@@ -36,13 +36,19 @@ def engine_environment(settings: EngineSettings) -> dict[str, str]:
     if settings.execution == "eager" and settings.device == "cpu":
         # Despite eager execution vLLM compiles two small sampler functions with a C++ compiler: seconds of every start.
         environment["TORCHDYNAMO_DISABLE"] = "1"
+    if settings.tensor_parallel > 1:
+        # As vLLM sets it in an actor. Else it would ask Ray in the engine's process, which is a fork (vllm/process.py).
+        environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        environment["VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS"] = "0"  # a worker that waits for a lost one does not end
     if "SDFT_SCRATCH" in os.environ:
         environment["TMPDIR"] = os.environ["SDFT_SCRATCH"]  # files of a killed engine are removed with the run
     if settings.device == "cpu":
-        cores = sorted(os.sched_getaffinity(0))[: settings.threads]
+        cores, parts = sorted(os.sched_getaffinity(0))[: settings.threads], settings.tensor_parallel
         environment |= openmp_wait_policy(settings.exclusive) | {
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # if unset, vLLM reserves one core
-            "OMP_NUM_THREADS": str(len(cores)),  # Ray sets it to the CPUs of the actor: one thread
+            # If unset, vLLM reserves one core. Workers would be bound, and those of two engines to the same cores.
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)) if parts == 1 else "nobind",
+            # Ray sets it to the CPUs of the actor: one thread. Each worker has its share.
+            "OMP_NUM_THREADS": str(max(1, len(cores) // parts)),
             "VLLM_USE_V2_MODEL_RUNNER": "0",  # the V2 runner needs Triton
             "VLLM_MLA_DISABLE": "1",  # latent attention by plain kernels: those for CPUs take no new weights
             # Allows the model to run inside the EngineCore process (the "uni" executor in vllm/engine.py). This saves

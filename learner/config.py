@@ -279,7 +279,8 @@ class LearnerConfig(BaseModel):
     replay_experts: bool | None = Field(
         None,
         description=(
-            "Route tokens to the experts that the sampler chose. null: of a mixture of experts in bfloat16 on a CPU"
+            "Route tokens to the experts that the sampler chose. null: of a mixture of experts in bfloat16 on a CPU, "
+            "unless student engines are split"
         ),
     )
     gradient_checkpointing: bool | None = Field(

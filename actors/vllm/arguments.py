@@ -63,9 +63,11 @@ def _arguments(s: EngineSettings, share: bool) -> AsyncEngineArgs:
         # Rollouts: log-probs of the distribution sampled from, including temperature.
         logprobs_mode="raw_logprobs" if s.serves else "processed_logprobs",
         gpu_memory_utilization=s.gpu_memory_utilization,
-        kv_cache_memory_bytes=None if s.kv_cache_gib is None else int(s.kv_cache_gib * 2**30),
+        # Of each worker, which has its part of the heads.
+        kv_cache_memory_bytes=None if s.kv_cache_gib is None else int(s.kv_cache_gib * 2**30) // s.tensor_parallel,
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         worker_extension_cls=s.extension,
-        distributed_executor_backend="uni",
+        tensor_parallel_size=s.tensor_parallel,
+        distributed_executor_backend="uni" if s.tensor_parallel == 1 else "mp",
         disable_log_stats=True,
     )

@@ -3,13 +3,16 @@
 Each function names what it uses. tests/actors/vllm/test_compat.py has one line for each name and fails without it.
 """
 
+import functools
+import glob
 import json
 import multiprocessing.util
 import sys
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from multiprocessing import resource_tracker
 from multiprocessing.synchronize import SemLock
 from pathlib import Path
 from types import ModuleType
@@ -18,9 +21,11 @@ from typing import Any
 import ray
 import torch
 import vllm.v1.engine.utils
+import vllm.v1.executor.multiproc_executor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 from vllm import ModelRegistry, SamplingParams, ir
+from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.logprobs import FlatLogprobs
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
@@ -31,6 +36,7 @@ from vllm.outputs import RequestOutput
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.logprobs import LogprobsProcessor
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.request import Request
 
@@ -40,6 +46,11 @@ VLLM = "0.32.0"
 RAY = "2.60.0"
 PYTHON = "3.11"
 RPC_FAILED = "Call to collective_rpc method failed: "  # prefix that vLLM adds to the text of an error in its process
+
+WORKER_FAILED = "Worker failed with error '", "', please check the stack trace above for the root cause"  # around it
+
+SHARED = Path("/dev/shm")
+QUEUE = "psm_"  # names of multiprocessing.shared_memory begin with it
 
 # Text models whose modules in vLLM import torchvision, by way of transformers' code for images.
 BESIDE_IMAGES = dict.fromkeys(("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"), "vllm.model_executor.models.qwen3_5")
@@ -74,14 +85,74 @@ async def enqueue(llm: AsyncLLM, name: str, ids: list[int], params: SamplingPara
 def processes_by(context: Callable[[], Any]) -> Iterator[None]:
     """Make vLLM create an engine's process with the multiprocessing context that `context` returns, inside the block.
 
-    Replaces vllm.v1.engine.utils.get_mp_context. vLLM always spawns in a Ray actor and has no option for it.
+    A fork made in the block stays in it, so it creates the processes of its workers in the same way.
+    Replaces get_mp_context of vllm.v1.engine.utils and vllm.v1.executor.multiproc_executor. vLLM always spawns in a Ray
+    actor and has no option for it.
     """
-    own = vllm.v1.engine.utils.get_mp_context
-    vllm.v1.engine.utils.get_mp_context = context
+    modules = vllm.v1.engine.utils, vllm.v1.executor.multiproc_executor
+    own = [module.get_mp_context for module in modules]
+    for module in modules:
+        module.get_mp_context = context
     try:
         yield
     finally:
-        vllm.v1.engine.utils.get_mp_context = own
+        for module, get in zip(modules, own, strict=True):
+            module.get_mp_context = get
+
+
+@contextmanager
+def errors_of_workers(tell: Callable[[Exception], None]) -> Iterator[None]:
+    """Make a worker process that cannot start call `tell` with its error, if it is forked inside the block.
+
+    Replaces WorkerProc.__init__. vLLM only writes this error to a log, and raises one that refers to the log.
+    """
+    own = WorkerProc.__init__
+
+    @functools.wraps(own)
+    def told(*args: Any, **kwargs: Any) -> None:
+        try:
+            own(*args, **kwargs)
+        except Exception as error:
+            tell(error)
+            raise
+
+    WorkerProc.__init__ = told
+    try:
+        yield
+    finally:
+        WorkerProc.__init__ = own
+
+
+def take_all_answers() -> None:
+    """Make an engine take the answers of all workers to a call of which one fails.
+
+    Replaces MultiprocExecutor.collective_rpc, which reads response_mqs one after the other. vLLM stops at the first
+    failure, and takes the answers after it for those to the next call.
+    """
+    own = MultiprocExecutor.collective_rpc
+
+    @functools.wraps(own)
+    def call(self: Any, *args: Any, **named: Any) -> Any:
+        if named.get("unique_reply_rank") is not None:
+            return own(self, *args, **named)
+        queues = self.response_mqs
+        left = self.response_mqs = iter(queues)
+        try:
+            return own(self, *args, **named)
+        except RuntimeError:
+            for queue in left:
+                queue.dequeue()
+            raise
+        finally:
+            self.response_mqs = queues
+
+    MultiprocExecutor.collective_rpc = call
+
+
+def rpc_error(error: Exception) -> str:
+    """The text of an error in a worker, without what vLLM adds to it on the way to the client."""
+    text = str(error).removeprefix(RPC_FAILED)
+    return text.removeprefix(WORKER_FAILED[0]).removesuffix(WORKER_FAILED[1])
 
 
 @dataclass(frozen=True)
@@ -134,6 +205,38 @@ def unlink_semaphores() -> None:
     for finalizer in list(multiprocessing.util._finalizer_registry.values()):  # type: ignore[attr-defined]
         if finalizer._callback is SemLock._cleanup:  # type: ignore[attr-defined]
             finalizer()
+
+
+def unlink_shared_memory() -> None:
+    """Remove the names in /dev/shm of the queues by which the processes of an engine exchange calls and answers.
+
+    All of them must have mapped the queues. Otherwise Python's resource tracker would remove the names of a killed
+    engine, and warn in its log. Uses the prefix of the names of multiprocessing.shared_memory.
+    """
+    mapped = {line.partition(f" {SHARED}/")[2] for line in Path("/proc/self/maps").read_text().splitlines()}
+    for name in mapped:
+        if name.startswith(QUEUE):
+            with suppress(FileNotFoundError):  # another worker was faster
+                (SHARED / name).unlink()
+                resource_tracker.unregister(f"/{name}", "shared_memory")
+
+
+def unlink_shared_tensors() -> None:
+    """Make the workers of an engine on a CPU remove the names in /dev/shm of the memory by which they exchange tensors.
+
+    They do it as soon as all have mapped it, where vLLM does it at a clean exit only. Replaces
+    _CPUSHMDistributed._init_cpu_shm, which waits for all. The names begin with its group_name.
+    """
+    own = _CPUSHMDistributed._init_cpu_shm
+
+    @functools.wraps(own)
+    def nameless(self: Any) -> int:
+        handle: int = own(self)
+        for path in SHARED.glob(f"{glob.escape(self.group_name)}*"):
+            path.unlink(missing_ok=True)
+        return handle
+
+    _CPUSHMDistributed._init_cpu_shm = nameless
 
 
 def missing_architectures(model: Path) -> dict[str, list[str]]:
@@ -217,11 +320,15 @@ def rotate_each_head() -> None:
         if query.dim() != 3:
             return own(self, positions, query, key)
         shapes = query.shape, None if key is None else key.shape
-        key = None if key is None else key.reshape(len(key), -1)
-        rotated = own(self, positions, query.reshape(len(query), -1), key)
+        # Copies: what a model assigns to a part of the queries must not be that part, as with one head and one token.
+        rotated = own(self, positions, _rows(query), None if key is None else _rows(key))
         return tuple(x if x is None else x.view(shape) for x, shape in zip(rotated, shapes, strict=True))
 
     RotaryEmbedding.forward_cpu = flat
+
+
+def _rows(heads: torch.Tensor) -> torch.Tensor:
+    return heads.clone(memory_format=torch.contiguous_format).view(len(heads), -1)
 
 
 def repack(layer: torch.nn.Module) -> None:

@@ -9,6 +9,9 @@ With settings.hold_batches the engine pauses, enqueues the whole batch and then 
 batch in every run, so tokens and log-probs are equal bit for bit, however slowly the requests arrive. Without it many
 calls of one or a few sequences share the engine, and each joins the running batch as it arrives.
 
+With settings.tensor_parallel the model is split over several workers. Each computes the same logits, of which the first
+one's are used, and loads its part of every snapshot.
+
 With settings.share_prompts a prompt that several sequences begin with is computed once, unless a layer carries a state
 along the prompt. It is kept until the next held batch or the next weights, because a pause empties vLLM's cache.
 """
@@ -51,13 +54,14 @@ from sdft.actors.shared.types import (
 )
 from sdft.actors.transport.named import transport_class
 from sdft.actors.vllm.arguments import arguments, returns_experts
-from sdft.actors.vllm.compat import RPC_FAILED, Output, enqueue, keep_prompts_as_arrays
+from sdft.actors.vllm.compat import Output, enqueue, keep_prompts_as_arrays, rpc_error, take_all_answers
 from sdft.actors.vllm.experts import Parts, assembled, fill, returned
 from sdft.actors.vllm.process import EngineProcess, error_line, forked
 from sdft.actors.vllm.sampling import rollout_of, sampling_request
 from sdft.actors.vllm.scoring import scores_of, scoring_request
 
 keep_prompts_as_arrays()
+take_all_answers()
 
 
 class VllmEngine(Engine):
@@ -88,7 +92,7 @@ class VllmEngine(Engine):
             ) from error
         await self._llm.collective_rpc("score_completions_only")
         if returns_experts(self.settings):
-            (self._router_layers,) = await self._llm.collective_rpc("router_layers")
+            self._router_layers = (await self._llm.collective_rpc("router_layers"))[0]  # the same of each worker
         elif self.settings.keep_experts:
             await self._llm.collective_rpc("keep_experts")
         if self.settings.vocabulary is not None:
@@ -125,8 +129,7 @@ class VllmEngine(Engine):
         """Take what was kept for the requests with these names; nothing for those without one."""
         if None in names or self.dead:
             return [[] for _ in names]
-        (kept,) = await self._llm.collective_rpc("experts_of", args=(names,))
-        return list(kept)
+        return list((await self._llm.collective_rpc("experts_of", args=(names,)))[0])  # the same of each worker
 
     async def score(
         self, pairs: Sequence[tuple[IntArray, IntArray]], k: int, temperature: float = 1.0
@@ -190,8 +193,10 @@ class VllmEngine(Engine):
     async def connect(self, place: Mapping[str, Any], own_address: str) -> None:
         """Prepare for streams of weights. place: the transport's own. own_address: address of this machine.
 
-        Raises NotReceived if the transport cannot connect.
+        Raises NotReceived if the transport cannot connect, and for an engine that is split: a stream has one receiver.
         """
+        if self.settings.tensor_parallel > 1:
+            raise NotReceived("the weights of this engine are in several processes, and a stream has one receiver")
         with _passed_on(NotReceived, "the connection for weights"):
             request = WeightTransferInitRequest({"place": dict(place), "own_address": own_address})
             await self._llm.init_weight_transfer_engine(request)
@@ -237,8 +242,8 @@ class VllmEngine(Engine):
         await self._llm.wake_up()
 
     async def ping(self) -> None:
-        """Return when the engine's process has answered a call, which it does after the step in progress."""
-        await self._llm.is_sleeping()
+        """Return when each process of the engine has answered a call, which it does after the step in progress."""
+        await self._llm.collective_rpc("check_health")
 
     @property
     def client(self) -> AsyncLLM:
@@ -315,4 +320,4 @@ def _passed_on(error_type: type[Exception], what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise error_type(f"{what}: {str(error).removeprefix(RPC_FAILED)}") from error
+        raise error_type(f"{what}: {rpc_error(error)}") from error

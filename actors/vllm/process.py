@@ -1,6 +1,12 @@
-"""The process of a vLLM engine: forked from the actor's process and killed with it, without leftover names."""
+"""The processes of a vLLM engine: forked from the actor's process and killed with it, without leftover names.
+
+    actor ─► EngineCore, which computes by itself     or     actor ─► EngineCore ─► a worker for each part of the model
+
+The second is for tensor_parallel above 1.
+"""
 
 import multiprocessing.context
+import multiprocessing.process
 import os
 import signal
 from collections.abc import Iterator
@@ -11,33 +17,52 @@ from typing import Any
 import torch
 
 from sdft.actors.shared.process import die_with_parent
-from sdft.actors.vllm.compat import processes_by, set_title, unlink_semaphores
+from sdft.actors.vllm.compat import (
+    errors_of_workers,
+    processes_by,
+    set_title,
+    unlink_semaphores,
+    unlink_shared_memory,
+)
 
 LONGEST_LINE = 600  # characters of an error message
 
 
 class EngineProcess(multiprocessing.context.ForkProcess):
-    """vLLM's engine process, as a fork of the actor's process."""
+    """vLLM's engine process, as a fork of the actor's process, or a worker's, as a fork of the engine process."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, together: "list[EngineProcess]", *args: Any, **kwargs: Any) -> None:
+        """together: the processes of the engine that this process knows; its fork adds its own workers."""
         super().__init__(*args, **kwargs)
+        self._together = together
         self._told = os.fdopen(os.memfd_create("sdft-failure"), "r+b", buffering=0)  # shared with the fork
+
+    @property
+    def told(self) -> str:
+        """The error that the process has told; otherwise ""."""
+        return os.pread(self._told.fileno(), 4 * LONGEST_LINE, 0).decode()
 
     @property
     def failure(self) -> str:
         """The error that the process raised, or the signal that killed it, except vLLM's SIGTERM; otherwise ""."""
-        told = os.pread(self._told.fileno(), 4 * LONGEST_LINE, 0).decode()
-        if told or self.exitcode is None or self.exitcode >= 0 or self.exitcode == -signal.SIGTERM:
-            return told
+        if self.told or self.exitcode is None or self.exitcode >= 0 or self.exitcode == -signal.SIGTERM:
+            return self.told
         return f"its process was killed by {signal.Signals(-self.exitcode).name}"
+
+    def tell(self, failure: str) -> None:
+        """Tell the parent a failure."""
+        os.pwrite(self._told.fileno(), failure.encode(), 0)
 
     def run(self) -> None:
         die_with_parent()
-        set_title("VLLM::EngineCore")
+        set_title(f"VLLM::{self.name}")
         try:
             super().run()
         except Exception as error:
-            os.pwrite(self._told.fileno(), error_line(error).encode(), 0)
+            # An error of a worker is the cause. Those that only wait for it are killed.
+            workers = [process for process in self._together if process is not self]
+            causes = [w.told for w in workers if w.told] + [w.failure for w in workers if w.failure]
+            self.tell(causes[0] if causes else error_line(error))
             raise
 
 
@@ -52,17 +77,26 @@ def forked(processes: list[EngineProcess]) -> Iterator[None]:
 
     class Context(multiprocessing.context.ForkContext):
         def Process(self, *args: Any, **kwargs: Any) -> EngineProcess:  # type: ignore[override]
-            processes.append(EngineProcess(*args, **kwargs))
+            processes.append(EngineProcess(processes, *args, **kwargs))
             return processes[-1]
 
-    with processes_by(Context):
+    with processes_by(Context), errors_of_workers(_tell):
         yield
+
+
+def _tell(error: Exception) -> None:
+    process = multiprocessing.process.current_process()
+    assert isinstance(process, EngineProcess)
+    process.tell(error_line(error))
 
 
 def forget_names() -> None:
     """Remove names of open resources that are not needed after the start and that a kill would leave behind."""
     unlink_semaphores()  # one of the executor, one of tqdm
-    # The rendezvous file of the engine's ranks.
+    unlink_shared_memory()
+    # The rendezvous file of the engine's ranks. Several on GPUs may open it again, when NCCL connects at a first use.
+    if torch.distributed.get_world_size() > 1 and torch.cuda.is_initialized():
+        return
     store = torch.distributed.group.WORLD.get_group_store()
     while isinstance(store, torch.distributed.PrefixStore):
         store = store.underlying_store

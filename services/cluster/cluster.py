@@ -247,8 +247,8 @@ def _check_capacity(plan: Plan) -> None:
             offers = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes) or "none"
             raise PreflightError(
                 f"the run needs {_parts(plan)}, and the cluster's nodes have {offers}: no node{labelled(part.labels)} "
-                f"has room for {part.name}; lower the cpus, gpus or replicas of actors and learner, start more nodes, "
-                f"or set ray.autoscaling: true if the cluster grows by itself"
+                f"has room for {part.name}; lower the cpus, gpus, tensor_parallel or replicas of actors and "
+                f"learner, start more nodes, or set ray.autoscaling: true if the cluster grows by itself"
             )
         place[0] -= part.cpus
         place[1] -= part.gpus

@@ -326,6 +326,23 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _engines_can_be_split(self) -> "RunConfig":
+        split = {f"actors.{name}": pool for name, pool in self.actors.pools.items() if pool.tensor_parallel > 1}
+        for place, pool in split.items():
+            if self.device == "cuda" and pool.gpus != 1:
+                raise ValueError(
+                    f"{place}.gpus {pool.gpus:g} is not possible with {place}.tensor_parallel {pool.tensor_parallel}, "
+                    f"because each part of an engine has a whole GPU; remove gpus"
+                )
+            if self.weights.transport in ("broadcast", "ipc"):
+                raise ValueError(
+                    f"weights.transport {self.weights.transport} sends to engines that are whole, and "
+                    f"{place}.tensor_parallel is {pool.tensor_parallel}; set weights.transport: memory, or "
+                    f"tensor_parallel: 1"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         if self.weights.sync_every > self.training.max_staleness + 1:
             raise ValueError(

@@ -48,7 +48,7 @@ def engine_pool(
         sleeps=e.sleep,
     )
     actor = ray.remote(EngineWorker)
-    gpus = e.gpus if config.device == "cuda" else 0
+    gpus = e.gpus_of_engine if config.device == "cuda" else 0
     where = labelled(e.labels)
     anywhere: dict[str, Any] = {
         "num_cpus": e.cpus,

@@ -7,7 +7,7 @@ card to the cache.
 
 from dataclasses import dataclass
 
-from sdft.actors.config import PREFILL
+from sdft.actors.config import PREFILL, PoolConfig
 from sdft.actors.shared.process import GIB
 from sdft.services.planning.memory import WIDTH
 from sdft.services.planning.shape import ModelShape
@@ -28,17 +28,18 @@ class EngineMemory:
     share: float  # of the GPU, if the cache has no given size
 
     @classmethod
-    def of(cls, shape: ModelShape, dtype: str, tokens: int, cache: float | None, share: float | None) -> "EngineMemory":
-        """tokens: of a sequence of full length. cache, share: as the pool's settings have them."""
+    def of(cls, shape: ModelShape, dtype: str, tokens: int, pool: PoolConfig) -> "EngineMemory":
+        """Return what an engine of a pool holds on each of its GPUs. tokens: of a sequence of full length."""
+        parts = pool.tensor_parallel
         width = WIDTH[dtype]
         prefill = max(tokens, PREFILL["cuda"]) * width * (3 * shape.intermediate + 4 * shape.hidden)
         scored = SCORED * shape.vocabulary * (width + WIDTH["float32"])
         return cls(
-            weights=width * shape.parameters / GIB,
+            weights=width * shape.parameters / parts / GIB,
             workspace=WORKSPACE_GIB + max(prefill, scored) / GIB,
-            sequence=2 * width * shape.layers * shape.keys * tokens / GIB,
-            cache=cache,
-            share=share or ALONE,
+            sequence=2 * width * shape.layers * shape.keys * tokens / parts / GIB,
+            cache=None if pool.kv_cache_gib is None else pool.kv_cache_gib / parts,
+            share=pool.gpu_memory_utilization or ALONE,
         )
 
     @property

@@ -60,6 +60,8 @@ def fingerprint_of(before: str, config: TaskConfig, model: bytes, prompts: Seque
                 of_pool["enforce_eager"] = of_pool.pop("execution") == "eager"
             if pool.engine == VLLM:  # runs that began when vLLM was the only engine can be resumed
                 del of_pool["engine"]
+            if pool.tensor_parallel == 1:  # runs that began when engines were not split can be resumed
+                del of_pool["tensor_parallel"]
             for key in NOT_HASHED_OF_POOL if name in started else ():
                 del of_pool[key]
             settings["actors"][name] = of_pool

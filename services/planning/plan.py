@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sdft.actors.config import TURN_ENGINE, EngineSettings, Execution
+from sdft.actors.config import TURN_ENGINE, VLLM, EngineSettings, Execution
 from sdft.actors.roles import EVALUATION, STUDENT, TEACHER, teacher_pool
 from sdft.actors.shared.process import GIB
 from sdft.services.base.errors import UserError
@@ -18,11 +18,14 @@ from sdft.services.planning.learner_load import LearnerLoad
 from sdft.services.planning.memory import ENGINE_BYTES, WIDTH, scores_bytes
 from sdft.services.planning.parts import Part, together_gib
 from sdft.services.planning.shape import ModelShape
+from sdft.services.planning.split import check_split
 from sdft.services.planning.supports import width
 
 # GiB of an engine's two processes together, without weights and KV cache. Measured on the CPU build: 0.8 with a model
 # of 0.26 M parameters, 1.0 after steps of SmolLM2-135M in float32; the rest is a margin for larger batches.
 ENGINE_BASE_GIB = 1.3
+# GiB of each worker of an engine that is split. Measured as above: 0.2; the rest is a margin for larger batches.
+WORKER_GIB = 0.3
 CLIENT_GIB = 0.5  # process of a window that reaches the engine of its service
 # gpu_memory_utilization with an explicit KV cache size: it is only the share of the GPU that must be free at a start.
 FREE_AT_LEAST = 0.05
@@ -62,9 +65,11 @@ class Plan:
         """Format the plan as a table for a terminal."""
         with_gpus = self.gpus > 0
         lines = [f"{'process':<22}{'Ray CPUs':>10}{'GPUs':>6}{'memory':>12}{'GPU memory' if with_gpus else '':>14}"]
-        lines += [self._line(p.name, p.cpus, p.gpus, p.memory_gib, p.gpu_gib, self._is_least(p)) for p in self.parts]
+        for part in self.parts:
+            gpu = part.gpu_gib * max(1, part.gpus)  # of all its GPUs
+            lines.append(self._line(part.name, part.cpus, part.gpus, part.memory_gib, gpu, self._is_least(part)))
         lines.append(self._line("Ray and driver", 0, 0, RAY_BASE_GIB + self.held_gib, 0))
-        least, gpu = any(map(self._is_least, self.parts)), sum(p.gpu_gib for p in self.parts)
+        least, gpu = any(map(self._is_least, self.parts)), sum(p.gpu_gib * max(1, p.gpus) for p in self.parts)
         lines.append(self._line("total", self.cpus, self.gpus, self.memory_gib, gpu, least))
         lines += [
             f"up to {most} {pool} engines while the learner waits for them" for pool, most in self.growing.items()
@@ -112,19 +117,20 @@ def make_plan(
         weights = of_pool.parameters * WIDTH[config.dtype] / GIB
         # An update maps the snapshot, beside the weights of an engine on a CPU. Its KV cache and logits come on top.
         memory = ENGINE_BASE_GIB + (weights if cuda else 2 * weights + e.cpu_cache_gib)
+        memory += WORKER_GIB * e.tensor_parallel if e.tensor_parallel > 1 else 0
         held = None
         if e.engine == TURN_ENGINE:  # the engine is the service's, and keeps the weights
             memory = CLIENT_GIB + weights
         else:
             if config.actors.role_name(pool) == scoring:
-                memory += max(ENGINE_BYTES * rows * wide for rows, wide in load.scored) / e.replicas / GIB
+                most = max(ENGINE_BYTES * rows * wide for rows, wide in load.scored)
+                memory += most / e.replicas * e.tensor_parallel / GIB
             if cuda:
-                longest = longest_sequence(config)
-                held = EngineMemory.of(of_pool, config.dtype, longest, e.kv_cache_gib, e.gpu_memory_utilization)
+                held = EngineMemory.of(of_pool, config.dtype, longest_sequence(config), e)
         part = Part(
             name="",
             cpus=e.cpus,
-            gpus=e.gpus if cuda else 0,
+            gpus=e.gpus_of_engine if cuda else 0,
             memory_gib=memory,
             labels=e.labels,
             pool=config.actors.entry(pool),
@@ -196,6 +202,8 @@ def engine_settings(config: RunConfig, model: Path, pool: str, vocabulary: int |
             f"{model} has {limit} positions; lower data.max_teacher_prompt_tokens, max_new_tokens or "
             f"environment.max_tokens"
         )
+    if e.engine == VLLM:
+        check_split(config.actors.entry(pool), e.tensor_parallel, config.device, model, shape)
     cache = _cache_bytes_per_token(shape, WIDTH[config.dtype]) * max_model_len / GIB
     cache_gib = e.cpu_cache_gib if config.device == "cpu" else e.kv_cache_gib
     if cache_gib is not None and cache > cache_gib:
@@ -219,6 +227,7 @@ def engine_settings(config: RunConfig, model: Path, pool: str, vocabulary: int |
         max_probe_gap=max_probe_gap(config),
         threads=e.threads,
         kv_cache_gib=cache_gib,
+        tensor_parallel=e.tensor_parallel,
         engine=e.engine,
         vocabulary=vocabulary,
     )

@@ -32,6 +32,7 @@ OF_ENGINE = (
     "execution",
     "gpu_memory_utilization",
     "gpus",
+    "tensor_parallel",
     "labels",
 )
 OF_A_RUN = (*(name for name in RUN_FILES if name != "config.yaml"), "checkpoints")

@@ -21,8 +21,11 @@ CORPUS = [
 ]
 
 
-def make_tiny_model(folder: Path, seed: int = 0) -> Path:
-    """Write the model into `folder`. head_dim is 64, since vLLM's CPU attention has kernels for it."""
+def make_tiny_model(folder: Path, seed: int = 0, pairs: int = 1) -> Path:
+    """Write the model into `folder`. head_dim is 64, since vLLM's CPU attention has kernels for it.
+
+    pairs: heads of keys and values, of which each part of an engine that is split has one or more.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -47,7 +50,7 @@ def make_tiny_model(folder: Path, seed: int = 0) -> Path:
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=pairs,
         max_position_embeddings=4096,
         eos_token_id=wrapped.eos_token_id,
         pad_token_id=wrapped.pad_token_id,

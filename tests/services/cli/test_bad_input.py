@@ -411,6 +411,18 @@ CASES: dict[str, tuple[Callable[[Work], None], str, int, list[str]]] = {
         2,
         ["actors.student.gpus 0.5", "set actors.student.kv_cache_gib"],
     ),
+    "a model that cannot be split": (
+        setting("actors.student.tensor_parallel", 2),
+        TRAIN,
+        2,
+        ["actors.student.tensor_parallel is 2", "num_key_value_heads 1", "set it to 1"],
+    ),
+    "a broadcast to engines that are split": (
+        two(setting("actors.teacher.tensor_parallel", 2), setting("weights.transport", "broadcast")),
+        TRAIN,
+        2,
+        ["weights.transport broadcast", "actors.teacher.tensor_parallel is 2", "set weights.transport: memory"],
+    ),
     "no cluster there": (NO_CLUSTER, TRAIN, 3, ["no Ray cluster answers at 127.0.0.1:1"]),
     "check reads the data too": (rows("train.jsonl", b"{"), "check my.yaml", 2, ["train.jsonl:1"]),
     "status of no folder": (nothing, "status nowhere", 2, ["nowhere: there is no such folder"]),

@@ -19,6 +19,7 @@ NOT_HASHED = [
     "actors.student.health_timeout_s=9",
     "actors.batch_timeout_s=9",
     "actors.student.execution=eager",  # as null on a CPU
+    "actors.student.tensor_parallel=1",
     "teacher.temperature=1",
     "evaluation.grading_timeout_s=9",
     "actors.student.cpus=2",
@@ -78,6 +79,11 @@ def test_settings_that_change_the_bits_of_a_strict_run_may_not_change(
     tiny_model: Path, tmp_path: Path, override: str
 ) -> None:
     assert fingerprint(tmp_path, tiny_model, override) != fingerprint(tmp_path, tiny_model)
+
+
+def test_an_engine_that_is_split_has_other_bits(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", pairs=2)
+    assert fingerprint(tmp_path, model, "actors.student.tensor_parallel=2") != fingerprint(tmp_path, model)
 
 
 def test_a_method_whose_options_are_off_is_hashed_as_before_there_were_options() -> None:

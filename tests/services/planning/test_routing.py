@@ -9,7 +9,7 @@ from sdft.services.config.run import RunConfig
 from sdft.services.planning.routing import replays_experts
 
 
-def config(device: str, dtype: str, wanted: bool | None) -> RunConfig:
+def config(device: str, dtype: str, wanted: bool | None, split: int = 1) -> RunConfig:
     settings: dict[str, Any] = {
         "model": "any",
         "data": {"train": "any.jsonl"},
@@ -17,6 +17,7 @@ def config(device: str, dtype: str, wanted: bool | None) -> RunConfig:
         "device": device,
         "dtype": dtype,
         "learner": {"replay_experts": wanted},
+        "actors": {"student": {"tensor_parallel": split}},
     }
     return RunConfig.model_validate(settings)
 
@@ -50,3 +51,9 @@ def test_experts_are_replayed_where_rounding_moves_them_or_where_it_is_asked_for
 def test_a_replay_that_cannot_be_is_refused(device: str, routed: bool, carries: bool, why: str) -> None:
     with pytest.raises(UserError, match=why):
         replays_experts(config(device, "bfloat16", True), routed, carries)
+
+
+def test_engines_that_are_split_replay_no_experts() -> None:
+    assert not replays_experts(config("cpu", "bfloat16", None, split=2), routed=True, carries=False)
+    with pytest.raises(UserError, match=r"actors\.student\.tensor_parallel is 2: .* set tensor_parallel: 1"):
+        replays_experts(config("cpu", "bfloat16", True, split=2), routed=True, carries=False)

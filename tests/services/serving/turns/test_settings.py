@@ -37,6 +37,7 @@ def service(folder: Path, model: Path | str, **more: Any) -> RunConfig:
         ({"actors": {"student": {"engine": "mine.engines:Mine"}}}, "actors.student.engine"),
         ({"actors": {"student": {"replicas": 2}}}, "actors.student.replicas has no effect"),
         ({"actors": {"teacher": {"kv_cache_gib": 0.5}}}, "actors.teacher.kv_cache_gib has no effect"),
+        ({"actors": {"student": {"tensor_parallel": 2}}}, "actors.student.tensor_parallel has no effect"),
     ],
 )
 def test_what_one_engine_cannot_do_is_refused(more: dict[str, Any], what: str, tmp_path: Path) -> None:
