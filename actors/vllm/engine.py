@@ -54,7 +54,8 @@ from sdft.actors.shared.types import (
 )
 from sdft.actors.transport.named import transport_class
 from sdft.actors.vllm.arguments import arguments, returns_experts
-from sdft.actors.vllm.compat import Output, enqueue, keep_prompts_as_arrays, rpc_error, take_all_answers
+from sdft.actors.vllm.compat import Output, enqueue, keep_prompts_as_arrays
+from sdft.actors.vllm.compat_processes import rpc_error, take_all_answers
 from sdft.actors.vllm.experts import Parts, assembled, fill, returned
 from sdft.actors.vllm.process import EngineProcess, error_line, forked
 from sdft.actors.vllm.sampling import rollout_of, sampling_request

@@ -4,13 +4,8 @@ from typing import Any
 
 from sdft.actors.shared.sums import damaged
 from sdft.actors.transport.ipc import opened
-from sdft.actors.vllm.compat import (
-    chosen_experts,
-    hide_rows,
-    rotate_each_head,
-    router_layers,
-    unlink_shared_tensors,
-)
+from sdft.actors.vllm.compat import chosen_experts, hide_rows, rotate_each_head, router_layers
+from sdft.actors.vllm.compat_processes import unlink_shared_tensors
 from sdft.actors.vllm.compat_scoring import Reading, score_by
 from sdft.actors.vllm.experts import kept_name
 from sdft.actors.vllm.scoring import first_row, given_ids, temperature

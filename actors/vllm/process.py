@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sdft.actors.shared.process import die_with_parent
-from sdft.actors.vllm.compat import (
+from sdft.actors.vllm.compat_processes import (
     errors_of_workers,
     processes_by,
     set_title,

@@ -1,8 +1,8 @@
-"""The undocumented names in actors/vllm/compat.py: each is in the installed libraries."""
+"""The undocumented names in actors/vllm/compat.py and compat_processes.py: each is in the installed libraries."""
 
 import pytest
 
-from sdft.actors.vllm import compat
+from sdft.actors.vllm import compat, compat_processes
 from tests.canary import Canary, Library, mentions, named, takes
 
 FILE = "actors/vllm/compat.py"
@@ -41,7 +41,7 @@ CANARIES: dict[str, Canary] = {
         and mentions(f"{EXECUTOR}:MultiprocExecutor.collective_rpc", "response_mqs", "dequeue")
     ),
     "the text 'Worker failed with error '": lambda: mentions(
-        f"{EXECUTOR}:MultiprocExecutor.collective_rpc", *compat.WORKER_FAILED
+        f"{EXECUTOR}:MultiprocExecutor.collective_rpc", *compat_processes.WORKER_FAILED
     ),
     "_CPUSHMDistributed._init_cpu_shm, which names shared memory by group_name and waits for all": lambda: mentions(
         "vllm.distributed.device_communicators.cpu_communicator:_CPUSHMDistributed._init_cpu_shm",
@@ -142,7 +142,9 @@ CANARIES: dict[str, Canary] = {
     "vllm.kernels.vllm_c.rms_add_no_var_size": lambda: named("vllm.kernels.vllm_c:rms_add_no_var_size"),
 }
 OF_PYTHON: dict[str, Canary] = {
-    "names of shared memory": lambda: named("multiprocessing.shared_memory:_SHM_NAME_PREFIX") == f"/{compat.QUEUE}",
+    "names of shared memory": lambda: (
+        named("multiprocessing.shared_memory:_SHM_NAME_PREFIX") == f"/{compat_processes.QUEUE}"
+    ),
     "shared memory that resource_tracker knows by its name": lambda: mentions(
         "multiprocessing.shared_memory:SharedMemory.unlink", "unregister", "shared_memory"
     ),
