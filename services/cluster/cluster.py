@@ -22,7 +22,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from sdft.actors.config import LEARNER
-from sdft.actors.shared.process import die_with_parent, scratch_folder
+from sdft.actors.shared.process import scratch_folder
 from sdft.actors.shared.reason import reason
 from sdft.actors.shared.waiting import within
 from sdft.services.base.environment import check_temporary
@@ -117,10 +117,7 @@ def _head(scratch: Path, plan: Plan) -> Iterator[str]:
     }
     words = [sys.executable, "-P", head.__file__, json.dumps(settings)]
     pipe = subprocess.PIPE
-    # The kernel ends it with this process: ray.init may wait without a limit, in C++ code that lets no thread run.
-    process = subprocess.Popen(
-        words, stdin=pipe, stdout=pipe, bufsize=0, start_new_session=True, preexec_fn=die_with_parent
-    )
+    process = subprocess.Popen(words, stdin=pipe, stdout=pipe, bufsize=0, start_new_session=True)
     assert process.stdin is not None
     try:
         answer = _answer(process)
