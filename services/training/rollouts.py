@@ -10,7 +10,7 @@ rollouts have ended.
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from itertools import groupby
@@ -199,18 +199,21 @@ class Rollouts:
         }
         return Batch(step, drafts, times)
 
-    def _all_of(
+    async def _all_of(
         self, stage: Stage, groups: Sequence[Group], calls: EngineCalls, ids: Sequence[SampleId]
-    ) -> Coroutine[Any, Any, list[list[Draft]]]:
-        """Return the coroutine of the drafts of every group."""
+    ) -> list[list[Draft]]:
+        """Return the drafts of every group.
+
+        The coroutines of the groups are made once this one runs: it may be cancelled before.
+        """
         if calls.mode == "streamed":
-            return all_of([self._of_group(stage, i, group, calls) for i, group in enumerate(groups)])
+            return await all_of([self._of_group(stage, i, group, calls) for i, group in enumerate(groups)])
         sampled = cache(partial(self._mark_sampled, ids))  # the samples of all groups move at once in the ledger
         if calls.mode == "joined":
-            return all_of([made_of(stage, i, group, calls, sampled) for i, group in enumerate(groups)])
+            return await all_of([made_of(stage, i, group, calls, sampled) for i, group in enumerate(groups)])
         student, make = GroupStudent(calls, 0), stage.config.method.make
         teachers = {route: GroupTeacher(calls, 0, route, sampled) for route in ("", *self._teachers)}
-        return calls.lockstep([make(group, student, teachers[group.route]) for group in groups])
+        return await calls.lockstep([make(group, student, teachers[group.route]) for group in groups])
 
     async def _of_group(self, stage: Stage, number: int, group: Group, calls: EngineCalls) -> list[Draft]:
         """Let the algorithm make the drafts of one group, again if it loses a completion, and account for them."""

@@ -52,10 +52,11 @@ async def trained(model: Path, stage: int, ranks: int, together: int, dtype: str
     ("shape", "stage", "ranks", "together", "config"),
     [
         ("tiny", 1, 2, 2, {}),
-        ("tiny", 3, 2, 2, {"gradient_checkpointing": True}),
-        ("tiny", 1, 2, 2, {"lora": LoraConfig(rank=4)}),
-        ("windowed", 1, 4, 2, {}),
-        ("windowed", 1, 4, 4, {"micro_batch_tokens": 10}),  # keys are repeated, and every sequence is alone
+        pytest.param("tiny", 3, 2, 2, {"gradient_checkpointing": True}, marks=pytest.mark.whole),
+        pytest.param("tiny", 1, 2, 2, {"lora": LoraConfig(rank=4)}, marks=pytest.mark.whole),
+        pytest.param("windowed", 1, 4, 2, {}, marks=pytest.mark.whole),
+        # Keys are repeated, and every sequence is alone.
+        pytest.param("windowed", 1, 4, 4, {"micro_batch_tokens": 10}, marks=pytest.mark.whole),
     ],
 )
 def test_steps_of_ranks_that_divide_tokens_equal_those_of_one(
@@ -120,13 +121,17 @@ def test_a_pack_has_a_token_for_every_rank() -> None:
     assert [len(part.input_ids) for part in parts] == [1] * 4
 
 
-def test_what_cannot_be_divided_is_refused(ray_cluster: None, tiny_model: Path, tmp_path: Path) -> None:
+def test_heads_and_ranks_must_be_divisible() -> None:
     assert why_not(4, 2, 4) is None
     assert why_not(8, 2, 4) is None
     assert why_not(6, 6, 4) == "its 6 heads of queries and 6 of keys cannot be divided over 4 ranks"
     assert why_not(12, 3, 4) is not None
     with pytest.raises(ValidationError, match="sequence_parallel 2 must divide ranks 3"):
         LearnerConfig(ranks=3, sequence_parallel=2)
+
+
+@pytest.mark.whole
+def test_a_model_that_cannot_be_divided_is_refused(ray_cluster: None, tiny_model: Path, tmp_path: Path) -> None:
     config = Lfm2Config(
         **{"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2},
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},

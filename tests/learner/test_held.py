@@ -34,9 +34,10 @@ def held(settings: LearnerSettings) -> int:
     ("dtype", "teacher", "lora", "per_parameter"),
     [
         ("bfloat16", {"weights": "ema"}, None, 22),
-        ("bfloat16", {"weights": "live"}, None, 18),
-        ("float32", {"weights": "ema"}, None, 16),  # the gradients come in backward
-        ("bfloat16", {"weights": "ema"}, LoraConfig(rank=4), None),
+        pytest.param("bfloat16", {"weights": "live"}, None, 18, marks=pytest.mark.whole),
+        # the gradients come in backward
+        pytest.param("float32", {"weights": "ema"}, None, 16, marks=pytest.mark.whole),
+        pytest.param("bfloat16", {"weights": "ema"}, LoraConfig(rank=4), None, marks=pytest.mark.whole),
     ],
 )
 def test_a_rank_holds_the_state_that_the_plan_assumes(

@@ -230,6 +230,7 @@ def test_an_engine_whose_worker_hangs_answers_no_health_check(engines: list) -> 
     ray.get(answer, timeout=60)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("ended", ["actor", "EngineCore", "VllmWorker-1"])
 def test_nothing_is_left_when_a_process_is_killed(own: Any, ended: str) -> None:
     before, processes = shared_memory(), below(own)
@@ -244,6 +245,7 @@ def test_nothing_is_left_when_a_process_is_killed(own: Any, ended: str) -> None:
     assert shared_memory() <= before
 
 
+@pytest.mark.whole
 def test_nothing_is_left_of_an_engine_that_is_killed_while_it_starts(ray_cluster: None, tiny_model: Path) -> None:
     before = shared_memory()
     engine = ray.remote(EngineWorker).options(num_cpus=0.5).remote(split(tiny_model))
@@ -268,6 +270,7 @@ def test_nothing_is_left_when_an_engine_is_stopped(own: Any) -> None:
     assert shared_memory() <= before
 
 
+@pytest.mark.whole
 def test_an_engine_that_cannot_start_says_what_a_worker_raised(
     ray_cluster: None, tiny_model: Path, tmp_path: Path
 ) -> None:

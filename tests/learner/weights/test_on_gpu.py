@@ -15,6 +15,7 @@ from tests.fakes.rollouts import make_rollouts
 from tests.learner.test_learner_step import PROBE, K, settings
 
 
+@pytest.mark.whole
 def test_each_version_is_offered_in_one_buffer_and_copied_into_main_memory_when_it_is_asked_for(
     ray_cluster: None, tiny_model: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """Batches made ahead of the learner, with simulated engines and in simulated time."""
 
 import asyncio
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,26 @@ def live(case: Case, batch: int, method: Algorithm = SDFT) -> Prepared:
     config = one.config.model_copy(update={"method": method, "teacher": TeacherConfig(weights="live")})
     (task,) = config.tasks
     return replace(one, config=config, stages=(replace(one.stages[0], config=task),))
+
+
+def test_a_batch_that_is_cancelled_as_it_begins_leaves_no_coroutine(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """A signal may come when a batch has a task that has not run. Its groups have no coroutines by then."""
+
+    async def run() -> None:
+        students, teachers = (pool(CASE, name, 1, lambda i: Student(i, CASE)) for name in ("student", "teacher"))
+        await asyncio.gather(students.start(), teachers.start())
+        ready_made = prepared(replace(CASE, staleness=0), 6)
+        rollouts = Rollouts(ready_made, students, {"": teachers}, Ledger(tmp_path / "ledger.sqlite"), ready, 0)
+        rollouts.open(ready_made.schedule.stages[0])
+        rollouts.begin(0)
+        await asyncio.sleep(0)
+        await rollouts.stop()
+
+    virtual_time.run(run())
+    gc.collect()
+    assert [str(w.message) for w in recwarn if "never awaited" in str(w.message)] == []
 
 
 def test_a_sample_is_scored_while_others_of_its_batch_are_still_sampled(tmp_path: Path) -> None:
