@@ -51,7 +51,7 @@ async def trained(model: Path, stage: int, ranks: int, together: int, dtype: str
 @pytest.mark.parametrize(
     ("shape", "stage", "ranks", "together", "config"),
     [
-        ("tiny", 1, 2, 2, {}),
+        pytest.param("tiny", 1, 2, 2, {}, marks=pytest.mark.whole),
         pytest.param("tiny", 3, 2, 2, {"gradient_checkpointing": True}, marks=pytest.mark.whole),
         pytest.param("tiny", 1, 2, 2, {"lora": LoraConfig(rank=4)}, marks=pytest.mark.whole),
         pytest.param("windowed", 1, 4, 2, {}, marks=pytest.mark.whole),

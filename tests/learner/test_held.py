@@ -33,7 +33,7 @@ def held(settings: LearnerSettings) -> int:
 @pytest.mark.parametrize(
     ("dtype", "teacher", "lora", "per_parameter"),
     [
-        ("bfloat16", {"weights": "ema"}, None, 22),
+        pytest.param("bfloat16", {"weights": "ema"}, None, 22, marks=pytest.mark.whole),
         pytest.param("bfloat16", {"weights": "live"}, None, 18, marks=pytest.mark.whole),
         # the gradients come in backward
         pytest.param("float32", {"weights": "ema"}, None, 16, marks=pytest.mark.whole),

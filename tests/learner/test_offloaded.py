@@ -48,7 +48,7 @@ def test_steps_in_chunks_have_the_bits_of_whole_steps(alpha: float | None, dtype
 @pytest.mark.parametrize(
     ("stage", "ranks", "dtype", "lora"),
     [
-        (1, 1, "bfloat16", LoraConfig(rank=4)),
+        pytest.param(1, 1, "bfloat16", LoraConfig(rank=4), marks=pytest.mark.whole),
         pytest.param(0, 1, "float32", None, marks=pytest.mark.whole),
         pytest.param(1, 1, "bfloat16", None, marks=pytest.mark.whole),
         pytest.param(3, 2, "float32", None, marks=pytest.mark.whole),

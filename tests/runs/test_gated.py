@@ -58,6 +58,7 @@ def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return config, folder / "whole"
 
 
+@pytest.mark.whole
 def test_the_teacher_is_the_student_of_its_last_refresh(whole: tuple[Path, Path], tiny_model: Path) -> None:
     """In the learner's state, and in the engines: their scores are Hugging Face's log-probs with that student."""
     config, run_dir = whole
@@ -83,6 +84,7 @@ def test_the_teacher_is_the_student_of_its_last_refresh(whole: tuple[Path, Path]
             np.testing.assert_allclose(sequence.teacher.sampled, own[sequence.loss_mask[-len(own) :]], atol=1e-4)
 
 
+@pytest.mark.whole
 def test_the_figures_of_completions_are_those_of_the_recorded_batches(whole: tuple[Path, Path]) -> None:
     _, run_dir = whole
     for row in read_jsonl(run_dir / "metrics.jsonl"):

@@ -15,7 +15,9 @@ from tests.runs.leftovers import new_since, on_machine
 from tests.runs.run import STOPPED, command, wait_for_step, wait_until, write_run
 
 
-@pytest.mark.parametrize(("begun", "scope"), [("starting", "group"), ("training", "cgroup")])
+@pytest.mark.parametrize(
+    ("begun", "scope"), [("starting", "group"), pytest.param("training", "cgroup", marks=pytest.mark.whole)]
+)
 def test_a_signal_for_all_processes_stops_a_run_as_one_for_the_driver(
     begun: str, scope: str, tiny_model: Path, tmp_path: Path
 ) -> None:
