@@ -15,6 +15,7 @@ TURN_ENGINE = "sdft.services.serving.turns.client:TurnEngine"  # the engine of a
 TURNS = "SDFT_TURNS"  # environment variable: the socket of that engine
 Execution = Literal["eager", "graphs", "compiled"]  # of a model's operations in an engine
 PREFILL = {"cpu": 2048, "cuda": 16384}  # tokens of prompts in one forward of an engine, at least
+SCORED_AT_ONCE = 1024  # rows of a prompt whose logits an engine on a GPU computes at once, as vLLM itself does
 LEARNER = "learner"  # names the learner beside the pools, as in pids.json
 
 

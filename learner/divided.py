@@ -10,7 +10,6 @@ import torch
 from torch.distributed import ProcessGroup
 
 from sdft.learner.division import Division
-from sdft.learner.loss.targets import Targets
 from sdft.learner.packing import MicroBatch
 from sdft.learner.shares import assign
 
@@ -35,7 +34,7 @@ def part_of(batch: MicroBatch, group: ProcessGroup, rank: int, size: int) -> Mic
         input_ids=batch.input_ids[place],
         position_ids=batch.position_ids[place],
         predicting=batch.predicting[here][order] - first,
-        targets=Targets(**{name: getattr(batch.targets, name)[own] for name in Targets.__dataclass_fields__}),
+        targets=batch.targets.rows(own),
         experts=None if batch.experts is None else batch.experts[place],
         division=Division(
             group,

@@ -60,4 +60,4 @@ class OffloadedAdamW(AdamWWithTeacher):
                 host[key].copy_(value, non_blocking=True)
         state["step"] += 1
         if p.is_cuda:
-            torch.cuda.synchronize(p.device)  # whoever reads the state next reads it on the host
+            torch.cuda.synchronize(p.device)  # the copies to the host end before the state is read there

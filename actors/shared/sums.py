@@ -9,8 +9,8 @@
 Sums of integers modulo 2^64 are exact in any order, so all devices compute the same digest. After a change of one word
 A and B differ: the difference of the words is below 2^32 and the factor is odd, so the product is no multiple of 2^64.
 After an exchange of two different words A differs in a tensor of up to 8 GiB: the differences of the factors and of the
-words have a product below 2^64. After other damage both are the same by a chance of about 2^-128. As with xxh3,
-somebody who chooses the bytes can make others with the same digest.
+words have a product below 2^64. After other damage both are the same by a chance of about 2^-128. As xxh3, it is
+no protection against bytes that are chosen to have the same digest.
 """
 
 from collections.abc import Sequence

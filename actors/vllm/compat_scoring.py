@@ -15,9 +15,8 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.outputs import LogprobsTensors
 
+from sdft.actors.config import SCORED_AT_ONCE
 from sdft.actors.vllm.compat import Rows, begin_of
-
-ROWS = 1024  # whose logits the V2 runner computes at once, as in its own method
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,8 @@ def _by_v2(worker: Any, reading: Reading) -> None:
             offset = int(batch.query_start_loc_np[i]) - int(batch.num_computed_prefill_tokens_np[i])
             given, heat = reading.given(params), reading.temperature(params)
             parts = []
-            for begin in range(first, last, ROWS):
-                end = min(begin + ROWS, last)
+            for begin in range(first, last, SCORED_AT_ONCE):
+                end = min(begin + SCORED_AT_ONCE, last)
                 logits = logits_of(hidden_states[offset + begin : offset + end])
                 targets = all_ids[index, begin + 1 : end + 1].long()
                 at = given if given is None or len(given) == 1 else given[begin - first : end - first]

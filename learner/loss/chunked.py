@@ -63,7 +63,7 @@ class _Chunked(torch.autograd.Function):
         grad_bias = torch.zeros(0 if whole_bias is None else len(whole_bias), dtype=wide, device=head.device)
         for group in groups:
             of_group = slice(group[0].start, group[-1].stop)
-            group_targets = _rows(targets, of_group)
+            group_targets = targets.rows(of_group)
             ids = support(group_targets, config)
             wanted = torch.cat([group_targets.sampled_ids[:, None], ids], -1)
             known = hidden.new_empty(wanted.shape, dtype=wide)  # one block: small ones among large fragment the heap
@@ -150,7 +150,3 @@ def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, buffer: Tensor) -
 
 def _some(numbers: Tensor | None, rows: slice) -> Tensor | None:
     return None if numbers is None else numbers[rows]
-
-
-def _rows(targets: Targets, rows: slice) -> Targets:
-    return Targets(**{name: getattr(targets, name)[rows] for name in Targets.__dataclass_fields__})

@@ -1,6 +1,7 @@
 """The loss's inputs besides the student's forward, one row per loss token."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -21,4 +22,11 @@ class Targets:
 
     def to(self, device: torch.device | str) -> "Targets":
         """Return the targets on another device."""
-        return Targets(**{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})
+        return self._each(lambda values: values.to(device))
+
+    def rows(self, which: slice | Tensor) -> "Targets":
+        """Return the targets of some rows: a slice, or a mask [N]."""
+        return self._each(lambda values: values[which])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Targets":
+        return Targets(**{field.name: change(getattr(self, field.name)) for field in fields(self)})

@@ -5,7 +5,7 @@ stop its engines and learner before they end.
 
     settings, as JSON on the command line ─► start ─► {"address": ...} or {"error": ...} on standard output
     the end of standard input: the driver has stopped, or died ─┬─► shut down
-                                                                └─► after that, or after STOP_S: kill the session
+                                                                └─► after STOP_S: kill what is left of the session
 
 The file runs as a script, and imports nothing else of this package.
 """
@@ -14,13 +14,11 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
 STOP_S = 5
-LAST_S = 2  # for Ray's workers to end by themselves, once this process has ended
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -41,20 +39,15 @@ def main(settings: str) -> None:
     ignore_signals()  # ray.init has replaced the handlers
     print(json.dumps({"address": context.address_info["gcs_address"]}), flush=True)
     sys.stdin.buffer.read()
-    # If Ray's control service has ended first, its clients wait for it without a limit. The kernel ends Ray's processes
-    # with this one.
-    limit = threading.Timer(STOP_S, os._exit, [1])
-    limit.daemon = True
-    limit.start()
     ray.shutdown()
 
 
 def guard(head: int) -> None:
-    """Wait for the end of standard input; then leave the head STOP_S to end, and kill what is left of its session.
+    """Wait for the end of standard input; then leave the session STOP_S to end, and kill what is left of it.
 
-    The head may never see the end itself: ray.init waits without a limit, in C++ code that lets no thread run, if the
-    session's folder is removed, as the next run does for a killed driver. And a worker that is still starting when
-    Ray's control service ends waits for it without a limit.
+    Three waits of Ray have no limit: of ray.init, in C++ code that lets no thread run, if the folder of the session is
+    removed, as the next run does for a killed driver; of ray.shutdown, if Ray's control service has ended first; and of
+    a worker that is still starting when that service ends.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -62,9 +55,6 @@ def guard(head: int) -> None:
     while os.getppid() == head and os.read(sys.stdin.fileno(), 1):
         pass
     until = time.monotonic() + STOP_S
-    while os.getppid() == head and time.monotonic() < until:
-        time.sleep(0.1)
-    until = time.monotonic() + LAST_S
     while others(head) and time.monotonic() < until:
         time.sleep(0.1)
     while left := others(head):

@@ -7,13 +7,12 @@ card to the cache.
 
 from dataclasses import dataclass
 
-from sdft.actors.config import PREFILL, PoolConfig
+from sdft.actors.config import PREFILL, SCORED_AT_ONCE, PoolConfig
 from sdft.actors.shared.process import GIB
 from sdft.services.planning.memory import WIDTH
 from sdft.services.planning.shape import ModelShape
 
 WORKSPACE_GIB = 1.2  # CUDA's context, loaded kernels, CUDA graphs of the decoding steps
-SCORED = 1024  # rows of a prompt whose log-probs vLLM's runner for GPUs computes at once
 ALONE = 0.9  # share of a GPU of its own, of which the rest is for what vLLM does not count
 
 
@@ -33,7 +32,7 @@ class EngineMemory:
         parts = pool.tensor_parallel
         width = WIDTH[dtype]
         prefill = max(tokens, PREFILL["cuda"]) * width * (3 * shape.intermediate + 4 * shape.hidden)
-        scored = SCORED * shape.vocabulary * (width + WIDTH["float32"])
+        scored = SCORED_AT_ONCE * shape.vocabulary * (width + WIDTH["float32"])
         return cls(
             weights=width * shape.parameters / parts / GIB,
             workspace=WORKSPACE_GIB + max(prefill, scored) / GIB,

@@ -129,12 +129,12 @@ class Controller:
                     await self._begin_stage(stage)
                 rollouts.open(stage)
                 metrics = await self._step(step, rollouts)
-                ended, every = step == stage.last, self._config.evaluation.every
-                if ended or (every and step % every == 0):
+                ended = step == stage.last
+                if ended or self._evaluates_after(step):
                     await self._evaluate(step)
                 await self._guard.stepped(metrics)
                 await self._teacher.refresh(step)
-                if ended or step % self._config.checkpoint.every == 0:
+                if ended or self._saves_after(step):
                     await self._checkpoints.save(step, self._guard.held)
             if not ended:
                 await self._end_late(step)
@@ -170,20 +170,23 @@ class Controller:
         """Return whether the student engines need new weights: they sample, or score as the live teacher."""
         return config.method.student_samples or (self._live and config.method.teacher_scores)
 
+    def _evaluates_after(self, step: int) -> bool:
+        every = self._config.evaluation.every
+        return every is not None and step % every == 0
+
+    def _saves_after(self, step: int) -> bool:
+        return step % self._config.checkpoint.every == 0
+
     def _samples_next(self, step: int) -> bool:
         """Whether a strict run begins the next rollouts before the teacher's weights are published.
 
         On a CPU the processes of a strict run compute one after the other. Rollouts are in no checkpoint, and not
         beside an evaluation. A refresh of the teacher comes later than this.
         """
-        config, stage = self._config, self._prepared.schedule.at(step)
-        intervals = (
-            (config.evaluation.every, 0),
-            (config.checkpoint.every, 0),
-            (config.teacher.refresh_every, stage.before),
-        )
-        due = step == stage.last or any(every and (step - since) % every == 0 for every, since in intervals)
-        return config.strict and config.device == "cuda" and self._follows(self._prepared.at(step).config) and not due
+        ended = step == self._prepared.schedule.at(step).last
+        due = self._evaluates_after(step) or self._saves_after(step) or self._teacher.is_refreshed_after(step)
+        on_gpus = self._config.strict and self._config.device == "cuda"
+        return on_gpus and self._follows(self._prepared.at(step).config) and not (ended or due)
 
     async def _step(self, step: int, rollouts: Rollouts) -> StepMetrics:
         times = Times()

@@ -68,11 +68,17 @@ class Teacher:
             # Not awaited: the teacher engines load while the student engines sample the next rollouts.
             await self._sync.publish(step)
 
+    def is_refreshed_after(self, step: int) -> bool:
+        """Whether a refresh of a gated teacher is due after a step."""
+        before, every = self._prepared.schedule.at(step).before, self._config.teacher.refresh_every
+        due = every is not None and (step - before) % every == 0
+        return self._sync is not None and due and self._scores_after(step)
+
     async def refresh(self, step: int) -> None:
         """Refresh a gated teacher after a step, its evaluation and the guard, if it is due and everything held."""
-        stage, every = self._prepared.schedule.at(step), self._config.teacher.refresh_every
-        if self._sync is None or every is None or (step - stage.before) % every or not self._scores_after(step):
+        if self._sync is None or not self.is_refreshed_after(step):
             return
+        stage = self._prepared.schedule.at(step)
         broken = self._guard.broken_since(max(stage.before, self._decided))
         self._decided = step
         if broken:

@@ -1,4 +1,4 @@
-"""The transport `ipc` on a CPU: the learner packs as on a GPU, and nobody can open the handle."""
+"""The transport `ipc` on a CPU: the learner packs as on a GPU, and no process can open the handle."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING

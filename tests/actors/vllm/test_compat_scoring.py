@@ -51,4 +51,4 @@ def test_vllm_has_the_name(name: str) -> None:
 
 
 def test_rows_are_computed_as_many_at_once_as_by_vllm() -> None:
-    assert named("vllm.v1.worker.gpu.sample.prompt_logprob:CHUNK_SIZE") == compat_scoring.ROWS
+    assert named("vllm.v1.worker.gpu.sample.prompt_logprob:CHUNK_SIZE") == compat_scoring.SCORED_AT_ONCE

@@ -135,7 +135,7 @@ def requests(rows: int) -> dict[str, SamplingParams]:
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_both_runners_score_the_rows_of_completions(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat_scoring, "ROWS", 4)
+    monkeypatch.setattr(compat_scoring, "SCORED_AT_ONCE", 4)
     logits, tokens = forward()
     wanted = requests(rows)
     v1 = Runner(wanted)
