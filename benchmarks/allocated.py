@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.counted import COMPLETION, LENGTH, SHAPES, K, micro_batch, student
+from benchmarks.counted import COMPLETION, LENGTH, K, micro_batch, student
 from benchmarks.measure import report
+from benchmarks.shapes import SHAPES
 from sdft.actors.shared.process import GIB
 from sdft.learner.config import Forward as ForwardLoss
 from sdft.learner.config import ImportanceConfig, LearnerConfig, LoraConfig, LossConfig

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.measure import report
 from benchmarks.operations import Operations
+from benchmarks.shapes import SHAPES, configuration
 from sdft.learner.config import Forward, ImportanceConfig, LossConfig
 from sdft.learner.loss.chunked import divergence_loss
 from sdft.learner.loss.targets import Targets
@@ -38,13 +39,6 @@ from sdft.learner.packing import MicroBatch
 PROMPT, COMPLETION, K = 384, 640, 64
 LENGTH = PROMPT + COMPLETION
 RATE, BYTES_S = 798e12, 3.0e12  # an H100: a large product in bfloat16, copies in its memory
-# Hidden and intermediate size, layers, heads, key-value heads, vocabulary, tied: Qwen2.5's.
-SHAPES = {
-    "0.5b": (896, 4864, 24, 14, 2, 151936, True),
-    "1.5b": (1536, 8960, 28, 12, 2, 151936, True),
-    "3b": (2048, 11008, 36, 16, 2, 151936, True),
-    "7b": (3584, 18944, 28, 28, 4, 152064, False),
-}
 # Operations that launch nothing.
 VIEWS = {
     "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand",
@@ -111,19 +105,10 @@ def _bytes(t: Tensor) -> int:
 
 def student(shape: str) -> PreTrainedModel:
     """Return a model of a shape on the meta device, with norms of one kernel, as on a GPU."""
-    hidden, intermediate, layers, heads, kv, vocabulary, tied = SHAPES[shape]
-    config = Qwen2Config(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-        max_position_embeddings=32768,
-    )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=PACKED).train()
+        model = AutoModelForCausalLM.from_config(
+            configuration(shape), dtype=torch.bfloat16, attn_implementation=PACKED
+        ).train()
     for module in model.modules():
         if epsilon(module) is not None:  # torch's fused norm, which the meta device takes apart: another of one kernel
             module.forward = partial(_one_kernel, module)

@@ -41,15 +41,18 @@ LOSS = LossConfig(divergence=Forward(top_k=K))
 OPTIMIZER = OptimizerConfig(lr=1e-5, warmup_steps=0, schedule="constant")
 
 
-def samples(sequences: int) -> list[TrainingSequence]:
-    """Samples with random tokens and a random teacher. The values do not affect the time."""
+def samples(sequences: int, prompted: int = PROMPT, answered: int = COMPLETION, k: int = K) -> list[TrainingSequence]:
+    """Samples with random tokens and a random teacher. The values do not affect the time.
+
+    prompted, answered: tokens of each prompt and completion.
+    """
     rng = np.random.default_rng(0)
     made = []
     for i in range(sequences):
-        prompt, completion = (rng.integers(100, 40000, n).astype(np.int32) for n in (PROMPT, COMPLETION))
-        ids = rng.integers(100, 40000, (COMPLETION, K)).astype(np.int32)
-        logprobs = np.full((COMPLETION, K), np.log(0.9 / K), dtype=np.float32)
-        rollout = Rollout(prompt, completion, np.full(COMPLETION, -10, np.float32), ((0, 0, COMPLETION),), "length")
+        prompt, completion = (rng.integers(100, 40000, n).astype(np.int32) for n in (prompted, answered))
+        ids = rng.integers(100, 40000, (answered, k)).astype(np.int32)
+        logprobs = np.full((answered, k), np.log(0.9 / k), dtype=np.float32)
+        rollout = Rollout(prompt, completion, np.full(answered, -10, np.float32), ((0, 0, answered),), "length")
         scores = TeacherScores(ids, logprobs, logprobs[:, 0], 0)
         made.append(sequence_of(SampleId(0, 0, i, 0), rollout, scores))
     return made

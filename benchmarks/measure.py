@@ -23,8 +23,15 @@ RESULTS = Path(__file__).parent / "results"
 def device_parser(doc: str) -> argparse.ArgumentParser:
     """A parser with --device, cpu or cuda. doc: the benchmark's docstring; --help shows its first line."""
     parser = argparse.ArgumentParser(description=doc.split("\n", 1)[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", type=_usable, choices=("cpu", "cuda"), default="cpu")
     return parser
+
+
+def _usable(device: str) -> str:
+    """The type of --device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("cuda needs a GPU, and torch sees none on this machine; use cpu")
+    return device
 
 
 def seconds_in_turn(cases: Mapping[Case, Callable[[], object]], rounds: int) -> dict[Case, float]:

@@ -1,6 +1,7 @@
 """Time of a whole training step, sampling included, against TRL's SDFTTrainer: same model, prompts, batch, lengths.
 
     python -m benchmarks.peer [--dtype bfloat16 ...]
+    python -m benchmarks.peer --device cuda --shape 1.5b --trl PYTHON
 
 The setting is SmolLM2-135M, 32 prompts per step, at most 128 new tokens, EMA teacher, top 64 and tail, forward KL,
 without the first three tokens. TRL has no vLLM on a CPU and samples with transformers. Our engines are compiled
@@ -9,9 +10,12 @@ TRL's weights are float32, its default, and are cast for each operation (with bf
 277 s, on a machine with other work). Each trainer uses every core. Figures are medians of the steps after the first.
 The bound counts the floating-point operations of sampling, scoring and learning on the tokens of our steps, at the rate
 of a large matrix product in the same dtype.
+
+On a GPU the model is random, of a shape, replies have at most 512 tokens, and both trainers share the GPU with vLLM:
+TRL with its engine in the same process, ours as in benchmarks.gpu.training. PYTHON is an interpreter with TRL, vLLM and
+torch for CUDA.
 """
 
-import argparse
 import json
 import math
 import os
@@ -19,14 +23,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from benchmarks.measure import matrix_rate, report
+from benchmarks.gpu.sizes import SIZES
+from benchmarks.gpu.training import on_gpus
+from benchmarks.measure import device_parser, in_a_process, matrix_rate, report
 from benchmarks.operations import Operations
+from benchmarks.shapes import SHAPES, random_model
 from sdft.services.config.dtype import native_dtype
 from sdft.services.config.load import load_config
 from sdft.services.planning.models import resolve_model
@@ -53,26 +62,45 @@ def rows() -> list[dict[str, str]]:
     return made
 
 
-def ours(folder: Path, model: Path, dtype: str) -> list[dict[str, float]]:
+@dataclass(frozen=True)
+class Setting:
+    """What both trainers are given."""
+
+    device: str
+    model: Path
+    trl: Path  # the interpreter that TRL is installed for
+
+    @property
+    def new_tokens(self) -> int:
+        """Most tokens of a reply."""
+        return NEW_TOKENS if self.device == "cpu" else SIZES[self.device].new_tokens
+
+
+def ours(folder: Path, setting: Setting, dtype: str) -> list[dict[str, float]]:
     """Figures of each step of `sdft train`, started as a user starts it."""
+    model = setting.model
     (folder / "teacher.jinja").write_text("{{ prompt }}\n\n{{ demonstration }}")  # TRL's default
     config: dict[str, Any] = {
         "model": str(model),
         "dtype": dtype,
         "data": {"train": "rows.jsonl", "template": "teacher.jinja"},
-        "sampling": {"max_new_tokens": NEW_TOKENS},
+        "device": setting.device,
+        "sampling": {"max_new_tokens": setting.new_tokens},
         "training": {"batch_size": BATCH, "steps": STEPS},
         "actors": {"student": {"execution": "compiled"}, "teacher": {"execution": "compiled"}},
         "teacher": {"weights": "ema", "alpha": 0.01},
         "method": {"type": "sdft", "divergence": {"type": "forward", "top_k": K}, "skip_first": SKIP},
         "learner": {"optimizer": {"lr": 1e-5, "warmup_steps": 0, "schedule": "constant"}},
     }
+    if setting.device == "cuda":
+        config |= on_gpus(config["learner"], 1, SIZES["cuda"].cache_gib, "ipc")
     (folder / "ours.yaml").write_text(yaml.safe_dump(config))
     run_dir = folder / f"ours-{dtype}"
     command = [sys.executable, "-m", "sdft.services.cli", "train", str(folder / "ours.yaml"), "--run-dir", str(run_dir)]
-    rates = [matrix_rate(getattr(torch, dtype))]
+    rate_now = partial(in_a_process, partial(matrix_rate, getattr(torch, dtype), setting.device))
+    rates = [rate_now()]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=3600)
-    rates.append(matrix_rate(getattr(torch, dtype)))
+    rates.append(rate_now())
     rate = statistics.mean(rates)  # the rate drifts by 10 % and more within minutes
     prepared = prepare(load_config(folder / "ours.yaml"), folder / "ours.yaml")
     steps = []
@@ -93,44 +121,53 @@ def operations(model: Path, trained: int, scored: int, completed: int) -> float:
     return sampling + scoring + o.train(trained, trained / BATCH, completed)
 
 
-def trl(folder: Path, model: Path, dtype: str) -> list[dict[str, float]]:
+def trl(folder: Path, setting: Setting, dtype: str) -> list[dict[str, float]]:
     """Figures of each step of TRL's trainer."""
-    output = in_trl("step", model, folder, dtype=dtype, batch=BATCH, steps=STEPS)
+    output = in_trl("step", setting, folder, dtype=dtype, batch=BATCH, steps=STEPS, device=setting.device)
     return [json.loads(line) for line in output.splitlines() if line.startswith('{"seconds"')]
 
 
-def in_trl(module: str, model: Path, folder: Path, **arguments: object) -> str:
+def in_trl(module: str, setting: Setting, folder: Path, **arguments: object) -> str:
     """Run a module of benchmarks/trl in the virtual environment of TRL and return its standard output."""
     cores = len(os.sched_getaffinity(0))
-    shape = {"max-new-tokens": NEW_TOKENS, "top-k": K, "skip": SKIP, "threads": cores}
-    given = {"model": model, "rows": folder / "rows.jsonl"} | shape | arguments
+    shape = {"max-new-tokens": setting.new_tokens, "top-k": K, "skip": SKIP, "threads": cores}
+    given = {"model": setting.model, "rows": folder / "rows.jsonl"} | shape | arguments
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    command = [str(TRL), "-m", f"benchmarks.trl.{module}", *words]
+    command = [str(setting.trl), "-m", f"benchmarks.trl.{module}", *words]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=3600, cwd=HERE.parent).stdout
 
 
-def same_loss(folder: Path, model: Path) -> None:
+def same_loss(folder: Path, setting: Setting) -> None:
     """Report the loss of the first step by TRL and by our learner on the same rollouts."""
-    output = in_trl("same_loss", model, folder, dtype="float32", batch=8, steps=1)
+    output = in_trl("same_loss", setting, folder, dtype="float32", batch=8, steps=1)
     pairs = json.loads(next(line for line in output.splitlines() if line.startswith('{"whole')))
     rows = [{"support": n, "TRL": t, "ours": o, "difference": abs(t - o) / o} for n, (t, o) in pairs.items()]
     report("peer_loss", "Loss of a first step on the same 8 rollouts, forward KL, float32", rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    default = list(dict.fromkeys(["float32", native_dtype("cpu")]))  # without native bfloat16 that dtype may take hours
-    parser.add_argument("--dtype", nargs="+", default=default)
-    dtypes = parser.parse_args().dtype
-    model = resolve_model("smollm2-135m", Path.cwd())
+    parser = device_parser(__doc__ or "")
+    parser.add_argument("--dtype", nargs="+")
+    parser.add_argument("--shape", choices=SHAPES, help="of a random model; without it the model is SmolLM2-135M")
+    parser.add_argument("--trl", type=Path, default=TRL, help="an interpreter that has TRL")
+    given = parser.parse_args()
+    # Without native bfloat16 that dtype may take hours.
+    narrow = native_dtype(given.device)
+    dtypes = given.dtype or list(dict.fromkeys(["float32", narrow] if given.device == "cpu" else [narrow]))
     table = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
-        same_loss(folder, model)
+        if given.shape is None:
+            model = resolve_model("smollm2-135m", Path.cwd())
+        else:
+            model = in_a_process(partial(random_model, given.shape, folder, given.device))
+        setting = Setting(given.device, model, given.trl)
+        if setting.device == "cpu":
+            same_loss(folder, setting)
         for dtype in dtypes:
             for run in (ours, trl):
-                steps = run(folder, model, dtype)
+                steps = run(folder, setting, dtype)
                 warm = steps[1:]
                 seconds = statistics.median(step["seconds"] for step in warm)
                 table.append(
@@ -149,7 +186,9 @@ def main() -> None:
     best = max(row["samples/s"] for row in table if row["trainer"] == "trl")
     for row in table:
         row["x best TRL"] = row["samples/s"] / best
-    report("peer", f"A whole step of {BATCH} prompts, at most {NEW_TOKENS} new tokens", table)
+    name = "peer" if given.shape is None else f"gpu_peer_{given.shape}"
+    title = f"A whole step of {BATCH} prompts, at most {setting.new_tokens} new tokens, on {setting.device}"
+    report(name, title, table)
 
 
 if __name__ == "__main__":

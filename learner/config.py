@@ -293,6 +293,10 @@ class LearnerConfig(BaseModel):
         description="Keep AdamW's moments and the teacher's average in the host's memory, with the same results; on "
         "GPUs only. It saves 12 bytes of a GPU for each trained weight, and copies as many both ways in each step",
     )
+    overlap: bool = Field(
+        False,
+        description="Add gradients up over the ranks beside the backward pass; on GPUs, with zero_stage 2 or 3",
+    )
     lora: LoraConfig | None = Field(None, description="null: every weight is trained")
     optimizer: OptimizerConfig = OptimizerConfig()
     start_timeout_s: float = Field(600, gt=0, description="How long the learner may take to start")
@@ -308,6 +312,15 @@ class LearnerConfig(BaseModel):
             raise ValueError(
                 f"sequence_parallel {self.sequence_parallel} must divide ranks {self.ranks}, because so many ranks "
                 f"compute each micro-batch; change one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _overlap_is_possible(self) -> "LearnerConfig":
+        if self.overlap and (self.ranks == 1 or self.zero_stage not in (2, 3)):
+            raise ValueError(
+                "overlap needs several ranks and zero_stage 2 or 3, at which gradients are added up piece by piece; "
+                "set them, or remove overlap"
             )
         return self
 

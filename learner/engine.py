@@ -75,7 +75,8 @@ class LearnerEngine:
         # At ZeRO stage 0 DeepSpeed returns no gradient norm, and steps on gradients that are not finite too.
         clip = settings.config.optimizer.grad_clip if self._zero_stage == 0 else None
         kind = OffloadedAdamW if settings.config.offload else AdamWWithTeacher
-        optimizer = kind(trained, None if self._lora else alpha, clip)
+        in_one_pass = settings.device == "cuda" and usable(settings.device, torch.float32)
+        optimizer = kind(trained, None if self._lora else alpha, clip, in_one_pass)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._deepspeed_config()
         )
@@ -105,7 +106,7 @@ class LearnerEngine:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,  # boundaries are set by hand: the number of micro-batches varies
             "gradient_clipping": clip if stage > 0 else 0.0,
-            "zero_optimization": {"stage": stage, "overlap_comm": False},
+            "zero_optimization": {"stage": stage, "overlap_comm": self.settings.config.overlap},
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": bf16},
             "steps_per_print": 10**9,

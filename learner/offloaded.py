@@ -7,6 +7,7 @@ A step computes on the device what AdamWWithTeacher computes there, so it has th
 parameter there, and copies as many to the device and back.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch.optim.adamw import adamw
 
 from sdft.learner.config import OFFLOAD_CHUNK
 from sdft.learner.optimizer import TEACHER, AdamWWithTeacher
+
+State = dict[str, torch.Tensor]
+Update = Callable[[torch.Tensor, torch.Tensor, State, dict[str, Any]], None]  # of a chunk of a parameter
 
 
 class OffloadedAdamW(AdamWWithTeacher):
@@ -28,36 +32,50 @@ class OffloadedAdamW(AdamWWithTeacher):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update_one(p.view(-1), p.grad.view(-1), self.state[p], group)
+                    self._update_one(p.view(-1), p.grad.view(-1), self.state[p], group, self._plain)
+
+    def _update_in_one_pass(self, scale: torch.Tensor | None) -> None:
+        step = self.steps + 1
+
+        def update(p: torch.Tensor, gradient: torch.Tensor, here: State, group: dict[str, Any]) -> None:
+            self._adamw(p, gradient, here, scale, step, group)
+
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update_one(p.view(-1), p.grad.view(-1), self.state[p], group, update)
 
     def _update_one(
-        self, p: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any]
+        self, p: torch.Tensor, gradient: torch.Tensor, state: State, group: dict[str, Any], update: Update
     ) -> None:
         keys = [key for key in ("exp_avg", "exp_avg_sq", TEACHER) if key != TEACHER or self.alpha]
         for first in range(0, len(p), self.chunk):
             place = slice(first, first + self.chunk)
             host = {key: state[key].view(-1)[place] for key in keys}
             here = {key: value.to(p.device, non_blocking=True, copy=True) for key, value in host.items()}
-            adamw(
-                [p[place]],
-                [gradient[place]],
-                [here["exp_avg"]],
-                [here["exp_avg_sq"]],
-                [],
-                [state["step"].clone()],  # which adamw counts up
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-            if self.alpha:
-                here[TEACHER].lerp_(p[place], self.alpha)
+            update(p[place], gradient[place], here | {"step": state["step"]}, group)
             for key, value in here.items():
                 host[key].copy_(value, non_blocking=True)
         state["step"] += 1
         if p.is_cuda:
             torch.cuda.synchronize(p.device)  # the copies to the host end before the state is read there
+
+    def _plain(self, p: torch.Tensor, gradient: torch.Tensor, here: State, group: dict[str, Any]) -> None:
+        adamw(
+            [p],
+            [gradient],
+            [here["exp_avg"]],
+            [here["exp_avg_sq"]],
+            [],
+            [here["step"].clone()],  # which adamw counts up
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        if self.alpha:
+            here[TEACHER].lerp_(p, self.alpha)

@@ -6,12 +6,13 @@ that holds the moments.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from sdft.learner.config import OptimizerConfig, TeacherConfig
+from sdft.learner.gpu.adamw import adamw
 
 MASTER = "master"  # key of the parameter itself in the training state
 TEACHER = "teacher"  # key of the EMA in a parameter's optimizer state
@@ -23,25 +24,38 @@ class AdamWWithTeacher(torch.optim.AdamW):
     alpha None: no teacher is kept (live weights). alpha 0: the teacher keeps its first value, at no cost per step.
     """
 
-    def __init__(self, params: Iterable[Any], alpha: float | None, clip: float | None = None) -> None:
+    def __init__(
+        self, params: Iterable[Any], alpha: float | None, clip: float | None = None, in_one_pass: bool = False
+    ) -> None:
         """clip: largest norm of the gradient; a step whose gradient is not finite is skipped. None: neither is done
-        here, because DeepSpeed does both."""
+        here, because DeepSpeed does both. in_one_pass: clip, step and teacher by one fused kernel."""
         # lr is 0 until the stage's settings replace it: a step in DeepSpeed's set-up must not change a weight.
         super().__init__(params, lr=0.0, weight_decay=0.0, fused=True)
         self.alpha = alpha
         self.clip = clip
+        self.in_one_pass = in_one_pass
         self.norm = 0.0  # of the last gradient before clipping; only if `clip` is given
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         params = self._with_gradient()
+        one_pass = self.in_one_pass and all(map(_suits, params))
+        scale = None
         if self.clip is not None:
-            self.norm = float(torch.nn.utils.clip_grad_norm_(params, self.clip))
+            norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+            self.norm = float(norm)
             if not math.isfinite(self.norm):
                 return
+            if one_pass:
+                scale = (self.clip / (norm + 1e-6)).clamp(max=1)  # as clip_grads_with_norm_
+            else:
+                torch.nn.utils.clip_grads_with_norm_(params, self.clip, norm)
         for p in params:
             self.begin(p)
-        self._update()
+        if one_pass:
+            self._update_in_one_pass(scale)
+        else:
+            self._update()
 
     def _update(self) -> None:
         """Update the parameters that have a gradient, their moments and the teacher."""
@@ -49,6 +63,30 @@ class AdamWWithTeacher(torch.optim.AdamW):
         if self.alpha:
             for p in self._with_gradient():
                 self.state[p][TEACHER].lerp_(p, self.alpha)
+
+    def _update_in_one_pass(self, scale: torch.Tensor | None) -> None:
+        """As _update, by the fused kernel, with each gradient times `scale`."""
+        step = self.steps + 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    self._adamw(p, p.grad, state, scale, step, group)
+                    state["step"] += 1
+
+    def _adamw(
+        self,
+        p: torch.Tensor,
+        gradient: torch.Tensor,
+        state: Mapping[str, torch.Tensor],
+        scale: torch.Tensor | None,
+        step: int,
+        group: Mapping[str, Any],
+    ) -> None:
+        teacher = state[TEACHER] if self.alpha else None
+        betas, eps, decay = group["betas"], group["eps"], group["weight_decay"]
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        adamw(p, gradient, *moments, teacher, scale, step, group["lr"], *betas, eps, decay, self.alpha or 0.0)
 
     def _with_gradient(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -98,6 +136,12 @@ class AdamWWithTeacher(torch.optim.AdamW):
     def set_steps(self, steps: int) -> None:
         for state in self.state.values():
             state["step"].fill_(float(steps))
+
+
+def _suits(p: torch.Tensor) -> bool:
+    """Whether the fused kernel can update a parameter."""
+    assert p.grad is not None
+    return p.dtype == p.grad.dtype == torch.float32 and p.is_contiguous() and p.grad.is_contiguous()
 
 
 def teacher_alpha(teacher: TeacherConfig) -> float | None:

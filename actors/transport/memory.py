@@ -20,6 +20,7 @@ from ray.exceptions import ActorUnschedulableError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sdft.actors.remote import Remote, RemoteActor
+from sdft.actors.shared.changes import apply
 from sdft.actors.shared.process import anonymous_memory
 from sdft.actors.shared.types import LearnerLost, Snapshot, UpdateReport
 from sdft.actors.shared.waiting import within
@@ -46,6 +47,12 @@ class SnapshotRelay:
         np.copyto(np.frombuffer(held[1], np.uint8), data)
         return f"/proc/{os.getpid()}/fd/{held[0]}"
 
+    def apply(self, role: str, found: Sequence[ray.ObjectRef]) -> str:
+        """Overwrite the role's copy where `found`, a list of one reference to Changes, differs. Returns its path."""
+        held = self._buffers[role]
+        apply(ray.get(found[0]), np.frombuffer(held[1], np.uint8))
+        return f"/proc/{os.getpid()}/fd/{held[0]}"
+
 
 def _relay(node: str) -> Remote:
     place = NodeAffinitySchedulingStrategy(node, soft=False)
@@ -53,7 +60,7 @@ def _relay(node: str) -> Remote:
 
 
 @dataclass
-class _Copy:
+class NodeCopy:
     """The copy of the snapshot on a node other than the learner's."""
 
     relay: Remote
@@ -74,7 +81,7 @@ class MemoryTransport(WeightTransport):
         """relay(node): starts the relay of a node."""
         super().__init__(role, learner, notice)
         self._relay = relay
-        self._copies: dict[str, _Copy] = {}
+        self._copies: dict[str, NodeCopy] = {}
         self._copying: dict[str, asyncio.Lock] = {}
         self._putting = asyncio.Lock()
         self._stored: tuple[Snapshot, list[Any]] | None = None  # a snapshot, and its bytes in Ray's object store
@@ -123,23 +130,23 @@ class MemoryTransport(WeightTransport):
         async with self._copying.setdefault(node, asyncio.Lock()):
             copy = self._copies.get(node)
             if copy is None or copy.of is not snapshot:
-                stored = await self._stored_bytes(snapshot)
                 if copy is not None:
                     try:
-                        await self._copy_to_relay(copy, snapshot, node, stored, timeout_s)
+                        await self._copy_to_relay(copy, snapshot, node, timeout_s)
                     except RayActorError:  # perhaps only the relay has died
                         self.vacated(node)
                         copy = None
                 if copy is None:
-                    copy = self._copies[node] = _Copy(self._relay(node))
+                    stored = await self._stored_bytes(snapshot, timeout_s)
+                    copy = self._copies[node] = NodeCopy(self._relay(node))
                     try:
-                        await self._copy_to_relay(copy, snapshot, node, stored, timeout_s)
+                        await self._in_relay(copy, snapshot, node, timeout_s, "store", stored)
                     except (RayActorError, ActorUnschedulableError) as error:
                         self.vacated(node)
                         raise RayActorError from error
         return replace(snapshot, node=node, path=copy.path, handle=())
 
-    async def _stored_bytes(self, snapshot: Snapshot) -> list[Any]:
+    async def _stored_bytes(self, snapshot: Snapshot, timeout_s: float) -> list[Any]:
         """The snapshot's bytes in Ray's object store: put there once for all nodes."""
         async with self._putting:
             if self._stored is None or self._stored[0] is not snapshot:
@@ -149,9 +156,15 @@ class MemoryTransport(WeightTransport):
                     raise FileNotFoundError(str(error)) from error
             return self._stored[1]
 
-    async def _copy_to_relay(
-        self, copy: _Copy, snapshot: Snapshot, node: str, stored: list[Any], timeout_s: float
+    async def _copy_to_relay(self, copy: NodeCopy, snapshot: Snapshot, node: str, timeout_s: float) -> None:
+        """Bring the relay's copy to the snapshot's version."""
+        stored = await self._stored_bytes(snapshot, timeout_s)
+        await self._in_relay(copy, snapshot, node, timeout_s, "store", stored)
+
+    async def _in_relay(
+        self, copy: NodeCopy, snapshot: Snapshot, node: str, timeout_s: float, method: str, sent: list[Any]
     ) -> None:
+        """Let the relay take what has been sent, by one of its methods."""
         what = f"{snapshot.role} weights v{snapshot.version} to reach node {node}"
-        copy.path = await within(copy.relay.call("store", snapshot.role, stored), timeout_s, what)
+        copy.path = await within(copy.relay.call(method, snapshot.role, sent), timeout_s, what)
         copy.of = snapshot

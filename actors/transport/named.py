@@ -6,6 +6,7 @@ from sdft.actors.transport.protocol import WeightTransport
 # By import path: a process imports only the transport that it uses.
 BUILT_IN = {
     "memory": "sdft.actors.transport.memory:MemoryTransport",
+    "changes": "sdft.actors.transport.changes:ChangesTransport",
     "broadcast": "sdft.actors.transport.broadcast:BroadcastTransport",
     "ipc": "sdft.actors.transport.ipc:IpcTransport",
 }

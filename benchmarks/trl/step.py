@@ -13,6 +13,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
+ON_GPU = 8  # sequences of a forward there
+
 
 class Timed(TrainerCallback):
     """Prints the seconds of each step with the length and loss that the trainer logs."""
@@ -21,6 +23,8 @@ class Timed(TrainerCallback):
         self.start = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.seconds = time.perf_counter() - self.start
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
@@ -34,6 +38,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     for name in ("model", "rows", "dtype"):
         parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--device", default="cpu")
     for name in ("batch", "steps", "max-new-tokens", "top-k", "skip", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
     a = parser.parse_args()
@@ -53,22 +58,25 @@ def make_trainer(a: argparse.Namespace) -> SDFTTrainer:
 
 
 def configuration(a: argparse.Namespace) -> SDFTConfig:
-    """TRL's settings, as close to ours as possible."""
+    """TRL's settings, as close to ours as possible. On a GPU its engine is vLLM, which shares the GPU."""
+    on_gpu = a.device == "cuda"
+    micro_batch = min(a.batch, ON_GPU) if on_gpu else a.batch
+    engine: dict[str, Any] = {"use_cpu": True, "max_prompt_length": 256, "gradient_checkpointing": False}
+    if on_gpu:
+        engine = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.25}
+        engine |= {"vllm_max_model_length": 2561, "max_prompt_length": 1024, "gradient_checkpointing": True}
     return SDFTConfig(
         output_dir=f"{a.rows}.trl",
-        per_device_train_batch_size=a.batch,
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=a.batch // micro_batch,
         max_steps=a.steps,
         learning_rate=1e-5,
         num_generations=1,
         max_completion_length=a.max_new_tokens,
-        max_prompt_length=256,
         temperature=1.0,
         logging_steps=1,
         report_to=[],
-        use_cpu=True,
         bf16=a.dtype == "bfloat16",
-        gradient_checkpointing=False,
         save_strategy="no",
         distillation_mode="topk_logits",
         distillation_topk=a.top_k,
@@ -78,6 +86,7 @@ def configuration(a: argparse.Namespace) -> SDFTConfig:
         num_loss_tokens_to_skip=a.skip,
         teacher_model_kind="ema",
         teacher_update_rate=0.01,
+        **engine,
     )
 
 

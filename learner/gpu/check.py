@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sdft.learner.gpu import operations as o
+from sdft.learner.gpu.adamw import AdamW
 
 log = logging.getLogger(__name__)
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative difference of a result
@@ -116,3 +117,24 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
             for clip in (float("inf"), 0.4):
                 given = (log_p, log_q, reverse, tail, 8 * torch.finfo(wide).eps, clip)
                 yield o.SupportDivergence, _on(*given), OF_SUPPORT
+    yield from adamw_cases(made)
+
+
+def adamw_cases(made: Callable[..., Tensor]) -> Iterator[Case]:
+    """Yield steps of the optimizer, with and without a teacher and a scale of the gradient. made: as in `cases`."""
+    wide = torch.float32
+    p, grad, mean, teacher = (made(60, of=wide) for _ in range(4))
+    square, scale = made(60, of=wide).square(), made(1, of=wide)
+    rates = 3, 1e-3, 0.9, 0.999, 1e-8, 0.1, 0.25  # step, lr, beta1, beta2, eps, weight_decay, alpha
+
+    for followed, scaled in ((None, None), (teacher, scale)):
+
+        def step(
+            by: Callable[..., Any], followed: Tensor | None = followed, scaled: Tensor | None = scaled
+        ) -> tuple[Tensor, ...]:
+            changed = [t.clone() for t in (p, mean, square)]
+            own = None if followed is None else followed.clone()
+            by(changed[0], grad, *changed[1:], own, scaled, *rates)
+            return *changed, *(() if own is None else (own,))
+
+        yield AdamW, step, BOUND[wide]

@@ -1,47 +1,19 @@
-"""The fused operations as operations of torch, in the namespace `sdft`, without gradients of their own.
-
-    CUDA   one kernel each (kernels.py)
-    CPU    the plain formula, for comparisons
-    Meta   shapes only, so that a step's operations can be counted without a GPU
+"""The fused operations of layers and loss, without gradients of their own.
 
 Matrices have one row for each token. They are contiguous, except where a docstring allows columns of a larger one.
 """
 
-from collections.abc import Callable, Sequence
-from functools import cache
-from types import ModuleType
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-K = TypeVar("K", bound=type)
-LIBRARY = torch.library.Library("sdft", "FRAGMENT")
+from sdft.learner.gpu.registry import ELEMENTS, kernels, operation
+
 PROGRAMS = 512  # of the norm's backward: each adds up the weight's gradient over its rows
-ELEMENTS = 4096  # of a program of an elementwise kernel
 COLUMNS = 32  # of a program of a sum over rows
-
-
-def _operation(schema: str) -> Callable[[K], K]:
-    """Register a class with the static methods cuda, cpu and meta as one operation."""
-
-    def register(kind: K) -> K:
-        name = schema[: schema.index("(")]
-        LIBRARY.define(schema)
-        for key in ("CUDA", "CPU", "Meta"):
-            LIBRARY.impl(name, getattr(kind, key.lower()), key)
-        return kind
-
-    return register
-
-
-@cache
-def kernels() -> ModuleType:
-    """The kernels, which need Triton."""
-    from sdft.learner.gpu import kernels as found
-
-    return found
 
 
 def block_of(width: int) -> int:
@@ -49,7 +21,7 @@ def block_of(width: int) -> int:
     return 1 << (width - 1).bit_length()
 
 
-@_operation("add_norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")
+@operation("add_norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")
 class AddNorm:
     """Add, then RMSNorm: x, residual [N, H] and weight [H] -> normed [N, H], the sum [N, H], 1 / rms [N] float32.
 
@@ -79,7 +51,7 @@ class AddNorm:
         return torch.empty_like(x), total, x.new_empty(len(x), dtype=torch.float32)
 
 
-@_operation(
+@operation(
     "norm_backward(Tensor grad, Tensor grad_total, Tensor total, Tensor weight, Tensor scale) -> (Tensor, Tensor)"
 )
 class NormBackward:
@@ -110,7 +82,7 @@ class NormBackward:
         return torch.empty_like(total), total.new_empty(parts, total.shape[1], dtype=torch.float32)
 
 
-@_operation("gated(Tensor gate, Tensor up) -> Tensor")
+@operation("gated(Tensor gate, Tensor up) -> Tensor")
 class Gated:
     """silu(gate) * up: [N, I] each."""
 
@@ -129,7 +101,7 @@ class Gated:
         return torch.empty_like(gate)
 
 
-@_operation("gated_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)")
+@operation("gated_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)")
 class GatedBackward:
     """The product of the forward again, [N, I], and the gradients of gate and up side by side, [N, 2 I]."""
 
@@ -154,7 +126,7 @@ class GatedBackward:
         return torch.empty_like(gate), gate.new_empty(len(gate), 2 * gate.shape[1])
 
 
-@_operation("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)")
+@operation("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)")
 class Rotary:
     """Rotary embedding of q [T, heads, D] and k [T, kv heads, D] by angles [T, D]. D is a power of two.
 
@@ -176,7 +148,7 @@ class Rotary:
         return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-@_operation("rotary_backward(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin) -> Tensor")
+@operation("rotary_backward(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin) -> Tensor")
 class RotaryBackward:
     """Gradients before the rotation from those behind it, and v's, side by side: [T, (heads + 2 kv heads) D]."""
 
@@ -213,7 +185,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     return torch.cat(parts, -1).to(x.dtype)
 
 
-@_operation("column_sum(Tensor parts, ScalarType dtype) -> Tensor")
+@operation("column_sum(Tensor parts, ScalarType dtype) -> Tensor")
 class ColumnSum:
     """The sum of parts [N, H] float32 over N, rounded once: [H]."""
 
@@ -232,7 +204,7 @@ class ColumnSum:
         return parts.new_empty(parts.shape[1], dtype=dtype)
 
 
-@_operation("log_probs_(Tensor logits, Tensor ids, Tensor(a!) out, Tensor(b!) normalizer) -> ()")
+@operation("log_probs_(Tensor logits, Tensor ids, Tensor(a!) out, Tensor(b!) normalizer) -> ()")
 class LogProbs:
     """Log-probs of tokens, logits [N, V] and ids [N, S] -> out [N, S], and logsumexp of each row, normalizer [N]."""
 
@@ -254,7 +226,7 @@ class LogProbs:
         pass
 
 
-@_operation("softmax_gradient_(Tensor(a!) logits, Tensor normalizer, Tensor slope) -> ()")
+@operation("softmax_gradient_(Tensor(a!) logits, Tensor normalizer, Tensor slope) -> ()")
 class SoftmaxGradient:
     """Overwrite logits [N, V] with slope [N, 1] times their softmax. normalizer [N]: as of log_probs_."""
 
@@ -274,7 +246,7 @@ class SoftmaxGradient:
         pass
 
 
-@_operation("support(Tensor log_p, Tensor log_q, bool reverse, bool tail, float floor, float clip) -> (Tensor, Tensor)")
+@operation("support(Tensor log_p, Tensor log_q, bool reverse, bool tail, float floor, float clip) -> (Tensor, Tensor)")
 class SupportDivergence:
     """KL(q||p), or with `reverse` KL(p||q), over a support and its tail, and its gradient in log_p.
 

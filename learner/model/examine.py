@@ -24,7 +24,7 @@ with large_imports():
 
     from sdft.learner.model.architecture import BROKEN, Untrainable, is_quantized, misfit, read_config
     from sdft.learner.model.experts import replayable
-    from sdft.learner.model.forward import one_line, why_alone
+    from sdft.learner.model.forward import one_line, shared_by, why_alone
     from sdft.learner.model.mixers import mixers
 
 DTYPES = {
@@ -49,6 +49,7 @@ class Examination:
     alone: str | None = None  # why the learner computes the sequences of a pack one by one
     routed: bool = False  # it has experts, and the learner can replay their choice
     divides: bool = False  # some layers compute the sequences of a pack one by one
+    shared_by: tuple[int, ...] = (1,)  # numbers of ranks that can divide the tokens of a pack
 
 
 def examine(path: Path, trains: bool) -> Examination:
@@ -74,7 +75,8 @@ def examine(path: Path, trains: bool) -> Examination:
         return Examination(fault if trains else None)
     if not trains:
         return Examination(misfit(loaded))
-    return Examination(misfit(loaded), alone, alone is None and bool(replayable(model)), bool(alone or mixers(model)))
+    routed, divides = alone is None and bool(replayable(model)), bool(alone or mixers(model))
+    return Examination(misfit(loaded), alone, routed, divides, (1,) if divides else shared_by(config))
 
 
 def _loaded(config: Any, tensors: dict[str, torch.Tensor], attention: str) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -56,9 +56,19 @@ def undivided(model: PreTrainedModel, ranks: int) -> str | None:
         return None
     if not packs(model) or mixers(model):
         return "layers carry something from each token to the next, so the tokens of a sequence stay on one rank"
-    text = model.config.get_text_config()
-    heads = text.num_attention_heads
-    return why_not(heads, getattr(text, "num_key_value_heads", None) or heads, ranks)
+    return why_not(*_heads(model.config), ranks)
+
+
+def shared_by(config: Any) -> tuple[int, ...]:
+    """Return the numbers of ranks that the attention heads of a model can be divided over."""
+    heads, kv_heads = _heads(config)
+    return tuple(ranks for ranks in range(1, heads + 1) if why_not(heads, kv_heads, ranks) is None)
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    """Heads of queries, and of keys."""
+    text = config.get_text_config()
+    return text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
 
 
 def attention_for(config: Any) -> str | None:

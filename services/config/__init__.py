@@ -1,1 +1,1 @@
-"""The configuration of a run: sections, loading, sentences for mistakes. Imports base only; no torch, ray or vllm."""
+"""The configuration of a run: sections, loading, sentences for mistakes. Imports algorithms; no torch, ray or vllm."""

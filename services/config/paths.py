@@ -5,8 +5,10 @@ from pathlib import Path
 
 from sdft.services.algorithms.base import Algorithm
 from sdft.services.base.files import resolve_path
+from sdft.services.config.data import DataConfig
+from sdft.services.config.evaluation import EvaluationSet
 from sdft.services.config.run import RunConfig
-from sdft.services.config.sections import DataConfig, EvaluationSet, StageConfig
+from sdft.services.config.sections import StageConfig
 from sdft.services.config.templates import BUILT_IN_TEMPLATES
 
 

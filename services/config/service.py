@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from sdft.actors.config import Execution
 from sdft.services.base.section import Section
-from sdft.services.config.sections import Grader
+from sdft.services.config.evaluation import Grader
 
 INBOX = "inbox"  # stands for data.train in the configuration of a service
 LOOPBACK = ("127.0.0.1", "::1", "localhost")

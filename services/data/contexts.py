@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdft.services.base.errors import UserError
 from sdft.services.base.files import existing_file
-from sdft.services.config.sections import DataConfig
+from sdft.services.config.data import DataConfig
 from sdft.services.config.templates import BUILT_IN_TEMPLATES
 from sdft.services.data.chat_template import REPLY, ReplyEnd, left_out, reply_end, reply_text
 from sdft.services.data.demonstrations import Record

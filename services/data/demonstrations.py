@@ -8,7 +8,8 @@ from typing import Any
 from sdft.services.base.errors import UserError
 from sdft.services.base.files import existing_file, is_data_file, is_hub_name, near_names, resolve_path
 from sdft.services.config.columns import Format
-from sdft.services.config.sections import DataConfig, EvaluationSet
+from sdft.services.config.data import DataConfig
+from sdft.services.config.evaluation import EvaluationSet
 from sdft.services.data.conversations import answered, is_conversation
 from sdft.services.data.formats import in_our_columns
 from sdft.services.data.messages import Message

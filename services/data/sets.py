@@ -7,7 +7,7 @@ import numpy as np
 
 from sdft.actors.shared.types import IntArray
 from sdft.services.config.environment import EnvironmentConfig
-from sdft.services.config.sections import EvaluationSet
+from sdft.services.config.evaluation import EvaluationSet
 from sdft.services.data.contexts import PromptBuilder
 from sdft.services.data.demonstrations import Record
 from sdft.services.data.pairs import PromptPair

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from sdft.services.base.errors import UserError
-from sdft.services.config.sections import OWN_VARIABLES
+from sdft.services.config.data import OWN_VARIABLES
 
 if TYPE_CHECKING:
     from jinja2 import nodes

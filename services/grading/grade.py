@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sdft.actors.shared.waiting import within
-from sdft.services.config.sections import EvaluationSet
+from sdft.services.config.evaluation import EvaluationSet
 from sdft.services.data.demonstrations import Record
 from sdft.services.data.messages import said
 from sdft.services.data.thoughts import without_thoughts

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sdft.actors.shared.waiting import all_of
 from sdft.services.base.environment import is_loopback, named_proxies
 from sdft.services.base.errors import PreflightError, UserError
-from sdft.services.config.sections import JudgeConfig
+from sdft.services.config.evaluation import JudgeConfig
 from sdft.services.data.thoughts import without_thoughts
 
 if TYPE_CHECKING:

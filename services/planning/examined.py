@@ -1,7 +1,7 @@
 """Whether a model folder's tensors fit its configuration: examined once, in another process, which imports torch."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -25,6 +25,7 @@ class Examined:
     alone: str | None = None  # why the learner computes the sequences of a pack one by one, as the end of a sentence
     routed: bool = False  # the model has experts, and the learner can replay their choice
     divides: bool = False  # some layers, or all, compute the sequences of a pack one by one
+    shared_by: Sequence[int] = (1,)  # numbers of ranks that can divide the tokens of a pack
 
 
 @contextmanager
@@ -45,6 +46,7 @@ def examined(model: Path, trains: bool) -> Iterator[Examined]:
     if fault := result["fault"]:
         raise UserError(f"model: {model} cannot be {'trained' if trains else 'evaluated'} here: {fault}")
     found.alone, found.routed, found.divides = result["alone"], result["routed"], result["divides"]
+    found.shared_by = result["shared_by"]
     with suppress(OSError, UserError):  # without it the next command examines the folder again
         path = _memory()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from sdft.actors.shared.process import GIB
 from sdft.learner.config import LearnerConfig
 from sdft.services.config.run import RunConfig, TaskConfig
 from sdft.services.planning.gpu_memory import Forward, learner_gpu_gib, resting_gpu_gib
-from sdft.services.planning.memory import WIDTH, learner_beside_gpu_gib, learner_gib
+from sdft.services.planning.memory import WIDTH, learner_beside_gpu_gib, learner_gib, packed_bytes
 from sdft.services.planning.shape import ModelShape
 from sdft.services.planning.supports import width
 
@@ -54,7 +54,14 @@ class LearnerLoad:
             of_rank = -(-sequences // together)  # whose loss it computes
             forward = -(-sequences * sequence // together), of_rank * task.longest_reply, sequence
             found.append(learner_gib(learner, teacher, dtype, self.shape, *forward, stages, further, wide, share))
-        return max(found)
+        return max(found) + self._compared_gib(further)
+
+    def _compared_gib(self, further: int) -> float:
+        """GiB of the versions that other nodes have, which weights.transport changes compares new ones with."""
+        if self.config.weights.transport != "changes":
+            return 0
+        c = self.config
+        return packed_bytes(c.learner, c.teacher_in_use.of_learner, c.dtype, self.shape, further) / GIB
 
     def gpu_gib(self, learner: LearnerConfig) -> float:
         """Estimate the GPU memory of a rank with these settings of the learner."""

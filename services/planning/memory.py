@@ -101,6 +101,14 @@ def _change_bytes(config: LearnerConfig, teacher: TeacherConfig, shape: ModelSha
     return 4 * shape.adapted / config.ranks if moves or becomes_student else 0
 
 
+def packed_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, further: int) -> float:
+    """Return the bytes of the newest snapshot of each role. further: as in learner_gib."""
+    width, teachers = WIDTH[dtype], 0 if teacher.weights == "live" else 1
+    if config.lora is None:
+        return width * shape.parameters * (1 + teachers + further)
+    return width * (shape.parameters * teachers + shape.adapters * (1 + further))
+
+
 def _snapshot_bytes(
     config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape: ModelShape, further: int
 ) -> float:
@@ -108,11 +116,8 @@ def _snapshot_bytes(
 
     With LoRA the verification of a student's snapshot takes the merged model and the file that it is merged from.
     """
-    width, teachers = WIDTH[dtype], 0 if teacher.weights == "live" else 1
-    if config.lora is None:
-        return width * shape.parameters * (1 + teachers + further)
-    snapshots = width * (shape.parameters * (1 + teachers) + shape.adapters * (1 + further))
-    return snapshots + FILE_BYTES * shape.parameters
+    verified = 0 if config.lora is None else (WIDTH[dtype] + FILE_BYTES) * shape.parameters
+    return packed_bytes(config, teacher, dtype, shape, further) + verified
 
 
 def _gradient_bytes(config: LearnerConfig, dtype: str, shape: ModelShape) -> float:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from sdft.services.base.errors import UserError
 from sdft.services.config.environment import EnvironmentConfig
+from sdft.services.config.evaluation import EvaluationSet
 from sdft.services.config.run import RunConfig, TaskConfig
-from sdft.services.config.sections import EvaluationSet
 from sdft.services.config.sinks import check_sinks
 from sdft.services.data.check_files import check_files
 from sdft.services.data.contexts import PromptBuilder
@@ -35,6 +35,7 @@ from sdft.services.planning.prepared import Prepared, Stage
 from sdft.services.planning.routing import replays_experts
 from sdft.services.planning.shape import ModelShape, embedding_rows, read_headers, sample_of_weights
 from sdft.services.planning.sources import SAMPLE, Loaded, Questions, check_ends, load_rows, make_source
+from sdft.services.planning.split import check_shared
 from sdft.services.planning.supports import check_engines_score, check_supports
 from sdft.services.planning.teacher import check_same_tokens, external_teachers
 
@@ -85,6 +86,8 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
             f"the sequences of a pack one by one, which ranks with other numbers of sequences cannot do at that stage; "
             f"set learner.zero_stage: 2"
         )
+    if trains:
+        check_shared(config.learner, found, model)
     replays = trains and replays_experts(config, found.routed, found.divides)
     return replace(prepared, alone=found.alone, replays_experts=replays, model_notes=use.notes)
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from sdft.services.algorithms.base import Contexts
 from sdft.services.base.errors import UserError
+from sdft.services.config.data import DataConfig
+from sdft.services.config.evaluation import EvaluationSet
 from sdft.services.config.run import TaskConfig
-from sdft.services.config.sections import DataConfig, EvaluationSet
 from sdft.services.data.contexts import PromptBuilder, shown_to_teacher
 from sdft.services.data.demonstrations import Record, load_conversations, load_demonstrations, spread
 from sdft.services.data.messages import Message

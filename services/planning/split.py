@@ -1,10 +1,16 @@
-"""Whether a model can be split over the GPUs or processes of an engine (actors.<pool>.tensor_parallel)."""
+"""Whether a model can be divided as the settings say.
+
+actors.<pool>.tensor_parallel      over the GPUs or processes of an engine
+learner.sequence_parallel          its attention, over ranks that divide the tokens of a pack
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdft.learner.config import LearnerConfig
 from sdft.services.base.errors import UserError
+from sdft.services.planning.examined import Examined
 
 HEADS = "heads"  # in the names of config.json: of attention, of keys and values, of delta nets, of state spaces
 BETWEEN, OF_EXPERTS = "intermediate_size", "moe_intermediate_size"  # with the second not all layers have the first
@@ -21,6 +27,21 @@ def check_split(pool: str, parts: int, device: str, model: Path, shape: Mapping[
     if why is not None:
         fits = next(n for n in range(parts - 1, 0, -1) if _obstacle(shape, n, device, model) is None)
         raise UserError(f"actors.{pool}.tensor_parallel is {parts}, and {why}; set it to {fits}")
+
+
+def check_shared(config: LearnerConfig, found: Examined, model: Path) -> None:
+    """UserError unless groups of learner.sequence_parallel ranks can divide the tokens of a pack."""
+    together = config.sequence_parallel
+    if together in found.shared_by:
+        return
+    if found.divides:
+        why = f"layers of the model in {model} carry something from each token to the next, or compute sequences alone"
+    else:
+        *few, most = map(str, found.shared_by)
+        numbers = f"{', '.join(few)} or {most} ranks" if few else "1 rank"
+        why = f"the attention heads of the model in {model} can be divided over {numbers}"
+    fits = max(n for n in found.shared_by if config.ranks % n == 0)
+    raise UserError(f"learner.sequence_parallel is {together}, and {why}; set it to {fits}")
 
 
 def _obstacle(shape: Mapping[str, Any], parts: int, device: str, model: Path) -> str | None:

@@ -14,9 +14,9 @@ from typing import Any
 
 from sdft.actors.config import TURN_ENGINE
 from sdft.services.base.files import write_atomically
+from sdft.services.config.evaluation import EvaluationSet
 from sdft.services.config.load import resolved_yaml
 from sdft.services.config.run import RunConfig
-from sdft.services.config.sections import EvaluationSet
 from sdft.services.config.service import WindowConfig
 from sdft.services.grading.graders import GRADERS
 from sdft.services.grading.graders.tool_call import parse_calls

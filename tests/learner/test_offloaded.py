@@ -1,6 +1,8 @@
 """Optimizer state in the host's memory: the same bits as on the device, in chunks of any size."""
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from tests.fakes.rollouts import make_rollouts
 from tests.learner.test_learner_step import PROBE, SKIP, K, settings, worst
 
 
-def steps(kind: type[AdamWWithTeacher], alpha: float | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def steps(kind: Callable[..., AdamWWithTeacher], alpha: float | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Return two parameters and their state after five steps, one of them without a finite gradient."""
     chance = torch.Generator().manual_seed(0)
     params = [torch.randn(shape, generator=chance).to(dtype).requires_grad_() for shape in ((10_007,), (3, 321))]
@@ -43,6 +45,16 @@ def test_steps_in_chunks_have_the_bits_of_whole_steps(alpha: float | None, dtype
     for name, value in whole.items():
         assert torch.equal(value, chunks[name]), name
     assert float(whole["0 step"]) == 4
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.0, None])
+@pytest.mark.parametrize("kind", [AdamWWithTeacher, OffloadedAdamW])
+def test_steps_in_one_pass_are_those_of_torch_to_rounding(kind: type[AdamWWithTeacher], alpha: float | None) -> None:
+    """The gradients' norm is above the clip, so the kernel scales them."""
+    several, one = (steps(partial(kind, in_one_pass=p), alpha, torch.float32) for p in (False, True))
+    assert several.keys() == one.keys()
+    torch.testing.assert_close(one, several, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(one["0 exp_avg_sq"], several["0 exp_avg_sq"])  # two implementations are compared
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from sdft.services.config.data import DataConfig
 from sdft.services.config.environment import EnvironmentConfig
-from sdft.services.config.sections import DataConfig
 from sdft.services.data.demonstrations import load_demonstrations
 from sdft.services.environments.base import Done
 from sdft.services.environments.pool import Environments

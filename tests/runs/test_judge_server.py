@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdft.actors.worker import engine_environment
-from sdft.services.config.sections import JudgeConfig
+from sdft.services.config.evaluation import JudgeConfig
 from sdft.services.grading.judge import check_judge, judged
 from tests.actors.vllm.test_engine import engine_settings
 from tests.fakes.tiny_judge import make_tiny_judge

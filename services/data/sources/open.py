@@ -8,7 +8,7 @@ from typing import Any
 from sdft.actors.shared.own_code import NotImportable, own_class
 from sdft.services.base.errors import UserError
 from sdft.services.base.files import resolve_path
-from sdft.services.config.sections import DataConfig
+from sdft.services.config.data import DataConfig
 from sdft.services.data.demonstrations import MAX_REPORTED, Record, RowChecker
 from sdft.services.data.pairs import PromptPair
 from sdft.services.data.sources.growing import GrowingSource, RecordMaker

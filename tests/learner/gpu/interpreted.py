@@ -5,7 +5,7 @@ TRITON_INTERPRET=1 python -m tests.learner.gpu.interpreted      prints the dtype
 
 import torch
 
-from sdft.learner.gpu import operations
+from sdft.learner.gpu import adamw, operations
 from sdft.learner.gpu.check import BOUND, fault
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -14,8 +14,8 @@ if __name__ == "__main__":
     for dtype in BOUND:
         for programs, elements in ((operations.PROGRAMS, operations.ELEMENTS), (3, 16)):
             # The second sizes are less than the tensors': a program adds up several rows, and a row takes several.
-            operations.PROGRAMS, operations.ELEMENTS = programs, elements
+            operations.PROGRAMS, operations.ELEMENTS, adamw.ELEMENTS = programs, elements, elements
             why = fault(DEVICE, dtype, "cuda")
             assert why is None, why
-        operations.PROGRAMS, operations.ELEMENTS = 512, 4096
+        operations.PROGRAMS, operations.ELEMENTS, adamw.ELEMENTS = 512, 4096, 4096
         print(str(dtype).removeprefix("torch."))

@@ -111,7 +111,7 @@ def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
         ),
         (
             "weights: {transport: memroy}",
-            "my.yaml: weights.transport: memroy is not memory, broadcast, ipc or the import path of your own, "
+            "my.yaml: weights.transport: memroy is not memory, changes, broadcast, ipc or the import path of your own, "
             "package.module:Name; did you mean memory?",
         ),
         (

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sdft.services.base.errors import UserError
-from sdft.services.config.sections import DataConfig
+from sdft.services.config.data import DataConfig
 from sdft.services.data.conversations import about
 from sdft.services.data.demonstrations import Record, load_conversations
 from sdft.services.data.pairs import PromptPair

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from sdft.services.base.errors import UserError
-from sdft.services.config.sections import DataConfig, EvaluationSet
+from sdft.services.config.data import DataConfig
+from sdft.services.config.evaluation import EvaluationSet
 from sdft.services.data.demonstrations import load_demonstrations, load_questions
 from sdft.services.grading.graders import GRADERS
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sdft.services.base.errors import UserError
-from sdft.services.config.sections import DataConfig
+from sdft.services.config.data import DataConfig
 from sdft.services.data.contexts import PromptBuilder, shown_to_teacher
 from sdft.services.data.demonstrations import Record
 from sdft.services.data.messages import Message

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sdft.services.base.errors import UserError
-from sdft.services.config.sections import DataConfig
+from sdft.services.config.data import DataConfig
 from sdft.services.data.demonstrations import Record
 from sdft.services.data.pairs import PromptPair
 from sdft.services.data.schedule import StageSchedule

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sdft.services.config.sections import EvaluationSet, JudgeConfig
+from sdft.services.config.evaluation import EvaluationSet, JudgeConfig
 from sdft.services.data.demonstrations import Record
 from sdft.services.data.messages import Message
 from sdft.services.data.thoughts import MARKS, ReplyText, without_thoughts

@@ -12,7 +12,7 @@ import pytest
 
 from sdft.actors.shared.types import GenerateRequest, Rollout, Sampling
 from sdft.services.cli.main import main
-from sdft.services.config.sections import EvaluationSet
+from sdft.services.config.evaluation import EvaluationSet
 from sdft.services.data.demonstrations import Record
 from sdft.services.data.messages import Message
 from sdft.services.data.pairs import PromptPair

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
-from sdft.services.config.sections import Grader
+from sdft.services.config.evaluation import Grader
 from sdft.services.grading.graders import GRADERS, choice, contains, exact, instruction, numeric, tool_call
 
 PAPER_TOOL_USE = Path(__file__).parents[4] / "shared" / "data" / "tooluse_eval.jsonl"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sdft.services.base.errors import PreflightError, UserError
-from sdft.services.config.sections import JudgeConfig
+from sdft.services.config.evaluation import JudgeConfig
 from sdft.services.grading.judge import check_judge, judged, verdict
 from tests.runs.run import free_port
 

@@ -71,3 +71,29 @@ def test_ranks_of_zero_3_need_layers_that_compute_a_pack_at_once(
     assert main(["check", config, *two, "learner.zero_stage=2"]) == 0
     assert main(["check", config, *two, "learner.zero_stage=3"]) == 2
     assert "cannot do at that stage; set learner.zero_stage: 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        (
+            Examined(divides=True),
+            "carry something from each token to the next, or compute sequences alone; set it to 1",
+        ),
+        (Examined(shared_by=(1, 2, 6)), "can be divided over 1, 2 or 6 ranks; set it to 2"),
+        (Examined(), "can be divided over 1 rank; set it to 1"),
+    ],
+)
+def test_ranks_that_cannot_divide_the_tokens_are_refused(
+    found: Examined,
+    why: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sdft.services.planning.prepare.examined", lambda *_: nullcontext(found))
+    config = str(write_run(tmp_path, tiny_model, "float32"))
+    four = ["--set", "learner.ranks=4", "--set", "training.batch_size=4"]
+    assert main(["check", config, *four, "--set", "learner.sequence_parallel=4"]) == 2
+    assert why in capsys.readouterr().err

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sdft.actors.shared.types import Rollout, Sampling
-from sdft.services.config.sections import EvaluationConfig
+from sdft.services.config.evaluation import EvaluationConfig
 from sdft.services.data.demonstrations import Record
 from sdft.services.data.pairs import PromptPair
 from sdft.services.data.sets import LoadedSet

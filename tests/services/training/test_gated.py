@@ -11,8 +11,8 @@ from sdft.actors.roles import TEACHER
 from sdft.actors.shared.types import Snapshot
 from sdft.learner.config import TeacherConfig
 from sdft.services.base.errors import UserError
+from sdft.services.config.evaluation import EvaluationConfig, RetentionConfig
 from sdft.services.config.run import RunConfig
-from sdft.services.config.sections import EvaluationConfig, RetentionConfig
 from sdft.services.monitoring.log import RunLog
 from sdft.services.planning.fingerprint import fingerprint_of
 from sdft.services.planning.guard import check_guard

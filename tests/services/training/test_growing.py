@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from sdft.services.config.sections import DataConfig, EvaluationSet
+from sdft.services.config.data import DataConfig
+from sdft.services.config.evaluation import EvaluationSet
 from sdft.services.data.demonstrations import Record
 from sdft.services.data.pairs import PromptPair
 from sdft.services.data.schedule import StageSchedule

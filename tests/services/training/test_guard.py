@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from sdft.services.base.errors import RetentionLost, UserError
+from sdft.services.config.evaluation import RetentionConfig
 from sdft.services.config.run import RunConfig
-from sdft.services.config.sections import RetentionConfig
 from sdft.services.monitoring.log import RunLog
 from sdft.services.planning.guard import check_guard
 from sdft.services.planning.prepared import Prepared

@@ -13,7 +13,7 @@ import pytest
 
 from sdft.services.analysis.matrix import make_matrix
 from sdft.services.analysis.report import write_report
-from sdft.services.config.sections import EvaluationSet, RetentionConfig
+from sdft.services.config.evaluation import EvaluationSet, RetentionConfig
 from sdft.services.data.demonstrations import Record
 from sdft.services.data.pairs import PromptPair
 from sdft.services.data.schedule import make_schedule

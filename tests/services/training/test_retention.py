@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from sdft.services.base.errors import RetentionLost
+from sdft.services.config.evaluation import EvaluationConfig
 from sdft.services.config.run import RunConfig
-from sdft.services.config.sections import EvaluationConfig
 from sdft.services.data.demonstrations import Record
 from sdft.services.data.pairs import PromptPair
 from sdft.services.data.sets import LoadedSet

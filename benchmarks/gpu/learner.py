@@ -1,0 +1,113 @@
+"""Time and memory of a learner step, and its share of the rate of a large matrix product.
+
+    python -m benchmarks.gpu.learner [--device cuda] [--shape 1.5b] [--tokens 32768] [--micro-batch 8192]
+                                     [--checkpointing] [--lora 16]
+
+Sequences have 384 prompt and 640 completion tokens, all in the loss, K = 64; with --device cpu 24 and 40, K = 8. The
+share counts the operations of `learner_step`'s bound, with adapters two thirds of them: the weights have no gradient.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.gpu.sizes import SIZES, shape_parser
+from benchmarks.learner_step import launched, samples, take_step
+from benchmarks.measure import in_a_process, matrix_rate, report
+from benchmarks.operations import Operations
+from benchmarks.shapes import random_model
+from sdft.actors.shared.process import GIB, kept_heap, openmp_wait_policy
+from sdft.learner.config import Forward, LearnerConfig, LoraConfig, LossConfig, OptimizerConfig, TeacherConfig
+from sdft.learner.types import LearnerSettings, StageSettings
+from sdft.learner.worker import LearnerWorker
+from sdft.services.config.dtype import native_dtype
+
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step that is measured."""
+
+    device: str
+    shape: str
+    tokens: int
+    micro_batch: int
+    checkpointing: bool
+    lora: int | None  # rank
+
+
+def learner_settings(case: Case, model: Path) -> LearnerSettings:
+    """Return the settings of the only rank of a run."""
+    loss = LossConfig(divergence=Forward(top_k=SIZES[case.device].k))
+    optimizer = OptimizerConfig(lr=1e-5, warmup_steps=0, schedule="constant")
+    return LearnerSettings(
+        model=str(model),
+        dtype=native_dtype(case.device),
+        device=case.device,
+        seed=0,
+        config=LearnerConfig(
+            micro_batch_tokens=case.micro_batch,
+            gradient_checkpointing=case.checkpointing,
+            lora=None if case.lora is None else LoraConfig(rank=case.lora),
+        ),
+        stages=(StageSettings(0, 1000, (loss,), optimizer),),
+        teacher=TeacherConfig(alpha=0.01),
+        exclusive=True,
+    )
+
+
+def measure(case: Case) -> dict[str, object]:
+    """Return the row of a step, the median of ROUNDS after one that warms up."""
+    size, device = SIZES[case.device], case.device
+    length = size.prompt + size.completion
+    batch = samples(case.tokens // length, size.prompt, size.completion, size.k)
+    tokens = len(batch) * length
+    with tempfile.TemporaryDirectory() as scratch:
+        model = random_model(case.shape, Path(scratch), device)
+        learner = LearnerWorker()
+        settings = learner_settings(case, model)
+        learner.start(settings, 1, *learner.rendezvous(), np.arange(100, 132, dtype=np.int32))
+        work = Operations.of(model).train(tokens, length, len(batch) * size.completion)
+    seconds = []
+    for _ in range(ROUNDS + 1):
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        take_step(learner, batch)  # reads its loss back, so the GPU has ended
+        seconds.append(time.perf_counter() - start)
+    step = statistics.median(seconds[1:])
+    row: dict[str, object] = {"shape": case.shape, "tokens": tokens, "micro-batch": case.micro_batch}
+    row |= {"checkpointing": case.checkpointing, "LoRA": case.lora or "", "s": step, "tokens/s": tokens / step}
+    if device == "cuda":
+        row["peak GiB"] = torch.cuda.max_memory_allocated() / GIB
+        row["kernels"], row["busy s"] = launched(lambda: take_step(learner, batch))
+    rate = matrix_rate(getattr(torch, settings.dtype), device)
+    done = work * (1 if case.lora is None else 2 / 3) / step
+    torch.distributed.destroy_process_group()
+    return row | {"TFLOP/s": done / 1e12, "of a large product": done / rate}
+
+
+def main() -> None:
+    parser = shape_parser(__doc__ or "")
+    parser.add_argument("--tokens", type=int, default=32768, help="of a step")
+    parser.add_argument("--micro-batch", type=int, default=8192, help="tokens in one forward")
+    parser.add_argument("--checkpointing", action="store_true", help="as learner.gradient_checkpointing")
+    parser.add_argument("--lora", type=int, help="rank of adapters; without it all weights are trained")
+    given = Case(**vars(parser.parse_args()))
+    # The environment of a strict run. It needs a new process: OpenMP reads it at the import of torch, glibc at start.
+    os.environ.update(openmp_wait_policy(exclusive=True) | kept_heap(given.device))
+    kind = given.shape + ("_checkpointing" if given.checkpointing else "") + ("_lora" if given.lora else "")
+    report(f"gpu_learner_{kind}", f"Learner step on {given.device}", [in_a_process(partial(measure, given))])
+
+
+if __name__ == "__main__":
+    main()
