@@ -51,6 +51,7 @@ bench: install $(TRL)
 	$(BIN)/python -m benchmarks.ahead
 	$(BIN)/python -m benchmarks.peer
 	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.turns
 
 # The documents as a site, in build/docs.
 docs: install

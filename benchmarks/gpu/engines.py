@@ -111,7 +111,7 @@ def measure(model: Path, device: str) -> list[dict[str, Any]]:
             ray.get(engine.score.remote(pairs, size.k), timeout=WAIT_S)
             if i:
                 scored[name].append(_scored(size) / (time.perf_counter() - start))
-    ray.get([engine.stop.remote() for engine in engines.values()], timeout=WAIT_S)
+    ray.get([engine.stop.remote() for engine in (*engines.values(), plain)], timeout=WAIT_S)
     least = statistics.median(steps[PLAIN])
     return [
         {

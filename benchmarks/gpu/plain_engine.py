@@ -36,3 +36,7 @@ class PlainEngine:
         start = time.perf_counter()
         self._llm.generate([{"prompt_token_ids": ids.tolist()} for ids in prompts], params, use_tqdm=False)
         return time.perf_counter() - start
+
+    def stop(self) -> None:
+        """End vLLM's processes, which otherwise leave a name in /dev/shm."""
+        self._llm.llm_engine.engine_core.shutdown()
