@@ -14,7 +14,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,15 @@ HERE = Path(__file__).parent
 STREAM, RECALL = HERE / "continual.yaml", HERE / "reinvoke.yaml"
 TOOLS, FACTS = HERE.parent / "tools" / "tools.yaml", HERE.parent / "facts" / "facts.yaml"
 RATES, SEEDS = (1e-5, 2e-5, 5e-5, 1e-4), (0, 1, 2)
-COLOURS = {"sdft": "#0072b2", "off_policy": "#56b4e9", "sft": "#d55e00", "dft": "#e69f00", "reinvoke": "#009e73"}
+SHARP = 0.7  # teacher.temperature
+COLOURS = {
+    "sdft": "#0072b2",
+    "sharpened": "#cc79a7",
+    "off_policy": "#56b4e9",
+    "sft": "#d55e00",
+    "dft": "#e69f00",
+    "reinvoke": "#009e73",
+}
 SKILLS, KEPT = "average accuracy", "retention general"
 
 
@@ -47,6 +55,8 @@ def stream(method: str, lr: float) -> Variant:
     name = f"{method}-{rate(lr)}"
     if method == "reinvoke":  # SFT, with stages of its own
         return Variant(name, RECALL, {"learner.optimizer.lr": lr})
+    if method == "sharpened":  # SDFT with a sharpened teacher
+        return Variant(name, STREAM, {"teacher.temperature": SHARP, "learner.optimizer.lr": lr})
     key = "method.type" if method in ("sdft", "off_policy") else "method"  # the former keeps method.skip_first
     return Variant(name, STREAM, {key: method, "learner.optimizer.lr": lr})
 
@@ -91,7 +101,7 @@ def dotted(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 TRIED = (("sdft", 5e-5), ("sft", 1e-5), ("sft", 5e-5), ("sdft", 2e-5), ("dft", 5e-5), ("reinvoke", 5e-5))
-FULL = [stream(method, lr) for method in ("sdft", "off_policy", "sft", "dft", "reinvoke") for lr in RATES]
+FULL = [stream(method, lr) for method in COLOURS for lr in RATES]
 SAMPLED = {
     **{"name": "tools", "file": "heldout.jsonl", "grader": "tool_call", "max_new_tokens": 48},
     **{"pass_at": [1, 2, 4, 8, 16], "pass_samples": 32},
@@ -100,6 +110,7 @@ USUAL = skill("sdft")  # EMA teacher, forward KL, 64 tokens of support
 EXPERIMENTS = {
     "small": [short(stream("sdft", 5e-5)), short(stream("sft", 1e-5))],
     "sequence": [stream(method, lr) for method, lr in TRIED],
+    "sharpened": [stream("sharpened", lr) for lr in (2e-5, 5e-5)],
     "teacher": [USUAL, skill("frozen", teacher__weights="frozen"), skill("live", teacher__weights="live")],
     "divergence": [
         USUAL,
@@ -148,20 +159,7 @@ def main() -> None:
         experiments["sequence"] = FULL
     seeds = SEEDS[: given.seeds or (len(SEEDS) if given.full else 1)]
     todo = {(v.name, seed): v for seed in seeds for variants in experiments.values() for v in variants}
-    failed = Event()  # after a failure, runs in progress end normally and no other run begins
-
-    def in_turn(number: int, name: str, seed: int) -> None:
-        if failed.is_set():
-            return
-        try:
-            label = f"run {number} of {len(todo)}"
-            run(todo[name, seed], seed, given.runs / f"{name}-{seed}", label, given.set)
-        except BaseException:
-            failed.set()
-            raise
-
-    with ThreadPoolExecutor(given.jobs) as pool:
-        list(pool.map(in_turn, range(1, len(todo) + 1), *zip(*todo, strict=True)))
+    run_all(todo, given.runs, given.set, given.jobs)
     for name, variants in experiments.items():
         found = {v.name: [figures(given.runs / f"{v.name}-{seed}") for seed in seeds] for v in variants}
         compared = {variant: over_runs(runs) for variant, runs in found.items()}
@@ -172,6 +170,26 @@ def main() -> None:
             lines = [f"  {json.dumps(variant)}: {json.dumps(runs)}" for variant, runs in points.items()]
             path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
             print(f"\nplot: {plot(path)}; one run's matrix: sdft matrix {given.runs}/NAME")
+
+
+def run_all(todo: Mapping[tuple[str, int], Variant], folder: Path, more: Sequence[str], jobs: int) -> None:
+    """Run each variant with its seed, in `folder`/VARIANT-SEED, so many of them at the same time.
+
+    CalledProcessError if one fails. Runs in progress then end normally, and no other begins. more: as in `run`.
+    """
+    failed = Event()
+
+    def in_turn(number: int, name: str, seed: int) -> None:
+        if failed.is_set():
+            return
+        try:
+            run(todo[name, seed], seed, folder / f"{name}-{seed}", f"run {number} of {len(todo)}", more)
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(in_turn, range(1, len(todo) + 1), *zip(*todo, strict=True)))
 
 
 def run(variant: Variant, seed: int, run_dir: Path, label: str, more: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
     variants ─► `sdft train stability.yaml --set ...` for each seed ─► eval.jsonl: when a set falls for good
                                                                    └► metrics.jsonl: when each detector warns first
 
-    python -m examples.stability.sweep [--only VARIANT ...] [--seeds N] [--set KEY=VALUE]
+    python -m examples.stability.sweep [--only VARIANT ...] [--seeds N] [--jobs N] [--set KEY=VALUE]
 
 Runs are in runs/stability/VARIANT-SEED. When it is started again, finished runs are not repeated and unfinished ones
 resume. A run of 400 steps takes about 40 minutes on two cores; all of them are 8 variants with three seeds. Without an
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.continual.sweep import SEEDS, Variant, run
+from examples.continual.sweep import SEEDS, Variant, run_all
 from sdft.services.config.detectors import DetectorsConfig
 from sdft.services.records.rows import STUDENT_ACCURACY, EvalResult, StepMetrics, read_rows
 from sdft.services.training.detectors import Detectors
@@ -108,20 +108,17 @@ def main() -> None:
     parser.add_argument("--only", choices=VARIANTS, nargs="+", help="run these variants (default: ema-0.02 and frozen)")
     parser.add_argument("--full", action="store_true", help="all variants, three seeds")
     parser.add_argument("--seeds", type=int, choices=range(1, len(SEEDS) + 1), help="number of seeds")
+    parser.add_argument("--jobs", type=int, default=1, help="number of runs at the same time (default: 1)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all runs")
     parser.add_argument("--runs", type=Path, default=Path("runs/stability"), help="folder of the runs")
     given = parser.parse_args()
     names = given.only or (list(VARIANTS) if given.full else SMALL)
     seeds = SEEDS[: given.seeds or (len(SEEDS) if given.full else 1)]
-    places = {(name, seed): given.runs / f"{name}-{seed}" for seed in seeds for name in names}
-    for number, ((name, seed), place) in enumerate(places.items(), start=1):
-        run(VARIANTS[name], seed, place, f"run {number} of {len(places)}", given.set)
+    run_all({(name, seed): VARIANTS[name] for seed in seeds for name in names}, given.runs, given.set, given.jobs)
+    places = {name: [given.runs / f"{name}-{seed}" for seed in seeds] for name in names}
     found = {
-        name: [
-            found_in(read_rows(places[name, seed], EvalResult), read_rows(places[name, seed], StepMetrics))
-            for seed in seeds
-        ]
-        for name in names
+        name: [found_in(read_rows(place, EvalResult), read_rows(place, StepMetrics)) for place in of_variant]
+        for name, of_variant in places.items()
     }
     print(f"\n{table(found)}")
 
