@@ -28,7 +28,7 @@ test: install
 whole: install $(VERIFIERS) $(TRITON)
 	SDFT_TESTS=whole $(BIN)/python -m pytest -n 2
 
-# The tests in tests/runs/chaos with 200 kills each instead of 12 and 4: three quarters of an hour.
+# The tests in tests/runs/chaos with 200 kills each instead of 12 and 30: three quarters of an hour.
 chaos: install
 	CHAOS_KILLS=200 SERVICE_KILLS=200 $(BIN)/python -m pytest tests/runs/chaos
 
@@ -61,7 +61,7 @@ docs: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 	$(BIN)/lint-imports
 
 install: $(INSTALLED)

@@ -25,6 +25,7 @@ from sdft.actors.shared.process import kept_heap, openmp_wait_policy
 from sdft.actors.shared.sequences import TrainingSequence
 from sdft.actors.shared.types import Rollout, SampleId, TeacherScores
 from sdft.learner.config import Forward, LearnerConfig, LossConfig, OptimizerConfig, TeacherConfig
+from sdft.learner.gpu.check import steps_in_one_pass
 from sdft.learner.loss.chunked import divergence_loss
 from sdft.learner.model.student import SelfDistillation, hidden_states, load_student
 from sdft.learner.optimizer import AdamWWithTeacher
@@ -106,7 +107,7 @@ def measure(device: str, tokens: int) -> None:
     fixed = states().detach().requires_grad_()
     flat = torch.nn.Parameter(torch.randn(sum(p.numel() for p in model.parameters()), device=device))
     flat.grad = torch.randn_like(flat)  # zeros would map to one shared page of the kernel, read from the cache
-    adam = AdamWWithTeacher([flat], 0.01)
+    adam = AdamWWithTeacher([flat], 0.01, in_one_pass=device == "cuda" and steps_in_one_pass(device))
 
     def body() -> None:
         out = states()

@@ -66,10 +66,10 @@ def _timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def in_a_process(work: Callable[[], T]) -> T:
+def in_a_process(work: Callable[[], T], limit_s: float = 600) -> T:
     """Run `work` in a new process and return its result."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work).result(timeout=600)
+        return pool.submit(work).result(timeout=limit_s)
 
 
 def peak_mib(case: Callable[..., Callable[[], object]], *args: Any) -> float:

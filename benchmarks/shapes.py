@@ -1,5 +1,6 @@
 """Shapes of models that people train, and random models of these shapes."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ SHAPES = {
     "3b": (2048, 11008, 36, 16, 2, 151936, True),
     "7b": (3584, 18944, 28, 28, 4, 152064, False),
 }
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def configuration(shape: str) -> Qwen2Config:
@@ -49,6 +50,14 @@ def random_model(shape: str, folder: Path, device: str) -> Path:
     model.save_pretrained(out)
     built_in = resolve_model("smollm2-135m", Path.cwd())
     for name in TOKENIZER:
-        if (built_in / name).exists():
-            shutil.copy(built_in / name, out)
+        shutil.copy(built_in / name, out)
+    _fill(out / "tokenizer.json", model.config.vocab_size)
     return out
+
+
+def _fill(tokenizer: Path, size: int) -> None:
+    """Add tokens that no text has, so that every row of the head is one: the learner leaves out rows beyond."""
+    content = json.loads(tokenizer.read_text())
+    known = content["model"]["vocab"]
+    known |= {f"<row {i}>": i for i in range(len(known), size)}
+    tokenizer.write_text(json.dumps(content, ensure_ascii=False))

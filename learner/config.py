@@ -293,6 +293,11 @@ class LearnerConfig(BaseModel):
         description="Keep AdamW's moments and the teacher's average in the host's memory, with the same results; on "
         "GPUs only. It saves 12 bytes of a GPU for each trained weight, and copies as many both ways in each step",
     )
+    deterministic: bool = Field(
+        True,
+        description="Use kernels that give the same bits in every run, as a strict run promises; on GPUs false may "
+        "save time",
+    )
     overlap: bool = Field(
         False,
         description="Add gradients up over the ranks beside the backward pass; on GPUs, with zero_stage 2 or 3",

@@ -23,7 +23,7 @@ from sdft.learner.checkpoint.state import CHANGE, Piece, StateFiles, state_files
 from sdft.learner.compat import build_nothing, divided_masters, fragment, link_state, numel, reduce_nothing
 from sdft.learner.divided import part_of
 from sdft.learner.division import groups
-from sdft.learner.gpu.check import usable
+from sdft.learner.gpu.check import steps_in_one_pass, usable
 from sdft.learner.model.architecture import Untrainable
 from sdft.learner.model.experts import Replay, freeze_routers
 from sdft.learner.model.faithful import unfaithful
@@ -45,7 +45,7 @@ class LearnerEngine:
         self.settings = settings
         self.step = 0
         torch.manual_seed(settings.seed)
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(settings.config.deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs 8 % of a step
         build_nothing(deepspeed)
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())  # uses torch's existing group
@@ -75,7 +75,8 @@ class LearnerEngine:
         # At ZeRO stage 0 DeepSpeed returns no gradient norm, and steps on gradients that are not finite too.
         clip = settings.config.optimizer.grad_clip if self._zero_stage == 0 else None
         kind = OffloadedAdamW if settings.config.offload else AdamWWithTeacher
-        in_one_pass = settings.device == "cuda" and usable(settings.device, torch.float32)
+        # At stage 0 the masters are many, and a kernel for each takes longer to launch than the few of torch.
+        in_one_pass = settings.device == "cuda" and self._zero_stage > 0 and steps_in_one_pass(settings.device)
         optimizer = kind(trained, None if self._lora else alpha, clip, in_one_pass)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._deepspeed_config()

@@ -34,16 +34,11 @@ class OffloadedAdamW(AdamWWithTeacher):
                 if p.grad is not None:
                     self._update_one(p.view(-1), p.grad.view(-1), self.state[p], group, self._plain)
 
-    def _update_in_one_pass(self, scale: torch.Tensor | None) -> None:
-        step = self.steps + 1
-
-        def update(p: torch.Tensor, gradient: torch.Tensor, here: State, group: dict[str, Any]) -> None:
-            self._adamw(p, gradient, here, scale, step, group)
-
+    def _update_in_one_pass(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update_one(p.view(-1), p.grad.view(-1), self.state[p], group, update)
+                    self._update_one(p.view(-1), p.grad.view(-1), self.state[p], group, self._adamw)
 
     def _update_one(
         self, p: torch.Tensor, gradient: torch.Tensor, state: State, group: dict[str, Any], update: Update

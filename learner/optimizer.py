@@ -28,7 +28,7 @@ class AdamWWithTeacher(torch.optim.AdamW):
         self, params: Iterable[Any], alpha: float | None, clip: float | None = None, in_one_pass: bool = False
     ) -> None:
         """clip: largest norm of the gradient; a step whose gradient is not finite is skipped. None: neither is done
-        here, because DeepSpeed does both. in_one_pass: clip, step and teacher by one fused kernel."""
+        here, because DeepSpeed does both. in_one_pass: update each parameter and its teacher by one fused kernel."""
         # lr is 0 until the stage's settings replace it: a step in DeepSpeed's set-up must not change a weight.
         super().__init__(params, lr=0.0, weight_decay=0.0, fused=True)
         self.alpha = alpha
@@ -39,21 +39,14 @@ class AdamWWithTeacher(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         params = self._with_gradient()
-        one_pass = self.in_one_pass and all(map(_suits, params))
-        scale = None
         if self.clip is not None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-            self.norm = float(norm)
+            self.norm = float(torch.nn.utils.clip_grad_norm_(params, self.clip))
             if not math.isfinite(self.norm):
                 return
-            if one_pass:
-                scale = (self.clip / (norm + 1e-6)).clamp(max=1)  # as clip_grads_with_norm_
-            else:
-                torch.nn.utils.clip_grads_with_norm_(params, self.clip, norm)
         for p in params:
             self.begin(p)
-        if one_pass:
-            self._update_in_one_pass(scale)
+        if self.in_one_pass and all(map(_suits, params)):
+            self._update_in_one_pass()
         else:
             self._update()
 
@@ -64,29 +57,21 @@ class AdamWWithTeacher(torch.optim.AdamW):
             for p in self._with_gradient():
                 self.state[p][TEACHER].lerp_(p, self.alpha)
 
-    def _update_in_one_pass(self, scale: torch.Tensor | None) -> None:
-        """As _update, by the fused kernel, with each gradient times `scale`."""
-        step = self.steps + 1
+    def _update_in_one_pass(self) -> None:
+        """As _update, by the fused kernel."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    state = self.state[p]
-                    self._adamw(p, p.grad, state, scale, step, group)
-                    state["step"] += 1
+                    self._adamw(p, p.grad, self.state[p], group)
+                    self.state[p]["step"] += 1
 
     def _adamw(
-        self,
-        p: torch.Tensor,
-        gradient: torch.Tensor,
-        state: Mapping[str, torch.Tensor],
-        scale: torch.Tensor | None,
-        step: int,
-        group: Mapping[str, Any],
+        self, p: torch.Tensor, gradient: torch.Tensor, state: Mapping[str, torch.Tensor], group: Mapping[str, Any]
     ) -> None:
         teacher = state[TEACHER] if self.alpha else None
+        moments, step = (state["exp_avg"], state["exp_avg_sq"]), int(state["step"]) + 1
         betas, eps, decay = group["betas"], group["eps"], group["weight_decay"]
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        adamw(p, gradient, *moments, teacher, scale, step, group["lr"], *betas, eps, decay, self.alpha or 0.0)
+        adamw(p, gradient, *moments, teacher, step, group["lr"], *betas, eps, decay, self.alpha or 0.0)
 
     def _with_gradient(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.grad is not None]

@@ -193,7 +193,7 @@ def _environment(settings: LearnerSettings, ranks: int) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "DS_ACCELERATOR": settings.device,
     }
-    if settings.device == "cuda":
+    if settings.device == "cuda" and settings.config.deterministic:
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it matrix products differ from run to run
     cores = len(os.sched_getaffinity(0))
     environment["OMP_NUM_THREADS"] = str(settings.config.threads or max(1, cores // ranks))

@@ -17,7 +17,7 @@ N = TypeVar("N", bound=np.generic)
 Bytes = NDArray[np.uint8]
 BLOCK = 1 << 16
 AT_ONCE = 256 * BLOCK  # pairs that are compared at once, with a byte for each
-MOST = 0.5  # of the whole size; more changes are not worth the comparison
+MOST = 0.25  # of the whole size; more changes are not worth the comparison
 
 
 @dataclass(frozen=True)

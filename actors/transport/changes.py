@@ -3,8 +3,8 @@
     the learner's memory ─► changes since the version that the node has ─► Ray's object store ─► over the relay's copy
 
 The result has the same bytes, and the engines check their digests. The whole snapshot is sent to a node that has none,
-or another version than the one before, and wherever the changes are more than half of it. The learner keeps a copy of
-each role's last version, from the first one on that another node needs.
+or another version than the one before, and wherever the changes are more than a quarter of it. The learner keeps a copy
+of each role's last version, from the first one on that another node needs.
 """
 
 import asyncio
@@ -112,4 +112,7 @@ class ChangesTransport(MemoryTransport):
             found: list[Any] | None = await self.learner().sender("changes", timeout_s, what, self.role, since)
         except LearnerLost as error:
             raise FileNotFoundError(str(error)) from error
+        except TimeoutError as error:
+            self.notice(f"{error}; other nodes get the whole")
+            return None
         return found

@@ -20,7 +20,8 @@ def commands(device: str, gpus: int, trl: str | None) -> list[list[str]]:
         steps = [[*small, "--tokens", "256", "--micro-batch", "128"], [*small, "--tokens", "256", "--lora", "4"]]
     else:
         small = ["--shape", SHAPE]
-        steps = [small, ["--shape", "3b", "--checkpointing"], ["--shape", "7b", "--checkpointing", "--lora", "16"]]
+        steps = [small, [*small, "--any-order"]]
+        steps += [["--shape", "3b", "--checkpointing"], ["--shape", "7b", "--checkpointing", "--lora", "16"]]
     given = [["learner", *words] for words in steps]
     given += [["engines", *small], ["update", *small], ["training", *small]]
     if gpus > 1:

@@ -1,7 +1,7 @@
 """Time and memory of a learner step, and its share of the rate of a large matrix product.
 
     python -m benchmarks.gpu.learner [--device cuda] [--shape 1.5b] [--tokens 32768] [--micro-batch 8192]
-                                     [--checkpointing] [--lora 16]
+                                     [--checkpointing] [--lora 16] [--any-order]
 
 Sequences have 384 prompt and 640 completion tokens, all in the loss, K = 64; with --device cpu 24 and 40, K = 8. The
 share counts the operations of `learner_step`'s bound, with adapters two thirds of them: the weights have no gradient.
@@ -30,6 +30,7 @@ from sdft.learner.worker import LearnerWorker
 from sdft.services.config.dtype import native_dtype
 
 ROUNDS = 3
+LIMIT_S = 1800
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Case:
     micro_batch: int
     checkpointing: bool
     lora: int | None  # rank
+    any_order: bool = False  # of additions: not learner.deterministic
 
 
 def learner_settings(case: Case, model: Path) -> LearnerSettings:
@@ -57,6 +59,7 @@ def learner_settings(case: Case, model: Path) -> LearnerSettings:
             micro_batch_tokens=case.micro_batch,
             gradient_checkpointing=case.checkpointing,
             lora=None if case.lora is None else LoraConfig(rank=case.lora),
+            deterministic=not case.any_order,
         ),
         stages=(StageSettings(0, 1000, (loss,), optimizer),),
         teacher=TeacherConfig(alpha=0.01),
@@ -86,7 +89,8 @@ def measure(case: Case) -> dict[str, object]:
         seconds.append(time.perf_counter() - start)
     step = statistics.median(seconds[1:])
     row: dict[str, object] = {"shape": case.shape, "tokens": tokens, "micro-batch": case.micro_batch}
-    row |= {"checkpointing": case.checkpointing, "LoRA": case.lora or "", "s": step, "tokens/s": tokens / step}
+    row |= {"checkpointing": case.checkpointing, "LoRA": case.lora or "", "deterministic": not case.any_order}
+    row |= {"s": step, "tokens/s": tokens / step}
     if device == "cuda":
         row["peak GiB"] = torch.cuda.max_memory_allocated() / GIB
         row["kernels"], row["busy s"] = launched(lambda: take_step(learner, batch))
@@ -102,11 +106,13 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=8192, help="tokens in one forward")
     parser.add_argument("--checkpointing", action="store_true", help="as learner.gradient_checkpointing")
     parser.add_argument("--lora", type=int, help="rank of adapters; without it all weights are trained")
+    parser.add_argument("--any-order", action="store_true", help="as learner.deterministic: false")
     given = Case(**vars(parser.parse_args()))
     # The environment of a strict run. It needs a new process: OpenMP reads it at the import of torch, glibc at start.
     os.environ.update(openmp_wait_policy(exclusive=True) | kept_heap(given.device))
-    kind = given.shape + ("_checkpointing" if given.checkpointing else "") + ("_lora" if given.lora else "")
-    report(f"gpu_learner_{kind}", f"Learner step on {given.device}", [in_a_process(partial(measure, given))])
+    parts = {"checkpointing": given.checkpointing, "lora": given.lora, "any_order": given.any_order}
+    kind = "_".join([given.shape, *(name for name, holds in parts.items() if holds)])
+    report(f"gpu_learner_{kind}", f"Learner step on {given.device}", [in_a_process(partial(measure, given), LIMIT_S)])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ class PlainEngine:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             kv_cache_memory_bytes=cache,
+            gpu_memory_utilization=0.1,  # free at the start; the cache has a size of its own
             enforce_eager=device == "cpu",
             enable_prefix_caching=False,
         )

@@ -4,7 +4,7 @@
 
 A step has 32 prompts of about 384 tokens and 512 new tokens each, K = 64; with --device cpu four short ones. On one GPU
 the learner has 0.4 of it and each engine 0.3. With two the learner has one and the engines share the other. Figures are
-medians of the steps after the second.
+medians of the steps between the second and the last.
 """
 
 import json

@@ -7,36 +7,34 @@ from sdft.learner.gpu.registry import ELEMENTS, kernels, operation
 
 
 @operation(
-    "adamw_(Tensor(a!) p, Tensor grad, Tensor(b!) mean, Tensor(c!) square, Tensor(d!)? teacher, Tensor? scale,"
-    " int step, float lr, float beta1, float beta2, float eps, float weight_decay, float alpha) -> ()"
+    "adamw_(Tensor(a!) p, Tensor grad, Tensor(b!) mean, Tensor(c!) square, Tensor(d!)? teacher, int step,"
+    " float lr, float beta1, float beta2, float eps, float weight_decay, float alpha) -> ()"
 )
 class AdamW:
-    """AdamW (arXiv:1711.05101) with the gradient times `scale`, then teacher += alpha (p - teacher).
+    """AdamW (arXiv:1711.05101), then teacher += alpha (p - teacher).
 
-    p, grad, mean, square, teacher: contiguous float32, of one size. scale: one number; None is 1. step: of this step,
-    counted from 1, for the bias correction.
+    p, grad, mean, square, teacher: contiguous float32, of one size. step: of the parameter, counted from 1.
     """
 
     @staticmethod
     def cuda(
-        p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, teacher: Tensor | None, scale: Tensor | None, step: int,
+        p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, teacher: Tensor | None, step: int,
         lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, alpha: float,
     ) -> None:  # fmt: skip
         count = p.numel()
         size, root = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
         rates = 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, size, root, eps, alpha
         kernels().adamw[(-(-count // ELEMENTS),)](
-            p, grad, mean, square, teacher, scale, count, *rates, teacher is not None, scale is not None, ELEMENTS
+            p, grad, mean, square, teacher, count, *rates, teacher is not None, ELEMENTS
         )
 
     @staticmethod
     def cpu(
-        p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, teacher: Tensor | None, scale: Tensor | None, step: int,
+        p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, teacher: Tensor | None, step: int,
         lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, alpha: float,
     ) -> None:  # fmt: skip
-        g = grad if scale is None else grad * scale
-        mean.lerp_(g, 1 - beta1)
-        square.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        mean.lerp_(grad, 1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         p.mul_(1 - lr * weight_decay)
         p.addcdiv_(mean, square.sqrt() * (1 - beta2**step) ** -0.5 + eps, value=-lr / (1 - beta1**step))
         if teacher is not None:
@@ -44,7 +42,7 @@ class AdamW:
 
     @staticmethod
     def meta(
-        p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, teacher: Tensor | None, scale: Tensor | None, step: int,
+        p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, teacher: Tensor | None, step: int,
         lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, alpha: float,
     ) -> None:  # fmt: skip
         pass

@@ -25,21 +25,35 @@ Case = tuple[Any, Run, float]
 
 @cache
 def usable(device: str, dtype: torch.dtype) -> bool:
-    """Whether the kernels for a kind of device work with a dtype. On the meta device nothing is computed."""
+    """Whether the kernels of layers and loss work on a kind of device. On the meta device nothing is computed."""
     if device == "meta":
         return True
-    why = fault(torch.device(device), dtype, "cuda")
+    return _works("the fused kernels of layers and loss", fault(torch.device(device), dtype, "cuda"))
+
+
+@cache
+def steps_in_one_pass(device: str) -> bool:
+    """Whether the kernel of the optimizer's step works on a kind of device."""
+    return _works("the fused kernel of AdamW", fault(torch.device(device), torch.float32, "cuda", step_cases))
+
+
+def _works(what: str, why: str | None) -> bool:
     if why is not None:
-        log.warning("the fused kernels are not used, so a step takes longer: %s", why)
+        log.warning("%s: not used, so a step takes longer: %s", what, why)
     return why is None
 
 
-def fault(device: torch.device, dtype: torch.dtype, implementation: str) -> str | None:
+def fault(
+    device: torch.device,
+    dtype: torch.dtype,
+    implementation: str,
+    of: Callable[[torch.device, torch.dtype], Iterator[Case]] | None = None,
+) -> str | None:
     """Return the first operation that fails or differs from its formula on a device, as a sentence, or None.
 
-    implementation: "cuda" for the kernels.
+    implementation: "cuda" for the kernels. of: makes the cases; None: those of layers and loss.
     """
-    for kind, run, bound in cases(device, dtype):
+    for kind, run, bound in (of or cases)(device, dtype):
         try:
             found, expected = run(getattr(kind, implementation)), run(kind.cpu)
             apart = max(difference(a, b) for a, b in zip(*map(_results, (found, expected)), strict=True))
@@ -117,24 +131,20 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
             for clip in (float("inf"), 0.4):
                 given = (log_p, log_q, reverse, tail, 8 * torch.finfo(wide).eps, clip)
                 yield o.SupportDivergence, _on(*given), OF_SUPPORT
-    yield from adamw_cases(made)
 
 
-def adamw_cases(made: Callable[..., Tensor]) -> Iterator[Case]:
-    """Yield steps of the optimizer, with and without a teacher and a scale of the gradient. made: as in `cases`."""
-    wide = torch.float32
-    p, grad, mean, teacher = (made(60, of=wide) for _ in range(4))
-    square, scale = made(60, of=wide).square(), made(1, of=wide)
+def step_cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield steps of the optimizer, as `cases` does, without and with a teacher."""
+    chance = torch.Generator().manual_seed(0)
+    p, grad, mean, square, teacher = (torch.randn(60, generator=chance).to(device, dtype) for _ in range(5))
     rates = 3, 1e-3, 0.9, 0.999, 1e-8, 0.1, 0.25  # step, lr, beta1, beta2, eps, weight_decay, alpha
 
-    for followed, scaled in ((None, None), (teacher, scale)):
+    for followed in (None, teacher):
 
-        def step(
-            by: Callable[..., Any], followed: Tensor | None = followed, scaled: Tensor | None = scaled
-        ) -> tuple[Tensor, ...]:
-            changed = [t.clone() for t in (p, mean, square)]
+        def step(by: Callable[..., Any], followed: Tensor | None = followed) -> tuple[Tensor, ...]:
+            changed = [t.clone() for t in (p, mean, square.abs())]
             own = None if followed is None else followed.clone()
-            by(changed[0], grad, *changed[1:], own, scaled, *rates)
+            by(changed[0], grad, *changed[1:], own, *rates)
             return *changed, *(() if own is None else (own,))
 
-        yield AdamW, step, BOUND[wide]
+        yield AdamW, step, BOUND[dtype]

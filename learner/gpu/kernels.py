@@ -230,15 +230,13 @@ def support(
 
 @triton.jit
 def adamw(
-    p, grad, mean, square, teacher, scale, count, kept, rest1, beta2, rest2, size, root, eps, alpha,
-    TEACHER: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
+    p, grad, mean, square, teacher, count, kept, rest1, beta2, rest2, size, root, eps, alpha,
+    TEACHER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # All but scale [1] flat, [count] float32. kept: of a weight by its decay; size, root: with the bias correction
+    # All flat, [count] float32. kept: of a weight by its decay; size, root: with the bias correction
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     g = tl.load(grad + i, mask=inside, other=0.0)
-    if SCALED:
-        g *= tl.load(scale)
     m = tl.load(mean + i, mask=inside, other=0.0)
     m += rest1 * (g - m)
     v = tl.load(square + i, mask=inside, other=0.0) * beta2 + rest2 * g * g

@@ -61,7 +61,10 @@ def undivided(model: PreTrainedModel, ranks: int) -> str | None:
 
 def shared_by(config: Any) -> tuple[int, ...]:
     """Return the numbers of ranks that the attention heads of a model can be divided over."""
-    heads, kv_heads = _heads(config)
+    try:
+        heads, kv_heads = _heads(config)
+    except (AttributeError, RuntimeError):  # none, or others in each layer
+        return (1,)
     return tuple(ranks for ranks in range(1, heads + 1) if why_not(heads, kv_heads, ranks) is None)
 
 

@@ -168,6 +168,7 @@ def _step_bytes(config: LearnerConfig, dtype: str, shape: ModelShape) -> float:
     chunk = 12 * min(OFFLOAD_CHUNK, trained) if config.offload else 0
     if config.zero_stage_for(dtype) == 0:
         return _gradient_bytes(config, dtype, shape) + chunk
+    waiting = WIDTH[dtype] * BUCKET if config.overlap else 0  # the bucket that is sent while another one is filled
     largest = shape.vocabulary * shape.hidden if config.lora is None else 0
     reduced = 4 * (min(BUCKET, trained) if config.ranks > 1 else largest)
-    return _gradient_bytes(config, dtype, shape) + max(reduced, chunk)
+    return _gradient_bytes(config, dtype, shape) + waiting + max(reduced, chunk)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from sdft.actors.shared.changes import MOST
 from sdft.actors.shared.process import GIB
 from sdft.learner.config import LearnerConfig
 from sdft.services.config.run import RunConfig, TaskConfig
@@ -61,7 +62,8 @@ class LearnerLoad:
         if self.config.weights.transport != "changes":
             return 0
         c = self.config
-        return packed_bytes(c.learner, c.teacher_in_use.of_learner, c.dtype, self.shape, further) / GIB
+        packed = packed_bytes(c.learner, c.teacher_in_use.of_learner, c.dtype, self.shape, further)
+        return (1 + 3 * MOST) * packed / GIB  # the changes exist in pieces, joined, and in the object store
 
     def gpu_gib(self, learner: LearnerConfig) -> float:
         """Estimate the GPU memory of a rank with these settings of the learner."""

@@ -80,14 +80,14 @@ def prepare(config: RunConfig, path: Path, trains: bool = True, begun: datetime 
         prepared = _prepared(config, path, model, teachers, loaded, common, begun)
         if trains:
             check_supports(config, prepared.vocabulary)
+    if trains:
+        check_shared(config.learner, found, model)
     if found.divides and config.learner.ranks > 1 and config.learner.zero_stage == 3:
         raise UserError(
             f"learner.zero_stage is 3 with {config.learner.ranks} ranks, and layers of the model in {model} compute "
             f"the sequences of a pack one by one, which ranks with other numbers of sequences cannot do at that stage; "
             f"set learner.zero_stage: 2"
         )
-    if trains:
-        check_shared(config.learner, found, model)
     replays = trains and replays_experts(config, found.routed, found.divides)
     return replace(prepared, alone=found.alone, replays_experts=replays, model_notes=use.notes)
 

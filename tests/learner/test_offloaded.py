@@ -50,11 +50,27 @@ def test_steps_in_chunks_have_the_bits_of_whole_steps(alpha: float | None, dtype
 @pytest.mark.parametrize("alpha", [0.1, 0.0, None])
 @pytest.mark.parametrize("kind", [AdamWWithTeacher, OffloadedAdamW])
 def test_steps_in_one_pass_are_those_of_torch_to_rounding(kind: type[AdamWWithTeacher], alpha: float | None) -> None:
-    """The gradients' norm is above the clip, so the kernel scales them."""
     several, one = (steps(partial(kind, in_one_pass=p), alpha, torch.float32) for p in (False, True))
     assert several.keys() == one.keys()
     torch.testing.assert_close(one, several, rtol=1e-5, atol=1e-6)
     assert not torch.equal(one["0 exp_avg_sq"], several["0 exp_avg_sq"])  # two implementations are compared
+
+
+@pytest.mark.parametrize("kind", [AdamWWithTeacher, OffloadedAdamW])
+def test_each_parameter_counts_its_own_steps(kind: type[AdamWWithTeacher]) -> None:
+    """At ZeRO stage 3 DeepSpeed steps one part of the parameters after the other; some have no gradient in a step."""
+    found = []
+    for in_one_pass in (False, True):
+        params = [torch.ones(5, requires_grad=True) for _ in range(2)]
+        adam = kind(params, 0.1, in_one_pass=in_one_pass)
+        adam.param_groups[0]["lr"] = 0.1
+        for stepped in ((0,), (1,), (0, 1), (1,)):
+            for i, p in enumerate(params):
+                p.grad = torch.full((5,), 0.5) if i in stepped else None
+            adam.step()
+        found.append([(p.detach(), *adam.state[p].values()) for p in params])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+    assert [float(adam.state[p]["step"]) for p in params] == [2, 3]
 
 
 @pytest.mark.parametrize(

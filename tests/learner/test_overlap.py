@@ -40,9 +40,18 @@ def test_an_overlap_of_nothing_is_refused(given: dict[str, int]) -> None:
         LearnerConfig(overlap=True, **given)
 
 
-def test_on_a_cpu_the_setting_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("learner", "why"),
+    [
+        (
+            "{overlap: true, ranks: 2, zero_stage: 2}",
+            r"overlap lets a GPU compute while gradients are sent, .* remove it",
+        ),
+        ("{deterministic: false}", r"deterministic false saves nothing with device: cpu; remove it"),
+    ],
+)
+def test_on_a_cpu_settings_for_gpus_are_refused(learner: str, why: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    learner = "{overlap: true, ranks: 2, zero_stage: 2}"
     path.write_text(f"model: m\ndata: {{train: a.jsonl}}\ntraining: {{steps: 1}}\nlearner: {learner}\n")
-    with pytest.raises(UserError, match=r"learner\.overlap lets a GPU compute while gradients are sent, .* remove it"):
+    with pytest.raises(UserError, match=rf"learner\.{why}"):
         load_config(path)

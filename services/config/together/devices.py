@@ -68,6 +68,8 @@ def _state(run: "RunConfig") -> None:
             "learner.zero_stage 0 keeps no float32 masters of bfloat16 weights; set it to 1 (the same cost on "
             "one rank) or dtype to float32"
         )
+    if not run.learner.deterministic and run.device == "cpu":
+        raise ValueError("learner.deterministic false saves nothing with device: cpu; remove it")
     if run.learner.overlap and run.device == "cpu":
         raise ValueError(
             "learner.overlap lets a GPU compute while gradients are sent, and with device: cpu the same cores do both; "

@@ -38,8 +38,8 @@ def test_equal_bytes_have_no_changes_and_many_changes_are_no_gain() -> None:
     same = changes(old, old.copy())
     assert same is not None
     assert same.nbytes == 4  # the count of the only block
-    assert changes(old, changed(old, 499)) is not None
-    assert changes(old, changed(old, 501)) is None
+    assert changes(old, changed(old, 249)) is not None
+    assert changes(old, changed(old, 251)) is None
     nothing = changes(old[:0], old[:0])
     assert nothing is not None
     apply(nothing, old[:0])

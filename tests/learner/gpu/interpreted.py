@@ -6,7 +6,7 @@ TRITON_INTERPRET=1 python -m tests.learner.gpu.interpreted      prints the dtype
 import torch
 
 from sdft.learner.gpu import adamw, operations
-from sdft.learner.gpu.check import BOUND, fault
+from sdft.learner.gpu.check import BOUND, cases, fault, step_cases
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -15,7 +15,8 @@ if __name__ == "__main__":
         for programs, elements in ((operations.PROGRAMS, operations.ELEMENTS), (3, 16)):
             # The second sizes are less than the tensors': a program adds up several rows, and a row takes several.
             operations.PROGRAMS, operations.ELEMENTS, adamw.ELEMENTS = programs, elements, elements
-            why = fault(DEVICE, dtype, "cuda")
-            assert why is None, why
+            for kind, of in ((dtype, cases), (torch.float32, step_cases)):
+                why = fault(DEVICE, kind, "cuda", of)
+                assert why is None, why
         operations.PROGRAMS, operations.ELEMENTS, adamw.ELEMENTS = 512, 4096, 4096
         print(str(dtype).removeprefix("torch."))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdft.learner.config import Forward, LossConfig, Reverse
-from sdft.learner.gpu.check import BOUND, cases, fault, usable
+from sdft.learner.gpu.check import BOUND, cases, fault, step_cases, steps_in_one_pass, usable
 from sdft.learner.gpu.operations import fused
 from sdft.learner.loss.divergences import gradient
 from sdft.learner.loss.targets import Targets
@@ -120,9 +120,10 @@ def test_formulas_pass_the_check_of_the_kernels(dtype: torch.dtype) -> None:
 
 def test_the_check_finds_each_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every result of every operation in turn is a little off."""
-    kinds: set[Any] = {kind for kind, _, _ in cases(torch.device("cpu"), torch.float32)}
+    given = torch.device("cpu"), torch.float32
+    kinds: dict[Any, Any] = {kind: of for of in (cases, step_cases) for kind, _, _ in of(*given)}
     assert len(kinds) == 11
-    for kind in kinds:
+    for kind, of in kinds.items():
         formula = kind.cpu
 
         def wrong(*given: Any, formula: Any = formula) -> Any:
@@ -134,7 +135,7 @@ def test_the_check_finds_each_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPat
         for other in kinds:
             monkeypatch.setattr(other, "wrong", staticmethod(wrong if other is kind else other.cpu), raising=False)
         assert f"{kind.__name__} differs in torch.float32 by " in (
-            fault(torch.device("cpu"), torch.float32, "wrong") or ""
+            fault(torch.device("cpu"), torch.float32, "wrong", of) or ""
         )
 
 
@@ -144,5 +145,7 @@ def test_without_triton_the_check_says_so_and_the_kernels_are_not_used(caplog: p
         fault(torch.device("cpu"), torch.bfloat16, "cuda") or ""
     )
     assert not usable.__wrapped__("cpu", torch.bfloat16)
-    assert "the fused kernels are not used, so a step takes longer: AddNorm fails" in caplog.text
+    assert "layers and loss: not used, so a step takes longer: AddNorm fails" in caplog.text
+    assert not steps_in_one_pass.__wrapped__("cpu")
+    assert "the fused kernel of AdamW: not used, so a step takes longer: AdamW fails" in caplog.text
     assert usable("meta", torch.bfloat16)
