@@ -31,7 +31,7 @@ from sdft.services.releases.events import Candidate, Served
 from sdft.services.releases.gate import Decision, judged
 from sdft.services.releases.state import ServiceState
 from sdft.services.serving.folder import ServiceFolder
-from sdft.services.serving.window import draw, write_window
+from sdft.services.serving.window import draw, kept_sets, write_window
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "service" / "service.yaml"
 ROWS = EXAMPLE.parent.parent / "tools" / "train.jsonl"
@@ -91,7 +91,7 @@ async def window(folder: Path, model: Path, rows: list[Row], seed: int, first: b
     with (folder / "train.log").open("w") as log:
         subprocess.run([*SDFT, "train", str(path), "--run-dir", str(run)], stdout=log, stderr=log, check=True)
     await inbox.close()
-    return judged(read_rows(run, Reply), config.service.gate), run
+    return judged(read_rows(run, Reply), config.service.gate, kept_sets(config)), run
 
 
 def shown(what: str, decision: Decision) -> Row:

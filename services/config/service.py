@@ -93,6 +93,12 @@ class ServingConfig(Section):
     grow_after_s: float = Field(
         10, gt=0, description="An engine is added when more requests than the engines decode at once last for so long"
     )
+    first_token_s: float | None = Field(
+        None,
+        gt=0,
+        description="An engine is also added while streams take longer than this to begin, on average, for "
+        "grow_after_s; null: only the number of requests counts",
+    )
     shrink_after_s: float = Field(
         300, gt=0, description="An engine is removed when half of what the others decode at once is enough for so long"
     )
@@ -128,7 +134,7 @@ class ServingConfig(Section):
                 f"max_replicas {self.max_replicas} is less than replicas {self.replicas}, which is the least; raise "
                 f"it, or leave it out for a number that stays"
             )
-        for key in ("grow_after_s", "shrink_after_s"):
+        for key in ("grow_after_s", "shrink_after_s", "first_token_s"):
             if self.max_replicas is None and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} has no effect without max_replicas; set it, or remove {key}")
         if self.turns and (self.cluster is not None or max(self.replicas, self.max_replicas or 1) > 1):
@@ -204,6 +210,15 @@ class GateConfig(Section):
         ge=0,
         lt=1,
         description="Largest rise of the share of empty, truncated or repetitive answers",
+    )
+    length: float | None = Field(
+        3.0,
+        gt=1,
+        description="Largest factor by which the mean length of answers may rise or fall, in sets with role: retention "
+        "and those of earlier records; null: any",
+    )
+    entropy: float | None = Field(
+        4.0, gt=1, description="The same for their entropy, the mean negative log-prob of a token"
     )
     split_up_to: int = Field(
         0,

@@ -144,6 +144,7 @@ class Evaluator:
                 correct=correct,
                 tokens=len(rollout.completion_ids),
                 truncated=rollout.finish_reason == "length",
+                entropy=-float(rollout.logprobs.mean()) if len(rollout.logprobs) else None,
             )
             for question, rollout, text, correct in zip(loaded.questions, rollouts, texts, grades, strict=True)
         ]

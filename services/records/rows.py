@@ -230,6 +230,7 @@ class Reply:
     tokens: int | None = None  # of the reply; None: the file does not have it
     truncated: bool | None = None  # it reached the longest length of its set
     turns: int | None = None  # replies of an episode; text has all of them, tokens counts them
+    entropy: float | None = None  # mean negative log-prob of its tokens, in nats; None: not known
 
 
 @dataclass(frozen=True)

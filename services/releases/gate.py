@@ -9,24 +9,24 @@ p_b - p_c, and `worse` is the probability that it exceeds `max_drop`:
     P(r > t) = P(Binomial(b + c + 1, t) <= b)
 
 The same is computed for signs of a model that collapses: empty, truncated and repetitive answers, whose share must not
-rise by more than `max_rise`. A set with so few questions that equal answers leave a doubt decides nothing, unless it is
-all but certain that it is worse.
+rise by more than `max_rise`. Length and entropy of the answers to a set that is not trained on must not move by more
+than a factor. A set with so few questions that equal answers leave a doubt decides nothing, unless it is all but
+certain that it is worse.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from sdft.services.config.service import GateConfig
 from sdft.services.records.rows import Reply
+from sdft.services.releases.collapse import SIGNS, Moved, has, moved
 
 Verdict = Literal["promote", "hold", "refuse"]
 POINTS = 4000  # of the integral, which is then exact to 1e-6
-REPEATED, PERIOD, SPAN = 4, 80, 24  # a repetitive answer ends in so many copies of at most PERIOD characters
-SIGNS = ("empty", "truncated", "repetitive")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class SetResult:
     equal: float  # the same, if no answer had changed
     signs: dict[str, float]  # for each sign of collapse, the probability that its share rose by more than max_rise
     shares: dict[str, float]  # of the answers with each sign, now
+    moved: list[Moved] = field(default_factory=list)
 
     @property
     def row(self) -> dict[str, Any]:
@@ -79,19 +80,13 @@ def _at_most(k: int, n: int, p: np.ndarray) -> np.ndarray:
     return np.sum(terms, axis=0)
 
 
-def repetitive(text: str) -> bool:
-    """Return whether a text ends in several copies of the same few words: at least SPAN characters, with a letter."""
-    end = text.rstrip()[-REPEATED * PERIOD :]
-    for size in range(1, PERIOD + 1):
-        copies = max(REPEATED, -(-SPAN // size))
-        piece = end[-size:]
-        if any(map(str.isalpha, piece)) and len(end) >= copies * size and end.endswith(piece * copies):
-            return True
-    return False
+def compare(
+    before: Sequence[Reply], now: Sequence[Reply], gate: GateConfig, kept: Collection[str] = ()
+) -> list[SetResult]:
+    """Compare the replies of two models to the same questions, set by set. Raises ValueError if they differ.
 
-
-def compare(before: Sequence[Reply], now: Sequence[Reply], gate: GateConfig) -> list[SetResult]:
-    """Compare the replies of two models to the same questions, set by set. Raises ValueError if they differ."""
+    kept: names of the sets that are not trained on.
+    """
     asked = {(r.task, r.id): r for r in before}
     if asked.keys() != {(r.task, r.id) for r in now}:
         raise ValueError("the two models were not asked the same questions")
@@ -102,7 +97,7 @@ def compare(before: Sequence[Reply], now: Sequence[Reply], gate: GateConfig) -> 
         gained, lost = _changes([(old.correct, new.correct) for old, new in pairs])
         signs = {}
         for sign in SIGNS:
-            more, fewer = _changes([(_has(old, sign), _has(new, sign)) for old, new in pairs])
+            more, fewer = _changes([(has(old, sign), has(new, sign)) for old, new in pairs])
             signs[sign] = worse(n, more, fewer, gate.max_rise)
         results.append(
             SetResult(
@@ -115,31 +110,26 @@ def compare(before: Sequence[Reply], now: Sequence[Reply], gate: GateConfig) -> 
                 worse=worse(n, lost, gained, gate.max_drop),
                 equal=worse(n, 0, 0, gate.max_drop),
                 signs=signs,
-                shares={sign: sum(_has(new, sign) for _, new in pairs) / n for sign in SIGNS},
+                shares={sign: sum(has(new, sign) for _, new in pairs) / n for sign in SIGNS},
+                moved=moved([old for old, _ in pairs], [new for _, new in pairs], gate) if name in kept else [],
             )
         )
     return results
 
 
-def judged(replies: Sequence[Reply], gate: GateConfig) -> Decision:
+def judged(replies: Sequence[Reply], gate: GateConfig, kept: Collection[str]) -> Decision:
     """Decide from the replies of a window's run: those before its first step and those after its last.
 
-    Raises ValueError if the two are not replies to the same questions.
+    kept: as in compare. Raises ValueError if the two are not replies to the same questions.
     """
     last = max((r.step for r in replies), default=0)
     before, now = ([r for r in replies if r.step == step] for step in (0, last))
-    return decide(compare(before, now, gate), gate)
+    return decide(compare(before, now, gate, kept), gate)
 
 
 def _changes(pairs: Sequence[tuple[bool, bool]]) -> tuple[int, int]:
     """Return how many became true, and how many false."""
     return sum(new and not old for old, new in pairs), sum(old and not new for old, new in pairs)
-
-
-def _has(reply: Reply, sign: str) -> bool:
-    if sign == "empty":
-        return not reply.text.strip()
-    return bool(reply.truncated) if sign == "truncated" else repetitive(reply.text)
 
 
 def decide(results: Sequence[SetResult], gate: GateConfig) -> Decision:
@@ -153,6 +143,7 @@ def decide(results: Sequence[SetResult], gate: GateConfig) -> Decision:
             for sign, chance in r.signs.items()
             if chance > _refused_above(few, gate)
         ]
+        bad += [f"{r.name}: {one}" for one in r.moved if r.equal < gate.promote_below]
     if bad:
         return Decision("refuse", "; ".join(bad), sets)
     deciding = [r for r in sets if r.equal < gate.promote_below]

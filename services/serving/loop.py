@@ -31,7 +31,7 @@ from sdft.services.serving.folder import ServiceFolder
 from sdft.services.serving.receipts import Receipts
 from sdft.services.serving.record_index import RecordIndex
 from sdft.services.serving.training import TrainingFailed, make_candidate, train_window
-from sdft.services.serving.window import ConfigurationChanged, draw, write_window
+from sdft.services.serving.window import ConfigurationChanged, draw, kept_sets, write_window
 
 POLL_S = 1.0
 CANARY_POLL_S = 2.0  # between two looks at the feedback
@@ -185,6 +185,7 @@ class Loop:
     def _compare(self, release: Release) -> Decision:
         assert release.window is not None
         try:
-            return judged(read_rows(self._folder.run(release.window), Reply), self._settings.gate)
+            replies = read_rows(self._folder.run(release.window), Reply)
+            return judged(replies, self._settings.gate, kept_sets(self._config))
         except (ValueError, UserError) as error:  # the files of the run were changed
             return Decision("hold", f"the replies of the window's run cannot be compared: {error}", [])

@@ -5,6 +5,7 @@ request (`changing.py`), so an answer has one release.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -27,6 +28,8 @@ class ServingPool:
         self.changing = asyncio.Lock()
         self._starts_before = self._losses_before = 0  # of engines that were removed
         self.waiting = 0  # requests that no engine has taken yet
+        # Of the last streams, when each began (time.monotonic), and after how many seconds.
+        self.begun: deque[tuple[float, float]] = deque(maxlen=1000)
         self.engines = engines(self)
 
     def notify(self) -> None:

@@ -1,18 +1,20 @@
-"""The number of engines: more when requests queue, fewer when engines have little to do.
+"""The number of engines: more when requests queue or answers begin late, fewer when engines have little to do.
 
     load = requests that are answered or wait;  room = service.serving.max_num_seqs, what one engine decodes at once
+    late = the streams that began in the last grow_after_s took more than first_token_s to begin, on average
 
-    load > engines * room            for grow_after_s    ─► one engine more, up to max_replicas
-    load <= (engines - 1) * room / 2 for shrink_after_s  ─► one engine fewer, down to replicas
+    load > engines * room, or late                  for grow_after_s    ─► one engine more, up to max_replicas
+    load <= (engines - 1) * room / 2, and not late  for shrink_after_s  ─► one engine fewer, down to replicas
 
 An engine that starts counts, so a queue that lasts until it is up adds one engine each grow_after_s, not more. In a
 cluster an engine that finds no room makes Ray's autoscaler add a node, and an engine that leaves frees one.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
+from statistics import fmean
 
 from sdft.services.config.service import ServingConfig
 from sdft.services.serving.engine import ServingEngine
@@ -30,6 +32,7 @@ class Policy:
     room: int
     grow_after_s: float
     shrink_after_s: float
+    first_token_s: float | None = None
     _queues_since: float | None = None
     _idle_since: float | None = None
 
@@ -41,12 +44,17 @@ class Policy:
             room=serving.max_num_seqs,
             grow_after_s=serving.grow_after_s,
             shrink_after_s=serving.shrink_after_s,
+            first_token_s=serving.first_token_s,
         )
 
-    def change(self, now: float, load: int, engines: int) -> int:
-        """Return 1 for one engine more, -1 for one fewer, 0 for neither. now: of a clock that only rises."""
-        queues = engines < self.most and load > engines * self.room
-        idle = engines > self.least and load <= (engines - 1) * self.room / 2
+    def change(self, now: float, load: int, engines: int, begun: Iterable[tuple[float, float]] = ()) -> int:
+        """Return 1 for one engine more, -1 for one fewer, 0 for neither.
+
+        now: of a clock that only rises. begun: of the last streams, when each began by that clock, and after how long.
+        """
+        late = self._late(now, begun)
+        queues = engines < self.most and (load > engines * self.room or late)
+        idle = engines > self.least and load <= (engines - 1) * self.room / 2 and not late
         self._queues_since = _since(self._queues_since, now, queues)
         self._idle_since = _since(self._idle_since, now, idle)
         if self._queues_since is not None and now - self._queues_since >= self.grow_after_s:
@@ -56,6 +64,12 @@ class Policy:
             self._idle_since = None
             return -1
         return 0
+
+    def _late(self, now: float, begun: Iterable[tuple[float, float]]) -> bool:
+        if self.first_token_s is None:
+            return False
+        seconds = [after for when, after in begun if now - when <= self.grow_after_s]
+        return bool(seconds) and fmean(seconds) > self.first_token_s
 
 
 def _since(before: float | None, now: float, holds: bool) -> float | None:
@@ -89,7 +103,7 @@ class Scaling:
                 await asyncio.sleep(EVERY_S)
                 pool, clock = self._pool, asyncio.get_running_loop()
                 load = pool.in_flight + pool.waiting
-                change = self._policy.change(clock.time(), load, len(pool.engines))
+                change = self._policy.change(clock.time(), load, len(pool.engines), pool.begun)
                 if change > 0 and self._is_removing:
                     await self._keep()
                 elif change > 0:

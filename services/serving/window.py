@@ -34,6 +34,11 @@ class ConfigurationChanged(Exception):
     """The run of a window has begun with another configuration than the service has now."""
 
 
+def kept_sets(config: RunConfig) -> set[str]:
+    """Return the names of the sets that a window does not train on, whose answers should keep their form."""
+    return {EARLIER, *(s.name for s in config.sets if s.role == "retention")}
+
+
 def record_name(record: int) -> str:
     return f"rec-{record}"
 

@@ -146,7 +146,9 @@ class Asking:
                             answer.add(line)
                     if not begun:
                         begun = True
-                        self.first_piece.observe(time.monotonic() - asked.since)
+                        now = time.monotonic()
+                        self.first_piece.observe(now - asked.since)
+                        self._pool.begun.append((now, now - asked.since))
                     yield line
             self._count(asked)
         except TimeoutError:

@@ -1,11 +1,14 @@
 """The gate: the probability of being worse, and what it decides."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from sdft.services.config.service import GateConfig
 from sdft.services.records.rows import Reply
-from sdft.services.releases.gate import compare, decide, repetitive, worse
+from sdft.services.releases.collapse import repetitive
+from sdft.services.releases.gate import compare, decide, worse
 
 GATE = GateConfig()
 
@@ -75,6 +78,38 @@ def test_a_small_set_decides_only_what_is_all_but_certain() -> None:
 def test_signs_of_collapse_are_refused(texts: list[str]) -> None:
     everything = list(range(40))
     assert verdict(replies(0, everything), replies(9, everything, texts)) == "refuse"
+
+
+def spoken(step: int, tokens: int, entropy: float | None = 0.5, n: int = 40) -> list[Reply]:
+    """Right answers to a set that is not trained on, all of one length."""
+    return [replace(r, tokens=tokens, entropy=entropy) for r in replies(step, list(range(n)), name="kept", n=n)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "entropy", "gate", "why"),
+    [
+        (31, 0.5, GATE, "kept: the mean length of answers, in tokens, rose from 10 to 31: a factor of 3 is allowed"),
+        (3, 0.5, GATE, "kept: the mean length of answers, in tokens, fell from 10 to 3: a factor of 3 is allowed"),
+        (10, 2.1, GATE, "the entropy of answers, in nats a token, rose from 0.5 to 2.1: a factor of 4 is allowed"),
+        (10, 0.1, GATE, "the entropy of answers, in nats a token, fell from 0.5 to 0.1: a factor of 4 is allowed"),
+        (30, 1.9, GATE, None),
+        (10, None, GATE, None),
+        (90, 9.0, GateConfig(length=None, entropy=None), None),
+    ],
+)
+def test_answers_of_another_length_or_entropy_are_refused(
+    tokens: int, entropy: float | None, gate: GateConfig, why: str | None
+) -> None:
+    decision = decide(compare(spoken(0, 10), spoken(9, tokens, entropy), gate, kept={"kept"}), gate)
+    assert decision.verdict == ("promote" if why is None else "refuse")
+    assert (why or "") in decision.reason
+
+
+def test_length_and_entropy_of_what_is_trained_and_of_few_answers_may_change() -> None:
+    assert decide(compare(spoken(0, 10), spoken(9, 90, 9.0), GATE), GATE).verdict == "promote"
+    few = compare(spoken(0, 10, n=4), spoken(9, 90, 9.0, n=4), GATE, kept={"kept"})
+    large = compare(replies(0, []), replies(9, []), GATE)
+    assert decide(large + few, GATE).verdict == "promote"
 
 
 def test_other_questions_are_an_error() -> None:

@@ -45,6 +45,20 @@ def test_engines_with_little_to_do_leave_one_after_the_other() -> None:
     assert policy.change(1000, 0, 1) == 0
 
 
+def test_streams_that_begin_late_add_engines_and_keep_them() -> None:
+    policy = Policy(least=1, most=2, room=4, grow_after_s=10, shrink_after_s=60, first_token_s=1.0)
+    late = [(float(s), 3.0) for s in range(0, 200, 5)]
+
+    def change(now: float, engines: int) -> int:
+        return policy.change(now, 1, engines, [b for b in late if b[0] <= now])
+
+    assert [change(now, 1) for now in (0, 5, 9, 10)] == [0, 0, 0, 1]
+    assert [change(now, 2) for now in (60, 100, 150)] == [0, 0, 0]  # one engine would do, but for the delay
+    early = [(float(s), 0.1) for s in range(200, 400, 5)]
+    assert [policy.change(now, 1, 2, [*late, *early]) for now in (210, 269, 271)] == [0, 0, -1]
+    assert Policy(1, 2, 4, 10, 60).change(100, 1, 1, late) == 0
+
+
 def test_a_release_is_promoted_while_an_engine_does_not_come_up(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +91,7 @@ def test_a_release_is_promoted_while_an_engine_does_not_come_up(
     [
         ({"serving": {"max_replicas": 5}}, "serving.max_replicas 5 is never reached: .* raise it to more than 128"),
         ({"serving": {"grow_after_s": 5}}, "grow_after_s has no effect without max_replicas"),
+        ({"serving": {"first_token_s": 5}}, "first_token_s has no effect without max_replicas"),
         ({"serving": {"replicas": 3, "max_replicas": 2}}, "max_replicas 2 is less than replicas 3"),
         ({"serving": {"cluster": {"gpus": 0.5}}}, "set kv_cache_gib"),
         ({"serving": {"cluster": {"gpus": 1.5}}}, "gpus 1.5 must be a part of one GPU or a whole number"),
