@@ -264,6 +264,12 @@ class LearnerConfig(BaseModel):
         "divides its heads (Ulysses)",
     )
     zero_stage: Literal[0, 1, 2, 3] | None = Field(None, description="null: 0 for one rank in float32, else 1")
+    zero_group: int | None = Field(
+        None,
+        gt=1,
+        description="Ranks of a node at zero_stage 3, among which a second copy of the weights is divided, so that the "
+        "backward pass gathers them within the node (hpZ); null: all ranks divide them once",
+    )
     cpus: float = Field(0.5, gt=0, description="Ray CPUs reserved by each rank")
     gpus: float = Field(1, ge=0, description="GPUs of each rank, or a part of one; used with device: cuda only")
     labels: dict[str, str] = Field(
@@ -317,6 +323,18 @@ class LearnerConfig(BaseModel):
             raise ValueError(
                 f"sequence_parallel {self.sequence_parallel} must divide ranks {self.ranks}, because so many ranks "
                 f"compute each micro-batch; change one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_divide(self) -> "LearnerConfig":
+        if self.zero_group is None:
+            return self
+        if self.zero_stage != 3:
+            raise ValueError("zero_group divides the weights, as zero_stage 3 does; set that, or remove zero_group")
+        if self.ranks % self.zero_group or self.zero_group == self.ranks:
+            raise ValueError(
+                f"zero_group {self.zero_group} must divide ranks {self.ranks} into several groups; change one of them"
             )
         return self
 

@@ -107,7 +107,11 @@ class LearnerEngine:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,  # boundaries are set by hand: the number of micro-batches varies
             "gradient_clipping": clip if stage > 0 else 0.0,
-            "zero_optimization": {"stage": stage, "overlap_comm": self.settings.config.overlap},
+            "zero_optimization": {
+                "stage": stage,
+                "overlap_comm": self.settings.config.overlap,
+                "zero_hpz_partition_size": self.settings.config.zero_group or 1,
+            },
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": bf16},
             "steps_per_print": 10**9,

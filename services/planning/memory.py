@@ -80,6 +80,8 @@ def state_bytes(config: LearnerConfig, teacher: TeacherConfig, dtype: str, shape
     width, stage = WIDTH[dtype], config.zero_stage_for(dtype)
     offloaded = 0 if config.offload else offloaded_bytes(config, teacher, dtype, shape, stages)
     weights = width / (config.ranks if stage > 2 else 1)
+    if config.zero_group is not None:
+        weights += width / config.zero_group
     if config.lora is not None:
         return weights * shape.parameters + 8 * shape.adapters + offloaded
     masters = 4 / config.ranks if stage > 0 else 0  # at ZeRO stage 0 the weights are the masters
