@@ -31,10 +31,10 @@ EPOCHS = 2
 BACK_S = 60  # limit of the time from the death of the service to the first engine
 SETTLE_S = 300
 FEW = KILLS <= 30
-PAUSES = (0.5, 1.5) if FEW else (0.5, 3.0)  # seconds between two rounds
+PAUSES = (0.3, 1.0) if FEW else (0.5, 3.0)  # seconds between two rounds
 TEACH_EVERY_S = 0.5 if FEW else 0.25  # few kills leave time for few records
 AT_ONCE = (2, 3) if FEW else (1, 2, 3)  # kinds of processes that are killed in one round; one of these numbers
-SPARED = 0.7 if FEW else 0.0  # share of the rounds without the service itself, whose start takes longest
+SPARED = 0.85 if FEW else 0.0  # share of the rounds without the service itself, whose start takes longest
 NAMES = {
     "engine": "engine_process",
     "engine's core": "EngineCore",
