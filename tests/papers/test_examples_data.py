@@ -208,6 +208,7 @@ def test_the_table_of_results_agrees_with_the_data_of_its_plot(tmp_path: Path) -
     docs = EXAMPLES.parent / "docs"
     points: dict[str, list[list[float]]] = json.loads((docs / "sequence.json").read_text())
     methods = {"SDFT": "sdft", "SFT": "sft", "SFT with recall": "reinvoke", "DFT": "dft", "off-policy": "off_policy"}
+    methods["SDFT with a sharpened teacher"] = "sharpened"
     told = {}
     for line in (docs / "results.md").read_text().splitlines():
         if row := re.match(r"\| ([A-Za-z -]+\w)(?: \(.*?\))?, lr (\S+)(?: \(.*?\))? \| (\d) \| (.*?) \|", line):
