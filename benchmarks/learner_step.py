@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,14 +60,17 @@ def samples(sequences: int, prompted: int = PROMPT, answered: int = COMPLETION, 
     return made
 
 
-def settings(device: str = "cpu", tokens: int = 4096) -> LearnerSettings:
+def settings(
+    device: str = "cpu", tokens: int = 4096, model: Path | None = None, loss: LossConfig = LOSS, **config: Any
+) -> LearnerSettings:
+    """The settings of the only rank. model: a folder; None: SmolLM2-135M. config: of the learner."""
     return LearnerSettings(
-        model=str(resolve_model("smollm2-135m", Path.cwd())),
+        model=str(model or resolve_model("smollm2-135m", Path.cwd())),
         dtype=native_dtype(device),
         device=device,
         seed=0,
-        config=LearnerConfig(micro_batch_tokens=tokens),
-        stages=(StageSettings(0, 1000, (LOSS,), OPTIMIZER),),
+        config=LearnerConfig(micro_batch_tokens=tokens, **config),
+        stages=(StageSettings(0, 1000, (loss,), OPTIMIZER),),
         teacher=TeacherConfig(alpha=0.01),
         exclusive=True,
     )

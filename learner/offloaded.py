@@ -8,6 +8,7 @@ parameter there, and copies as many to the device and back.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,17 +29,12 @@ class OffloadedAdamW(AdamWWithTeacher):
     def _empty(self, p: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(p, device="cpu", pin_memory=p.is_cuda)
 
-    def _update(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update_one(p.view(-1), p.grad.view(-1), self.state[p], group, self._plain)
-
-    def _update_in_one_pass(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update_one(p.view(-1), p.grad.view(-1), self.state[p], group, self._adamw)
+    def _update(self, one_pass: bool) -> None:
+        for p, group in self._stepped():
+            step = self.state[p]["step"]
+            # The number is read once a parameter: to read it from a GPU waits for all copies before.
+            update = partial(self._adamw, step=int(step) + 1) if one_pass else partial(self._plain, step=step)
+            self._update_one(p.view(-1), p.grad.view(-1), self.state[p], group, update)
 
     def _update_one(
         self, p: torch.Tensor, gradient: torch.Tensor, state: State, group: dict[str, Any], update: Update
@@ -48,21 +44,23 @@ class OffloadedAdamW(AdamWWithTeacher):
             place = slice(first, first + self.chunk)
             host = {key: state[key].view(-1)[place] for key in keys}
             here = {key: value.to(p.device, non_blocking=True, copy=True) for key, value in host.items()}
-            update(p[place], gradient[place], here | {"step": state["step"]}, group)
+            update(p[place], gradient[place], here, group)
             for key, value in here.items():
                 host[key].copy_(value, non_blocking=True)
         state["step"] += 1
         if p.is_cuda:
             torch.cuda.synchronize(p.device)  # the copies to the host end before the state is read there
 
-    def _plain(self, p: torch.Tensor, gradient: torch.Tensor, here: State, group: dict[str, Any]) -> None:
+    def _plain(
+        self, p: torch.Tensor, gradient: torch.Tensor, here: State, group: dict[str, Any], step: torch.Tensor
+    ) -> None:
         adamw(
             [p],
             [gradient],
             [here["exp_avg"]],
             [here["exp_avg_sq"]],
             [],
-            [here["step"].clone()],  # which adamw counts up
+            [step.clone()],  # which adamw counts up
             fused=True,
             amsgrad=False,
             beta1=group["betas"][0],

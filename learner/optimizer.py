@@ -6,7 +6,7 @@ that holds the moments.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,36 +45,43 @@ class AdamWWithTeacher(torch.optim.AdamW):
                 return
         for p in params:
             self.begin(p)
-        if self.in_one_pass and all(map(_suits, params)):
-            self._update_in_one_pass()
-        else:
-            self._update()
+        self._update(self.in_one_pass and all(map(_suits, params)))
 
-    def _update(self) -> None:
-        """Update the parameters that have a gradient, their moments and the teacher."""
+    def _update(self, one_pass: bool) -> None:
+        """Update the parameters that have a gradient, their moments and the teacher. one_pass: by the fused kernel."""
+        if one_pass:
+            for p, group in self._stepped():
+                self._adamw(p, p.grad, self.state[p], group, int(self.state[p]["step"]) + 1)
+                self.state[p]["step"] += 1
+            return
         super().step()
         if self.alpha:
             for p in self._with_gradient():
                 self.state[p][TEACHER].lerp_(p, self.alpha)
 
-    def _update_in_one_pass(self) -> None:
-        """As _update, by the fused kernel."""
+    def _adamw(
+        self,
+        p: torch.Tensor,
+        gradient: torch.Tensor,
+        state: Mapping[str, torch.Tensor],
+        group: Mapping[str, Any],
+        step: int,
+    ) -> None:
+        """Update a parameter and its state by the fused kernel. step: of the parameter, counted from 1."""
+        teacher = state[TEACHER] if self.alpha else None
+        moments, betas = (state["exp_avg"], state["exp_avg_sq"]), group["betas"]
+        eps, decay = group["eps"], group["weight_decay"]
+        adamw(p, gradient, *moments, teacher, step, group["lr"], *betas, eps, decay, self.alpha or 0.0)
+
+    def _stepped(self) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+        """Yield the parameters that have a gradient, each with its settings."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._adamw(p, p.grad, self.state[p], group)
-                    self.state[p]["step"] += 1
-
-    def _adamw(
-        self, p: torch.Tensor, gradient: torch.Tensor, state: Mapping[str, torch.Tensor], group: Mapping[str, Any]
-    ) -> None:
-        teacher = state[TEACHER] if self.alpha else None
-        moments, step = (state["exp_avg"], state["exp_avg_sq"]), int(state["step"]) + 1
-        betas, eps, decay = group["betas"], group["eps"], group["weight_decay"]
-        adamw(p, gradient, *moments, teacher, step, group["lr"], *betas, eps, decay, self.alpha or 0.0)
+                    yield p, group
 
     def _with_gradient(self) -> list[torch.Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return [p for p, _ in self._stepped()]
 
     def _empty(self, p: torch.Tensor) -> torch.Tensor:
         """Return memory for a state of `p`, in its shape and dtype."""

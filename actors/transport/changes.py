@@ -12,10 +12,9 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-import numpy as np
 import ray
 
-from sdft.actors.shared.changes import Bytes, changes
+from sdft.actors.shared.changes import Bytes, apply, changes
 from sdft.actors.shared.types import LearnerLost, Snapshot, SnapshotDamaged, UpdateReport
 from sdft.actors.transport.memory import MemoryTransport, NodeCopy
 from sdft.actors.transport.protocol import Destination, Sender
@@ -46,9 +45,10 @@ class ChangesSender(Sender):
         found = None
         if before is not None and since == kept and before.nbytes == payload.nbytes:
             found = changes(before, payload)
-        if before is None or before.nbytes != payload.nbytes:
-            before = np.empty_like(payload)
-        np.copyto(before, payload)
+        if before is not None and found is not None:
+            apply(found, before)
+        else:
+            before = payload.copy()
         self._kept[role] = version, before
         return None if found is None else [ray.put(found)]
 

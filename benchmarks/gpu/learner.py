@@ -19,15 +19,14 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.sizes import SIZES, shape_parser
-from benchmarks.learner_step import launched, samples, take_step
+from benchmarks.learner_step import launched, samples, settings, take_step
 from benchmarks.measure import in_a_process, matrix_rate, report
 from benchmarks.operations import Operations
 from benchmarks.shapes import random_model
 from sdft.actors.shared.process import GIB, kept_heap, openmp_wait_policy
-from sdft.learner.config import Forward, LearnerConfig, LoraConfig, LossConfig, OptimizerConfig, TeacherConfig
-from sdft.learner.types import LearnerSettings, StageSettings
+from sdft.learner.config import Forward, LoraConfig, LossConfig
+from sdft.learner.types import LearnerSettings
 from sdft.learner.worker import LearnerWorker
-from sdft.services.config.dtype import native_dtype
 
 ROUNDS = 3
 LIMIT_S = 1800
@@ -48,22 +47,14 @@ class Case:
 
 def learner_settings(case: Case, model: Path) -> LearnerSettings:
     """Return the settings of the only rank of a run."""
-    loss = LossConfig(divergence=Forward(top_k=SIZES[case.device].k))
-    optimizer = OptimizerConfig(lr=1e-5, warmup_steps=0, schedule="constant")
-    return LearnerSettings(
-        model=str(model),
-        dtype=native_dtype(case.device),
-        device=case.device,
-        seed=0,
-        config=LearnerConfig(
-            micro_batch_tokens=case.micro_batch,
-            gradient_checkpointing=case.checkpointing,
-            lora=None if case.lora is None else LoraConfig(rank=case.lora),
-            deterministic=not case.any_order,
-        ),
-        stages=(StageSettings(0, 1000, (loss,), optimizer),),
-        teacher=TeacherConfig(alpha=0.01),
-        exclusive=True,
+    return settings(
+        case.device,
+        case.micro_batch,
+        model,
+        LossConfig(divergence=Forward(top_k=SIZES[case.device].k)),
+        gradient_checkpointing=case.checkpointing,
+        lora=None if case.lora is None else LoraConfig(rank=case.lora),
+        deterministic=not case.any_order,
     )
 
 
@@ -76,8 +67,8 @@ def measure(case: Case) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as scratch:
         model = random_model(case.shape, Path(scratch), device)
         learner = LearnerWorker()
-        settings = learner_settings(case, model)
-        learner.start(settings, 1, *learner.rendezvous(), np.arange(100, 132, dtype=np.int32))
+        started = learner_settings(case, model)
+        learner.start(started, 1, *learner.rendezvous(), np.arange(100, 132, dtype=np.int32))
         work = Operations.of(model).train(tokens, length, len(batch) * size.completion)
     seconds = []
     for _ in range(ROUNDS + 1):
@@ -94,7 +85,7 @@ def measure(case: Case) -> dict[str, object]:
     if device == "cuda":
         row["peak GiB"] = torch.cuda.max_memory_allocated() / GIB
         row["kernels"], row["busy s"] = launched(lambda: take_step(learner, batch))
-    rate = matrix_rate(getattr(torch, settings.dtype), device)
+    rate = matrix_rate(getattr(torch, started.dtype), device)
     done = work * (1 if case.lora is None else 2 / 3) / step
     torch.distributed.destroy_process_group()
     return row | {"TFLOP/s": done / 1e12, "of a large product": done / rate}

@@ -8,29 +8,14 @@ A set that is not trained on has the same figures before and after. Of a set tha
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean
 
 from sdft.services.config.service import GateConfig
+from sdft.services.records.factors import NATS, TOKEN, moved_by, times
 from sdft.services.records.rows import Reply
 
 REPEATED, PERIOD, SPAN = 4, 80, 24  # a repetitive answer ends in so many copies of at most PERIOD characters
 SIGNS = ("empty", "truncated", "repetitive")
-TOKEN, NATS = 1.0, 0.01  # less counts as this, so that a factor is finite
-
-
-@dataclass(frozen=True)
-class Moved:
-    """A figure of a set's answers that has moved further than is allowed."""
-
-    what: str
-    before: float
-    now: float
-    allowed: float
-
-    def __str__(self) -> str:
-        verb = "rose" if self.now > self.before else "fell"
-        return f"{self.what} {verb} from {self.before:.3g} to {self.now:.3g}: a factor of {self.allowed:g} is allowed"
 
 
 def has(reply: Reply, sign: str) -> bool:
@@ -51,8 +36,8 @@ def repetitive(text: str) -> bool:
     return False
 
 
-def moved(before: Sequence[Reply], now: Sequence[Reply], gate: GateConfig) -> list[Moved]:
-    """Return the figures of a set's answers that have moved too far. Replies without a figure do not count."""
+def drifts(before: Sequence[Reply], now: Sequence[Reply], gate: GateConfig) -> list[str]:
+    """Say which figures of a set's answers have moved too far. Replies without a figure do not count."""
     found = []
     for what, allowed, figure, least in (
         ("the mean length of answers, in tokens,", gate.length, "tokens", TOKEN),
@@ -62,10 +47,6 @@ def moved(before: Sequence[Reply], now: Sequence[Reply], gate: GateConfig) -> li
         if allowed is None or not all(values):
             continue
         old, new = (fmean(of_model) for of_model in values)
-        if not math.isfinite(new) or _factor(max(old, least), max(new, least)) > allowed:
-            found.append(Moved(what, old, new, allowed))
+        if not math.isfinite(new) or times(max(old, least), max(new, least)) > allowed:
+            found.append(moved_by(what, old, new, allowed))
     return found
-
-
-def _factor(a: float, b: float) -> float:
-    return max(a / b, b / a)

@@ -23,7 +23,7 @@ import numpy as np
 
 from sdft.services.config.service import GateConfig
 from sdft.services.records.rows import Reply
-from sdft.services.releases.collapse import SIGNS, Moved, has, moved
+from sdft.services.releases.collapse import SIGNS, drifts, has
 
 Verdict = Literal["promote", "hold", "refuse"]
 POINTS = 4000  # of the integral, which is then exact to 1e-6
@@ -43,7 +43,7 @@ class SetResult:
     equal: float  # the same, if no answer had changed
     signs: dict[str, float]  # for each sign of collapse, the probability that its share rose by more than max_rise
     shares: dict[str, float]  # of the answers with each sign, now
-    moved: list[Moved] = field(default_factory=list)
+    drifts: list[str] = field(default_factory=list)  # figures of the answers that have moved too far
 
     @property
     def row(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def compare(
                 equal=worse(n, 0, 0, gate.max_drop),
                 signs=signs,
                 shares={sign: sum(has(new, sign) for _, new in pairs) / n for sign in SIGNS},
-                moved=moved([old for old, _ in pairs], [new for _, new in pairs], gate) if name in kept else [],
+                drifts=drifts([old for old, _ in pairs], [new for _, new in pairs], gate) if name in kept else [],
             )
         )
     return results
@@ -143,7 +143,7 @@ def decide(results: Sequence[SetResult], gate: GateConfig) -> Decision:
             for sign, chance in r.signs.items()
             if chance > _refused_above(few, gate)
         ]
-        bad += [f"{r.name}: {one}" for one in r.moved if r.equal < gate.promote_below]
+        bad += [f"{r.name}: {one}" for one in r.drifts if r.equal < gate.promote_below]
     if bad:
         return Decision("refuse", "; ".join(bad), sets)
     deciding = [r for r in sets if r.equal < gate.promote_below]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from sdft.services.config.detectors import DetectorsConfig
+from sdft.services.records.factors import NATS, TOKEN, moved_by, times
 from sdft.services.records.rows import StepMetrics
 from sdft.services.records.text import percent
 
@@ -33,10 +34,6 @@ def times_more(before: float, now: float) -> float:
     return now / before
 
 
-def times(before: float, now: float) -> float:
-    return max(now / before, before / now)
-
-
 def more(before: float, now: float) -> float:
     return now - before
 
@@ -49,10 +46,9 @@ def other(before: float, now: float) -> float:
     return abs(now - before)
 
 
-NATS = 0.01  # a divergence or an entropy below it is none
 DETECTORS = (
-    Detector("length", "length_mean", "the mean length of completions", times, False, 1.0),
-    Detector("length_tail", "length_tail", "the 95th percentile of lengths", times_more, False, 1.0),
+    Detector("length", "length_mean", "the mean length of completions", times, False, TOKEN),
+    Detector("length_tail", "length_tail", "the 95th percentile of lengths", times_more, False, TOKEN),
     Detector("truncated", "truncated", "the share of truncated completions", more),
     Detector("empty", "empty", "the share of empty completions", more),
     Detector("repeated", "repeated", "the share of repeated 3-grams", more),
@@ -75,12 +71,11 @@ class Drift:
     allowed: float
 
     def __str__(self) -> str:
-        d, verb = self.detector, "rose" if self.now > self.before else "fell"
-        if d.is_share:
-            shown, allowed = (percent(self.before), percent(self.now)), f"{100 * self.allowed:g} points are allowed"
-        else:
-            shown, allowed = (f"{self.before:.3g}", f"{self.now:.3g}"), f"a factor of {self.allowed:g} is allowed"
-        return f"{d.what} {verb} from {shown[0]} to {shown[1]} at step {self.step}: {allowed}"
+        d, at = self.detector, f" at step {self.step}"
+        if not d.is_share:
+            return moved_by(d.what, self.before, self.now, self.allowed, at)
+        verb, allowed = "rose" if self.now > self.before else "fell", f"{100 * self.allowed:g} points are allowed"
+        return f"{d.what} {verb} from {percent(self.before)} to {percent(self.now)}{at}: {allowed}"
 
 
 class Detectors:
